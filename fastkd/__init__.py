@@ -1,0 +1,38 @@
+"""fastkd: fast knowledge distillation for vision networks.
+
+The public names are loaded on first use, so that `import fastkd` costs next to nothing and pulls in
+neither Triton, DALI, timm, matplotlib nor scikit-learn.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("fastkd.kernels") is None:
+    raise ImportError(
+        "fastkd was imported from its source folder, where `kernels/` is not yet mapped to "
+        "`fastkd.kernels`. Install the checkout once: pip install -e ."
+    )
+
+if TYPE_CHECKING:
+    from fastkd.api import distill as distill
+    from fastkd.models import count as count
+    from fastkd.models import create_model as create_model
+
+_HOME = {"count": "fastkd.models", "create_model": "fastkd.models", "distill": "fastkd.api"}
+
+__all__ = ["__version__", "count", "create_model", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}; it has {sorted(_HOME)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,8 @@
+"""`python -m fastkd` is the `fastkd` command."""
+
+import sys
+
+from fastkd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

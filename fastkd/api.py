@@ -1,0 +1,231 @@
+"""`fastkd.distill`: the trainer for people with their own networks and loaders.
+
+    result = fastkd.distill(student, teacher, train_loader, val_loader, epochs=10)
+
+Same engine as the recipes; see `distill`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastkd.build import Engine, TeacherNet, build_trainer, decide
+from fastkd.data.batch import Batch
+from fastkd.distributed import open_world
+from fastkd.errors import UserError
+from fastkd.losses.logits import KD
+from fastkd.losses.term import LossTerm
+from fastkd.recipe.schema import OptimConfig
+from fastkd.report.console import Console
+from fastkd.report.run_folder import RunFolder
+from fastkd.trainer import Plan
+from fastkd.weights import describe
+
+__all__ = ["Result", "distill"]
+
+LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `distill` returns."""
+
+    student: nn.Module
+    """The trained student, last epoch (the averaged one with ema), in evaluation mode."""
+    metrics: dict[str, Any]
+    """accuracy_last, accuracy_best, best_epoch, images_per_s, ... and `history`, one row an epoch."""
+    run_dir: Path | None
+    """Where last.pt and best.safetensors lie; None if nothing was written."""
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train_loader: Iterable[LoaderItem],
+    val_loader: Iterable[LoaderItem],
+    *,
+    epochs: int,
+    losses: Sequence[LossTerm] | None = None,
+    optim: OptimConfig | None = None,
+    lr: float | None = None,
+    xprime: Literal["none", "cutmix", "mixup"] = "none",
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    compile: Literal["auto", "on", "off"] = "auto",
+    channels_last: bool = True,
+    accumulate: int = 1,
+    ema: float | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Train `student` to imitate `teacher` on batches of your own loaders.
+
+    Args:
+        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place.
+        teacher: likewise, frozen here (evaluation mode, no gradients); None to train on labels.
+            It sees exactly the images that the student sees.
+        train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
+            epoch, a sampler's `set_epoch` is called. Sized (`len`).
+        val_loader: likewise; every sample once.
+        losses: LossTerms; a tap of your own network is a module path, as in
+            `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
+        optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
+        lr: replaces that of `optim`.
+        out: run folder to write; None writes nothing. resume=True goes on with its last.pt (the
+            loader is asked for the batches before the saved step again, and they are thrown away).
+
+    Raises:
+        UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks.
+        RunFailed: losses or gradients stayed non-finite.
+    """
+    if not isinstance(train_loader, Sized):
+        raise UserError("train_loader needs a length: a torch DataLoader over a map-style data set")
+    terms = list(losses) if losses is not None else [KD()]
+    if teacher is None and any("/teacher/" in need for term in terms for need in term.needs):
+        raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
+    settings = optim or OptimConfig(schedule="cosine")
+    if lr is not None:
+        settings = settings.model_copy(update={"lr": lr})
+    settings = settings.model_copy(
+        update={"milestones": tuple(m * epochs if m < 1 else m for m in settings.milestones)}
+    )
+    with open_world(device) as world:
+        console = Console(enabled=world.is_main and not quiet)
+        train = _Loader(train_loader, world.device, seed, channels_last)
+        val = _Loader(val_loader, world.device, seed, channels_last)
+        first = next(iter(val_loader))
+        image_shape = tuple(first[0].shape[1:])
+        if len(image_shape) != 3:
+            raise UserError(f"images must be [N, C, H, W], got {tuple(first[0].shape)}")
+        uses_ids = [term.name for term in terms if term.uses_index]
+        if uses_ids and len(first) < 3:
+            raise UserError(
+                f"the loss {uses_ids[0]} keeps state per sample: make the loader yield "
+                f"(images, labels, sample ids)"
+            )
+        resolved, compiled = decide(
+            precision=precision,
+            compile_mode=compile,
+            device=world.device,
+            student=student.to(world.device),
+            teacher=teacher.to(world.device) if teacher is not None else None,
+            terms=terms,
+            image_shape=image_shape,
+            images=train.num_samples * epochs,
+        )
+        folder = _folder(out, resume)
+        trainer = build_trainer(
+            Plan(
+                stage="distill",
+                digest=_digest(terms, settings, epochs, seed),
+                seed=seed,
+                epochs=epochs,
+                accumulate=accumulate,
+                metadata=describe(student),
+            ),
+            student=student,
+            teacher=TeacherNet(teacher) if teacher is not None else None,
+            terms=terms,
+            optim=settings,
+            engine=Engine(resolved, compiled, channels_last, ema=ema),
+            loader=train,
+            val_loader=val,
+            image_shape=image_shape,
+            num_classes=_num_classes(student, first[0][:1].to(world.device)),
+            train_labels_N=_labels(train_loader, train.num_samples),
+            normalization=((0.0,) * 3, (1.0,) * 3),
+            xprime=xprime,
+            world=world,
+            folder=folder,
+            console=console,
+        )
+        if folder is not None and resume:
+            trainer.resume(folder.path / "last.pt")
+        metrics = trainer.fit() | {"history": trainer.history}
+        if folder is not None and world.is_main:
+            folder.finish(metrics)
+        kept = trainer.ema.module if trainer.ema else student
+        return Result(kept.eval(), metrics, folder.path if folder else None)
+
+
+class _Loader:
+    """The user's loader in the protocol of the trainer."""
+
+    def __init__(
+        self, items: Iterable[LoaderItem], device: torch.device, seed: int, channels_last: bool
+    ) -> None:
+        self.items, self.device, self.seed = items, device, seed
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
+        dataset = getattr(items, "dataset", None)
+        self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
+        self._batch_size = 0
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for part in (self.items, getattr(self.items, "sampler", None)):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        # A shuffling DataLoader draws its order from the global generator: the same every replay.
+        torch.manual_seed((self.seed * 1_000_003 + epoch) & 0x7FFFFFFFFFFFFFFF)
+        for step, item in enumerate(self.items):
+            if step < start_step:
+                continue
+            images, labels, *ids = item
+            self._batch_size = len(labels)
+            index = ids[0] if ids else torch.full((len(labels),), -1)
+            images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+            yield Batch(images, labels.to(self.device), index.to(self.device))
+
+    def global_size(self, step: int) -> int:
+        """Of the batch that was yielded last: partners for x' come from the same rank."""
+        return self._batch_size
+
+    def global_index(self, epoch: int, step: int) -> np.ndarray:
+        return np.arange(self._batch_size)
+
+    def rank_part(self, step: int) -> slice:
+        return slice(0, self._batch_size)
+
+    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        raise UserError("samples of other ranks cannot be fetched from a foreign loader")
+
+
+def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
+    if out is None:
+        if resume:
+            raise UserError("resume=True needs out=, the folder to go on with")
+        return None
+    if resume:
+        return RunFolder.open(Path(out))
+    return RunFolder.create(Path("runs"), "distill", "0" * 16, out=Path(out))
+
+
+def _digest(terms: Sequence[LossTerm], optim: OptimConfig, epochs: int, seed: int) -> str:
+    facts = [(term.name, term.needs, sorted(term.weights.items())) for term in terms]
+    return sha256(repr((facts, optim.model_dump(), epochs, seed)).encode()).hexdigest()[:16]
+
+
+def _num_classes(student: nn.Module, image: Tensor) -> int:
+    training = student.training
+    with torch.no_grad():
+        logits = student.eval()(image)
+    student.train(training)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise UserError("the student must return logits [N, classes] as one tensor")
+    return logits.shape[1]
+
+
+def _labels(loader: Any, num_samples: int) -> Tensor:
+    targets = getattr(getattr(loader, "dataset", None), "targets", None)
+    return (
+        torch.zeros(num_samples, dtype=torch.int64) if targets is None else torch.as_tensor(targets)
+    )

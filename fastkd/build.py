@@ -1,0 +1,235 @@
+"""Makes a Trainer out of networks, loaders and recipe sections: the assembly between data and loop.
+
+Used by `fastkd.run` (recipes) and `fastkd.api` (people with their own networks and loaders).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.augment import ViewMaker
+from fastkd.compiling import compile_unit, worth_compiling
+from fastkd.distributed import World, wrap_ddp
+from fastkd.ema import EMA
+from fastkd.errors import UserError
+from fastkd.evaluate import EvalLoader, evaluating
+from fastkd.guard import Guard
+from fastkd.losses.term import BindContext, LossTerm
+from fastkd.models.counting import count
+from fastkd.models.taps import Tapped
+from fastkd.optim import build_optimizer
+from fastkd.precision import Precision, resolve_precision
+from fastkd.recipe.schema import OptimConfig
+from fastkd.report.console import Console
+from fastkd.report.run_folder import RunFolder
+from fastkd.schedules import Schedule
+from fastkd.step import DistillStep, needed_taps
+from fastkd.teacher import Normalization, Teacher
+from fastkd.trainer import Plan, Trainer, TrainLoader
+
+__all__ = ["Engine", "TeacherNet", "build_trainer", "decide"]
+
+
+@dataclass(frozen=True)
+class TeacherNet:
+    """A loaded teacher before it is tied to the taps and views of a run."""
+
+    model: nn.Module
+    normalization: Normalization | None = None
+    resolution: int | None = None
+    class_map: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run computes: precision, layout, compiler. `auto` has been decided."""
+
+    precision: Precision
+    compiled: bool
+    channels_last: bool = True
+    sync_bn: bool = False
+    ema: float | None = None
+    max_skips: int = 10
+
+    def decisions(self) -> dict[str, Any]:
+        """What a resumed run must repeat to give the same bits."""
+        return {"precision": self.precision.name, "compile": "on" if self.compiled else "off"}
+
+
+def decide(
+    *,
+    precision: str,
+    compile_mode: str,
+    device: torch.device,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    terms: Sequence[LossTerm],
+    image_shape: tuple[int, int, int],
+    images: int,
+) -> tuple[Precision, bool]:
+    """Resolve `auto` from the recipe and the kind of device alone (nothing is timed).
+
+    images: training images over the whole run.
+    """
+    macs = 0.0
+    if compile_mode == "auto":
+        macs += 3.0 * count(student, image_shape).macs * len(needed_taps(terms, "student"))
+        if teacher is not None:
+            macs += count(teacher, image_shape).macs * len(needed_taps(terms, "teacher"))
+    compiled = worth_compiling(
+        compile_mode, macs_per_image=macs, images=images, device_type=device.type
+    )
+    return resolve_precision(precision, device), compiled
+
+
+def build_trainer(
+    plan: Plan,
+    *,
+    student: nn.Module,
+    teacher: TeacherNet | None,
+    terms: Sequence[LossTerm],
+    optim: OptimConfig,
+    engine: Engine,
+    loader: TrainLoader,
+    val_loader: EvalLoader,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    train_labels_N: Tensor,
+    normalization: Normalization,
+    xprime: str,
+    world: World,
+    folder: RunFolder | None,
+    console: Console,
+) -> Trainer:
+    """Tie everything together; UserError where student, teacher and losses do not fit."""
+    device, precision = world.device, engine.precision
+    layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+    if engine.sync_bn and world.size > 1:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    student = student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    probe = torch.zeros(2, *image_shape, device=device).to(memory_format=layout)
+
+    bound_teacher = None
+    if teacher is not None and needed_taps(terms, "teacher"):
+        bound_teacher = Teacher(
+            teacher.model,
+            needed_taps(terms, "teacher"),
+            precision=precision,
+            device=device,
+            data_normalization=normalization,
+            normalization=teacher.normalization,
+            resolution=teacher.resolution,
+            class_map=teacher.class_map,
+            channels_last=engine.channels_last,
+            compiled=engine.compiled,
+        )
+    shapes = _shapes(student, bound_teacher, terms, probe, precision)
+    _check_classes(shapes, num_classes)
+    for term in terms:
+        term.bind(
+            BindContext(
+                num_samples=len(train_labels_N),
+                num_classes=num_classes,
+                train_labels_N=train_labels_N,
+                shapes={need: shapes[need] for need in term.needs},
+                teacher_stages=bound_teacher.stages if bound_teacher else None,
+                teacher_head=_head(teacher.model) if teacher else None,
+                world_size=world.size,
+                rank=world.rank,
+            )
+        )
+    step = DistillStep(student, terms, precision).to(device)
+    banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
+    compiled = compile_unit(step, enabled=engine.compiled, cuda_graphs=device.type == "cuda")
+    runner = wrap_ddp(compiled, world, ignore_buffers=banks)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in student.parameters() if p.requires_grad], "lr_scale": 1.0}
+    ]
+    groups += [group for term in terms for group in term.param_groups()]
+    optimizer = build_optimizer(
+        groups,
+        name=optim.name,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        impl=optim.impl,
+        device=device,
+    )
+    schedule = Schedule(
+        kind=optim.schedule,
+        epochs=plan.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+        milestones=optim.milestones,
+        gamma=optim.gamma,
+        warmup_epochs=optim.warmup_epochs,
+    )
+    return Trainer(
+        replace(plan, clip_norm=optim.clip_norm, decisions=engine.decisions()),
+        step=step,
+        runner=runner,
+        student=student,
+        teacher=bound_teacher,
+        loader=loader,
+        val_loader=val_loader,
+        views=ViewMaker(xprime, seed=plan.seed, loader=loader, world_size=world.size),
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=precision,
+        guard=Guard(
+            step,
+            optimizer,
+            max_skips=engine.max_skips,
+            world_size=world.size,
+            ignore_buffers=banks,
+        ),
+        ema=EMA(student, engine.ema) if engine.ema else None,
+        world=world,
+        folder=folder,
+        console=console,
+    )
+
+
+def _shapes(
+    student: nn.Module,
+    teacher: Teacher | None,
+    terms: Sequence[LossTerm],
+    probe: Tensor,
+    precision: Precision,
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every need without the batch axis, from one forward pass on zeros."""
+    found: dict[str, Tensor] = {}
+    wanted = needed_taps(terms, "student")
+    tapped = Tapped(student, tuple(dict.fromkeys(tap for taps in wanted.values() for tap in taps)))
+    with torch.no_grad(), evaluating(student), precision.autocast():
+        features = tapped(probe)
+    tapped.remove()
+    for view, taps in wanted.items():
+        found |= {f"{view}/student/{tap}": features[tap] for tap in taps}
+    if teacher is not None:
+        found |= teacher(dict.fromkeys(teacher.taps, probe))
+    return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
+
+
+def _check_classes(shapes: Mapping[str, tuple[int, ...]], num_classes: int) -> None:
+    for need, shape in shapes.items():
+        if need.endswith("/logits") and shape != (num_classes,):
+            net = need.split("/")[1]
+            cure = (
+                "give teacher.class_map (one entry per class of the data) or another teacher"
+                if net == "teacher"
+                else "build the student with the class count of the data"
+            )
+            raise UserError(
+                f"the {net} gives logits of shape {shape} per image but the data has "
+                f"{num_classes} classes: {cure}"
+            )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The last linear layer, which every zoo, timm and torchvision classifier ends in."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None

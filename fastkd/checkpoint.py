@@ -1,0 +1,51 @@
+"""What survives a crash: `last.pt` holds everything a run needs to go on, bit for bit.
+
+Saving is atomic (write beside, flush to disk, rename), so a kill inside a save leaves the previous
+checkpoint whole. Random state is not saved because none exists: order, augmentation and dropout
+follow from (seed, epoch, step).
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import RunFailed, UserError
+from fastkd.report.run_folder import atomic_path
+
+__all__ = ["FORMAT", "load_checkpoint", "save_checkpoint"]
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values atomically; RunFailed when the disk is full."""
+    try:
+        with atomic_path(path) as beside, beside.open("wb") as file:
+            # A Python file: its errors are OSErrors, those of torch's own writer are not.
+            torch.save(state | {"format": FORMAT}, file)
+    except RunFailed as error:
+        raise RunFailed(
+            f"{error}. The previous checkpoint is intact: free some space and go on with "
+            f"--resume {path.parent}"
+        ) from None
+
+
+def load_checkpoint(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint of this format onto the CPU; UserError for any other file or recipe."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: nothing to resume") from None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")
+    if digest is not None and state["digest"] != digest:
+        raise UserError(
+            f"{path} belongs to another recipe (digest {state['digest'][:8]}, this one is "
+            f"{digest[:8]}): resume it with its own keys, fastkd train --resume {path.parent}"
+        )
+    return state

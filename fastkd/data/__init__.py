@@ -1,0 +1,29 @@
+"""Data: sources by name, decoded once, served in batches whose randomness can be replayed.
+
+sources -> ImageSet (digits, CIFAR, synthetic) or FolderIndex -> cache
+        -> ResidentLoader (small sets, on the device) or TorchLoader (large folders) -> Batch
+"""
+
+from fastkd.data.batch import Batch, Loader
+from fastkd.data.folder import FolderIndex
+from fastkd.data.image_set import ImageSet
+from fastkd.data.loaders import DataPair, open_data
+from fastkd.data.normalization import DATASETS, normalization
+from fastkd.data.resident import ResidentLoader
+from fastkd.data.sources import open_source, open_split
+from fastkd.data.torch_loader import TorchLoader
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "DataPair",
+    "FolderIndex",
+    "ImageSet",
+    "Loader",
+    "ResidentLoader",
+    "TorchLoader",
+    "normalization",
+    "open_data",
+    "open_source",
+    "open_split",
+]

@@ -1,0 +1,61 @@
+"""The batch that every loader yields and the loader protocol that the trainer relies on.
+
+First station of the flow: sources -> loader -> Batch -> augment -> teacher / student.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+__all__ = ["Batch", "Loader"]
+
+
+class Batch(NamedTuple):
+    """One rank's part of one global batch, on the training device.
+
+    images_NCHW  floating, normalised, channels-last in memory unless the loader was told otherwise
+    labels_N     int64 class ids
+    index_N      int64 stable sample ids: the position in the source's canonical order, the same in
+                 every epoch and on every rank (memory banks and teacher caches are keyed by it)
+    """
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+    index_N: Tensor
+
+
+class Loader(Protocol):
+    """What trainer and evaluation ask of a data backend.
+
+    The global batch `s` of an epoch is a function of (seed, epoch, s) only. Rank r of R yields the
+    r-th of R contiguous parts of it, their sizes differing by at most one.
+    """
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the split, over all ranks."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes in the class list of the data set."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch; in evaluation a rank may yield one batch less."""
+        ...
+
+    @property
+    def labels_N(self) -> Tensor:
+        """The int64 label of every sample id, on the CPU."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
+        ...
+
+    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        """Images [N, C, H, W] of any sample ids, exactly as this epoch shows them."""
+        ...

@@ -1,0 +1,31 @@
+"""Mean and standard deviation of each data set, per RGB channel, in units of 0..1.
+
+cifar10, cifar100: the constants of the Moonshine code (spec, section 1.8), which most published
+CIFAR results use; those std values are means of per-image deviations, smaller than the true ones.
+folder: ImageNet's, what pretrained models expect. digits: measured on its 300 training images.
+"""
+
+from fastkd.errors import UserError
+
+__all__ = ["DATASETS", "Channels", "normalization"]
+
+Channels = tuple[float, float, float]
+
+DATASETS: dict[str, tuple[Channels, Channels]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
+    "digits": ((0.3063, 0.3063, 0.3063), (0.3191, 0.3191, 0.3191)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+
+
+def normalization(name: str) -> tuple[Channels, Channels]:
+    """(mean, std) of a data set by name.
+
+    Raises:
+        UserError: no such data set; the message lists them.
+    """
+    if name not in DATASETS:
+        raise UserError(f"data.name={name!r} is not a data set; choose {', '.join(DATASETS)}")
+    return DATASETS[name]

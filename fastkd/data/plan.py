@@ -1,0 +1,105 @@
+"""Which samples make up each global batch, and which part of it belongs to a rank.
+
+Shared by all loaders, so that the composition of a batch depends on (seed, epoch, step) only:
+    order         = permutation from (seed, epoch), or 0, 1, 2, ... without shuffling
+    global batch  = order[step * batch_size : (step + 1) * batch_size]
+    rank's part   = the rank-th of world_size contiguous parts, sized as by numpy.array_split
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastkd.data.draws import epoch_order
+from fastkd.errors import UserError
+
+__all__ = ["BatchPlan"]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The steps of an epoch over one split.
+
+    batch_size  global, over all ranks
+    train       False: evaluation, which takes every sample exactly once, in canonical order, with
+                no batch dropped; a rank whose part of a batch is empty has nothing to do there
+    shuffle, drop_last  in training only. Without drop_last the last, smaller batch is kept, unless
+                it has fewer samples than there are ranks
+
+    Raises:
+        UserError: training would have no step, or a rank no sample; the message has both numbers.
+    """
+
+    name: str
+    num_samples: int
+    batch_size: int
+    seed: int
+    train: bool
+    shuffle: bool = True
+    drop_last: bool = True
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}, expected at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size}, expected 0 <= rank < ranks")
+        if not self.train:
+            return
+        if self.world_size > self.num_samples:
+            raise UserError(
+                f"{self.world_size} processes, but {self.name} has {self.num_samples} images; "
+                "start at most one process per image"
+            )
+        if self.world_size > self.batch_size:
+            raise UserError(
+                f"batch_size={self.batch_size} is for all {self.world_size} processes together; "
+                "set at least one image per process"
+            )
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"batch_size={self.batch_size}, but {self.name} has {self.num_samples} images: "
+                "not one full batch; set a smaller batch_size or drop_last=false"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        full, rest = divmod(self.num_samples, self.batch_size)
+        if rest == 0:
+            return full
+        if self.train and (self.drop_last or rest < self.world_size):
+            return full
+        return full + 1
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Sample ids in the order of this epoch, int64 [N]."""
+        if self.train and self.shuffle:
+            return epoch_order(self.seed, epoch, self.num_samples).copy()
+        return np.arange(self.num_samples)
+
+    def global_index(self, epoch: int, step: int) -> np.ndarray:
+        """Sample ids of a whole global batch, all ranks together, int64."""
+        start = step * self.batch_size
+        if self.train and self.shuffle:
+            order_N = epoch_order(self.seed, epoch, self.num_samples)
+            return order_N[start : start + self.batch_size].copy()
+        return np.arange(start, min(start + self.batch_size, self.num_samples))
+
+    def part(self, step: int) -> slice:
+        """Where in `order` this rank's part of global batch `step` lies; possibly empty."""
+        start = step * self.batch_size
+        size = min(self.batch_size, self.num_samples - start)
+        each, larger = divmod(size, self.world_size)
+        first = start + self.rank * each + min(self.rank, larger)
+        return slice(first, first + each + (self.rank < larger))
+
+    def parts(self, start_step: int) -> list[slice]:
+        """The non-empty parts of steps start_step, start_step + 1, ... of an epoch."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(
+                f"start_step is {start_step}, an epoch of {self.name} has {self.steps_per_epoch}"
+            )
+        parts = [self.part(step) for step in range(start_step, self.steps_per_epoch)]
+        return [part for part in parts if part.start < part.stop]

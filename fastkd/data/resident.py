@@ -1,0 +1,106 @@
+"""Small data sets resident on the device as uint8, augmented there in whole batches.
+
+An epoch costs the host a few tables (order, corners, flips), sent to the device once; a batch is
+then gathered, cropped, flipped and normalised where it lies, without a host synchronisation.
+Memory on the device: N * (H + 2 * padding) * (W + 2 * padding) * 3 bytes; an unpadded set on the
+CPU stays in the memory-mapped cache file, whose pages all ranks of a host share.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd.augment.geometry import Geometry, Normalizer, gather_crops, pad_images
+from fastkd.data.batch import Batch
+from fastkd.data.image_set import ImageSet
+from fastkd.data.normalization import Channels
+from fastkd.data.plan import BatchPlan
+from fastkd.data.planned import PlannedLoader
+from fastkd.data.tables import GeometryTables, to_device
+from fastkd.errors import UserError
+
+__all__ = ["ResidentLoader"]
+
+
+class ResidentLoader(PlannedLoader):
+    """Batches of a decoded split, see `fastkd.data.batch.Loader` for the protocol.
+
+    batch_size     global, over all ranks
+    seed           with the epoch's number it decides order, corners and flips
+    train          False: every sample once, unshuffled, unaugmented, nothing dropped; the ranks'
+                   counts differ, and a rank may yield one batch less than another
+    geometry       shift and flip in training; None for none
+    mean, std      per channel, in units of 0..1
+    device, dtype  of the images that come out; channels_last is their memory layout
+    shuffle, drop_last   in training only
+
+    Raises:
+        UserError: an empty epoch, more ranks than samples, or padding that the images are too
+            small for.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        geometry: Geometry | None = None,
+        mean: Channels,
+        std: Channels,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+    ) -> None:
+        device = torch.device(device)
+        plan = BatchPlan(
+            images.name,
+            len(images),
+            batch_size,
+            seed,
+            train,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(plan, images.labels_N, len(images.classes), device)
+        geometry = geometry if train and geometry is not None else Geometry()
+        self._tables = GeometryTables(geometry, seed, len(images), device)
+        self._crop_size = images.images_NHWC.shape[1:3]
+        resident = torch.from_numpy(images.images_NHWC).to(device)
+        try:
+            self._padded_NPPC = pad_images(resident, geometry)
+        except ValueError as error:
+            raise UserError(f"{images.name}: {error}") from error
+        self._normalize = Normalizer(
+            mean,
+            std,
+            width=self._crop_size[1],
+            device=device,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+
+    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
+        index_N = index_N.to(self._device, non_blocking=True)
+        top_N, left_N, flip_N = self._tables.of(epoch, index_N)
+        crops_NHWC = gather_crops(
+            self._padded_NPPC, index_N, top_N, left_N, flip_N, self._crop_size
+        )
+        return self._normalize(crops_NHWC)
+
+    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
+        order_N = to_device(self._plan.order(epoch), self._device)
+        for part in parts:
+            index_N = order_N[part]
+            yield Batch(
+                self.fetch(index_N, epoch), self._device_labels_N.index_select(0, index_N), index_N
+            )

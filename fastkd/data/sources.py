@@ -1,0 +1,163 @@
+"""Data sets by name: find them under a root folder, read them, say plainly what is missing.
+
+`open_source` gives images in memory or the listing of a folder, `open_split` always the former.
+"""
+
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+
+from fastkd.data.cache import decoded_images
+from fastkd.data.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
+from fastkd.data.digits import IMAGE_SIZE as DIGITS_SIZE
+from fastkd.data.digits import load_digits
+from fastkd.data.folder import FolderIndex, find_split_folders, scan_folder
+from fastkd.data.image_set import ImageSet, check_limit, stratified_positions
+from fastkd.data.normalization import normalization
+from fastkd.data.progress import Progress
+from fastkd.data.synthetic import make_synthetic
+from fastkd.errors import UserError
+
+__all__ = ["decode_source", "open_source", "open_split"]
+
+_CIFAR_SIZE = 32
+
+
+def open_split(
+    name: str,
+    root: str | PathLike[str] | None = None,
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    download: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+) -> ImageSet:
+    """One split of a data set, decoded: uint8 images of one square size.
+
+    name        digits, cifar10, cifar100, folder or synthetic
+    root        where cifar10, cifar100 and folder lie; the others need none
+    split       "train" or "val" (a folder called test/ serves as val)
+    image_size  pixels; folders: short side resized to it, centre cropped. None: as stored
+                (digits 16, CIFAR 32, synthetic 32, folders: all images must agree)
+    download    fetch a CIFAR set that is not below root; nothing is downloaded otherwise
+    limit       a stratified subset of this many images, same everywhere; ids count within it
+    progress    called with (done, total) while a folder is decoded; None: a bar on stderr
+    cache_dir   where decoded folders are kept; None: $FASTKD_CACHE or the user's cache folder
+
+    Raises:
+        UserError: unknown name, data not found (says where was looked and for what), damaged or
+            inconsistent files (named).
+    """
+    source = open_source(name, root, split, image_size=image_size, download=download, limit=limit)
+    return decode_source(source, image_size, cache_dir, progress)
+
+
+def decode_source(
+    source: ImageSet | FolderIndex,
+    image_size: int | None,
+    cache_dir: str | PathLike[str] | None,
+    progress: Progress | None,
+) -> ImageSet:
+    """What `open_source` found, in memory; a folder comes from the cache, see `cache`."""
+    if isinstance(source, ImageSet):
+        return source
+    is_cifar = source.name.split("/")[0] in LAYOUTS
+    size = _CIFAR_SIZE if is_cifar else image_size
+    images = decoded_images(source, size, cache_dir, progress)
+    return ImageSet(source.name, images, source.labels_N, source.classes)
+
+
+def open_source(
+    name: str,
+    root: str | PathLike[str] | None = None,
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    download: bool = False,
+    limit: int | None = None,
+) -> ImageSet | FolderIndex:
+    """As `open_split`, but a folder of images comes as its listing, not decoded."""
+    normalization(name)  # an unknown name ends here
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
+    source = _find(name, root, split, image_size, download)
+    if limit is None:
+        return source
+    check_limit(source.name, limit, len(source))
+    if limit == len(source):
+        return source
+    return source.take(stratified_positions(np.asarray(source.labels_N), limit))
+
+
+def _find(
+    name: str,
+    root: str | PathLike[str] | None,
+    split: str,
+    image_size: int | None,
+    download: bool,
+) -> ImageSet | FolderIndex:
+    if name == "digits":
+        _check_fixed_size(name, DIGITS_SIZE, image_size)
+        return load_digits(split)
+    if name == "synthetic":
+        return make_synthetic(split, image_size or 32)
+    if root is None or not fspath(root):
+        raise UserError(f"data.name={name} needs data.root, the folder that holds it")
+    folder = Path(root).expanduser()
+    if name == "folder":
+        return _find_folder(folder, split)
+    _check_fixed_size(name, _CIFAR_SIZE, image_size)
+    return _find_cifar(name, folder, split, download)
+
+
+def _find_folder(root: Path, split: str) -> FolderIndex:
+    if not root.is_dir():
+        raise UserError(
+            f"data.root={root} is not a folder; expected train/ and val/ or test/ in it"
+        )
+    folders = find_split_folders(root)
+    if folders is None:
+        raise UserError(
+            f"data.root={root} lacks train/ or val/ (test/ will do): expected "
+            "train/CLASS/IMAGE and val/CLASS/IMAGE below it"
+        )
+    return scan_folder("folder", folders, split)
+
+
+def _find_cifar(name: str, root: Path, split: str, download: bool) -> ImageSet | FolderIndex:
+    places = [root, root / name]
+    archive = find_archive(name, places)
+    if archive is None:
+        for place in places:
+            folders = find_split_folders(place)
+            if folders is not None:
+                index = scan_folder(name, folders, split)
+                expected = LAYOUTS[name].classes
+                if len(index.classes) != expected:
+                    raise UserError(
+                        f"{place} holds {len(index.classes)} classes, {name} has {expected}; "
+                        "use data.name=folder for another data set"
+                    )
+                return index
+        if download:
+            download_cifar(name, root)
+            archive = find_archive(name, places)
+    if archive is None:
+        layout = LAYOUTS[name]
+        raise UserError(
+            f"{name} was not found: looked in {root} and {root / name} for {layout.python_dir}/, "
+            f"{layout.binary_dir}/ and train/ with val/ or test/ (images by class); "
+            "set data.root, or data.download=true to fetch it"
+        )
+    return load_cifar(name, *archive, split)
+
+
+def _check_fixed_size(name: str, size: int, image_size: int | None) -> None:
+    if image_size not in (None, size):
+        raise UserError(
+            f"data.image_size={image_size}, but {name} comes as {size}x{size}; "
+            f"leave it out or set {size}"
+        )

@@ -1,0 +1,54 @@
+"""The draws of an epoch on the device: one transfer per epoch, none per batch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.augment.geometry import Geometry
+from fastkd.data.draws import MIRROR, SHIFT_LEFT, SHIFT_TOP, integer_table
+
+__all__ = ["GeometryTables", "to_device"]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A numpy array on the device, by a copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class GeometryTables:
+    """Corner and flip of every sample id, for whichever epoch is asked for; keeps the last one."""
+
+    def __init__(
+        self, geometry: Geometry, seed: int, num_samples: int, device: torch.device
+    ) -> None:
+        self._geometry = geometry
+        self._seed = seed
+        self._num_samples = num_samples
+        self._device = device
+        self._epoch: int | None = None
+        self._tables: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+
+    def of(self, epoch: int, index_B: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(top, left, flip) of some samples: int64, int64, bool; None where nothing varies."""
+        if epoch != self._epoch:
+            self._tables = self._draw(epoch)
+            self._epoch = epoch
+        top, left, flip = (
+            None if table is None else table.index_select(0, index_B) for table in self._tables
+        )
+        return top, left, flip
+
+    def _draw(self, epoch: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        def table(stream: int, high: int) -> Tensor:
+            draws_N = integer_table(self._seed, epoch, stream, self._num_samples, high)
+            return to_device(draws_N, self._device)
+
+        padding = self._geometry.padding
+        return (
+            table(SHIFT_TOP, 2 * padding + 1) if padding else None,
+            table(SHIFT_LEFT, 2 * padding + 1) if padding else None,
+            table(MIRROR, 2).bool() if self._geometry.flip else None,
+        )

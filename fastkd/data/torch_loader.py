@@ -1,0 +1,209 @@
+"""Large folders: images decoded by torch DataLoader workers, batch by batch, every epoch.
+
+A worker gets (epoch, sample ids) and returns the uint8 pixels; normalisation, and the padded crop
+where a recipe has one, run on the device as in `resident`. What a sample looks like is a function
+of (seed, epoch, sample id), so it depends on neither the number of workers nor of ranks, and
+starting in mid-epoch decodes nothing earlier.
+"""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastkd.augment.geometry import Geometry, Normalizer, gather_crops, pad_images
+from fastkd.data.batch import Batch
+from fastkd.data.decode import random_resized_crop, resize_center_crop
+from fastkd.data.image_set import ImageSource
+from fastkd.data.normalization import Channels
+from fastkd.data.plan import BatchPlan
+from fastkd.data.planned import PlannedLoader
+from fastkd.data.tables import GeometryTables
+from fastkd.errors import UserError
+
+__all__ = ["Crop", "TorchLoader"]
+
+Crop = Literal["pad", "resized", "none"]
+# ImageNet's customary evaluation: short side 256 for a 224 crop.
+_EVAL_RESIZE = 256 / 224
+
+_Key = tuple[int, np.ndarray]
+_Pixels = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _View:
+    """How one picture becomes size x size pixels on the host."""
+
+    size: int
+    crop: Crop
+    train: bool
+    flip: bool
+    seed: int
+
+    def pixels(self, source: ImageSource, sample: int, epoch: int) -> np.ndarray:
+        image = source.image(sample)
+        if self.crop != "resized":
+            image = resize_center_crop(image, self.size, self.size)
+        elif self.train:
+            image = random_resized_crop(image, self.size, self.seed, epoch, sample, self.flip)
+        else:
+            image = resize_center_crop(image, round(self.size * _EVAL_RESIZE), self.size)
+        return np.asarray(image)
+
+
+class _Pictures(Dataset[_Pixels | str]):
+    """Whole batches by (epoch, sample ids)."""
+
+    def __init__(self, source: ImageSource, view: _View) -> None:
+        self._source = source
+        self._view = view
+
+    def __getitem__(self, key: _Key) -> _Pixels | str:
+        epoch, index_B = key
+        try:
+            pictures = [self._view.pixels(self._source, int(n), epoch) for n in index_B]
+        except UserError as error:
+            # Returned, not raised: the DataLoader would wrap the sentence in a worker's traceback.
+            return str(error)
+        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(index_B)
+
+
+class _Keys(Sampler[_Key]):
+    """The keys of the epoch that is about to start; iterated in the main process."""
+
+    def __init__(self) -> None:
+        self.keys: list[_Key] = []
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self.keys)
+
+
+def _start_worker(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group and a forked worker inherits the trainer's handlers:
+    # the trainer alone decides how to end, and torch must be able to terminate its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class TorchLoader(PlannedLoader):
+    """Batches of a split that is too large to keep decoded; protocol `fastkd.data.batch.Loader`.
+
+    source        labels and pictures by sample id: a FolderIndex or an ImageSet
+    image_size    pixels, of the square that comes out
+    crop          "resized": random area and aspect in training (see `decode.random_resized_crop`),
+                  short side to round(image_size * 256 / 224) and central crop in evaluation;
+                  "pad" and "none": short side to image_size and central crop, then `geometry`,
+                  the same bytes as ResidentLoader gives
+    geometry      shift and flip in training; of it "resized" uses flip only
+    workers       processes that decode; 0: in this process
+    The rest is as in ResidentLoader. One epoch can be iterated at a time.
+
+    Raises:
+        UserError: as ResidentLoader; while iterating: an image that cannot be decoded, named.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        image_size: int,
+        crop: Crop,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        geometry: Geometry | None = None,
+        mean: Channels,
+        std: Channels,
+        device: torch.device | str,
+        workers: int = 0,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+    ) -> None:
+        device = torch.device(device)
+        plan = BatchPlan(
+            source.name,
+            len(source.labels_N),
+            batch_size,
+            seed,
+            train,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(plan, source.labels_N, len(source.classes), device)
+        geometry = geometry if train and geometry is not None else Geometry()
+        if geometry.mode == "reflect" and geometry.padding >= image_size:
+            raise UserError(
+                f"{source.name}: reflect padding of {geometry.padding} pixels needs images larger "
+                f"than that, got {image_size}; use less padding or zero padding"
+            )
+        self._size = image_size
+        self._source = source
+        self._view = _View(image_size, crop, train, geometry.flip, seed)
+        self._geometry = Geometry() if crop == "resized" else geometry
+        self._tables = GeometryTables(self._geometry, seed, plan.num_samples, device)
+        self._normalize = Normalizer(
+            mean,
+            std,
+            width=image_size,
+            device=device,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+        self._keys = _Keys()
+        self._threads: ThreadPoolExecutor | None = None
+        self._loader: DataLoader[_Pixels | str] = DataLoader(
+            _Pictures(source, self._view),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_start_worker,
+        )
+
+    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches.
+
+        Decodes in threads of this process; the workers stay with their batches.
+        """
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor()
+        pictures = self._threads.map(
+            lambda sample: self._view.pixels(self._source, sample, epoch), index_N.tolist()
+        )
+        pixels_NHWC = torch.from_numpy(np.stack(list(pictures))).to(self._device)
+        return self._augment(pixels_NHWC, index_N.to(self._device), epoch)
+
+    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
+        order_N = self._plan.order(epoch)
+        self._keys.keys = [(epoch, order_N[part]) for part in parts]
+        for pixels in self._loader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            images_NHWC, index_N = (part.to(self._device, non_blocking=True) for part in pixels)
+            images_NCHW = self._augment(images_NHWC, index_N, epoch)
+            yield Batch(images_NCHW, self._device_labels_N.index_select(0, index_N), index_N)
+
+    def _augment(self, pixels_NHWC: Tensor, index_N: Tensor, epoch: int) -> Tensor:
+        """Padded crop and flip (where the recipe has them) and normalisation, on the device."""
+        if self._geometry != Geometry():
+            top_N, left_N, flip_N = self._tables.of(epoch, index_N)
+            padded_NPPC = pad_images(pixels_NHWC, self._geometry)
+            position_N = torch.arange(len(padded_NPPC), device=self._device)
+            pixels_NHWC = gather_crops(
+                padded_NPPC, position_N, top_N, left_N, flip_N, (self._size, self._size)
+            )
+        return self._normalize(pixels_NHWC)

@@ -1,0 +1,221 @@
+"""The ranks of a run: who they are, how they talk, and how a step is wrapped for them.
+
+Flow: `cli` opens the world around everything else (`with open_world(device) as world`); trainer,
+guard and evaluation use the small collectives; `wrap_ddp` wraps the (compiled) step. Ranks come
+from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), or from the process group that the
+caller has already; with a single process there is none and every function here is the identity.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.errors import RunFailed, UserError
+
+__all__ = [
+    "World",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_object",
+    "close_world",
+    "init_world",
+    "is_main",
+    "open_world",
+    "same_on_all_ranks",
+    "sync_buffers",
+    "wrap_ddp",
+]
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class World:
+    """What one process knows of the run it is part of."""
+
+    rank: int
+    """0 to size - 1; rank 0 writes files and talks to the user."""
+    local_rank: int
+    """Rank among the processes of this host; also the number of its GPU."""
+    size: int
+    """Number of processes on all hosts."""
+    device: torch.device
+    backend: Literal["nccl", "gloo"] | None
+    """None: a single process, no process group."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> World:
+    """Find this process's place and device, and join the other processes if there are any.
+
+    `timeout_s` bounds the wait for the others, here and in every later collective.
+
+    Raises:
+        UserError: no such device, or more processes on this host than GPUs.
+        RunFailed: the other processes did not come.
+    """
+    if device not in get_args(DeviceChoice):
+        raise UserError(f"device={device} is unknown; choose one of auto, cpu, cuda")
+    joined = dist.is_initialized()
+    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise UserError(
+            "device=cuda was asked for, but torch sees no CUDA device; `fastkd doctor` says more"
+        )
+    if device == "cpu" or not has_cuda:
+        chosen = torch.device("cpu")
+    else:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this host has no GPU: torchrun started more processes "
+                f"than the {torch.cuda.device_count()} GPUs that torch sees; lower "
+                "--nproc-per-node or use device=cpu"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        return World(rank=0, local_rank=local_rank, size=1, device=chosen, backend=None)
+    backend: Literal["nccl", "gloo"] = "nccl" if chosen.type == "cuda" else "gloo"
+    if joined:
+        return World(rank, local_rank, size, chosen, backend)
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if backend == "nccl" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunFailed(
+            f"process {rank} of {size} could not join the others within {timeout_s:.0f} s: {error}"
+        ) from error
+    return World(rank, local_rank, size, chosen, backend)
+
+
+def close_world(*, failed: bool = False) -> None:
+    """Leave the process group, if there is one; twice is allowed.
+
+    `failed` says that this process leaves in the middle of the run. Over gloo the closing
+    connection wakes the others with an error. NCCL would first wait for collectives that will
+    never come, so it is left to the end of the process, at which torchrun stops the others.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
+
+
+@contextmanager
+def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> Iterator[World]:
+    """`init_world` and `close_world` around a block; an exception in it frees the other ranks.
+
+    A process group that the caller has made is used and stays open.
+    """
+    owned = not dist.is_initialized()
+    world = init_world(device, timeout_s=timeout_s)
+    failed = True
+    try:
+        yield world
+        failed = False
+    finally:
+        if owned:
+            close_world(failed=failed)
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0 (also true without a process group)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank; it must be picklable. Others may pass anything."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over the ranks in place and return it; it lies on the world's device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sync_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers, as DDP does before a forward pass; call it on all ranks."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wrap_ddp(
+    step: nn.Module,
+    world: World,
+    *,
+    ignore_buffers: Sequence[str] = (),
+    static_graph: bool = False,
+) -> nn.Module:
+    """`step`, raw or from `torch.compile`, in DDP; as it is when there is nothing to synchronise.
+
+    Rank 0's buffers (batch norm statistics) go to the others before each forward pass, except
+    `ignore_buffers`, named as in the raw step: frozen teachers and per-rank banks. The gradients
+    of the wrapped step are views into DDP's buckets, which saves one copy of them.
+
+    Raises:
+        ValueError: a name in `ignore_buffers` is not a buffer of the step.
+    """
+    if world.size == 1 or not any(parameter.requires_grad for parameter in step.parameters()):
+        return step
+    raw = getattr(step, "_orig_mod", step)
+    buffers = dict(raw.named_buffers(remove_duplicate=False))
+    if unknown := sorted(set(ignore_buffers) - set(buffers)):
+        raise ValueError(f"these are no buffers of the step: {', '.join(unknown)}")
+    ignored = {id(buffers[name]) for name in ignore_buffers}
+    # torch.compile prefixes all names with _orig_mod, and DDP wants them as the wrapped step
+    # has them.
+    names = [
+        name for name, buffer in step.named_buffers(remove_duplicate=False) if id(buffer) in ignored
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)
+    return DistributedDataParallel(
+        step,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        broadcast_buffers=True,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
+    )
+
+
+def same_on_all_ranks(module: nn.Module) -> bool:
+    """Whether all parameters and buffers are bitwise those of rank 0; for tests and debugging."""
+    if not dist.is_initialized():
+        return True
+    num_different = torch.zeros((), device=next(module.parameters()).device)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        mine = tensor.detach().contiguous().flatten().view(torch.uint8)
+        of_rank_0 = mine.clone()
+        dist.broadcast(of_rank_0, src=0)
+        num_different += (mine != of_rank_0).any()
+    return all_reduce_sum(num_different).item() == 0

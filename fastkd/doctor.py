@@ -1,0 +1,220 @@
+"""`fastkd doctor`: what this machine and this installation offer, what it is for, what is missing.
+
+Flow: `cli` prints it, and `report.run_folder.environment` keeps the same facts with every run.
+Parts are asked by trying them. A broken package must not break the report, so every probe catches
+whatever an import may raise and reports it in place.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastkd.optim import apex_missing
+
+__all__ = ["Part", "cpu_facts", "gpu_facts", "kernel_facts", "run_doctor", "version_of"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One optional piece of software."""
+
+    name: str
+    found: str
+    """Version or state in words, empty where there is none."""
+    usable: bool
+    """Whether fastkd would use it on this machine."""
+    used_for: str
+    advice: str
+    """What to do to get it, or why it is not used; empty where nothing is to be done."""
+
+
+def run_doctor(json: bool = False) -> str | dict[str, Any]:
+    """The report as text, or with `json` as plain values."""
+    import torch
+
+    import fastkd
+
+    found: dict[str, Any] = {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version_of("torchvision"),
+        "timm": version_of("timm"),
+        "system": platform.platform(),
+        "cpu": cpu_facts(),
+        "gpus": gpu_facts(),
+        "kernels": kernel_facts(),
+        "parts": [asdict(part) for part in _parts()],
+    }
+    return found if json else _as_text(found)
+
+
+def version_of(name: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_facts() -> dict[str, Any]:
+    """Name, cores, torch's threads, vector instructions, and whether bf16 is computed natively."""
+    import torch
+
+    from fastkd.precision import computes_in_bf16
+
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "name": capabilities.get("cpu_name") or platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16": computes_in_bf16(torch.device("cpu")),
+    }
+
+
+def gpu_facts() -> list[dict[str, Any]]:
+    """Name, compute capability and memory of every CUDA device that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+        }
+        for gpu in properties
+    ]
+
+
+def kernel_facts() -> dict[str, Any]:
+    """`fastkd.kernels.status()`, or the reason why it cannot be had."""
+    try:
+        return dict(importlib.import_module("fastkd.kernels").status())
+    except (Exception, SystemExit) as error:
+        return {"error": _in_words(error)}
+
+
+def _parts() -> list[Part]:
+    return [_compiled_core(), _triton(), _dali(), _apex()]
+
+
+def _compiled_core() -> Part:
+    used_for = "fused losses and selection on a CPU"
+    status = kernel_facts()
+    if "error" in status:
+        return Part("C++ core", "", False, used_for, status["error"])
+    for op in status.values():
+        if op["cpu"].startswith("c++"):
+            return Part("C++ core", op["cpu"].removeprefix("c++ "), True, used_for, "")
+    reasons = dict.fromkeys(op["reason"] for op in status.values() if op["reason"])
+    eager = "until then plain torch runs: same numbers, slower"
+    return Part("C++ core", "", False, used_for, "; ".join([*reasons, eager]))
+
+
+def _triton() -> Part:
+    import torch
+
+    used_for = "the same operations on a GPU, and torch.compile there"
+    version, problem = _probe("triton", lambda module: module.__version__)
+    if problem:
+        return Part("Triton", "", False, used_for, f"{problem}; torch's CUDA builds bring it along")
+    if not torch.cuda.is_available():
+        return Part("Triton", version, False, used_for, "idle: torch sees no CUDA device")
+    return Part("Triton", version, True, used_for, "")
+
+
+def _dali() -> Part:
+    used_for = "large image folders (data.backend=dali)"
+    version, problem = _probe("nvidia.dali", lambda module: module.__version__)
+    if problem:
+        advice = f'{problem}; pip install "fastkd[dali]" (CUDA 13) or "fastkd[dali-cuda12]"'
+        return Part("DALI", "", False, used_for, f"{advice}; torch workers do the job meanwhile")
+    return Part("DALI", version, True, used_for, "")
+
+
+def _apex() -> Part:
+    used_for = "other fused optimizers, by request (optim.impl=apex)"
+    missing = apex_missing()
+    if missing is None:
+        return Part("apex", "usable", True, used_for, "")
+    return Part(
+        "apex",
+        "",
+        False,
+        used_for,
+        f"{missing}; nothing is lost without it. It is built from github.com/NVIDIA/apex; the apex "
+        "on PyPI is another project",
+    )
+
+
+def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
+    """Version and no problem, or no version and the problem."""
+    try:
+        return str(version(importlib.import_module(name))), ""
+    except ModuleNotFoundError as error:
+        # A package that is there but lacks one of its own parts is broken, not missing.
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            return "", "not installed"
+        return "", f"broken: {_in_words(error)}"
+    except (Exception, SystemExit) as error:
+        return "", f"broken: {_in_words(error)}"
+
+
+def _in_words(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _as_text(found: Mapping[str, Any]) -> str:
+    cpu, gpus = found["cpu"], found["gpus"]
+    lines = [
+        f"fastkd {found['fastkd']}, Python {found['python']}, torch {found['torch']}, "
+        f"torchvision {found['torchvision']}, timm {found['timm']}",
+        found["system"],
+        "",
+        "Devices",
+        f"  CPU   {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} torch threads, "
+        f"{cpu['instructions']}",
+    ]
+    if cpu["bf16"]:
+        lines.append("        computes in bf16, and precision=auto uses it")
+    else:
+        lines.append(
+            "        has no bf16 instructions: precision=auto means fp32, bf16 would be slower"
+        )
+    for number, gpu in enumerate(gpus):
+        lines.append(
+            f"  GPU {number} {gpu['name']}, {gpu['memory_gib']} GiB, sm_"
+            f"{gpu['capability'].replace('.', '')}"
+        )
+    if not gpus:
+        lines.append("  GPU   none that torch can use: training runs on the CPU")
+    lines += ["", "Parts"]
+    for part in found["parts"]:
+        state = "ok" if part["usable"] else ("found" if part["found"] else "missing")
+        title = f"{part['name']} {part['found']}"
+        lines.append(f"  [{state:^7}] {title:<16} {part['used_for']}")
+        if part["advice"]:
+            lines += [f"{'':12}{line}" for line in _wrapped(part["advice"], 80 - 12)]
+    lines += ["", "Operations and what runs them"]
+    for name, backends in found["kernels"].items():
+        if isinstance(backends, Mapping):
+            # Why a slower one runs has been said above, once for all operations.
+            runs = {device: backends[device].partition(" (C++")[0] for device in ("cpu", "cuda")}
+            backends = ", ".join(f"{device}: {what}" for device, what in runs.items())
+        lines.append(f"  {name:<22} {backends}")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

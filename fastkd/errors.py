@@ -1,0 +1,32 @@
+"""The three ways a fastkd program ends early, and the exit code of each.
+
+Every other module raises these; `fastkd.cli` turns them into one line on stderr and an exit code.
+"""
+
+__all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]
+
+
+class FastKDError(Exception):
+    """Base of all errors whose message is meant for the user as it stands."""
+
+    exit_code = 1
+
+
+class UserError(FastKDError):
+    """The request cannot be carried out: wrong key, missing folder, teacher of another class count."""
+
+    exit_code = 2
+
+
+class RunFailed(FastKDError):
+    """The request was fine, the run was not: non-finite losses, a full disk, a lost rank."""
+
+    exit_code = 1
+
+
+class Interrupted(FastKDError):
+    """Ctrl-C (130) or SIGTERM (143), after the state was saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

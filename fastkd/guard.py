@@ -1,0 +1,220 @@
+"""Decides, on the device and alike on all ranks, whether a step may count, and undoes it if not.
+
+Flow: trainer, per optimizer step
+
+    guard.before_step()                     # copy the buffers (batch norm statistics)
+    ... forward and backward of all micro-batches ...
+    ok = guard.judge(losses, gradients, clip_norm)
+    guard.apply(ok)                         # optimizer step, or everything as it was
+    ema.update(ok)
+    ... where metrics are fetched anyway: guard.check()
+
+A step is good when the loss is finite on every rank and so is the norm of the gradients, which DDP
+has already summed. A bad step leaves parameters, buffers and optimizer state bitwise unchanged.
+With a skip-aware optimizer on a GPU nothing here waits for the device, except `counts`, `check`
+and `state_dict`. With fp16 call `scaler.unscale_(optimizer)` before `judge` and `scaler.update()`
+after `apply`, in place of `scaler.step`.
+"""
+
+# torch documents its multi-tensor functions without exporting them to type checkers.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from fastkd.errors import RunFailed
+from fastkd.optim import skip_aware
+
+__all__ = ["Guard", "keep_where_", "live_buffers"]
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Guard:
+    """Watches one module and its optimizer.
+
+    `module` is the one whose buffers a bad step must not change, except `ignore_buffers`, named
+    as in `named_buffers` (memory banks, which only `LossTerm.commit` writes, would be copied for
+    nothing). A buffer that is replaced during a step rather than written to is covered as long as
+    it keeps its shape and type. `max_skips` is the number of consecutive bad steps that a run may
+    have. With `world_size` above 1 the default process group must exist, and all ranks must call
+    `judge` equally often.
+
+    Raises:
+        ValueError: a name in `ignore_buffers` is not a buffer of the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        max_skips: int,
+        world_size: int = 1,
+        ignore_buffers: Sequence[str] = (),
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.max_skips = max_skips
+        self.world_size = world_size
+        device = optimizer.param_groups[0]["params"][0].device
+        self.grad_norm = torch.zeros((), device=device)
+        """Norm of all gradients before clipping, 0-dim fp32 on the device, of the last `judge`."""
+        # Consecutive bad steps, all bad steps, longest series of bad steps.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._host_branches = device.type == "cpu"
+        self._skip_aware = skip_aware(optimizer)
+        self._buffers = live_buffers(module, ignore=ignore_buffers)
+        self._saved: list[Tensor] = []
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Remember the module's buffers as they are now."""
+        buffers = self._buffers()
+        if not self._saved:
+            self._saved = [torch.empty_like(buffer) for buffer in buffers]
+        for current, saved in _by_dtype(buffers, self._saved):
+            torch._foreach_copy_(saved, current)
+
+    @torch.no_grad()
+    def judge(
+        self, losses: Tensor, grads: Iterable[Tensor], clip_norm: float | None = None
+    ) -> Tensor:
+        """Whether this step is good: a 0-dim bool on the device, equal on all ranks.
+
+        `losses` is the rank's own loss, 0-dim, summed over micro-batches; `grads` are the
+        gradients after their reduction over the ranks. With `clip_norm` they are scaled in place
+        so that their global norm is at most that. A norm that overflows fp32 counts as bad.
+        """
+        gradients = list(grads)
+        self.grad_norm = get_total_norm(gradients).to(losses.device)
+        ok = torch.isfinite(losses.detach()) & torch.isfinite(self.grad_norm)
+        if self.world_size > 1:
+            num_bad = (~ok).float()
+            dist.all_reduce(num_bad)
+            ok = num_bad == 0
+        if clip_norm is not None and gradients:
+            # As torch.nn.utils.clip_grad_norm_, which would compute the norm a second time.
+            scale = torch.clamp(clip_norm / (self.grad_norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        return ok
+
+    @torch.no_grad()
+    def apply(self, ok: Tensor) -> None:
+        """Step the optimizer where `ok`, restore the buffers where not, and count."""
+        buffers = self._buffers()
+        if self._host_branches:
+            if ok:
+                self.optimizer.step()
+            else:
+                for current, saved in _by_dtype(buffers, self._saved):
+                    torch._foreach_copy_(current, saved)
+        else:
+            self._step_on_device(ok)
+            keep_where_(ok, buffers, self._saved)
+        bad = (~ok).long()
+        consecutive, total, longest = self._counts.unbind()
+        consecutive.add_(bad).mul_(bad)
+        total.add_(bad)
+        torch.maximum(longest, consecutive, out=longest)
+
+    def counts(self) -> tuple[int, int]:
+        """Bad steps in a row up to now, and all bad steps. Waits for the device."""
+        consecutive, total, _ = self._counts.tolist()
+        return consecutive, total
+
+    def check(self) -> tuple[int, int]:
+        """`counts`, for the place where metrics are fetched and before a checkpoint is written.
+
+        Raises:
+            RunFailed: more than `max_skips` consecutive steps were bad at any time of the run: the
+                outcome does not depend on how often this is called.
+        """
+        consecutive, total, longest = self._counts.tolist()
+        if longest > self.max_skips:
+            raise RunFailed(
+                f"{longest} steps in a row had a loss or a gradient that was not finite (at most "
+                f"{self.max_skips} are skipped; {total} so far in this run). The weights are those "
+                "of the last good step. Lower optim.lr, clip the gradients, or use precision=fp32"
+            )
+        return consecutive, total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counters; the saved buffers live for one step only."""
+        return {"counts": self._counts.cpu()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on counting where a checkpoint left off."""
+        self._counts.copy_(state["counts"])
+
+    def _step_on_device(self, ok: Tensor) -> None:
+        if self._skip_aware:
+            self.optimizer.found_inf = (~ok).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()
+            del self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        # Host synchronisation: LAMB, apex and unfused optimizers cannot skip on the device.
+        elif ok.item():
+            self.optimizer.step()
+
+
+def live_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> Callable[[], list[Tensor]]:
+    """A cheap function that lists the module's buffers, each once, as they are when it is called.
+
+    It remembers where each buffer lives, not the buffer: a module may put another in its place.
+    """
+    slots: dict[int, tuple[dict[str, Tensor | None], str]] = {}
+    ignored = {id(buffer) for buffer in map(module.get_buffer, _known_buffers(module, ignore))}
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if id(buffer) not in ignored:
+                slots[id(buffer)] = (owner._buffers, name)
+
+    def buffers() -> list[Tensor]:
+        return [buffer for owner, name in slots.values() if (buffer := owner[name]) is not None]
+
+    return buffers
+
+
+def keep_where_(keep: Tensor, current: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """Set every tensor of `current` to its counterpart in `other` where `keep` (0-dim) is false.
+
+    Works in place and on the device, a handful of launches for any number of tensors. Computed on
+    the bit patterns as integers, other + keep * (current - other), which wraps round and is exact:
+    the same sum of floats would let a NaN through.
+    """
+    for group, other_group in _by_dtype(current, other):
+        bits = [_as_integer(tensor) for tensor in group]
+        other_bits = [_as_integer(tensor) for tensor in other_group]
+        torch._foreach_sub_(bits, other_bits)
+        torch._foreach_mul_(bits, keep.to(bits[0].dtype))
+        torch._foreach_add_(bits, other_bits)
+
+
+def _known_buffers(module: nn.Module, names: Sequence[str]) -> Sequence[str]:
+    known = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"these are no buffers of the module: {', '.join(unknown)}")
+    return names
+
+
+def _by_dtype(
+    first: Sequence[Tensor], second: Sequence[Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs of equal-typed lists: one foreach launch takes only one dtype."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in zip(first, second, strict=True):
+        ones, others = groups.setdefault(one.dtype, ([], []))
+        ones.append(one)
+        others.append(other)
+    return list(groups.values())
+
+
+def _as_integer(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])

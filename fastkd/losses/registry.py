@@ -1,0 +1,104 @@
+"""Names of loss terms: recipe keys in, LossTerm modules out.
+
+`losses.kd.temperature=4` is validated by the config class of the term called `kd`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastkd.losses.term import LossTerm, Need
+from fastkd.recipe.section import Section
+
+__all__ = ["build_terms", "check_needs", "term_names", "typed_config"]
+
+# name -> (module, config class); the config's `build()` makes the term.
+_TERMS = {
+    "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
+    "kd": ("fastkd.losses.logits", "KDConfig"),
+    "at": ("fastkd.losses.features", "ATConfig"),
+}
+
+
+class TermConfig(Section):
+    """Base of the recipe keys of one loss term."""
+
+    def needs(self) -> tuple[str, ...]:
+        """What the built term will ask for."""
+        return self.build("probe").needs
+
+    def build(self, name: str) -> LossTerm:
+        """The term itself, not yet bound."""
+        raise TypeError(f"{type(self).__name__} must define build(name)")
+
+
+def term_names() -> list[str]:
+    """All registered loss names."""
+    return sorted(_TERMS)
+
+
+def config_class(name: str) -> type[TermConfig]:
+    """The config class of a loss name; ValueError names the nearest one."""
+    if name not in _TERMS:
+        near = difflib.get_close_matches(name, _TERMS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
+    module, attribute = _TERMS[name]
+    return getattr(import_module(module), attribute)
+
+
+def typed_config(name: str, keys: object) -> Section:
+    """Validate the keys of one loss."""
+    if isinstance(keys, Section):
+        return keys
+    cls = config_class(name)
+    if not isinstance(keys, Mapping):
+        raise ValueError(f"losses.{name} holds keys such as losses.{name}.weight, got {keys!r}")
+    try:
+        return cls.model_validate(dict(keys))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["losses", name, *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][0]), cls.model_fields, n=1)
+            known = ", ".join(cls.model_fields)
+            hint = f"did you mean losses.{name}.{near[0]}? " if near else ""
+            raise ValueError(f"unknown key {key}; {hint}Keys of {name}: {known}") from None
+        raise ValueError(f"{key}={first['input']!r}: {first['msg']}") from None
+
+
+def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
+    """One unbound term per recipe entry, in recipe order; part names must not collide."""
+    terms: list[LossTerm] = []
+    seen: dict[str, str] = {}
+    for name, config in losses.items():
+        if not isinstance(config, TermConfig):
+            raise TypeError(f"losses.{name} is a {type(config).__name__}, expected a TermConfig")
+        term = config.build(name)
+        for part in term.weights:
+            if part in seen:
+                raise ValueError(
+                    f"losses.{name} and losses.{seen[part]} both report a part called {part!r}: "
+                    f"set the weight of one of them to 0"
+                )
+            seen[part] = name
+        terms.append(term)
+    return terms
+
+
+def check_needs(losses: Mapping[str, Any], *, has_teacher: bool, xprime: str) -> None:
+    """ValueError where a term asks for a net or view that the recipe lacks."""
+    for term in build_terms(losses):
+        for text in term.needs:
+            need = Need.parse(text)
+            if need.net == "teacher" and not has_teacher:
+                raise ValueError(f"losses.{term.name} needs a teacher: set teacher.name")
+            if need.view not in ("x", "xprime"):
+                raise ValueError(f"losses.{term.name} asks for the view {need.view!r}: x or xprime")
+            if need.view == "xprime" and xprime == "none":
+                raise ValueError(
+                    f"losses.{term.name} needs the view x': set augment.xprime=cutmix or mixup"
+                )

@@ -1,0 +1,132 @@
+"""The contract of a loss: what it needs, what it returns, what it owns.
+
+`fastkd.step` collects what all terms need once, calls each, and adds up the named parts with
+their weights. A term never sees the trainer, the recipe or another term.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["BindContext", "LossTerm", "Need", "TermInputs", "TermOutput"]
+
+Nets = ("student", "teacher")
+
+
+class Need(NamedTuple):
+    """One tensor a term asks for, spelled `view/net/tap`: `x/student/stage3`, `xprime/teacher/logits`.
+
+    `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
+    """
+
+    view: str
+    net: str
+    tap: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Need":
+        """Split a need; ValueError shows the form."""
+        parts = text.split("/", 2)
+        if len(parts) != 3 or parts[1] not in Nets or not parts[0] or not parts[2]:
+            raise ValueError(
+                f"a need is spelled view/net/tap with net student or teacher, such as "
+                f"x/student/stage3; got {text!r}"
+            )
+        return cls(*parts)
+
+
+class TermInputs(NamedTuple):
+    """What a term sees of one batch."""
+
+    tensors: Mapping[str, Tensor]
+    """One tensor per need, keyed by its spelling. Teacher tensors carry no gradient."""
+    labels_N: Tensor
+    """int64 class ids."""
+    index_N: Tensor
+    """int64 sample ids, stable over epochs, in 0..num_samples-1."""
+    schedule: Mapping[str, Tensor]
+    """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
+
+
+class TermOutput(NamedTuple):
+    """What a term returns."""
+
+    parts: dict[str, Tensor]
+    """Unweighted scalars by name; `weights` says with which factor each enters the total."""
+    carry: dict[str, Tensor] = {}
+    """Detached tensors handed to `commit` once the step is known to be good."""
+
+
+@dataclass(frozen=True)
+class BindContext:
+    """What a term may know of the run; given once, before the first step."""
+
+    num_samples: int
+    num_classes: int
+    train_labels_N: Tensor
+    """int64 labels of all training samples by sample id, on the CPU."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every need of the term without the batch axis."""
+    teacher_stages: Callable[[Tensor, str, str], Tensor] | None = None
+    """stages(features, after, upto): the frozen teacher's layers after tap `after` up to tap
+    `upto`, applied to features with gradient (JointRD). None if the teacher has no stages."""
+    teacher_head: nn.Module | None = None
+    """The teacher's frozen classifier (SimKD)."""
+    world_size: int = 1
+    rank: int = 0
+
+
+class LossTerm(nn.Module):
+    """Base of all losses.
+
+    Parameters are trained with the student, buffers (memory banks) are saved with it; neither
+    needs to be named anywhere else. `forward` must not change state: what it wants to write it
+    returns as `carry`, and `commit` writes it where the step was good.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    weights: dict[str, float]
+    banks: tuple[str, ...] = ()
+    """Names of the buffers that only `commit` writes; `commit` keeps them alike on all ranks."""
+    uses_index: bool = False
+    """True where the term keeps state per sample id, so that every batch must carry real ids."""
+
+    def __init__(self, name: str, needs: tuple[str, ...], weights: dict[str, float]) -> None:
+        super().__init__()
+        for need in needs:
+            Need.parse(need)
+        self.name = name
+        self.needs = needs
+        self.weights = weights
+
+    @property
+    def weight(self) -> float:
+        """Factor of the part that bears the term's own name."""
+        return self.weights[self.name]
+
+    def bind(self, context: BindContext) -> None:
+        """Create connectors and banks; called once, before the optimizer is built."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the term's own parameters; `lr_scale` multiplies the base rate."""
+        own = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": own, "lr_scale": 1.0}] if own else []
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """Values that change over the run, as functions of the epoch (a float, from 0)."""
+        return {}
+
+    def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
+        """Write state after the step. `ok` is a 0-dim bool on the device, alike on all ranks;
+        nothing may change where it is false, and it must not be read on the host."""
+
+    def export(self, student: nn.Module) -> nn.Module:
+        """The network to keep after training: the student, unless the term changed its head."""
+        return student
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Scalars of this batch; see `TermOutput`."""
+        raise TypeError(f"{type(self).__name__} must define forward(inputs) -> TermOutput")

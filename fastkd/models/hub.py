@@ -1,0 +1,136 @@
+"""Networks of timm and torchvision by name, with the class count replaced.
+
+Called by the registry for `timm:NAME` and `torchvision:NAME`. Both packages are imported on first
+use. Nothing is downloaded unless pretrained weights are asked for, and then by the package's own
+interface.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from torch import nn
+
+from fastkd.errors import UserError
+
+__all__ = ["HUBS", "Built", "Normalization", "list_timm", "list_torchvision"]
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation per channel, for images in [0, 1]."""
+
+
+class Built(NamedTuple):
+    """A network with what the caller cannot see from outside."""
+
+    model: nn.Module
+    num_classes: int
+    normalization: Normalization | None
+
+
+def build_timm(
+    name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
+) -> Built:
+    """`timm.create_model`; `num_classes=None` keeps the network's own count."""
+    import timm
+
+    base, _, tag = name.partition(".")
+    if ":" not in name and not timm.is_model(base):
+        _unknown("timm", base, timm.list_models())
+    if ":" not in name and tag and name not in timm.list_pretrained(f"{base}.*"):
+        _unknown("timm", name, timm.list_pretrained(f"{base}.*"))
+    if num_classes is not None:
+        options = {**options, "num_classes": num_classes}
+    model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
+    details: Any = model
+    mean_std = tuple(details.pretrained_cfg["mean"]), tuple(details.pretrained_cfg["std"])
+    return Built(model, details.num_classes, mean_std)
+
+
+def build_torchvision(
+    name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
+) -> Built:
+    """`torchvision.models.get_model`; pretrained: its default weights, with their normalisation."""
+    from torchvision.models import get_model, get_model_builder, get_model_weights
+
+    if name not in list_torchvision():
+        _unknown("torchvision", name, list_torchvision())
+    choices: Any = get_model_weights(name)
+    weights = choices.DEFAULT
+    own_classes = len(weights.meta["categories"])
+    if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
+        # Segmentation networks download a pretrained backbone unless told not to.
+        options = {"weights_backbone": None, **options}
+    if num_classes is None:
+        num_classes = own_classes
+    sized = {**options, "num_classes": num_classes}
+    if not pretrained:
+        model = _build("torchvision", name, False, lambda: get_model(name, weights=None, **sized))
+        return Built(model, num_classes, None)
+    model = _build("torchvision", name, True, lambda: get_model(name, weights=weights, **options))
+    if num_classes != own_classes:
+        fresh = _build("torchvision", name, False, lambda: get_model(name, weights=None, **sized))
+        _take_heads(model, fresh)
+    preset = weights.transforms()
+    return Built(model, num_classes, (tuple(preset.mean), tuple(preset.std)))
+
+
+HUBS: dict[str, Callable[[str, int | None, bool, dict[str, Any]], Built]] = {
+    "timm": build_timm,
+    "torchvision": build_torchvision,
+}
+
+
+def list_timm(pattern: str = "*") -> list[str]:
+    """timm's network names; with a weight tag (`resnet50.a1_in1k`) where the pattern has a dot."""
+    import timm
+
+    return timm.list_pretrained(pattern) if "." in pattern else timm.list_models(pattern)
+
+
+def list_torchvision(pattern: str = "*") -> list[str]:
+    """torchvision's classification and segmentation networks."""
+    from torchvision import models
+
+    kinds = (models, models.segmentation)
+    return [name for kind in kinds for name in models.list_models(kind, include=pattern)]
+
+
+def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except TypeError as error:  # the builders take **kwargs, a wrong option shows only here
+        raise UserError(f"{hub}:{name} does not take these options: {error}") from error
+    except Exception as error:
+        # Download errors come from four libraries and share no base class.
+        if not pretrained:
+            raise
+        raise UserError(
+            f"{hub}:{name}: no pretrained weights ({type(error).__name__}: {_first_line(error)}). "
+            "Without a network connection, build it with pretrained=False and weights=FILE"
+        ) from error
+
+
+def _take_heads(model: nn.Module, fresh: nn.Module) -> None:
+    """Replace the layers whose parameter shapes depend on the class count by those of `fresh`."""
+    replacements = dict(fresh.named_modules())
+    for path, module in list(model.named_modules()):
+        other = replacements.get(path)
+        if other is None or _shapes(module) == _shapes(other):
+            continue
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, other)
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+
+
+def _unknown(hub: str, name: str, names: Sequence[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(f'{hub}:{match}' for match in near)}" if near else ""
+    raise UserError(f"{hub} has no network {name!r}{hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]

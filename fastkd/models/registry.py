@@ -1,0 +1,173 @@
+"""Networks by name: the zoo, timm and torchvision behind one `create_model`.
+
+Every network built here carries what is needed to build it again (`fastkd_name`, `num_classes`,
+`fastkd_options`) and the `normalization` its weights expect, or None. `model_from_file` reads the
+same facts from the metadata of a safetensors file.
+"""
+
+import difflib
+import fnmatch
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from os import PathLike
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastkd.errors import UserError
+from fastkd.models import hub, resnet, wrn
+from fastkd.weights import load_into, load_weights
+
+__all__ = ["create_model", "list_models", "model_from_file"]
+
+FAMILIES: tuple[ModuleType, ...] = (resnet, wrn)
+"""Each has NAMES (listed), PATTERN (accepted) and build(name, num_classes, *, options)."""
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    pretrained: bool = False,
+    weights: str | PathLike[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a network: images [N, 3, H, W] -> logits [N, num_classes].
+
+    name: of the zoo (`wrn_40_2`, `resnet20`, `resnet8x4`; see `list_models`), `timm:NAME` or
+        `torchvision:NAME`.
+    num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
+    pretrained: weights of timm or torchvision; the head is new where the class count differs.
+    weights: a checkpoint that is loaded strictly (formats: `fastkd.weights.load_weights`).
+    options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision.
+
+    The network has the attributes `fastkd_name`, `fastkd_options`, `num_classes` and
+    `normalization` ((mean, std) per channel for images in [0, 1], or None): timm names its own,
+    torchvision's come with pretrained weights, those of a weight file with the file.
+    Raises UserError for unknown names and options (with the nearest), and for weights that do not
+    fit.
+    """
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise UserError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    if weights is not None and pretrained:
+        raise UserError("pretrained=True and weights=FILE exclude each other; give one of them")
+    state, metadata = (None, {}) if weights is None else load_weights(weights)
+    facts = _read_facts(weights or "", metadata)
+    if num_classes is None:
+        num_classes = facts.num_classes
+    source, colon, rest = name.partition(":")
+    if colon:
+        if source not in hub.HUBS:
+            raise UserError(
+                f"unknown source {source!r} in {name!r}; expected timm:NAME, torchvision:NAME "
+                "or a name of the zoo"
+            )
+        model, classes, normalization = hub.HUBS[source](rest, num_classes, pretrained, options)
+    else:
+        model, normalization = _build_zoo(name, num_classes, pretrained, options), None
+        assert num_classes is not None
+        classes = num_classes
+    if state is not None:
+        load_into(model, state, metadata=metadata, origin=str(weights))
+        normalization = facts.normalization or normalization
+    return _sign(model, name, options, classes, normalization)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` accepts and that match a shell pattern.
+
+    `timm:PATTERN` and `torchvision:PATTERN` search there. The zoo takes more than it lists: any
+    `wrn_D_W` with D = 6n + 4.
+    """
+    source, colon, rest = pattern.partition(":")
+    if colon:
+        listings = {"timm": hub.list_timm, "torchvision": hub.list_torchvision}
+        if source not in listings:
+            raise UserError(f"unknown source {source!r}; expected one of {', '.join(listings)}")
+        return [f"{source}:{name}" for name in listings[source](rest or "*")]
+    names = [name for family in FAMILIES for name in family.NAMES]
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def model_from_file(path: str | PathLike[str]) -> nn.Module:
+    """Rebuild the network that a fastkd weight file (or run folder) describes, weights included.
+
+    Raises UserError when the metadata do not name a network that `create_model` can build.
+    """
+    facts = _read_facts(path, load_weights(path)[1])
+    if facts.architecture is None:
+        raise UserError(
+            f"{path}: the file does not name its network; build it with "
+            "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "
+            "fastkd.weights.load_into"
+        )
+    return create_model(facts.architecture, facts.num_classes, weights=path, **facts.options)
+
+
+def _build_zoo(
+    name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
+) -> nn.Module:
+    family = next((family for family in FAMILIES if family.PATTERN.fullmatch(name)), None)
+    if family is None:
+        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(
+            f"unknown network {name!r}{hint}. The zoo has {', '.join(list_models())} (any wrn_D_W "
+            "with D = 6n + 4); other networks: timm:NAME, torchvision:NAME"
+        )
+    if pretrained:
+        raise UserError(f"{name}: the zoo has no pretrained weights; give weights=FILE")
+    if num_classes is None:
+        raise UserError(f"{name}: num_classes is missing; give the number of classes of your data")
+    _check_options(name, family.build, options)
+    return family.build(name, num_classes, **options)
+
+
+def _check_options(name: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(build).parameters.values()
+    allowed = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for option in options:
+        if option not in allowed:
+            near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
+            hint = f"; nearest: {near[0]}" if near else ""
+            known = ", ".join(allowed) or "none"
+            raise UserError(f"{name} has no option {option!r}{hint}; its options: {known}")
+
+
+def _sign(
+    model: nn.Module,
+    name: str,
+    options: dict[str, Any],
+    num_classes: int,
+    normalization: hub.Normalization | None,
+) -> nn.Module:
+    signed: Any = model
+    signed.fastkd_name = name
+    signed.fastkd_options = dict(options)
+    signed.num_classes = num_classes
+    signed.normalization = normalization
+    return model
+
+
+class _Facts(NamedTuple):
+    """What the metadata of a weight file say of its network; see `fastkd.weights.describe`."""
+
+    architecture: str | None
+    num_classes: int | None
+    options: dict[str, Any]
+    normalization: hub.Normalization | None
+
+
+def _read_facts(path: str | PathLike[str], metadata: Mapping[str, str]) -> _Facts:
+    try:
+        mean_std = json.loads(metadata.get("normalization", "null"))
+        return _Facts(
+            architecture=metadata.get("architecture"),
+            num_classes=int(metadata["num_classes"]) if "num_classes" in metadata else None,
+            options=dict(json.loads(metadata.get("options", "{}"))),
+            normalization=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
+        )
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: its metadata cannot be read ({error})") from error

@@ -1,0 +1,183 @@
+"""Named feature taps: one forward pass that returns the logits and chosen intermediate tensors.
+
+Sits between a network and the losses that look inside it. Networks of the zoo walk through their
+taps (`stem`, `stage1`.., `pooled`, `logits`, `stageN:preact`), so no hooks are needed, and any
+stretch of them can be run alone. In any other module a tap is the path of a submodule, as in
+`named_modules()`, and its output is caught by a forward hook that is idle outside the forward pass
+of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.errors import UserError
+
+__all__ = ["Tapped", "ZooNetwork", "available_taps"]
+
+
+class ZooNetwork(nn.Module):
+    """A network that is written as a walk from tap to tap: images [N, 3, H, W] -> logits [N, C]."""
+
+    tap_names: tuple[str, ...]
+    """In the order of the walk; the last is `logits`."""
+
+    def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
+        """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""
+        raise NotImplementedError
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits [N, num_classes]."""
+        return self.forward_taps(images_NCHW)["logits"]
+
+    def forward_taps(self, images_NCHW: Tensor, wanted: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Return `logits` and every wanted tap, by name; anything else is freed on the way."""
+        kept = {*wanted, "logits"}
+        return {tap: tensor for tap, tensor in self.walk(images_NCHW) if tap in kept}
+
+    def forward_between(self, features: Tensor, after: str, upto: str) -> Tensor:
+        """Run only the layers behind the tap `after`, on `features`, up to the tap `upto`.
+
+        after: `images`, or any tap but `logits` and the `:preact` ones, from which nothing can
+        start.
+        Raises UserError when a name is unknown or `upto` does not come later than `after`.
+        """
+        starts = ("images", *(tap for tap in self.tap_names[:-1] if ":" not in tap))
+        if after not in starts:
+            raise UserError(f"cannot start after {after!r}; expected one of {', '.join(starts)}")
+        for tap, tensor in self.walk(features, after):
+            if tap == upto:
+                return tensor
+        raise UserError(
+            f"no tap {upto!r} behind {after!r}; the order is {', '.join(self.tap_names)}"
+        )
+
+
+def available_taps(model: nn.Module) -> tuple[str, ...]:
+    """Names that `Tapped(model, ...)` accepts; for the zoo in the order of the forward pass."""
+    if isinstance(model, ZooNetwork):
+        return model.tap_names
+    return (*(path for path, _ in model.named_modules() if path), "logits")
+
+
+class Tapped(nn.Module):
+    """`Tapped(model, taps)(images)` -> dict with `logits` and each tap, on the weights of `model`.
+
+    The model stays usable on its own and its `state_dict` is unchanged. For modules outside the zoo
+    forward hooks are installed; `remove()` takes them off again. A submodule that runs several
+    times in one pass reports its last output; of a tuple or list the first tensor counts.
+
+    Raises UserError for an unknown tap (with the nearest name), for a tapped module that did not
+    run, and for a tapped output that a later layer overwrote in place (seen in eager mode only).
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[str] = ()) -> None:
+        super().__init__()
+        if isinstance(taps, str):
+            raise TypeError(f"taps must be a list of names, got {taps!r}; write [{taps!r}]")
+        self.model = model
+        self.taps = tuple(dict.fromkeys(taps))
+        _check_names(self.taps, model)
+        self._catch = None if isinstance(model, ZooNetwork) else _Catch()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        if self._catch is not None:
+            for tap in self.taps:
+                if tap != "logits":
+                    hook = _Hook(tap, self._catch)
+                    self._handles.append(model.get_submodule(tap).register_forward_hook(hook))
+
+    def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        """Run the model once; the keys of the result are `logits` and the taps."""
+        if self._catch is None:
+            return cast(ZooNetwork, self.model).forward_taps(images_NCHW, self.taps)
+        catch = self._catch
+        catch.active = True
+        try:
+            output = self.model(images_NCHW)
+            caught = dict(catch.tensors)
+        finally:
+            catch.active = False
+            catch.tensors.clear()
+        result = {"logits": _first_tensor(output, "the model")}
+        for tap in self.taps:
+            if tap == "logits":
+                continue
+            if tap not in caught:
+                raise UserError(_did_not_run(tap, removed=not self._handles))
+            result[tap], version = caught[tap]
+            if _version(result[tap]) != version:
+                raise UserError(
+                    f"tap {tap!r}: a later layer overwrites this output in place, so a loss would "
+                    "see changed values; tap that layer, or build the network with inplace=False"
+                )
+        return result
+
+    def remove(self) -> None:
+        """Take the hooks off the model; `Tapped` cannot be called afterwards, the model can."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Catch:
+    """Where the hooks of one `Tapped` put what they see; filled only while `active`."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.tensors: dict[str, tuple[Tensor, int]] = {}
+
+
+class _Hook:
+    """Forward hook of one tap; an object, not a closure, so that a deep copy gets its own."""
+
+    def __init__(self, tap: str, catch: _Catch) -> None:
+        self.tap = tap
+        self.catch = catch
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.catch.active:
+            tensor = _first_tensor(output, f"tap {self.tap!r}")
+            self.catch.tensors[self.tap] = (tensor, _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    """In-place modification counter; 0 where there is none (inference mode) or while compiling."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
+def _first_tensor(output: Any, owner: str) -> Tensor:
+    """The tensor an output stands for: itself, `logits` or `out` of a mapping, or the first."""
+    value = output
+    if isinstance(output, Mapping):
+        value = output.get("logits", output.get("out"))
+    elif isinstance(output, (tuple, list)) and output:
+        value = output[0]
+    if not isinstance(value, Tensor):
+        raise UserError(
+            f"{owner} returned {type(output).__name__}; expected a tensor, a tuple that starts "
+            "with one, or a mapping with the key 'logits' or 'out'"
+        )
+    return value
+
+
+def _check_names(taps: Sequence[str], model: nn.Module) -> None:
+    names = available_taps(model)
+    for tap in taps:
+        if tap not in names:
+            near = difflib.get_close_matches(tap, names, n=3, cutoff=0.4)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            shown = ", ".join(names[:20]) + (
+                f", .. ({len(names)} in all)" if len(names) > 20 else ""
+            )
+            raise UserError(f"unknown tap {tap!r}{hint}. Taps of {type(model).__name__}: {shown}")
+
+
+def _did_not_run(tap: str, *, removed: bool) -> str:
+    if removed:
+        return f"tap {tap!r}: the hooks were removed; build a new Tapped"
+    return f"tap {tap!r}: this module did not run in the forward pass; tap one that does"

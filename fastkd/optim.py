@@ -1,0 +1,218 @@
+"""Optimizers by name, built so that a bad step can be skipped without asking the device.
+
+Flow: recipe -> `build_optimizer` -> `guard.Guard` steps it; `set_lr` applies the schedule.
+
+torch's SGD and AdamW run fused: those kernels read `optimizer.found_inf` on the device and leave
+everything alone where it is 1, so no step needs a host synchronisation. Two properties of the
+fused kernels are handled here, both found by test (torch 2.15): SGD allocates its momentum
+uninitialised in its first step, which leaves garbage when that very step is skipped, and breaks
+when a parameter gets its first gradient later than the others; on a CPU the kernels walk raw
+memory, so a state restored into a parameter of another memory order gives wrong numbers in
+silence (gradients always come in their parameter's order: autograd sees to that).
+
+Weight decay falls on every parameter, batch norm and biases included, because the reproduced
+papers do so; a group with its own `weight_decay` says otherwise for itself. LAMB is timm's, which
+clips to a global gradient norm of 1 by itself. apex is opt-in by name, never chosen silently.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from fastkd.errors import UserError
+
+__all__ = [
+    "OptimizerImpl",
+    "OptimizerName",
+    "apex_missing",
+    "build_optimizer",
+    "set_lr",
+    "skip_aware",
+]
+
+OptimizerName = Literal["sgd", "adamw", "lamb"]
+OptimizerImpl = Literal["torch", "apex"]
+
+_APEX_CLASS = {"sgd": "FusedSGD", "adamw": "FusedAdam", "lamb": "FusedLAMB"}
+_APEX_HELP = (
+    "NVIDIA apex is built from source (github.com/NVIDIA/apex, with APEX_CPP_EXT=1 "
+    "APEX_CUDA_EXT=1 and --no-build-isolation) or comes with NVIDIA's PyTorch containers; the "
+    "package called apex on PyPI is an unrelated project. optim.impl=torch needs nothing"
+)
+
+
+def build_optimizer(
+    named_groups: Sequence[Mapping[str, Any]],
+    *,
+    name: OptimizerName = "sgd",
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    impl: OptimizerImpl = "torch",
+    device: torch.device | str = "cpu",
+) -> Optimizer:
+    """The optimizer of a run; parameters that need no gradient are left out.
+
+    `named_groups` are mappings with `params`, and optionally `lr_scale` (the group's learning rate
+    is lr * lr_scale; 1 by default), `weight_decay` and a `name` for reports. Each group keeps its
+    unscheduled rate as `base_lr`. `momentum` and `nesterov` belong to SGD; AdamW and LAMB run with
+    betas (0.9, 0.999).
+
+    Raises:
+        UserError: nothing to train; an unknown name; nesterov without momentum; apex asked for
+            and not usable, or with bfloat16 parameters, which its FusedSGD silently skips.
+    """
+    if name not in get_args(OptimizerName):
+        raise UserError(f"optim.name={name} is unknown; choose one of sgd, adamw, lamb")
+    if impl not in get_args(OptimizerImpl):
+        raise UserError(f"optim.impl={impl} is unknown; choose one of torch, apex")
+    if name == "sgd" and nesterov and momentum <= 0:
+        raise UserError(f"nesterov needs a momentum above 0, got optim.momentum={momentum}")
+    groups = _with_rates(named_groups, lr)
+    if not groups:
+        raise UserError("there is nothing to train: no parameter requires a gradient")
+    parameters = [parameter for group in groups for parameter in group["params"]]
+
+    if impl == "apex":
+        return _build_apex(
+            name, groups, parameters, lr, momentum, nesterov, weight_decay, torch.device(device)
+        )
+    if name == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return Lamb(groups, lr=lr, weight_decay=weight_decay)
+    fused = torch.device(device).type in ("cpu", "cuda") and all(
+        parameter.is_floating_point() for parameter in parameters
+    )
+    optimizer: Optimizer
+    if name == "sgd":
+        optimizer = SGD(
+            groups,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            fused=fused,
+        )
+    else:
+        optimizer = AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+    if fused:
+        _prepare_fused_steps(optimizer)
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, factor: float, momentum: float | None = None) -> None:
+    """Set every group to `factor` times its base rate; `momentum` also replaces Adam's beta1."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+        if momentum is None:
+            continue
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        else:
+            group["momentum"] = momentum
+
+
+def skip_aware(optimizer: Optimizer) -> bool:
+    """Whether a step does nothing where the 0-dim device tensor `optimizer.found_inf` is 1."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
+def apex_missing(class_name: str = "FusedSGD") -> str | None:
+    """Why apex's fused optimizer cannot be used here, or None where it can.
+
+    Asks for the capability: apex calls itself version 0.1 whatever it contains, and a Python-only
+    build imports but cannot step.
+    """
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+        applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    except (Exception, SystemExit) as error:  # a broken build may raise anything when imported
+        return f"apex.optimizers cannot be imported ({type(error).__name__}: {error})"
+    if not hasattr(optimizers, class_name):
+        return f"this apex has no {class_name}"
+    if not applier.available:
+        return "this apex was built without its CUDA extensions"
+    if not torch.cuda.is_available():
+        return "apex needs a CUDA device and torch sees none"
+    return None
+
+
+def _with_rates(named_groups: Sequence[Mapping[str, Any]], lr: float) -> list[dict[str, Any]]:
+    groups = []
+    for named_group in named_groups:
+        group = dict(named_group)
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group["base_lr"] = group["lr"] = lr * group.pop("lr_scale", 1.0)
+        if group.get("weight_decay", 0.0) is None:
+            del group["weight_decay"]
+        if group["params"]:
+            groups.append(group)
+    return groups
+
+
+def _build_apex(
+    name: OptimizerName,
+    groups: list[dict[str, Any]],
+    parameters: list[Tensor],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    device: torch.device,
+) -> Optimizer:
+    class_name = _APEX_CLASS[name]
+    if (missing := apex_missing(class_name)) is not None:
+        raise UserError(f"optim.impl=apex cannot be used: {missing}. {_APEX_HELP}")
+    if device.type != "cuda":
+        raise UserError(f"optim.impl=apex runs on CUDA devices only, got {device.type}")
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        raise UserError(
+            f"apex's {class_name} does not handle bfloat16 parameters (FusedSGD leaves them as "
+            "they are without a word); keep fp32 parameters under autocast, or optim.impl=torch"
+        )
+    apex_class = getattr(importlib.import_module("apex.optimizers"), class_name)
+    if name == "sgd":
+        return apex_class(
+            groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
+    if name == "adamw":
+        return apex_class(groups, lr=lr, weight_decay=weight_decay, adam_w_mode=True)
+    return apex_class(groups, lr=lr, weight_decay=weight_decay)
+
+
+def _prepare_fused_steps(optimizer: Optimizer) -> None:
+    """Give each parameter, before its first step, zero momentum and state in its memory order."""
+    prepared: set[int] = set()
+
+    def prepare(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in prepared or parameter.grad is None:
+                    continue
+                prepared.add(id(parameter))
+                state = optimizer.state[parameter]
+                if group.get("momentum") and state.get("momentum_buffer") is None:
+                    # Equal to torch's own first step: momentum * 0 + gradient, without dampening.
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                for key, value in state.items():
+                    if value.dim() == parameter.dim():
+                        state[key] = _in_order_of(parameter, value)
+
+    optimizer.register_step_pre_hook(prepare)
+    optimizer.register_load_state_dict_post_hook(lambda _: prepared.clear())
+
+
+def _in_order_of(parameter: Tensor, value: Tensor) -> Tensor:
+    sizes_and_strides = zip(parameter.shape, parameter.stride(), value.stride(), strict=True)
+    # The stride of a dimension of one element means nothing: 1x1 convolutions often differ there.
+    if all(size == 1 or ours == theirs for size, ours, theirs in sizes_and_strides):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,0 +1,285 @@
+"""What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
+
+A recipe is data only. `fastkd.recipe.loading` makes one from a name, a YAML file and key=value
+overrides; `fastkd.run` hands each builder its own section and never the whole.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
+
+from fastkd.recipe.section import Section
+
+__all__ = [
+    "AugmentConfig",
+    "BaselineConfig",
+    "DataConfig",
+    "OptimConfig",
+    "Recipe",
+    "StudentConfig",
+    "TeacherConfig",
+]
+
+
+def _yaml_switch(value: object) -> object:
+    """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _as_tuple(value: object) -> object:
+    """One number is a list of one."""
+    return (value,) if isinstance(value, int | float) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+
+
+class DataConfig(Section):
+    """Where the images come from (`fastkd.data`)."""
+
+    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
+    root: str | None = None
+    """Folder of the data set; digits and synthetic need none."""
+    backend: Literal["auto", "resident", "torch"] = "auto"
+    """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
+    image_size: PositiveInt | None = None
+    """Side in pixels after decoding; by default the data set's own."""
+    download: bool = False
+    """Fetch a missing CIFAR archive into root."""
+    train_limit: PositiveInt | None = None
+    """Use only this many training images, the same share of every class."""
+    workers: int = Field(default=2, ge=0)
+    """Decoding processes of the torch backend."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means in 0..1; by default those of the data set."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations in 0..1; by default those of the data set."""
+    drop_last: bool = True
+    """Drop the partial batch at the end of an epoch; the papers keep it."""
+
+
+class AugmentConfig(Section):
+    """What happens to a training image (`fastkd.augment`); evaluation images are only normalised."""
+
+    crop: Literal["pad", "resized", "none"] = "pad"
+    """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
+    padding: int = Field(default=4, ge=0)
+    """Pixels added on every side before the random crop."""
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    """What the added pixels hold."""
+    flip: bool = True
+    """Mirror half of the images."""
+    xprime: Literal["none", "cutmix", "mixup"] = "none"
+    """The second view x' of every batch, made from x (one draw for the whole batch)."""
+
+
+class StudentConfig(Section):
+    """The network that is trained (`fastkd.models`)."""
+
+    name: str
+    """Zoo name, timm:NAME or torchvision:NAME; `fastkd models` lists them."""
+    width: PositiveFloat | None = None
+    """Factor on all widths of a zoo residual network."""
+    weights: str | None = None
+    """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
+    pretrained: bool = False
+    """Download the published weights of a timm or torchvision network."""
+
+
+class TeacherConfig(StudentConfig):
+    """The frozen network that is imitated (`fastkd.teacher`)."""
+
+    train: bool = False
+    """Train the teacher first with this recipe's data and optimizer, once, and keep it."""
+    epochs: PositiveInt | None = None
+    """Length of that training; by default that of the student."""
+    lr: PositiveFloat | None = None
+    """Learning rate of that training; by default that of the student."""
+    resolution: PositiveInt | None = None
+    """Side in pixels the teacher wants its images; by default that of the student's."""
+    class_map: tuple[int, ...] | None = None
+    """class_map[c] is the teacher's output for our class c, where the orders differ."""
+    min_accuracy: float | None = Field(default=None, ge=0, le=1)
+    """Refuse a teacher below this accuracy; by default one that is not better than chance."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule (`fastkd.optim`, `fastkd.schedules`)."""
+
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """Update rule."""
+    impl: Literal["torch", "apex"] = "torch"
+    """Whose implementation."""
+    lr: PositiveFloat = 0.05
+    """Peak learning rate at the global batch size."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Applied to every trained parameter, norms and biases included, as the papers do."""
+    schedule: Literal["constant", "multistep", "cosine", "onecycle"] = "multistep"
+    """Shape of the learning rate over the run."""
+    milestones: Numbers = (0.625, 0.75, 0.875)
+    """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""
+    gamma: PositiveFloat = 0.1
+    """Factor at each milestone."""
+    warmup_epochs: NonNegativeFloat = 0
+    """Length of the linear warm-up in epochs."""
+    clip_norm: PositiveFloat | None = None
+    """Largest global gradient norm."""
+
+
+class BaselineConfig(Section):
+    """The same student trained without a teacher, for the comparison at the end of a run."""
+
+    lrs: Numbers = ()
+    """Learning rates to try; the best one is reported. Empty: no baseline."""
+
+
+class Recipe(Section):
+    """Everything that decides the outcome of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.:@+/\-]*$")
+    """Recipe name, also the folder below runs/."""
+    description: str = ""
+    """One line for `fastkd recipes`."""
+    seed: int = Field(default=0, ge=0)
+    """Initial weights, order, augmentation and dropout all follow from it."""
+    epochs: PositiveInt = 240
+    """Passes over the training images."""
+    epoch_factor: PositiveFloat = 1.0
+    """Scales the whole schedule: epochs, milestones and warm-up."""
+    batch_size: PositiveInt = 64
+    """Images per optimizer step, over all ranks."""
+    accumulate: PositiveInt = 1
+    """Micro-batches per optimizer step."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type of the forward pass; `auto` is bf16 where the device computes in it."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)] = "auto"
+    """torch.compile; `auto` where the run is long enough to pay for it."""
+    channels_last: bool = True
+    """Memory layout of images and feature maps."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    deterministic: bool = False
+    """Refuse kernels whose results vary from run to run (CUDA)."""
+    out: str | None = None
+    """Run folder; by default runs/<name>/<UTC time>-<digest>."""
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    losses: dict[str, SerializeAsAny[Section]]
+    """Loss terms by name, each with its own keys (`fastkd.losses`)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the student; it is what is evaluated and kept."""
+    sync_bn: bool = False
+    """Batch statistics over all ranks."""
+    save_steps: PositiveInt | None = None
+    """Save every so many steps as well as after every epoch."""
+    eval_epochs: PositiveInt = 1
+    """Evaluate after every so many epochs, and after the last."""
+    max_skips: PositiveInt = 10
+    """Consecutive steps with a non-finite loss or gradient before the run is given up."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    baseline: BaselineConfig = BaselineConfig()
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _typed_losses(cls, value: object) -> object:
+        from fastkd.losses.registry import typed_config
+
+        if not isinstance(value, dict):
+            return value
+        return {name: typed_config(name, keys) for name, keys in value.items() if keys is not None}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if not self.losses:
+            raise ValueError("a recipe needs at least one loss term, e.g. losses.ce.weight=1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} "
+                f"equal micro-batches"
+            )
+        if self.optim.schedule == "onecycle" and self.optim.warmup_epochs:
+            raise ValueError("optim.schedule=onecycle has its own warm-up: set warmup_epochs=0")
+        from fastkd.losses.registry import check_needs
+
+        check_needs(self.losses, has_teacher=self.teacher is not None, xprime=self.augment.xprime)
+        return self
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs after `epoch_factor`."""
+        return max(1, round(self.epochs * self.epoch_factor))
+
+    def scaled_optim(self) -> OptimConfig:
+        """The optimizer section after `epoch_factor`: milestones and warm-up in epochs of this run."""
+        return self.optim.model_copy(
+            update={
+                "milestones": tuple(
+                    m * (self.total_epochs if m < 1 else self.epoch_factor)
+                    for m in self.optim.milestones
+                ),
+                "warmup_epochs": self.optim.warmup_epochs * self.epoch_factor,
+            }
+        )
+
+    def digest(self) -> str:
+        """Sixteen hex digits that name the outcome: every key but those that cannot change it."""
+        where = {"out": True, "description": True, "save_steps": True, "tensorboard": True}
+        keys = self.model_dump(mode="json", exclude=where | {"data": {"workers"}})
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """A validated copy with other values of some top-level keys."""
+        values = {key: getattr(self, key) for key in type(self).model_fields} | changes
+        return type(self).model_validate(
+            {k: v.model_dump() if isinstance(v, Section) else v for k, v in values.items()}
+            | {"losses": {k: _plain(v) for k, v in values["losses"].items()}}
+        )
+
+    def as_teacher(self) -> "Recipe":
+        """The recipe that trains this recipe's teacher on the labels."""
+        teacher = self.teacher
+        if teacher is None:
+            raise ValueError(f"recipe {self.name} has no teacher")
+        fields = StudentConfig.model_fields
+        return self.without_teacher(f"teacher/{self.data.name}/{teacher.name}").replace(
+            epochs=teacher.epochs or self.epochs,
+            student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
+            optim=self.optim.model_copy(update={"lr": teacher.lr or self.optim.lr}),
+            augment=self.augment.model_copy(update={"xprime": "none"}),
+        )
+
+    def without_teacher(self, name: str, lr: float | None = None) -> "Recipe":
+        """The same budget on the labels alone: only the loss (and, if given, the rate) differs."""
+        return self.replace(
+            name=name,
+            out=None,
+            teacher=None,
+            losses={"ce": {"weight": 1.0}},
+            augment=self.augment.model_copy(update={"xprime": "none"}),
+            baseline=BaselineConfig(),
+            optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
+        )
+
+
+def _plain(value: Section | dict[str, Any]) -> dict[str, Any]:
+    return value.model_dump() if isinstance(value, Section) else value

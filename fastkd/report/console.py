@@ -1,0 +1,269 @@
+"""What a run says while it runs: one live line on a terminal, one line per epoch elsewhere.
+
+Flow: `cli` makes one `Console` per process, enabled on rank 0 only; `run` and trainer talk to it.
+Nothing here reads a tensor: the numbers come from where the trainer has fetched them anyway.
+Everything goes to stdout; errors are the command line's business and go to stderr.
+"""
+
+import atexit
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Console", "comparison_table"]
+
+
+class Console:
+    """The voice of one process; with `enabled=False` it says nothing.
+
+    `file` replaces stdout. `live` decides between the live line and plain lines; by default a
+    terminal gets the live one.
+    """
+
+    def __init__(
+        self, *, enabled: bool = True, file: TextIO | None = None, live: bool | None = None
+    ) -> None:
+        self._enabled = enabled
+        self._rich = RichConsole(file=file, force_terminal=live, highlight=False, soft_wrap=False)
+        self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._bar: Progress | None = None
+        self._stage = ""
+        self._clock = _Clock()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live line off the terminal; also done at the end of the process."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            atexit.unregister(self.close)
+
+    def note(self, text: str) -> None:
+        """One line, above the live one."""
+        if self._enabled:
+            self._rich.print(text, markup=False, soft_wrap=True)
+
+    def stage(self, name: str) -> None:
+        """Name what the following `progress` and `epoch` calls belong to, and restart its clock."""
+        self.close()
+        self._stage = name
+        self._clock = _Clock()
+
+    def progress(
+        self,
+        *,
+        epoch: int,
+        epochs: int,
+        step: int,
+        steps: int,
+        images_per_s: float,
+        data_wait: float,
+        loss: float,
+        accuracy: float | None = None,
+    ) -> None:
+        """Redraw the live line; nothing elsewhere.
+
+        `epoch` and `step` are those done, of `epochs` and of `steps` per epoch; `data_wait` and
+        `accuracy` are shares of 1.
+        """
+        if not self._enabled:
+            return
+        done, total = epoch * steps + step, epochs * steps
+        left_s = self._clock.left_s(done / total)
+        if not self._live:
+            return
+        facts = [
+            f"epoch {min(epoch + 1, epochs)}/{epochs}",
+            f"{images_per_s:,.0f} images/s",
+            f"wait {data_wait:.0%}",
+            f"loss {loss:.3f}",
+        ]
+        if accuracy is not None:
+            facts.append(f"accuracy {accuracy:.1%}")
+        if left_s is not None:
+            facts.append(f"{_duration(left_s)} left")
+        if self._bar is None:
+            self._bar = _bar(self._rich)
+            self._bar.start()
+            atexit.register(self.close)
+        bar = self._bar
+        if not bar.tasks:
+            bar.add_task(self._stage, total=total, facts="")
+        bar.update(bar.tasks[0].id, completed=done, facts="  ".join(facts))
+        bar.refresh()
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        """An epoch's metrics as one plain line; on a terminal only those of the last epoch.
+
+        Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
+        `val_accuracy`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
+        """
+        if not self._enabled:
+            return
+        left_s = self._clock.left_s(row["epoch"] / epochs)
+        last = row["epoch"] == epochs
+        if last:
+            self.close()
+        if self._live and not last:
+            return
+        words = [self._stage, f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+        for key, label, style in (
+            ("train_loss", "loss", ".4f"),
+            ("val_accuracy", "accuracy", ".2%"),
+            ("images_per_s", "images/s", ",.0f"),
+            ("data_wait", "data wait", ".0%"),
+        ):
+            if row.get(key) is not None:
+                words.append(f"{label} {row[key]:{style}}")
+        if row.get("skipped"):
+            words.append(f"skipped steps {row['skipped']}")
+        if left_s is not None and not last:
+            words.append(f"{_duration(left_s)} left")
+        self.note("  ".join(word for word in words if word))
+
+    def facts(self, title: str, values: Mapping[str, Any]) -> None:
+        """A titled list of names and values, one per line."""
+        if not self._enabled:
+            return
+        lines = _flat(values)
+        width = max((len(name) for name, _ in lines), default=0)
+        self.note(title)
+        for name, value in lines:
+            self.note(f"  {name:<{width}}  {_readable(value)}")
+
+    def comparison(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The closing table; see `comparison_table`."""
+        if self._enabled:
+            self.close()
+            self._rich.print(comparison_table(rows))
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Runs side by side: accuracy, size, cost and speed.
+
+    Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
+    evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
+    what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns.
+    """
+
+    def number(header: str) -> Column:
+        return Column(header, justify="right", vertical="top", no_wrap=True)
+
+    table = Table(
+        Column("\nrun", overflow="fold", min_width=17),
+        number("accuracy\nlast"),
+        number("\nbest"),
+        number("\nparams"),
+        number("\nMACs"),
+        number("images\nper s"),
+        Column("\nnote", overflow="fold", style="dim"),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for row in rows:
+        last = row.get("accuracy_last", row.get("accuracy"))
+        speed = row.get("images_per_s")
+        table.add_row(
+            str(row.get("run", "")),
+            _percent(last),
+            _percent(row.get("accuracy_best")),
+            _quantity(row.get("params")),
+            _quantity(row.get("macs")),
+            "" if speed is None else f"{speed:,.0f}",
+            str(row.get("note", "")),
+        )
+    return table
+
+
+class _Clock:
+    """Time left, from the share of the work done since the first look (a run may be resumed)."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, float] | None = None
+
+    def left_s(self, share: float) -> float | None:
+        """Seconds, or None before there is anything to go by."""
+        now = time.monotonic()
+        if self._start is None or share < self._start[1]:
+            self._start = (now, share)
+        start_s, start_share = self._start
+        if share <= start_share:
+            return None
+        return (now - start_s) / (share - start_share) * (1 - share)
+
+
+def _bar(console: RichConsole) -> "Progress":
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+    columns: list[ProgressColumn] = [
+        TextColumn(
+            "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
+        TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
+    ]
+    if console.width >= 100:
+        columns.insert(1, BarColumn(bar_width=16))
+    # No thread of its own: the line is redrawn when there is something new to say.
+    return Progress(*columns, console=console, transient=True, expand=True, auto_refresh=False)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    lines: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            lines += _flat(value, f"{name}: ")
+        else:
+            lines.append((name, value))
+    return lines
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value)) if all(isinstance(v, int) for v in value) else str(value)
+    return str(value)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _quantity(number: float | None) -> str:
+    if number is None:
+        return ""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,63 @@
+"""Curves of one or several runs as a PNG, for the eyes only: metrics.csv has the numbers.
+
+Flow: `run` calls `plot_curves` at the end. matplotlib is imported here and nowhere else, on its
+file-only backend, without touching the caller's settings.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkd.report.run_folder import atomic_path
+
+__all__ = ["plot_curves"]
+
+# Okabe and Ito's palette, told apart with every common colour blindness; the line styles repeat
+# the distinction for print in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Validation accuracy and training loss per epoch, one line per run.
+
+    `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` (a share of 1) and
+    `train_loss` are used, rows that lack one of them are left out of that panel.
+
+    Raises:
+        RunFailed: the disk is full.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with rc_context({"font.size": 10, "axes.titlesize": 11, "figure.dpi": 100}):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        accuracy, loss = figure.subplots(1, 2)
+        for index, (name, rows) in enumerate(runs.items()):
+            look = {
+                "color": _COLOURS[index % len(_COLOURS)],
+                "linestyle": _STYLES[index % len(_STYLES)],
+                "linewidth": 1.8,
+            }
+            for axes, key in ((accuracy, "val_accuracy"), (loss, "train_loss")):
+                points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+                if not points:
+                    continue
+                epochs, values = zip(*points, strict=True)
+                final = f"{values[-1]:.1%}" if axes is accuracy else f"{values[-1]:.3g}"
+                marker = "o" if len(points) == 1 else None
+                axes.plot(epochs, values, label=f"{name}  {final}", marker=marker, **look)
+        accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="accuracy")
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+        loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
+        for axes, corner in ((accuracy, "lower right"), (loss, "upper right")):
+            axes.grid(alpha=0.3, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if axes.lines:
+                axes.legend(loc=corner, frameon=False, title="last epoch", alignment="left")
+        with atomic_path(Path(path)) as beside:
+            figure.savefig(beside, format="png", dpi=150)

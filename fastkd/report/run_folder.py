@@ -1,0 +1,235 @@
+"""The folder of one run: its files, written so that a crash at any moment leaves them whole.
+
+Flow: `run` creates or reopens it on rank 0; trainer appends metrics; `finish` closes it.
+
+    runs/<recipe>/<UTC time>-<digest8>/      or the folder that `out=` names
+        config.yaml environment.json         when it is created
+        metrics.jsonl                        one row per epoch
+        last.pt best.safetensors             by `checkpoint` and `weights`
+        metrics.csv summary.json             when the run is finished
+
+Text files are written beside their final place, flushed to the disk and renamed; metrics.jsonl
+grows by whole lines, and `cut_metrics` drops what a kill left behind. A folder without
+summary.json is unfinished.
+"""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import RunFailed, UserError
+
+__all__ = ["RunFolder", "atomic_path", "environment", "find_resumable"]
+
+_TIME_FORMAT = "%Y%m%dT%H%M%SZ"
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Any one of these makes a folder one of ours.
+_OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. All writing is rank 0's."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, root: Path | str, recipe_name: str, digest: str, *, out: Path | str | None = None
+    ) -> "RunFolder":
+        """Make a new folder, `out` or one below `root` that is named by time and digest.
+
+        Raises:
+            UserError: `out` has files in it, is a file, or cannot be made.
+            RunFailed: the disk is full.
+        """
+        try:
+            if out is not None:
+                path = Path(out)
+                if path.is_dir() and any(path.iterdir()):
+                    raise UserError(
+                        f"the run folder {path} exists and is not empty: go on with it by "
+                        f"--resume {path}, or choose another name for out="
+                    )
+                path.mkdir(parents=True, exist_ok=True)
+                return cls(path)
+            return cls(_make_dated(Path(root) / recipe_name, digest))
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"the run folder {out if out is not None else root} cannot be made: "
+                f"{error.strerror}; choose another one with out="
+            ) from None
+        except OSError as error:
+            _explain_full_disk(error, Path(out if out is not None else root))
+            raise
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """An existing run folder, or an empty one.
+
+        Raises:
+            UserError: there is no such folder, or it holds something else.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"there is no run folder {path}")
+        names = {entry.name for entry in path.iterdir()}
+        if names and names.isdisjoint(_OUR_FILES):
+            raise UserError(f"{path} is not a run folder: it has none of {', '.join(_OUR_FILES)}")
+        return cls(path)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write one file whole; RunFailed when the disk is full."""
+        target = self.path / name
+        with atomic_path(target) as beside:
+            beside.write_text(text, encoding="utf-8")
+        return target
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write `value` as JSON; numbers that are not finite become null, paths and such text."""
+        return self.write_text(name, json.dumps(_plain(value), indent=1) + "\n")
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; RunFailed when the disk is full."""
+        target = self.path / "metrics.jsonl"
+        try:
+            with target.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(row)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            _explain_full_disk(error, target)
+            raise
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The complete rows of metrics.jsonl; a line that a kill tore off is left out."""
+        target = self.path / "metrics.jsonl"
+        if not target.exists():
+            return []
+        lines = target.read_text(encoding="utf-8", errors="replace").split("\n")
+        # The last piece follows the last newline: empty, or a torn line.
+        return [json.loads(line) for line in lines[:-1]]
+
+    def cut_metrics(self, rows: int) -> None:
+        """Keep the first `rows` rows, those that the checkpoint knows of."""
+        text = "".join(json.dumps(row) + "\n" for row in self.metrics()[:rows])
+        self.write_text("metrics.jsonl", text)
+
+    def write_csv(self) -> Path:
+        """metrics.csv from metrics.jsonl; columns in the order in which rows bring them up."""
+        rows = self.metrics()
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return self.write_text("metrics.csv", text.getvalue())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write metrics.csv, then summary.json, whose presence says that the run is finished."""
+        self.write_csv()
+        self.write_json("summary.json", summary)
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, None of an unfinished one."""
+        target = self.path / "summary.json"
+        return json.loads(target.read_text(encoding="utf-8")) if target.exists() else None
+
+
+def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder | None:
+    """The newest unfinished run of this recipe and digest below `root`; None where there is none.
+
+    Runs with a folder of their own (`out=`) are resumed by its name.
+    """
+    candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
+    unfinished = [path for path in candidates if not (path / "summary.json").exists()]
+    return RunFolder.open(max(unfinished)) if unfinished else None
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to; it takes the target's place when the block succeeds.
+
+    Raises:
+        RunFailed: the disk is full. `target` is then as it was before.
+    """
+    beside = target.with_name(f".{target.name}.tmp")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+        _sync_folder(target.parent)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            _explain_full_disk(error, target)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of the results has to know of the machine and the software, for JSON."""
+    import torch
+
+    import fastkd
+    from fastkd.doctor import cpu_facts, gpu_facts, kernel_facts, version_of
+
+    return {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
+        "system": platform.platform(),
+        "cpu": cpu_facts(),
+        "gpus": gpu_facts(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "kernels": kernel_facts(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _make_dated(parent: Path, digest: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    while True:
+        path = parent / f"{time.strftime(_TIME_FORMAT, time.gmtime(now))}-{digest[:8]}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            # Two runs of one recipe within a second: names must differ, and sort by age.
+            now += 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _explain_full_disk(error: OSError, target: Path) -> None:
+    if error.errno in _OUT_OF_SPACE:
+        raise RunFailed(f"no space left on the disk: {target} could not be written") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

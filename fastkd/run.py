@@ -1,0 +1,401 @@
+"""A recipe as a whole: data, teacher, baselines, distilled student, comparison, report.
+
+Every stage is one training in its own run folder, so each can be resumed and reused by itself:
+the teacher below runs/teachers, the baselines below the run's own folder.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastkd.build import Engine, TeacherNet, build_trainer, decide
+from fastkd.checkpoint import load_checkpoint
+from fastkd.data import DataPair, open_data
+from fastkd.distributed import World, broadcast_object
+from fastkd.errors import FastKDError, Interrupted, UserError
+from fastkd.evaluate import evaluate
+from fastkd.losses.registry import build_terms
+from fastkd.models import count, create_model
+from fastkd.precision import resolve_precision
+from fastkd.recipe.loading import recipe_to_yaml
+from fastkd.recipe.schema import Recipe, StudentConfig
+from fastkd.report.console import Console
+from fastkd.report.run_folder import RunFolder, environment, find_resumable
+from fastkd.trainer import Plan, Trainer
+from fastkd.weights import describe
+
+__all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all stages of a run share."""
+
+    world: World
+    console: Console
+    root: Path
+    """Where run folders go unless `out` says otherwise."""
+
+
+def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
+    """Train what the recipe asks for and return its summary.
+
+    resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
+    """
+    data = open_recipe_data(recipe, session)
+    teacher, teacher_summary = _teacher(recipe, data, session)
+    trainer_of = _stage_builder(recipe, data, teacher, session)
+    trainer_of(None)  # build once without a folder: a recipe that does not fit leaves none behind
+    folder, resumed = _on_main(session.world, lambda: _folder(recipe, session, resume))
+    session.console.note(f"run folder {folder.path}")
+    try:
+        alone = [
+            _train(
+                recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
+                data,
+                None,
+                session,
+                folder.path / "alone" / f"lr-{lr:g}",
+            )
+            for lr in recipe.baseline.lrs
+        ]
+        trainer = trainer_of(folder)
+        if resumed:
+            _go_on(trainer, folder, session)
+        summary = trainer.fit()
+    except Interrupted as stopped:
+        raise Interrupted(
+            f"{stopped} Go on with: fastkd train --resume {folder.path}", stopped.exit_code
+        ) from None
+    best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
+    summary |= {
+        "recipe": recipe.name,
+        "digest": recipe.digest(),
+        "student": recipe.student.name,
+        **_size(trainer.student, data),
+        "teacher": teacher_summary,
+        "alone": best_alone,
+        "alone_tried": [{"lr": run["lr"], "accuracy_last": run["accuracy_last"]} for run in alone],
+    }
+    if session.world.is_main:
+        _report(recipe, summary, trainer, folder, session)
+    return summary
+
+
+def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
+    """Build everything, make two steps, leave nothing behind; what a real run would cost."""
+    data = open_recipe_data(recipe, session)
+    teacher = None
+    if recipe.teacher is not None:
+        weights = None if recipe.teacher.train else recipe.teacher.weights
+        teacher = _load_net(recipe, recipe.teacher, data, weights)
+    trainer = _stage_builder(recipe, data, teacher, session)(None)
+    rates = trainer.rehearse(steps=2)
+    steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
+    return {
+        "recipe": recipe.name,
+        "train_images": data.train.num_samples,
+        "val_images": data.val.num_samples,
+        "image": (3, data.image_size, data.image_size),
+        "classes": len(data.classes),
+        "backend": data.backend,
+        "student": f"{recipe.student.name}: {count(trainer.student, _shape(data))}",
+        "teacher": f"{recipe.teacher.name}: {count(teacher.model, _shape(data))}"
+        if recipe.teacher and teacher
+        else "none",
+        "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
+        **trainer.plan.decisions,
+        "device": str(session.world.device),
+        "ranks": session.world.size,
+        **rates,
+        "steps": steps,
+        "projected_seconds": steps * rates["seconds_per_step"],
+    }
+
+
+def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
+    """Both splits as the recipe wants them, this rank's share."""
+    precision = resolve_precision(recipe.precision, session.world.device)
+    data, augment = recipe.data, recipe.augment
+    return open_data(
+        name=data.name,
+        root=data.root,
+        backend=data.backend,
+        image_size=data.image_size,
+        download=data.download,
+        train_limit=data.train_limit,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        crop=augment.crop,
+        geometry_padding=augment.padding,
+        geometry_mode=augment.pad_mode,
+        flip=augment.flip,
+        mean=data.mean,
+        std=data.std,
+        workers=data.workers,
+        device=session.world.device,
+        dtype=precision.dtype,
+        channels_last=recipe.channels_last,
+        rank=session.world.rank,
+        world_size=session.world.size,
+        drop_last=data.drop_last,
+    )
+
+
+def _stage_builder(
+    recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session
+) -> Callable[[RunFolder | None], Trainer]:
+    """A function that builds the recipe's own training, in a folder or without one."""
+
+    def build(folder: RunFolder | None) -> Trainer:
+        torch.manual_seed(recipe.seed)
+        student = _load_net(recipe, recipe.student, data, recipe.student.weights).model
+        terms = build_terms(recipe.losses)
+        decisions = _saved_decisions(folder)
+        precision, compiled = decide(
+            precision=decisions.get("precision", recipe.precision),
+            compile_mode=decisions.get("compile", recipe.compile),
+            device=session.world.device,
+            student=student,
+            teacher=teacher.model if teacher else None,
+            terms=terms,
+            image_shape=_shape(data),
+            images=data.train.num_samples * recipe.total_epochs,
+        )
+        normalization = (data.mean, data.std)
+        return build_trainer(
+            Plan(
+                stage=recipe.name,
+                digest=recipe.digest(),
+                seed=recipe.seed,
+                epochs=recipe.total_epochs,
+                accumulate=recipe.accumulate,
+                save_steps=recipe.save_steps,
+                eval_epochs=recipe.eval_epochs,
+                metadata=describe(student)
+                | {"normalization": json.dumps(normalization), "recipe": recipe.name},
+            ),
+            student=student,
+            teacher=teacher,
+            terms=terms,
+            optim=recipe.scaled_optim(),
+            engine=Engine(
+                precision,
+                compiled,
+                recipe.channels_last,
+                recipe.sync_bn,
+                recipe.ema,
+                recipe.max_skips,
+            ),
+            loader=data.train,
+            val_loader=data.val,
+            image_shape=_shape(data),
+            num_classes=len(data.classes),
+            train_labels_N=data.train.labels_N,
+            normalization=normalization,
+            xprime=recipe.augment.xprime,
+            world=session.world,
+            folder=folder,
+            console=session.console,
+        )
+
+    return build
+
+
+def _train(
+    recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session, path: Path
+) -> dict[str, Any]:
+    """Train one stage in `path`, go on with an unfinished one, or return a finished one's summary."""
+
+    def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
+        folder = RunFolder.open(path) if path.exists() else _new_folder(recipe, path)
+        return folder, folder.summary()
+
+    folder, finished = _on_main(session.world, prepare)
+    if finished is not None:
+        session.console.note(f"{recipe.name}: finished before, {path}")
+        return finished
+    trainer = _stage_builder(recipe, data, teacher, session)(folder)
+    _go_on(trainer, folder, session)
+    summary = trainer.fit() | {
+        "recipe": recipe.name,
+        "digest": recipe.digest(),
+        "student": recipe.student.name,
+        "lr": recipe.optim.lr,
+        **_size(trainer.student, data),
+        "history": trainer.history,
+    }
+    _on_main(session.world, lambda: folder.finish(summary))
+    return summary
+
+
+def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
+    """Continue an unfinished folder; one without a checkpoint yet starts over."""
+    if (folder.path / "last.pt").exists():
+        trainer.resume(folder.path / "last.pt")
+    elif session.world.is_main:
+        folder.cut_metrics(0)
+
+
+def _teacher(
+    recipe: Recipe, data: DataPair, session: Session
+) -> tuple[TeacherNet | None, dict[str, Any] | None]:
+    """The recipe's teacher, trained first if it asks for that, and proven better than chance."""
+    config = recipe.teacher
+    if config is None:
+        return None, None
+    weights, summary = config.weights, None
+    if config.train:
+        lesson = recipe.as_teacher()
+        path = session.root / "teachers" / f"{config.name}-{lesson.digest()[:8]}"
+        summary = _train(lesson, data, None, session, path)
+        weights = str(path / "best.safetensors")
+    net = _load_net(recipe, config, data, weights)
+    accuracy = _accuracy(net, recipe, data, session)
+    session.console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
+    floor = config.min_accuracy
+    if floor is None:
+        chance = 1 / len(data.classes)
+        floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
+    if accuracy < floor:
+        raise UserError(
+            f"the teacher {config.name} reaches {accuracy:.2%} on the validation images, at least "
+            f"{floor:.2%} was expected. If its weights are right, its class order "
+            f"(teacher.class_map) or normalisation is not; if it was just trained, give it more "
+            f"epochs; teacher.min_accuracy=0 accepts it as it is"
+        )
+    facts = {"name": config.name, "accuracy": accuracy, **_size(net.model, data)}
+    return net, facts | ({"training": summary} if summary else {})
+
+
+def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session) -> float:
+    from fastkd.teacher import Teacher
+
+    precision = resolve_precision(recipe.precision, session.world.device)
+    teacher = Teacher(
+        net.model,
+        {},
+        precision=precision,
+        device=session.world.device,
+        data_normalization=(data.mean, data.std),
+        normalization=net.normalization,
+        resolution=net.resolution,
+        class_map=net.class_map,
+        channels_last=recipe.channels_last,
+    )
+    return evaluate(teacher.logits, data.val, precision, session.world)["accuracy"]
+
+
+def _load_net(
+    recipe: Recipe, config: StudentConfig, data: DataPair, weights: str | None
+) -> TeacherNet:
+    """Build a network of the data's class count and fill it from a file or a run folder."""
+    from fastkd.recipe.schema import TeacherConfig
+
+    class_map = config.class_map if isinstance(config, TeacherConfig) else None
+    resolution = config.resolution if isinstance(config, TeacherConfig) else None
+    options = {} if config.width is None else {"width": config.width}
+    if weights is not None and Path(weights).is_dir():
+        weights = str(Path(weights) / "best.safetensors")
+    # A mapped teacher keeps its own class count.
+    classes = None if class_map is not None and ":" in config.name else len(data.classes)
+    model = create_model(
+        config.name, classes, pretrained=config.pretrained, weights=weights, **options
+    )
+    normalization = getattr(model, "normalization", None)
+    return TeacherNet(model, normalization, resolution, class_map)
+
+
+def _folder(recipe: Recipe, session: Session, resume: str | None) -> tuple[RunFolder, bool]:
+    """The run's folder and whether it is an old one to go on with."""
+    if resume == "auto":
+        found = (
+            RunFolder.open(Path(recipe.out))
+            if recipe.out and Path(recipe.out).exists()
+            else find_resumable(session.root, recipe.name, recipe.digest())
+        )
+        if found is not None:
+            return found, True
+        session.console.note(f"no unfinished run of {recipe.name} with these keys: starting anew")
+    elif resume is not None:
+        folder = RunFolder.open(Path(resume))
+        if folder.summary() is not None:
+            raise UserError(f"{resume} is finished: nothing to resume")
+        if (folder.path / "last.pt").exists():
+            load_checkpoint(folder.path / "last.pt", recipe.digest())
+        return folder, True
+    return _new_folder(recipe, Path(recipe.out) if recipe.out else None, session.root), False
+
+
+def _new_folder(recipe: Recipe, out: Path | None, root: Path = Path("runs")) -> RunFolder:
+    folder = RunFolder.create(root, recipe.name, recipe.digest(), out=out)
+    folder.write_text("config.yaml", recipe_to_yaml(recipe))
+    folder.write_json("environment.json", environment())
+    return folder
+
+
+def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
+    if folder is None or not (folder.path / "last.pt").exists():
+        return {}
+    return load_checkpoint(folder.path / "last.pt")["decisions"]
+
+
+def _shape(data: DataPair) -> tuple[int, int, int]:
+    return (3, data.image_size, data.image_size)
+
+
+def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
+    size = count(model, _shape(data))
+    return {"params": size.params, "macs": size.macs}
+
+
+def _on_main(world: World, work: Callable[[], T]) -> T:
+    """Do file-system work on rank 0 alone; its result or its error reaches every rank."""
+    if world.size == 1:
+        return work()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (work(), None)
+        except (FastKDError, OSError) as error:
+            outcome = (None, error)
+    result, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def _report(
+    recipe: Recipe, summary: dict[str, Any], trainer: Trainer, folder: RunFolder, session: Session
+) -> None:
+    from fastkd.report.plots import plot_curves
+
+    teacher, alone = summary["teacher"], summary["alone"]
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    if teacher:
+        lesson = teacher.get("training")
+        rows.append({"run": f"teacher {teacher['name']}", "note": "", **(lesson or {}), **teacher})
+        if lesson:
+            curves["teacher"] = lesson["history"]
+    if alone:
+        tried = ", ".join(f"{run['lr']:g}" for run in summary["alone_tried"])
+        rows.append(
+            {"run": "student alone", **alone, "note": f"best lr of {tried}: {alone['lr']:g}"}
+        )
+        curves["student alone"] = alone["history"]
+    kind = "student distilled" if teacher else "student"
+    rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
+    curves[kind] = trainer.history
+    plot_curves(folder.path / "curves.png", curves)
+    folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    session.console.comparison(rows)
+    session.console.note(f"curves {folder.path / 'curves.png'}")

@@ -1,0 +1,155 @@
+"""Learning rate and momentum as pure functions of the optimizer step.
+
+Flow: recipe -> `Schedule` -> trainer, which calls `set_lr(optimizer, schedule.lr_factor(step))`
+before each optimizer step. There is no state, so a resumed run cannot disagree with an unbroken
+one.
+
+Steps count from 0, epochs from 1. All kinds return a factor of the base learning rate:
+
+    constant   1
+    multistep  gamma ** (number of milestones below the epoch); `MultiStepLR` stepped per epoch
+    cosine     min + (1 - min) * (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
+    onecycle   `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
+               0.95 - 0.85 - 0.95
+
+Linear warm-up (the first three kinds) multiplies step s of W by (s + 1) / W; the cosine then spans
+the S - W steps that follow it, while the milestones stay absolute epochs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fastkd.errors import UserError
+
+__all__ = ["Schedule", "ScheduleKind", "lr_factor", "onecycle_momentum"]
+
+ScheduleKind = Literal["constant", "multistep", "cosine", "onecycle"]
+
+# The defaults of torch.optim.lr_scheduler.OneCycleLR (Smith and Topin 2017, arXiv:1708.07120).
+_ONECYCLE_RISING_SHARE = 0.3
+_ONECYCLE_START = 1 / 25
+_ONECYCLE_END = _ONECYCLE_START / 1e4
+_ONECYCLE_MOMENTUM_HIGH, _ONECYCLE_MOMENTUM_LOW = 0.95, 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One schedule, bound to the length of its run.
+
+    Raises:
+        UserError: the kind is unknown, a length is not positive, the warm-up does not fit into the
+            run, or a warm-up is asked of onecycle, which has its own.
+    """
+
+    kind: ScheduleKind = "constant"
+    epochs: int
+    """Length of the run in epochs."""
+    steps_per_epoch: int
+    """Optimizer steps (not micro-batches) of one epoch."""
+    milestones: tuple[float, ...] = ()
+    """multistep: after each of these epochs the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up in epochs, rounded to whole steps; 0 is none."""
+    min_factor: float = 0.0
+    """cosine: the factor it falls to."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ScheduleKind):
+            raise UserError(
+                f"the schedule {self.kind!r} is unknown; choose one of "
+                + ", ".join(get_args(ScheduleKind))
+            )
+        if self.epochs < 1 or self.steps_per_epoch < 1:
+            raise UserError(
+                f"a schedule needs at least one epoch of one step, got {self.epochs} epochs of "
+                f"{self.steps_per_epoch} steps; is the batch larger than the data set?"
+            )
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise UserError(
+                f"a warm-up of {self.warmup_epochs} epochs does not fit into {self.epochs} epochs"
+            )
+        if self.kind == "onecycle" and self.warmup_epochs > 0:
+            raise UserError("the onecycle schedule has its own warm-up; set warmup_epochs to 0")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def lr_factor(self, step: int) -> float:
+        """Factor of the base learning rate for optimizer step `step`, counted from 0."""
+        return lr_factor(
+            self.kind,
+            step=step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.epochs,
+            milestones=self.milestones,
+            gamma=self.gamma,
+            warmup_epochs=self.warmup_epochs,
+            min_factor=self.min_factor,
+        )
+
+    def momentum(self, step: int) -> float | None:
+        """Momentum (Adam: beta1) for step `step`, or None where the schedule leaves it alone."""
+        if self.kind != "onecycle":
+            return None
+        return onecycle_momentum(step=step, total_steps=self.total_steps)
+
+
+def lr_factor(
+    kind: ScheduleKind,
+    *,
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    warmup_epochs: float = 0.0,
+    min_factor: float = 0.0,
+) -> float:
+    """Factor of the base learning rate at `step` (from 0); the module docstring has the formulas.
+
+    Steps past the end of the run keep the last value.
+    """
+    total_steps = epochs * steps_per_epoch
+    step = min(step, total_steps - 1)
+    if kind == "onecycle":
+        return _onecycle(step, total_steps, start=_ONECYCLE_START, peak=1.0, end=_ONECYCLE_END)
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if kind == "multistep":
+        epoch = step // steps_per_epoch + 1
+        return warmup * gamma ** sum(milestone < epoch for milestone in milestones)
+    if kind == "cosine":
+        if step < warmup_steps:
+            return warmup
+        progress = (step - warmup_steps) / (total_steps - warmup_steps)
+        return _cosine(1.0, min_factor, progress)
+    return warmup
+
+
+def onecycle_momentum(*, step: int, total_steps: int) -> float:
+    """Momentum of the one-cycle policy at `step` (from 0): 0.95 down to 0.85 and back."""
+    return _onecycle(
+        min(step, total_steps - 1),
+        total_steps,
+        start=_ONECYCLE_MOMENTUM_HIGH,
+        peak=_ONECYCLE_MOMENTUM_LOW,
+        end=_ONECYCLE_MOMENTUM_HIGH,
+    )
+
+
+def _onecycle(step: int, total_steps: int, *, start: float, peak: float, end: float) -> float:
+    # torch puts the turn on a fractional step, and at 3 steps or fewer before the first one; kept
+    # as it is, so that a schedule equals torch's at every length.
+    turn = _ONECYCLE_RISING_SHARE * total_steps - 1
+    if step <= turn:
+        return _cosine(start, peak, step / turn)
+    return _cosine(peak, end, (step - turn) / (total_steps - 1 - turn))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

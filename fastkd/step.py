@@ -1,0 +1,92 @@
+"""Batch -> named losses: the unit that is compiled, wrapped by DDP and captured.
+
+Shape suffixes: N samples, C classes. The step runs the student once per view (views are never
+concatenated: that would change its batch statistics), calls every term, and is the one place
+where weights are applied. Nothing here asks the host for a number.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.losses.term import LossTerm, Need, TermInputs
+from fastkd.models.taps import Tapped
+from fastkd.precision import Precision
+
+__all__ = ["DistillStep", "StepOutput", "needed_taps"]
+
+
+class StepOutput(NamedTuple):
+    """What one forward pass of the step gives."""
+
+    loss: Tensor
+    """0-dim, fp32, with gradient: the weighted sum over all parts."""
+    metrics_M: Tensor
+    """Detached fp32 vector in the order of `DistillStep.metric_names`: sums over the batch."""
+    carry: dict[str, dict[str, Tensor]]
+    """Per term, what its `commit` wants back."""
+
+
+def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...]]:
+    """Taps per view that the terms ask of a net; the student's logits on x are always there."""
+    wanted: dict[str, list[str]] = {"x": ["logits"]} if net == "student" else {}
+    for term in terms:
+        for text in term.needs:
+            need = Need.parse(text)
+            if need.net == net and need.tap not in wanted.setdefault(need.view, []):
+                wanted[need.view].append(need.tap)
+    return {view: tuple(taps) for view, taps in wanted.items()}
+
+
+class DistillStep(nn.Module):
+    """Student and terms as one module: its parameters are exactly those that are trained."""
+
+    def __init__(self, student: nn.Module, terms: Iterable[LossTerm], precision: Precision) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.precision = precision
+        self.views = needed_taps(self._terms(), "student")
+        taps = dict.fromkeys(tap for wanted in self.views.values() for tap in wanted)
+        self.student = Tapped(student, tuple(taps))
+        self.part_names = [part for term in self._terms() for part in term.weights]
+        self.metric_names = ("images", "loss", *self.part_names, "correct")
+
+    def _terms(self) -> Iterable[LossTerm]:
+        return (term for term in self.terms if isinstance(term, LossTerm))
+
+    def forward(
+        self,
+        views: Mapping[str, Tensor],
+        labels_N: Tensor,
+        index_N: Tensor,
+        teacher: Mapping[str, Tensor],
+        schedule: Mapping[str, Mapping[str, Tensor]],
+    ) -> StepOutput:
+        """views: [N, 3, H, W] by name; teacher: its tensors by need; schedule: per term."""
+        tensors: dict[str, Tensor] = dict(teacher)
+        with self.precision.autocast():
+            for view, taps in self.views.items():
+                features = self.student(views[view])
+                for tap in taps:
+                    tensors[f"{view}/student/{tap}"] = features[tap]
+
+        total = torch.zeros((), device=labels_N.device)
+        values: dict[str, Tensor] = {}
+        carry: dict[str, dict[str, Tensor]] = {}
+        for term in self._terms():
+            wanted = {need: tensors[need] for need in term.needs}
+            output = term(TermInputs(wanted, labels_N, index_N, schedule.get(term.name, {})))
+            for part, weight in term.weights.items():
+                total = total + weight * output.parts[part]
+                values[part] = output.parts[part]
+            if output.carry:
+                carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
+
+        logits_NC = tensors["x/student/logits"]
+        images = labels_N.shape[0]
+        correct = (logits_NC.detach().argmax(1) == labels_N).sum().float()
+        means = [total, *(values[part] for part in self.part_names)]
+        metrics = [correct.new_full((), images), *(m.detach().float() * images for m in means)]
+        return StepOutput(total, torch.stack([*metrics, correct]), carry)

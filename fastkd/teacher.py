@@ -1,0 +1,175 @@
+"""The frozen network that is imitated: evaluated first, never trained, wrapped or saved.
+
+The teacher is its own compiled unit with its own normalisation, resolution and class order. On a
+GPU it works one batch ahead on a side stream (`run_ahead`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.compiling import compile_unit
+from fastkd.errors import UserError
+from fastkd.models.taps import Tapped
+from fastkd.precision import Precision
+
+__all__ = ["Teacher", "freeze", "run_ahead"]
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+T = TypeVar("T")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Evaluation mode, no parameter gradients; in place."""
+    return model.eval().requires_grad_(False)
+
+
+class Teacher:
+    """Callable: views -> its tensors by need.
+
+    Args:
+        model: any nn.Module that maps [N, 3, H, W] to logits [N, C].
+        taps: per view the taps that the loss terms ask for.
+        precision: autocast of its forward pass.
+        data_normalization: (mean, std) in 0..1 with which the views were normalised.
+        normalization: the teacher's own; None where it is that of the data.
+        resolution: side in pixels the teacher wants; None keeps that of the views.
+        class_map: for every class of the data the teacher's output; None where the orders agree.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Mapping[str, tuple[str, ...]],
+        *,
+        precision: Precision,
+        device: torch.device,
+        data_normalization: Normalization,
+        normalization: Normalization | None = None,
+        resolution: int | None = None,
+        class_map: tuple[int, ...] | None = None,
+        channels_last: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = freeze(model).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.taps = {
+            view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
+        }
+        every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
+        self.unit = _TeacherUnit(
+            self.model,
+            tuple(every) or ("logits",),
+            precision,
+            _renormalization(data_normalization, normalization),
+            resolution,
+            class_map,
+        ).to(device)
+        self.forward = compile_unit(self.unit, enabled=compiled)
+
+    def __call__(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors keyed `view/teacher/tap`, without gradient."""
+        out: dict[str, Tensor] = {}
+        # no_grad, not inference_mode: inference tensors cannot enter a differentiated loss.
+        with torch.no_grad():
+            for view, taps in self.taps.items():
+                features = self.forward(views[view])
+                out |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
+        return out
+
+    def logits(self, images_NCHW: Tensor) -> Tensor:
+        """Logits [N, C] in the class order of the data, uncompiled; for the evaluation."""
+        with torch.no_grad():
+            return self.unit(images_NCHW)["logits"]
+
+    def stages(self, features: Tensor, after: str, upto: str) -> Tensor:
+        """The layers after tap `after` up to tap `upto`, with gradient to the features."""
+        run = getattr(self.model, "forward_between", None)
+        if run is None:
+            raise UserError(
+                f"a loss sends features through the teacher's stages, which "
+                f"{type(self.model).__name__} does not expose; use a teacher of the zoo"
+            )
+        return run(features, after, upto)
+
+
+class _TeacherUnit(nn.Module):
+    """The compiled part: renormalise, resize, forward, reorder classes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: tuple[str, ...],
+        precision: Precision,
+        scale_shift: tuple[list[float], list[float]] | None,
+        resolution: int | None,
+        class_map: tuple[int, ...] | None,
+    ) -> None:
+        super().__init__()
+        self.tapped = Tapped(model, taps)
+        self.precision = precision
+        self.resolution = resolution
+        self.renormalize = scale_shift is not None
+        scale, shift = scale_shift or ([1.0] * 3, [0.0] * 3)
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
+        order = None if class_map is None else torch.tensor(class_map)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        if self.renormalize:
+            images_NCHW = (images_NCHW * self.scale + self.shift).to(images_NCHW.dtype)
+        if self.resolution is not None:
+            side = (self.resolution, self.resolution)
+            images_NCHW = F.interpolate(
+                images_NCHW, side, mode="bilinear", antialias=True, align_corners=False
+            )
+        with self.precision.autocast():
+            features = self.tapped(images_NCHW)
+        if self.order is not None:
+            features = features | {"logits": features["logits"][:, self.order]}
+        return features
+
+
+def _renormalization(
+    data: Normalization, teacher: Normalization | None
+) -> tuple[list[float], list[float]] | None:
+    """(x - m_d)/s_d -> (x - m_t)/s_t as one scale and shift per channel; None if they agree."""
+    if teacher is None or teacher == data:
+        return None
+    (mean_d, std_d), (mean_t, std_t) = data, teacher
+    scale = [sd / st for sd, st in zip(std_d, std_t, strict=True)]
+    shift = [(md - mt) / st for md, mt, st in zip(mean_d, mean_t, std_t, strict=True)]
+    return scale, shift
+
+
+def run_ahead(
+    items: Iterator[T], device: torch.device, tensors: Callable[[T], list[Tensor]]
+) -> Iterator[T]:
+    """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
+
+    On a CPU the items come as they are. `tensors` lists the device tensors of an item, so that
+    the allocator keeps them until the main stream has read them.
+    """
+    if device.type != "cuda":
+        yield from items
+        return
+    side = torch.cuda.Stream(device)
+
+    def launch() -> tuple[T, Any] | None:
+        with torch.cuda.stream(side):
+            item = next(items, None)
+            return None if item is None else (item, side.record_event())
+
+    pending = launch()
+    while pending is not None:
+        item, ready = pending
+        pending = launch()
+        main = torch.cuda.current_stream(device)
+        main.wait_event(ready)
+        for tensor in tensors(item):
+            tensor.record_stream(main)
+        yield item

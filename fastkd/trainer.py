@@ -1,0 +1,460 @@
+"""The training loop: batches -> step -> update -> metrics -> checkpoint.
+
+It owns nothing that it can be handed; `fastkd.build` makes the parts. The host waits for the
+device in one place only, `_fetch`.
+"""
+
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.augment import PartnerSource, ViewMaker
+from fastkd.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.data.batch import Batch
+from fastkd.distributed import World, all_reduce_sum, sync_buffers
+from fastkd.ema import EMA
+from fastkd.errors import Interrupted
+from fastkd.evaluate import EvalLoader, evaluate, evaluating
+from fastkd.guard import Guard
+from fastkd.losses.term import LossTerm
+from fastkd.optim import set_lr
+from fastkd.precision import Precision
+from fastkd.report.console import Console
+from fastkd.report.run_folder import RunFolder
+from fastkd.schedules import Schedule
+from fastkd.step import DistillStep, StepOutput
+from fastkd.teacher import Teacher, run_ahead
+from fastkd.weights import save_weights
+
+__all__ = ["Plan", "Progress", "TrainLoader", "Trainer"]
+
+LOG_STEPS = 10
+
+
+class TrainLoader(PartnerSource, Protocol):
+    """This rank's share of the training images; `fastkd.data` has several."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch from `start_step` on; earlier ones are not touched."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop itself needs of a recipe."""
+
+    stage: str
+    digest: str
+    seed: int
+    epochs: int
+    accumulate: int = 1
+    clip_norm: float | None = None
+    save_steps: int | None = None
+    eval_epochs: int = 1
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Goes into best.safetensors."""
+    decisions: dict[str, Any] = field(default_factory=dict)
+    """What `auto` came to (precision, compile); a resumed run repeats it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    rows: int = 0
+    """Metric rows written so far; later ones are cut at resume."""
+    epoch_s: float = 0.0
+    wait_s: float = 0.0
+
+
+class Prepared(NamedTuple):
+    """A batch with its views and the teacher's answer, ready for the step."""
+
+    batch: Batch
+    views: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    global_size: int
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that lies on the device."""
+        return [*self.batch, *self.views.values(), *self.teacher.values()]
+
+    def split(self, parts: int) -> "Iterator[Prepared]":
+        """Micro-batches of equal size (the last may be smaller)."""
+        if parts == 1:
+            yield self
+            return
+        size = -(-len(self.batch.labels_N) // parts)
+        for start in range(0, len(self.batch.labels_N), size):
+            rows = slice(start, start + size)
+            yield Prepared(
+                Batch(*(tensor[rows] for tensor in self.batch)),
+                {name: view[rows] for name, view in self.views.items()},
+                {need: tensor[rows] for need, tensor in self.teacher.items()},
+                self.global_size,
+            )
+
+
+class Trainer:
+    """One student, trained once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        step: DistillStep,
+        runner: nn.Module,
+        student: nn.Module,
+        teacher: Teacher | None,
+        loader: TrainLoader,
+        val_loader: EvalLoader,
+        views: ViewMaker,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        precision: Precision,
+        guard: Guard,
+        ema: EMA | None,
+        world: World,
+        folder: RunFolder | None,
+        console: Console,
+    ) -> None:
+        self.plan, self.step, self.runner, self.student = plan, step, runner, student
+        self.teacher, self.loader, self.val_loader, self.views = teacher, loader, val_loader, views
+        self.optimizer, self.schedule, self.precision = optimizer, schedule, precision
+        self.guard, self.ema, self.world = guard, ema, world
+        self.folder, self.console = folder, console
+        self.scaler = precision.scaler()
+        self.terms = [term for term in step.terms if isinstance(term, LossTerm)]
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.totals_M = torch.zeros(
+            len(step.metric_names), dtype=torch.float64, device=world.device
+        )
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch; the summary of the run.
+
+        Interrupted after Ctrl-C or SIGTERM (state saved), RunFailed after too many bad steps.
+        """
+        self.console.stage(self.plan.stage)
+        with StopSignal() as stop:
+            while self.progress.epoch < self.plan.epochs:
+                self._train_epoch(self.progress.epoch, stop)
+                self._end_epoch()
+        return self.summary()
+
+    def rehearse(self, steps: int) -> dict[str, Any]:
+        """Make a few steps and throw them away: seconds per step, peak memory, tensor shapes."""
+        self.runner.train()
+        clocks, shapes = [time.perf_counter()], {}
+        for epoch in range(steps):
+            for prepared in self._prepare(epoch):
+                self._optimize(prepared, epoch, self.progress.step)
+                self._fetch()
+                clocks.append(time.perf_counter())
+                tensors = prepared.views | prepared.teacher
+                shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                if len(clocks) > steps:
+                    break
+            if len(clocks) > steps:
+                break
+        return {
+            "first_step_seconds": clocks[1] - clocks[0],
+            "seconds_per_step": clocks[-1] - clocks[-2],
+            "peak_memory_mib": peak_memory_mib(self.world.device),
+            "shapes": shapes,
+        }
+
+    def _train_epoch(self, epoch: int, stop: "StopSignal") -> None:
+        progress, steps = self.progress, self.loader.steps_per_epoch
+        self.runner.train()
+        clock = time.perf_counter()
+        for prepared in run_ahead(self._prepare(epoch), self.world.device, Prepared.tensors):
+            self._optimize(prepared, epoch, progress.step)
+            progress.step += 1
+            now = time.perf_counter()
+            progress.epoch_s += now - clock
+            clock = now
+            if progress.step % LOG_STEPS == 0 or progress.step == steps:
+                self._fetch()
+                if stop.agreed(self.world) and progress.step < steps:
+                    self._interrupt(stop)
+            elif self.world.size == 1 and stop.code:
+                self._interrupt(stop)
+            due = self.plan.save_steps and progress.step % self.plan.save_steps == 0
+            if due and progress.step < steps:
+                self.save()
+
+    def _prepare(self, epoch: int) -> Iterator[Prepared]:
+        """Batches with views and teacher; only the loader and the views count as data wait."""
+        step = self.progress.step
+        batches = self.loader.epoch(epoch, step)
+        while True:
+            clock = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            views = self.views(batch, epoch, step)
+            self.progress.wait_s += time.perf_counter() - clock
+            teacher = self.teacher(views) if self.teacher else {}
+            yield Prepared(batch, views, teacher, self.loader.global_size(step))
+            step += 1
+
+    def _optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
+        """One optimizer step; a bad one changes nothing."""
+        done = epoch * self.loader.steps_per_epoch + step
+        set_lr(self.optimizer, self.schedule.lr_factor(done), self.schedule.momentum(done))
+        torch.manual_seed(_step_seed(self.plan.seed, epoch, step, self.world.rank))
+        schedule = self._scheduled(epoch + step / self.loader.steps_per_epoch)
+        self.guard.before_step()
+        outputs: list[tuple[StepOutput, Tensor]] = []
+        loss = torch.zeros((), device=self.world.device)
+        micros = list(prepared.split(self.plan.accumulate))
+        for number, micro in enumerate(micros, 1):
+            share = len(micro.batch.labels_N) * self.world.size / micro.global_size
+            with self._no_sync(unless=number == len(micros)):
+                out: StepOutput = self.runner(
+                    micro.views, micro.batch.labels_N, micro.batch.index_N, micro.teacher, schedule
+                )
+                scaled = out.loss * share
+                self.scaler.scale(scaled).backward()
+            loss = loss + scaled.detach()
+            outputs.append((out, micro.batch.index_N))
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        ok = self.guard.judge(loss, grads, self.plan.clip_norm)
+        self.guard.apply(ok)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        for out, index_N in outputs:
+            self.totals_M += torch.where(ok, out.metrics_M.double(), 0.0)
+            for term in self.terms:
+                if term.name in out.carry:
+                    term.commit(out.carry[term.name], index_N, ok)
+        if self.ema:
+            self.ema.update(ok)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _no_sync(self, *, unless: bool) -> AbstractContextManager[Any]:
+        if unless or not isinstance(self.runner, DistributedDataParallel):
+            return nullcontext()
+        return self.runner.no_sync()
+
+    def _scheduled(self, epoch: float) -> dict[str, dict[str, Tensor]]:
+        return {
+            term.name: {
+                # torch.full fills on the device; torch.tensor would copy from the host.
+                name: torch.full((), value(epoch), device=self.world.device)
+                for name, value in term.schedules().items()
+            }
+            for term in self.terms
+            if term.schedules()
+        }
+
+    def _fetch(self) -> dict[str, float]:
+        """The one place where the host waits for the device: counters, then running means."""
+        self.guard.check()
+        values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
+        images = max(values.pop("images"), 1.0)
+        means = {name: value / images for name, value in values.items()}
+        done = images * self.world.size / max(self.progress.epoch_s, 1e-9)
+        self.console.progress(
+            epoch=self.progress.epoch,
+            epochs=self.plan.epochs,
+            step=self.progress.step,
+            steps=self.loader.steps_per_epoch,
+            images_per_s=done,
+            data_wait=self.progress.wait_s / max(self.progress.epoch_s, 1e-9),
+            loss=means["loss"],
+        )
+        return means
+
+    def _end_epoch(self) -> None:
+        """Evaluate, keep the best, write one row, save."""
+        progress = self.progress
+        if self.world.size > 1:
+            all_reduce_sum(self.totals_M)
+            # DDP hands out rank 0's batch statistics before each step; evaluation wants them too.
+            sync_buffers(self.student)
+            if self.ema:
+                sync_buffers(self.ema.module)
+        values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
+        images = values.pop("images")
+        _, skipped = self.guard.counts()
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **{f"train_{name}": value / max(images, 1.0) for name, value in values.items()},
+            "images_per_s": images / max(progress.epoch_s, 1e-9),
+            "data_wait": progress.wait_s / max(progress.epoch_s, 1e-9),
+            "seconds": progress.epoch_s,
+            "skipped": skipped,
+        }
+        row["train_accuracy"] = row.pop("train_correct")
+        last = progress.epoch + 1 == self.plan.epochs
+        better = False
+        if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:
+            kept = self.ema.module if self.ema else self.student
+            with evaluating(kept):
+                found = evaluate(kept, self.val_loader, self.precision, self.world)
+            row |= {f"val_{name}": found[name] for name in ("accuracy", "top5", "loss")}
+            better = found["accuracy"] > progress.best_accuracy
+            if better:
+                progress.best_accuracy, progress.best_epoch = found["accuracy"], row["epoch"]
+        self.history.append(row)
+        if better:
+            self._keep_best(row)
+        progress.epoch, progress.step, progress.rows = progress.epoch + 1, 0, progress.rows + 1
+        progress.epoch_s = progress.wait_s = 0.0
+        self.totals_M.zero_()
+        # The row first: a kill in between leaves one row too many, which a resumed run cuts.
+        if self.folder and self.world.is_main:
+            self.folder.append_metrics(row)
+        self.save()
+        self.console.epoch(row, self.plan.epochs)
+
+    def _keep_best(self, row: dict[str, Any]) -> None:
+        if not self.folder or not self.world.is_main:
+            return
+        kept = self.ema.module if self.ema else self.student
+        for term in self.terms:
+            kept = term.export(kept)
+        facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
+        save_weights(self.folder.path / "best.safetensors", kept, self.plan.metadata | facts)
+
+    def summary(self) -> dict[str, Any]:
+        """Last and best accuracy and the rates of the run; written to summary.json by the caller."""
+        rows = [row for row in self.history if "val_accuracy" in row]
+        rates = sorted(row["images_per_s"] for row in self.history)
+        waits = sorted(row["data_wait"] for row in self.history)
+        return {
+            "epochs": self.plan.epochs,
+            "accuracy_last": rows[-1]["val_accuracy"],
+            "accuracy_best": self.progress.best_accuracy,
+            "best_epoch": self.progress.best_epoch,
+            "images_per_s": rates[len(rates) // 2],
+            "data_wait": waits[len(waits) // 2],
+            "train_seconds": sum(row["seconds"] for row in self.history),
+            "skipped_steps": self.history[-1]["skipped"],
+        }
+
+    def save(self) -> None:
+        """Write last.pt on rank 0; the others only add their share of the running sums."""
+        self.guard.check()
+        totals_M = self.totals_M.clone()
+        if self.world.size > 1:
+            all_reduce_sum(totals_M)
+        if not self.folder or not self.world.is_main:
+            return
+        save_checkpoint(
+            self.folder.path / "last.pt",
+            {
+                "digest": self.plan.digest,
+                "decisions": self.plan.decisions,
+                "progress": asdict(self.progress),
+                "student": self.student.state_dict(),
+                "terms": {term.name: term.state_dict() for term in self.terms},
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema": self.ema.state_dict() if self.ema else None,
+                "totals": totals_M,
+                "history": self.history,
+            },
+        )
+
+    def resume(self, path: Path) -> None:
+        """Continue from a last.pt; every rank reads it."""
+        state = load_checkpoint(path, self.plan.digest)
+        self.student.load_state_dict(state["student"])
+        for term in self.terms:
+            term.load_state_dict(state["terms"][term.name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.world.is_main:
+            self.totals_M.copy_(state["totals"])
+        self.progress = Progress(**state["progress"])
+        self.history = list(state["history"])
+        if self.folder and self.world.is_main:
+            self.folder.cut_metrics(self.progress.rows)
+        self.console.note(
+            f"resumed {self.plan.stage} at epoch {self.progress.epoch + 1} of {self.plan.epochs}, "
+            f"step {self.progress.step} of {self.loader.steps_per_epoch}"
+        )
+
+    def _interrupt(self, stop: "StopSignal") -> None:
+        self.save()
+        where = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
+        raise Interrupted(f"stopped at {where}; the state is saved.", stop.code or 130)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM become a flag that the loop reads between steps; a second one is final."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                break  # not the main thread: the caller keeps its own handling
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        signal.signal(number, self._before[number])
+
+    def agreed(self, world: World) -> bool:
+        """True on all ranks as soon as one of them was asked to stop."""
+        if world.size == 1:
+            return bool(self.code)
+        codes = torch.tensor([float(self.code)], device=world.device)
+        all_reduce_sum(codes)
+        return bool(codes.item())
+
+
+def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """A 63-bit mix of the four (splitmix64 finaliser), for dropout."""
+    value = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_000_003 + rank
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return (value ^ (value >> 31)) & 0x7FFFFFFFFFFFFFFF

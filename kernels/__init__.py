@@ -1,0 +1,16 @@
+"""Fused operations of fastkd, each with an eager reference beside it.
+
+The device of the tensors picks the implementation: C++ on the CPU, Triton on a GPU, plain torch
+where neither is there. `status()` says which it is.
+"""
+
+if __name__ != "fastkd.kernels":
+    raise ImportError(
+        f"this folder is the package `fastkd.kernels`, not {__name__!r}; run from another folder, "
+        "or set PYTHONSAFEPATH=1 to reach the PyPI package `kernels`"
+    )
+
+from fastkd.kernels._library import Impl, status
+from fastkd.kernels.kd_loss import KDRows, kd_loss, kd_loss_mean
+
+__all__ = ["Impl", "KDRows", "kd_loss", "kd_loss_mean", "status"]

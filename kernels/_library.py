@@ -1,0 +1,135 @@
+"""Which implementation runs: loads the C++ core, owns the `fastkd` torch library, answers `status()`.
+
+An op registers a schema, a fake and one implementation per dispatch key; the key of the tensors then
+picks the backend. Where a device has no implementation, the op's plain torch reference runs instead.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["IMPLS", "LIBRARY", "Core", "Impl", "choose", "core", "register", "status"]
+
+Impl = Literal["reference", "cpp", "triton"]
+IMPLS: tuple[str, ...] = ("reference", "cpp", "triton")
+
+LIBRARY = torch.library.Library("fastkd", "DEF")
+
+# The core's C interface carries no version of its own: library and sources are built together.
+_CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
+
+
+@dataclass(frozen=True)
+class Core:
+    """The opened C++ core. `isas` are the instruction sets of this machine, widest first."""
+
+    library: ctypes.CDLL
+    isas: tuple[str, ...]
+    threads: str
+    """Whose thread pool it runs on: the OpenMP runtime's file name, or "one thread"."""
+
+    def function(self, op: str, isa: str | None = None) -> Any:
+        """The C function of an op for one instruction set (default: the widest)."""
+        return self.library[f"fastkd_{op}_{isa or self.isas[0]}"]
+
+
+@functools.cache
+def core() -> Core | str:
+    """The C++ core, or one sentence that says why there is none."""
+    if not _CORE_FILE.exists():
+        return (
+            "C++ core not built: libfastkd_cpu.so is missing. Install a C++17 compiler, then run "
+            "`pip install -e .` again (-v shows the build)"
+        )
+    try:
+        library = ctypes.CDLL(str(_CORE_FILE))
+        library.fastkd_isas.restype = ctypes.c_char_p
+        isas = tuple(library.fastkd_isas().decode().split())
+        runtime, name = _openmp_of_torch()
+        library.fastkd_use_openmp(runtime)
+    except (OSError, AttributeError) as error:
+        return f"C++ core not usable: {error}. Run `pip install -e .` again"
+    return Core(library, isas, name)
+
+
+def _openmp_of_torch() -> tuple[ctypes.c_void_p, str]:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has already loaded.
+
+    Sharing the runtime shares its threads: two pools would spin against each other on the same cores.
+    """
+    maps = Path("/proc/self/maps")
+    text = maps.read_text() if maps.exists() else ""
+    files = dict.fromkeys(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", text))
+    # Other packages (scikit-learn) bring copies of their own: torch's comes first.
+    for file in sorted(files, key=lambda name: "/torch/" not in name):
+        symbol = getattr(ctypes.CDLL(file), "GOMP_parallel", None)
+        if symbol is not None:
+            return ctypes.cast(symbol, ctypes.c_void_p), Path(file).name
+    return ctypes.c_void_p(None), "one thread"
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """Why the Triton kernels cannot run on a GPU here, or None. Asks no device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+_OPS: dict[str, dict[str, Impl]] = {}
+
+
+def register(op: str, backends: Mapping[str, Impl]) -> None:
+    """Notes which implementation serves which device type ("cpu", "cuda") of an op."""
+    _OPS[op] = dict(backends)
+
+
+def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
+    """The implementation that runs `op` on a device type, or the one that was asked for."""
+    if impl is None:
+        return _OPS[op].get(device_type, "reference")
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(IMPLS)} or None")
+    if impl == "cpp" and (device_type != "cpu" or isinstance(core(), str)):
+        found = core()
+        why = found if isinstance(found, str) else f"the tensors are on {device_type!r}, not on 'cpu'"
+        raise ValueError(f"{op}: impl='cpp' cannot run: {why}")
+    if impl == "triton" and _triton_reason() is not None:
+        raise ValueError(f"{op}: impl='triton' cannot run: {_triton_reason()}")
+    return impl
+
+
+def status() -> dict[str, dict[str, str]]:
+    """What runs where: op -> {"cpu": ..., "cuda": ..., "reason": why a slower path runs, if one does}.
+
+    For example `{"kd_loss": {"cpu": "c++ (avx2)", "cuda": "triton", "reason": ""}}`.
+    """
+    found = core()
+    table = {}
+    for op, backends in sorted(_OPS.items()):
+        reasons = []
+        row = {"cpu": "reference", "cuda": "reference"}
+        if backends.get("cpu") == "cpp" and isinstance(found, Core):
+            row["cpu"] = f"c++ ({found.isas[0]})"
+        elif isinstance(found, str):
+            row["cpu"] = f"reference ({found})"
+            reasons.append(found)
+        if backends.get("cuda") == "triton":
+            row["cuda"] = "triton"
+        elif (reason := _triton_reason()) is not None:
+            row["cuda"] = f"reference ({reason})"
+            reasons.append(reason)
+        table[op] = {**row, "reason": "; ".join(reasons)}
+    return table
+
+
+def implement(name: str, key: str, function: Callable[..., Any]) -> None:
+    """Attaches an implementation to an op of the library under a dispatch key."""
+    LIBRARY.impl(name, function, key)

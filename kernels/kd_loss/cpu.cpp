@@ -1,0 +1,110 @@
+// Fused temperature-KL + cross entropy and its gradient for the CPU; the formulas are in README.md.
+//
+// Two kernels over the same primitives. `row_kernel`: classes contiguous, lanes run over classes.
+// `tile_kernel`: lanes run over rows (pixels), for dense logits [N, C, H, W] and for few classes.
+// Both read the logits once from memory, keep the exponentials in scratch and write the gradient
+// once. Per-row results depend on neither the number of threads nor on how rows are shared out.
+//
+// Names: s student, t teacher, e exponentials, z their sum, x logits minus the row maximum.
+
+#include "rows.h"
+#include "runtime.h"
+#include "tile.h"
+
+#include <cstdlib>
+
+namespace fastkd {
+namespace FASTKD_ISA {
+namespace {
+
+template <class T>
+void work(void* context) {
+  Job<T>& j = *static_cast<Job<T>*>(context);
+  const bool tiles = j.unit_rows > 1;
+  T* scratch = static_cast<T*>(fastkd::scratch(tiles ? tile_scratch<T>(j.a) : row_scratch<T>(j.a)));
+  if (scratch == nullptr) {
+    __atomic_store_n(&j.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  for (;;) {
+    const std::int64_t chunk = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED);
+    const std::int64_t begin = chunk * j.units_per_chunk;
+    if (begin >= j.units) return;
+    const std::int64_t end = begin + j.units_per_chunk < j.units ? begin + j.units_per_chunk : j.units;
+    double total[2] = {0, 0};
+    for (std::int64_t u = begin; u < end; ++u) {
+      if (tiles) tile_kernel(j, u, scratch, total);
+      else row_kernel(j, u, scratch, total);
+    }
+    j.partial[2 * chunk] = total[0];
+    j.partial[2 * chunk + 1] = total[1];
+  }
+}
+
+// 0: done. r + 1: the label of row r is no class. -1: out of memory.
+template <class T>
+std::int64_t run(const KdLossArgs& a) {
+  std::int64_t valid = 0;
+  if (a.label_kind == kHardLabels || a.mask != nullptr) {
+    const std::int64_t* labels = static_cast<const std::int64_t*>(a.labels);
+    for (std::int64_t r = 0; r < a.rows; ++r) {
+      if (!counts<T>(a, r)) continue;
+      ++valid;
+      if (a.label_kind == kHardLabels && (labels[r] < 0 || labels[r] >= a.classes)) return r + 1;
+    }
+  } else {
+    valid = a.rows;
+  }
+  const double divisor = a.average != 0 && valid > 0 ? static_cast<double>(valid) : 1.0;
+  const double log2e = 1.4426950408889634;
+  const bool grad = a.grad != nullptr;
+  Job<T> j{a,
+           a.kd_scale / divisor,
+           a.ce_scale / divisor,
+           a.teachers > 0,
+           a.label_kind != kNoLabels,
+           grad,
+           static_cast<T>(log2e / a.temperature),
+           static_cast<T>(log2e),
+           a.rows,
+           1,
+           1,
+           nullptr};
+  if (a.inner > 1 || a.tile != 0) {
+    j.unit_rows = kTileRows;
+    const std::int64_t per_sample = a.inner > 1 ? a.inner : a.rows;
+    j.units = a.rows / (per_sample > 0 ? per_sample : 1) * ((per_sample + kTileRows - 1) / kTileRows);
+  }
+  const std::int64_t unit = j.unit_rows * a.classes;
+  j.units_per_chunk = unit < kChunk ? kChunk / unit : 1;
+  const std::int64_t chunks = (j.units + j.units_per_chunk - 1) / j.units_per_chunk;
+  j.partial = static_cast<double*>(std::malloc(sizeof(double) * 2 * (chunks > 0 ? chunks : 1)));
+  if (j.partial == nullptr) return -1;
+  fastkd::parallel(a.threads < chunks ? a.threads : chunks, work<T>, &j);
+  if (a.total != nullptr) {
+    double kd = 0, ce = 0;
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      kd += j.partial[2 * c];
+      ce += j.partial[2 * c + 1];
+    }
+    a.total[0] = kd / divisor;
+    a.total[1] = ce / divisor;
+    a.total[2] = divisor;
+  }
+  std::free(j.partial);
+  return j.failed != 0 ? -1 : 0;
+}
+
+}  // namespace
+}  // namespace FASTKD_ISA
+}  // namespace fastkd
+
+#define FASTKD_JOIN(a, b) a##b
+#define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
+
+extern "C" __attribute__((visibility("default"))) std::int64_t FASTKD_NAME(fastkd_kd_loss_, FASTKD_ISA)(
+    const fastkd::KdLossArgs* a) {
+  const bool wide = a->student_type == fastkd::kFloat64 ||
+                    (a->teachers > 0 && a->teacher_type == fastkd::kFloat64);
+  return wide ? fastkd::FASTKD_ISA::run<double>(*a) : fastkd::FASTKD_ISA::run<float>(*a);
+}

@@ -1,0 +1,93 @@
+"""The slow honest version of `kd_loss`: plain torch, any device, any dtype, twice differentiable.
+
+    kd = T^2 * sum_c p_t (log p_t - log p_s),   p = softmax(z / T)         Hinton et al. 2015, arXiv:1503.02531
+    ce = - sum_c y_c log softmax(z_s)_c
+
+It runs where no kernel does, and the kernels are tested against it in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["kd_loss_reference"]
+
+
+def kd_loss_reference(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    class_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row `(kd, ce, agree)`; arguments as `fastkd.kernels.kd_loss` hands them to its ops."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    for teacher in teachers:
+        wide = torch.promote_types(wide, teacher.dtype)
+    student_RC = student.movedim(class_dim, -1).to(wide)
+    rows = student_RC.shape[:-1]
+    counts = torch.ones(rows, dtype=torch.bool, device=student.device)
+    if mask is not None:
+        counts = counts & mask
+    hard = labels is not None and not labels.is_floating_point()
+    if labels is not None and hard:
+        counts = counts & (labels != ignore_index)
+
+    kd = student_RC.new_zeros(rows)
+    agree = student_RC.new_zeros(rows)
+    if teachers:
+        teachers_RC = [t.detach().movedim(class_dim, -1).to(wide) for t in teachers]
+        kd = temperature**2 * _kl(student_RC / temperature, [t / temperature for t in teachers_RC])
+        if len(teachers_RC) == 1:
+            best = teachers_RC[0].argmax(-1)
+        else:
+            best = sum((t / temperature).softmax(-1) for t in teachers_RC).argmax(-1)  # type: ignore[union-attr]
+        agree = (student_RC.argmax(-1) == best).to(wide)
+
+    ce = student_RC.new_zeros(rows)
+    if labels is not None and hard:
+        # Rows that do not count take class 0 here and nothing below.
+        safe = torch.where(counts, labels, 0)
+        ce = _cross_entropy(student_RC, safe, label_smoothing)
+    elif labels is not None:
+        ce = _cross_entropy(student_RC, labels.detach().movedim(class_dim, -1), label_smoothing)
+
+    scale = counts.to(wide) if weights is None else torch.where(counts, weights.to(wide), 0)
+    # where, not only a product: a row that does not count may hold NaN.
+    return tuple(torch.where(counts, part * scale, 0) for part in (kd, ce)) + (  # type: ignore[return-value]
+        torch.where(counts, agree, 0),
+    )
+
+
+def _cross_entropy(logits_RC: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    classes = logits_RC.shape[-1]
+    rows = logits_RC.shape[:-1]
+    flat = labels.reshape(-1, classes).to(logits_RC.dtype) if labels.is_floating_point() else labels
+    ce = F.cross_entropy(
+        logits_RC.reshape(-1, classes),
+        flat if labels.is_floating_point() else flat.reshape(-1),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return ce.reshape(rows)
+
+
+def _kl(x_s: Tensor, x_t: list[Tensor]) -> Tensor:
+    """KL(mean_k softmax(x_t[k]) || softmax(x_s)) over the last dimension, never below 0."""
+    lse_s = x_s.logsumexp(-1)
+    if len(x_t) == 1:
+        # E_t[x_t - x_s] - (lse_t - lse_s). For equal logits both parts, and the two halves of the
+        # gradient, are equal to the last bit; through log_softmax they would not be.
+        lse_t = x_t[0].logsumexp(-1)
+        p_t = (x_t[0] - lse_t.unsqueeze(-1)).exp()
+        gap = torch.where(p_t > 0, x_t[0] - x_s, 0)
+        return ((p_t * gap).sum(-1) - (lse_t - lse_s)).clamp_min(0)
+    p_t = torch.stack([x.softmax(-1) for x in x_t]).mean(0)
+    cross = torch.where(p_t > 0, p_t * (x_s - lse_s.unsqueeze(-1)), 0)
+    return (torch.special.xlogy(p_t, p_t) - cross).sum(-1).clamp_min(0)
