@@ -27,7 +27,7 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan
 from fastkd.weights import describe
 
-__all__ = ["Result", "distill"]
+__all__ = ["ForeignLoader", "Result", "distill"]
 
 LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -39,7 +39,7 @@ class Result:
     student: nn.Module
     """The trained student, last epoch (the averaged one with ema), in evaluation mode."""
     metrics: dict[str, Any]
-    """accuracy_last, accuracy_best, best_epoch, images_per_s, ... and `history`, one row an epoch."""
+    """accuracy_last, accuracy_best, best_epoch, images_per_s, ...; `history`: a row an epoch."""
     run_dir: Path | None
     """Where last.pt and best.safetensors lie; None if nothing was written."""
 
@@ -99,8 +99,8 @@ def distill(
     )
     with open_world(device) as world:
         console = Console(enabled=world.is_main and not quiet)
-        train = _Loader(train_loader, world.device, seed, channels_last)
-        val = _Loader(val_loader, world.device, seed, channels_last)
+        train = ForeignLoader(train_loader, world.device, seed, channels_last)
+        val = ForeignLoader(val_loader, world.device, seed, channels_last)
         first = next(iter(val_loader))
         image_shape = tuple(first[0].shape[1:])
         if len(image_shape) != 3:
@@ -156,7 +156,7 @@ def distill(
         return Result(kept.eval(), metrics, folder.path if folder else None)
 
 
-class _Loader:
+class ForeignLoader:
     """The user's loader in the protocol of the trainer."""
 
     def __init__(

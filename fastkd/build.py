@@ -17,6 +17,7 @@ from fastkd.ema import EMA
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
+from fastkd.layout import memory_format
 from fastkd.losses.term import BindContext, LossTerm
 from fastkd.models.counting import count
 from fastkd.models.taps import Tapped
@@ -106,7 +107,7 @@ def build_trainer(
 ) -> Trainer:
     """Tie everything together; UserError where student, teacher and losses do not fit."""
     device, precision = world.device, engine.precision
-    layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+    layout = memory_format(engine.channels_last, device, student)
     if engine.sync_bn and world.size > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
@@ -123,7 +124,7 @@ def build_trainer(
             normalization=teacher.normalization,
             resolution=teacher.resolution,
             class_map=teacher.class_map,
-            channels_last=engine.channels_last,
+            layout=layout,
             compiled=engine.compiled,
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
@@ -175,7 +176,9 @@ def build_trainer(
         teacher=bound_teacher,
         loader=loader,
         val_loader=val_loader,
-        views=ViewMaker(xprime, seed=plan.seed, loader=loader, world_size=world.size),
+        views=ViewMaker(
+            xprime, seed=plan.seed, loader=loader, world_size=world.size, layout=layout
+        ),
         optimizer=optimizer,
         schedule=schedule,
         precision=precision,

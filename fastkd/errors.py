@@ -13,7 +13,7 @@ class FastKDError(Exception):
 
 
 class UserError(FastKDError):
-    """The request cannot be carried out: wrong key, missing folder, teacher of another class count."""
+    """The request cannot be carried out: a wrong key, a missing folder, the wrong class count."""
 
     exit_code = 2
 

@@ -20,6 +20,7 @@ from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, broadcast_object
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.evaluate import evaluate
+from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
@@ -51,7 +52,12 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    teacher, teacher_summary = _teacher(recipe, data, session)
+    try:
+        teacher, teacher_summary = _teacher(recipe, data, session)
+    except Interrupted as stopped:
+        raise Interrupted(
+            f"{stopped} The same command goes on with the teacher.", stopped.exit_code
+        ) from None
     trainer_of = _stage_builder(recipe, data, teacher, session)
     trainer_of(None)  # build once without a folder: a recipe that does not fit leaves none behind
     folder, resumed = _on_main(session.world, lambda: _folder(recipe, session, resume))
@@ -213,7 +219,7 @@ def _stage_builder(
 def _train(
     recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session, path: Path
 ) -> dict[str, Any]:
-    """Train one stage in `path`, go on with an unfinished one, or return a finished one's summary."""
+    """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
         folder = RunFolder.open(path) if path.exists() else _new_folder(recipe, path)
@@ -289,7 +295,7 @@ def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session)
         normalization=net.normalization,
         resolution=net.resolution,
         class_map=net.class_map,
-        channels_last=recipe.channels_last,
+        layout=memory_format(recipe.channels_last, session.world.device, net.model),
     )
     return evaluate(teacher.logits, data.val, precision, session.world)["accuracy"]
 

@@ -51,10 +51,9 @@ class Teacher:
         normalization: Normalization | None = None,
         resolution: int | None = None,
         class_map: tuple[int, ...] | None = None,
-        channels_last: bool = True,
+        layout: torch.memory_format = torch.channels_last,
         compiled: bool = False,
     ) -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = freeze(model).to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.taps = {
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()

@@ -345,7 +345,7 @@ class Trainer:
         save_weights(self.folder.path / "best.safetensors", kept, self.plan.metadata | facts)
 
     def summary(self) -> dict[str, Any]:
-        """Last and best accuracy and the rates of the run; written to summary.json by the caller."""
+        """Last and best accuracy and the rates of the run; the caller writes summary.json."""
         rows = [row for row in self.history if "val_accuracy" in row]
         rates = sorted(row["images_per_s"] for row in self.history)
         waits = sorted(row["data_wait"] for row in self.history)

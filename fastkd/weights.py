@@ -82,7 +82,7 @@ def load_into(
     *,
     strict: bool = True,
     metadata: Mapping[str, str] | None = None,
-    origin: str = "the given weights",
+    origin: str = "the state dict",
 ) -> LoadReport:
     """Copy weights from a file or a state dict into a network, matching names and shapes.
 

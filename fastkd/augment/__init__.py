@@ -38,15 +38,24 @@ class PartnerSource(Protocol):
 class ViewMaker:
     """Batch -> views by name."""
 
-    def __init__(self, xprime: str, *, seed: int, loader: PartnerSource, world_size: int) -> None:
+    def __init__(
+        self,
+        xprime: str,
+        *,
+        seed: int,
+        loader: PartnerSource,
+        world_size: int,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         self.xprime = xprime
         self.seed = seed
         self.loader = loader
         self.world_size = world_size
+        self.layout = layout
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """`x`, and `xprime` where the recipe has one."""
-        x = batch.images_NCHW
+        x = batch.images_NCHW.contiguous(memory_format=self.layout)
         if self.xprime == "none":
             return {"x": x}
         draw = draw_mix(

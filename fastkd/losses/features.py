@@ -16,7 +16,7 @@ __all__ = ["AT", "ATConfig", "attention_map"]
 
 
 def attention_map(features_NCHW: Tensor) -> Tensor:
-    """Mean over channels of the square, L2-normalised over the pixels of an image: [N, H*W], fp32."""
+    """Mean over channels of the square, L2-normalised over an image's pixels: [N, H*W], fp32."""
     return F.normalize(features_NCHW.float().square().mean(dim=1).flatten(1))
 
 

@@ -1,7 +1,8 @@
 """Losses on logits as terms of a recipe: cross entropy and distillation (KD).
 
-KD: Hinton et al. 2015, arXiv:1503.02531, section 2; the sum over two views is TLmixup / TLCutMix
-of "Understanding the success of KD: a data augmentation perspective", 0.1 CE(x) + 0.9 [KL(x) + KL(x')].
+KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is TLmixup / TLCutMix of
+"Understanding the success of KD: a data augmentation perspective":
+0.1 CE(x) + 0.9 [KL(x) + KL(x')].
 """
 
 from typing import Literal

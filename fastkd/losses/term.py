@@ -16,7 +16,7 @@ Nets = ("student", "teacher")
 
 
 class Need(NamedTuple):
-    """One tensor a term asks for, spelled `view/net/tap`: `x/student/stage3`, `xprime/teacher/logits`.
+    """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
 
     `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
     """
@@ -55,7 +55,7 @@ class TermOutput(NamedTuple):
 
     parts: dict[str, Tensor]
     """Unweighted scalars by name; `weights` says with which factor each enters the total."""
-    carry: dict[str, Tensor] = {}
+    carry: dict[str, Tensor] | None = None
     """Detached tensors handed to `commit` once the step is known to be good."""
 
 

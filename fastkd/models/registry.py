@@ -69,10 +69,10 @@ def create_model(
         model, normalization = _build_zoo(name, num_classes, pretrained, options), None
         assert num_classes is not None
         classes = num_classes
+    _sign(model, name, options, classes, facts.normalization or normalization)
     if state is not None:
         load_into(model, state, metadata=metadata, origin=str(weights))
-        normalization = facts.normalization or normalization
-    return _sign(model, name, options, classes, normalization)
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -142,13 +142,12 @@ def _sign(
     options: dict[str, Any],
     num_classes: int,
     normalization: hub.Normalization | None,
-) -> nn.Module:
+) -> None:
     signed: Any = model
     signed.fastkd_name = name
     signed.fastkd_options = dict(options)
     signed.num_classes = num_classes
     signed.normalization = normalization
-    return model
 
 
 class _Facts(NamedTuple):

@@ -71,7 +71,7 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What happens to a training image (`fastkd.augment`); evaluation images are only normalised."""
+    """What happens to a training image (`fastkd.augment`); others are only normalised."""
 
     crop: Literal["pad", "resized", "none"] = "pad"
     """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
@@ -230,7 +230,7 @@ class Recipe(Section):
         return max(1, round(self.epochs * self.epoch_factor))
 
     def scaled_optim(self) -> OptimConfig:
-        """The optimizer section after `epoch_factor`: milestones and warm-up in epochs of this run."""
+        """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs."""
         return self.optim.model_copy(
             update={
                 "milestones": tuple(

@@ -160,7 +160,7 @@ FASTKD_INLINE VF log_of(VF x) {
   return fma(n, splat(0.693359375f), f + y);
 }
 FASTKD_INLINE VD log_of(VD x) {
-  VD y;
+  VD y{};
   for (int l = 0; l < Lanes<double>::n; ++l) y[l] = __builtin_log(x[l]);
   return y;
 }

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastkd.kernels._library import LIBRARY, Core, Impl, choose, core, register
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 
-__all__ = ["KDRows", "kd_loss", "kd_loss_mean"]
+__all__ = ["KDRows", "kd_loss", "kd_loss_mean", "rows_that_count"]
 
 MAX_TEACHERS = 4
 
@@ -129,7 +129,8 @@ def kd_loss_mean(
                       class_dim, weights, mask, check)  # fmt: skip
     if _backend(inputs, impl) == "reference":
         kd, ce, _ = kd_loss_reference(*inputs)
-        return (kd_weight * kd + ce_weight * ce).sum() / _rows_that_count(inputs, kd)
+        counts = rows_that_count(kd, inputs[2], inputs[4], ignore_index)
+        return (kd_weight * kd + ce_weight * ce).sum() / counts.sum().clamp_min(1)
     student, teachers, *rest = inputs
     function = _Mean
     if torch.compiler.is_compiling():
@@ -137,13 +138,16 @@ def kd_loss_mean(
     return function.apply(student, *rest, kd_weight, ce_weight, impl == "triton", *teachers)
 
 
-def _rows_that_count(inputs: tuple[Any, ...], kd: Tensor) -> Tensor | int:
-    labels, mask, ignore_index = inputs[2], inputs[4], inputs[7]
-    counts = None if mask is None else mask
+def rows_that_count(
+    like: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Bool, the shape of `like` (one value per row): rows neither ignored nor masked."""
+    counts = torch.ones_like(like, dtype=torch.bool)
+    if mask is not None:
+        counts = counts & mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
     if labels is not None and not labels.is_floating_point():
-        labelled = labels != ignore_index
-        counts = labelled if counts is None else counts & labelled
-    return max(1, kd.numel()) if counts is None else counts.sum().clamp_min(1)
+        counts = counts & (labels != ignore_index)
+    return counts
 
 
 def _prepare(

@@ -22,7 +22,8 @@ struct KdLossArgs {
   void* ce;                    // T [rows] or null
   void* agree;                 // T [rows] or null
   void* grad;                  // student's storage type, contiguous, or null
-  double* total;               // [3] means over rows of weight*kd and weight*ce, divisor; or null
+  void* loss;                  // T: sum of kd_scale*kd + ce_scale*ce, or null
+  void* divisor;               // T: rows that count, at least 1; or null
   std::int64_t rows;
   std::int64_t classes;
   std::int64_t inner;          // 1: classes are contiguous

@@ -81,16 +81,15 @@ std::int64_t run(const KdLossArgs& a) {
   j.partial = static_cast<double*>(std::malloc(sizeof(double) * 2 * (chunks > 0 ? chunks : 1)));
   if (j.partial == nullptr) return -1;
   fastkd::parallel(a.threads < chunks ? a.threads : chunks, work<T>, &j);
-  if (a.total != nullptr) {
-    double kd = 0, ce = 0;
-    for (std::int64_t c = 0; c < chunks; ++c) {
-      kd += j.partial[2 * c];
-      ce += j.partial[2 * c + 1];
-    }
-    a.total[0] = kd / divisor;
-    a.total[1] = ce / divisor;
-    a.total[2] = divisor;
+  double kd = 0, ce = 0;
+  for (std::int64_t c = 0; c < chunks; ++c) {
+    kd += j.partial[2 * c];
+    ce += j.partial[2 * c + 1];
   }
+  // A term that is not wanted must not contribute 0 * inf.
+  const double loss = (j.kd ? j.kd_scale * kd : 0) + (j.ce ? j.ce_scale * ce : 0);
+  put<T>(a.loss, 0, loss);
+  put<T>(a.divisor, 0, divisor);
   std::free(j.partial);
   return j.failed != 0 ? -1 : 0;
 }

@@ -15,7 +15,7 @@ from fastkd.kernels._library import Core, core
 
 __all__ = ["grad", "mean", "rows"]
 
-_ARGS = struct.Struct("15Q18q4d")
+_ARGS = struct.Struct("16Q18q4d")
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Up to this many classes the lanes of a vector run over rows: a row alone would not fill them.
 _TILE_CLASSES = 32
@@ -84,20 +84,22 @@ def mean(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted mean over rows, the number of rows that count (at least 1), and its gradient."""
-    out = torch.empty_like(student) if with_grad else student.new_empty(0)
-    total = torch.empty(3, dtype=torch.float64)
-    _call(student, teachers, labels, weights, mask, temperature, label_smoothing, ignore_index,
-          class_dim, out=out if with_grad else None, total=total,
-          kd_scale=kd_weight, ce_scale=ce_weight)  # fmt: skip
-    kd, ce, divisor = total.tolist()
     wide = _working_dtype(student, teachers)
-    loss = torch.tensor(kd_weight * kd + ce_weight * ce, dtype=wide)
-    return loss, torch.tensor(divisor, dtype=wide), out
+    loss, divisor = torch.empty((), dtype=wide), torch.empty((), dtype=wide)
+    out = torch.empty_like(student) if with_grad else student.new_empty(0)
+    _call(student, teachers, labels, weights, mask, temperature, label_smoothing, ignore_index,
+          class_dim, out=out if with_grad else None, loss=loss, divisor=divisor,
+          kd_scale=kd_weight, ce_scale=ce_weight)  # fmt: skip
+    return loss, divisor, out
 
 
 def _working_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
-    wide = student.dtype == torch.float64 or any(t.dtype == torch.float64 for t in teachers)
-    return torch.float64 if wide else torch.float32
+    if student.dtype == torch.float64:
+        return torch.float64
+    for teacher in teachers:
+        if teacher.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _call(
@@ -115,7 +117,8 @@ def _call(
     ce: Tensor | None = None,
     agree: Tensor | None = None,
     out: Tensor | None = None,
-    total: Tensor | None = None,
+    loss: Tensor | None = None,
+    divisor: Tensor | None = None,
     upstream_kd: Tensor | None = None,
     upstream_ce: Tensor | None = None,
     kd_scale: float = 1.0,
@@ -139,21 +142,24 @@ def _call(
             labels = labels.contiguous()
     weights = None if weights is None else weights.to(wide).contiguous()
     mask = None if mask is None else mask.contiguous()
-    upstream_kd, kd_step = _upstream(upstream_kd, wide)
-    upstream_ce, ce_step = _upstream(upstream_ce, wide)
+    kd_step = ce_step = 0
+    if upstream_kd is not None:
+        upstream_kd, kd_step = _upstream(upstream_kd, wide)
+    if upstream_ce is not None:
+        upstream_ce, ce_step = _upstream(upstream_ce, wide)
     target = out
     if out is not None and not _fits(out, class_dim, inner):
         target = torch.empty_like(student, memory_format=torch.contiguous_format)
     rows = student.numel() // classes
     pointer = [0 if t is None else t.data_ptr() for t in (labels, weights, mask, upstream_kd,
-               upstream_ce, kd, ce, agree, target, total)]  # fmt: skip
+               upstream_ce, kd, ce, agree, target, loss, divisor)]  # fmt: skip
     absent = [0] * (4 - len(teachers))
     packed = _ARGS.pack(
         student.data_ptr(), *[t.data_ptr() for t in teachers], *absent, *pointer,
         rows, classes, inner, student.stride(0), *[t.stride(0) for t in teachers], *absent,
         _STORAGE[student.dtype], _STORAGE[teachers[0].dtype] if teachers else 0,
         label_kind, len(teachers), ignore_index, torch.get_num_threads(),
-        total is not None, by_class and classes <= _TILE_CLASSES, kd_step, ce_step,
+        loss is not None, by_class and classes <= _TILE_CLASSES, kd_step, ce_step,
         temperature, label_smoothing, kd_scale, ce_scale,
     )  # fmt: skip
     code = _function(isa)(packed)
@@ -211,15 +217,13 @@ def _match(x: Tensor, class_dim: int, by_class: bool) -> Tensor:
 
 
 def _fits(out: Tensor, class_dim: int, inner: int) -> bool:
-    if inner > 1:
+    if inner > 1 or out.dim() == 2:
         return out.is_contiguous()
     return out.movedim(class_dim, -1).is_contiguous()
 
 
-def _upstream(x: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, int]:
+def _upstream(x: Tensor, wide: torch.dtype) -> tuple[Tensor, int]:
     """(tensor, step): an incoming gradient per row (step 1) or one for all rows (step 0)."""
-    if x is None:
-        return None, 0
     if x.dim() == 0 or x.numel() == 1 or not any(x.stride()):
         return x.reshape(-1)[:1].to(wide), 0
     return x.to(wide).contiguous(), 1

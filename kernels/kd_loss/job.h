@@ -12,7 +12,7 @@ namespace FASTKD_ISA {
 namespace {
 
 // Below this KL (nats, without T^2) the sum is taken again in a form without cancellation.
-constexpr double kNearEqual = 0.01;
+constexpr double kNearEqual = 0.1;
 // Stands for a logit of minus infinity, so that inf - inf cannot make a NaN of a class of weight 0.
 constexpr double kFloor = -1e30;
 constexpr std::int64_t kChunk = 16384;  // elements handed to a thread at a time

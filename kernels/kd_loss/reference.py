@@ -82,12 +82,18 @@ def _kl(x_s: Tensor, x_t: list[Tensor]) -> Tensor:
     """KL(mean_k softmax(x_t[k]) || softmax(x_s)) over the last dimension, never below 0."""
     lse_s = x_s.logsumexp(-1)
     if len(x_t) == 1:
-        # E_t[x_t - x_s] - (lse_t - lse_s). For equal logits both parts, and the two halves of the
-        # gradient, are equal to the last bit; through log_softmax they would not be.
+        # E_t[x_t - x_s] - (lse_t - lse_s): for equal logits the two halves of its gradient are equal
+        # to the last bit; through log_softmax they would not be.
         lse_t = x_t[0].logsumexp(-1)
         p_t = (x_t[0] - lse_t.unsqueeze(-1)).exp()
         gap = torch.where(p_t > 0, x_t[0] - x_s, 0)
-        return ((p_t * gap).sum(-1) - (lse_t - lse_s)).clamp_min(0)
+        kl = (p_t * gap).sum(-1) - (lse_t - lse_s)
+        # Its value cancels near equality. The same number with sum p_s - sum p_t = 0 added does not.
+        with torch.no_grad():
+            p_s = (x_s - lse_s.unsqueeze(-1)).exp()
+            ratio = torch.where(p_t > 0, gap - (lse_t - lse_s).unsqueeze(-1), 0)
+            value = (p_t * ratio - (p_t - p_s)).sum(-1).clamp_min(0)
+        return value + (kl - kl.detach())
     p_t = torch.stack([x.softmax(-1) for x in x_t]).mean(0)
     cross = torch.where(p_t > 0, p_t * (x_s - lse_s.unsqueeze(-1)), 0)
     return (torch.special.xlogy(p_t, p_t) - cross).sum(-1).clamp_min(0)

@@ -222,7 +222,7 @@ void lane_group(const Job<T>& j, const Tile<T>& x, Lane<T>& lane, std::int64_t f
     store(lane.ce + first, mass * log_of(z1) - dot);
   }
 
-  if (a.agree != nullptr) {
+  if (a.agree != nullptr && teachers > 0) {
     V<T> top;
     const I<T> same = argmax_lanes(x.s, n, &top) ==
                       (teachers == 1 ? argmax_lanes(x.t[0], n, &top) : argmax_lanes(x.et[0], n, &top));

@@ -8,7 +8,9 @@ from torchvision import models
 from fastkd.models import count
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x0_5"]
+)
 def test_torchvision_publishes_the_same_numbers(name: str) -> None:
     published = models.get_model_weights(name).DEFAULT.meta
     size = count(models.get_model(name), (3, 224, 224))

@@ -25,13 +25,15 @@ class Foreign(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.bn = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
+        self.inplace = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.block = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU())
         self.idle = nn.Linear(2, 2)
         self.head = nn.Linear(5, 6)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        return self.head(self.relu(self.block(self.relu(self.bn(self.conv(images_NCHW))))).mean((2, 3)))
+        stem = self.relu(self.inplace(self.bn(self.conv(images_NCHW))))
+        return self.head(self.relu(self.block(stem)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -94,10 +96,10 @@ def test_preact_taps_move_running_statistics_as_a_plain_pass_does(name: str) -> 
     assert moved == sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet14", "wrn_16_2"])
+@pytest.mark.parametrize("name", ["resnet14", "wrn_16_1"])
 def test_forward_between_continues_a_pass(name: str) -> None:
     model = create_model(name, 10).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 16, 16)
     found = model.forward_taps(images, ALL_TAPS)
     raw = ["stem", "stage1", "stage2", "stage3", "pooled", "logits"]
     found["images"] = images
@@ -113,19 +115,26 @@ def test_forward_between_refuses_wrong_ends() -> None:
     model = create_model("resnet8", 10)
     with pytest.raises(UserError, match="no tap 'stem' behind 'stage1'"):
         model.forward_between(torch.zeros(1, 16, 8, 8), "stage1", "stem")
-    with pytest.raises(UserError, match="cannot start after 'stage1:preact'; expected one of images"):
+    with pytest.raises(
+        UserError, match="cannot start after 'stage1:preact'; expected one of images"
+    ):
         model.forward_between(torch.zeros(1, 16, 8, 8), "stage1:preact", "logits")
 
 
-@pytest.mark.parametrize("name", [*ZOO, "foreign", "torchvision:resnet18", "timm:test_resnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "wrn_10_1", "foreign", "torchvision:squeezenet1_1", "timm:test_resnet"]
+)
 def test_traces_as_one_graph_and_repeats_the_numbers(name: str) -> None:
     torch.manual_seed(0)
     model = Foreign() if name == "foreign" else create_model(name, 10)
     taps = {
         "foreign": ["block", "block.0"],
-        "torchvision:resnet18": ["layer1", "layer2.0"],
+        "torchvision:squeezenet1_1": ["features.3", "features.12"],
         "timm:test_resnet": ["layer1", "layer3"],
     }.get(name, ["stage1", "stage2:preact", "pooled"])
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # its draws would differ
+            module.p = 0.0
     tapped = Tapped(model, taps)
     other = copy.deepcopy(tapped)
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -158,7 +167,7 @@ def test_module_paths_catch_the_outputs_of_those_modules() -> None:
 def test_instances_on_one_model_are_independent() -> None:
     model = Foreign().eval()
     first, second = Tapped(model, ["conv", "block"]), Tapped(model, ["block"])
-    with pytest.raises(UserError):  # `conv` is normalised into a new tensor, `bn` is overwritten
+    with pytest.raises(UserError):  # a third one, whose failed pass must not disturb the others
         Tapped(model, ["bn"])(torch.randn(1, 3, 8, 8))
     images = torch.randn(2, 3, 8, 8)
     assert set(first(images)) == {"conv", "block", "logits"}
@@ -176,7 +185,7 @@ def test_nothing_is_kept_between_passes_nor_left_after_removal() -> None:
     tapped = Tapped(model, ["layer1", "layer4"])
     assert list(model.state_dict()) == keys
     assert [key.removeprefix("model.") for key in tapped.state_dict()] == keys
-    model(torch.randn(1, 3, 32, 32))
+    model(torch.randn(2, 3, 32, 32))
     tapped(torch.randn(2, 3, 32, 32))
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     assert len(hooks) == 2
@@ -220,7 +229,10 @@ def test_a_shared_module_reports_its_last_output() -> None:
 
 def test_works_in_inference_mode() -> None:
     with torch.inference_mode():
-        assert set(Tapped(Foreign().eval(), ["block"])(torch.randn(1, 3, 8, 8))) == {"block", "logits"}
+        assert set(Tapped(Foreign().eval(), ["block"])(torch.randn(1, 3, 8, 8))) == {
+            "block",
+            "logits",
+        }
 
 
 def test_a_module_that_does_not_run_is_named() -> None:
@@ -247,7 +259,11 @@ def test_logits_of_tuple_and_mapping_outputs() -> None:
 @pytest.mark.parametrize(
     ("model", "tap", "message"),
     [
-        ("zoo", "stage4", r"unknown tap 'stage4'; nearest: stage.*Taps of CifarResNet: stem, stage1:p"),
+        (
+            "zoo",
+            "stage4",
+            r"unknown tap 'stage4'; nearest: stage.*Taps of CifarResNet: stem, stage1:p",
+        ),
         ("zoo", "layer1", r"unknown tap 'layer1'.*pooled, logits"),
         ("foreign", "blok.0", r"unknown tap 'blok.0'; nearest: block.0.*Taps of Foreign: conv, bn"),
     ],

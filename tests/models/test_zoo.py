@@ -33,7 +33,9 @@ def test_build_equals_the_published_table(build: str) -> None:
     assert size.params == expected["params_total"]
     assert size.params_conv_linear == expected["params_conv_fc_with_bias"]
     assert size.macs == expected["macs_conv_fc"]
-    assert sum(p.numel() for norm in norms for p in norm.parameters()) == expected["params_bn_affine"]
+    assert (
+        sum(p.numel() for norm in norms for p in norm.parameters()) == expected["params_bn_affine"]
+    )
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == expected["n_conv"]
     assert all(conv.bias is None for conv in convs)

@@ -1,0 +1,171 @@
+"""What is wrong with recipe keys, one sentence for each mistake, for people.
+
+Used by `recipe.loading` for a recipe and by `losses.registry` for the keys of one loss. The allowed
+values come from the schema itself, so that a message cannot disagree with it.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+__all__ = ["allowed", "explain", "section_of"]
+
+_BOUNDS = ((Gt, "gt", "above"), (Ge, "ge", "at least"), (Lt, "lt", "below"), (Le, "le", "at most"))
+
+
+def explain(
+    error: ValidationError,
+    section: type[BaseModel],
+    values: Mapping[str, Any],
+    known: Sequence[str],
+    *,
+    prefix: str = "",
+) -> list[str]:
+    """A sentence per mistake, each once.
+
+    values: what was validated. known: all valid dotted keys, from which the nearest is named.
+    prefix: what stands before every key of `section`, such as `losses.kd.`.
+    """
+    found: dict[str, None] = {}
+    for mistake in error.errors():
+        path, field = _locate(section, mistake["loc"])
+        key = prefix + ".".join(path)
+        if mistake["type"] == "extra_forbidden":
+            for unknown in _leaves(key, mistake["input"]):
+                found[_unknown(unknown, known)] = None
+        elif mistake["type"] == "value_error":
+            found[str(mistake["ctx"]["error"])] = None
+        elif mistake["type"] == "missing" and field is not None and path == _texts(mistake["loc"]):
+            found[f"{key} is missing and has no default: set it, {allowed(field)}"] = None
+        else:
+            wanted = "text" if field is None else allowed(field)
+            value = _at(values, path)
+            found[f"{key}={_shown(value)}: expected {wanted}{_near(value, field)}"] = None
+    return list(found)
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values that a key takes, in words: `a whole number above 0, or null`."""
+    return _words(field.annotation, field.metadata)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class behind `Section` or `Section | None`."""
+    for option in _options(annotation):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *more = typing.get_args(annotation)
+        return _words(annotation, [*more, *metadata])
+    options = _options(annotation)
+    if len(options) > 1:
+        kinds = [_words(option, metadata) for option in options if option is not types.NoneType]
+        return " or ".join(kinds) + (", or null" if types.NoneType in options else "")
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"keys of its own ({', '.join(annotation.model_fields)}), not a value"
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"{len(inner)} values joined by commas, each {_words(inner[0])}"
+    if origin is tuple:
+        return f"a list joined by commas, each {_words(inner[0])}"
+    if origin is dict or origin is Mapping:
+        return "a mapping such as {name: value}"
+    bounds = [
+        f"{word} {getattr(limit, name):g}"
+        for kind, name, word in _BOUNDS
+        for limit in metadata
+        if isinstance(limit, kind)
+    ]
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return " ".join([plain.get(annotation, "another value"), " and ".join(bounds)]).strip()
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _locate(
+    section: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[str], FieldInfo | None]:
+    """The key that an error belongs to, without positions inside its value, and its field."""
+    path: list[str] = []
+    field = None
+    inner: type[BaseModel] | None = section
+    for part in _texts(loc):
+        if inner is None:
+            break
+        path.append(part)
+        field = inner.model_fields.get(part)
+        inner = section_of(field.annotation) if field else None
+    return path, field
+
+
+def _texts(loc: tuple[int | str, ...]) -> list[str]:
+    return [str(part) for part in loc]
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """The dotted keys that the user has written below an unknown section."""
+    if not isinstance(value, Mapping) or not value:
+        return [key]
+    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    section, dot, last = key.rpartition(".")
+    # `lr=0.1` means optim.lr: a right word in the wrong place is nearer than a similar one.
+    near = [one for one in known if one.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    # What a section holds is told for the outermost one that exists.
+    while section and not any(one.startswith(f"{section}.") for one in known):
+        section, dot, _ = section.rpartition(".")
+    start = f"{section}." if section else ""
+    siblings = dict.fromkeys(
+        one.removeprefix(start).partition(".")[0] for one in known if one.startswith(start)
+    )
+    hint = f", did you mean {' or '.join(near[:3])}?" if near else "."
+    where = f"Keys of {section}" if section else "Keys"
+    return f"unknown key {key}{hint} {where}: {', '.join(siblings)}"
+
+
+def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    node: Any = values
+    for part in path:
+        node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
+    return node
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
+    return text.strip() if len(text) < 80 else f"{text[:77]}..."
+
+
+def _near(value: Any, field: FieldInfo | None) -> str:
+    """A hint where one of a few words was misspelled."""
+    if field is None or not isinstance(value, str):
+        return ""
+    words = [
+        str(choice)
+        for option in _options(field.annotation)
+        if typing.get_origin(option) is Literal
+        for choice in typing.get_args(option)
+    ]
+    near = difflib.get_close_matches(value, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

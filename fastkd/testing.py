@@ -1,0 +1,116 @@
+"""What tests and benchmarks share: tolerances earned against float64, poisoned memory, baselines.
+
+A fast version may be at most twice as wrong as plain torch in fp32, both measured against float64;
+nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["assert_as_accurate", "eager_kd_loss", "eager_kd_rows", "poisoned_empty", "rms"]
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square, in float64; 0 for an empty tensor."""
+    return 0.0 if x.numel() == 0 else x.double().square().mean().sqrt().item()
+
+
+def assert_as_accurate(
+    name: str,
+    got: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float = 0.0,
+) -> None:
+    """RMS error of `got` against `truth` is at most `factor` times that of `eager`, or `floor`.
+
+    Args:
+        name: what is compared, for the message.
+        got: result under test; eager: plain torch on fp32 copies of the inputs, in got's dtype.
+        truth: the same in float64.
+        floor: absolute RMS error that always passes (for instance 1 ulp of the result).
+
+    Raises:
+        AssertionError: naming the worst element, its place and all three values there.
+    """
+    if got.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(truth.shape)}")
+    if got.numel() == 0:
+        return
+    error, allowed = got.double() - truth, eager.double() - truth
+    if not torch.isfinite(error).all():
+        bad = int((~torch.isfinite(error)).sum())
+        raise AssertionError(f"{name}: {bad} of {error.numel()} elements are not finite")
+    limit = max(factor * rms(allowed), floor)
+    if rms(error) > limit:
+        worst = int(error.abs().argmax())
+        place = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
+        values = [float(x.flatten()[worst]) for x in (got, eager, truth)]
+        raise AssertionError(
+            f"{name}: RMS error {rms(error):.3e}, allowed {limit:.3e} (eager has "
+            f"{rms(allowed):.3e}). Worst at {place}: got {values[0]!r}, eager {values[1]!r}, "
+            f"truth {values[2]!r}"
+        )
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, torch's uninitialised memory holds NaN (integers: the largest value).
+
+    A kernel that forgets to write an element then shows it. Uses torch's own switch, which fills
+    the result of `torch.empty`, `empty_like`, `new_empty` and of resizing.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def eager_kd_rows(
+    student: Tensor, teachers: list[Tensor], labels: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(kd, ce) per row of [N, C] logits, as most training loops spell the formula."""
+    log_p_s = F.log_softmax(student / temperature, dim=1)
+    p_t = torch.stack([F.softmax(t / temperature, dim=1) for t in teachers]).mean(0)
+    kd = F.kl_div(log_p_s, p_t, reduction="none").sum(1) * temperature**2
+    if labels is None:
+        return kd, torch.zeros_like(kd)
+    return kd, F.cross_entropy(student, labels, reduction="none")
+
+
+def eager_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+) -> Tensor:
+    """The scalar loss, classes in dimension 1: the baseline of the benchmarks."""
+    kl = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.softmax(teacher / temperature, dim=1),
+        reduction="none",
+    )
+    kd = kl.sum(1).mean() * temperature**2
+    return (1 - alpha) * F.cross_entropy(student, labels) + alpha * kd
+
+
+def gradient_of(loss: Callable[..., Tensor], student: Tensor, *rest: Any) -> Tensor:
+    """Gradient of `loss(student, *rest)` at the student."""
+    leaf = student.detach().requires_grad_()
+    return torch.autograd.grad(loss(leaf, *rest), leaf)[0]

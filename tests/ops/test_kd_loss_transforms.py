@@ -1,0 +1,142 @@
+"""`kd_loss` inside opcheck, torch.compile, torch.export, vmap, autocast and DDP."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from fastkd.kernels import kd_loss, kd_loss_mean, status
+from fastkd.losses import KDLoss
+
+needs_cpp = pytest.mark.skipif(
+    not status()["kd_loss"]["cpu"].startswith("c++"), reason=status()["kd_loss"]["reason"]
+)
+
+
+def inputs(n: int = 6, c: int = 40, dtype: torch.dtype = torch.float32):
+    return (3 * torch.randn(n, c)).to(dtype), (3 * torch.randn(n, c)).to(dtype), torch.arange(n) % c
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(6, 40), (2, 5, 3, 4)], ids=str)
+def test_opcheck(shape) -> None:
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    rows = (shape[0], *shape[2:])
+    labels = torch.zeros(rows, dtype=torch.long)
+    common = (student, [teacher], labels, torch.rand(rows), None, 4.0, 0.1, -100, 1)
+    ops = torch.ops.fastkd
+    torch.library.opcheck(ops._kd_loss.default, common)
+    torch.library.opcheck(
+        ops._kd_loss_grad.default, (*common, torch.randn(rows), None, None, 1.0, 1.0)
+    )
+    for with_grad in (True, False):
+        torch.library.opcheck(ops._kd_loss_mean.default, (*common, 0.9, 0.1, with_grad))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(impl, dtype) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def both(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        rows = kd_loss(s, t, y, impl=impl)
+        return 3 * kd_loss_mean(s, t, y, impl=impl) + (rows.kd * rows.ce).sum()
+
+    compiled = torch.compile(both, fullgraph=True, backend=counter)
+    for n in (8, 12, 5, 33):
+        student, teacher, labels = inputs(n, dtype=dtype)
+        student.requires_grad_()
+        want, got = both(student, teacher, labels), compiled(student, teacher, labels)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, student)[0],
+            torch.autograd.grad(want, student)[0],
+            rtol=2e-2 if dtype == torch.bfloat16 else 1e-4,
+            atol=1e-6,
+        )
+    assert counter.frame_count <= 2
+
+
+@needs_cpp
+def test_inductor_runs_the_ops() -> None:
+    student, teacher, labels = inputs()
+    student.requires_grad_()
+    compiled = torch.compile(lambda s: kd_loss_mean(s, teacher, labels) * 2, fullgraph=True)
+    want = torch.autograd.grad(kd_loss_mean(student, teacher, labels) * 2, student)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(student), student)[0], want)
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), KDLoss(reduction="none")], ids=["mean", "none"])
+def test_export_of_the_forward_pass(loss: KDLoss) -> None:
+    student, teacher, labels = inputs()
+    program = torch.export.export(loss, (student, teacher, labels))
+    want = loss(student, teacher, labels)
+    assert torch.equal(program.module()(student, teacher, labels), want)
+
+
+@needs_cpp
+def test_vmap_is_a_clear_error_and_works_on_the_reference() -> None:
+    student, teacher = torch.randn(3, 4, 10), torch.randn(3, 4, 10)
+    want = kd_loss(student, teacher).kd
+    got = torch.vmap(lambda s, t: kd_loss(s, t, impl="reference").kd)(student, teacher)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match=r"impl='reference'"):
+        torch.vmap(lambda s, t: kd_loss(s, t).kd)(student, teacher)
+    with pytest.raises(RuntimeError, match=r"impl='reference'"):
+        torch.func.grad(lambda s: kd_loss_mean(s, teacher[0]))(student[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    net, x = nn.Linear(8, 40), torch.randn(6, 8)
+    _, teacher, labels = inputs()
+    with torch.autocast("cpu", dtype):
+        logits = net(x)
+        assert logits.dtype == dtype
+        loss = KDLoss()(logits, teacher, labels)
+        reference = kd_loss_mean(logits, teacher, labels, impl="reference", class_dim=1)
+    assert loss.dtype == reference.dtype == torch.float32
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    (65536 * loss).backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.dtype == torch.float32
+    assert net.weight.grad.isfinite().all()
+
+
+def _ddp_rank(rank: int, port: int, path: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    net, (student, teacher, labels) = nn.Linear(40, 40), inputs(8)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    part = slice(4 * rank, 4 * rank + 4)
+    KDLoss()(ddp(student[part]), teacher[part], labels[part]).backward()
+    if rank == 0:
+        torch.save(net.weight.grad, path)
+    dist.destroy_process_group()
+
+
+def test_ddp_gradient_is_that_of_the_whole_batch(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = str(tmp_path / "grad.pt")
+    mp.spawn(_ddp_rank, args=(port, path), nprocs=2)
+    torch.manual_seed(0)
+    net, (student, teacher, labels) = nn.Linear(40, 40), inputs(8)
+    KDLoss()(net(student), teacher, labels).backward()
+    torch.testing.assert_close(torch.load(path), net.weight.grad)
+
+
+def test_loss_survives_a_deep_copy_of_its_module() -> None:
+    student, teacher, labels = inputs()
+    loss = KDLoss.preset("deit", alpha=0.5)
+    assert torch.equal(
+        copy.deepcopy(loss)(student, teacher, labels), loss(student, teacher, labels)
+    )
