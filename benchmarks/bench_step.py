@@ -1,6 +1,6 @@
-"""Whole training steps, WRN-40-2 -> WRN-16-2 at 32 px, batch 64, CIFAR-100's class count.
+"""Whole training steps, WRN-40-2 -> WRN-16-2 at 32 px, batch 64, 100 classes.
 
-    pytest benchmarks/bench_step.py -s            prints the ratios; --write-results keeps them
+    pytest benchmarks/bench_step.py [--pairs 20] [--save-results]
 
 Rows: the loop as RepDistiller writes it (eager, fp32, NCHW, one host read per step); timm's
 LogitDistillationTask in fastkd's precision, layout and compile mode; the bare compiled step that
@@ -9,25 +9,32 @@ loss must agree before anything is timed. Both sides of a ratio alternate in one
 """
 
 import copy
+import statistics
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from pairs import compare, write_results
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from fastkd import create_model
 from fastkd.api import ForeignLoader
+from fastkd.augment.geometry import Geometry
 from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.data import ImageSet, ResidentLoader
 from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
-from fastkd.trainer import Plan, Trainer
+from fastkd.testing import interleave, speedup
+from fastkd.trainer import Plan, Trainer, TrainLoader
 
-BATCH, CLASSES, SIDE, ROUNDS = 64, 100, 32, 24
+BATCH, CLASSES, SIDE = 64, 100, 32
 Step = Callable[[], float]
 
 
@@ -51,21 +58,26 @@ class Setting:
 def plain_loop(setting: Setting) -> Step:
     """A published KD loop's habits: eager, fp32, NCHW, loss and accuracy read every step."""
     student, teacher, images = setting.copies(channels_last=False)
+    update = plain_update(student, teacher)
+    return lambda: update(images, setting.labels)
+
+
+def plain_update(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Tensor], float]:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
-    def step() -> float:
+    def update(images: Tensor, labels: Tensor) -> float:
         logits = student(images)
         with torch.no_grad():
             target = teacher(images)
         soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(target / 4, 1), reduction="sum")
-        loss = 0.1 * F.cross_entropy(logits, setting.labels) + 0.9 * soft * 16 / BATCH
-        (logits.argmax(1) == setting.labels).float().mean().item()
+        loss = 0.1 * F.cross_entropy(logits, labels) + 0.9 * soft * 16 / len(labels)
+        (logits.argmax(1) == labels).float().mean().item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    return step
+    return update
 
 
 def timm_task(setting: Setting, engine: Engine) -> Step:
@@ -99,9 +111,9 @@ def timm_task(setting: Setting, engine: Engine) -> Step:
     return step
 
 
-def fastkd_trainer(setting: Setting, engine: Engine) -> Trainer:
+def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
-    loader = ForeignLoader([(images, setting.labels)], torch.device("cpu"), 0, True)
+    loader = loader or ForeignLoader([(images, setting.labels)], torch.device("cpu"), 0, True)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
@@ -165,8 +177,25 @@ def engines() -> dict[str, Engine]:
     }
 
 
+def add_rows(table, case: str, seconds: dict[str, list[float]], images: int) -> None:
+    """A row per side with the ratio time(side) / time(fastkd): above 1, fastkd is faster."""
+    for side, times in seconds.items():
+        ratio, p10 = speedup(seconds, side, "fastkd")
+        median = statistics.median(times)
+        table.rows.append(
+            {
+                "case": case,
+                "side": side,
+                "ms": 1e3 * median,
+                "images/s": images / median,
+                "time / fastkd": ratio,
+                "p10": p10,
+            }
+        )
+
+
 @pytest.mark.parametrize("name", engines())
-def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
+def bench_training_step(name: str, table, benchmark, request: pytest.FixtureRequest) -> None:
     engine, setting = engines()[name], Setting()
     trainer, twin = fastkd_trainer(setting, engine), fastkd_trainer(setting, engine)
     sides: dict[str, Step] = {
@@ -175,9 +204,75 @@ def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
         "timm LogitDistillationTask": timm_task(setting, engine),
         "bare step": bare_step(twin, setting),
     }
+    # The gate: all sides start from the same weights and must see the same loss.
     first = {side: step() for side, step in sides.items()}
     tolerance = 1e-4 if engine.precision.name == "fp32" else 3e-2
     for side, loss in first.items():
         assert loss == pytest.approx(first["fastkd"], rel=tolerance), f"{side}: first loss differs"
-    rows = compare(sides, "fastkd", rounds=ROUNDS, items=BATCH)
-    write_results(request, "step_cpu", name, rows, losses=first)
+    seconds = interleave(sides, max(20, request.config.getoption("--pairs")))
+    add_rows(table, name, seconds, BATCH)
+    benchmark.pedantic(sides["fastkd"], rounds=3, warmup_rounds=1)
+
+
+def bench_end_to_end(table, benchmark) -> None:
+    """Each side with its own loader, over epochs of 1,024 images with crop and flip."""
+    default, setting = next(iter(engines().values())), Setting()
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (1024, SIDE, SIDE, 3), np.uint8)
+    labels_N = np.arange(1024) % CLASSES
+    arrays = ImageSet("bench", images_NHWC, labels_N, tuple(map(str, range(CLASSES))))
+    resident = ResidentLoader(
+        arrays,
+        batch_size=BATCH,
+        seed=0,
+        train=True,
+        geometry=Geometry(4, "zero", True),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        device="cpu",
+        dtype=default.precision.dtype,
+    )
+    trainer = fastkd_trainer(setting, default, resident)
+    trainer.runner.train()
+    crops = transforms.Compose(
+        [
+            transforms.RandomCrop(SIDE, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5,) * 3, (0.25,) * 3),
+        ]
+    )
+    pictures = [Image.fromarray(image) for image in images_NHWC]
+    dataset = [(picture, int(label)) for picture, label in zip(pictures, labels_N, strict=True)]
+    plain = DataLoader(
+        Transformed(dataset, crops), BATCH, shuffle=True, num_workers=2, persistent_workers=True
+    )
+    student, teacher, _ = setting.copies(channels_last=False)
+    update = plain_update(student, teacher)
+
+    def fastkd_epoch() -> None:
+        for step, prepared in enumerate(trainer._prepare(0)):
+            trainer._optimize(prepared, 0, step)
+
+    def plain_epoch() -> None:
+        for images, labels in plain:
+            update(images, labels)
+
+    sides = {"fastkd": fastkd_epoch, "plain loop, torchvision DataLoader": plain_epoch}
+    seconds = interleave(sides, 6)
+    assert trainer.guard.counts() == (0, 0)
+    add_rows(table, "end to end, each with its own loader", seconds, 1024)
+    benchmark.pedantic(fastkd_epoch, rounds=1)
+
+
+class Transformed(torch.utils.data.Dataset):
+    """Per-sample transforms in worker processes, as the published loops have it."""
+
+    def __init__(self, items: list, transform: Callable) -> None:
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, label = self.items[index]
+        return self.transform(picture), label

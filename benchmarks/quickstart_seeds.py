@@ -38,7 +38,9 @@ def main() -> None:
             row = {
                 "seed": seed,
                 "teacher": summary["teacher"]["accuracy"],
-                **{f"alone_lr{run['lr']:g}": run["accuracy_last"] for run in summary["alone_tried"]},
+                **{
+                    f"alone_lr{run['lr']:g}": run["accuracy_last"] for run in summary["alone_tried"]
+                },
                 "alone": summary["alone"]["accuracy_last"],
                 "distilled": summary["accuracy_last"],
                 "seconds": time.perf_counter() - start,

@@ -170,6 +170,7 @@ class ForeignLoader:
         self._batch_size = 0
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches on the device; those before `start_step` are drawn and thrown away."""
         for part in (self.items, getattr(self.items, "sampler", None)):
             set_epoch = getattr(part, "set_epoch", None)
             if set_epoch is not None:
@@ -190,12 +191,15 @@ class ForeignLoader:
         return self._batch_size
 
     def global_index(self, epoch: int, step: int) -> np.ndarray:
+        """Positions in that batch."""
         return np.arange(self._batch_size)
 
     def rank_part(self, step: int) -> slice:
+        """All of it."""
         return slice(0, self._batch_size)
 
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        """Not possible with somebody else's loader."""
         raise UserError("samples of other ranks cannot be fetched from a foreign loader")
 
 

@@ -108,6 +108,8 @@ def build_trainer(
     """Tie everything together; UserError where student, teacher and losses do not fit."""
     device, precision = world.device, engine.precision
     layout = memory_format(engine.channels_last, device, student)
+    if engine.sync_bn and device.type == "cpu":
+        raise UserError("sync_bn=true needs GPUs: torch synchronises batch norm over NCCL only")
     if engine.sync_bn and world.size > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
@@ -213,7 +215,11 @@ def _shapes(
     for view, taps in wanted.items():
         found |= {f"{view}/student/{tap}": features[tap] for tap in taps}
     if teacher is not None:
-        found |= teacher(dict.fromkeys(teacher.taps, probe))
+        # Not through its compiled form, which this batch size would only cost a compilation.
+        with torch.no_grad():
+            features = teacher.unit(probe)
+        for view, taps in teacher.taps.items():
+            found |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
     return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
 
 

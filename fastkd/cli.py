@@ -4,12 +4,15 @@ Options are few on purpose: everything that decides a run is a recipe key, spell
 """
 
 import argparse
+import difflib
+import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastkd.errors import FastKDError, UserError
 
@@ -21,10 +24,11 @@ examples:
   fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30 teacher.epochs=30
   fastkd train --resume auto                       go on where the last quickstart stopped
   fastkd train --config my.yaml optim.lr=0.1       a file with the same keys, then overrides
+  fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1;2'      six runs, one table
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180,210).
-`fastkd train RECIPE --print-config` shows every key with its value.
+`fastkd train RECIPE --print-config` shows every key with its value and its meaning.
 exit codes: 0 done, 1 failed run, 2 wrong request, 130 Ctrl-C and 143 SIGTERM (after a save).
 """
 
@@ -32,27 +36,80 @@ exit codes: 0 done, 1 failed run, 2 wrong request, 130 Ctrl-C and 143 SIGTERM (a
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     try:
-        options = _parser().parse_args(arguments)
-        return options.run(options) or 0
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except FastKDError as error:
-        # Under torchrun every rank raises the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastkd: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # `fastkd models | head`: the reader has gone, which is not an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"no space left on the disk: {error.filename or 'a file'} could not be written")
+        return 1
     except KeyboardInterrupt:
+        _complain("stopped")
         return 130
-    except BrokenPipeError:
-        # `fastkd models | head`: the reader has gone, which is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _complain(text: str) -> None:
+    # Under torchrun every rank comes to the same end; one of them says it.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastkd: {text}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one sentence, with the nearest valid word."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            word, commands = match[1], match[2].replace("'", "").split(", ")
+            message = f"there is no command {word!r}{_near(word, commands)}"
+        raise UserError(f"{message}{_see(message, self.prog)}")
+
+
+def _near(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else f": choose {', '.join(words)}"
+
+
+def _see(message: str, command: str) -> str:
+    return f"{'' if message.endswith('?') else '.'} See `{command} --help`"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
+    for word in rest:
+        if word.startswith("-"):
+            known = [flag for flag in commands[options.command]._option_string_actions]
+            command = f"fastkd {options.command}"
+            hint = _near(word.partition("=")[0], [flag for flag in known if len(flag) > 2])
+            message = f"there is no option {word}{hint}"
+            raise UserError(f"{message}{_see(message, command)}")
+        if "words" not in options:
+            raise UserError(f"`fastkd {options.command}` takes no further word, got {word!r}")
+        options.words.append(word)
+    return options
+
+
+def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
         prog="fastkd",
-        description="Train small vision networks from large ones: knowledge distillation in PyTorch.",
+        description="Train small vision networks from large ones: knowledge distillation.",
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     train = commands.add_parser(
         "train",
@@ -60,10 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a student by a recipe; without arguments, the quickstart.",
         epilog=TRAIN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     train.add_argument(
         "words",
         nargs="*",
+        default=[],
         metavar="RECIPE | key=value",
         help="a named recipe, then overrides of its keys",
     )
@@ -79,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         help="build everything, make two steps, print what a run would take",
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    train.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="'key=a;b;c'",
+        help="one run for each value, then a table; repeat it for all combinations",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser(
@@ -89,8 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("what", metavar="RUN | MODEL", help="run folder, or network name")
     evaluate.add_argument("--weights", metavar="FILE", help="weights of MODEL")
     evaluate.add_argument(
-        "keys",
+        "words",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="recipe keys such as data.name=cifar10 data.root=DATA",
     )
@@ -100,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument(
         "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
     )
-    models.add_argument("--input", default="3x32x32", metavar="CxHxW", help="input of the count")
+    models.add_argument(
+        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+    )
     models.add_argument("--json", action="store_true", help="machine-readable")
     models.set_defaults(run=_models)
 
@@ -111,32 +180,49 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     doctor.set_defaults(run=_doctor)
-    return parser
+    return parser, commands.choices
 
 
-def _recipe_of(options: argparse.Namespace, default: str | None) -> Any:
+def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Any:
+    """The recipe that the words name, `more` overrides last."""
     from fastkd.recipe.loading import load_recipe
 
     names = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(names) > 1:
         raise UserError(f"one recipe at a time, got {', '.join(names)}")
-    name = names[0] if names else (None if options.config else default)
-    return load_recipe(name, config=options.config, overrides=overrides)
-
-
-def _train(options: argparse.Namespace) -> None:
-    if options.resume not in (None, "auto") and not options.words and not options.config:
+    if names and names[0].endswith((".yaml", ".yml")):
+        raise UserError(f"{names[0]} is a file: fastkd train --config {names[0]}")
+    config = options.config
+    if not names and config is None and options.resume not in (None, "auto"):
         config = Path(options.resume) / "config.yaml"
         if not config.exists():
             raise UserError(f"{options.resume} is not a run folder: it has no config.yaml")
-        options.config = str(config)
-    recipe = _recipe_of(options, default="quickstart")
-    if options.print_config:
-        from fastkd.recipe.loading import recipe_to_yaml
+    name = names[0] if names else (None if config else "quickstart")
+    return load_recipe(name, config=config, overrides=[*overrides, *more])
 
-        print(recipe_to_yaml(recipe), end="")
-        return
+
+def _train(options: argparse.Namespace) -> int:
+    if options.sweep:
+        from fastkd.sweep import check_sweep, combinations
+
+        for flag in ("resume", "dry_run", "print_config"):
+            if getattr(options, flag):
+                raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
+        sweep = {chosen: _recipe_of(options, chosen) for chosen in combinations(options.sweep)}
+        check_sweep(sweep)
+        recipe = next(iter(sweep.values()))
+    else:
+        sweep, recipe = {}, _recipe_of(options)
+    if options.print_config:
+        from fastkd.recipe.loading import annotated_yaml
+
+        print(annotated_yaml(recipe), end="")
+        return 0
+    if recipe.tensorboard:
+        from fastkd.report.events import check_tensorboard
+
+        check_tensorboard()
     import torch
 
     from fastkd.distributed import open_world
@@ -147,11 +233,16 @@ def _train(options: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(True)
     with open_world(recipe.device) as world, Console(enabled=world.is_main) as console:
         session = Session(world, console, Path("runs"))
+        if sweep:
+            from fastkd.sweep import run_sweep
+
+            return run_sweep(sweep, session)
         if options.dry_run:
             found = dry_run(recipe, session)
             session.console.facts(f"dry run of {recipe.name}", found)
         else:
             run_recipe(recipe, session, resume=options.resume)
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -159,39 +250,64 @@ def _eval(options: argparse.Namespace) -> None:
     from fastkd.report.console import Console
 
     if options.weights:
-        found = evaluate_model(options.what, options.weights, options.keys)
+        found = evaluate_model(options.what, options.weights, options.words)
     else:
-        found = evaluate_run(options.what, options.keys)
+        found = evaluate_run(options.what, options.words)
     Console(enabled=True).facts(f"evaluation of {options.what}", found)
 
 
 def _models(options: argparse.Namespace) -> None:
-    from fastkd.models import count, create_model, list_models
-    from fastkd.models.taps import available_taps
+    from fastkd.models import list_models
 
-    try:
-        shape = tuple(int(side) for side in options.input.split("x"))
-        channels, height, width = shape
-    except ValueError:
-        raise UserError(f"--input is CxHxW such as 3x32x32, got {options.input!r}") from None
     names = list_models(options.pattern)
     if not names:
         raise UserError(f"no network matches {options.pattern!r}; try 'resnet*' or 'timm:resnet*'")
-    rows = []
-    for name in names:
-        model = create_model(name, None if ":" in name else 100)
-        size = count(model, (channels, height, width))
-        taps = [] if ":" in name else list(available_taps(model))
-        rows.append({"name": name, "params": size.params, "macs": size.macs, "taps": taps})
+    rows = (_model_row(name, options.input) for name in names)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(list(rows), indent=1))
         return
-    print(
-        f"{'network':<34}{'parameters':>14}{'MACs':>16}   at {options.input}, zoo with 100 classes"
-    )
+    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}")
     for row in rows:
-        print(f"{row['name']:<34}{row['params']:>14,}{row['macs']:>16,}")
-    print("taps of the zoo: stem, stage1, stage2, .. (each also as stageN:preact), pooled, logits")
+        macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
+        line = f"{row['name']:<34}{row['params']:>14,}{macs:>16}{row['input']:>12}"
+        print(f"{line}{row['classes']:>9}", flush=True)
+    if ":" not in options.pattern:
+        print("taps: stem, stage1, stage2, .. (each also as stageN:preact), pooled, logits")
+
+
+def _model_row(name: str, wanted: str | None) -> dict[str, Any]:
+    """Size and cost of one network, which is built without memory for its weights."""
+    import torch
+
+    from fastkd.models import count, create_model
+    from fastkd.models.taps import available_taps
+
+    with torch.device("meta"):
+        model: Any = create_model(name, None if ":" in name else 100)
+    own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
+    shape = _shape(wanted) if wanted else own or model.pretrained_cfg["input_size"]
+    row = {
+        "name": name,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": None,
+        "input": "x".join(map(str, shape)),
+        "classes": model.num_classes,
+        "taps": [] if ":" in name else list(available_taps(model)),
+    }
+    try:
+        row["macs"] = count(model, shape).macs
+    except (RuntimeError, ValueError, AssertionError):
+        # Some foreign networks take one image size only and say so in these ways.
+        if wanted is None or ":" not in name:
+            raise
+    return row
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"--input={text}: expected CxHxW such as 3x32x32")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "close_world",
+    "gather_rows",
     "init_world",
     "is_main",
     "open_world",
@@ -163,11 +164,31 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sync_buffers(module: nn.Module) -> None:
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks and alike on each of them.
+
+    For memory banks, which `LossTerm.commit` keeps alike. Ranks may have different numbers of rows,
+    as in a partial batch; learning how many makes the host wait for the device.
+    """
+    if not dist.is_initialized():
+        return rows
+    num = torch.tensor([len(rows)], device=rows.device)
+    nums = [torch.empty_like(num) for _ in range(dist.get_world_size())]
+    dist.all_gather(nums, num)
+    sizes = torch.cat(nums).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def sync_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> None:
     """Give every rank rank 0's buffers, as DDP does before a forward pass; call it on all ranks."""
     if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+        for name, buffer in module.named_buffers():
+            if name not in ignore:
+                dist.broadcast(buffer, src=0)
 
 
 def wrap_ddp(

@@ -1,18 +1,25 @@
-"""`fastkd eval`: the accuracy of a finished run or of any weight file, on the whole validation set."""
+"""`fastkd eval`: accuracy of a finished run or of a weight file, on the whole validation set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fastkd.data import DataPair
 from fastkd.distributed import open_world
 from fastkd.errors import UserError
-from fastkd.evaluate import evaluate, evaluating
+from fastkd.evaluate import evaluate
+from fastkd.layout import memory_format
 from fastkd.models import count, create_model
 from fastkd.models.registry import model_from_file
 from fastkd.precision import resolve_precision
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.run import open_recipe_data
+from fastkd.report.console import Console
+from fastkd.run import Session, open_recipe_data
+from fastkd.teacher import Teacher
+from fastkd.weights import load_weights
 
 __all__ = ["evaluate_model", "evaluate_run"]
 
@@ -22,21 +29,25 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(
-            f"{run} is not a run folder (no config.yaml). To evaluate a network by name, give its "
-            f"weights: fastkd eval NAME --weights FILE data.name=... data.root=..."
+            f"{run} is not a run folder (no config.yaml); a network by name needs its weights: "
+            f"fastkd eval NAME --weights FILE data.name=... data.root=..."
         )
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{run} has no best.safetensors yet: its first evaluation is still to come")
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
-    return _evaluate(recipe, model_from_file(weights))
+    return _evaluate(recipe, lambda _: model_from_file(weights))
 
 
 def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, Any]:
-    """Evaluate a network with weights from a file on the data that the keys name."""
+    """Evaluate a network with weights from a file on the data that the keys name.
+
+    Options such as the width come from the file where it is one of fastkd's, else from the keys
+    (`student.width=0.5`).
+    """
     if not any(key.startswith("data.name=") for key in keys):
         raise UserError(
-            "say on which data: data.name=cifar10 data.root=FOLDER (or data.name=digits)"
+            "say on which data: data.name=cifar10 data.root=FOLDER, or data.name=digits"
         )
     blank = {
         "name": "eval",
@@ -45,31 +56,42 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
         "losses": {"ce": {"weight": 1.0}},
     }
     recipe = load_recipe(None, values=blank, overrides=keys)
+
+    def build(data: DataPair) -> nn.Module:
+        if recipe.student.width is not None:
+            return create_model(
+                name, len(data.classes), weights=weights, width=recipe.student.width
+            )
+        if load_weights(weights)[1].get("architecture") == name:
+            return model_from_file(weights)
+        return create_model(name, len(data.classes), weights=weights)
+
+    return _evaluate(recipe, build)
+
+
+def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
+    # The training images are not looked at, so their number must not matter.
+    whole = {"drop_last": False, "train_limit": None}
+    recipe = recipe.replace(data=recipe.data.model_copy(update=whole))
     with open_world(recipe.device) as world:
-        from fastkd.report.console import Console
-        from fastkd.run import Session
-
-        session = Session(world, Console(enabled=False), Path("runs"))
-        data = open_recipe_data(recipe, session)
-        options = {} if recipe.student.width is None else {"width": recipe.student.width}
-        model = create_model(name, len(data.classes), weights=weights, **options)
-        return _accuracy(recipe, model, session, data)
-
-
-def _evaluate(recipe: Recipe, model: Any) -> dict[str, Any]:
-    with open_world(recipe.device) as world:
-        from fastkd.report.console import Console
-        from fastkd.run import Session
-
-        session = Session(world, Console(enabled=False), Path("runs"))
-        return _accuracy(recipe, model, session, open_recipe_data(recipe, session))
-
-
-def _accuracy(recipe: Recipe, model: Any, session: Any, data: Any) -> dict[str, Any]:
-    device = session.world.device
-    precision = resolve_precision(recipe.precision, device)
-    model = model.to(device)
-    with evaluating(model):
-        found = evaluate(model, data.val, precision, session.world)
-    size = count(model, (3, data.image_size, data.image_size))
+        data = open_recipe_data(recipe, Session(world, Console(enabled=False), Path("runs")))
+        model: Any = build(data)
+        if model.num_classes != len(data.classes):
+            raise UserError(
+                f"the network {model.fastkd_name} knows {model.num_classes} classes, "
+                f"{data.name} has {len(data.classes)}: name the data it was trained on"
+            )
+        precision = resolve_precision(recipe.precision, world.device)
+        network = Teacher(
+            model,
+            {},
+            precision=precision,
+            device=world.device,
+            data_normalization=(data.mean, data.std),
+            # data.mean and data.std, where given, say what the network wants.
+            normalization=None if recipe.data.mean else model.normalization,
+            layout=memory_format(recipe.channels_last, world.device, model),
+        )
+        size = count(model, (3, data.image_size, data.image_size))
+        found = evaluate(network.logits, data.val, precision, world)
     return found | {"params": size.params, "macs": size.macs, "precision": precision.name}

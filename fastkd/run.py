@@ -20,18 +20,18 @@ from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, broadcast_object
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.evaluate import evaluate
+from fastkd.folders import choose_folder, stage_folder, tidy
 from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
-from fastkd.recipe.loading import recipe_to_yaml
 from fastkd.recipe.schema import Recipe, StudentConfig
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder, environment, find_resumable
+from fastkd.report.console import Console, duration
+from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
-from fastkd.weights import describe
+from fastkd.weights import describe, load_weights
 
-__all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
+__all__ = ["Session", "dry_run", "on_main", "open_recipe_data", "run_recipe"]
 
 T = TypeVar("T")
 
@@ -52,35 +52,34 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    try:
-        teacher, teacher_summary = _teacher(recipe, data, session)
-    except Interrupted as stopped:
-        raise Interrupted(
-            f"{stopped} The same command goes on with the teacher.", stopped.exit_code
-        ) from None
-    trainer_of = _stage_builder(recipe, data, teacher, session)
-    trainer_of(None)  # build once without a folder: a recipe that does not fit leaves none behind
-    folder, resumed = _on_main(session.world, lambda: _folder(recipe, session, resume))
+    # What does not fit is found before the teacher is trained, and leaves no folder behind.
+    _stage_builder(recipe, data, _untrained_teacher(recipe, data), session)(None)
+    folder, resumed = on_main(
+        session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
+    )
     session.console.note(f"run folder {folder.path}")
+    go_on = f"Go on with: fastkd train --resume {folder.path}"
     try:
-        alone = [
-            _train(
-                recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
-                data,
-                None,
-                session,
-                folder.path / "alone" / f"lr-{lr:g}",
-            )
-            for lr in recipe.baseline.lrs
-        ]
-        trainer = trainer_of(folder)
-        if resumed:
-            _go_on(trainer, folder, session)
-        summary = trainer.fit()
+        with tidy(folder, session.root, session.world):
+            teacher, teacher_summary = _teacher(recipe, data, session)
+            alone = [
+                _train(
+                    recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
+                    data,
+                    None,
+                    session,
+                    folder.path / "alone" / f"lr-{lr:g}",
+                )
+                for lr in recipe.baseline.lrs
+            ]
+            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            if resumed:
+                _go_on(trainer, folder, session)
+            summary = trainer.fit()
     except Interrupted as stopped:
-        raise Interrupted(
-            f"{stopped} Go on with: fastkd train --resume {folder.path}", stopped.exit_code
-        ) from None
+        raise Interrupted(f"{stopped} {go_on}", stopped.exit_code) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped. {go_on}", 130) from None
     best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
     summary |= {
         "recipe": recipe.name,
@@ -99,10 +98,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
 def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     """Build everything, make two steps, leave nothing behind; what a real run would cost."""
     data = open_recipe_data(recipe, session)
-    teacher = None
-    if recipe.teacher is not None:
-        weights = None if recipe.teacher.train else recipe.teacher.weights
-        teacher = _load_net(recipe, recipe.teacher, data, weights)
+    teacher = _untrained_teacher(recipe, data)
     trainer = _stage_builder(recipe, data, teacher, session)(None)
     rates = trainer.rehearse(steps=2)
     steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
@@ -123,7 +119,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "ranks": session.world.size,
         **rates,
         "steps": steps,
-        "projected_seconds": steps * rates["seconds_per_step"],
+        "projected_duration": duration(steps * rates["seconds_per_step"]),
     }
 
 
@@ -222,16 +218,18 @@ def _train(
     """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
-        folder = RunFolder.open(path) if path.exists() else _new_folder(recipe, path)
+        folder = stage_folder(recipe, path, session.root)
         return folder, folder.summary()
 
-    folder, finished = _on_main(session.world, prepare)
+    folder, finished = on_main(session.world, prepare)
     if finished is not None:
         session.console.note(f"{recipe.name}: finished before, {path}")
         return finished
-    trainer = _stage_builder(recipe, data, teacher, session)(folder)
-    _go_on(trainer, folder, session)
-    summary = trainer.fit() | {
+    with tidy(folder, session.root, session.world):
+        trainer = _stage_builder(recipe, data, teacher, session)(folder)
+        _go_on(trainer, folder, session)
+        found = trainer.fit()
+    summary = found | {
         "recipe": recipe.name,
         "digest": recipe.digest(),
         "student": recipe.student.name,
@@ -239,7 +237,7 @@ def _train(
         **_size(trainer.student, data),
         "history": trainer.history,
     }
-    _on_main(session.world, lambda: folder.finish(summary))
+    on_main(session.world, lambda: folder.finish(summary))
     return summary
 
 
@@ -259,7 +257,7 @@ def _teacher(
     if config is None:
         return None, None
     weights, summary = config.weights, None
-    if config.train:
+    if config.trains:
         lesson = recipe.as_teacher()
         path = session.root / "teachers" / f"{config.name}-{lesson.digest()[:8]}"
         summary = _train(lesson, data, None, session, path)
@@ -280,6 +278,13 @@ def _teacher(
         )
     facts = {"name": config.name, "accuracy": accuracy, **_size(net.model, data)}
     return net, facts | ({"training": summary} if summary else {})
+
+
+def _untrained_teacher(recipe: Recipe, data: DataPair) -> TeacherNet | None:
+    """The recipe's teacher, with its weights unless they are still to be trained."""
+    if recipe.teacher is None:
+        return None
+    return _load_net(recipe, recipe.teacher, data, recipe.teacher.weights)
 
 
 def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session) -> float:
@@ -311,41 +316,29 @@ def _load_net(
     options = {} if config.width is None else {"width": config.width}
     if weights is not None and Path(weights).is_dir():
         weights = str(Path(weights) / "best.safetensors")
-    # A mapped teacher keeps its own class count.
-    classes = None if class_map is not None and ":" in config.name else len(data.classes)
-    model = create_model(
-        config.name, classes, pretrained=config.pretrained, weights=weights, **options
+    classes = len(data.classes)
+    if class_map is not None:
+        classes = _own_classes(config.name, weights, classes)
+    # A pretrained teacher that was then trained here has weights of its own.
+    pretrained = config.pretrained and weights is None
+    model: Any = create_model(
+        config.name, classes, pretrained=pretrained, weights=weights, **options
     )
+    if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
+        raise UserError(
+            f"teacher.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
+            f"{config.name} has {model.num_classes}, numbered from 0"
+        )
     normalization = getattr(model, "normalization", None)
     return TeacherNet(model, normalization, resolution, class_map)
 
 
-def _folder(recipe: Recipe, session: Session, resume: str | None) -> tuple[RunFolder, bool]:
-    """The run's folder and whether it is an old one to go on with."""
-    if resume == "auto":
-        found = (
-            RunFolder.open(Path(recipe.out))
-            if recipe.out and Path(recipe.out).exists()
-            else find_resumable(session.root, recipe.name, recipe.digest())
-        )
-        if found is not None:
-            return found, True
-        session.console.note(f"no unfinished run of {recipe.name} with these keys: starting anew")
-    elif resume is not None:
-        folder = RunFolder.open(Path(resume))
-        if folder.summary() is not None:
-            raise UserError(f"{resume} is finished: nothing to resume")
-        if (folder.path / "last.pt").exists():
-            load_checkpoint(folder.path / "last.pt", recipe.digest())
-        return folder, True
-    return _new_folder(recipe, Path(recipe.out) if recipe.out else None, session.root), False
-
-
-def _new_folder(recipe: Recipe, out: Path | None, root: Path = Path("runs")) -> RunFolder:
-    folder = RunFolder.create(root, recipe.name, recipe.digest(), out=out)
-    folder.write_text("config.yaml", recipe_to_yaml(recipe))
-    folder.write_json("environment.json", environment())
-    return folder
+def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
+    """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
+    facts = load_weights(weights)[1] if weights is not None else {}
+    if "num_classes" in facts:
+        return int(facts["num_classes"])
+    return None if ":" in name else of_data
 
 
 def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
@@ -363,7 +356,7 @@ def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
     return {"params": size.params, "macs": size.macs}
 
 
-def _on_main(world: World, work: Callable[[], T]) -> T:
+def on_main(world: World, work: Callable[[], T]) -> T:
     """Do file-system work on rank 0 alone; its result or its error reaches every rank."""
     if world.size == 1:
         return work()

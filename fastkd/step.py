@@ -50,6 +50,8 @@ class DistillStep(nn.Module):
         self.views = needed_taps(self._terms(), "student")
         taps = dict.fromkeys(tap for wanted in self.views.values() for tap in wanted)
         self.student = Tapped(student, tuple(taps))
+        needs = [Need.parse(text) for term in self._terms() for text in term.needs]
+        self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.part_names = [part for term in self._terms() for part in term.weights]
         self.metric_names = ("images", "loss", *self.part_names, "correct")
 
@@ -85,6 +87,9 @@ class DistillStep(nn.Module):
                 carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
 
         logits_NC = tensors["x/student/logits"]
+        if not self.trains_head:
+            # DDP waits for a gradient of every parameter; that of a head without a loss is zero.
+            total = total + 0.0 * logits_NC.float().sum()
         images = labels_N.shape[0]
         correct = (logits_NC.detach().argmax(1) == labels_N).sum().float()
         means = [total, *(values[part] for part in self.part_names)]

@@ -113,6 +113,9 @@ class _TeacherUnit(nn.Module):
         self.resolution = resolution
         self.renormalize = scale_shift is not None
         scale, shift = scale_shift or ([1.0] * 3, [0.0] * 3)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.order: Tensor | None
         self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
         order = None if class_map is None else torch.tensor(class_map)
@@ -120,7 +123,8 @@ class _TeacherUnit(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:
         if self.renormalize:
-            images_NCHW = (images_NCHW * self.scale + self.shift).to(images_NCHW.dtype)
+            moved_NCHW = torch.addcmul(self.shift, images_NCHW, self.scale)
+            images_NCHW = moved_NCHW.to(images_NCHW.dtype)
         if self.resolution is not None:
             side = (self.resolution, self.resolution)
             images_NCHW = F.interpolate(

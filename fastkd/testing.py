@@ -4,6 +4,8 @@ A fast version may be at most twice as wrong as plain torch in fp32, both measur
 nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn.py).
 """
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["assert_as_accurate", "eager_kd_loss", "eager_kd_rows", "poisoned_empty", "rms"]
+__all__ = [
+    "assert_as_accurate",
+    "eager_kd_loss",
+    "eager_kd_rows",
+    "gradient_of",
+    "interleave",
+    "poisoned_empty",
+    "rms",
+    "speedup",
+]
 
 
 def rms(x: Tensor) -> float:
@@ -114,3 +125,28 @@ def gradient_of(loss: Callable[..., Tensor], student: Tensor, *rest: Any) -> Ten
     """Gradient of `loss(student, *rest)` at the student."""
     leaf = student.detach().requires_grad_()
     return torch.autograd.grad(loss(leaf, *rest), leaf)[0]
+
+
+def interleave(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turns so that a slow moment of the machine hits all."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for _ in range(3):
+        for run in sides.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(pairs):
+        # The order alternates: whoever runs second finds the caches and clocks of the first.
+        names = list(sides) if turn % 2 == 0 else list(sides)[::-1]
+        for name in names:
+            sync()
+            start = time.perf_counter()
+            sides[name]()
+            sync()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def speedup(seconds: dict[str, list[float]], over: str, of: str) -> tuple[float, float]:
+    """Median and 10th percentile of the paired ratios time(over) / time(of)."""
+    ratios = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
+    return statistics.median(ratios), ratios[len(ratios) // 10]

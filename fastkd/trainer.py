@@ -7,9 +7,10 @@ device in one place only, `_fetch`.
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -100,13 +101,14 @@ class Prepared(NamedTuple):
         return [*self.batch, *self.views.values(), *self.teacher.values()]
 
     def split(self, parts: int) -> "Iterator[Prepared]":
-        """Micro-batches of equal size (the last may be smaller)."""
+        """Exactly `parts` micro-batches, their sizes differing by at most one."""
         if parts == 1:
             yield self
             return
-        size = -(-len(self.batch.labels_N) // parts)
-        for start in range(0, len(self.batch.labels_N), size):
-            rows = slice(start, start + size)
+        size, larger = divmod(len(self.batch.labels_N), parts)
+        for part in range(parts):
+            start = part * size + min(part, larger)
+            rows = slice(start, start + size + (part < larger))
             yield Prepared(
                 Batch(*(tensor[rows] for tensor in self.batch)),
                 {name: view[rows] for name, view in self.views.items()},
@@ -162,6 +164,8 @@ class Trainer:
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self._end_epoch()
+                if self.progress.epoch < self.plan.epochs and stop.agreed(self.world):
+                    self._interrupt(stop)
         return self.summary()
 
     def rehearse(self, steps: int) -> dict[str, Any]:
@@ -196,11 +200,12 @@ class Trainer:
             now = time.perf_counter()
             progress.epoch_s += now - clock
             clock = now
-            if progress.step % LOG_STEPS == 0 or progress.step == steps:
+            fetching = progress.step % LOG_STEPS == 0 or progress.step == steps
+            if fetching:
                 self._fetch()
-                if stop.agreed(self.world) and progress.step < steps:
-                    self._interrupt(stop)
-            elif self.world.size == 1 and stop.code:
+            # Asking the other ranks would make a GPU wait: there only where it waits anyway.
+            asking = fetching or self.world.size == 1 or self.world.device.type == "cpu"
+            if asking and stop.agreed(self.world) and progress.step < steps:
                 self._interrupt(stop)
             due = self.plan.save_steps and progress.step % self.plan.save_steps == 0
             if due and progress.step < steps:
@@ -228,9 +233,13 @@ class Trainer:
         torch.manual_seed(_step_seed(self.plan.seed, epoch, step, self.world.rank))
         schedule = self._scheduled(epoch + step / self.loader.steps_per_epoch)
         self.guard.before_step()
-        outputs: list[tuple[StepOutput, Tensor]] = []
+        done_M: list[Tensor] = []
+        commits: list[Callable[[Tensor], None]] = []
         loss = torch.zeros((), device=self.world.device)
-        micros = list(prepared.split(self.plan.accumulate))
+        # As many on every rank, or terms and batch norms that gather over the ranks would wait for
+        # ever; a partial batch may have fewer images than the recipe wants micro-batches.
+        parts = min(self.plan.accumulate, prepared.global_size // self.world.size)
+        micros = list(prepared.split(parts))
         for number, micro in enumerate(micros, 1):
             share = len(micro.batch.labels_N) * self.world.size / micro.global_size
             with self._no_sync(unless=number == len(micros)):
@@ -240,7 +249,9 @@ class Trainer:
                 scaled = out.loss * share
                 self.scaler.scale(scaled).backward()
             loss = loss + scaled.detach()
-            outputs.append((out, micro.batch.index_N))
+            # Copies: a captured graph writes its next outputs over these.
+            done_M.append(out.metrics_M.double())
+            commits += self._commits(out, micro.batch.index_N)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.trained if p.grad is not None]
@@ -248,14 +259,25 @@ class Trainer:
         self.guard.apply(ok)
         if self.scaler.is_enabled():
             self.scaler.update()
-        for out, index_N in outputs:
-            self.totals_M += torch.where(ok, out.metrics_M.double(), 0.0)
-            for term in self.terms:
-                if term.name in out.carry:
-                    term.commit(out.carry[term.name], index_N, ok)
+        for metrics_M in done_M:
+            self.totals_M += torch.where(ok, metrics_M, 0.0)
+        for commit in commits:
+            commit(ok)
         if self.ema:
             self.ema.update(ok)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _commits(self, out: StepOutput, index_N: Tensor) -> list[Callable[[Tensor], None]]:
+        """What the terms want to write once the step is known to be good."""
+        return [
+            partial(
+                term.commit,
+                {key: value.clone() for key, value in out.carry[term.name].items()},
+                index_N,
+            )
+            for term in self.terms
+            if term.name in out.carry
+        ]
 
     def _no_sync(self, *, unless: bool) -> AbstractContextManager[Any]:
         if unless or not isinstance(self.runner, DistributedDataParallel):
@@ -298,6 +320,8 @@ class Trainer:
             all_reduce_sum(self.totals_M)
             # DDP hands out rank 0's batch statistics before each step; evaluation wants them too.
             sync_buffers(self.student)
+            for term in self.terms:
+                sync_buffers(term, ignore=term.banks)
             if self.ema:
                 sync_buffers(self.ema.module)
         values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
@@ -316,7 +340,7 @@ class Trainer:
         last = progress.epoch + 1 == self.plan.epochs
         better = False
         if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:
-            kept = self.ema.module if self.ema else self.student
+            kept = self._kept()
             with evaluating(kept):
                 found = evaluate(kept, self.val_loader, self.precision, self.world)
             row |= {f"val_{name}": found[name] for name in ("accuracy", "top5", "loss")}
@@ -338,11 +362,17 @@ class Trainer:
     def _keep_best(self, row: dict[str, Any]) -> None:
         if not self.folder or not self.world.is_main:
             return
+        facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
+        save_weights(
+            self.folder.path / "best.safetensors", self._kept(), self.plan.metadata | facts
+        )
+
+    def _kept(self) -> nn.Module:
+        """What is evaluated and kept: the student or its average, with what the terms make of it."""
         kept = self.ema.module if self.ema else self.student
         for term in self.terms:
             kept = term.export(kept)
-        facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
-        save_weights(self.folder.path / "best.safetensors", kept, self.plan.metadata | facts)
+        return kept
 
     def summary(self) -> dict[str, Any]:
         """Last and best accuracy and the rates of the run; the caller writes summary.json."""
@@ -402,6 +432,9 @@ class Trainer:
         self.history = list(state["history"])
         if self.folder and self.world.is_main:
             self.folder.cut_metrics(self.progress.rows)
+        if self.progress.epoch == self.plan.epochs:
+            self.console.note(f"resumed {self.plan.stage} after its last epoch, {self.plan.epochs}")
+            return
         self.console.note(
             f"resumed {self.plan.stage} at epoch {self.progress.epoch + 1} of {self.plan.epochs}, "
             f"step {self.progress.step} of {self.loader.steps_per_epoch}"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastkd.errors import RunFailed, UserError
@@ -169,18 +169,21 @@ def save_weights(
     stored: dict[str, Tensor] = {}
     taken: set[int] = set()
     for key, tensor in _bare(source).items():
-        tensor = tensor.cpu().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         stored[key] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(stored, part, metadata=facts)
-        _flush(part)
+        # Not by safetensors' save_file, which makes files that only their owner can read.
+        with part.open("wb") as file:
+            file.write(save(stored, metadata=facts))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
-        _flush(path.parent)
-    except Exception as error:  # safetensors reports a full disk by an error class of its own
+        _flush_folder(path.parent)
+    except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise RunFailed(
@@ -342,8 +345,8 @@ def _dims(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _flush(path: Path) -> None:
-    """Force a file or a folder entry to the disk."""
+def _flush_folder(path: Path) -> None:
+    """Force the entries of a folder to the disk, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,8 @@
 """Every test starts from one seed, and uninitialised memory holds NaN in tests of the ops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,6 +24,35 @@ def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poisoned_empty():
         yield
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
+    """`fastkd WORDS` in this process, in the empty folder `tmp_path`, with a cache of its own."""
+    from fastkd.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTKD_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+
+    def run(*words: str) -> Said:
+        capsys.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as end:  # argparse ends so after --help
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return run
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -351,6 +351,7 @@ def test_shared_and_strided_tensors_are_stored_in_full(tmp_path: Path) -> None:
     state["view"] = torch.arange(12.0).reshape(3, 4).T
     base = torch.arange(10.0)
     state["head"], state["tail"] = base[:5], base[5:]
+    state["parameter"] = nn.Parameter(torch.ones(2))
     save_weights(tmp_path / "a.safetensors", state)
     loaded = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert loaded.keys() == state.keys()
@@ -361,17 +362,23 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "best.safetensors"
     save_weights(path, {"a": torch.ones(3)})
 
-    def full_disk(tensors: Any, part: Path, metadata: Any) -> None:
-        part.write_bytes(b"half a file")
+    def full_disk(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fastkd.weights, "save_file", full_disk)
+    monkeypatch.setattr(fastkd.weights.os, "fsync", full_disk)
     with pytest.raises(
         RunFailed, match=r"best\.safetensors: cannot write .*No space left on device"
     ):
         save_weights(path, {"a": torch.zeros(3)})
     assert torch.equal(load_weights(path)[0]["a"], torch.ones(3))
     assert os.listdir(tmp_path) == ["best.safetensors"]
+
+
+def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    save_weights(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "a.safetensors").stat().st_mode == mode
 
 
 def test_the_description_is_plain_json() -> None:

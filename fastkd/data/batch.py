@@ -6,6 +6,7 @@ First station of the flow: sources -> loader -> Batch -> augment -> teacher / st
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["Batch", "Loader"]
@@ -54,6 +55,18 @@ class Loader(Protocol):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
+        ...
+
+    def global_size(self, step: int) -> int:
+        """Samples in the global batch of a step, all ranks together."""
+        ...
+
+    def global_index(self, epoch: int, step: int) -> np.ndarray:
+        """Their sample ids, int64, on the CPU."""
+        ...
+
+    def rank_part(self, step: int) -> slice:
+        """Where this rank's part lies within the global batch of a step."""
         ...
 
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:

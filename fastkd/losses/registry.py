@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastkd.losses.term import LossTerm, Need
+from fastkd.recipe.mistakes import explain
 from fastkd.recipe.section import Section
 
 __all__ = ["build_terms", "check_needs", "term_names", "typed_config"]
@@ -44,7 +45,7 @@ def config_class(name: str) -> type[TermConfig]:
     """The config class of a loss name; ValueError names the nearest one."""
     if name not in _TERMS:
         near = difflib.get_close_matches(name, _TERMS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f", did you mean losses.{near[0]}?" if near else "."
         raise ValueError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
     module, attribute = _TERMS[name]
     return getattr(import_module(module), attribute)
@@ -56,18 +57,14 @@ def typed_config(name: str, keys: object) -> Section:
         return keys
     cls = config_class(name)
     if not isinstance(keys, Mapping):
-        raise ValueError(f"losses.{name} holds keys such as losses.{name}.weight, got {keys!r}")
+        fields = ", ".join(cls.model_fields)
+        raise ValueError(f"losses.{name}={keys}: expected keys of its own ({fields}), not a value")
     try:
         return cls.model_validate(dict(keys))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["losses", name, *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][0]), cls.model_fields, n=1)
-            known = ", ".join(cls.model_fields)
-            hint = f"did you mean losses.{name}.{near[0]}? " if near else ""
-            raise ValueError(f"unknown key {key}; {hint}Keys of {name}: {known}") from None
-        raise ValueError(f"{key}={first['input']!r}: {first['msg']}") from None
+        prefix = f"losses.{name}."
+        known = [prefix + field for field in cls.model_fields]
+        raise ValueError("\n".join(explain(error, cls, keys, known, prefix=prefix))) from None
 
 
 def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:

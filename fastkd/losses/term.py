@@ -5,12 +5,14 @@ their weights. A term never sees the trainer, the recipe or another term.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["BindContext", "LossTerm", "Need", "TermInputs", "TermOutput"]
+__all__ = ["BindContext", "LossTerm", "Need", "TermInputs", "TermOutput", "autocast_like"]
 
 Nets = ("student", "teacher")
 
@@ -76,6 +78,17 @@ class BindContext:
     """The teacher's frozen classifier (SimKD)."""
     world_size: int = 1
     rank: int = 0
+
+
+def autocast_like(features: Tensor) -> AbstractContextManager[Any]:
+    """Autocast to the type of `features`, for connectors and teacher stages inside a term.
+
+    Terms run outside of autocast, so that their sums are exact, and get what the networks gave:
+    bf16 under autocast, which layers with fp32 weights refuse.
+    """
+    if features.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(features.device.type, dtype=features.dtype)
+    return nullcontext()
 
 
 class LossTerm(nn.Module):

@@ -1,11 +1,8 @@
 """Recipe from a name, a YAML file and key=value overrides, in this order of precedence.
 
-Every mistake becomes one sentence that names the nearest valid key or value.
+Every mistake becomes one sentence that names the nearest valid key or value (`mistakes`).
 """
 
-import difflib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
+from fastkd.recipe.mistakes import explain, section_of
 from fastkd.recipe.schema import Recipe
 
-__all__ = ["load_recipe", "parse_override", "recipe_to_yaml", "valid_keys"]
+__all__ = ["annotated_yaml", "load_recipe", "parse_override", "recipe_to_yaml", "valid_keys"]
 
 
 def load_recipe(
@@ -66,7 +64,7 @@ def parse_override(text: str) -> tuple[str, Any]:
             return key, [yaml.safe_load(item) for item in raw.split(",")]
         return key, yaml.safe_load(raw)
     except yaml.YAMLError as error:
-        raise UserError(f"{text!r}: the value is not readable as YAML ({error})") from None
+        raise UserError(f"{text}: the value is not valid YAML ({_problem(error)})") from None
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -74,35 +72,43 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
+def annotated_yaml(recipe: Recipe) -> str:
+    """The same file with the meaning of every key behind its value, for reading."""
+    keys = _documented(Recipe, "")
+    for name, config in recipe.losses.items():
+        keys |= _documented(type(config), f"losses.{name}.")
+    lines: list[str] = []
+    path: list[str] = []
+    for line in recipe_to_yaml(recipe).splitlines():
+        name, colon, _ = line.strip().partition(":")
+        if colon and not line.lstrip().startswith("- "):
+            path[(len(line) - len(line.lstrip())) // 2 :] = [name]
+            meaning = keys.get(".".join(path))
+            line = f"{line:<34}  # {meaning}" if meaning else line
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 def valid_keys(losses: Iterable[str] = ()) -> list[str]:
     """All dotted keys, with those of the given losses."""
     from fastkd.losses.registry import config_class
 
-    keys = [key for key in _section_keys(Recipe, "") if key != "losses"]
+    keys = [key for key in _documented(Recipe, "") if key != "losses"]
     for loss in losses:
-        keys += [f"losses.{loss}.{field}" for field in config_class(loss).model_fields]
+        keys += _documented(config_class(loss), f"losses.{loss}.")
     return keys
 
 
-def _section_keys(section: type[BaseModel], prefix: str) -> list[str]:
-    keys: list[str] = []
+def _documented(section: type[BaseModel], prefix: str) -> dict[str, str]:
+    """Dotted key -> meaning."""
+    keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        keys += _section_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        inner = section_of(field.annotation)
+        if inner:
+            keys |= _documented(inner, f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = " ".join((field.description or "").split())
     return keys
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class behind `Section` or `Section | None`."""
-    options = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (types.UnionType, typing.Union)
-        else (annotation,)
-    )
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
 
 
 def _dump(recipe: Recipe) -> dict[str, Any]:
@@ -111,14 +117,26 @@ def _dump(recipe: Recipe) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold recipe keys (a YAML mapping), got {type(values)}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe file {path} is not valid YAML ({_problem(error)})") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(
+            f"the recipe file {path} must hold keys such as `epochs: 30`, one a line; it holds "
+            f"{found if not isinstance(values, dict) else 'keys that are no text'}"
+        )
     return values
+
+
+def _problem(error: Exception) -> str:
+    """What the YAML reader stumbled over, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _merge(values: dict[str, Any], update: Mapping[str, Any]) -> None:
@@ -138,35 +156,18 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             node[section] = {}
         if not isinstance(node[section], dict):
             at = ".".join(sections[: depth + 1])
-            raise UserError(f"{at} is a value, not a section: {key} does not exist")
+            raise UserError(f"unknown key {key}: {at} is a value and has no keys of its own")
         node = node[section]
     node[last] = value
 
 
 def _validate(values: dict[str, Any]) -> Recipe:
+    from fastkd.losses.registry import term_names
+
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(
-            "\n".join(dict.fromkeys(_explain(e, values) for e in error.errors()))
-        ) from None
-
-
-def _explain(error: Any, values: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
         losses = values.get("losses")
-        known = valid_keys([])
-        if isinstance(losses, dict):
-            known += [f"losses.{name}" for name in losses]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        section = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == section] or known
-        return f"unknown key {key}{hint} Keys here: {', '.join(siblings)}"
-    if error["type"] == "missing":
-        return f"{key} is missing and has no default: set {key}=..."
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+        used = [name for name in term_names() if isinstance(losses, dict) and name in losses]
+        mistakes = explain(error, Recipe, values, valid_keys(used))
+        raise UserError("\n".join(mistakes)) from None

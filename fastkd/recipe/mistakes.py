@@ -17,7 +17,12 @@ from pydantic.fields import FieldInfo
 
 __all__ = ["allowed", "explain", "section_of"]
 
-_BOUNDS = ((Gt, "gt", "above"), (Ge, "ge", "at least"), (Lt, "lt", "below"), (Le, "le", "at most"))
+_BOUNDS = (
+    (Gt, "gt", "above"),
+    (Ge, "ge", "of at least"),
+    (Lt, "lt", "below"),
+    (Le, "le", "at most"),
+)
 
 
 def explain(
@@ -127,20 +132,26 @@ def _leaves(key: str, value: Any) -> list[str]:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    section, dot, last = key.rpartition(".")
+    section, _, last = key.rpartition(".")
     # `lr=0.1` means optim.lr: a right word in the wrong place is nearer than a similar one.
     near = [one for one in known if one.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    # What a section holds is told for the outermost one that exists.
+    near.sort(key=lambda one: -difflib.SequenceMatcher(None, one, key).ratio())
+    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
+    if not near and section and beside:
+        near = [beside[one] for one in difflib.get_close_matches(last, beside, n=1, cutoff=0.5)]
+    elif not near:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {key}, did you mean {' or '.join(near[:2])}?"
+    # What a section holds is told for the innermost one that exists.
     while section and not any(one.startswith(f"{section}.") for one in known):
-        section, dot, _ = section.rpartition(".")
+        section = section.rpartition(".")[0]
     start = f"{section}." if section else ""
     siblings = dict.fromkeys(
         one.removeprefix(start).partition(".")[0] for one in known if one.startswith(start)
     )
-    hint = f", did you mean {' or '.join(near[:3])}?" if near else "."
-    where = f"Keys of {section}" if section else "Keys"
-    return f"unknown key {key}{hint} {where}: {', '.join(siblings)}"
+    where = f"the keys of {section}" if section else "the keys"
+    return f"unknown key {key}; {where} are {', '.join(siblings)}"
 
 
 def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -153,6 +164,8 @@ def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list | tuple):
+        return ",".join(map(_shown, value))
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
     return text.strip() if len(text) < 80 else f"{text[:77]}..."
 

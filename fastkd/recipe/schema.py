@@ -6,6 +6,7 @@ overrides; `fastkd.run` hands each builder its own section and never the whole.
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -35,14 +36,6 @@ __all__ = [
 def _yaml_switch(value: object) -> object:
     """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _as_tuple(value: object) -> object:
-    """One number is a list of one."""
-    return (value,) if isinstance(value, int | float) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
 class DataConfig(Section):
@@ -102,17 +95,32 @@ class TeacherConfig(StudentConfig):
     """The frozen network that is imitated (`fastkd.teacher`)."""
 
     train: bool = False
-    """Train the teacher first with this recipe's data and optimizer, once, and keep it."""
+    """Train the teacher first with this recipe's data and optimizer, once, and keep it; not where
+    teacher.weights names a finished one."""
     epochs: PositiveInt | None = None
     """Length of that training; by default that of the student."""
     lr: PositiveFloat | None = None
     """Learning rate of that training; by default that of the student."""
     resolution: PositiveInt | None = None
     """Side in pixels the teacher wants its images; by default that of the student's."""
-    class_map: tuple[int, ...] | None = None
+    class_map: tuple[int, ...] | None = Field(default=None, min_length=1)
     """class_map[c] is the teacher's output for our class c, where the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Refuse a teacher below this accuracy; by default one that is not better than chance."""
+
+    @model_validator(mode="after")
+    def _knows_something(self) -> "TeacherConfig":
+        if not (self.train or self.weights or self.pretrained):
+            raise ValueError(
+                f"the teacher {self.name} has no weights: set teacher.weights=FILE or a run "
+                f"folder, teacher.train=true, or (timm and torchvision) teacher.pretrained=true"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is trained first."""
+        return self.train and self.weights is None
 
 
 class OptimConfig(Section):
@@ -132,7 +140,7 @@ class OptimConfig(Section):
     """Applied to every trained parameter, norms and biases included, as the papers do."""
     schedule: Literal["constant", "multistep", "cosine", "onecycle"] = "multistep"
     """Shape of the learning rate over the run."""
-    milestones: Numbers = (0.625, 0.75, 0.875)
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
@@ -145,14 +153,14 @@ class OptimConfig(Section):
 class BaselineConfig(Section):
     """The same student trained without a teacher, for the comparison at the end of a run."""
 
-    lrs: Numbers = ()
+    lrs: tuple[PositiveFloat, ...] = ()
     """Learning rates to try; the best one is reported. Empty: no baseline."""
 
 
 class Recipe(Section):
     """Everything that decides the outcome of a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.:@+/\-]*$")
+    name: str
     """Recipe name, also the folder below runs/."""
     description: str = ""
     """One line for `fastkd recipes`."""
@@ -199,13 +207,26 @@ class Recipe(Section):
     """Also write TensorBoard events."""
     baseline: BaselineConfig = BaselineConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.:@+\-]*(/[A-Za-z0-9][\w.:@+\-]*)*", value):
+            raise ValueError(
+                f"name={value}: expected a folder below runs/, such as cifar10/mine: letters, "
+                f"digits and . _ - : @ + in each part, the first one a letter or digit"
+            )
+        return value
+
     @field_validator("losses", mode="before")
     @classmethod
     def _typed_losses(cls, value: object) -> object:
-        from fastkd.losses.registry import typed_config
+        from fastkd.losses.registry import config_class, typed_config
 
         if not isinstance(value, dict):
             return value
+        # A null takes a loss of the base recipe away; a misspelled one takes nothing away.
+        for name in value:
+            config_class(name)
         return {name: typed_config(name, keys) for name, keys in value.items() if keys is not None}
 
     @model_validator(mode="after")
@@ -218,7 +239,9 @@ class Recipe(Section):
                 f"equal micro-batches"
             )
         if self.optim.schedule == "onecycle" and self.optim.warmup_epochs:
-            raise ValueError("optim.schedule=onecycle has its own warm-up: set warmup_epochs=0")
+            raise ValueError(
+                "optim.schedule=onecycle has its own warm-up: set optim.warmup_epochs=0"
+            )
         from fastkd.losses.registry import check_needs
 
         check_needs(self.losses, has_teacher=self.teacher is not None, xprime=self.augment.xprime)

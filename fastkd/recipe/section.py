@@ -1,6 +1,9 @@
 """The base of every part of a recipe: frozen, typed, and closed to unknown keys."""
 
-from pydantic import BaseModel, ConfigDict
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 __all__ = ["Section"]
 
@@ -11,3 +14,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take `baseline.lrs=0.1` as a list of one and `baseline.lrs=` as an empty one."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if typing.get_origin(annotation) is tuple and value is None:
+            return ()
+        # Also where the key may be null: class_map is `tuple[int, ...] | None`.
+        lists = [annotation, *typing.get_args(annotation)]
+        is_list = any(Ellipsis in typing.get_args(kind) for kind in lists)
+        return (value,) if is_list and isinstance(value, str | int | float) else value

@@ -1,4 +1,4 @@
-"""CIFAR recipes in the setting of RepDistiller: 240 epochs, batch 64, lr 0.05, T 4, 0.1 CE + 0.9 KD.
+"""CIFAR recipes as in RepDistiller: 240 epochs, batch 64, lr 0.05, T 4, 0.1 CE + 0.9 KD.
 
 Source: "Contrastive Representation Distillation" (arXiv:1910.10699) and its released code; the
 pairs are those of the paper's table 1 whose networks the zoo has. The teacher is trained first

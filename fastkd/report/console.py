@@ -18,7 +18,7 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Console", "comparison_table"]
+__all__ = ["Console", "comparison_table", "duration"]
 
 
 class Console:
@@ -99,7 +99,7 @@ class Console:
         if accuracy is not None:
             facts.append(f"accuracy {accuracy:.1%}")
         if left_s is not None:
-            facts.append(f"{_duration(left_s)} left")
+            facts.append(f"{duration(left_s)} left")
         if self._bar is None:
             self._bar = _bar(self._rich)
             self._bar.start()
@@ -136,7 +136,7 @@ class Console:
         if row.get("skipped"):
             words.append(f"skipped steps {row['skipped']}")
         if left_s is not None and not last:
-            words.append(f"{_duration(left_s)} left")
+            words.append(f"{duration(left_s)} left")
         self.note("  ".join(word for word in words if word))
 
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
@@ -263,7 +263,8 @@ def _quantity(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`0:07`, `12:40` or `3:05:00`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

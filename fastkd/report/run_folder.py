@@ -7,6 +7,7 @@ Flow: `run` creates or reopens it on rank 0; trainer appends metrics; `finish` c
         metrics.jsonl                        one row per epoch
         last.pt best.safetensors             by `checkpoint` and `weights`
         metrics.csv summary.json             when the run is finished
+        tensorboard/                         events, if asked for
 
 Text files are written beside their final place, flushed to the disk and renamed; metrics.jsonl
 grows by whole lines, and `cut_metrics` drops what a kill left behind. A folder without
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,11 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import RunFailed, UserError
+from fastkd.report.events import Events
 
-__all__ = ["RunFolder", "atomic_path", "environment", "find_resumable"]
+__all__ = ["RunFolder", "atomic_path", "environment", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_DESCRIPTION = ("config.yaml", "environment.json")
 # Any one of these makes a folder one of ours.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
 
@@ -42,6 +46,8 @@ class RunFolder:
     """One run's folder. All writing is rank 0's."""
 
     path: Path
+    events: Events | None = None
+    """Where metric rows go as TensorBoard events too."""
 
     @classmethod
     def create(
@@ -107,9 +113,15 @@ class RunFolder:
                 file.write(json.dumps(_plain(row)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if self.events:
+                self.events.row(row)
         except OSError as error:
             _explain_full_disk(error, target)
             raise
+
+    def with_events(self) -> "RunFolder":
+        """The same folder, whose rows also become TensorBoard events in tensorboard/."""
+        return RunFolder(self.path, Events(self.path / "tensorboard"))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl; a line that a kill tore off is left out."""
@@ -137,8 +149,27 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write metrics.csv, then summary.json, whose presence says that the run is finished."""
+        if self.events:
+            self.events.close()
         self.write_csv()
         self.write_json("summary.json", summary)
+
+    def discard(self, root: Path | str) -> None:
+        """Remove the folder if nothing was achieved in it, and its parents below `root` if empty.
+
+        A checkpoint, a metric row, finished baselines or a stranger's file keep it.
+        """
+        files = [path for path in self.path.rglob("*") if path.is_file()]
+        if any(path.name not in _DESCRIPTION and path.stat().st_size for path in files):
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        for parent in self.path.parents:
+            if Path(root) not in (parent, *parent.parents):
+                return
+            try:
+                parent.rmdir()
+            except OSError:
+                return  # others have their runs here
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, None of an unfinished one."""
@@ -154,6 +185,13 @@ def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
     unfinished = [path for path in candidates if not (path / "summary.json").exists()]
     return RunFolder.open(max(unfinished)) if unfinished else None
+
+
+def find_finished(root: Path | str, recipe_name: str, digest: str) -> dict[str, Any] | None:
+    """The summary of the newest finished run of this recipe and digest below `root`, or None."""
+    candidates = sorted((Path(root) / recipe_name).glob(f"*-{digest[:8]}"), reverse=True)
+    summaries = (RunFolder(path).summary() for path in candidates)
+    return next((found for found in summaries if found and found.get("digest") == digest), None)
 
 
 @contextmanager

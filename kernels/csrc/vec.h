@@ -138,7 +138,7 @@ FASTKD_INLINE VD exp2_of(VD x, VD c) {
   return (VD)(~tiny & (ID)(q * scale));
 }
 
-// Natural logarithm of positive normal numbers, within 1 ulp (float); other inputs: no promise.
+// Natural logarithm of positive normal numbers, within 1 ulp (float), and of NaN; others: no promise.
 FASTKD_INLINE VF log_of(VF x) {
   // Split at sqrt(1/2) so that the mantissa lies around 1.
   const IF e = ((IF)x - 0x3f3504f3) >> 23;
@@ -157,7 +157,7 @@ FASTKD_INLINE VF log_of(VF x) {
   // ln 2 in two parts: n * hi is exact.
   VF y = fma(q * f, ff, n * splat(-2.12194440e-4f));
   y = fma(ff, splat(-0.5f), y);
-  return fma(n, splat(0.693359375f), f + y);
+  return fma(n, splat(0.693359375f), f + y) + (x - x);  // NaN stays NaN
 }
 FASTKD_INLINE VD log_of(VD x) {
   VD y{};

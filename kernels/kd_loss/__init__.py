@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd.kernels._library import LIBRARY, Core, Impl, choose, core, register
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
@@ -270,6 +269,11 @@ def _backend(inputs: tuple[Any, ...], impl: Impl | None) -> Impl:
         if impl == "triton":
             raise ValueError("kd_loss: impl='triton' takes fp32, bf16 and fp16, not fp64")
         return "reference"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # vmap, torch.func.grad and jvp pass through plain torch code only.
+        if impl not in (None, "reference"):
+            raise ValueError(f"kd_loss: impl={impl!r} cannot run under torch.func; use None")
+        return "reference"
     return picked
 
 
@@ -300,11 +304,13 @@ class _Rows(torch.autograd.Function):
         return parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         student, labels, weights, mask, *teachers = ctx.saved_tensors
         grad = None
-        if upstream[0] is not None or upstream[1] is not None:
+        if _twice():
+            inputs = (student, teachers, labels, weights, mask, *ctx.numbers)
+            grad = _reference_gradient(inputs, upstream[0], upstream[1])
+        elif upstream[0] is not None or upstream[1] is not None:
             op = _ops("_kd_loss_grad", ctx.triton)
             grad = op(student, teachers, labels, weights, mask, *ctx.numbers, upstream[0],
                       upstream[1], None, 1.0, 1.0)  # fmt: skip
@@ -314,8 +320,9 @@ class _Rows(torch.autograd.Function):
 class _Mean(torch.autograd.Function):
     """The weighted mean. On the CPU its gradient is made in the forward pass and handed over once.
 
-    That buffer belongs to the node alone: it is given away by the first backward pass, and a second
-    one computes the gradient from the logits again. Nothing saved for backward is ever written to.
+    That buffer belongs to the node alone. A backward pass with an incoming gradient of 1 gives it
+    away, and a second one computes the gradient from the logits again, to the same bits; any other
+    incoming gradient is applied out of place. Nothing that is kept is ever written to.
     """
 
     @staticmethod
@@ -347,14 +354,20 @@ class _Mean(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, labels, weights, mask, divisor, *teachers = ctx.saved_tensors
-        grad, ctx.grad = ctx.grad, None
-        # Reading the scale costs nothing here: gradients are made early on the CPU only.
-        scale = 1.0 if grad is None else upstream.item()
-        if grad is not None and scale != 1.0:
-            grad = grad.mul_(scale) if grad.dtype in _EXACT else None
+        grad = None
+        if _twice():
+            inputs = (student, teachers, labels, weights, mask, *ctx.numbers)
+            kd_weight, ce_weight = (upstream * scale / divisor for scale in ctx.scales)
+            grad = _reference_gradient(inputs, kd_weight, ce_weight)
+        elif ctx.grad is not None:
+            # Reading the scale costs nothing here: gradients are made early on the CPU only.
+            scale = upstream.item()
+            if scale == 1.0:
+                grad, ctx.grad = ctx.grad, None
+            elif ctx.grad.dtype in _EXACT:
+                grad = ctx.grad * scale
         if grad is None:
             op = _ops("_kd_loss_grad", ctx.triton)
             grad = op(student, teachers, labels, weights, mask, *ctx.numbers, upstream, upstream,
@@ -396,7 +409,6 @@ class _MeanTraced(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.early:
             (made,) = ctx.saved_tensors
@@ -407,6 +419,24 @@ class _MeanTraced(torch.autograd.Function):
             grad = op(student, teachers, labels, weights, mask, *ctx.numbers, upstream, upstream,
                       divisor, *ctx.scales)  # fmt: skip
         return (grad, *[None] * (10 + ctx.num_teachers))
+
+
+def _twice() -> bool:
+    """Whether this backward pass is itself being recorded (create_graph=True)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _reference_gradient(
+    inputs: tuple[Any, ...], upstream_kd: Tensor | None, upstream_ce: Tensor | None
+) -> Tensor:
+    """The gradient as a differentiable function of student and incoming gradients."""
+    kd, ce, _ = kd_loss_reference(*inputs)
+    total = kd.new_zeros(())
+    if upstream_kd is not None:
+        total = total + (upstream_kd * kd).sum()
+    if upstream_ce is not None:
+        total = total + (upstream_ce * ce).sum()
+    return torch.autograd.grad(total, inputs[0], create_graph=True)[0]
 
 
 # Dtypes in which the gradient may be stored before its scale is known.

@@ -13,7 +13,9 @@ from fastkd.models import count
 )
 def test_torchvision_publishes_the_same_numbers(name: str) -> None:
     published = models.get_model_weights(name).DEFAULT.meta
-    size = count(models.get_model(name), (3, 224, 224))
+    with torch.device("meta"):  # no memory, no arithmetic: the shapes are enough
+        model = models.get_model(name)
+    size = count(model, (3, 224, 224))
     assert size.params == published["num_params"]
     assert round(size.macs / 1e9, 3) == published["_ops"]
 

@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import proof_term
 import tiny
 import torch
 
@@ -26,7 +28,17 @@ RICH = (
     *("ema=0.9", "accumulate=2", "optim.name=adamw", "optim.lr=0.003", "optim.schedule=onecycle"),
     *("optim.clip_norm=1.0", "losses.kd.label_smoothing=0.1"),
 )
+# A teacher, two baselines and the student, 4 steps each.
+STAGED = ("teacher.train=true", "teacher.weights=null", "baseline.lrs=0.05,0.1", "epochs=1")
 COMPILED = ("compile=on", "epochs=1", "augment.xprime=none", "losses.kd.views=x")
+# One graph of the student alone: the least that inductor can be asked for.
+COMPILED_SMALL = (
+    *("compile=on", "epochs=1", "data.drop_last=true", "augment.xprime=none"),
+    *("teacher=null", "losses.kd=null", "losses.ce.weight=1"),
+)
+# 57 images: the last batch has 9, that is 5 and 4 on two ranks.
+UNEVEN = ("data.train_limit=57",)
+PROOF = (*UNEVEN, "losses.proof.weight=2", "losses.kd.views=x", "accumulate=4", "ema=0.9")
 
 
 def before_step(number: int) -> None:
@@ -84,49 +96,87 @@ def before_summary() -> None:
     tiny.at_call(RunFolder, "write_csv", 0, lambda *_: tiny.die())
 
 
-# name -> (overrides, places to die, one after the other)
-SCENARIOS: dict[str, tuple[tuple[str, ...], tuple[Callable[[], None], ...]]] = {
-    **{f"before step {step}": ((), (partial(before_step, step),)) for step in range(8)},
-    **{f"before save {step}": ((), (partial(before_save, step),)) for step in (0, 3, 5)},
-    **{f"inside save {step}": ((), (partial(inside_save, step),)) for step in (0, 2, 3)},
-    **{f"before rename {number}": ((), (partial(before_rename, number),)) for number in (2, 6)},
-    "before best": ((), (before_best,)),
-    "inside row": ((), (inside_row,)),
-    "before config": ((), (before_config,)),
-    "before summary": ((), (before_summary,)),
-    "twice": ((), (partial(before_step, 2), partial(before_step, 3))),
-    "every third step": (("save_steps=3",), (partial(before_step, 6),)),
-    "every epoch": (("save_steps=null",), (partial(before_step, 6),)),
+@dataclass(frozen=True)
+class Scenario:
+    """A run that dies, once or more often, and is resumed each time."""
+
+    words: tuple[str, ...]
+    """Overrides of tiny.RECIPE."""
+    deaths: tuple[Callable[[], None], ...]
+    """Each prepares one process, or all ranks of it, to die at its place."""
+    ranks: int = 1
+
+
+SCENARIOS: dict[str, Scenario] = {
+    **{f"before step {step}": Scenario((), (partial(before_step, step),)) for step in range(8)},
+    **{f"before save {step}": Scenario((), (partial(before_save, step),)) for step in (0, 3, 5)},
+    **{f"inside save {step}": Scenario((), (partial(inside_save, step),)) for step in (0, 2, 3)},
+    **{f"before rename {num}": Scenario((), (partial(before_rename, num),)) for num in (2, 6)},
+    "before best": Scenario((), (before_best,)),
+    "inside row": Scenario((), (inside_row,)),
+    "before config": Scenario((), (before_config,)),
+    "before summary": Scenario((), (before_summary,)),
+    "twice": Scenario((), (partial(before_step, 2), partial(before_step, 3))),
+    "every second step": Scenario(("save_steps=2",), (partial(before_step, 7),)),
+    "every epoch": Scenario(("save_steps=null",), (partial(before_step, 6),)),
     **{
-        f"rich, before step {step}": (RICH, (partial(before_step, step),))
+        f"rich, before step {step}": Scenario(RICH, (partial(before_step, step),))
         for step in (1, 3, 4, 6)
     },
-    "rich, inside save 2": (RICH, (partial(inside_save, 2),)),
+    "rich, inside save 2": Scenario(RICH, (partial(inside_save, 2),)),
     **{
-        f"compiled, before step {step}": (COMPILED, (partial(before_step, step),))
+        f"staged, before step {step}": Scenario(STAGED, (partial(before_step, step),))
+        for step in (2, 6, 9, 15)
+    },
+    **{
+        f"compiled, before step {step}": Scenario(COMPILED, (partial(before_step, step),))
         for step in (1, 2, 3)
     },
-    "compiled, inside save 1": (COMPILED, (partial(inside_save, 1),)),
+    "compiled, inside save 1": Scenario(COMPILED, (partial(inside_save, 1),)),
+    "compiled student": Scenario(COMPILED_SMALL, (partial(before_step, 2),)),
+    **{
+        f"two ranks, before step {step}": Scenario(UNEVEN, (partial(before_step, step),), 2)
+        for step in (3, 6)
+    },
+    "two ranks, inside save 2": Scenario(UNEVEN, (partial(inside_save, 2),), 2),
+    **{
+        f"proof, before step {step}": Scenario(PROOF, (partial(before_step, step),))
+        for step in (2, 5)
+    },
+    "proof, inside save 3": Scenario(PROOF, (partial(inside_save, 3),)),
+    **{
+        f"proof on two ranks, before step {step}": Scenario(PROOF, (partial(before_step, step),), 2)
+        for step in (3, 5)
+    },
 }
 
 
-def run(folder: Path, words: tuple[str, ...], die: Callable[[], None] | None, number: int) -> int:
-    """One process of a scenario, killed or not."""
+def run(
+    folder: Path, words: tuple[str, ...], die: Callable[[], None] | None, number: int, ranks: int
+) -> list[int]:
+    """One process of a scenario, or a group of ranks, killed or not; exit codes."""
 
     def job() -> int:
+        rank = os.environ.get("RANK", "0")
+        proof_term.register()
+        tiny.at_call(Trainer, "summary", 0, partial(_note_state, folder / f"state-{rank}.json"))
         if die is not None:
             die()
         resume = ("--resume", "auto") if number else ()
-        return tiny.train(folder, *resume, *words, fetches=f"fetches{number}.jsonl")
+        return tiny.train(folder, *resume, *words, fetches=f"fetches{number}-{rank}.jsonl")
 
-    return tiny.forked(job, log=folder / f"log{number}.txt")[0]
+    jobs = tiny.as_ranks(ranks, job) if ranks > 1 else [job]
+    return tiny.forked(*jobs, log=folder / f"log{number}.txt")
 
 
-def uninterrupted(base: Path, words: tuple[str, ...]) -> dict[str, Any]:
+def _note_state(target: Path, trainer: Trainer) -> None:
+    target.write_text(json.dumps(tiny.digests(trainer.step.state_dict())))
+
+
+def uninterrupted(base: Path, words: tuple[str, ...], ranks: int) -> dict[str, Any]:
     """Facts of the run that nobody kills."""
     folder = tiny.prepare(base / f"whole-{len(list(base.iterdir()))}")
-    code = run(folder, words, None, 0)
-    if code:
+    if any(run(folder, words, None, 0, ranks)):
         raise SystemExit((folder / "log0.txt").read_text())
     return tiny.facts(only_run(folder))
 
@@ -137,24 +187,26 @@ def only_run(folder: Path) -> Path:
     return found
 
 
-def scenario(base: Path, name: str, whole: dict[str, Any]) -> dict[str, Any]:
-    """Kill and resume; what is left."""
-    words, deaths = SCENARIOS[name]
+def kill_and_resume(base: Path, name: str, whole: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a scenario, and in what it differs from the uninterrupted run."""
+    scenario = SCENARIOS[name]
     folder = tiny.prepare(base / name.replace(" ", "-"))
-    codes = [run(folder, words, die, number) for number, die in enumerate((*deaths, None))]
-    fetched = [
-        [json.loads(line) for line in (folder / f"fetches{number}.jsonl").read_text().splitlines()]
-        for number in range(len(codes))
-        if (folder / f"fetches{number}.jsonl").exists()
+    codes = [
+        run(folder, scenario.words, die, number, scenario.ranks)
+        for number, die in enumerate((*scenario.deaths, None))
     ]
-    last_log = (folder / f"log{len(codes) - 1}.txt").read_text()
-    if codes[-1]:
-        return {"codes": codes, "log": last_log}
+    last = len(codes) - 1
+    log = (folder / f"log{last}.txt").read_text()
+    if any(codes[-1]):
+        return {"codes": codes, "log": log}
+    fetches = [folder / f"fetches{last}-{rank}.jsonl" for rank in range(scenario.ranks)]
+    states = [folder / f"state-{rank}.json" for rank in range(scenario.ranks)]
     run_folder = only_run(folder)
     return {
         "codes": codes,
-        "log": last_log,
-        "fetched": fetched,
+        "log": log,
+        "fetched": [[json.loads(line) for line in f.read_text().splitlines()] for f in fetches],
+        "states": [json.loads(state.read_text()) for state in states],
         "different": tiny.different(whole, tiny.facts(run_folder)),
         "files": sorted(file.name for file in run_folder.iterdir()),
     }
@@ -163,13 +215,15 @@ def scenario(base: Path, name: str, whole: dict[str, Any]) -> dict[str, Any]:
 def main(base: Path, names: list[str]) -> None:
     """Run the named scenarios and write what was found."""
     base.mkdir(parents=True, exist_ok=True)
-    wholes: dict[tuple[str, ...], dict[str, Any]] = {}
+    wholes: dict[Any, dict[str, Any]] = {}
     found = {}
     for name in names:
-        words = tuple(word for word in SCENARIOS[name][0] if not word.startswith("save_steps"))
-        if words not in wholes:
-            wholes[words] = uninterrupted(base, words)
-        found[name] = scenario(base, name, wholes[words])
+        scenario = SCENARIOS[name]
+        words = tuple(word for word in scenario.words if not word.startswith("save_steps"))
+        key = (words, scenario.ranks)
+        if key not in wholes:
+            wholes[key] = uninterrupted(base, *key)
+        found[name] = kill_and_resume(base, name, wholes[key])
     (base / "found.json").write_text(json.dumps(found, indent=1))
 
 

@@ -135,6 +135,13 @@ def facts(run: Path) -> dict[str, Any]:
     return found
 
 
+def digests(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A short name for the bits of every tensor."""
+    found: dict[str, Any] = {}
+    _flatten("", state, found)
+    return {name.removeprefix("."): digest for name, digest in found.items()}
+
+
 def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names whose facts are not identical."""
     return [key for key in {**one, **other} if one.get(key, "absent") != other.get(key, "absent")]
@@ -159,6 +166,7 @@ def _flatten(name: str, value: Any, found: dict[str, Any]) -> None:
 
 def _record_fetches(target: Path) -> None:
     original = ResidentLoader.fetch
+    target.touch()
 
     def fetch(self: ResidentLoader, index_N: torch.Tensor, epoch: int) -> torch.Tensor:
         if self._plan.train:

@@ -1,0 +1,93 @@
+"""Distillation loss, forward + backward: fastkd against eager torch and torch.compile.
+
+    pytest benchmarks/bench_kd_loss.py [--pairs 20] [--save-results]
+
+Runs on the GPU when there is one. The ratios are medians (and 10th percentiles) of interleaved
+pairs; compiled baselines use dynamic=False and are warm. A case whose loss or gradient is off
+fails before any clock starts.
+"""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from fastkd.losses import KDLoss
+from fastkd.testing import eager_kd_loss, gradient_of, interleave, speedup
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(64, 100), (256, 100), (256, 1000), (1024, 1000), (1024, 21841), (4, 19, 256, 512)]
+compiled_kd_loss = torch.compile(eager_kd_loss, dynamic=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def bench_kd_loss(shape, dtype, table, benchmark, request) -> None:
+    torch.manual_seed(0)
+    student = (3 * torch.randn(shape, device=DEVICE)).to(dtype)
+    teacher = (3 * torch.randn(shape, device=DEVICE)).to(dtype)
+    labels = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=DEVICE)
+    loss = KDLoss(temperature=4.0, alpha=0.9)
+
+    # The gate: both against fp32 arithmetic on the same inputs.
+    wide = student.float(), teacher.float()
+    want = gradient_of(eager_kd_loss, *wide, labels)
+    got = gradient_of(loss, student, teacher, labels).float()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    assert (got - want).norm() <= tolerance * want.norm()
+    torch.testing.assert_close(
+        loss(student, teacher, labels), eager_kd_loss(*wide, labels), rtol=1e-4, atol=0
+    )
+
+    student.requires_grad_()
+
+    def step(function):
+        def run() -> None:
+            function(student, teacher, labels).backward()
+            student.grad = None
+
+        return run
+
+    sides = {
+        "eager": step(eager_kd_loss),
+        "compile": step(compiled_kd_loss),
+        "fastkd": step(loss),
+    }
+    pairs = max(20, request.config.getoption("--pairs"))
+    small = student.numel() < 1 << 20
+    seconds = interleave(sides, pairs * (10 if small else 1))
+    over_eager, eager_p10 = speedup(seconds, "eager", "fastkd")
+    over_compile, compile_p10 = speedup(seconds, "compile", "fastkd")
+    # Student and teacher are read and the gradient is written once.
+    moved_bytes = 3 * student.numel() * student.element_size()
+    best = sorted(seconds["fastkd"])
+    row = {
+        "shape": "x".join(map(str, shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        **{f"{k} ms": 1e3 * sorted(v)[len(v) // 2] for k, v in seconds.items()},
+        "vs compile": over_compile,
+        "p10": compile_p10,
+        "vs eager": over_eager,
+        "p10 ": eager_p10,
+        "fastkd GB/s": moved_bytes / best[len(best) // 2] / 1e9,
+    }
+    table.rows.append(row)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(sides["fastkd"], rounds=3, warmup_rounds=1)
+
+
+def bench_kd_loss_geomean(table, benchmark) -> None:
+    """Last in the file: the geometric means over the cases above."""
+    for dtype in ("float32", "bfloat16"):
+        rows = [row for row in table.rows if row["dtype"] == dtype]
+        if not rows:
+            continue
+        means = {
+            name: math.exp(sum(math.log(row[name]) for row in rows) / len(rows))
+            for name in ("vs compile", "vs eager")
+        }
+        blank = dict.fromkeys(table.rows[0], "")
+        table.rows.append({**blank, "shape": "geomean", "dtype": dtype, **means})
+        benchmark.extra_info[dtype] = means
+    benchmark.pedantic(import_module, args=("fastkd.losses.kd",), rounds=1)

@@ -1,0 +1,51 @@
+"""TensorBoard events beside a run's own files, one point per epoch and metric (`tensorboard=true`).
+
+Flow: `RunFolder.append_metrics` hands every row on. The numbers are those of metrics.jsonl; a
+resumed run tells TensorBoard to forget what lies past its checkpoint.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import UserError
+
+__all__ = ["Events", "check_tensorboard"]
+
+
+def check_tensorboard() -> None:
+    """UserError where the package is missing; asked before anything is built."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "tensorboard=true needs the package tensorboard, which is not installed: "
+            'pip install "fastkd[logging]", or leave the key away'
+        )
+
+
+class Events:
+    """The event files below `folder`; written by rank 0."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Add the numbers of one metric row at its epoch, and flush them."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=row["epoch"])
+        for name, value in row.items():
+            if name != "epoch" and isinstance(value, int | float):
+                # train_loss -> train/loss: TensorBoard groups by what stands before the slash.
+                kind, underscore, rest = name.partition("_")
+                grouped = underscore and kind in ("train", "val")
+                self._writer.add_scalar(f"{kind}/{rest}" if grouped else name, value, row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

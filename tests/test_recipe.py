@@ -1,0 +1,325 @@
+"""A recipe is typed and closed, and every mistake in it becomes one sentence."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from fastkd.errors import UserError
+from fastkd.losses.registry import term_names
+from fastkd.recipe.loading import (
+    annotated_yaml,
+    load_recipe,
+    parse_override,
+    recipe_to_yaml,
+    valid_keys,
+)
+from fastkd.recipe.schema import OptimConfig, Recipe
+from fastkd.recipes import all_recipes, find_recipe
+
+TOP = ", ".join([*(key for key in Recipe.model_fields if key != "losses"), "losses"])
+LOSSES = ", ".join(term_names())
+
+
+def quickstart(*overrides, **options):
+    return load_recipe("quickstart", overrides=overrides, **options)
+
+
+def mistake(*overrides, **options):
+    with pytest.raises(UserError) as caught:
+        quickstart(*overrides, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("optim.lr=0.1", 0.1),
+        ("optim.lr=1e-3", "1e-3"),  # YAML 1.1 takes it for text, the schema for a number
+        ("epochs=30", 30),
+        ("flip=true", True),
+        ("optim.milestones=150,180,210", [150, 180, 210]),
+        ("optim.milestones=[150, 180]", [150, 180]),
+        (
+            "losses.at.pairs={stage1: stage2, stage2: stage3}",
+            {"stage1": "stage2"} | {"stage2": "stage3"},
+        ),
+        ("a=x, y", ["x", "y"]),
+        ("teacher=null", None),
+        ("out=", None),
+        ("data.root=a=b", "a=b"),
+    ],
+)
+def test_an_override_is_yaml_and_a_comma_makes_a_list(text, value):
+    assert parse_override(text) == (text.partition("=")[0], value)
+
+
+def test_one_value_is_a_list_of_one_and_none_an_empty_one():
+    assert quickstart("baseline.lrs=0.3").baseline.lrs == (0.3,)
+    assert quickstart("baseline.lrs=").baseline.lrs == ()
+    assert quickstart("teacher.class_map=3").teacher.class_map == (3,)
+    assert quickstart("teacher.class_map=").teacher.class_map is None
+    views = quickstart("augment.xprime=mixup", "losses.kd.views=xprime").losses["kd"].views
+    assert views == ("xprime",)
+
+
+def test_text_that_reads_as_a_number_is_one():
+    recipe = quickstart("optim.lr=1e-3", "compile=on", "student.width=1")
+    assert (recipe.optim.lr, recipe.compile, recipe.student.width) == (1e-3, "on", 1.0)
+
+
+def test_overrides_beat_the_file_and_the_file_beats_the_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nbatch_size: 20\noptim: {lr: 0.3}\n")
+    recipe = quickstart("batch_size=10", config=file)
+    assert (recipe.epochs, recipe.batch_size, recipe.optim.lr) == (7, 10, 0.3)
+    assert recipe.optim.schedule == "cosine"  # of the recipe
+
+
+def test_a_partial_file_may_name_its_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: quickstart\nepochs: 7\n")
+    assert load_recipe(None, config=file) == quickstart("epochs=7")
+    file.write_text("epochs: 7\n")
+    with pytest.raises(UserError, match=r"holds only part of a recipe and names no base: give one"):
+        load_recipe(None, config=file)
+
+
+def test_losses_of_a_file_replace_those_of_its_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("losses: {ce: {weight: 1}}\nteacher: null\n")
+    assert list(quickstart(config=file).losses) == ["ce"]
+
+
+@pytest.mark.parametrize("name", list(all_recipes()))
+def test_every_recipe_bears_its_name_and_survives_its_file(name, tmp_path):
+    recipe = find_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    for number, text in enumerate((recipe_to_yaml(recipe), annotated_yaml(recipe))):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        again = load_recipe(None, config=tmp_path / f"{number}.yaml")
+        assert again == recipe
+        assert again.digest() == recipe.digest()
+
+
+def test_every_key_says_what_it_means():
+    recipe = quickstart("losses.at.weight=1", "losses.at.pairs={stage1: stage1}")
+    lines = annotated_yaml(recipe).splitlines()
+    keys = [line for line in lines if ":" in line.partition("#")[0] and "- " not in line[:6]]
+    silent = [line for line in keys if "  # " not in line]
+    sections = ("data", "augment", "student", "teacher", "optim", "baseline", "kd", "at", "pairs")
+    assert [line.strip() for line in silent if line.strip()[:-1] not in sections] == [
+        "stage1: stage1"
+    ]
+    assert f"{'epochs: 40':<34}  # Passes over the training images." in lines
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("epoch=3", "unknown key epoch, did you mean epochs?"),
+        ("optim.gama=1", "unknown key optim.gama, did you mean optim.gamma?"),
+        ("optm.weight_decay=1", "unknown key optm.weight_decay, did you mean optim.weight_decay?"),
+        ("lr=1", "unknown key lr, did you mean optim.lr or teacher.lr?"),
+        ("temperature=1", "unknown key temperature, did you mean losses.kd.temperature?"),
+        (
+            "losses.kd.temprature=1",
+            "unknown key losses.kd.temprature, did you mean losses.kd.temperature?",
+        ),
+        ("optim.lr.x=1", "unknown key optim.lr.x: optim.lr is a value and has no keys of its own"),
+        ("xyzzy=1", f"unknown key xyzzy; the keys are {TOP}"),
+        ("xyzzy.a.b=1", f"unknown key xyzzy.a.b; the keys are {TOP}"),
+        (
+            "baseline.xyzzy=1",
+            "unknown key baseline.xyzzy; the keys of baseline are lrs",
+        ),
+        ("losses.xyzzy.weight=1", f"there is no loss 'xyzzy'. Losses: {LOSSES}"),
+        ("losses.xyzzy=null", f"there is no loss 'xyzzy'. Losses: {LOSSES}"),
+        (
+            "losses.kdd.weight=1",
+            "there is no loss 'kdd', did you mean losses.kd? Losses: ",
+        ),
+        ("=3", "expected key=value, got '=3'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
+    assert mistake(override).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("epochs=three", "epochs=three: expected a whole number above 0"),
+        ("epochs=0", "epochs=0: expected a whole number above 0"),
+        ("epochs=", "epochs=null: expected a whole number above 0"),
+        ("seed=1.5", "seed=1.5: expected a whole number of at least 0"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number above 0"),
+        ("optim.momentum=1", "optim.momentum=1: expected a number of at least 0 and below 1"),
+        ("ema=1", "ema=1: expected a number above 0 and below 1, or null"),
+        ("augment.flip=2", "augment.flip=2: expected true or false"),
+        (
+            "precision=fp33",
+            "precision=fp33: expected one of auto, bf16, fp16, fp32; did you mean fp32?",
+        ),
+        ("compile=maybe", "compile=maybe: expected one of auto, on, off"),
+        (
+            "data.mean=0.5",
+            "data.mean=0.5: expected 3 values joined by commas, each a number, or null",
+        ),
+        (
+            "data.std=1,2",
+            "data.std=1,2: expected 3 values joined by commas, each a number, or null",
+        ),
+        (
+            "teacher.class_map=1,x",
+            "teacher.class_map=1,x: expected a list joined by commas, each a whole number, or null",
+        ),
+        ("student.name=3", "student.name=3: expected text"),
+        ("baseline=3", "baseline=3: expected keys of its own (lrs), not a value"),
+        (
+            "losses.ce=3",
+            "losses.ce=3: expected keys of its own (weight, label_smoothing), not a value",
+        ),
+        ("losses.kd.weight=-1", "losses.kd.weight=-1: expected a number above 0"),
+        (
+            "losses.kd.views=x,y",
+            "losses.kd.views=x,y: expected a list joined by commas, each one of x, xprime",
+        ),
+        ("data.mean=[1,2", "data.mean=[1,2: the value is not valid YAML (line 1, column 5: "),
+        ("name=a/../b", "name=a/../b: expected a folder below runs/"),
+        ("name=/a", "name=/a: expected a folder below runs/"),
+        ("accumulate=3", "batch_size=50 cannot be split into accumulate=3 equal micro-batches"),
+        ("losses.kd=null", "a recipe needs at least one loss term, e.g. losses.ce.weight=1"),
+        ("teacher=null", "losses.kd needs a teacher: set teacher.name"),
+        ("teacher.train=false", "the teacher wrn_16_2 has no weights: set teacher.weights=FILE"),
+        (
+            "losses.kd.views=x,xprime",
+            "losses.kd needs the view x': set augment.xprime=cutmix or mixup",
+        ),
+        ("losses.ce.weight=1", "losses.ce and losses.kd both report a part called 'ce'"),
+        ("losses.at.weight=1", "losses.at.pairs is missing and has no default: set it, a mapping"),
+    ],
+)
+def test_a_wrong_value_is_told_what_is_allowed(override, sentence):
+    found = mistake(override)
+    assert found.startswith(sentence) or re.search(f"(^|\n){re.escape(sentence)}", found)
+    assert "\n" not in found
+
+
+def test_each_of_several_mistakes_has_its_own_sentence():
+    assert mistake("epochs=0", "optim.lr=x", "foo.bar=1", "xyzzy=2").splitlines() == [
+        "epochs=0: expected a whole number above 0",
+        "optim.lr=x: expected a number above 0",
+        f"unknown key foo.bar; the keys are {TOP}",
+        f"unknown key xyzzy; the keys are {TOP}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a: [1\nb: 2\n", "is not valid YAML (line 2, column 2: expected ',' or ']'"),
+        (b"\xff\xfe\x00", "is not valid YAML ('utf-8' codec"),
+        ("", "must hold keys such as `epochs: 30`, one a line; it holds nothing"),
+        ("- 1\n", "must hold keys such as `epochs: 30`, one a line; it holds a list"),
+        ("1: 2\n", "it holds keys that are no text"),
+        ("epoch: 3\n", "unknown key epoch, did you mean epochs?"),
+    ],
+    ids=["syntax", "binary", "empty", "list", "numbers", "unknown key"],
+)
+def test_a_broken_file_is_one_sentence(tmp_path, content, sentence):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = mistake(config=file)
+    assert sentence in found
+    assert "\n" not in found
+
+
+def test_a_missing_file_and_an_unknown_recipe_are_named(tmp_path):
+    assert mistake(config=tmp_path / "no.yaml").endswith("no.yaml: No such file or directory")
+    with pytest.raises(UserError, match=r"no recipe 'quikstart'\. Nearest: quickstart\."):
+        load_recipe("quikstart")
+
+
+def test_a_recipe_cannot_be_changed_in_place():
+    with pytest.raises(ValidationError, match="frozen"):
+        quickstart().epochs = 3
+
+
+def test_the_digest_names_the_outcome_and_nothing_else():
+    digest = quickstart().digest()
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    for same in ("out=x", "description=x", "save_steps=3", "tensorboard=true", "data.workers=0"):
+        assert quickstart(same).digest() == digest
+    other = ("seed=1", "epochs=3", "optim.lr=0.3", "losses.kd.temperature=3", "ema=0.9", "name=x")
+    assert len({quickstart(key).digest() for key in other} | {digest}) == 1 + len(other)
+
+
+def flat(recipe):
+    values = {}
+
+    def walk(prefix, node):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            else:
+                values[f"{prefix}{key}"] = value
+
+    walk("", recipe.model_dump(mode="json"))
+    return values
+
+
+def differing(one, other):
+    ones, others = flat(one), flat(other)
+    return {key for key in ones | others if ones.get(key, "-") != others.get(key, "-")}
+
+
+def test_the_baseline_differs_in_the_loss_and_the_rate_only():
+    recipe = quickstart("augment.xprime=cutmix", "losses.kd.views=x,xprime")
+    found = differing(recipe, recipe.without_teacher("alone", 0.3))
+    gone = {key for key in found if key.startswith(("teacher", "losses"))}
+    # x' is part of the loss: the student alone has no term that would look at it.
+    assert found - gone == {"name", "optim.lr", "baseline.lrs", "augment.xprime"}
+
+
+def test_the_teacher_is_trained_by_the_same_recipe():
+    recipe = quickstart("teacher.epochs=3", "teacher.lr=0.7", "teacher.width=2")
+    lesson = recipe.as_teacher()
+    assert lesson.name == "teacher/digits/wrn_16_2"
+    assert (lesson.epochs, lesson.optim.lr, lesson.student.name) == (3, 0.7, "wrn_16_2")
+    assert (lesson.student.width, lesson.teacher, list(lesson.losses)) == (2, None, ["ce"])
+    assert lesson.data == recipe.data
+
+
+def test_a_teacher_with_weights_is_not_trained():
+    assert quickstart().teacher.trains
+    assert not quickstart("teacher.weights=teacher.pt").teacher.trains
+    assert not quickstart("teacher.train=false", "teacher.pretrained=true").teacher.trains
+
+
+def test_the_epoch_factor_scales_the_whole_schedule():
+    scaled = quickstart(
+        "epochs=240", "epoch_factor=0.5", "optim.milestones=150,0.75", "optim.warmup_epochs=4"
+    )
+    assert scaled.total_epochs == 120
+    assert scaled.scaled_optim().milestones == (75, 90)
+    assert scaled.scaled_optim().warmup_epochs == 2
+
+
+def test_the_keys_of_the_contract_exist():
+    top = "seed epochs epoch_factor batch_size precision compile channels_last out deterministic"
+    data = "data.name data.root data.backend"
+    nets = "student.name student.weights teacher.name teacher.weights teacher.train teacher.epochs"
+    optim = "optim.name optim.lr optim.impl"
+    assert set(" ".join([top, data, nets, optim]).split()) <= set(valid_keys())
+
+
+def test_yaml_of_a_recipe_holds_plain_values_only():
+    values = yaml.safe_load(recipe_to_yaml(quickstart("baseline.lrs=0.1,0.2")))
+    assert values["baseline"] == {"lrs": [0.1, 0.2]}
+    assert values["losses"]["kd"]["views"] == ["x"]
+    assert not dataclasses.is_dataclass(values["optim"])
+    assert set(values["optim"]) == set(OptimConfig.model_fields)

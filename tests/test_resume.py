@@ -1,0 +1,128 @@
+"""SIGKILL at every step of a run, inside saves and between files: the resumed run is the same run.
+
+The killed processes are children of programs/killed_runs.py, which says where each of them dies.
+The tiny recipe has 2 epochs of 4 batches, the last of which is partial, and saves after every step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkd.data.plan import BatchPlan
+
+PROGRAM = Path(__file__).parent / "programs" / "killed_runs.py"
+STEPS = 4
+
+# Where the resumed process must go on: (epoch, step), both from 0; None: from the beginning.
+RESUMED_AT: dict[str, tuple[int, int] | None] = {
+    "before step 0": None,
+    **{f"before step {step}": divmod(step, STEPS) for step in range(1, 8)},
+    "before save 0": None,
+    **{f"before save {step}": divmod(step, STEPS) for step in (3, 5)},
+    "inside save 0": None,
+    **{f"inside save {step}": divmod(step, STEPS) for step in (2, 3)},
+    "before rename 2": None,
+    "before rename 6": (0, 3),
+    "before best": (0, 3),
+    "inside row": (1, 3),
+    "before config": None,
+    "before summary": (2, 0),
+    "twice": (1, 1),
+    "every second step": (1, 2),
+    "every epoch": (1, 0),
+    **{f"rich, before step {step}": divmod(step, STEPS) for step in (1, 3, 4, 6)},
+    "rich, inside save 2": (0, 2),
+}
+# Steps are counted over all stages, of 4 each; what was resumed, and at which of its steps.
+STAGED = {
+    2: ("teacher/synthetic/resnet8", 2),
+    6: ("tiny/kd/alone-lr0.05", 2),
+    9: ("tiny/kd/alone-lr0.1", 1),
+    15: ("tiny/kd", 3),
+}
+COMPILED: dict[str, tuple[int, int] | None] = {
+    **{f"compiled, before step {step}": (0, step) for step in (1, 2, 3)},
+    "compiled, inside save 1": (0, 1),
+}
+
+
+def kill_and_resume(folder: Path, names: list[str]) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = [sys.executable, str(PROGRAM), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def batches_from(epoch: int, step: int, *, epochs: int, num: int = 60) -> list[list[Any]]:
+    """(epoch, sample ids) of every batch from there to the end of the run."""
+    plan = BatchPlan("tiny", num, 16, seed=0, train=True, drop_last=False)
+    return [
+        [e, plan.global_index(e, s).tolist()]
+        for e in range(epoch, epochs)
+        for s in range(step if e == epoch else 0, plan.steps_per_epoch)
+    ]
+
+
+def check(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> None:
+    *killed, finished = found["codes"]
+    assert all(codes == [-9] for codes in killed)
+    assert finished == [0], found["log"]
+    if at is None:
+        assert "resumed" not in found["log"]
+    elif at[0] < epochs:
+        line = f"resumed tiny/kd at epoch {at[0] + 1} of {epochs}, step {at[1]} of {STEPS}"
+        assert line in found["log"]
+    else:
+        assert f"resumed tiny/kd after its last epoch, {epochs}" in found["log"]
+    assert found["fetched"] == [batches_from(*(at or (0, 0)), epochs=epochs)]
+    assert found["different"] == []
+    whole = ["best.safetensors", "config.yaml", "environment.json", "last.pt", "metrics.csv"]
+    assert found["files"] == [*whole, "metrics.jsonl", "summary.json"]
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    staged = [f"staged, before step {step}" for step in STAGED]
+    return kill_and_resume(tmp_path_factory.mktemp("eager"), [*RESUMED_AT, *staged])
+
+
+@pytest.mark.parametrize("name", RESUMED_AT)
+def test_a_killed_run_ends_bit_identical(eager: dict[str, Any], name: str) -> None:
+    check(eager[name], RESUMED_AT[name], epochs=2)
+
+
+@pytest.mark.parametrize("step", STAGED)
+def test_every_stage_of_a_killed_run_goes_on(eager: dict[str, Any], step: int) -> None:
+    found = eager[f"staged, before step {step}"]
+    stage, at = STAGED[step]
+    assert found["codes"] == [[-9], [0]], found["log"]
+    assert f"resumed {stage} at epoch 1 of 1, step {at} of {STEPS}" in found["log"]
+    assert len(found["fetched"][0]) == 4 * STEPS - step
+    assert found["different"] == []
+
+
+def test_a_killed_compiled_run_ends_bit_identical(tmp_path: Path) -> None:
+    found = kill_and_resume(tmp_path, ["compiled student"])["compiled student"]
+    assert found["codes"] == [[-9], [0]], found["log"]
+    assert "resumed tiny/kd at epoch 1 of 1, step 2 of 3" in found["log"]
+    assert len(found["fetched"][0]) == 1
+    assert found["different"] == []
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return kill_and_resume(tmp_path_factory.mktemp("compiled"), list(COMPILED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_killed_compiled_distillation_ends_bit_identical(
+    compiled: dict[str, Any], name: str
+) -> None:
+    check(compiled[name], COMPILED[name], epochs=1)
