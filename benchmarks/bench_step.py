@@ -35,6 +35,7 @@ from fastkd.testing import interleave, speedup
 from fastkd.trainer import Plan, Trainer, TrainLoader
 
 BATCH, CLASSES, SIDE = 64, 100, 32
+WORLD = World(0, 0, 1, torch.device("cpu"), None)
 Step = Callable[[], float]
 
 
@@ -113,7 +114,7 @@ def timm_task(setting: Setting, engine: Engine) -> Step:
 
 def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
-    loader = loader or ForeignLoader([(images, setting.labels)], torch.device("cpu"), 0, True)
+    loader = loader or ForeignLoader([(images, setting.labels)], WORLD, 0, True)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
@@ -128,7 +129,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
         train_labels_N=setting.labels,
         normalization=((0.0,) * 3, (1.0,) * 3),
         xprime="none",
-        world=World(0, 0, 1, torch.device("cpu"), None),
+        world=WORLD,
         folder=None,
         console=Console(enabled=False),
     )
@@ -140,8 +141,8 @@ def trainer_step(trainer: Trainer) -> Step:
 
     def step() -> float:
         before = trainer.totals_M.clone()
-        for prepared in trainer._prepare(0):
-            trainer._optimize(prepared, 0, 0)
+        for prepared in trainer.prepare(0):
+            trainer.optimize(prepared, 0, 0)
         return ((trainer.totals_M - before)[1] / BATCH).item()
 
     return step
@@ -250,8 +251,8 @@ def bench_end_to_end(table, benchmark) -> None:
     update = plain_update(student, teacher)
 
     def fastkd_epoch() -> None:
-        for step, prepared in enumerate(trainer._prepare(0)):
-            trainer._optimize(prepared, 0, step)
+        for step, prepared in enumerate(trainer.prepare(0)):
+            trainer.optimize(prepared, 0, step)
 
     def plain_epoch() -> None:
         for images, labels in plain:

@@ -11,19 +11,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastkd.build import Engine, TeacherNet, build_trainer, decide
 from fastkd.data.batch import Batch
-from fastkd.distributed import open_world
+from fastkd.distributed import World, on_main, open_world
 from fastkd.errors import UserError
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
+from fastkd.report.run_folder import RunFolder, environment
 from fastkd.trainer import Plan
 from fastkd.weights import describe
 
@@ -99,18 +98,13 @@ def distill(
     )
     with open_world(device) as world:
         console = Console(enabled=world.is_main and not quiet)
-        train = ForeignLoader(train_loader, world.device, seed, channels_last)
-        val = ForeignLoader(val_loader, world.device, seed, channels_last)
+        wants_ids = next((term.name for term in terms if term.uses_index), None)
+        train = ForeignLoader(train_loader, world, seed, channels_last, wants_ids)
+        val = ForeignLoader(val_loader, world, seed, channels_last)
         first = next(iter(val_loader))
         image_shape = tuple(first[0].shape[1:])
         if len(image_shape) != 3:
             raise UserError(f"images must be [N, C, H, W], got {tuple(first[0].shape)}")
-        uses_ids = [term.name for term in terms if term.uses_index]
-        if uses_ids and len(first) < 3:
-            raise UserError(
-                f"the loss {uses_ids[0]} keeps state per sample: make the loader yield "
-                f"(images, labels, sample ids)"
-            )
         resolved, compiled = decide(
             precision=precision,
             compile_mode=compile,
@@ -121,11 +115,16 @@ def distill(
             image_shape=image_shape,
             images=train.num_samples * epochs,
         )
-        folder = _folder(out, resume)
         trainer = build_trainer(
             Plan(
                 stage="distill",
-                digest=_digest(terms, settings, epochs, seed),
+                digest=_digest(
+                    [(term.name, term.needs, sorted(term.weights.items())) for term in terms],
+                    settings.model_dump(),
+                    [(name, tuple(p.shape)) for name, p in student.named_parameters()],
+                    (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
+                    train.steps_per_epoch,
+                ),
                 seed=seed,
                 epochs=epochs,
                 accumulate=accumulate,
@@ -135,23 +134,26 @@ def distill(
             teacher=TeacherNet(teacher) if teacher is not None else None,
             terms=terms,
             optim=settings,
-            engine=Engine(resolved, compiled, channels_last, ema=ema),
+            engine=Engine(resolved, compiled, channels_last, ema=ema, fullgraph=False),
             loader=train,
             val_loader=val,
             image_shape=image_shape,
             num_classes=_num_classes(student, first[0][:1].to(world.device)),
-            train_labels_N=_labels(train_loader, train.num_samples),
+            train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
             normalization=((0.0,) * 3, (1.0,) * 3),
             xprime=xprime,
             world=world,
-            folder=folder,
+            folder=None,
             console=console,
         )
-        if folder is not None and resume:
-            trainer.resume(folder.path / "last.pt")
-        metrics = trainer.fit() | {"history": trainer.history}
-        if folder is not None and world.is_main:
-            folder.finish(metrics)
+        try:
+            folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
+            if folder is not None and resume:
+                trainer.resume(folder.path / "last.pt")
+            metrics = trainer.fit() | {"history": trainer.history}
+            on_main(world, lambda: folder.finish(metrics) if folder else None)
+        finally:
+            trainer.remove_hooks()
         kept = trainer.ema.module if trainer.ema else student
         return Result(kept.eval(), metrics, folder.path if folder else None)
 
@@ -160,9 +162,15 @@ class ForeignLoader:
     """The user's loader in the protocol of the trainer."""
 
     def __init__(
-        self, items: Iterable[LoaderItem], device: torch.device, seed: int, channels_last: bool
+        self,
+        items: Iterable[LoaderItem],
+        world: World,
+        seed: int,
+        channels_last: bool,
+        wants_ids: str | None = None,
     ) -> None:
-        self.items, self.device, self.seed = items, device, seed
+        self.items, self.world, self.device, self.seed = items, world, world.device, seed
+        self.wants_ids = wants_ids
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
         dataset = getattr(items, "dataset", None)
@@ -181,26 +189,19 @@ class ForeignLoader:
             if step < start_step:
                 continue
             images, labels, *ids = item
+            if self.wants_ids and not ids:
+                raise UserError(
+                    f"the loss {self.wants_ids} keeps state per sample: make the training loader "
+                    f"yield (images, labels, sample ids)"
+                )
             self._batch_size = len(labels)
             index = ids[0] if ids else torch.full((len(labels),), -1)
             images = images.to(self.device, non_blocking=True, memory_format=self.layout)
             yield Batch(images, labels.to(self.device), index.to(self.device))
 
     def global_size(self, step: int) -> int:
-        """Of the batch that was yielded last: partners for x' come from the same rank."""
-        return self._batch_size
-
-    def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Positions in that batch."""
-        return np.arange(self._batch_size)
-
-    def rank_part(self, step: int) -> slice:
-        """All of it."""
-        return slice(0, self._batch_size)
-
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Not possible with somebody else's loader."""
-        raise UserError("samples of other ranks cannot be fetched from a foreign loader")
+        """Of the batch that was yielded last, over all ranks, which have loaders of their own."""
+        return self._batch_size * self.world.size
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
@@ -210,12 +211,13 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
         return None
     if resume:
         return RunFolder.open(Path(out))
-    return RunFolder.create(Path("runs"), "distill", "0" * 16, out=Path(out))
+    folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
+    folder.write_json("environment.json", environment())
+    return folder
 
 
-def _digest(terms: Sequence[LossTerm], optim: OptimConfig, epochs: int, seed: int) -> str:
-    facts = [(term.name, term.needs, sorted(term.weights.items())) for term in terms]
-    return sha256(repr((facts, optim.model_dump(), epochs, seed)).encode()).hexdigest()[:16]
+def _digest(*facts: Any) -> str:
+    return sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def _num_classes(student: nn.Module, image: Tensor) -> int:
@@ -228,8 +230,14 @@ def _num_classes(student: nn.Module, image: Tensor) -> int:
     return logits.shape[1]
 
 
-def _labels(loader: Any, num_samples: int) -> Tensor:
+def _labels(loader: Any, num_samples: int, wants_ids: str | None) -> Tensor:
+    """Labels by sample id; only losses that keep state per sample look at them."""
     targets = getattr(getattr(loader, "dataset", None), "targets", None)
-    return (
-        torch.zeros(num_samples, dtype=torch.int64) if targets is None else torch.as_tensor(targets)
-    )
+    if targets is not None:
+        return torch.as_tensor(targets)
+    if wants_ids:
+        raise UserError(
+            f"the loss {wants_ids} needs the label of every training sample: give the loader's "
+            f"dataset an attribute `targets`, a list of labels by sample id"
+        )
+    return torch.zeros(num_samples, dtype=torch.int64)

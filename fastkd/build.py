@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.augment import ViewMaker
+from fastkd.augment import PartnerSource, ViewMaker
 from fastkd.compiling import compile_unit, worth_compiling
 from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
@@ -54,6 +54,8 @@ class Engine:
     sync_bn: bool = False
     ema: float | None = None
     max_skips: int = 10
+    fullgraph: bool = True
+    """False lets somebody else's network break the graph."""
 
     def decisions(self) -> dict[str, Any]:
         """What a resumed run must repeat to give the same bits."""
@@ -113,7 +115,9 @@ def build_trainer(
     if engine.sync_bn and world.size > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    probe = torch.zeros(2, *image_shape, device=device).to(memory_format=layout)
+    probe = torch.zeros(2, *image_shape, device=device).to(precision.dtype, memory_format=layout)
+    # Copied before any hook is placed on the student.
+    ema = EMA(student, engine.ema) if engine.ema else None
 
     bound_teacher = None
     if teacher is not None and needed_taps(terms, "teacher"):
@@ -128,6 +132,7 @@ def build_trainer(
             class_map=teacher.class_map,
             layout=layout,
             compiled=engine.compiled,
+            fullgraph=engine.fullgraph,
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
     _check_classes(shapes, num_classes)
@@ -146,7 +151,13 @@ def build_trainer(
         )
     step = DistillStep(student, terms, precision).to(device)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
-    compiled = compile_unit(step, enabled=engine.compiled, cuda_graphs=device.type == "cuda")
+    compiled = compile_unit(
+        step,
+        enabled=engine.compiled,
+        fullgraph=engine.fullgraph,
+        # Gradients of a first micro-batch would lie in memory that the second one's graph reuses.
+        cuda_graphs=device.type == "cuda" and plan.accumulate == 1,
+    )
     runner = wrap_ddp(compiled, world, ignore_buffers=banks)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in student.parameters() if p.requires_grad], "lr_scale": 1.0}
@@ -179,7 +190,11 @@ def build_trainer(
         loader=loader,
         val_loader=val_loader,
         views=ViewMaker(
-            xprime, seed=plan.seed, loader=loader, world_size=world.size, layout=layout
+            xprime,
+            seed=plan.seed,
+            dtype=precision.dtype,
+            layout=layout,
+            partners=loader if world.size > 1 and isinstance(loader, PartnerSource) else None,
         ),
         optimizer=optimizer,
         schedule=schedule,
@@ -191,7 +206,7 @@ def build_trainer(
             world_size=world.size,
             ignore_buffers=banks,
         ),
-        ema=EMA(student, engine.ema) if engine.ema else None,
+        ema=ema,
         world=world,
         folder=folder,
         console=console,
@@ -228,7 +243,7 @@ def _check_classes(shapes: Mapping[str, tuple[int, ...]], num_classes: int) -> N
         if need.endswith("/logits") and shape != (num_classes,):
             net = need.split("/")[1]
             cure = (
-                "give teacher.class_map (one entry per class of the data) or another teacher"
+                "give another teacher, or in a recipe teacher.class_map, one entry per class"
                 if net == "teacher"
                 else "build the student with the class count of the data"
             )

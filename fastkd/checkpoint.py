@@ -5,7 +5,6 @@ checkpoint whole. Random state is not saved because none exists: order, augmenta
 follow from (seed, epoch, step).
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,11 @@ def load_checkpoint(path: Path, digest: str | None = None) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: nothing to resume") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from None
+    except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or "
+            f"not fastkd's"
+        ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")

@@ -20,16 +20,17 @@ __all__ = ["main"]
 
 TRAIN_HELP = """
 examples:
-  fastkd train                                     handwritten digits, nothing to download
-  fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30 teacher.epochs=30
-  fastkd train --resume auto                       go on where the last quickstart stopped
-  fastkd train --config my.yaml optim.lr=0.1       a file with the same keys, then overrides
-  fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1;2'      six runs, one table
-  torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...
+  fastkd train                                  handwritten digits, no download
+  fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30
+  fastkd train --config my.yaml optim.lr=0.1    a file with keys, then overrides
+  fastkd train --resume auto                    go on with the last quickstart
+  fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
+  torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
-keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180,210).
-`fastkd train RECIPE --print-config` shows every key with its value and its meaning.
-exit codes: 0 done, 1 failed run, 2 wrong request, 130 Ctrl-C and 143 SIGTERM (after a save).
+keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
+`fastkd train RECIPE --print-config` shows every key, its value and its meaning.
+exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C
+and 143 for SIGTERM.
 """
 
 
@@ -103,7 +104,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="fastkd",
         description="Train small vision networks from large ones: knowledge distillation.",
@@ -230,6 +231,8 @@ def _train(options: argparse.Namespace) -> int:
     from fastkd.run import Session, dry_run, run_recipe
 
     if recipe.deterministic:
+        # cuBLAS repeats its results only with a fixed workspace, chosen before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with open_world(recipe.device) as world, Console(enabled=world.is_main) as console:
         session = Session(world, console, Path("runs"))
@@ -259,10 +262,11 @@ def _eval(options: argparse.Namespace) -> None:
 def _models(options: argparse.Namespace) -> None:
     from fastkd.models import list_models
 
+    shape = _shape(options.input) if options.input else None
     names = list_models(options.pattern)
     if not names:
         raise UserError(f"no network matches {options.pattern!r}; try 'resnet*' or 'timm:resnet*'")
-    rows = (_model_row(name, options.input) for name in names)
+    rows = (_model_row(name, shape) for name in names)
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
@@ -275,7 +279,7 @@ def _models(options: argparse.Namespace) -> None:
         print("taps: stem, stage1, stage2, .. (each also as stageN:preact), pooled, logits")
 
 
-def _model_row(name: str, wanted: str | None) -> dict[str, Any]:
+def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
     """Size and cost of one network, which is built without memory for its weights."""
     import torch
 
@@ -285,7 +289,7 @@ def _model_row(name: str, wanted: str | None) -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = create_model(name, None if ":" in name else 100)
     own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
-    shape = _shape(wanted) if wanted else own or model.pretrained_cfg["input_size"]
+    shape = wanted or own or model.pretrained_cfg["input_size"]
     row = {
         "name": name,
         "params": sum(parameter.numel() for parameter in model.parameters()),

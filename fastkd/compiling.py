@@ -28,7 +28,7 @@ def worth_compiling(mode: str, *, macs_per_image: float, images: float, device_t
     return projected_s >= PAYS_FROM * COMPILE_SECONDS[device_type]
 
 
-def compile_unit(unit: T, *, enabled: bool, cuda_graphs: bool = False) -> T:
+def compile_unit(unit: T, *, enabled: bool, fullgraph: bool = True, cuda_graphs: bool = False) -> T:
     """torch.compile without dynamic shapes, or the unit itself.
 
     dynamic=False keeps one graph per batch shape; with dynamic shapes the numbers of a resumed
@@ -37,4 +37,4 @@ def compile_unit(unit: T, *, enabled: bool, cuda_graphs: bool = False) -> T:
     if not enabled:
         return unit
     mode = "reduce-overhead" if cuda_graphs else None
-    return torch.compile(unit, dynamic=False, fullgraph=True, mode=mode)  # type: ignore[return-value]
+    return torch.compile(unit, dynamic=False, fullgraph=fullgraph, mode=mode)  # type: ignore[return-value]

@@ -7,18 +7,18 @@ caller has already; with a single process there is none and every function here 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.errors import RunFailed, UserError
+from fastkd.errors import FastKDError, RunFailed, UserError
 
 __all__ = [
     "World",
@@ -29,12 +29,14 @@ __all__ = [
     "gather_rows",
     "init_world",
     "is_main",
+    "on_main",
     "open_world",
     "same_on_all_ranks",
     "sync_buffers",
     "wrap_ddp",
 ]
 
+T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 _TIMEOUT_S = 600.0
@@ -155,6 +157,22 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do file-system work on rank 0 alone; its result or its error reaches every rank."""
+    if world.size == 1:
+        return work()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (work(), None)
+        except (FastKDError, OSError) as error:
+            outcome = (None, error)
+    result, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return result
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def evaluate(
     with torch.no_grad():
         for batch in loader.epoch(0):
             with precision.autocast():
-                logits_NC = forward(batch.images_NCHW)
+                logits_NC = forward(batch.images_NCHW.to(precision.dtype))
             logits_NC = logits_NC.float()
             top = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
             hits = top == batch.labels_N[:, None]

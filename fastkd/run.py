@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,23 +17,22 @@ from torch import nn
 from fastkd.build import Engine, TeacherNet, build_trainer, decide
 from fastkd.checkpoint import load_checkpoint
 from fastkd.data import DataPair, open_data
-from fastkd.distributed import World, broadcast_object
-from fastkd.errors import FastKDError, Interrupted, UserError
+from fastkd.distributed import World, on_main
+from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import evaluate
 from fastkd.folders import choose_folder, stage_folder, tidy
 from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
-from fastkd.recipe.schema import Recipe, StudentConfig
+from fastkd.recipe.schema import Recipe, StudentConfig, TeacherConfig
+from fastkd.rehearsal import rehearse
 from fastkd.report.console import Console, duration
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
 from fastkd.weights import describe, load_weights
 
-__all__ = ["Session", "dry_run", "on_main", "open_recipe_data", "run_recipe"]
-
-T = TypeVar("T")
+__all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     data = open_recipe_data(recipe, session)
     teacher = _untrained_teacher(recipe, data)
     trainer = _stage_builder(recipe, data, teacher, session)(None)
-    rates = trainer.rehearse(steps=2)
+    rates = rehearse(trainer)
     steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
     return {
         "recipe": recipe.name,
@@ -119,7 +118,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "ranks": session.world.size,
         **rates,
         "steps": steps,
-        "projected_duration": duration(steps * rates["seconds_per_step"]),
+        "projected_duration_of_this_stage": duration(steps * rates["seconds_per_step"]),
     }
 
 
@@ -183,7 +182,11 @@ def _stage_builder(
                 save_steps=recipe.save_steps,
                 eval_epochs=recipe.eval_epochs,
                 metadata=describe(student)
-                | {"normalization": json.dumps(normalization), "recipe": recipe.name},
+                | {
+                    "normalization": json.dumps(normalization),
+                    "recipe": recipe.name,
+                    "digest": recipe.digest(),
+                },
             ),
             student=student,
             teacher=teacher,
@@ -309,8 +312,6 @@ def _load_net(
     recipe: Recipe, config: StudentConfig, data: DataPair, weights: str | None
 ) -> TeacherNet:
     """Build a network of the data's class count and fill it from a file or a run folder."""
-    from fastkd.recipe.schema import TeacherConfig
-
     class_map = config.class_map if isinstance(config, TeacherConfig) else None
     resolution = config.resolution if isinstance(config, TeacherConfig) else None
     options = {} if config.width is None else {"width": config.width}
@@ -330,6 +331,8 @@ def _load_net(
             f"{config.name} has {model.num_classes}, numbered from 0"
         )
     normalization = getattr(model, "normalization", None)
+    if isinstance(config, TeacherConfig) and config.mean and config.std:
+        normalization = (config.mean, config.std)
     return TeacherNet(model, normalization, resolution, class_map)
 
 
@@ -354,22 +357,6 @@ def _shape(data: DataPair) -> tuple[int, int, int]:
 def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
     size = count(model, _shape(data))
     return {"params": size.params, "macs": size.macs}
-
-
-def on_main(world: World, work: Callable[[], T]) -> T:
-    """Do file-system work on rank 0 alone; its result or its error reaches every rank."""
-    if world.size == 1:
-        return work()
-    outcome: tuple[T | None, Exception | None] = (None, None)
-    if world.is_main:
-        try:
-            outcome = (work(), None)
-        except (FastKDError, OSError) as error:
-            outcome = (None, error)
-    result, error = broadcast_object(outcome)
-    if error is not None:
-        raise error
-    return result
 
 
 def _report(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.term import LossTerm, Need, TermInputs
+from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 
@@ -46,6 +46,7 @@ class DistillStep(nn.Module):
     def __init__(self, student: nn.Module, terms: Iterable[LossTerm], precision: Precision) -> None:
         super().__init__()
         self.terms = nn.ModuleList(terms)
+        check_names(self._terms())
         self.precision = precision
         self.views = needed_taps(self._terms(), "student")
         taps = dict.fromkeys(tap for wanted in self.views.values() for tap in wanted)

@@ -8,10 +8,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.recipe.schema import Recipe
 from fastkd.report.run_folder import find_finished
-from fastkd.run import Session, on_main, run_recipe
+from fastkd.run import Session, run_recipe
 
 __all__ = ["check_sweep", "combinations", "run_sweep"]
 

@@ -4,6 +4,7 @@ The teacher is its own compiled unit with its own normalisation, resolution and 
 GPU it works one batch ahead on a side stream (`run_ahead`).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ class Teacher:
         class_map: tuple[int, ...] | None = None,
         layout: torch.memory_format = torch.channels_last,
         compiled: bool = False,
+        fullgraph: bool = True,
     ) -> None:
         self.model = freeze(model).to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.taps = {
@@ -67,7 +69,7 @@ class Teacher:
             resolution,
             class_map,
         ).to(device)
-        self.forward = compile_unit(self.unit, enabled=compiled)
+        self.forward = compile_unit(self.unit, enabled=compiled, fullgraph=fullgraph)
 
     def __call__(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors keyed `view/teacher/tap`, without gradient."""
@@ -127,9 +129,11 @@ class _TeacherUnit(nn.Module):
             images_NCHW = moved_NCHW.to(images_NCHW.dtype)
         if self.resolution is not None:
             side = (self.resolution, self.resolution)
-            images_NCHW = F.interpolate(
-                images_NCHW, side, mode="bilinear", antialias=True, align_corners=False
+            # In fp32: torch has no antialiased bf16 resize on a CPU.
+            resized_NCHW = F.interpolate(
+                images_NCHW.float(), side, mode="bilinear", antialias=True, align_corners=False
             )
+            images_NCHW = resized_NCHW.to(images_NCHW.dtype)
         with self.precision.autocast():
             features = self.tapped(images_NCHW)
         if self.order is not None:
@@ -149,6 +153,12 @@ def _renormalization(
     return scale, shift
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """One for all epochs: the allocator keeps memory per stream."""
+    return torch.cuda.Stream(device)
+
+
 def run_ahead(
     items: Iterator[T], device: torch.device, tensors: Callable[[T], list[Tensor]]
 ) -> Iterator[T]:
@@ -160,7 +170,9 @@ def run_ahead(
     if device.type != "cuda":
         yield from items
         return
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
+    # What the loader put on the device (images, tables) must have arrived.
+    side.wait_stream(torch.cuda.current_stream(device))
 
     def launch() -> tuple[T, Any] | None:
         with torch.cuda.stream(side):

@@ -4,22 +4,19 @@ It owns nothing that it can be handed; `fastkd.build` makes the parts. The host 
 device in one place only, `_fetch`.
 """
 
-import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.augment import PartnerSource, ViewMaker
+from fastkd.augment import ViewMaker
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.data.batch import Batch
 from fastkd.distributed import World, all_reduce_sum, sync_buffers
@@ -27,6 +24,7 @@ from fastkd.ema import EMA
 from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.guard import Guard
+from fastkd.interrupt import StopSignal
 from fastkd.losses.term import LossTerm
 from fastkd.optim import set_lr
 from fastkd.precision import Precision
@@ -42,12 +40,16 @@ __all__ = ["Plan", "Progress", "TrainLoader", "Trainer"]
 LOG_STEPS = 10
 
 
-class TrainLoader(PartnerSource, Protocol):
+class TrainLoader(Protocol):
     """This rank's share of the training images; `fastkd.data` has several."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch."""
+        ...
+
+    def global_size(self, step: int) -> int:
+        """Samples in the global batch of a step, all ranks together."""
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -168,41 +170,20 @@ class Trainer:
                     self._interrupt(stop)
         return self.summary()
 
-    def rehearse(self, steps: int) -> dict[str, Any]:
-        """Make a few steps and throw them away: seconds per step, peak memory, tensor shapes."""
-        self.runner.train()
-        clocks, shapes = [time.perf_counter()], {}
-        for epoch in range(steps):
-            for prepared in self._prepare(epoch):
-                self._optimize(prepared, epoch, self.progress.step)
-                self._fetch()
-                clocks.append(time.perf_counter())
-                tensors = prepared.views | prepared.teacher
-                shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-                if len(clocks) > steps:
-                    break
-            if len(clocks) > steps:
-                break
-        return {
-            "first_step_seconds": clocks[1] - clocks[0],
-            "seconds_per_step": clocks[-1] - clocks[-2],
-            "peak_memory_mib": peak_memory_mib(self.world.device),
-            "shapes": shapes,
-        }
-
-    def _train_epoch(self, epoch: int, stop: "StopSignal") -> None:
+    def _train_epoch(self, epoch: int, stop: StopSignal) -> None:
         progress, steps = self.progress, self.loader.steps_per_epoch
         self.runner.train()
         clock = time.perf_counter()
-        for prepared in run_ahead(self._prepare(epoch), self.world.device, Prepared.tensors):
-            self._optimize(prepared, epoch, progress.step)
+        for prepared in run_ahead(self.prepare(epoch), self.world.device, Prepared.tensors):
+            self.optimize(prepared, epoch, progress.step)
             progress.step += 1
-            now = time.perf_counter()
-            progress.epoch_s += now - clock
-            clock = now
             fetching = progress.step % LOG_STEPS == 0 or progress.step == steps
             if fetching:
                 self._fetch()
+            # After the fetch: until then a GPU may still be at work on these steps.
+            now = time.perf_counter()
+            progress.epoch_s += now - clock
+            clock = now
             # Asking the other ranks would make a GPU wait: there only where it waits anyway.
             asking = fetching or self.world.size == 1 or self.world.device.type == "cpu"
             if asking and stop.agreed(self.world) and progress.step < steps:
@@ -211,7 +192,7 @@ class Trainer:
             if due and progress.step < steps:
                 self.save()
 
-    def _prepare(self, epoch: int) -> Iterator[Prepared]:
+    def prepare(self, epoch: int) -> Iterator[Prepared]:
         """Batches with views and teacher; only the loader and the views count as data wait."""
         step = self.progress.step
         batches = self.loader.epoch(epoch, step)
@@ -226,7 +207,7 @@ class Trainer:
             yield Prepared(batch, views, teacher, self.loader.global_size(step))
             step += 1
 
-    def _optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
+    def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""
         done = epoch * self.loader.steps_per_epoch + step
         set_lr(self.optimizer, self.schedule.lr_factor(done), self.schedule.momentum(done))
@@ -368,7 +349,7 @@ class Trainer:
         )
 
     def _kept(self) -> nn.Module:
-        """What is evaluated and kept: the student or its average, with what the terms make of it."""
+        """What is evaluated and kept: the student or its average, as the terms export it."""
         kept = self.ema.module if self.ema else self.student
         for term in self.terms:
             kept = term.export(kept)
@@ -440,49 +421,19 @@ class Trainer:
             f"step {self.progress.step} of {self.loader.steps_per_epoch}"
         )
 
-    def _interrupt(self, stop: "StopSignal") -> None:
+    def _interrupt(self, stop: StopSignal) -> None:
         self.save()
         where = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
-        raise Interrupted(f"stopped at {where}; the state is saved.", stop.code or 130)
+        kept = (
+            "the state is saved." if self.folder else "nothing was saved, there is no run folder."
+        )
+        raise Interrupted(f"stopped at {where}; {kept}", stop.code or 130)
 
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM become a flag that the loop reads between steps; a second one is final."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:
-                break  # not the main thread: the caller keeps its own handling
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        signal.signal(number, self._before[number])
-
-    def agreed(self, world: World) -> bool:
-        """True on all ranks as soon as one of them was asked to stop."""
-        if world.size == 1:
-            return bool(self.code)
-        codes = torch.tensor([float(self.code)], device=world.device)
-        all_reduce_sum(codes)
-        return bool(codes.item())
+    def remove_hooks(self) -> None:
+        """Take fastkd's hooks off networks that are not its own."""
+        self.step.student.remove()
+        if self.teacher:
+            self.teacher.unit.tapped.remove()
 
 
 def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

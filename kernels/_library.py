@@ -8,14 +8,24 @@ import ctypes
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-__all__ = ["IMPLS", "LIBRARY", "Core", "Impl", "choose", "core", "register", "status"]
+__all__ = [
+    "IMPLS",
+    "LIBRARY",
+    "Core",
+    "Impl",
+    "choose",
+    "core",
+    "register",
+    "status",
+    "triton_reason",
+]
 
 Impl = Literal["reference", "cpp", "triton"]
 IMPLS: tuple[str, ...] = ("reference", "cpp", "triton")
@@ -76,7 +86,7 @@ def _openmp_of_torch() -> tuple[ctypes.c_void_p, str]:
 
 
 @functools.cache
-def _triton_reason() -> str | None:
+def triton_reason() -> str | None:
     """Why the Triton kernels cannot run on a GPU here, or None. Asks no device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -99,10 +109,12 @@ def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
         raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(IMPLS)} or None")
     if impl == "cpp" and (device_type != "cpu" or isinstance(core(), str)):
         found = core()
-        why = found if isinstance(found, str) else f"the tensors are on {device_type!r}, not on 'cpu'"
+        why = (
+            found if isinstance(found, str) else f"the tensors are on {device_type!r}, not on 'cpu'"
+        )
         raise ValueError(f"{op}: impl='cpp' cannot run: {why}")
-    if impl == "triton" and _triton_reason() is not None:
-        raise ValueError(f"{op}: impl='triton' cannot run: {_triton_reason()}")
+    if impl == "triton" and triton_reason() is not None:
+        raise ValueError(f"{op}: impl='triton' cannot run: {triton_reason()}")
     return impl
 
 
@@ -123,13 +135,8 @@ def status() -> dict[str, dict[str, str]]:
             reasons.append(found)
         if backends.get("cuda") == "triton":
             row["cuda"] = "triton"
-        elif (reason := _triton_reason()) is not None:
+        elif (reason := triton_reason()) is not None:
             row["cuda"] = f"reference ({reason})"
             reasons.append(reason)
         table[op] = {**row, "reason": "; ".join(reasons)}
     return table
-
-
-def implement(name: str, key: str, function: Callable[..., Any]) -> None:
-    """Attaches an implementation to an op of the library under a dispatch key."""
-    LIBRARY.impl(name, function, key)

@@ -3,7 +3,7 @@
 Teacher and student see the same pixels of a view by construction.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastkd.augment.mix import draw_mix, mix_images
 from fastkd.data.batch import Batch
+from fastkd.data.tables import to_device
 
 __all__ = ["PartnerSource", "ViewMaker"]
 
 
+@runtime_checkable
 class PartnerSource(Protocol):
-    """What x' needs of a loader: the whole global batch of a step, not only this rank's part."""
+    """A loader that can show any sample of a global batch, also those of other ranks."""
 
     def global_size(self, step: int) -> int:
         """Samples in the global batch of a step."""
@@ -36,45 +38,46 @@ class PartnerSource(Protocol):
 
 
 class ViewMaker:
-    """Batch -> views by name."""
+    """Batch -> views by name, in one layout and dtype.
+
+    partners: where the partners for x' come from when they may lie on another rank; None takes
+    them from the batch itself.
+    """
 
     def __init__(
         self,
         xprime: str,
         *,
         seed: int,
-        loader: PartnerSource,
-        world_size: int,
-        layout: torch.memory_format = torch.channels_last,
+        dtype: torch.dtype,
+        layout: torch.memory_format,
+        partners: PartnerSource | None = None,
     ) -> None:
         self.xprime = xprime
         self.seed = seed
-        self.loader = loader
-        self.world_size = world_size
+        self.dtype = dtype
         self.layout = layout
+        self.partners = partners
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """`x`, and `xprime` where the recipe has one."""
-        x = batch.images_NCHW.contiguous(memory_format=self.layout)
+        x = self._laid_out(batch.images_NCHW)
         if self.xprime == "none":
             return {"x": x}
+        num = self.partners.global_size(step) if self.partners else len(x)
         draw = draw_mix(
-            self.xprime,
-            seed=self.seed,
-            epoch=epoch,
-            step=step,
-            num=self.loader.global_size(step),
-            side=x.shape[-1],
+            self.xprime, seed=self.seed, epoch=epoch, step=step, num=num, side=x.shape[-1]
         )
-        return {
-            "x": x,
-            "xprime": mix_images(x, self._partners(x, draw.partner_N, epoch, step), draw),
-        }
+        partners = self._laid_out(self._partners(x, draw.partner_N, epoch, step))
+        return {"x": x, "xprime": mix_images(x, partners, draw)}
+
+    def _laid_out(self, images_NCHW: Tensor) -> Tensor:
+        return images_NCHW.to(dtype=self.dtype, memory_format=self.layout)
 
     def _partners(self, x: Tensor, partner_N: np.ndarray, epoch: int, step: int) -> Tensor:
-        if self.world_size == 1:
-            return x[torch.from_numpy(partner_N).to(x.device)]
+        if self.partners is None:
+            return x[to_device(partner_N, x.device)]
         # A partner may live on another rank; its pixels follow from its id and the epoch alone.
-        index = self.loader.global_index(epoch, step)
-        mine = index[partner_N][self.loader.rank_part(step)]
-        return self.loader.fetch(torch.from_numpy(mine), epoch)
+        index = self.partners.global_index(epoch, step)
+        mine = index[partner_N][self.partners.rank_part(step)]
+        return self.partners.fetch(torch.from_numpy(mine), epoch)

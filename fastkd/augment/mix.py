@@ -52,7 +52,7 @@ def draw_mix(kind: str, *, seed: int, epoch: int, step: int, num: int, side: int
 def mix_images(images_NCHW: Tensor, partners_NCHW: Tensor, draw: MixDraw) -> Tensor:
     """A new batch; the layout and dtype of the first are kept."""
     if draw.box is None:
-        return torch.lerp(partners_NCHW, images_NCHW, draw.lam)
+        return torch.lerp(images_NCHW, partners_NCHW, 1.0 - draw.lam)
     top, bottom, left, right = draw.box
     mixed = images_NCHW.clone()
     mixed[:, :, top:bottom, left:right] = partners_NCHW[:, :, top:bottom, left:right]

@@ -9,8 +9,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd.errors import UserError
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = ["AT", "ATConfig", "attention_map"]
 
@@ -34,17 +35,27 @@ class AT(LossTerm):
         super().__init__(name, tuple(self_needs), {name: weight})
         self.pairs = tuple(pairs.items())
 
+    def bind(self, context: BindContext) -> None:
+        """Refuse taps that are no feature maps."""
+        for need in self.needs:
+            if len(context.shapes[need]) != 3:
+                raise UserError(
+                    f"losses.{self.name} compares maps [C, H, W], but {need} is "
+                    f"{list(context.shapes[need])} per image: name a stage in its pairs"
+                )
+
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
         total = None
         for student_tap, teacher_tap in self.pairs:
             student_NCHW = inputs.tensors[f"x/student/{student_tap}"]
             teacher_NCHW = inputs.tensors[f"x/teacher/{teacher_tap}"]
-            side = min(student_NCHW.shape[2], teacher_NCHW.shape[2])
+            size = (
+                min(student_NCHW.shape[2], teacher_NCHW.shape[2]),
+                min(student_NCHW.shape[3], teacher_NCHW.shape[3]),
+            )
             maps = [
-                attention_map(
-                    m if m.shape[2] == side else F.adaptive_avg_pool2d(m.float(), (side, side))
-                )
+                attention_map(m if m.shape[2:] == size else F.adaptive_avg_pool2d(m.float(), size))
                 for m in (student_NCHW, teacher_NCHW)
             ]
             loss = (maps[0] - maps[1]).square().mean()

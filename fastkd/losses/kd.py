@@ -177,7 +177,9 @@ class KDLoss(nn.Module):
         if self.keep_teacher_entropy:
             entropy = kd_weight * self._teacher_entropy(teacher_logits).to(loss.dtype)
             if weights is not None:
-                entropy = entropy * weights.reshape(weights.shape + (1,) * (loss.dim() - weights.dim()))
+                entropy = entropy * weights.reshape(
+                    weights.shape + (1,) * (loss.dim() - weights.dim())
+                )
             loss = loss + torch.where(counts, entropy, 0)
         if self.reduction == "none":
             return loss

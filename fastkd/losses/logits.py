@@ -7,7 +7,7 @@ KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is T
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch.nn import functional as F
 
 from fastkd.kernels import kd_loss
@@ -88,7 +88,7 @@ class CrossEntropyConfig(TermConfig):
 
     weight: PositiveFloat
     """Factor in the total."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all classes."""
 
     def build(self, name: str) -> LossTerm:
@@ -105,7 +105,7 @@ class KDConfig(TermConfig):
     """Factor of the cross entropy with the labels."""
     temperature: PositiveFloat = 4.0
     """T of both softmaxes."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the hard target spread over all classes."""
     views: tuple[Literal["x", "xprime"], ...] = ("x",)
     """Views on which the student imitates the teacher."""

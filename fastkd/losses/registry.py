@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastkd.losses.term import LossTerm, Need
+from fastkd.losses.term import LossTerm, Need, check_names
 from fastkd.recipe.mistakes import explain
 from fastkd.recipe.section import Section
 
@@ -70,19 +70,11 @@ def typed_config(name: str, keys: object) -> Section:
 def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
     """One unbound term per recipe entry, in recipe order; part names must not collide."""
     terms: list[LossTerm] = []
-    seen: dict[str, str] = {}
     for name, config in losses.items():
         if not isinstance(config, TermConfig):
             raise TypeError(f"losses.{name} is a {type(config).__name__}, expected a TermConfig")
-        term = config.build(name)
-        for part in term.weights:
-            if part in seen:
-                raise ValueError(
-                    f"losses.{name} and losses.{seen[part]} both report a part called {part!r}: "
-                    f"set the weight of one of them to 0"
-                )
-            seen[part] = name
-        terms.append(term)
+        terms.append(config.build(name))
+    check_names(terms)
     return terms
 
 

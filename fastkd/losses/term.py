@@ -4,7 +4,7 @@
 their weights. A term never sees the trainer, the recipe or another term.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BindContext", "LossTerm", "Need", "TermInputs", "TermOutput", "autocast_like"]
+__all__ = [
+    "BindContext",
+    "LossTerm",
+    "Need",
+    "TermInputs",
+    "TermOutput",
+    "autocast_like",
+    "check_names",
+]
 
 Nets = ("student", "teacher")
 
@@ -143,3 +151,23 @@ class LossTerm(nn.Module):
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Scalars of this batch; see `TermOutput`."""
         raise TypeError(f"{type(self).__name__} must define forward(inputs) -> TermOutput")
+
+
+def check_names(terms: Iterable[LossTerm]) -> None:
+    """ValueError where two terms share a name or report parts of one name.
+
+    Checkpoint, schedules and metrics know a term and its parts by name only.
+    """
+    owner: dict[str, str] = {}
+    names: set[str] = set()
+    for term in terms:
+        if term.name in names:
+            raise ValueError(f"two losses are called {term.name!r}: give one of them another name=")
+        names.add(term.name)
+        for part in term.weights:
+            if part in owner:
+                raise ValueError(
+                    f"the losses {owner[part]} and {term.name} both report a part called {part!r}: "
+                    f"drop one of them (in a recipe losses.ce=null, or losses.kd.ce_weight=0)"
+                )
+            owner[part] = term.name

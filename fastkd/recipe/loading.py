@@ -34,7 +34,7 @@ def load_recipe(
     file_values = _read_yaml(Path(config)) if config is not None else {}
     if name is not None:
         values = _dump(find_recipe(name))
-    elif file_values and "data" not in file_values:
+    elif file_values and not _is_whole(file_values):
         base = file_values.get("name")
         if not isinstance(base, str):
             raise UserError(
@@ -49,6 +49,13 @@ def load_recipe(
         key, value = parse_override(text)
         _set(values, key, value)
     return _validate(values)
+
+
+def _is_whole(values: Mapping[str, Any]) -> bool:
+    """Whether a file says by itself what to train on what; else it varies a named recipe."""
+    data = values.get("data")
+    has_data = isinstance(data, Mapping) and "name" in data
+    return has_data and "student" in values and "losses" in values
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -46,7 +46,7 @@ def explain(
             for unknown in _leaves(key, mistake["input"]):
                 found[_unknown(unknown, known)] = None
         elif mistake["type"] == "value_error":
-            found[str(mistake["ctx"]["error"])] = None
+            found[mistake["msg"].removeprefix("Value error, ")] = None
         elif mistake["type"] == "missing" and field is not None and path == _texts(mistake["loc"]):
             found[f"{key} is missing and has no default: set it, {allowed(field)}"] = None
         else:

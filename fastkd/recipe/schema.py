@@ -38,6 +38,9 @@ def _yaml_switch(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
 class DataConfig(Section):
     """Where the images come from (`fastkd.data`)."""
 
@@ -57,7 +60,7 @@ class DataConfig(Section):
     """Decoding processes of the torch backend."""
     mean: tuple[float, float, float] | None = None
     """Channel means in 0..1; by default those of the data set."""
-    std: tuple[float, float, float] | None = None
+    std: Deviations | None = None
     """Channel standard deviations in 0..1; by default those of the data set."""
     drop_last: bool = True
     """Drop the partial batch at the end of an epoch; the papers keep it."""
@@ -103,10 +106,20 @@ class TeacherConfig(StudentConfig):
     """Learning rate of that training; by default that of the student."""
     resolution: PositiveInt | None = None
     """Side in pixels the teacher wants its images; by default that of the student's."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means in 0..1 that the teacher wants; by default its checkpoint's or the data's."""
+    std: Deviations | None = None
+    """Likewise its channel standard deviations."""
     class_map: tuple[int, ...] | None = Field(default=None, min_length=1)
     """class_map[c] is the teacher's output for our class c, where the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Refuse a teacher below this accuracy; by default one that is not better than chance."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "TeacherConfig":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("teacher.mean and teacher.std come together: set both or neither")
+        return self
 
     @model_validator(mode="after")
     def _knows_something(self) -> "TeacherConfig":

@@ -29,9 +29,9 @@ def quickstart() -> Recipe:
             "augment": AugmentConfig(crop="none", flip=False),
             "student": StudentConfig(name="resnet8", width=0.25),
             "teacher": TeacherConfig(name="wrn_16_2", train=True, epochs=20, lr=0.05),
-            "optim": OptimConfig(lr=0.2, nesterov=True, schedule="cosine"),
+            "optim": OptimConfig(lr=0.4, nesterov=True, schedule="cosine"),
             "losses": {"kd": {"weight": 0.9, "ce_weight": 0.1, "temperature": 4.0}},
-            "baseline": BaselineConfig(lrs=(0.1, 0.2, 0.4)),
+            "baseline": BaselineConfig(lrs=(0.2, 0.4, 0.8)),
         }
     )
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fastkd.kernels._library import Core, core
+from torch import Tensor
 
 __all__ = ["grad", "mean", "rows"]
 
@@ -31,14 +30,14 @@ def rows(
     label_smoothing: float,
     ignore_index: int,
     class_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses, see `fastkd.kernels.kd_loss`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-row losses, see `fastkd.kernels.kd_loss`, and no statistics."""
     shape = student.movedim(class_dim, -1).shape[:-1]
     wide = _working_dtype(student, teachers)
     kd, ce, agree = (torch.empty(shape, dtype=wide) for _ in range(3))
     _call(student, teachers, labels, weights, mask, temperature, label_smoothing, ignore_index,
           class_dim, kd=kd, ce=ce, agree=agree)  # fmt: skip
-    return kd, ce, agree
+    return kd, ce, agree, student.new_empty(0, dtype=torch.float32)
 
 
 def grad(
@@ -54,6 +53,7 @@ def grad(
     upstream_kd: Tensor | None,
     upstream_ce: Tensor | None,
     divisor: Tensor | None,
+    stats: Tensor,
     kd_scale: float,
     ce_scale: float,
 ) -> Tensor:
@@ -82,15 +82,15 @@ def mean(
     kd_weight: float,
     ce_weight: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted mean over rows, the number of rows that count (at least 1), and its gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weighted mean, the number of rows that count (at least 1), the gradient, no statistics."""
     wide = _working_dtype(student, teachers)
     loss, divisor = torch.empty((), dtype=wide), torch.empty((), dtype=wide)
     out = torch.empty_like(student) if with_grad else student.new_empty(0)
     _call(student, teachers, labels, weights, mask, temperature, label_smoothing, ignore_index,
           class_dim, out=out if with_grad else None, loss=loss, divisor=divisor,
           kd_scale=kd_weight, ce_scale=ce_weight)  # fmt: skip
-    return loss, divisor, out
+    return loss, divisor, out, student.new_empty(0, dtype=torch.float32)
 
 
 def _working_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:

@@ -1,11 +1,13 @@
-"""Runs that are killed with SIGKILL at a chosen place and resumed: `killed_runs.py DIR NAME...`.
+"""Runs that are killed or stopped at a chosen place and resumed: `killed_runs.py DIR NAME...`.
 
 Writes DIR/found.json: for each named scenario what the kill and the resumed run left, and in what
-it differs from an uninterrupted run. tests/test_resume.py starts it and judges.
+it differs from an uninterrupted run. The tests that start it judge.
 """
 
 import json
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +40,17 @@ COMPILED_SMALL = (
 )
 # 57 images: the last batch has 9, that is 5 and 4 on two ranks.
 UNEVEN = ("data.train_limit=57",)
+# No loss on the logits: the student's head gets no gradient.
+HEADLESS = (
+    *("losses.kd=null", "losses.at.weight=100", "losses.at.pairs.stage2=stage2"),
+    *("augment.xprime=none", "epochs=1"),
+)
 PROOF = (*UNEVEN, "losses.proof.weight=2", "losses.kd.views=x", "accumulate=4", "ema=0.9")
 
 
 def before_step(number: int) -> None:
     """Die before optimizer step `number` of the run, when the one before it has been saved."""
-    tiny.at_call(Trainer, "_optimize", number, lambda *_: tiny.die())
+    tiny.at_call(Trainer, "optimize", number, lambda *_: tiny.die())
 
 
 def before_save(number: int) -> None:
@@ -96,6 +103,12 @@ def before_summary() -> None:
     tiny.at_call(RunFolder, "write_csv", 0, lambda *_: tiny.die())
 
 
+def stopped_in_step(number: int, which: signal.Signals, only_rank: str | None = None) -> None:
+    """No death: Ctrl-C or a batch system's SIGTERM reaches the process during a step."""
+    if only_rank in (None, os.environ.get("RANK")):
+        tiny.at_call(Trainer, "optimize", number, lambda *_: os.kill(os.getpid(), which))
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A run that dies, once or more often, and is resumed each time."""
@@ -138,7 +151,20 @@ SCENARIOS: dict[str, Scenario] = {
         f"two ranks, before step {step}": Scenario(UNEVEN, (partial(before_step, step),), 2)
         for step in (3, 6)
     },
+    "headless on two ranks": Scenario(HEADLESS, (), 2),
     "two ranks, inside save 2": Scenario(UNEVEN, (partial(inside_save, 2),), 2),
+    **{
+        f"stopped by {which.name} in step {step}": Scenario(
+            ("save_steps=null",), (partial(stopped_in_step, step, which),)
+        )
+        for step, which in ((1, signal.SIGINT), (3, signal.SIGINT), (6, signal.SIGTERM))
+    },
+    "two ranks, stopped in step 1": Scenario(
+        UNEVEN, (partial(stopped_in_step, 1, signal.SIGTERM, only_rank="1"),), 2
+    ),
+    "two ranks, stopped in step 3": Scenario(
+        UNEVEN, (partial(stopped_in_step, 3, signal.SIGINT),), 2
+    ),
     **{
         f"proof, before step {step}": Scenario(PROOF, (partial(before_step, step),))
         for step in (2, 5)
@@ -162,11 +188,19 @@ def run(
         tiny.at_call(Trainer, "summary", 0, partial(_note_state, folder / f"state-{rank}.json"))
         if die is not None:
             die()
-        resume = ("--resume", "auto") if number else ()
-        return tiny.train(folder, *resume, *words, fetches=f"fetches{number}-{rank}.jsonl")
+        arguments = ["train", "--config", "recipe.yaml", *words]
+        if number:
+            arguments = advised(folder / f"log{number - 1}.txt") or [*arguments, "--resume", "auto"]
+        return tiny.command(folder, *arguments, fetches=f"fetches{number}-{rank}.jsonl")
 
     jobs = tiny.as_ranks(ranks, job) if ranks > 1 else [job]
     return tiny.forked(*jobs, log=folder / f"log{number}.txt")
+
+
+def advised(log: Path) -> list[str]:
+    """The command that a stopped run gave to its user, without its first word; else nothing."""
+    found = re.search(r"Go on with: fastkd (.*)", log.read_text())
+    return found[1].split() if found else []
 
 
 def _note_state(target: Path, trainer: Trainer) -> None:
@@ -196,15 +230,16 @@ def kill_and_resume(base: Path, name: str, whole: dict[str, Any]) -> dict[str, A
         for number, die in enumerate((*scenario.deaths, None))
     ]
     last = len(codes) - 1
-    log = (folder / f"log{last}.txt").read_text()
+    logs = [(folder / f"log{number}.txt").read_text() for number in range(len(codes))]
     if any(codes[-1]):
-        return {"codes": codes, "log": log}
+        return {"codes": codes, "log": logs[-1]}
     fetches = [folder / f"fetches{last}-{rank}.jsonl" for rank in range(scenario.ranks)]
     states = [folder / f"state-{rank}.json" for rank in range(scenario.ranks)]
     run_folder = only_run(folder)
     return {
         "codes": codes,
-        "log": log,
+        "log": logs[-1],
+        "first_log": logs[0],
         "fetched": [[json.loads(line) for line in f.read_text().splitlines()] for f in fetches],
         "states": [json.loads(state.read_text()) for state in states],
         "different": tiny.different(whole, tiny.facts(run_folder)),

@@ -23,7 +23,7 @@ S_ROW, T_ROW = "xprime/student/pooled", "xprime/teacher/logits"
 
 
 class Proof(LossTerm):
-    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the sample's bank row]."""
+    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the bank's row]."""
 
     banks = ("rows_KD", "times_K")
     uses_index = True

@@ -1,0 +1,226 @@
+"""One epoch on one process or on two ranks, looked at from inside: `two_ranks.py FILE`.
+
+Writes FILE, a torch.save of what every case left on every rank; tests/test_ddp.py starts it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor, nn
+
+import fastkd.trainer
+from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.data.batch import Batch
+from fastkd.data.image_set import ImageSet
+from fastkd.data.resident import ResidentLoader
+from fastkd.data.synthetic import make_synthetic
+from fastkd.distributed import World, open_world, same_on_all_ranks
+from fastkd.losses.logits import KD, CrossEntropy
+from fastkd.losses.term import LossTerm
+from fastkd.models import create_model
+from fastkd.precision import Precision
+from fastkd.recipe.schema import OptimConfig
+from fastkd.report.console import Console
+from fastkd.trainer import Plan, Trainer
+
+
+class Plain(nn.Module):
+    """No batch norm: the mean gradient over a batch does not depend on how it is split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits [N, 10]."""
+        return self.fc(torch.tanh(self.conv2(torch.tanh(self.conv1(images_NCHW)))).mean((2, 3)))
+
+
+class Poisoned(ResidentLoader):
+    """Rank 1 gets a NaN in its second batch."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for step, batch in enumerate(super().epoch(epoch, start_step)):
+            if step == 1 and self._plan.rank == 1:
+                batch.images_NCHW[0, 0, 0, 0] = float("nan")
+            yield batch
+
+
+def images(split: str, num: int) -> ImageSet:
+    """The first images of the synthetic set."""
+    whole = make_synthetic(split, 8)
+    return ImageSet(whole.name, whole.images_NHWC[:num], whole.labels_N[:num], whole.classes)
+
+
+def make(
+    world: World,
+    student: nn.Module,
+    terms: list[LossTerm],
+    *,
+    num: int = 57,
+    kind: type[ResidentLoader] = ResidentLoader,
+    epochs: int = 1,
+    accumulate: int = 1,
+    ema: float | None = None,
+    xprime: str = "none",
+    lr: float = 0.05,
+) -> Trainer:
+    """A trainer on batches of 16, the last partial; 49 validation images."""
+    options: Any = {
+        **{"batch_size": 16, "seed": 0, "mean": (0.5,) * 3, "std": (0.25,) * 3, "device": "cpu"},
+        **{"rank": world.rank, "world_size": world.size, "drop_last": False},
+    }
+    train = kind(images("train", num), train=True, **options)
+    return build_trainer(
+        Plan(stage="two ranks", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
+        student=student,
+        teacher=TeacherNet(create_model("resnet8", 10, width=0.5)),
+        terms=terms,
+        optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
+        engine=Engine(Precision("fp32", "cpu"), compiled=False, ema=ema),
+        loader=train,
+        val_loader=ResidentLoader(images("val", 49), train=False, **options),
+        image_shape=(3, 8, 8),
+        num_classes=10,
+        train_labels_N=train.labels_N,
+        normalization=((0.5,) * 3, (0.25,) * 3),
+        xprime=xprime,
+        world=world,
+        folder=None,
+        console=Console(enabled=False),
+    )
+
+
+def gradients(world: World, *, accumulate: int) -> dict[str, Any]:
+    """The gradient that every step applies, with views that mix samples of both ranks."""
+    torch.manual_seed(0)
+    terms: list[LossTerm] = [KD(views=("x", "xprime"))]
+    trainer = make(world, Plain(), terms, accumulate=accumulate, xprime="cutmix")
+    seen: list[Tensor] = []
+    judge = trainer.guard.judge
+
+    def noting(losses: Tensor, grads: Any, clip_norm: float | None = None) -> Tensor:
+        ok = judge(losses, grads, clip_norm)
+        seen.append(torch.cat([gradient.flatten() for gradient in grads]))
+        return ok
+
+    trainer.guard.judge = noting
+    trainer.fit()
+    return {"gradients": torch.stack(seen), "loss": trainer.history[0]["train_loss"]}
+
+
+def bad_step(world: World) -> dict[str, Any]:
+    """The state around a step that is not finite on rank 1 alone."""
+    torch.manual_seed(0)
+    student = create_model("resnet8", 10, width=0.5)
+    trainer = make(world, student, [KD()], kind=Poisoned, ema=0.9)
+    optimize, states = trainer.optimize, []
+
+    def noting(*args: Any) -> None:
+        optimize(*args)
+        moments = {
+            f"moment{number}": state["momentum_buffer"].clone()
+            for number, state in enumerate(trainer.optimizer.state.values())
+        }
+        assert trainer.ema is not None
+        average = {f"ema.{key}": value.clone() for key, value in trainer.ema.state_dict().items()}
+        states.append(
+            {k: v.clone() for k, v in trainer.step.state_dict().items()} | moments | average
+        )
+
+    trainer.optimize = noting
+    trainer.fit()
+    return {
+        "states": states,
+        "counts": trainer.guard.counts(),
+        "skipped": trainer.history[0]["skipped"],
+        "same": same_on_all_ranks(trainer.student),
+    }
+
+
+def learning(world: World) -> dict[str, Any]:
+    """Long enough to learn something; who evaluated which images."""
+    torch.manual_seed(0)
+    trainer = make(
+        world,
+        create_model("resnet8", 10, width=0.5),
+        [CrossEntropy()],
+        num=160,
+        epochs=6,
+        lr=0.1,
+    )
+    evaluated: list[int] = []
+    epoch = trainer.val_loader.epoch
+
+    def noting(number: int, start_step: int = 0) -> Iterator[Batch]:
+        for batch in epoch(number, start_step):
+            evaluated.extend(batch.index_N.tolist())
+            yield batch
+
+    trainer.val_loader.epoch = noting
+    found: list[dict[str, float]] = []
+    evaluate = fastkd.trainer.evaluate
+
+    def counting(*args: Any) -> dict[str, float]:
+        found.append(evaluate(*args))
+        return found[-1]
+
+    fastkd.trainer.evaluate = counting
+    trainer.fit()
+    return {
+        "evaluated": evaluated,
+        "found": found,
+        "same": same_on_all_ranks(trainer.student),
+        "state": trainer.student.state_dict(),
+    }
+
+
+CASES: dict[str, Callable[[World], dict[str, Any]]] = {
+    "gradients": lambda world: gradients(world, accumulate=1),
+    "gradients, accumulated": lambda world: gradients(world, accumulate=3),
+    "bad step": bad_step,
+    "learning": learning,
+}
+
+
+def too_many(folder: Path) -> dict[str, Any]:
+    """Three ranks for two images: exit codes, what they said, what they left."""
+    tiny.prepare(folder)
+    words = ("data.train_limit=2", "batch_size=3", "teacher=null", "losses.kd=null")
+    words += ("losses.ce.weight=1", "augment.xprime=none")
+
+    def job() -> int:
+        return tiny.command(folder, "train", "--config", "recipe.yaml", *words)
+
+    log = folder / "log.txt"
+    codes = tiny.forked(*tiny.as_ranks(3, job), log=log)
+    return {"codes": codes, "log": log.read_text(), "left": (folder / "runs").exists()}
+
+
+def all_cases(target: Path) -> None:
+    """Every case in this process's world."""
+    with open_world("cpu", timeout_s=60) as world:
+        found = {name: case(world) for name, case in CASES.items()}
+        torch.save(found, f"{target}.{world.size}.{world.rank}")
+
+
+def main(target: Path) -> None:
+    """One process, then two ranks; FILE holds {"one": [..], "two": [.., ..]}."""
+    log = target.with_suffix(".log")
+    codes = tiny.forked(lambda: all_cases(target), log=log)
+    codes += tiny.forked(*tiny.as_ranks(2, lambda: all_cases(target)), log=log)
+    if any(codes):
+        raise SystemExit(log.read_text())
+    names = {"one": [f"{target}.1.0"], "two": [f"{target}.2.0", f"{target}.2.1"]}
+    found: dict[str, Any] = {k: [torch.load(name) for name in names[k]] for k in names}
+    torch.save(found | {"too many": too_many(target.with_suffix(".many"))}, target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

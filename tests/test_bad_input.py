@@ -1,0 +1,304 @@
+"""A wrong input ends with one sentence and its exit code, and leaves no half-made run folder."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastkd.data.synthetic
+import fastkd.report.run_folder
+from fastkd.distributed import World
+from fastkd.errors import UserError
+from fastkd.models import create_model
+from fastkd.recipe.loading import load_recipe
+from fastkd.report.console import Console
+from fastkd.run import Session, open_recipe_data
+from fastkd.weights import describe, save_weights
+
+NET = ["student.name=resnet8", "student.width=0.5", "epochs=1", "compile=off", "device=cpu"]
+ALONE = [*NET, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
+SYNTHETIC = ["data.name=synthetic", "data.train_limit=64", "batch_size=32", "precision=fp32"]
+TEACHER = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.train=false", "baseline.lrs="]
+
+
+@pytest.fixture(autouse=True)
+def _few_validation_images(monkeypatch):
+    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """Run a command that must fail with this sentence, once, and leave the folder as it was."""
+
+    def check(sentence, *words, code=2):
+        before = sorted(tmp_path.rglob("*"))
+        said = command(*words)
+        assert said.code == code, said
+        # A progress line of the decoder may stand before it.
+        last = said.err.splitlines()[-1]
+        assert last.startswith(f"fastkd: {sentence}")
+        assert said.err.count("fastkd: ") == 1
+        assert "Traceback" not in said.err + said.out
+        assert sorted(tmp_path.rglob("*")) == before
+        return said
+
+    return check
+
+
+@pytest.fixture
+def images(tmp_path_factory):
+    """An image folder of two classes, and the keys that train on it."""
+    root = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root, [*ALONE, "data.name=folder", f"data.root={root}", "batch_size=8"]
+
+
+def test_a_missing_data_folder(refused):
+    refused(
+        "data.root=nowhere is not a folder; expected train/ and val/ or test/ in it",
+        *("train", *ALONE, "data.name=folder", "data.root=nowhere"),
+    )
+    refused("data.name=cifar10 needs data.root", "train", *ALONE, "data.name=cifar10")
+    refused(
+        "cifar10 was not found: looked in nowhere and nowhere/cifar10 for",
+        *("train", "cifar10/resnet20", "data.root=nowhere"),
+    )
+
+
+def test_an_empty_class_folder(refused, images):
+    root, keys = images
+    for file in (root / "train/dog").iterdir():
+        file.unlink()
+    refused(f"folder: the class folder {root}/train/dog holds no image", "train", *keys)
+
+
+def test_a_corrupt_image_is_named_before_the_run_or_in_it(refused, images):
+    root, keys = images
+    (root / "train/dog/3.png").write_bytes(b"no picture")
+    sentence = f"cannot decode the image {root}/train/dog/3.png: "
+    refused(sentence, "train", *keys)
+    # torch workers meet the image when its batch comes: the new run folder goes again.
+    late = [*keys, "data.backend=torch", "data.image_size=16", "data.workers=0"]
+    said = refused(sentence, "train", *late)
+    assert "run folder runs/quickstart/" in said.out
+
+
+def test_a_corrupt_image_found_late_keeps_what_was_achieved(command, images, tmp_path):
+    root, keys = images
+    late = [*keys, "data.backend=torch", "data.image_size=16", "data.workers=0", "out=run"]
+    (root / "val/dog/3.png").write_bytes(b"no picture")
+    said = command("train", *late, "save_steps=1")
+    assert said.code == 2
+    assert (tmp_path / "run/last.pt").exists()
+
+
+def test_too_few_images(refused):
+    refused(
+        "batch_size=65, but synthetic/train has 64 images: not one full batch",
+        *("train", *ALONE, *SYNTHETIC, "batch_size=65"),
+    )
+
+
+def test_more_processes_than_images():
+    recipe = load_recipe("quickstart", overrides=[*ALONE, *SYNTHETIC])
+    world = World(0, 0, 65, torch.device("cpu"), "gloo")
+    with pytest.raises(UserError, match=r"^65 processes, but synthetic/train has 64 images"):
+        open_recipe_data(recipe, Session(world, Console(enabled=False), None))
+
+
+def test_an_unknown_student_is_found_before_the_teacher_is_trained(refused):
+    words = ["train", *SYNTHETIC, "teacher.name=resnet8", "baseline.lrs="]
+    refused("unknown network 'resnet21'; nearest:", *words, "student.name=resnet21")
+    taps = "losses.at={weight: 1, pairs: {stage7: stage1}}"
+    refused("unknown tap 'stage7'; nearest:", *words, taps)
+
+
+def save_teacher(path, num_classes=10, normalization=None, **options):
+    model = create_model("resnet8", num_classes, width=0.5, **options)
+    model.normalization = normalization
+    save_weights(path, model, describe(model))
+
+
+def test_a_teacher_with_another_class_count(refused, tmp_path):
+    save_teacher(tmp_path / "teacher.safetensors", 100)
+    keys = [*NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
+    refused(
+        "teacher.safetensors does not fit resnet8 with 10 classes: 2 of wrong shape "
+        "(fc.weight: file 100x32, network 10x32",
+        *("train", *keys),
+    )
+    mapped = f"teacher.class_map={','.join(map(str, range(50, 59)))}"
+    refused("the teacher gives logits of shape (9,) per image but", "train", *keys, mapped)
+    mapped = f"teacher.class_map={','.join(map(str, range(91, 101)))}"
+    refused("teacher.class_map names outputs from 91 to 100, but", "train", *keys, mapped)
+
+
+def test_a_mapped_teacher_keeps_its_own_classes(command, tmp_path):
+    save_teacher(tmp_path / "teacher.safetensors", 100)
+    keys = [*NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
+    mapped = f"teacher.class_map={','.join(map(str, range(50, 60)))}"
+    said = command("train", *keys, mapped, "teacher.min_accuracy=0", "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    assert "32 x 10" in said.out
+
+
+def test_a_checkpoint_of_another_network_or_of_none(refused, tmp_path):
+    save_teacher(tmp_path / "teacher.safetensors")
+    keys = ["train", *NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
+    said = refused(
+        "teacher.safetensors does not fit wrn_10_1 with 10 classes: ",
+        *(*keys, "teacher.name=wrn_10_1", "teacher.width=null"),
+    )
+    assert said.err.endswith("The file holds resnet8 with 10 classes\n")
+    (tmp_path / "text.pt").write_text("no weights")
+    refused("text.pt: damaged, or not a PyTorch checkpoint", *keys, "teacher.weights=text.pt")
+    refused("none.pt: no such weight file", *keys, "teacher.weights=none.pt")
+    refused("the teacher resnet8 has no weights: set", *keys, "teacher.weights=null")
+
+
+def test_a_teacher_no_better_than_chance(refused, tmp_path):
+    torch.manual_seed(0)
+    save_teacher(tmp_path / "teacher.safetensors")
+    keys = ["train", *NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
+    said = refused("the teacher resnet8 reaches ", *keys)
+    assert "teacher.min_accuracy=0 accepts it as it is" in said.err
+    refused("the teacher resnet8 reaches ", *keys, "out=run")
+
+
+def test_a_run_folder_that_exists(refused, command, tmp_path):
+    assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
+    sentence = (
+        "the run folder run exists and is not empty: go on with it by --resume run, or choose"
+    )
+    refused(sentence, "train", *ALONE, *SYNTHETIC, "out=run")
+    # Also where a teacher would have to be trained first.
+    refused(sentence, "train", *SYNTHETIC, "teacher.name=resnet8", "out=run")
+    refused("run is finished: nothing to resume", "train", "--resume", "run")
+    refused("run is finished", "train", *ALONE, *SYNTHETIC, "--resume", "auto", "out=run")
+    (tmp_path / "file").touch()
+    refused("the run folder file cannot be made", "train", *ALONE, *SYNTHETIC, "out=file")
+
+
+def test_a_folder_to_resume_that_is_missing_foreign_or_of_another_recipe(
+    refused, command, tmp_path
+):
+    refused("nowhere is not a run folder: it has no config.yaml", "train", "--resume", "nowhere")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").touch()
+    refused("photos is not a run folder: it has no", "train", "--resume", "photos")
+    named = ["train", "quickstart", *ALONE, *SYNTHETIC, "--resume", "photos"]
+    refused("photos is not a run folder: it has none of config.yaml", *named)
+    assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
+    (tmp_path / "run/summary.json").unlink()
+    refused(
+        "run/last.pt belongs to another recipe (digest ", "train", "--resume", "run", "epochs=2"
+    )
+    (tmp_path / "run/last.pt").unlink()
+    refused("run belongs to another recipe: resume it", "train", "--resume", "run", "epochs=2")
+    (tmp_path / "run/last.pt").write_bytes(b"torn")
+    refused("run/last.pt cannot be read as a checkpoint", "train", "--resume", "run")
+
+
+def test_a_run_to_evaluate_that_is_none_or_has_other_classes(refused, command, images, tmp_path):
+    refused("nowhere is not a run folder (no config.yaml)", "eval", "nowhere")
+    refused("say on which data: data.name=cifar10", "eval", "resnet8", "--weights", "w.pt")
+    assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
+    root, _ = images
+    refused(
+        "the network resnet8 knows 10 classes, folder has 2: name the data it was trained on",
+        *("eval", "run", "data.name=folder", f"data.root={root}"),
+    )
+    (tmp_path / "run/best.safetensors").unlink()
+    refused("run has no best.safetensors yet", "eval", "run")
+
+
+def test_hardware_and_packages_that_are_missing(refused, monkeypatch):
+    keys = ["train", *ALONE, *SYNTHETIC]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("device=cuda was asked for, but torch sees no CUDA device", *keys, "device=cuda")
+    refused("precision=fp16 needs a GPU", *keys, "precision=fp16")
+    monkeypatch.setitem(__import__("sys").modules, "apex", None)
+    refused("optim.impl=apex cannot be used", *keys, "optim.impl=apex")
+    refused("nesterov needs a momentum above 0", *keys, "optim.nesterov=true", "optim.momentum=0")
+
+
+def full_disk(after):
+    """os.fsync that works `after` times, then finds the disk full."""
+    calls = iter(range(after + 1))
+
+    def fsync(handle):
+        if next(calls, after) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fsync
+
+
+def test_a_full_disk_before_the_first_file(refused, monkeypatch):
+    monkeypatch.setattr(fastkd.report.run_folder.os, "fsync", full_disk(after=0))
+    refused(
+        "no space left on the disk: runs/quickstart/",
+        *("train", *ALONE, *SYNTHETIC, "max_skips=3"),
+        code=1,
+    )
+
+
+def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, tmp_path):
+    saves = []
+    original = fastkd.trainer.save_checkpoint
+
+    def save(path, state):
+        saves.append(path)
+        if len(saves) == 2:
+            monkeypatch.setattr(fastkd.report.run_folder.os, "fsync", full_disk(after=0))
+        original(path, state)
+
+    monkeypatch.setattr(fastkd.trainer, "save_checkpoint", save)
+    said = command("train", *ALONE, *SYNTHETIC, "epochs=2", "out=run")
+    assert said.code == 1
+    assert said.err.startswith(
+        "fastkd: no space left on the disk: run/last.pt could not be written"
+    )
+    assert said.err.count("\n") == 1
+    assert "free some space and go on with --resume run" in said.err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    said = command("train", "--resume", "run")
+    assert said.code == 0
+    assert "resumed quickstart at epoch 2 of 2, step 0 of 2" in said.out
+
+
+def test_a_full_disk_anywhere_else(command, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cache/images.bin")
+
+    monkeypatch.setattr("fastkd.recipes.all_recipes", full)
+    said = command("recipes")
+    assert said.code == 1
+    assert said.err == (
+        "fastkd: no space left on the disk: cache/images.bin could not be written\n"
+    )
+
+
+def test_a_run_that_diverges(refused):
+    keys = ["train", *ALONE, *SYNTHETIC, "data.train_limit=500", "optim.lr=1e30", "max_skips=2"]
+    said = refused("", *keys, code=1)
+    assert "steps in a row had a loss or a gradient that was not finite" in said.err
+
+
+def test_a_folder_with_someone_else_s_files_is_not_removed(command, tmp_path, monkeypatch):
+    def broken(self, *_):
+        (tmp_path / "run/notes.txt").write_text("mine")
+        raise UserError("no")
+
+    monkeypatch.setattr(fastkd.trainer.Trainer, "fit", broken)
+    assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 2
+    assert (tmp_path / "run/notes.txt").exists()

@@ -1,0 +1,307 @@
+"""The command as a stranger meets it: what it prints, what it leaves, how it ends."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import fastkd.data.synthetic
+import fastkd.run
+from fastkd.models import count, create_model
+from fastkd.recipe.loading import load_recipe
+from fastkd.recipes import all_recipes
+from fastkd.trainer import Trainer
+
+TINY = [
+    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
+    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
+]
+TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
+ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
+HEAVY = ("torch", "triton", "nvidia", "timm", "torchvision", "matplotlib", "sklearn", "numpy")
+
+
+@pytest.fixture(autouse=True)
+def _few_validation_images(monkeypatch):
+    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+
+
+def python(*words, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, **options
+    )
+
+
+def loaded_after(code, tmp_path):
+    """The packages that a program has imported by its end."""
+    code += "\nimport sys; print('\\n', *{name.partition('.')[0] for name in sys.modules})"
+    found = python("-c", code, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    return set(found.stdout.splitlines()[-1].split())
+
+
+def test_the_package_and_its_help_load_nothing_heavy(tmp_path):
+    assert not loaded_after("import fastkd", tmp_path) & {*HEAVY, "pydantic", "rich"}
+    help_only = """
+from fastkd.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit as end:
+    assert end.code == 0"""
+    assert not loaded_after(help_only, tmp_path) & {*HEAVY, "pydantic", "rich", "yaml"}
+
+
+def test_printing_a_recipe_loads_torch_at_most(tmp_path):
+    code = 'from fastkd.cli import main; assert main(["train", "--print-config"]) == 0'
+    assert not loaded_after(code, tmp_path) & {*HEAVY, "rich"} - {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("module", "usage"),
+    [("fastkd", "usage: fastkd [-h] COMMAND"), ("fastkd.train", "usage: fastkd train")],
+)
+def test_the_package_and_train_are_programs(module, usage, tmp_path):
+    found = python("-m", module, "--help", cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith(usage)
+
+
+def test_without_a_command_it_says_what_there_is(command):
+    said = command()
+    assert (said.code, said.err) == (0, "")
+    for word in ("train", "eval", "models", "recipes", "doctor"):
+        assert f"\n    {word} " in said.out
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "models", "recipes", "doctor"])
+def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = command(name, "--help")
+    assert said.code == 0
+    assert said.out.startswith(f"usage: fastkd {name}")
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
+        (["xyz"], "there is no command 'xyz': choose train, eval, models, recipes, doctor. See"),
+        (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
+        (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),
+        (["train", "--resume"], "argument --resume: expected one argument. See `fastkd train -"),
+        (["eval"], "the following arguments are required: RUN | MODEL. See `fastkd eval --help`"),
+        (["doctor", "now"], "`fastkd doctor` takes no further word, got 'now'"),
+        (["train", "quickstart", "cifar10/resnet20"], "one recipe at a time, got quickstart, cif"),
+        (["train", "mine.yaml"], "mine.yaml is a file: fastkd train --config mine.yaml"),
+        (["train", "quikstart"], "there is no recipe 'quikstart'. Nearest: quickstart."),
+        (["train", "epoch=3"], "unknown key epoch, did you mean epochs?"),
+        (["recipes", "nope*"], "no recipe matches 'nope*'; `fastkd recipes` lists all"),
+        (["models", "resnot*"], "no network matches 'resnot*'; try 'resnet*' or 'timm:resnet*'"),
+        (["models", "tim:resnet*"], "unknown source 'tim'; expected one of timm, torchvision"),
+        (["models", "--input", "3x64"], "--input=3x64: expected CxHxW such as 3x32x32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_word_is_one_sentence_and_code_2(command, words, sentence, tmp_path):
+    said = command(*words)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"fastkd: {sentence}")
+    assert said.err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_rank_speaks_for_all(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    said = command("train", "epoch=3")
+    assert (said.code, said.out, said.err) == (2, "", "")
+
+
+def test_ctrl_c_before_anything_was_saved(command, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastkd.recipes.all_recipes", interrupted)
+    said = command("recipes")
+    assert (said.code, said.err) == (130, "fastkd: stopped\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    code = """
+import os, sys
+from fastkd.cli import main
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.exit(main(["recipes"]))"""
+    found = python("-c", code, cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_print_config_shows_the_whole_recipe(command):
+    said = command("train", "--print-config")
+    assert said.code == 0
+    assert yaml.safe_load(said.out) == load_recipe("quickstart").model_dump(mode="json")
+    assert "# Initial weights, order, augmentation and dropout all follow from it." in said.out
+
+
+def test_keys_alone_are_keys_of_the_quickstart(command):
+    said = command("train", "--print-config", "epochs=3")
+    assert yaml.safe_load(said.out)["name"] == "quickstart"
+    assert yaml.safe_load(said.out)["epochs"] == 3
+
+
+def test_words_may_stand_on_both_sides_of_an_option(command):
+    said = command("train", "cifar10/resnet20", "--print-config", "epochs=3", "seed=1")
+    found = yaml.safe_load(said.out)
+    assert (found["name"], found["epochs"], found["seed"]) == ("cifar10/resnet20", 3, 1)
+
+
+def test_recipes_are_listed_by_pattern(command):
+    every = command("recipes").out.splitlines()
+    assert [line.split()[0] for line in every] == list(all_recipes())
+    some = command("recipes", "*tlcutmix*").out.splitlines()
+    assert some
+    assert {line.split()[0] for line in some} == {n for n in all_recipes() if "tlcutmix" in n}
+
+
+def test_models_are_listed_with_their_size(command):
+    said = command("models", "resnet8*")
+    size = count(create_model("resnet8", 100), (3, 32, 32))
+    assert said.code == 0
+    row = next(line.split() for line in said.out.splitlines() if line.startswith("resnet8 "))
+    assert row == ["resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"]
+    assert "taps: stem, stage1" in said.out
+
+
+def test_foreign_models_are_counted_at_their_own_input_or_at_a_given_one(command):
+    own, given = (
+        json.loads(command("models", "timm:resnet18", "--json", *words).out)[0]
+        for words in ([], ["--input", "3x64x64"])
+    )
+    assert (own["input"], own["params"], own["classes"]) == ("3x224x224", 11689512, 1000)
+    assert own["macs"] == 1814073344  # timm's own table: 1.82 GMACs, with the additions
+    assert (given["input"], given["macs"]) == ("3x64x64", 148557824)
+
+
+def test_a_model_that_takes_one_size_only_is_listed_without_macs(command):
+    said = command("models", "timm:vit_tiny_patch16_224", "--input", "3x64x64")
+    assert said.code == 0
+    assert "5,717,416     other input     3x64x64" in said.out
+    assert "taps" not in said.out
+
+
+def test_the_doctor_reports(command):
+    assert command("doctor").out.startswith("fastkd ")
+    assert json.loads(command("doctor", "--json").out)["fastkd"] == fastkd.__version__
+
+
+def test_a_run_ends_with_the_table_and_all_its_files(command, tmp_path):
+    said = command("train", *TINY, *TAUGHT, "epochs=2", "baseline.lrs=0.1,0.2")
+    assert (said.code, said.err) == (0, "")
+    (run,) = (tmp_path / "runs/quickstart").iterdir()
+    names = "config.yaml environment.json metrics.jsonl metrics.csv last.pt best.safetensors "
+    names += "summary.json curves.png alone"
+    assert {entry.name for entry in run.iterdir()} == set(names.split())
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert [tried["lr"] for tried in summary["alone_tried"]] == [0.1, 0.2]
+    assert {"accuracy_last", "accuracy_best", "best_epoch", "digest", "params"} <= set(summary)
+    for row in ("teacher resnet8", "student alone", "student distilled"):
+        assert f"\n{row}" in said.out
+
+    again = command("train", *TINY, *TAUGHT, "epochs=2", "baseline.lrs=")
+    assert "teacher/synthetic/resnet8: finished before, runs/teachers/resnet8-" in again.out
+
+
+def test_a_saved_recipe_can_be_run_again(command, tmp_path):
+    assert command("train", *ALONE, "out=one").code == 0
+    assert command("train", "--config", "one/config.yaml", "out=two").code == 0
+    one, two = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    )
+    assert one["digest"] == two["digest"]
+    assert one["accuracy_last"] == two["accuracy_last"]
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_path):
+    said = command("train", "--dry-run", *TINY, *TAUGHT)
+    assert (said.code, said.err) == (0, "")
+    facts = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", said.out, re.MULTILINE))
+    assert facts["image"] == "3 x 32 x 32"
+    assert facts["parts"] == "0.9 kd, 0.1 ce"
+    assert facts["student"].startswith("resnet8: 19,954 parameters")
+    assert facts["shapes: x/teacher/logits"] == "32 x 10"
+    assert facts["steps"] == "2"
+    assert {"seconds per step", "peak memory mib", "projected duration of this stage"} <= set(facts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_and_its_weights_are_evaluated(command, tmp_path):
+    command("train", *ALONE, "out=one")
+    best = json.loads((tmp_path / "one/summary.json").read_text())["accuracy_best"]
+    run = command("eval", "one")
+    assert run.code == 0
+    assert f"\n  accuracy   {best:.4g}\n" in run.out
+    assert "\n  samples    50\n" in run.out
+    # The file of the run knows the width; options may stand anywhere between the words.
+    words = ["data.name=synthetic", "--weights", "one/best.safetensors", "precision=fp32"]
+    model = command("eval", "resnet8", *words)
+    assert model.out.splitlines()[1:] == run.out.splitlines()[1:]
+
+
+def test_weights_of_a_file_without_description_take_their_options_from_keys(command, tmp_path):
+    import torch
+
+    torch.save(create_model("resnet8", 10, width=0.5).state_dict(), tmp_path / "plain.pt")
+    words = ["eval", "resnet8", "--weights", "plain.pt", "data.name=synthetic"]
+    said = command(*words, "student.width=0.5")
+    assert (said.code, said.err) == (0, "")
+    assert "params     19,954" in said.out
+    said = command(*words)
+    assert said.code == 2
+    assert "plain.pt does not fit resnet8 with 10 classes" in said.err
+
+
+def test_eval_renormalises_for_the_network_unless_told(command, tmp_path, monkeypatch):
+    from fastkd.weights import describe, save_weights
+
+    model = create_model("resnet8", 10, width=0.5)
+    model.normalization = ((0.1, 0.2, 0.3), (0.9, 0.8, 0.7))
+    save_weights(tmp_path / "own.safetensors", model, describe(model))
+    words = ["eval", "resnet8", "--weights", "own.safetensors", "data.name=synthetic"]
+    own, same, other = (
+        command(*words, *more).out.splitlines()[1:]
+        for more in (
+            [],
+            ["data.mean=0.1,0.2,0.3", "data.std=0.9,0.8,0.7"],
+            ["data.mean=0.5,0.5,0.5", "data.std=0.1,0.1,0.1"],
+        )
+    )
+    assert own == same
+    assert own != other
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path, stage):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if stage == "teacher":
+        monkeypatch.setattr(fastkd.run, "_accuracy", interrupted)
+    else:
+        monkeypatch.setattr(Trainer, "summary", interrupted)
+    said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")
+    assert said.code == 130
+    assert said.err == "fastkd: stopped. Go on with: fastkd train --resume one\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    said = command("train", "--resume", "one")
+    assert (said.code, said.err) == (0, "")
+    assert (tmp_path / "one/summary.json").exists()

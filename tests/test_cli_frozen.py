@@ -1,0 +1,46 @@
+"""The options and the keys, written down: adding one is a decision, and it shows here.
+
+A variation of a run is a recipe or a key. An option is only for what does not decide the outcome.
+"""
+
+from fastkd.cli import _parsers
+from fastkd.losses.registry import term_names
+from fastkd.recipe.loading import valid_keys
+
+OPTIONS = {
+    "train": {"--config", "--dry-run", "--print-config", "--resume", "--sweep"},
+    "eval": {"--weights"},
+    "models": {"--input", "--json"},
+    "recipes": set(),
+    "doctor": {"--json"},
+}
+
+KEYS = """
+name description seed epochs epoch_factor batch_size accumulate precision compile channels_last
+device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboard
+data.name data.root data.backend data.image_size data.download data.train_limit data.workers
+data.mean data.std data.drop_last
+augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
+student.name student.width student.weights student.pretrained
+teacher.name teacher.width teacher.weights teacher.pretrained teacher.train teacher.epochs
+teacher.lr teacher.resolution teacher.mean teacher.std teacher.class_map teacher.min_accuracy
+optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.schedule
+optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm
+baseline.lrs
+losses.ce.weight losses.ce.label_smoothing
+losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
+losses.at.weight losses.at.pairs
+"""
+
+
+def test_commands_and_options():
+    _, commands = _parsers()
+    found = {
+        name: {flag for flag in parser._option_string_actions if flag not in ("-h", "--help")}
+        for name, parser in commands.items()
+    }
+    assert found == OPTIONS
+
+
+def test_keys():
+    assert sorted(valid_keys(term_names())) == sorted(KEYS.split())

@@ -1,0 +1,172 @@
+"""x' against the released code's own numbers, and against the promise that ranks do not matter."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd.augment import ViewMaker
+from fastkd.augment.geometry import Geometry
+from fastkd.augment.mix import MixDraw, draw_mix, mix_images
+from fastkd.data.resident import ResidentLoader
+from fastkd.data.synthetic import make_synthetic
+
+# Computed by the released code of the KD x data augmentation paper (utils of its CutMix).
+# side, lam, centre x, centre y -> x1, y1, x2, y2, share of the image that stays
+BOXES = [
+    (32, 0.5, 16, 16, (5, 5, 27, 27), 0.52734375),
+    (32, 0.5, 2, 30, (0, 19, 13, 32), 0.8349609375),
+    (32, 0.9, 31, 0, (26, 0, 32, 5), 0.970703125),
+    (32, 0.999, 10, 10, (10, 10, 10, 10), 1.0),
+    (32, 0.0, 5, 5, (0, 0, 21, 21), 0.5693359375),
+    (64, 0.3, 40, 10, (14, 0, 64, 36), 0.560546875),
+    (224, 0.75, 100, 200, (44, 144, 156, 224), 0.8214285714285714),
+]
+# side -> expected share of the image that is replaced, probability of an empty box (lam ~ U(0, 1))
+SHARES = {
+    32: (0.29925063252449036, 0.00390625),
+    64: (0.31009714398533106, 0.0009765625),
+    224: (0.3177778002652902, 7.971938775510203e-05),
+}
+
+
+def area(draw):
+    top, bottom, left, right = draw.box
+    return (bottom - top) * (right - left)
+
+
+class Loaded:
+    """A generator that throws what it was told to."""
+
+    def __init__(self, lam, x, y):
+        self.lam, self.centre = lam, (y, x)
+
+    def uniform(self):
+        return self.lam
+
+    def permutation(self, num):
+        return np.roll(np.arange(num), 1)
+
+    def integers(self, side, size):
+        return np.array(self.centre)
+
+
+@pytest.mark.parametrize(("side", "lam", "x", "y", "box", "stays"), BOXES)
+def test_the_box_is_that_of_the_released_code(side, lam, x, y, box, stays, monkeypatch):
+    monkeypatch.setattr(np.random, "Generator", lambda bits: Loaded(lam, x, y))
+    draw = draw_mix("cutmix", seed=0, epoch=0, step=0, num=4, side=side)
+    x1, y1, x2, y2 = box
+    assert draw.box == (y1, y2, x1, x2)
+    assert 1 - area(draw) / side**2 == pytest.approx(stays, abs=1e-12)
+
+
+@pytest.mark.parametrize("side", SHARES)
+def test_boxes_cover_what_the_released_code_covers(side):
+    num = 4000
+    draws = [draw_mix("cutmix", seed=0, epoch=0, step=n, num=2, side=side) for n in range(num)]
+    shares = np.array([area(draw) for draw in draws]) / side**2
+    expected, empty = SHARES[side]
+    # Four standard errors each.
+    assert abs(shares.mean() - expected) < 4 * shares.std() / num**0.5
+    assert abs((shares == 0).mean() - empty) < 4 * (empty / num) ** 0.5
+
+
+@pytest.mark.parametrize("num", [2, 3, 50])
+def test_cutmix_never_pairs_a_sample_with_itself(num):
+    for step in range(50):
+        partner_N = draw_mix("cutmix", seed=1, epoch=0, step=step, num=num, side=8).partner_N
+        assert sorted(partner_N) == list(range(num))
+        assert not (partner_N == np.arange(num)).any()
+
+
+def test_every_derangement_is_equally_likely():
+    counts = {}
+    for step in range(900):
+        partner_N = draw_mix("cutmix", seed=2, epoch=0, step=step, num=4, side=8).partner_N
+        counts[tuple(partner_N)] = counts.get(tuple(partner_N), 0) + 1
+    assert len(counts) == 9  # of four elements
+    assert 60 < min(counts.values()) <= max(counts.values()) < 145  # 100 each, four sigma
+
+
+def test_a_batch_of_one_has_nobody_else():
+    assert draw_mix("cutmix", seed=0, epoch=0, step=0, num=1, side=8).partner_N.tolist() == [0]
+
+
+def test_mixup_takes_any_permutation_and_no_box():
+    draws = [draw_mix("mixup", seed=0, epoch=0, step=n, num=3, side=8) for n in range(200)]
+    assert {tuple(draw.partner_N) for draw in draws} == {
+        (a, b, c) for a in range(3) for b in range(3) for c in range(3) if len({a, b, c}) == 3
+    }
+    assert all(draw.box is None for draw in draws)
+    assert abs(np.mean([draw.lam for draw in draws]) - 0.5) < 4 * (1 / 12 / 200) ** 0.5
+
+
+def test_a_draw_follows_from_seed_epoch_and_step():
+    def draw(**changes):
+        where = {"seed": 0, "epoch": 3, "step": 5} | changes
+        return draw_mix("cutmix", **where, num=8, side=32)
+
+    assert draw().lam == draw().lam
+    assert (draw().partner_N == draw().partner_N).all()
+    others = [draw(seed=1), draw(epoch=4), draw(step=6)]
+    assert len({found.lam for found in [draw(), *others]}) == 4
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="x' is made by cutmix or mixup, got 'cutout'"):
+        draw_mix("cutout", seed=0, epoch=0, step=0, num=4, side=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pixels_come_from_the_right_image(dtype):
+    images = torch.rand(2, 3, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    partners = torch.rand(2, 3, 6, 6, dtype=dtype)
+    mixed = mix_images(images, partners, MixDraw(0.5, (1, 3, 2, 6), np.array([1, 0])))
+    inside = torch.zeros(6, 6, dtype=torch.bool)
+    inside[1:3, 2:6] = True
+    assert torch.equal(mixed[..., inside], partners[..., inside])
+    assert torch.equal(mixed[..., ~inside], images[..., ~inside])
+    blended = mix_images(images, partners, MixDraw(0.25, None, np.array([1, 0])))
+    expected = 0.25 * images.double() + 0.75 * partners.double()
+    torch.testing.assert_close(blended.double(), expected, atol=0.01, rtol=0)
+    for result in (mixed, blended):
+        assert result.dtype == dtype
+        assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def loader(rank, world_size):
+    return ResidentLoader(
+        make_synthetic("train", 8),
+        batch_size=10,
+        seed=0,
+        train=True,
+        geometry=Geometry(1, "zero", True),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        device="cpu",
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_views_do_not_depend_on_the_number_of_ranks(kind, ranks):
+    def views(rank, world_size):
+        part = loader(rank, world_size)
+        make = ViewMaker(kind, seed=0, loader=part, world_size=world_size)
+        batch = next(part.epoch(2, start_step=4))
+        return make(batch, 2, 4)
+
+    alone = views(0, 1)
+    parts = [views(rank, ranks) for rank in range(ranks)]
+    for view in ("x", "xprime"):
+        assert torch.equal(torch.cat([part[view] for part in parts]), alone[view])
+    assert not torch.equal(alone["x"], alone["xprime"])
+
+
+def test_without_a_second_view_there_is_only_x():
+    part = loader(0, 1)
+    batch = next(part.epoch(0))
+    make = ViewMaker("none", seed=0, loader=part, world_size=1)
+    assert list(make(batch, 0, 0)) == ["x"]
+    assert torch.equal(make(batch, 0, 0)["x"], batch.images_NCHW)

@@ -1,0 +1,168 @@
+"""Installing fastkd: with and without a compiler, twice, from sdist; and what importing costs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    done = run(sys.executable, "-c", code, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what git would ship, so that nothing here touches the tree under test."""
+    target = tmp_path / "checkout"
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    for name in ("README.md", "CHANGELOG.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("fastkd", "kernels"):
+        shutil.copytree(ROOT / name, target / name, ignore=skip)
+    return target
+
+
+def build_wheel(checkout: Path, out: Path, **environment: str) -> list[str]:
+    """Names inside a wheel built without isolation: the build needs no torch and no index."""
+    done = run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, ".",
+        cwd=checkout, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    wheel.unlink()
+    return names
+
+
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+@pytest.mark.skipif(not HAS_COMPILER or not shutil.which("cmake"), reason="needs C++ and CMake")
+def test_wheel_holds_the_core_and_building_twice_works(checkout: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        names = build_wheel(checkout, tmp_path / "wheels")
+        assert "fastkd/kernels/libfastkd_cpu.so" in names
+        assert "fastkd/kernels/kd_loss/reference.py" in names
+        assert "fastkd/py.typed" in names
+        # Only fastkd: a top-level `kernels` would shadow the package of that name on PyPI.
+        assert {n.split("/")[0].split("-")[0] for n in names} == {"fastkd"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"FASTKD_NO_CPP": "1"}, {"CXX": "/nonexistent/c++", "PATH": "/nonexistent"}],
+    ids=["switched-off", "no-compiler"],
+)
+def test_without_the_core_it_still_builds(checkout: Path, tmp_path: Path, environment) -> None:
+    names = build_wheel(checkout, tmp_path / "wheels", **environment)
+    assert "fastkd/kernels/__init__.py" in names
+    assert not any(n.endswith(".so") for n in names)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_a_broken_compiler_is_reported_and_builds_without_the_core(
+    checkout: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "bin" / "c++"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    names = build_wheel(checkout, tmp_path / "wheels", CXX=str(broken))
+    assert not any(n.endswith(".so") for n in names)
+
+
+def test_status_says_why_the_reference_runs(checkout: Path, tmp_path: Path) -> None:
+    """The copy has no library: its kernels answer from plain torch and say so."""
+    package = tmp_path / "site" / "fastkd"
+    shutil.copytree(checkout / "fastkd", package)
+    shutil.copytree(checkout / "kernels", package / "kernels")
+    code = (
+        "import torch, fastkd.kernels as k; assert 'site' in k.__file__, k.__file__; "
+        "s = torch.randn(4, 10, requires_grad=True); k.kd_loss_mean(s, torch.randn(4, 10)).backward(); "
+        "print(k.status()['kd_loss']['cpu'])"
+    )
+    # -S and no .pth files: an editable install of the tree under test must not answer.
+    paths = os.pathsep.join([str(package.parent), sysconfig.get_paths()["purelib"]])
+    done = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reference (C++ core not built: libfastkd_cpu.so is missing")
+
+
+@pytest.mark.skipif(
+    bool(os.environ.get("FASTKD_NO_CPP")) or not HAS_COMPILER, reason="installed without the core"
+)
+def test_the_core_is_built_in_this_environment(tmp_path: Path) -> None:
+    """Where a compiler exists, falling back to the reference in silence is a failure."""
+    out = python("import fastkd.kernels as k; print(k.status()['kd_loss']['cpu'])", tmp_path)
+    assert out.startswith("c++ ("), out
+
+
+def test_core_shares_torchs_openmp_runtime(tmp_path: Path) -> None:
+    code = """
+import re, torch
+from fastkd.kernels import kd_loss_mean
+from fastkd.kernels._library import Core, core
+torch.randn(1000, 1000).sum()
+kd_loss_mean(torch.randn(512, 1000), torch.randn(512, 1000))
+found = core()
+maps = open("/proc/self/maps").read()
+names = {m for m in re.findall(r"/\\S*lib(?:gomp|omp|iomp5)\\S*\\.so\\S*", maps)}
+print(len(names), isinstance(found, Core) and found.threads)
+"""
+    count, name = python(code, tmp_path).split(" ", 1)
+    assert count == "1"
+    assert name == "False" or "omp" in name
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = (
+        "import sys, fastkd; heavy = {'triton', 'nvidia', 'timm', 'matplotlib', 'sklearn', 'torch'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert python(code, tmp_path) == "[]"
+    kernels = (
+        "import sys, fastkd.kernels, fastkd.losses.kd; "
+        "heavy = {'triton', 'timm', 'matplotlib', 'sklearn', 'nvidia.dali'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert python(kernels, tmp_path) == "[]"
+
+
+def test_bare_checkout_and_foreign_name_are_one_clear_sentence(
+    checkout: Path, tmp_path: Path
+) -> None:
+    done = run(sys.executable, "-S", "-c", "import fastkd", cwd=checkout)
+    assert done.returncode != 0
+    assert "Install the checkout once: pip install -e ." in done.stderr
+    done = run(sys.executable, "-c", "import kernels", cwd=checkout)
+    assert "this folder is the package `fastkd.kernels`" in done.stderr
+
+
+def test_unknown_name_is_an_attribute_error(tmp_path: Path) -> None:
+    done = run(sys.executable, "-c", "import fastkd; fastkd.distil", cwd=tmp_path)
+    assert "module 'fastkd' has no attribute 'distil'; it has ['count'" in done.stderr

@@ -1,0 +1,219 @@
+"""The teacher sees what it was trained on, speaks the data's class order, and is never trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd.build import TeacherNet
+from fastkd.data import open_data
+from fastkd.distributed import World
+from fastkd.models import create_model
+from fastkd.precision import Precision, resolve_precision
+from fastkd.recipe.loading import load_recipe
+from fastkd.report.console import Console
+from fastkd.report.run_folder import RunFolder
+from fastkd.run import Session, _stage_builder, open_recipe_data
+from fastkd.teacher import Teacher, freeze, run_ahead
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", "cpu")
+DATA = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+OWN = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def normalised(images, mean_std):
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in mean_std)
+    return (images - mean) / std
+
+
+def teacher(model, taps=None, **options):
+    options = {"precision": FP32, "device": CPU, "data_normalization": DATA} | options
+    return Teacher(model, taps or {}, **options)
+
+
+def net(num_classes=10):
+    return create_model("resnet8", num_classes, width=0.5)
+
+
+def test_it_is_frozen_and_in_evaluation_mode():
+    model = freeze(net().train())
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_its_images_are_normalised_as_it_wants_them():
+    images = torch.rand(4, 3, 16, 16)
+    model = net()
+    found = teacher(model, normalization=OWN).logits(normalised(images, DATA))
+    with torch.no_grad():
+        expected = model(normalised(images, OWN))
+        wrong = model(normalised(images, DATA))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("own", [None, DATA], ids=["unknown", "the same"])
+def test_without_a_normalisation_of_its_own_the_images_are_untouched(own):
+    images = torch.rand(2, 3, 16, 16)
+    model = net()
+    with torch.no_grad():
+        assert torch.equal(teacher(model, normalization=own).logits(images), model(images))
+
+
+def test_the_class_map_brings_its_outputs_into_the_order_of_the_data():
+    images = torch.rand(2, 3, 16, 16)
+    model = net(7)
+    found = teacher(model, class_map=(3, 0, 6)).logits(images)
+    with torch.no_grad():
+        assert torch.equal(found, model(images)[:, [3, 0, 6]])
+
+
+def test_the_class_map_leaves_features_alone():
+    images = torch.rand(2, 3, 16, 16)
+    taps = {"x": ("stage3", "pooled")}
+    plain, mapped = (teacher(net(), taps, class_map=order) for order in (None, (1, 0)))
+    mapped.model.load_state_dict(plain.model.state_dict())
+    one, other = (each({"x": images}) for each in (plain, mapped))
+    assert torch.equal(one["x/teacher/pooled"], other["x/teacher/pooled"])
+    assert torch.equal(one["x/teacher/logits"][:, [1, 0]], other["x/teacher/logits"])
+
+
+class Looking(nn.Module):
+    """A network that remembers its images."""
+
+    def forward(self, images_NCHW):
+        self.seen = images_NCHW
+        return images_NCHW.mean((2, 3))
+
+
+@pytest.mark.parametrize(("resolution", "side"), [(20, 20), (4, 4), (None, 8)])
+def test_its_images_have_the_resolution_it_wants(resolution, side):
+    model = Looking()
+    flat = torch.full((1, 3, 8, 8), 0.7)
+    teacher(model, resolution=resolution).logits(flat)
+    torch.testing.assert_close(model.seen, torch.full((1, 3, side, side), 0.7))
+
+
+def test_its_images_are_made_smaller_without_aliasing():
+    model = Looking()
+    stripes = torch.arange(16.0).remainder(2).expand(1, 3, 16, 16)
+    teacher(model, resolution=4).logits(stripes)
+    # Every fourth pixel alone would be all black.
+    torch.testing.assert_close(model.seen, torch.full((1, 3, 4, 4), 0.5), atol=0.07, rtol=0)
+
+
+def test_only_what_is_asked_for_comes_and_without_gradient():
+    found = teacher(net(), {"x": ("stage1",), "xprime": ()})(
+        {"x": torch.rand(2, 3, 16, 16), "xprime": torch.rand(2, 3, 16, 16), "other": None}
+    )
+    assert set(found) == {"x/teacher/logits", "x/teacher/stage1", "xprime/teacher/logits"}
+    for tensor in found.values():
+        assert not tensor.requires_grad
+        # Tensors of inference mode could not enter a differentiated loss.
+        assert not tensor.is_inference()
+    weight = torch.ones((), requires_grad=True)
+    (weight * found["x/teacher/logits"]).sum().backward()
+    assert weight.grad is not None
+
+
+def test_its_statistics_do_not_move():
+    model = net()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    teacher(model, {"x": ("stage1:preact",)})({"x": torch.rand(8, 3, 16, 16)})
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_features_go_through_its_stages_with_gradient():
+    model = net()
+    images = torch.rand(2, 3, 16, 16)
+    made = teacher(model, {"x": ("stage1", "stage2")})
+    found = made({"x": images})
+    features = found["x/teacher/stage1"].clone().requires_grad_()
+    on = made.stages(features, "stage1", "stage2")
+    torch.testing.assert_close(on, found["x/teacher/stage2"])
+    on.sum().backward()
+    assert features.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_foreign_teacher_has_no_stages():
+    foreign = teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(Exception, match="which Sequential does not expose; use a teacher of"):
+        foreign.stages(torch.zeros(1), "a", "b")
+
+
+def tensors(state):
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from tensors(part)
+
+
+def test_it_is_neither_trained_nor_saved(tmp_path):
+    recipe = load_recipe(
+        "quickstart",
+        overrides=[
+            *("data.name=synthetic", "data.train_limit=64", "batch_size=32", "epochs=1"),
+            *("student.width=0.5", "precision=fp32", "compile=off", "device=cpu"),
+        ],
+    )
+    session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), tmp_path)
+    data = open_recipe_data(recipe, session)
+    model = net()
+    made = _stage_builder(recipe, data, TeacherNet(model), session)(RunFolder(tmp_path))
+    before = [parameter.clone() for parameter in model.parameters()]
+    made.fit()
+    assert all(map(torch.equal, before, model.parameters()))
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert trained
+    assert not own & (trained | {id(parameter) for parameter in made.runner.parameters()})
+    saved = list(tensors(torch.load(tmp_path / "last.pt", weights_only=True)))
+    stem = made.student.conv1.weight
+    assert any(torch.equal(tensor, stem) for tensor in saved)
+    assert not any(torch.equal(tensor, model.conv1.weight) for tensor in saved)
+
+
+def test_on_a_cpu_items_come_in_order_and_none_is_made_early():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+
+    for number in run_ahead(items(), CPU, lambda item: []):
+        assert made == list(range(number + 1))
+    assert made == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_one_item_is_made_ahead():
+    device = torch.device("cuda")
+    made = []
+
+    def items():
+        for number in range(4):
+            made.append(number)
+            yield torch.full((1000,), float(number), device=device)
+
+    for number, item in enumerate(run_ahead(items(), device, lambda item: [item])):
+        assert made == list(range(min(number + 2, 4)))
+        assert (item == number).all()
+
+
+def test_accuracy_through_a_teacher_is_that_of_the_network():
+    data = open_data(name="synthetic", batch_size=50, image_size=16)
+    model = net()
+    from fastkd.evaluate import evaluate
+
+    world = World(0, 0, 1, CPU, None)
+    made = teacher(model, data_normalization=(data.mean, data.std))
+    found = evaluate(made.logits, data.val, resolve_precision("fp32", CPU), world)
+    with torch.no_grad():
+        hits = sum(
+            int((model(batch.images_NCHW).argmax(1) == batch.labels_N).sum())
+            for batch in data.val.epoch(0)
+        )
+    assert found["accuracy"] == hits / 500
