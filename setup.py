@@ -1,4 +1,4 @@
-"""Maps `kernels/` to `fastkd.kernels` and builds the C++ core with CMake; all metadata is in pyproject.toml.
+"""Maps `kernels/` to `fastkd.kernels` and builds the C++ core; all metadata is in pyproject.toml.
 
 The core (`libfastkd_cpu.so`) needs neither torch nor Python to build: it is a plain C library that
 `kernels/_library.py` opens with ctypes. Without a C++ compiler, or with FASTKD_NO_CPP=1 in the
@@ -28,7 +28,7 @@ def core_is_wanted() -> bool:
 
 
 class BuildCore(build_ext):
-    """Runs CMake in a fresh folder; a failure is reported and leaves an install without the core."""
+    """Runs CMake in a fresh folder; a failure is reported and installs without the core."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python ABI in the name: the library has no Python symbol."""

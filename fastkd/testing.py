@@ -20,8 +20,10 @@ __all__ = [
     "eager_kd_rows",
     "gradient_of",
     "interleave",
+    "kd_case",
     "poisoned_empty",
     "rms",
+    "shape_id",
     "speedup",
 ]
 
@@ -90,6 +92,26 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def kd_case(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    spread: float = 3.0,
+    teachers: int = 1,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Student logits, teachers' logits and labels with classes in dimension 1, from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    student = (spread * torch.randn(shape, generator=generator)).to(dtype)
+    others = [(spread * torch.randn(shape, generator=generator)).to(dtype) for _ in range(teachers)]
+    labels = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    return student, others, labels
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    """4x19x256x512: how a shape appears in the name of a test."""
+    return "x".join(map(str, shape))
 
 
 def eager_kd_rows(

@@ -1,7 +1,7 @@
-"""Which implementation runs: loads the C++ core, owns the `fastkd` torch library, answers `status()`.
+"""Which implementation runs: opens the C++ core, owns the torch library, answers `status()`.
 
-An op registers a schema, a fake and one implementation per dispatch key; the key of the tensors then
-picks the backend. Where a device has no implementation, the op's plain torch reference runs instead.
+An op registers a schema, a fake and one implementation per dispatch key; the key of the tensors
+then picks the backend. Where a device has none, the op's plain torch reference runs instead.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ def core() -> Core | str:
 def _openmp_of_torch() -> tuple[ctypes.c_void_p, str]:
     """Address of GOMP_parallel in the OpenMP runtime that torch has already loaded.
 
-    Sharing the runtime shares its threads: two pools would spin against each other on the same cores.
+    Sharing the runtime shares its threads: two pools would spin against each other.
     """
     maps = Path("/proc/self/maps")
     text = maps.read_text() if maps.exists() else ""
@@ -119,7 +119,7 @@ def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
 
 
 def status() -> dict[str, dict[str, str]]:
-    """What runs where: op -> {"cpu": ..., "cuda": ..., "reason": why a slower path runs, if one does}.
+    """What runs where: op -> {"cpu": ..., "cuda": ..., "reason": why a slower path runs}.
 
     For example `{"kd_loss": {"cpu": "c++ (avx2)", "cuda": "triton", "reason": ""}}`.
     """

@@ -103,7 +103,8 @@ def test_status_says_why_the_reference_runs(checkout: Path, tmp_path: Path) -> N
     shutil.copytree(checkout / "kernels", package / "kernels")
     code = (
         "import torch, fastkd.kernels as k; assert 'site' in k.__file__, k.__file__; "
-        "s = torch.randn(4, 10, requires_grad=True); k.kd_loss_mean(s, torch.randn(4, 10)).backward(); "
+        "s = torch.randn(4, 10, requires_grad=True); "
+        "k.kd_loss_mean(s, torch.randn(4, 10)).backward(); "
         "print(k.status()['kd_loss']['cpu'])"
     )
     # -S and no .pth files: an editable install of the tree under test must not answer.
@@ -141,7 +142,8 @@ print(len(names), isinstance(found, Core) and found.threads)
 
 def test_import_is_light(tmp_path: Path) -> None:
     code = (
-        "import sys, fastkd; heavy = {'triton', 'nvidia', 'timm', 'matplotlib', 'sklearn', 'torch'}; "
+        "import sys, fastkd; "
+        "heavy = {'triton', 'nvidia', 'timm', 'matplotlib', 'sklearn', 'torch'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert python(code, tmp_path) == "[]"

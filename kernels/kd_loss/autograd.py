@@ -48,6 +48,7 @@ class Rows(torch.autograd.Function):
         triton: bool,
         *teachers: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The op; see the class."""
         ctx.numbers = (temperature, label_smoothing, ignore_index, class_dim)
         ctx.triton = triton
         ctx.set_materialize_grads(False)
@@ -59,6 +60,7 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradient for the student, None for everything else."""
         student, labels, weights, mask, stats, *teachers = ctx.saved_tensors
         grad = None
         if _twice():
@@ -95,20 +97,23 @@ class Mean(torch.autograd.Function):
         triton: bool,
         *teachers: Tensor,
     ) -> Tensor:
+        """The op; see the class."""
         ctx.numbers = (temperature, label_smoothing, ignore_index, class_dim)
         ctx.scales = (kd_weight, ce_weight)
         ctx.triton = triton
         # fp16 gradients come with a loss scale: a gradient stored without it would underflow.
         early = ctx.needs_input_grad[0] and _grad_in_forward(student, triton)
         op = _ops("_kd_loss_mean", triton)
-        loss, divisor, grad, stats = op(student, list(teachers), labels, weights, mask, *ctx.numbers,
-                                 *ctx.scales, early)  # fmt: skip
+        loss, divisor, grad, stats = op(
+            student, list(teachers), labels, weights, mask, *ctx.numbers, *ctx.scales, early
+        )
         ctx.save_for_backward(student, labels, weights, mask, divisor, stats, *teachers)
         ctx.grad = grad if early else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient for the student, None for everything else."""
         student, labels, weights, mask, divisor, stats, *teachers = ctx.saved_tensors
         grad = None
         if _twice():
@@ -148,6 +153,7 @@ class MeanTraced(torch.autograd.Function):
         triton: bool,
         *teachers: Tensor,
     ) -> Tensor:
+        """The op; see the class."""
         ctx.numbers = (temperature, label_smoothing, ignore_index, class_dim)
         ctx.scales = (kd_weight, ce_weight)
         ctx.triton = triton
@@ -155,8 +161,9 @@ class MeanTraced(torch.autograd.Function):
             student.requires_grad and _grad_in_forward(student, triton) and student.dtype in _EXACT
         )
         op = _ops("_kd_loss_mean", triton)
-        loss, divisor, grad, stats = op(student, list(teachers), labels, weights, mask, *ctx.numbers,
-                                 *ctx.scales, ctx.early)  # fmt: skip
+        loss, divisor, grad, stats = op(
+            student, list(teachers), labels, weights, mask, *ctx.numbers, *ctx.scales, ctx.early
+        )
         if ctx.early:
             ctx.save_for_backward(grad)
         else:
@@ -166,6 +173,7 @@ class MeanTraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient for the student, None for everything else."""
         if ctx.early:
             (made,) = ctx.saved_tensors
             grad = made * upstream.to(made.dtype)

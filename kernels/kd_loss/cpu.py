@@ -83,7 +83,7 @@ def mean(
     ce_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weighted mean, the number of rows that count (at least 1), the gradient, no statistics."""
+    """The weighted mean, the rows that count (at least 1), the gradient, no statistics."""
     wide = _working_dtype(student, teachers)
     loss, divisor = torch.empty((), dtype=wide), torch.empty((), dtype=wide)
     out = torch.empty_like(student) if with_grad else student.new_empty(0)
@@ -167,7 +167,8 @@ def _call(
         assert labels is not None
         raise ValueError(
             f"kd_loss: label {labels.reshape(-1)[code - 1].item()} in row {code - 1} is no class: "
-            f"the logits have {classes} classes (0 to {classes - 1}) and ignore_index is {ignore_index}"
+            f"the logits have {classes} classes (0 to {classes - 1}) and ignore_index is "
+            f"{ignore_index}"
         )
     if code < 0:
         raise MemoryError(f"kd_loss: no memory for the scratch of rows of {classes} classes")

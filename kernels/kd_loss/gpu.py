@@ -126,9 +126,16 @@ def _forward(
     if num_rows == 0:
         return partial, stats
     targets = [*(outputs or [stats] * 3), stats, partial, work]
-    flags |= {"SMOOTH": smoothing > 0, "PER_ROW": outputs is not None, "BLOCK_R": p.block_r,
-              "BLOCK_C": p.block_c, "ONE_TILE": classes <= p.block_c,
-              "SPLITS": triton.next_power_of_2(splits), "num_warps": p.warps, **_OPTIONS}  # fmt: skip
+    flags |= {
+        "SMOOTH": smoothing > 0,
+        "PER_ROW": outputs is not None,
+        "ONE_TILE": classes <= p.block_c,
+        "SPLITS": triton.next_power_of_2(splits),
+        "BLOCK_R": p.block_r,
+        "BLOCK_C": p.block_c,
+        "num_warps": p.warps,
+        **_OPTIONS,
+    }
     rest = [temperature, smoothing, ignore_index, *scales, splits]
     with _device(student):
         phases = (
@@ -217,10 +224,16 @@ def grad(
         steps.append(0 if one else 1)
     if flags["ALIGN"]:
         flags["ALIGN"] = math.gcd(flags["ALIGN"], view.strides[0])
-    flags |= {"SMOOTH": label_smoothing > 0, "DIVISOR": divisor is not None,
-              "KD": upstream_kd is not None and len(teachers) > 0,
-              "CE": upstream_ce is not None and labels is not None,
-              "BLOCK_R": p.grad_block_r, "BLOCK_C": p.grad_block_c, "num_warps": p.grad_warps, **_OPTIONS}  # fmt: skip
+    flags |= {
+        "SMOOTH": label_smoothing > 0,
+        "DIVISOR": divisor is not None,
+        "KD": upstream_kd is not None and len(teachers) > 0,
+        "CE": upstream_ce is not None and labels is not None,
+        "BLOCK_R": p.grad_block_r,
+        "BLOCK_C": p.grad_block_c,
+        "num_warps": p.grad_warps,
+        **_OPTIONS,
+    }
     grid = (triton.cdiv(num_rows, p.grad_block_r), triton.cdiv(classes, p.grad_block_c))
     with _device(student):
         gradient_kernel[grid](

@@ -1,12 +1,13 @@
 """The Triton kernels of `kd_loss`, in the formulas of README.md; gpu.py launches them.
 
-A program owns a tile of [BLOCK_R rows, BLOCK_C classes]. Rows that fit one tile are read once; longer
-ones are walked with a running maximum; few and very long ones are split over programs and merged.
+A program owns a tile of [BLOCK_R rows, BLOCK_C classes]. Rows that fit one tile are read once;
+longer ones are walked with a running maximum; few and very long ones are split over programs and
+merged.
 The forward pass leaves four numbers per row and two per teacher (maxima, log2 of the sums, mass of
 the target), from which the gradient is one elementwise pass.
 
-Names: b_ block values, m_ masks, o_ offsets, p_ parts of a split row; s student, t teacher. Addresses
-are int64.
+Names: b_ block values, m_ masks, o_ offsets, p_ parts of a split row; s student, t teacher.
+Addresses are int64.
 """
 
 import triton
@@ -60,8 +61,8 @@ def _logits(ptr, o_row, o_col, stride_c, m_tile):
 def _rows_at(o_r, inner, stride_n, stride_p, ALIGN: tl.constexpr):
     """Offset of each row's first class: samples stride_n apart, pixels stride_p.
 
-    ALIGN 0: pixels. Else classes are a row's only axis and rows start at multiples of ALIGN elements,
-    which Triton cannot know of a stride like 1000 and needs for wide loads.
+    ALIGN 0: pixels. Else classes are a row's only axis and rows start at multiples of ALIGN
+    elements, which Triton cannot know of a stride like 1000 and needs for wide loads.
     """
     if ALIGN > 0:
         return tl.multiple_of(o_r.to(tl.int64) * stride_n, ALIGN)

@@ -1,4 +1,4 @@
-"""What `kd_loss` accepts: every check that needs no look at a value, and, on request, those that do."""
+"""What `kd_loss` accepts: checks that need no look at a value and, on request, those that do."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,8 +69,8 @@ def prepare(
     classes = student.shape[class_dim]
     if classes < 2:
         raise ValueError(
-            f"kd_loss: got {classes} classes (dimension {class_dim} of {_shape(student)}); expected "
-            "at least 2. Are the classes in another dimension (class_dim)?"
+            f"kd_loss: got {classes} classes (dimension {class_dim} of {_shape(student)}); "
+            "expected at least 2. Are the classes in another dimension (class_dim)?"
         )
     if len(teachers) > MAX_TEACHERS:
         raise ValueError(
@@ -83,8 +83,8 @@ def prepare(
     for t in teachers:
         if t.shape != student.shape:
             raise ValueError(
-                f"kd_loss: student logits are {_shape(student)} but teacher logits are {_shape(t)}; "
-                "both must have one shape. Do the models share a class list?"
+                f"kd_loss: student logits are {_shape(student)} but teacher logits are "
+                f"{_shape(t)}; both must have one shape. Do the models share a class list?"
             )
         if t.requires_grad and not student.requires_grad and torch.is_grad_enabled():
             raise ValueError(

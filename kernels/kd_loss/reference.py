@@ -1,8 +1,9 @@
 """The slow honest version of `kd_loss`: plain torch, any device, any dtype, twice differentiable.
 
-    kd = T^2 * sum_c p_t (log p_t - log p_s),   p = softmax(z / T)         Hinton et al. 2015, arXiv:1503.02531
+    kd = T^2 * sum_c p_t (log p_t - log p_s),   p = softmax(z / T)
     ce = - sum_c y_c log softmax(z_s)_c
 
+Hinton et al. 2015, arXiv:1503.02531.
 It runs where no kernel does, and the kernels are tested against it in float64.
 """
 
@@ -60,9 +61,8 @@ def kd_loss_reference(
 
     scale = counts.to(wide) if weights is None else torch.where(counts, weights.to(wide), 0)
     # where, not only a product: a row that does not count may hold NaN.
-    return tuple(torch.where(counts, part * scale, 0) for part in (kd, ce)) + (  # type: ignore[return-value]
-        torch.where(counts, agree, 0),
-    )
+    kd, ce = (torch.where(counts, part * scale, 0) for part in (kd, ce))
+    return kd, ce, torch.where(counts, agree, 0)
 
 
 def _cross_entropy(logits_RC: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -82,13 +82,13 @@ def _kl(x_s: Tensor, x_t: list[Tensor]) -> Tensor:
     """KL(mean_k softmax(x_t[k]) || softmax(x_s)) over the last dimension, never below 0."""
     lse_s = x_s.logsumexp(-1)
     if len(x_t) == 1:
-        # E_t[x_t - x_s] - (lse_t - lse_s): for equal logits the two halves of its gradient are equal
-        # to the last bit; through log_softmax they would not be.
+        # E_t[x_t - x_s] - (lse_t - lse_s): for equal logits the two halves of its gradient are
+        # equal to the last bit; through log_softmax they would not be.
         lse_t = x_t[0].logsumexp(-1)
         p_t = (x_t[0] - lse_t.unsqueeze(-1)).exp()
         gap = torch.where(p_t > 0, x_t[0] - x_s, 0)
         kl = (p_t * gap).sum(-1) - (lse_t - lse_s)
-        # Its value cancels near equality. The same number with sum p_s - sum p_t = 0 added does not.
+        # Its value cancels near equality. With sum p_s - sum p_t = 0 added it does not.
         with torch.no_grad():
             p_s = (x_s - lse_s.unsqueeze(-1)).exp()
             ratio = torch.where(p_t > 0, gap - (lse_t - lse_s).unsqueeze(-1), 0)

@@ -38,14 +38,14 @@ def test_opcheck(shape) -> None:
         torch.library.opcheck(ops._kd_loss_mean.default, (*common, 0.9, 0.1, with_grad))
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("which", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(impl, dtype) -> None:
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def both(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        rows = kd_loss(s, t, y, impl=impl)
-        return 3 * kd_loss_mean(s, t, y, impl=impl) + (rows.kd * rows.ce).sum()
+        rows = kd_loss(s, t, y, impl=which)
+        return 3 * kd_loss_mean(s, t, y, impl=which) + (rows.kd * rows.ce).sum()
 
     compiled = torch.compile(both, fullgraph=True, backend=counter)
     for n in (8, 12, 5, 33):

@@ -18,11 +18,29 @@ README = Path(__file__).parents[2] / "kernels" / "kd_loss" / "README.md"
 pytest.importorskip("triton")
 
 
+def test_few_long_rows_are_split_and_everything_else_is_not() -> None:
+    from fastkd.kernels.kd_loss.gpu import plan
+
+    assert plan(1, 33000, 1).splits > 1  # the shape of test_few_long_rows
+    assert plan(16, 1_000_000, 1).splits == 64
+    assert plan(1024, 21841, 1).splits == plan(64, 100, 1).splits == 1
+    assert plan(524288, 19, 131072).splits == 1
+
+
 def test_interpreted_kernels_pass_the_tests_of_kd_loss() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is the interpreter")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "test_kd_loss.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            HERE / "test_kd_loss.py",
+            HERE / "test_kd_loss_edges.py",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE,
         capture_output=True,
@@ -64,7 +82,7 @@ def test_logits_are_read_in_128_bit_loads_where_rows_are_aligned(compiled: list[
 
 
 def test_readme_lists_what_the_compiler_gives(compiled: list[dict]) -> None:
-    """One chip's registers and loads, as documented; regenerate with triton_offline.py --markdown."""
+    """Registers and loads as documented; triton_offline.py --markdown makes the table."""
     import triton
 
     text = README.read_text()

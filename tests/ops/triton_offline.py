@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastkd.kernels.kd_loss import gpu, gpu_kernels
+from fastkd.kernels.kd_loss import gpu
+from fastkd.kernels.kd_loss.gpu_kernels import forward_kernel as FORWARD
+from fastkd.kernels.kd_loss.gpu_kernels import gradient_kernel as GRADIENT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -82,11 +84,9 @@ def compile_case(kernel: Any, case: str, chip: int, warps: int, extra: dict) -> 
         code = tool("nvdisasm", "-c", file.name)
     count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", code)
-    widths = [
-        int(match[1] or 32) if (match := re.search(r"\.(128|64|U16|U8)\b", op)) and
-        match[1].isdigit() else 16 if ".U16" in op else 32
-        for op in lines if op.startswith(("LDG", "LD.E"))
-    ]  # fmt: skip
+    loads = [op for op in lines if op.startswith(("LDG", "LD.E"))]
+    bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
+    widths = [next((n for key, n in bits.items() if key in op), 32) for op in loads]
     return {
         "kernel": kernel.fn.__name__,
         "case": case,
@@ -115,10 +115,10 @@ def rows(chips: tuple[int, ...] = CHIPS) -> list[dict[str, Any]]:
         phases = (1, 2) if p.splits > 1 else (0,)
         for chip in chips:
             found += [
-                compile_case(gpu_kernels.forward_kernel, case, chip, p.warps, {**forward, "PHASE": phase})
+                compile_case(FORWARD, case, chip, p.warps, {**forward, "PHASE": phase})
                 for phase in phases
             ]
-            found.append(compile_case(gpu_kernels.gradient_kernel, case, chip, p.grad_warps, gradient))
+            found.append(compile_case(GRADIENT, case, chip, p.grad_warps, gradient))
     return found
 
 

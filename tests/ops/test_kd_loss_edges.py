@@ -1,0 +1,225 @@
+"""`kd_loss` at the edges of its contract: layouts, empty batches, NaN, infinities, wrong input."""
+
+import math
+
+import pytest
+import torch
+from fastkd.kernels import kd_loss, kd_loss_mean
+
+from fastkd.testing import kd_case, shape_id
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_second_backward_and_inputs_left_alone(impl: str, scale: float, dtype) -> None:
+    student, others, labels = kd_case((9, 40), dtype, 0)
+    student.requires_grad_()
+    before = [x.clone() for x in (student.detach(), *others)]
+    loss = scale * kd_loss_mean(student, others, labels, impl=impl)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(second, kept, rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=0)
+    student.grad = None
+    loss = kd_loss_mean(student, others, labels, impl=impl)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(student.grad, 3 * once, rtol=2e-2, atol=0)
+    for now, then in zip((student.detach(), *others), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(64, 10), (33, 1000), (2, 19, 64, 64)], ids=shape_id)
+@pytest.mark.usefixtures("needs_cpp")
+def test_repeats_bit_by_bit_on_any_number_of_threads(shape, threads: int) -> None:
+    student, others, labels = kd_case(shape, torch.float32, 0)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (2, threads, threads):
+            torch.set_num_threads(count)
+            leaf = student.clone().requires_grad_()
+            loss = kd_loss_mean(leaf, others, labels, class_dim=1, impl="cpp")
+            results.append((loss.item(), torch.autograd.grad(loss, leaf)[0]))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert loss == results[0][0]
+        assert torch.equal(grad, results[0][1])
+
+
+def test_strides_do_not_matter(impl: str) -> None:
+    student, (teacher,), labels = kd_case((12, 40), torch.float32, 0)
+    padded = torch.full((12, 80), math.nan)
+    padded[:, :40] = student
+    results = []
+    for s, t in (
+        (student, teacher),
+        (student.t().contiguous().t(), teacher),
+        (padded[:, :40], teacher),
+        (student, teacher.t().contiguous().t()),
+        (student, teacher.repeat_interleave(2, 0)[::2]),
+    ):
+        leaf = s.detach().requires_grad_()
+        got = kd_loss(leaf, t, labels, impl=impl)
+        (grad,) = torch.autograd.grad((got.kd + got.ce).sum(), leaf)
+        results.append([*(x.detach() for x in got), grad])
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [19, 40])
+def test_channels_last_and_mixed_layouts(impl: str, classes: int) -> None:
+    student, (teacher,), labels = kd_case((2, classes, 6, 5), torch.float32, 0)
+    want = kd_loss(student.double(), teacher.double(), labels, class_dim=1, impl="reference")
+    grads = []
+    for s_format in (torch.contiguous_format, torch.channels_last):
+        for t_format in (torch.contiguous_format, torch.channels_last):
+            s = student.clone(memory_format=s_format).requires_grad_()
+            t = teacher.clone(memory_format=t_format)
+            got = kd_loss(s, t, labels, class_dim=1, impl=impl)
+            for a, b in zip(got, want, strict=True):
+                assert torch.allclose(a.double(), b, rtol=2e-5, atol=1e-6)
+            (grad,) = torch.autograd.grad(kd_loss_mean(s, t, labels, class_dim=1, impl=impl), s)
+            assert impl == "reference" or grad.stride() == s.stride()
+            grads.append(grad)
+    for grad in grads[1:]:
+        assert torch.allclose(grad, grads[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 10), (0, 100), (1, 10), (1, 1000), (0, 5, 2, 2)], ids=shape_id
+)
+def test_empty_and_single_batches(impl: str, shape) -> None:
+    student, others, labels = kd_case(shape, torch.float32, 0)
+    student.requires_grad_()
+    loss = kd_loss_mean(student, others, labels, class_dim=1, impl=impl)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert (loss.item() == 0) == (shape[0] == 0)
+
+
+def test_all_rows_ignored_give_zero(impl: str) -> None:
+    student, others, labels = kd_case((6, 40), torch.float32, 0)
+    student.requires_grad_()
+    loss = kd_loss_mean(student, others, torch.full_like(labels, -100), impl=impl)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (6, 40)], ids=shape_id)
+def test_nan_reaches_its_own_row_only(impl: str, shape) -> None:
+    student, (teacher,), labels = kd_case(shape, torch.float32, 0)
+    student[2, 3] = math.nan
+    student[4, 1] = math.nan
+    labels[4] = -100
+    student.requires_grad_()
+    kd, ce, _ = kd_loss(student, teacher, labels, impl=impl)
+    bad = torch.tensor([False, False, True, False, False, False])
+    assert torch.equal(kd.isnan(), bad)
+    assert torch.equal(ce.isnan(), bad)
+    if impl != "reference":
+        (grad,) = torch.autograd.grad((kd + ce).sum(), student)
+        assert torch.equal(grad.isnan().any(1), bad)
+        assert (grad[4] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (6, 40)], ids=shape_id)
+def test_classes_masked_with_minus_infinity(impl: str, shape) -> None:
+    student, (teacher,), _ = kd_case(shape, torch.float32, 0)
+    labels = torch.zeros(6, dtype=torch.long)
+    want = kd_loss(student[:, :7], teacher[:, :7], labels, impl=impl)
+    for x in (student, teacher):
+        x[:, 7:] = -math.inf
+    student.requires_grad_()
+    got = kd_loss(student, teacher, labels, impl=impl)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad((got.kd + got.ce).sum(), student)
+    assert grad.isfinite().all()
+    assert (grad[:, 7:] == 0).all()
+
+
+def test_large_logits_do_not_overflow(impl: str) -> None:
+    student = torch.tensor([[1e4, 0.0, -1e4], [3e38, -3e38, 0.0]])
+    kd, ce, _ = kd_loss(student, student.flip(1) / 2, torch.tensor([0, 1]), impl=impl)
+    assert kd[0].isfinite()
+    assert ce[0].isfinite()
+    assert kd[0] > 1e3
+
+
+def test_agreement_is_argmax_agreement_ties_included(impl: str) -> None:
+    for shape in ((200, 6), (50, 40)):
+        student, teacher = torch.randint(0, 3, (2, *shape)).float()
+        want = (student.argmax(1) == teacher.argmax(1)).float()
+        assert 0 < want.mean() < 1
+        assert torch.equal(kd_loss(student, teacher, impl=impl).agree, want)
+
+
+def test_no_gradient_reaches_teacher_or_soft_labels(impl: str) -> None:
+    student, (teacher,), _ = kd_case((4, 6), torch.float32, 0)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    soft = torch.rand(4, 6).softmax(1).requires_grad_()
+    kd_loss_mean(student, teacher, soft, impl=impl).backward()
+    assert teacher.grad is None
+    assert soft.grad is None
+    assert student.grad is not None
+
+
+BAD = {
+    "class count": (
+        lambda: kd_loss(torch.randn(4, 10), torch.randn(4, 9)),
+        r"student logits are \[4, 10\] but teacher logits are \[4, 9\].*class list",
+    ),
+    "swapped": (
+        lambda: kd_loss(torch.randn(4, 10), torch.randn(4, 10, requires_grad=True)),
+        r"order is kd_loss\(student, teacher, labels\)",
+    ),
+    "temperature": (lambda: kd_loss(torch.randn(4, 10), temperature=0), "temperature=0"),
+    "smoothing": (lambda: kd_loss(torch.randn(4, 10), label_smoothing=1.5), "label_smoothing=1.5"),
+    "one class": (lambda: kd_loss(torch.randn(4, 1)), "got 1 classes"),
+    "labels shape": (
+        lambda: kd_loss(torch.randn(4, 10), None, torch.zeros(5, dtype=torch.long)),
+        r"labels are \[5\]; expected \[4\]",
+    ),
+    "integer logits": (lambda: kd_loss(torch.ones(4, 10, dtype=torch.long)), "torch.int64"),
+    "five teachers": (lambda: kd_loss(torch.randn(4, 10), [torch.randn(4, 10)] * 5), "at most 4"),
+    "mask dtype": (lambda: kd_loss(torch.randn(4, 10), mask=torch.ones(4)), "expected torch.bool"),
+    "weights shape": (lambda: kd_loss(torch.randn(4, 10), weights=torch.ones(3)), r"\[3\]"),
+    "class dim": (lambda: kd_loss(torch.randn(4, 10, 3, 3), class_dim=2), "class_dim=2"),
+    "impl": (lambda: kd_loss(torch.randn(4, 10), impl="cuda"), "impl='cuda'"),
+    "probabilities": (
+        lambda: kd_loss(torch.randn(4, 10).softmax(1), check=True),
+        "these are probabilities",
+    ),
+    "label range": (
+        lambda: kd_loss(torch.randn(4, 10), None, torch.tensor([0, 1, 10, 2]), check=True),
+        "label 10 is no class",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_input_is_named(name: str) -> None:
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("needs_cpp")
+@pytest.mark.parametrize("shape", [(6, 10), (6, 40)], ids=shape_id)
+def test_bad_label_is_named_without_check(shape) -> None:
+    student, others, labels = kd_case(shape, torch.float32, 0)
+    labels[4] = 77
+    with pytest.raises(ValueError, match="label 77 in row 4 is no class"):
+        kd_loss(student, others, labels, impl="cpp")
