@@ -12,6 +12,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from fastkd.kernels._library import Core, core
 
 from fastkd.losses import KDLoss
 from fastkd.testing import eager_kd_loss, gradient_of, interleave, speedup
@@ -75,6 +76,31 @@ def bench_kd_loss(shape, dtype, table, benchmark, request) -> None:
     table.rows.append(row)
     benchmark.extra_info.update(row)
     benchmark.pedantic(sides["fastkd"], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or isinstance(core(), str), reason="needs the C++ core")
+def bench_kd_loss_each_instruction_set(table, benchmark) -> None:
+    """Every clone of the core by name: one that the compiler failed to vectorise shows here."""
+    from fastkd.kernels.kd_loss import cpu
+
+    found = core()
+    assert isinstance(found, Core)
+    student, teacher = 3 * torch.randn(2, 256, 1000)
+    labels = torch.randint(0, 1000, (256,))
+    out, loss, divisor = torch.empty_like(student), torch.empty(()), torch.empty(())
+
+    def step(isa: str):
+        return lambda: cpu._call(
+            student, [teacher], labels, None, None, 4.0, 0.0, -100, -1,
+            out=out, loss=loss, divisor=divisor, isa=isa,
+        )  # fmt: skip
+
+    seconds = interleave({isa: step(isa) for isa in found.isas}, 100)
+    medians = {isa: 1e3 * sorted(values)[50] for isa, values in seconds.items()}
+    table.notes.append(f"core alone, 256x1000 fp32, ms by instruction set: {medians}")
+    widest = medians[found.isas[0]]
+    assert all(widest <= 1.05 * other for other in medians.values()), medians
+    benchmark.pedantic(step(found.isas[0]), rounds=3)
 
 
 def bench_kd_loss_geomean(table, benchmark) -> None:

@@ -80,17 +80,16 @@ class Table:
 
     what: str
     rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
         """A GitHub table; floats with three significant digits."""
-        if not self.rows:
-            return ""
-        names = list(self.rows[0])
-        lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+        names = list(self.rows[0]) if self.rows else []
+        lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)] if names else []
         for row in self.rows:
             cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
             lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def save(kept: Table) -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{kept.what}_{device}"
     stem.with_suffix(".json").write_text(
-        json.dumps({"environment": facts, "rows": kept.rows}, indent=1) + "\n"
+        json.dumps({"environment": facts, "rows": kept.rows, "notes": kept.notes}, indent=1) + "\n"
     )
     head = [f"# {kept.what}", ""]
     head += [f"- {k}: {v}" for k, v in facts.items() if k != "kernels" and v is not None]

@@ -80,18 +80,19 @@ def poisoned_empty() -> Iterator[None]:
     A kernel that forgets to write an element then shows it. Uses torch's own switch, which fills
     the result of `torch.empty`, `empty_like`, `new_empty` and of resizing.
     """
+    switch: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        switch.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        switch.fill_uninitialized_memory = before[2]
 
 
 def kd_case(

@@ -321,7 +321,7 @@ class Trainer:
         last = progress.epoch + 1 == self.plan.epochs
         better = False
         if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:
-            kept = self._kept()
+            kept = self.kept()
             with evaluating(kept):
                 found = evaluate(kept, self.val_loader, self.precision, self.world)
             row |= {f"val_{name}": found[name] for name in ("accuracy", "top5", "loss")}
@@ -345,10 +345,10 @@ class Trainer:
             return
         facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
         save_weights(
-            self.folder.path / "best.safetensors", self._kept(), self.plan.metadata | facts
+            self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts
         )
 
-    def _kept(self) -> nn.Module:
+    def kept(self) -> nn.Module:
         """What is evaluated and kept: the student or its average, as the terms export it."""
         kept = self.ema.module if self.ema else self.student
         for term in self.terms:

@@ -114,6 +114,15 @@ def test_ranks_learn_as_one_process_does(inside: dict[str, Any]) -> None:
     assert abs(reached[0] - reached[1]) <= 4 / 49
 
 
+def test_distill_on_ranks_is_distill_in_one_process(inside: dict[str, Any]) -> None:
+    (whole,), (first, second) = ([found["foreign"] for found in inside[k]] for k in ("one", "two"))
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+        torch.testing.assert_close(value, whole["state"][name], rtol=1e-4, atol=1e-6)
+    for one, other in zip(first["history"], whole["history"], strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
 def batches_of(rank: int, *, first: int, num: int = 57, ranks: int = 2) -> list[list[Any]]:
     """What a rank fetches from step `first` of 8 on: its own ids, then those it mixes in."""
     plan = BatchPlan("tiny", num, 16, 0, train=True, drop_last=False, rank=rank, world_size=ranks)

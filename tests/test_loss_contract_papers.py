@@ -355,9 +355,9 @@ def test_simkd_evaluates_and_keeps_projector_and_teacher_head() -> None:
     term, teacher = trainer.terms[0], trainer.teacher
     assert isinstance(term, SimKD)
     assert teacher is not None
-    kept = trainer._kept().eval()
+    kept = trainer.kept().eval()
     term.projector.eval()
-    correct, num = 0, 0
+    correct, loss, num = 0, 0.0, 0
     with torch.no_grad():
         for batch in trainer.val_loader.epoch(0):
             stage3_NCHW = Tapped(trainer.student, ["stage3"])(batch.images_NCHW)["stage3"]
@@ -365,8 +365,10 @@ def test_simkd_evaluates_and_keeps_projector_and_teacher_head() -> None:
             logits_NC = teacher.model.get_submodule("fc")(pooled_ND)
             torch.testing.assert_close(kept(batch.images_NCHW), logits_NC)
             correct += int((logits_NC.argmax(1) == batch.labels_N).sum())
+            loss += F.cross_entropy(logits_NC, batch.labels_N, reduction="sum").item()
             num += len(batch.labels_N)
     assert summary["accuracy_last"] == correct / num
+    assert trainer.history[0]["val_loss"] == pytest.approx(loss / num, rel=1e-5)
     assert not any("head" in key for key in term.state_dict())
 
 

@@ -148,12 +148,16 @@ def loader(rank, world_size):
     )
 
 
+def view_maker(kind, partners=None, dtype=torch.float32, layout=torch.channels_last):
+    return ViewMaker(kind, seed=0, dtype=dtype, layout=layout, partners=partners)
+
+
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_views_do_not_depend_on_the_number_of_ranks(kind, ranks):
     def views(rank, world_size):
         part = loader(rank, world_size)
-        make = ViewMaker(kind, seed=0, loader=part, world_size=world_size)
+        make = view_maker(kind, part if world_size > 1 else None)
         batch = next(part.epoch(2, start_step=4))
         return make(batch, 2, 4)
 
@@ -165,8 +169,18 @@ def test_views_do_not_depend_on_the_number_of_ranks(kind, ranks):
 
 
 def test_without_a_second_view_there_is_only_x():
-    part = loader(0, 1)
-    batch = next(part.epoch(0))
-    make = ViewMaker("none", seed=0, loader=part, world_size=1)
+    batch = next(loader(0, 1).epoch(0))
+    make = view_maker("none")
     assert list(make(batch, 0, 0)) == ["x"]
     assert torch.equal(make(batch, 0, 0)["x"], batch.images_NCHW)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_all_views_have_one_layout_and_one_dtype(kind, dtype, layout):
+    part = loader(1, 2)
+    views = view_maker(kind, part, dtype, layout)(next(part.epoch(0)), 0, 0)
+    for view in views.values():
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=layout)

@@ -171,7 +171,7 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
         ),
         (
             "data.std=1,2",
-            "data.std=1,2: expected 3 values joined by commas, each a number, or null",
+            "data.std=1,2: expected 3 values joined by commas, each a number above 0, or null",
         ),
         (
             "teacher.class_map=1,x",
@@ -199,7 +199,7 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
             "losses.kd.views=x,xprime",
             "losses.kd needs the view x': set augment.xprime=cutmix or mixup",
         ),
-        ("losses.ce.weight=1", "losses.ce and losses.kd both report a part called 'ce'"),
+        ("losses.ce.weight=1", "the losses kd and ce both report a part called 'ce': drop one"),
         ("losses.at.weight=1", "losses.at.pairs is missing and has no default: set it, a mapping"),
     ],
 )

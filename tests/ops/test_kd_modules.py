@@ -1,5 +1,8 @@
 """`KDLoss` and its presets against the peers' formulas, `KLDivLoss` against torch's."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> 
     return F.kl_div(log_p, p, reduction=reduction) * temperature**2
 
 
+PEER_NUMBERS = json.loads((Path(__file__).parent / "kd_presets.json").read_text())
 PEERS = {
     "repdistiller": lambda s, t, y: 0.1 * F.cross_entropy(s, y) + 0.9 * kl(s, t, 4, "sum") / len(s),
     "mdistiller": lambda s, t, y: 0.1 * F.cross_entropy(s, y) + 0.9 * kl(s, t, 4, "batchmean"),
@@ -47,6 +51,20 @@ def test_preset_is_the_peers_formula(name, impl_dtype: torch.dtype) -> None:
     (got_grad,) = torch.autograd.grad(got, got_leaf)
     (want_grad,) = torch.autograd.grad(want, want_leaf)
     torch.testing.assert_close(got_grad.double(), want_grad, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PEER_NUMBERS)
+def test_preset_is_what_the_peers_own_code_gave(name) -> None:
+    """kd_presets.json: made by make_preset_oracle.py from the peers' checkouts."""
+    want = PEER_NUMBERS[name]
+    n = torch.arange(1, 81, dtype=torch.float64)
+    student = (3 * torch.sin(12.9898 * n + 78.233)).view(8, 10).requires_grad_()
+    teacher = (4 * torch.sin(12.9898 * n + 78.233 * 2)).view(8, 10)
+    loss = KDLoss.preset(name)(student, teacher, (3 * torch.arange(8) + 1) % 10)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert loss.item() == pytest.approx(want["loss"], rel=1e-6)
+    assert grad.norm().item() == pytest.approx(want["grad_norm"], rel=1e-6)
+    assert grad[0, 0].item() == pytest.approx(want["grad_00"], rel=1e-6)
 
 
 def test_timm_preset_is_what_timms_own_task_computes() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastkd.trainer
+from fastkd.api import distill
 from fastkd.build import Engine, TeacherNet, build_trainer
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
@@ -173,6 +175,7 @@ def learning(world: World) -> dict[str, Any]:
 
     fastkd.trainer.evaluate = counting
     trainer.fit()
+    fastkd.trainer.evaluate = evaluate
     return {
         "evaluated": evaluated,
         "found": found,
@@ -181,11 +184,26 @@ def learning(world: World) -> dict[str, Any]:
     }
 
 
+def foreign(world: World) -> dict[str, Any]:
+    """fastkd.distill with loaders of torch, one per rank, that share the images evenly."""
+    whole = images("train", 64)
+    pixels_NCHW = torch.from_numpy(whole.images_NHWC).permute(0, 3, 1, 2).float() / 255
+    data = TensorDataset(pixels_NCHW, torch.from_numpy(whole.labels_N))
+    sampler = DistributedSampler(data, world.size, world.rank, shuffle=False)
+    loader = DataLoader(data, batch_size=16 // world.size, sampler=sampler)
+    torch.manual_seed(0)
+    teacher, student = Plain(), Plain()
+    result = distill(student, teacher, loader, loader, epochs=2, lr=0.5, device="cpu", quiet=True)
+    return {"state": result.student.state_dict(), "history": result.metrics["history"]}
+
+
 CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     "gradients": lambda world: gradients(world, accumulate=1),
-    "gradients, accumulated": lambda world: gradients(world, accumulate=3),
+    # More micro-batches than a rank has images in the partial batch, 5 or 4.
+    "gradients, accumulated": lambda world: gradients(world, accumulate=8),
     "bad step": bad_step,
     "learning": learning,
+    "foreign": foreign,
 }
 
 
