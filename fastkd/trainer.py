@@ -344,9 +344,7 @@ class Trainer:
         if not self.folder or not self.world.is_main:
             return
         facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
-        save_weights(
-            self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts
-        )
+        save_weights(self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts)
 
     def kept(self) -> nn.Module:
         """What is evaluated and kept: the student or its average, as the terms export it."""
