@@ -272,14 +272,8 @@ def build(term: LossTerm, precision: str = "fp32") -> Trainer:
 
 
 def inputs_of(trainer: Trainer, prepared: Prepared) -> tuple[Any, ...]:
-    batch = prepared.batch
-    return (
-        prepared.views,
-        batch.labels_N,
-        batch.index_N,
-        prepared.teacher,
-        trainer._scheduled(0.0),
-    )
+    views, batch, teacher = prepared.views, prepared.batch, prepared.teacher
+    return views, batch.labels_N, batch.index_N, teacher, trainer._scheduled(0.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -318,7 +312,7 @@ def test_a_real_term_trains_and_leaves_the_teacher_alone(name: str) -> None:
         assert torch.equal(value, teacher[key]), key
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", ["jointrd", "simkd", "crd", "meal-v2"])
 def test_a_real_term_is_one_graph_under_autocast(name: str) -> None:
     trainer = build(TERMS[name](), "bf16")
     arguments = inputs_of(trainer, next(trainer.prepare(0)))

@@ -1,11 +1,12 @@
 """SIGKILL at every step of a run, inside saves and between files: the resumed run is the same run.
 
-The killed processes are children of programs/killed_runs.py, which says where each of them dies.
+So it is after Ctrl-C and SIGTERM, which save first. The killed processes are children of programs/killed_runs.py, which says where each of them dies.
 The tiny recipe has 2 epochs of 4 batches, the last of which is partial, and saves after every step.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,9 @@ STEPS = 4
 # Where the resumed process must go on: (epoch, step), both from 0; None: from the beginning.
 RESUMED_AT: dict[str, tuple[int, int] | None] = {
     "before step 0": None,
-    **{f"before step {step}": divmod(step, STEPS) for step in range(1, 8)},
+    **{f"before step {step}": divmod(step, STEPS) for step in range(1, 5)},
     "before save 0": None,
-    **{f"before save {step}": divmod(step, STEPS) for step in (3, 5)},
+    "before save 3": (0, 3),
     "inside save 0": None,
     **{f"inside save {step}": divmod(step, STEPS) for step in (2, 3)},
     "before rename 2": None,
@@ -35,7 +36,7 @@ RESUMED_AT: dict[str, tuple[int, int] | None] = {
     "twice": (1, 1),
     "every second step": (1, 2),
     "every epoch": (1, 0),
-    **{f"rich, before step {step}": divmod(step, STEPS) for step in (1, 3, 4, 6)},
+    **{f"rich, before step {step}": divmod(step, STEPS) for step in (1, 3, 6)},
     "rich, inside save 2": (0, 2),
 }
 # Steps are counted over all stages, of 4 each; what was resumed, and at which of its steps.
@@ -44,6 +45,12 @@ STAGED = {
     6: ("tiny/kd/alone-lr0.05", 2),
     9: ("tiny/kd/alone-lr0.1", 1),
     15: ("tiny/kd", 3),
+}
+# Signal, and where the run that was asked to stop in this step goes on: (epoch, step), from 0.
+STOPPED = {
+    "stopped by SIGINT in step 1": (signal.SIGINT, 0, 2),
+    "stopped by SIGINT in step 3": (signal.SIGINT, 1, 0),
+    "stopped by SIGTERM in step 6": (signal.SIGTERM, 1, 3),
 }
 COMPILED: dict[str, tuple[int, int] | None] = {
     **{f"compiled, before step {step}": (0, step) for step in (1, 2, 3)},
@@ -89,7 +96,7 @@ def check(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     staged = [f"staged, before step {step}" for step in STAGED]
-    return kill_and_resume(tmp_path_factory.mktemp("eager"), [*RESUMED_AT, *staged])
+    return kill_and_resume(tmp_path_factory.mktemp("eager"), [*RESUMED_AT, *staged, *STOPPED])
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
@@ -104,6 +111,23 @@ def test_every_stage_of_a_killed_run_goes_on(eager: dict[str, Any], step: int) -
     assert found["codes"] == [[-9], [0]], found["log"]
     assert f"resumed {stage} at epoch 1 of 1, step {at} of {STEPS}" in found["log"]
     assert len(found["fetched"][0]) == 4 * STEPS - step
+    assert found["different"] == []
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
+    eager: dict[str, Any], name: str
+) -> None:
+    found = eager[name]
+    number, epoch, step = STOPPED[name]
+    assert found["codes"] == [[128 + number], [0]], found["log"]
+    *_, last = found["first_log"].splitlines()
+    assert last.startswith(
+        f"fastkd: stopped at epoch {epoch + 1}, step {step}; the state is saved. "
+        "Go on with: fastkd train --resume runs/tiny/kd/"
+    )
+    assert f"resumed tiny/kd at epoch {epoch + 1} of 2, step {step} of 4" in found["log"]
+    assert found["fetched"] == [batches_from(epoch, step, epochs=2)]
     assert found["different"] == []
 
 

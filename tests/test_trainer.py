@@ -1,4 +1,4 @@
-"""The loop in one process: accumulation, average, bad steps, stopping, graphs, golden losses.
+"""The loop in one process: accumulation, average, bad steps, graphs, golden losses.
 
 This file is also the program that rewrites tests/golden/first_losses.json after a change of
 numerics that is meant: `python tests/test_trainer.py`.
@@ -6,10 +6,6 @@ numerics that is meant: `python tests/test_trainer.py`.
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +36,6 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
 from fastkd.weights import load_weights
 
-PROGRAM = Path(__file__).parent / "programs" / "killed_runs.py"
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"
 NAN = float("nan")
 WIDTH = {"resnet8": {"width": 0.5}}
@@ -288,41 +283,6 @@ def test_labels_are_smoothed(smoothing: float) -> None:
     torch.testing.assert_close(out.loss, ce)
 
 
-# Signal, and where the run that was asked to stop in this step goes on: (epoch, step), from 0.
-STOPPED = {
-    "stopped by SIGINT in step 1": (signal.SIGINT, 0, 2),
-    "stopped by SIGINT in step 3": (signal.SIGINT, 1, 0),
-    "stopped by SIGTERM in step 6": (signal.SIGTERM, 1, 3),
-}
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("stopped")
-    command = [sys.executable, str(PROGRAM), str(folder), *STOPPED]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "found.json").read_text())
-
-
-@pytest.mark.parametrize("name", STOPPED)
-def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
-    stopped: dict[str, Any], name: str
-) -> None:
-    found = stopped[name]
-    number, epoch, step = STOPPED[name]
-    assert found["codes"] == [[128 + number], [0]], found["log"]
-    *_, last = found["first_log"].splitlines()
-    assert last.startswith(
-        f"fastkd: stopped at epoch {epoch + 1}, step {step}; the state is saved. "
-        "Go on with: fastkd train --resume runs/tiny/kd/"
-    )
-    assert f"resumed tiny/kd at epoch {epoch + 1} of 2, step {step} of 4" in found["log"]
-    assert len(found["fetched"][0]) == 8 - (4 * epoch + step)
-    assert found["different"] == []
-
-
 class Scheduled(LossTerm):
     """A scheduled weight on the cross entropy of x'."""
 
@@ -338,14 +298,12 @@ class Scheduled(LossTerm):
 
 
 GRAPHS: dict[str, tuple[str, Loss]] = {
-    "resnet8-kd": ("resnet8", lambda: [KD()]),
     "resnet8-kd-two-views": ("resnet8", lambda: [KD(views=("x", "xprime"))]),
     "wrn_10_1-kd-two-views": ("wrn_10_1", lambda: [KD(views=("x", "xprime"))]),
     "resnet8-at": (
         "resnet8",
         lambda: [CrossEntropy(), AT({"stage1": "stage1", "stage2:preact": "stage2:preact"})],
     ),
-    "wrn_10_1-schedule": ("wrn_10_1", lambda: [CrossEntropy(), Scheduled()]),
     "timm-kd-at": ("timm:test_resnet", lambda: [KD(), AT({"layer2": "stage2"})]),
 }
 

@@ -134,15 +134,11 @@ def _forward(
         "BLOCK_R": p.block_r,
         "BLOCK_C": p.block_c,
         "num_warps": p.warps,
-        **_OPTIONS,
     }
     rest = [temperature, smoothing, ignore_index, *scales, splits]
-    with _device(student):
-        phases = (
-            [((programs, 1), 0)] if splits == 1 else [((programs, splits), 1), ((programs, 1), 2)]
-        )
-        for grid, phase in phases:
-            forward_kernel[grid](*pointers, *targets, *sizes, *rest, PHASE=phase, **flags)
+    phases = [((programs, 1), 0)] if splits == 1 else [((programs, splits), 1), ((programs, 1), 2)]
+    for grid, phase in phases:
+        _launch(forward_kernel, grid, *pointers, *targets, *sizes, *rest, PHASE=phase, **flags)
     return partial, stats
 
 
@@ -185,10 +181,8 @@ def mean(
     scales = (kd_weight, ce_weight)
     partial, stats = _forward(student, teachers, labels, weights, mask, numbers, scales, None)
     loss, divisor = (student.new_empty((), dtype=torch.float32) for _ in range(2))
-    with _device(student):
-        reduce_kernel[(1,)](
-            partial, loss, divisor, partial.numel() // 2, BLOCK=1024, num_warps=4, **_OPTIONS
-        )
+    size = partial.numel() // 2
+    _launch(reduce_kernel, (1,), partial, loss, divisor, size, BLOCK=1024, num_warps=4)
     return loss, divisor, student.new_empty(0), stats
 
 
@@ -232,19 +226,19 @@ def grad(
         "BLOCK_R": p.grad_block_r,
         "BLOCK_C": p.grad_block_c,
         "num_warps": p.grad_warps,
-        **_OPTIONS,
     }
     grid = (triton.cdiv(num_rows, p.grad_block_r), triton.cdiv(classes, p.grad_block_c))
-    with _device(student):
-        gradient_kernel[grid](
-            *pointers, view.data, stats, *ups, divisor if divisor is not None else stats,
-            *sizes, *view.strides, temperature, label_smoothing, ignore_index, kd_scale, ce_scale,
-            *steps, **flags,
-        )  # fmt: skip
+    by = divisor if divisor is not None else stats
+    numbers = [temperature, label_smoothing, ignore_index, kd_scale, ce_scale, *steps]
+    _launch(
+        gradient_kernel, grid, *pointers, view.data, stats, *ups, by, *sizes, *view.strides,
+        *numbers, **flags,
+    )  # fmt: skip
     # flatten() copies where the strides do not collapse.
     return out if view.data.data_ptr() == out.data_ptr() else out.copy_(view.data.view(out.shape))
 
 
-def _device(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensors' one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **flags: Any) -> None:
+    """Runs a kernel on the device of its first argument, which need not be the current one."""
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[grid](first, *rest, **flags, **_OPTIONS)

@@ -49,7 +49,7 @@ def test_interpreted_kernels_pass_the_tests_of_kd_loss() -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 150
+    assert int(passed[1]) > 120
 
 
 @pytest.fixture(scope="module")
