@@ -373,9 +373,9 @@ def _report(
         if lesson:
             curves["teacher"] = lesson["history"]
     if alone:
-        tried = ", ".join(f"{run['lr']:g}" for run in summary["alone_tried"])
+        tried = len(summary["alone_tried"])
         rows.append(
-            {"run": "student alone", **alone, "note": f"best lr of {tried}: {alone['lr']:g}"}
+            {"run": "student alone", **alone, "note": f"lr {alone['lr']:g}, best of {tried}"}
         )
         curves["student alone"] = alone["history"]
     kind = "student distilled" if teacher else "student"

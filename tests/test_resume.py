@@ -1,7 +1,8 @@
 """SIGKILL at every step of a run, inside saves and between files: the resumed run is the same run.
 
-So it is after Ctrl-C and SIGTERM, which save first. The killed processes are children of programs/killed_runs.py, which says where each of them dies.
-The tiny recipe has 2 epochs of 4 batches, the last of which is partial, and saves after every step.
+So it is after Ctrl-C and SIGTERM, which save first. The processes that end early are children of
+programs/killed_runs.py, which says where each of them does. The tiny recipe has 2 epochs of 4
+batches, the last of which is partial, and saves after every step.
 """
 
 import json

@@ -37,7 +37,6 @@ from fastkd.trainer import Plan, Trainer
 from fastkd.weights import load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"
-NAN = float("nan")
 WIDTH = {"resnet8": {"width": 0.5}}
 
 Loss = Callable[[], list[LossTerm]]
@@ -116,7 +115,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
     def poisoned(number: int, start_step: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(epoch(number, start_step), start_step):
             if step in steps:
-                batch.images_NCHW[1, 2, 3, 4] = NAN
+                batch.images_NCHW[1, 2, 3, 4] = float("nan")
             yield batch
 
     trainer.loader.epoch = poisoned  # type: ignore[method-assign]
@@ -310,15 +309,12 @@ GRAPHS: dict[str, tuple[str, Loss]] = {
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
-    student, terms = GRAPHS[name]
     torch._dynamo.reset()
+    student, terms = GRAPHS[name]
     trainer = make(student, terms(), xprime="cutmix")
     prepared = next(trainer.prepare(0))
-    batch = prepared.batch
-    arguments = (
-        *(prepared.views, batch.labels_N, batch.index_N, prepared.teacher),
-        trainer._scheduled(0.5),
-    )
+    views, batch, teacher = prepared.views, prepared.batch, prepared.teacher
+    arguments = (views, batch.labels_N, batch.index_N, teacher, trainer._scheduled(0.5))
     state = copy.deepcopy(trainer.step.state_dict())
     eager = trainer.step(*arguments)
     eager.loss.backward()
@@ -362,12 +358,12 @@ def test_a_run_compiles_once_per_batch_shape(
 
     trainer._end_epoch = noting  # type: ignore[method-assign]
     trainer.fit()
-    # Batches of 12, 12 and, if it is kept, 6; the epoch, the schedule and the evaluation add none.
-    assert after_epoch == [1, 1, 1] if drop_last else [2, 2, 2]
+    # Batches of 12, 12 and, if it is kept, 6; epoch, schedule and evaluation add no graph.
+    assert after_epoch == ([1, 1, 1] if drop_last else [2, 2, 2])
 
 
 def first_losses() -> dict[str, list[dict[str, float]]]:
-    """All parts of the loss in the first five steps of three small runs, on one thread."""
+    """Parts of the loss in the first five steps of three small runs, on one thread."""
     runs = {
         "kd": make(terms=[KD(views=("x", "xprime"))], xprime="cutmix"),
         "at": make("wrn_10_1", [CrossEntropy(), AT({"stage1": "stage1"})], xprime="none"),
@@ -381,9 +377,8 @@ def first_losses() -> dict[str, list[dict[str, float]]]:
         for step, prepared in enumerate(trainer.prepare(0)):
             before_M = trainer.totals_M.clone()
             trainer.optimize(prepared, 0, step)
-            sums = dict(
-                zip(trainer.step.metric_names, (trainer.totals_M - before_M).tolist(), strict=True)
-            )
+            sums_M = (trainer.totals_M - before_M).tolist()
+            sums = dict(zip(trainer.step.metric_names, sums_M, strict=True))
             images = sums.pop("images")
             found[name].append({key: value / images for key, value in sums.items()})
     torch.set_num_threads(threads)
