@@ -36,7 +36,8 @@ class Result:
     """What `distill` returns."""
 
     student: nn.Module
-    """The trained student, last epoch (the averaged one with ema), in evaluation mode."""
+    """The trained student, last epoch (the averaged one with ema, with what a loss makes of its
+    head), in evaluation mode."""
     metrics: dict[str, Any]
     """accuracy_last, accuracy_best, best_epoch, images_per_s, ...; `history`: a row an epoch."""
     run_dir: Path | None
@@ -85,11 +86,14 @@ def distill(
         UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks.
         RunFailed: losses or gradients stayed non-finite.
     """
-    if not isinstance(train_loader, Sized):
-        raise UserError("train_loader needs a length: a torch DataLoader over a map-style data set")
+    _check_loader(train_loader)
     terms = list(losses) if losses is not None else [KD()]
     if teacher is None and any("/teacher/" in need for term in terms for need in term.needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
+    if xprime == "none" and any(
+        need.startswith("xprime/") for term in terms for need in term.needs
+    ):
+        raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
     settings = optim or OptimConfig(schedule="cosine")
     if lr is not None:
         settings = settings.model_copy(update={"lr": lr})
@@ -115,6 +119,8 @@ def distill(
             image_shape=image_shape,
             images=train.num_samples * epochs,
         )
+        # What the losses draw at first is the same in every call, and on every rank.
+        torch.manual_seed(seed)
         trainer = build_trainer(
             Plan(
                 stage="distill",
@@ -154,8 +160,7 @@ def distill(
             on_main(world, lambda: folder.finish(metrics) if folder else None)
         finally:
             trainer.remove_hooks()
-        kept = trainer.ema.module if trainer.ema else student
-        return Result(kept.eval(), metrics, folder.path if folder else None)
+        return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
 
 
 class ForeignLoader:
@@ -183,9 +188,20 @@ class ForeignLoader:
             set_epoch = getattr(part, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
-        # A shuffling DataLoader draws its order from the global generator: the same every replay.
-        torch.manual_seed((self.seed * 1_000_003 + epoch) & 0x7FFFFFFFFFFFFFFF)
-        for step, item in enumerate(self.items):
+        # A shuffling DataLoader draws its order from its own generator or the global one, and the
+        # images of a batch from the global one: the same in every replay, wherever it starts.
+        seed = (self.seed * 1_000_003 + epoch) & 0x7FFFFFFF
+        for part in (self.items, getattr(self.items, "sampler", None)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        torch.manual_seed(seed)
+        items = iter(self.items)
+        for step in range(self.steps_per_epoch):
+            torch.manual_seed(seed << 32 | step)
+            item = next(items, None)
+            if item is None:
+                return
             if step < start_step:
                 continue
             images, labels, *ids = item
@@ -202,6 +218,17 @@ class ForeignLoader:
     def global_size(self, step: int) -> int:
         """Of the batch that was yielded last, over all ranks, which have loaders of their own."""
         return self._batch_size * self.world.size
+
+
+def _check_loader(loader: Iterable[LoaderItem]) -> None:
+    wanted = "a torch DataLoader over a map-style data set"
+    try:
+        if not isinstance(loader, Sized) or not len(loader):
+            raise TypeError
+    except TypeError:
+        raise UserError(f"train_loader needs a length: {wanted}") from None
+    if isinstance(loader, Iterator):
+        raise UserError(f"train_loader can be read only once, and an epoch is not enough: {wanted}")
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:

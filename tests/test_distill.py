@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fastkd
 from fastkd.errors import Interrupted, UserError
@@ -257,6 +257,18 @@ def test_both_networks_see_the_same_mixed_images(
     assert sum(mixed) >= 6  # of 8: a box may be empty
 
 
+def test_a_view_that_is_not_made_is_refused(
+    train_loader: DataLoader[Any], val_loader: DataLoader[Any], teacher: nn.Module
+) -> None:
+    with pytest.raises(UserError, match="give xprime='cutmix'"):
+        fastkd.distill(
+            *(small(2), teacher, train_loader, val_loader),
+            epochs=1,
+            losses=[KD(views=("x", "xprime"))],
+            **QUIET,
+        )
+
+
 def test_classes_must_agree(
     train_loader: DataLoader[Any], val_loader: DataLoader[Any], tmp_path: Path
 ) -> None:
@@ -271,7 +283,7 @@ def test_classes_must_agree(
 
 
 class Impatient(TensorDataset):
-    """Presses Ctrl-C when its n-th image is asked for."""
+    """Random images; presses Ctrl-C when the n-th one is asked for."""
 
     left = -1
 
@@ -279,17 +291,24 @@ class Impatient(TensorDataset):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return super().__getitem__(index)
+        images_CHW, label = super().__getitem__(index)
+        return images_CHW + 0.1 * torch.randn(3, 8, 8), label
 
 
+@pytest.mark.parametrize("own_generator", [False, True], ids=["global", "own-generator"])
 @pytest.mark.parametrize("ema", [None, 0.9], ids=["student", "average"])
 def test_a_stopped_run_goes_on_bit_identical(
-    val_loader: DataLoader[Any], teacher: nn.Module, tmp_path: Path, ema: float | None
+    val_loader: DataLoader[Any],
+    teacher: nn.Module,
+    tmp_path: Path,
+    ema: float | None,
+    own_generator: bool,
 ) -> None:
     def run(out: str, images_until_ctrl_c: int = -1, *, resume: bool = False) -> Any:
         images = Impatient(*tensors(120, 1))
         images.left = images_until_ctrl_c
-        loader = DataLoader(images, batch_size=16, shuffle=True)
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        loader = DataLoader(images, batch_size=16, shuffle=True, generator=generator)
         return fastkd.distill(
             *(small(2), teacher, loader, val_loader),
             epochs=3,
@@ -360,6 +379,11 @@ def test_the_seed_decides_the_order(
     assert not same(first, trained(1))
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return zip(*tensors(20, 1), strict=True)
+
+
 def test_requests_that_cannot_be_met_are_one_sentence(
     train_loader: DataLoader[Any], val_loader: DataLoader[Any], teacher: nn.Module
 ) -> None:
@@ -371,3 +395,8 @@ def test_requests_that_cannot_be_met_are_one_sentence(
     with pytest.raises(UserError, match="needs a length"):
         endless = (batch for batch in train_loader)
         fastkd.distill(small(2), teacher, endless, val_loader, epochs=1, **QUIET)
+    with pytest.raises(UserError, match="needs a length"):
+        stream = DataLoader(Stream(), batch_size=4)
+        fastkd.distill(small(2), teacher, stream, val_loader, epochs=1, **QUIET)
+    with pytest.raises(UserError, match="can be read only once"):
+        fastkd.distill(small(2), teacher, iter(train_loader), val_loader, epochs=1, **QUIET)
