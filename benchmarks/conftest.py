@@ -28,11 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def cpu_name() -> str:
-    """The processor as the kernel calls it, with the number of cores this process may use."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    """The processor, its widest vectors (one name is sold in several generations), its cores."""
+    from fastkd.doctor import cpu_facts
+
+    facts = cpu_facts()
+    vectors = facts["instructions"].lower() + (" bf16" if facts["bf16"] else "")
+    return f"{facts['name']}, {vectors}, {facts['cores']} cores"
 
 
 def environment() -> dict[str, Any]:

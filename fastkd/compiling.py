@@ -1,5 +1,6 @@
 """What is compiled and when it pays: the teacher and the step, one static graph per batch shape."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,4 +38,9 @@ def compile_unit(unit: T, *, enabled: bool, fullgraph: bool = True, cuda_graphs:
     if not enabled:
         return unit
     mode = "reduce-overhead" if cuda_graphs else None
-    return torch.compile(unit, dynamic=False, fullgraph=fullgraph, mode=mode)  # type: ignore[return-value]
+    options: dict[str, Any] = {"dynamic": False, "fullgraph": fullgraph, "mode": mode}
+    # All students run the same code, so they would share its limit of 8 graphs, which is meant
+    # for one function that keeps changing: the fifth student of a notebook would fail.
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(unit, **options)

@@ -157,6 +157,8 @@ def _stage_builder(
     """A function that builds the recipe's own training, in a folder or without one."""
 
     def build(folder: RunFolder | None) -> Trainer:
+        # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
+        torch.compiler.reset()
         torch.manual_seed(recipe.seed)
         student = _load_net(recipe, recipe.student, data, recipe.student.weights).model
         terms = build_terms(recipe.losses)

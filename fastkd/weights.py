@@ -7,9 +7,7 @@ are kept.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastkd.atomic import atomic_path
 from fastkd.errors import RunFailed, UserError
 
 __all__ = ["LoadReport", "describe", "load_into", "load_weights", "save_weights"]
@@ -174,18 +173,11 @@ def save_weights(
         stored[key] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # Not by safetensors' save_file, which makes files that only their owner can read.
-        with part.open("wb") as file:
-            file.write(save(stored, metadata=facts))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _flush_folder(path.parent)
+        with atomic_path(path) as beside:
+            beside.write_bytes(save(stored, metadata=facts))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise RunFailed(
             f"{path}: cannot write the weights ({error}); free space or choose another place"
         ) from error
@@ -343,12 +335,3 @@ def _name(model: nn.Module) -> str | None:
 
 def _dims(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _flush_folder(path: Path) -> None:
-    """Force the entries of a folder to the disk, so that a rename survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

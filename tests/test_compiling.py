@@ -1,5 +1,8 @@
 """`auto` compiles where it pays, alike on every run, and a compiled unit is the unit itself."""
 
+import functools
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -101,9 +104,12 @@ def backend(monkeypatch):
         return graph.forward
 
     original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda unit, **options: original(unit, **options | {"backend": counting})
-    )
+
+    @functools.wraps(original)  # compile_unit looks at the signature
+    def compile_for_counting(unit, **options):
+        return original(unit, **options | {"backend": counting})
+
+    monkeypatch.setattr(torch, "compile", compile_for_counting)
     yield graphs
     torch._dynamo.reset()
 
@@ -116,6 +122,18 @@ def test_one_static_graph_per_batch_shape(backend):
         torch.testing.assert_close(compiled(images), unit(images))
     assert len(backend) == 2
     assert next(iter(compiled.parameters())) is unit.weight
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch lets all units of one class share a limit of 8 graphs",
+)
+def test_many_units_of_one_class_do_not_share_a_recompile_limit(backend):
+    units = [nn.Linear(3, width) for width in range(2, 14)]
+    for unit in units:
+        compiled = compile_unit(unit, enabled=True)
+        torch.testing.assert_close(compiled(torch.ones(2, 3)), unit(torch.ones(2, 3)))
+    assert len(backend) == len(units) > torch._dynamo.config.recompile_limit
 
 
 def test_a_graph_break_is_an_error(backend):

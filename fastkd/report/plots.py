@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.report.run_folder import atomic_path
+from fastkd.atomic import atomic_path
 
 __all__ = ["plot_curves"]
 

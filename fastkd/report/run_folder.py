@@ -15,7 +15,6 @@ summary.json is unfinished.
 """
 
 import csv
-import errno
 import io
 import json
 import math
@@ -23,19 +22,18 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.errors import RunFailed, UserError
+from fastkd.atomic import atomic_path, explain_full_disk
+from fastkd.errors import UserError
 from fastkd.report.events import Events
 
-__all__ = ["RunFolder", "atomic_path", "environment", "find_finished", "find_resumable"]
+__all__ = ["RunFolder", "environment", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DESCRIPTION = ("config.yaml", "environment.json")
 # Any one of these makes a folder one of ours.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
@@ -76,7 +74,7 @@ class RunFolder:
                 f"{error.strerror}; choose another one with out="
             ) from None
         except OSError as error:
-            _explain_full_disk(error, Path(out if out is not None else root))
+            explain_full_disk(error, Path(out if out is not None else root))
             raise
 
     @classmethod
@@ -116,7 +114,7 @@ class RunFolder:
             if self.events:
                 self.events.row(row)
         except OSError as error:
-            _explain_full_disk(error, target)
+            explain_full_disk(error, target)
             raise
 
     def with_events(self) -> "RunFolder":
@@ -194,27 +192,6 @@ def find_finished(root: Path | str, recipe_name: str, digest: str) -> dict[str, 
     return next((found for found in summaries if found and found.get("digest") == digest), None)
 
 
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; it takes the target's place when the block succeeds.
-
-    Raises:
-        RunFailed: the disk is full. `target` is then as it was before.
-    """
-    beside = target.with_name(f".{target.name}.tmp")
-    try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        _sync_folder(target.parent)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            _explain_full_disk(error, target)
-        raise
-
-
 def environment() -> dict[str, Any]:
     """What a reader of the results has to know of the machine and the software, for JSON."""
     import torch
@@ -257,17 +234,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-def _explain_full_disk(error: OSError, target: Path) -> None:
-    if error.errno in _OUT_OF_SPACE:
-        raise RunFailed(f"no space left on the disk: {target} could not be written") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
