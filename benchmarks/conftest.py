@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--save-results` keeps the table; without it a run only prints."""
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/")
     parser.addoption("--pairs", type=int, default=20, help="interleaved repetitions (20 or more)")
+    parser.addoption("--peer-path", help="folder with checkouts of peers that no registry has")
 
 
 def cpu_name() -> str:

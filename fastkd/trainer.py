@@ -166,7 +166,8 @@ class Trainer:
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self._end_epoch()
-                if self.progress.epoch < self.plan.epochs and stop.agreed(self.world):
+                # Also after the last epoch: other stages of a recipe may follow this one.
+                if stop.agreed(self.world):
                     self._interrupt(stop)
         return self.summary()
 
@@ -421,11 +422,13 @@ class Trainer:
 
     def _interrupt(self, stop: StopSignal) -> None:
         self.save()
-        where = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
+        where = f"at epoch {self.progress.epoch + 1}, step {self.progress.step}"
+        if self.progress.epoch == self.plan.epochs:
+            where = f"after the last epoch of {self.plan.stage}"
         kept = (
             "the state is saved." if self.folder else "nothing was saved, there is no run folder."
         )
-        raise Interrupted(f"stopped at {where}; {kept}", stop.code or 130)
+        raise Interrupted(f"stopped {where}; {kept}", stop.code or 130)
 
     def remove_hooks(self) -> None:
         """Take fastkd's hooks off networks that are not its own."""

@@ -97,7 +97,8 @@ def check(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     staged = [f"staged, before step {step}" for step in STAGED]
-    return kill_and_resume(tmp_path_factory.mktemp("eager"), [*RESUMED_AT, *staged, *STOPPED])
+    names = [*RESUMED_AT, *staged, *STOPPED, "stopped in the teacher's last step"]
+    return kill_and_resume(tmp_path_factory.mktemp("eager"), names)
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
@@ -129,6 +130,15 @@ def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
     )
     assert f"resumed tiny/kd at epoch {epoch + 1} of 2, step {step} of 4" in found["log"]
     assert found["fetched"] == [batches_from(epoch, step, epochs=2)]
+    assert found["different"] == []
+
+
+def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any]) -> None:
+    found = eager["stopped in the teacher's last step"]
+    assert found["codes"] == [[130], [0]], found["log"]
+    assert "stopped after the last epoch of teacher/synthetic/resnet8" in found["first_log"]
+    assert "resumed teacher/synthetic/resnet8 after its last epoch, 1" in found["log"]
+    assert len(found["fetched"][0]) == 3 * STEPS
     assert found["different"] == []
 
 

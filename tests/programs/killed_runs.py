@@ -159,6 +159,9 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for step, which in ((1, signal.SIGINT), (3, signal.SIGINT), (6, signal.SIGTERM))
     },
+    "stopped in the teacher's last step": Scenario(
+        STAGED, (partial(stopped_in_step, 3, signal.SIGINT),)
+    ),
     "two ranks, stopped in step 1": Scenario(
         UNEVEN, (partial(stopped_in_step, 1, signal.SIGTERM, only_rank="1"),), 2
     ),
