@@ -4,19 +4,24 @@ Flow: `run` asks here, on rank 0, once everything fits; a stage that fails befor
 anything leaves no folder behind.
 """
 
-from collections.abc import Iterator
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastkd.checkpoint import load_checkpoint
-from fastkd.distributed import World
+from fastkd.distributed import World, on_main
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.recipe.loading import load_recipe, recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment, find_resumable
 
-__all__ = ["choose_folder", "stage_folder", "tidy"]
+__all__ = ["choose_folder", "occupied", "stage_folder", "tidy"]
+
+_ASK_AGAIN_S = 2.0
 
 
 def choose_folder(
@@ -55,11 +60,52 @@ def choose_folder(
     return _equipped(recipe, found), True
 
 
-def stage_folder(recipe: Recipe, path: Path, root: Path) -> RunFolder:
+def stage_folder(recipe: Recipe, path: Path) -> RunFolder:
     """The folder of a teacher or a baseline, which is gone on with wherever it exists."""
-    if not path.exists():
-        return _new(recipe, path, root)
-    return _equipped(recipe, RunFolder.open(path))
+    path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder.open(path)
+    if not (path / "config.yaml").exists():
+        _describe(recipe, folder)
+    return _equipped(recipe, folder)
+
+
+@contextmanager
+def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes out of a run folder; the system lets go when this one dies.
+
+    waiting: called once while another process has the folder, which is then waited for; None: that
+    is a UserError.
+    """
+    held: list[int] = []
+
+    def take() -> bool:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        except OSError:
+            pass  # a file system without locks: two runs in one folder are then the user's affair
+        held.append(handle)
+        # Its last holder may have taken it away before it let go.
+        return path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
+
+    asked = 0
+    while not on_main(world, take):
+        asked += 1
+        if waiting is None:
+            raise UserError(f"another process is at work in {path}; wait for it, or stop it first")
+        if asked == 1:
+            waiting()
+        # Asked anew each time, or the other ranks would run out of patience in a collective.
+        time.sleep(_ASK_AGAIN_S)
+    try:
+        yield
+    finally:
+        for handle in held:
+            os.close(handle)
 
 
 def _new(recipe: Recipe, out: Path | None, root: Path) -> RunFolder:

@@ -20,7 +20,7 @@ from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, on_main
 from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import evaluate
-from fastkd.folders import choose_folder, stage_folder, tidy
+from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     session.console.note(f"run folder {folder.path}")
     go_on = f"Go on with: fastkd train --resume {folder.path}"
     try:
-        with tidy(folder, session.root, session.world):
+        with occupied(folder.path, session.world), tidy(folder, session.root, session.world):
             teacher, teacher_summary = _teacher(recipe, data, session)
             alone = [
                 _train(
@@ -223,26 +223,30 @@ def _train(
     """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
-        folder = stage_folder(recipe, path, session.root)
+        folder = stage_folder(recipe, path)
         return folder, folder.summary()
 
-    folder, finished = on_main(session.world, prepare)
-    if finished is not None:
-        session.console.note(f"{recipe.name}: finished before, {path}")
-        return finished
-    with tidy(folder, session.root, session.world):
-        trainer = _stage_builder(recipe, data, teacher, session)(folder)
-        _go_on(trainer, folder, session)
-        found = trainer.fit()
-    summary = found | {
-        "recipe": recipe.name,
-        "digest": recipe.digest(),
-        "student": recipe.student.name,
-        "lr": recipe.optim.lr,
-        **_size(trainer.student, data),
-        "history": trainer.history,
-    }
-    on_main(session.world, lambda: folder.finish(summary))
+    def waiting() -> None:
+        session.console.note(f"{recipe.name}: another run is at work in {path}, waiting for it")
+
+    with occupied(path, session.world, waiting):
+        folder, finished = on_main(session.world, prepare)
+        if finished is not None:
+            session.console.note(f"{recipe.name}: finished before, {path}")
+            return finished
+        with tidy(folder, session.root, session.world):
+            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            _go_on(trainer, folder, session)
+            found = trainer.fit()
+        summary = found | {
+            "recipe": recipe.name,
+            "digest": recipe.digest(),
+            "student": recipe.student.name,
+            "lr": recipe.optim.lr,
+            **_size(trainer.student, data),
+            "history": trainer.history,
+        }
+        on_main(session.world, lambda: folder.finish(summary))
     return summary
 
 

@@ -1,0 +1,69 @@
+"""One process at a time in a run folder: others wait for a shared teacher, or are told."""
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkd.folders
+from fastkd.distributed import World
+from fastkd.errors import UserError
+from fastkd.folders import occupied
+
+WORLD = World(0, 0, 1, torch.device("cpu"), None)
+
+
+def lock(path: Path) -> int:
+    """What another process would hold; closing the descriptor lets go."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    other = lock(tmp_path / "run")
+    with (
+        pytest.raises(UserError, match=r"another process is at work in .*run"),
+        occupied(tmp_path / "run", WORLD),
+    ):
+        pytest.fail("entered a folder that is in use")
+    os.close(other)
+    for _ in range(2):  # it is let go at the end
+        with occupied(tmp_path / "run", WORLD):
+            assert (tmp_path / "run").is_dir()
+
+
+def test_a_shared_stage_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastkd.folders, "_ASK_AGAIN_S", 0.01)
+    other, notes = lock(tmp_path / "teacher"), []
+
+    def waiting() -> None:
+        notes.append("waiting")
+        threading.Timer(0.05, os.close, (other,)).start()
+
+    with occupied(tmp_path / "teacher", WORLD, waiting):
+        assert notes == ["waiting"]
+
+
+def test_a_folder_that_its_holder_took_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastkd.folders, "_ASK_AGAIN_S", 0.01)
+    path = tmp_path / "teacher"
+    path.mkdir()
+    original = fcntl.flock
+
+    def taken_away(handle: int, operation: int) -> None:
+        original(handle, operation)
+        monkeypatch.setattr(fcntl, "flock", original)
+        path.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", taken_away)
+    with occupied(path, WORLD, lambda: None):
+        assert path.is_dir()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
