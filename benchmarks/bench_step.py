@@ -88,6 +88,7 @@ def timm_task(setting: Setting, engine: Engine) -> Step:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
     for net in (student, teacher):  # what timm asks of a network
         net.pretrained_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        net.in_chans = 3
     task = LogitDistillationTask(
         student_model=student,
         teacher_model=teacher,
