@@ -43,4 +43,4 @@ def compile_unit(unit: T, *, enabled: bool, fullgraph: bool = True, cuda_graphs:
     # for one function that keeps changing: the fifth student of a notebook would fail.
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    return torch.compile(unit, **options)
+    return torch.compile(unit, **options)  # type: ignore[return-value]
