@@ -55,8 +55,9 @@ def test_error_against_float64_is_at_most_twice_eager(
         got, eager, truth = (torch.stack([run[i] for run in runs]) for i in range(3))
         # Per-row losses may always be off by one unit in the last place.
         floor = 0.0 if name == "grad" else torch.finfo(torch.float32).eps * rms(truth)
-        # The interpreter truncates fp32 to bf16 where a chip rounds: twice the error at best.
-        factor = 4.0 if interpreted and name == "grad" and dtype == torch.bfloat16 else 2.0
+        # The interpreter truncates fp32 to bf16 where a chip rounds, and has its exp2 and log2 from
+        # numpy, whose AVX-512 versions are off by up to 4 units in the last place.
+        factor = 4.0 if interpreted else 2.0
         assert_as_accurate(f"{name} {fast} {dtype}", got, eager, truth, factor=factor, floor=floor)
 
 
