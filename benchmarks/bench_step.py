@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from fastkd import create_model
-from fastkd.api import ForeignLoader
 from fastkd.augment.geometry import Geometry
 from fastkd.build import Engine, TeacherNet, build_trainer
 from fastkd.data import ImageSet, ResidentLoader
+from fastkd.data.foreign import ForeignLoader
 from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision

@@ -5,7 +5,8 @@
 Same engine as the recipes; see `distill`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.build import Engine, TeacherNet, build_trainer, decide
-from fastkd.data.batch import Batch
-from fastkd.distributed import World, on_main, open_world
+from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
+from fastkd.distributed import on_main, open_world
 from fastkd.errors import UserError
+from fastkd.folders import occupied, tidy
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
+from fastkd.models.taps import remove_taps
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
 from fastkd.trainer import Plan
 from fastkd.weights import describe
 
-__all__ = ["ForeignLoader", "Result", "distill"]
-
-LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+__all__ = ["Result", "distill"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,22 @@ def distill(
             `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
         optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
         lr: replaces that of `optim`.
-        out: run folder to write; None writes nothing. resume=True goes on with its last.pt (the
-            loader is asked for the batches before the saved step again, and they are thrown away).
+        out: run folder to write; None writes nothing. resume=True goes on with its last.pt, if it
+            has one (the loader is asked for the batches before the saved step again, and they are
+            thrown away).
 
     Raises:
-        UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks.
+        UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks,
+            loaders or arguments that cannot be used.
         RunFailed: losses or gradients stayed non-finite.
     """
-    _check_loader(train_loader)
+    for name, value, choices in (
+        ("precision", precision, ("auto", "bf16", "fp16", "fp32")),
+        ("compile", compile, ("auto", "on", "off")),
+        ("xprime", xprime, ("none", "cutmix", "mixup")),
+    ):
+        if value not in choices:
+            raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
     terms = list(losses) if losses is not None else [KD()]
     if teacher is None and any("/teacher/" in need for term in terms for need in term.needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
@@ -95,20 +104,23 @@ def distill(
     ):
         raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
     settings = optim or OptimConfig(schedule="cosine")
-    if lr is not None:
-        settings = settings.model_copy(update={"lr": lr})
-    settings = settings.model_copy(
-        update={"milestones": tuple(m * epochs if m < 1 else m for m in settings.milestones)}
-    )
-    with open_world(device) as world:
+    milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
+    changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
+    settings = OptimConfig.model_validate(settings.model_dump() | changes)
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(device))
+        for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+            check_loader(name, loader, world)
+        # The caller's random numbers go on where they were.
+        stack.enter_context(
+            torch.random.fork_rng([world.device] if world.device.type == "cuda" else [])
+        )
         console = Console(enabled=world.is_main and not quiet)
         wants_ids = next((term.name for term in terms if term.uses_index), None)
         train = ForeignLoader(train_loader, world, seed, channels_last, wants_ids)
         val = ForeignLoader(val_loader, world, seed, channels_last)
-        first = next(iter(val_loader))
-        image_shape = tuple(first[0].shape[1:])
-        if len(image_shape) != 3:
-            raise UserError(f"images must be [N, C, H, W], got {tuple(first[0].shape)}")
+        image = val.first_image()
+        image_shape = (image.shape[1], image.shape[2], image.shape[3])
         resolved, compiled = decide(
             precision=precision,
             compile_mode=compile,
@@ -121,6 +133,8 @@ def distill(
         )
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
+        # Whatever happens, the networks are the user's and keep none of our hooks.
+        stack.callback(remove_taps, student, teacher)
         trainer = build_trainer(
             Plan(
                 stage="distill",
@@ -144,7 +158,7 @@ def distill(
             loader=train,
             val_loader=val,
             image_shape=image_shape,
-            num_classes=_num_classes(student, first[0][:1].to(world.device)),
+            num_classes=_num_classes(student, image),
             train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
             normalization=((0.0,) * 3, (1.0,) * 3),
             xprime=xprime,
@@ -152,83 +166,15 @@ def distill(
             folder=None,
             console=console,
         )
-        try:
-            folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
-            if folder is not None and resume:
+        folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
+        if folder is not None:
+            stack.enter_context(occupied(folder.path, world))
+            stack.enter_context(tidy(folder, folder.path.parent, world))
+            if resume and (folder.path / "last.pt").exists():
                 trainer.resume(folder.path / "last.pt")
-            metrics = trainer.fit() | {"history": trainer.history}
-            on_main(world, lambda: folder.finish(metrics) if folder else None)
-        finally:
-            trainer.remove_hooks()
+        metrics = trainer.fit() | {"history": trainer.history}
+        on_main(world, lambda: folder.finish(metrics) if folder else None)
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
-
-
-class ForeignLoader:
-    """The user's loader in the protocol of the trainer."""
-
-    def __init__(
-        self,
-        items: Iterable[LoaderItem],
-        world: World,
-        seed: int,
-        channels_last: bool,
-        wants_ids: str | None = None,
-    ) -> None:
-        self.items, self.world, self.device, self.seed = items, world, world.device, seed
-        self.wants_ids = wants_ids
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
-        dataset = getattr(items, "dataset", None)
-        self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
-        self._batch_size = 0
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches on the device; those before `start_step` are drawn and thrown away."""
-        for part in (self.items, getattr(self.items, "sampler", None)):
-            set_epoch = getattr(part, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-        # A shuffling DataLoader draws its order from its own generator or the global one, and the
-        # images of a batch from the global one: the same in every replay, wherever it starts.
-        seed = (self.seed * 1_000_003 + epoch) & 0x7FFFFFFF
-        for part in (self.items, getattr(self.items, "sampler", None)):
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-        torch.manual_seed(seed)
-        items = iter(self.items)
-        for step in range(self.steps_per_epoch):
-            torch.manual_seed(seed << 32 | step)
-            item = next(items, None)
-            if item is None:
-                return
-            if step < start_step:
-                continue
-            images, labels, *ids = item
-            if self.wants_ids and not ids:
-                raise UserError(
-                    f"the loss {self.wants_ids} keeps state per sample: make the training loader "
-                    f"yield (images, labels, sample ids)"
-                )
-            self._batch_size = len(labels)
-            index = ids[0] if ids else torch.full((len(labels),), -1)
-            images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-            yield Batch(images, labels.to(self.device), index.to(self.device))
-
-    def global_size(self, step: int) -> int:
-        """Of the batch that was yielded last, over all ranks, which have loaders of their own."""
-        return self._batch_size * self.world.size
-
-
-def _check_loader(loader: Iterable[LoaderItem]) -> None:
-    wanted = "a torch DataLoader over a map-style data set"
-    try:
-        if not isinstance(loader, Sized) or not len(loader):
-            raise TypeError
-    except TypeError:
-        raise UserError(f"train_loader needs a length: {wanted}") from None
-    if isinstance(loader, Iterator):
-        raise UserError(f"train_loader can be read only once, and an epoch is not enough: {wanted}")
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
@@ -238,6 +184,11 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
         return None
     if resume:
         return RunFolder.open(Path(out))
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise UserError(
+            f"out={out} exists and is not empty: go on with it by resume=True, or choose another "
+            f"folder"
+        )
     folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
     folder.write_json("environment.json", environment())
     return folder

@@ -190,7 +190,7 @@ def build_trainer(
         loader=loader,
         val_loader=val_loader,
         views=ViewMaker(
-            xprime,
+            xprime if "xprime" in step.views else "none",
             seed=plan.seed,
             dtype=precision.dtype,
             layout=layout,

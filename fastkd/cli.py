@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkd import __version__
 from fastkd.errors import FastKDError, UserError
 
 __all__ = ["main"]
@@ -108,8 +109,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="fastkd",
         description="Train small vision networks from large ones: knowledge distillation.",
+        epilog="`fastkd train --help` has examples; `fastkd doctor` says what this machine offers.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     train = commands.add_parser(
@@ -227,6 +230,8 @@ def _train(options: argparse.Namespace) -> int:
     import torch
 
     from fastkd.distributed import open_world
+    from fastkd.precision import resolve_precision
+    from fastkd.recipe.schema import Recipe
     from fastkd.report.console import Console
     from fastkd.run import Session, dry_run, run_recipe
 
@@ -236,10 +241,17 @@ def _train(options: argparse.Namespace) -> int:
         torch.use_deterministic_algorithms(True)
     with open_world(recipe.device) as world, Console(enabled=world.is_main) as console:
         session = Session(world, console, Path("runs"))
+
+        def settled(recipe: Recipe) -> Recipe:
+            # Into the saved recipe: a run that goes on elsewhere computes as it began.
+            name = resolve_precision(recipe.precision, world.device).name
+            return recipe.replace(precision=name)
+
         if sweep:
             from fastkd.sweep import run_sweep
 
-            return run_sweep(sweep, session)
+            return run_sweep({key: settled(one) for key, one in sweep.items()}, session)
+        recipe = settled(recipe)
         if options.dry_run:
             found = dry_run(recipe, session)
             session.console.facts(f"dry run of {recipe.name}", found)

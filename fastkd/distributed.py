@@ -23,12 +23,10 @@ from fastkd.errors import FastKDError, RunFailed, UserError
 __all__ = [
     "World",
     "all_reduce_sum",
-    "barrier",
     "broadcast_object",
     "close_world",
     "gather_rows",
     "init_world",
-    "is_main",
     "on_main",
     "open_world",
     "same_on_all_ranks",
@@ -139,17 +137,6 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
             close_world(failed=failed)
 
 
-def is_main() -> bool:
-    """Whether this process is rank 0 (also true without a process group)."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank; it must be picklable. Others may pass anything."""
     if not dist.is_initialized():
@@ -214,7 +201,6 @@ def wrap_ddp(
     world: World,
     *,
     ignore_buffers: Sequence[str] = (),
-    static_graph: bool = False,
 ) -> nn.Module:
     """`step`, raw or from `torch.compile`, in DDP; as it is when there is nothing to synchronise.
 
@@ -243,7 +229,6 @@ def wrap_ddp(
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         broadcast_buffers=True,
         gradient_as_bucket_view=True,
-        static_graph=static_graph,
     )
 
 

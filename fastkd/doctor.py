@@ -132,12 +132,12 @@ def _triton() -> Part:
 
 
 def _dali() -> Part:
-    used_for = "large image folders (data.backend=dali)"
+    used_for = "large image folders; not used by this version yet"
     version, problem = _probe("nvidia.dali", lambda module: module.__version__)
     if problem:
         advice = f'{problem}; pip install "fastkd[dali]" (CUDA 13) or "fastkd[dali-cuda12]"'
-        return Part("DALI", "", False, used_for, f"{advice}; torch workers do the job meanwhile")
-    return Part("DALI", version, True, used_for, "")
+        return Part("DALI", "", False, used_for, f"{advice}; torch workers do the job")
+    return Part("DALI", version, False, used_for, "torch workers do the job")
 
 
 def _apex() -> Part:

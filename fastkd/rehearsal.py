@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fastkd.trainer import Prepared, Trainer
+from fastkd.step import Prepared
+from fastkd.trainer import Trainer
 
 __all__ = ["rehearse"]
 
@@ -26,7 +27,7 @@ def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
     return {
         "first_step_seconds": clocks[1] - clocks[0],
         "seconds_per_step": clocks[-1] - clocks[-2],
-        "peak_memory_mib": _peak_memory_mib(trainer.world.device),
+        "peak_memory_MiB": _peak_memory_mib(trainer.world.device),
         "shapes": shapes,
     }
 

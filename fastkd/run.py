@@ -74,23 +74,20 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
             trainer = _stage_builder(recipe, data, teacher, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
-            summary = trainer.fit()
+            best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
+            summary = _fit(trainer, recipe, data) | {
+                "teacher": teacher_summary,
+                "alone": best_alone,
+                "alone_tried": [
+                    {"lr": run["lr"], "accuracy_last": run["accuracy_last"]} for run in alone
+                ],
+            }
+            if session.world.is_main:
+                _report(recipe, summary, folder, session)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped} {go_on}", stopped.exit_code) from None
     except KeyboardInterrupt:
         raise Interrupted(f"stopped. {go_on}", 130) from None
-    best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
-    summary |= {
-        "recipe": recipe.name,
-        "digest": recipe.digest(),
-        "student": recipe.student.name,
-        **_size(trainer.student, data),
-        "teacher": teacher_summary,
-        "alone": best_alone,
-        "alone_tried": [{"lr": run["lr"], "accuracy_last": run["accuracy_last"]} for run in alone],
-    }
-    if session.world.is_main:
-        _report(recipe, summary, trainer, folder, session)
     return summary
 
 
@@ -160,7 +157,7 @@ def _stage_builder(
         # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
         torch.compiler.reset()
         torch.manual_seed(recipe.seed)
-        student = _load_net(recipe, recipe.student, data, recipe.student.weights).model
+        student = _load_net(recipe.student, data, recipe.student.weights).model
         terms = build_terms(recipe.losses)
         decisions = _saved_decisions(folder)
         precision, compiled = decide(
@@ -237,17 +234,21 @@ def _train(
         with tidy(folder, session.root, session.world):
             trainer = _stage_builder(recipe, data, teacher, session)(folder)
             _go_on(trainer, folder, session)
-            found = trainer.fit()
-        summary = found | {
-            "recipe": recipe.name,
-            "digest": recipe.digest(),
-            "student": recipe.student.name,
-            "lr": recipe.optim.lr,
-            **_size(trainer.student, data),
-            "history": trainer.history,
-        }
+            summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
     return summary
+
+
+def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
+    """Train; what summary.json says of a stage, whoever asked for it."""
+    return trainer.fit() | {
+        "recipe": recipe.name,
+        "digest": recipe.digest(),
+        "student": recipe.student.name,
+        "lr": recipe.optim.lr,
+        **_size(trainer.student, data),
+        "history": trainer.history,
+    }
 
 
 def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
@@ -271,7 +272,7 @@ def _teacher(
         path = session.root / "teachers" / f"{config.name}-{lesson.digest()[:8]}"
         summary = _train(lesson, data, None, session, path)
         weights = str(path / "best.safetensors")
-    net = _load_net(recipe, config, data, weights)
+    net = _load_net(config, data, weights)
     accuracy = _accuracy(net, recipe, data, session)
     session.console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
     floor = config.min_accuracy
@@ -293,7 +294,7 @@ def _untrained_teacher(recipe: Recipe, data: DataPair) -> TeacherNet | None:
     """The recipe's teacher, with its weights unless they are still to be trained."""
     if recipe.teacher is None:
         return None
-    return _load_net(recipe, recipe.teacher, data, recipe.teacher.weights)
+    return _load_net(recipe.teacher, data, recipe.teacher.weights)
 
 
 def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session) -> float:
@@ -314,9 +315,7 @@ def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session)
     return evaluate(teacher.logits, data.val, precision, session.world)["accuracy"]
 
 
-def _load_net(
-    recipe: Recipe, config: StudentConfig, data: DataPair, weights: str | None
-) -> TeacherNet:
+def _load_net(config: StudentConfig, data: DataPair, weights: str | None) -> TeacherNet:
     """Build a network of the data's class count and fill it from a file or a run folder."""
     class_map = config.class_map if isinstance(config, TeacherConfig) else None
     resolution = config.resolution if isinstance(config, TeacherConfig) else None
@@ -344,10 +343,14 @@ def _load_net(
 
 def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
     """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
-    facts = load_weights(weights)[1] if weights is not None else {}
+    if weights is None:
+        return None if ":" in name else of_data
+    tensors, facts = load_weights(weights)
     if "num_classes" in facts:
         return int(facts["num_classes"])
-    return None if ":" in name else of_data
+    # A checkpoint of others tells it by its last layer.
+    heads = [tensor for tensor in tensors.values() if tensor.dim() == 2]
+    return heads[-1].shape[0] if heads else of_data
 
 
 def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
@@ -365,9 +368,7 @@ def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
     return {"params": size.params, "macs": size.macs}
 
 
-def _report(
-    recipe: Recipe, summary: dict[str, Any], trainer: Trainer, folder: RunFolder, session: Session
-) -> None:
+def _report(recipe: Recipe, summary: dict[str, Any], folder: RunFolder, session: Session) -> None:
     from fastkd.report.plots import plot_curves
 
     teacher, alone = summary["teacher"], summary["alone"]
@@ -386,7 +387,7 @@ def _report(
         curves["student alone"] = alone["history"]
     kind = "student distilled" if teacher else "student"
     rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
-    curves[kind] = trainer.history
+    curves[kind] = summary["history"]
     plot_curves(folder.path / "curves.png", curves)
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     session.console.comparison(rows)

@@ -8,7 +8,7 @@ Steps count from 0, epochs from 1. All kinds return a factor of the base learnin
 
     constant   1
     multistep  gamma ** (number of milestones below the epoch); `MultiStepLR` stepped per epoch
-    cosine     min + (1 - min) * (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
+    cosine     (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
     onecycle   `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
                0.95 - 0.85 - 0.95
 
@@ -17,13 +17,12 @@ the S - W steps that follow it, while the milestones stay absolute epochs.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fastkd.errors import UserError
 
-__all__ = ["Schedule", "ScheduleKind", "lr_factor", "onecycle_momentum"]
+__all__ = ["Schedule", "ScheduleKind"]
 
 ScheduleKind = Literal["constant", "multistep", "cosine", "onecycle"]
 
@@ -53,8 +52,6 @@ class Schedule:
     gamma: float = 0.1
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs, rounded to whole steps; 0 is none."""
-    min_factor: float = 0.0
-    """cosine: the factor it falls to."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScheduleKind):
@@ -80,69 +77,34 @@ class Schedule:
         return self.epochs * self.steps_per_epoch
 
     def lr_factor(self, step: int) -> float:
-        """Factor of the base learning rate for optimizer step `step`, counted from 0."""
-        return lr_factor(
-            self.kind,
-            step=step,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=self.epochs,
-            milestones=self.milestones,
-            gamma=self.gamma,
-            warmup_epochs=self.warmup_epochs,
-            min_factor=self.min_factor,
-        )
+        """Factor of the base learning rate for optimizer step `step`, counted from 0.
+
+        The module docstring has the formulas; steps past the end of the run keep the last value.
+        """
+        step = min(step, self.total_steps - 1)
+        if self.kind == "onecycle":
+            return _onecycle(step, self.total_steps, _ONECYCLE_START, 1.0, _ONECYCLE_END)
+        warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
+        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        if self.kind == "multistep":
+            epoch = step // self.steps_per_epoch + 1
+            return warmup * self.gamma ** sum(milestone < epoch for milestone in self.milestones)
+        if self.kind == "cosine":
+            if step < warmup_steps:
+                return warmup
+            progress = (step - warmup_steps) / (self.total_steps - warmup_steps)
+            return _cosine(1.0, 0.0, progress)
+        return warmup
 
     def momentum(self, step: int) -> float | None:
         """Momentum (Adam: beta1) for step `step`, or None where the schedule leaves it alone."""
         if self.kind != "onecycle":
             return None
-        return onecycle_momentum(step=step, total_steps=self.total_steps)
+        high, low = _ONECYCLE_MOMENTUM_HIGH, _ONECYCLE_MOMENTUM_LOW
+        return _onecycle(min(step, self.total_steps - 1), self.total_steps, high, low, high)
 
 
-def lr_factor(
-    kind: ScheduleKind,
-    *,
-    step: int,
-    steps_per_epoch: int,
-    epochs: int,
-    milestones: Sequence[float] = (),
-    gamma: float = 0.1,
-    warmup_epochs: float = 0.0,
-    min_factor: float = 0.0,
-) -> float:
-    """Factor of the base learning rate at `step` (from 0); the module docstring has the formulas.
-
-    Steps past the end of the run keep the last value.
-    """
-    total_steps = epochs * steps_per_epoch
-    step = min(step, total_steps - 1)
-    if kind == "onecycle":
-        return _onecycle(step, total_steps, start=_ONECYCLE_START, peak=1.0, end=_ONECYCLE_END)
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    if kind == "multistep":
-        epoch = step // steps_per_epoch + 1
-        return warmup * gamma ** sum(milestone < epoch for milestone in milestones)
-    if kind == "cosine":
-        if step < warmup_steps:
-            return warmup
-        progress = (step - warmup_steps) / (total_steps - warmup_steps)
-        return _cosine(1.0, min_factor, progress)
-    return warmup
-
-
-def onecycle_momentum(*, step: int, total_steps: int) -> float:
-    """Momentum of the one-cycle policy at `step` (from 0): 0.95 down to 0.85 and back."""
-    return _onecycle(
-        min(step, total_steps - 1),
-        total_steps,
-        start=_ONECYCLE_MOMENTUM_HIGH,
-        peak=_ONECYCLE_MOMENTUM_LOW,
-        end=_ONECYCLE_MOMENTUM_HIGH,
-    )
-
-
-def _onecycle(step: int, total_steps: int, *, start: float, peak: float, end: float) -> float:
+def _onecycle(step: int, total_steps: int, start: float, peak: float, end: float) -> float:
     # torch puts the turn on a fractional step, and at 3 steps or fewer before the first one; kept
     # as it is, so that a schedule equals torch's at every length.
     turn = _ONECYCLE_RISING_SHARE * total_steps - 1

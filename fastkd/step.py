@@ -5,17 +5,47 @@ concatenated: that would change its batch statistics), calls every term, and is 
 where weights are applied. Nothing here asks the host for a number.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.data.batch import Batch
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 
-__all__ = ["DistillStep", "StepOutput", "needed_taps"]
+__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps"]
+
+
+class Prepared(NamedTuple):
+    """A batch with its views and the teacher's answer, ready for the step."""
+
+    batch: Batch
+    views: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    global_size: int
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that lies on the device."""
+        return [*self.batch, *self.views.values(), *self.teacher.values()]
+
+    def split(self, parts: int) -> "Iterator[Prepared]":
+        """Exactly `parts` micro-batches, their sizes differing by at most one."""
+        if parts == 1:
+            yield self
+            return
+        size, larger = divmod(len(self.batch.labels_N), parts)
+        for part in range(parts):
+            start = part * size + min(part, larger)
+            rows = slice(start, start + size + (part < larger))
+            yield Prepared(
+                Batch(*(tensor[rows] for tensor in self.batch)),
+                {name: view[rows] for name, view in self.views.items()},
+                {need: tensor[rows] for need, tensor in self.teacher.items()},
+                self.global_size,
+            )
 
 
 class StepOutput(NamedTuple):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from fastkd.precision import Precision
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
-from fastkd.step import DistillStep, StepOutput
+from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.teacher import Teacher, run_ahead
 from fastkd.weights import save_weights
 
@@ -88,35 +88,6 @@ class Progress:
     """Metric rows written so far; later ones are cut at resume."""
     epoch_s: float = 0.0
     wait_s: float = 0.0
-
-
-class Prepared(NamedTuple):
-    """A batch with its views and the teacher's answer, ready for the step."""
-
-    batch: Batch
-    views: dict[str, Tensor]
-    teacher: dict[str, Tensor]
-    global_size: int
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that lies on the device."""
-        return [*self.batch, *self.views.values(), *self.teacher.values()]
-
-    def split(self, parts: int) -> "Iterator[Prepared]":
-        """Exactly `parts` micro-batches, their sizes differing by at most one."""
-        if parts == 1:
-            yield self
-            return
-        size, larger = divmod(len(self.batch.labels_N), parts)
-        for part in range(parts):
-            start = part * size + min(part, larger)
-            rows = slice(start, start + size + (part < larger))
-            yield Prepared(
-                Batch(*(tensor[rows] for tensor in self.batch)),
-                {name: view[rows] for name, view in self.views.items()},
-                {need: tensor[rows] for need, tensor in self.teacher.items()},
-                self.global_size,
-            )
 
 
 class Trainer:
@@ -277,12 +248,11 @@ class Trainer:
             if term.schedules()
         }
 
-    def _fetch(self) -> dict[str, float]:
+    def _fetch(self) -> None:
         """The one place where the host waits for the device: counters, then running means."""
         self.guard.check()
         values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
-        images = max(values.pop("images"), 1.0)
-        means = {name: value / images for name, value in values.items()}
+        images = max(values["images"], 1.0)
         done = images * self.world.size / max(self.progress.epoch_s, 1e-9)
         self.console.progress(
             epoch=self.progress.epoch,
@@ -291,9 +261,8 @@ class Trainer:
             steps=self.loader.steps_per_epoch,
             images_per_s=done,
             data_wait=self.progress.wait_s / max(self.progress.epoch_s, 1e-9),
-            loss=means["loss"],
+            loss=values["loss"] / images,
         )
-        return means
 
     def _end_epoch(self) -> None:
         """Evaluate, keep the best, write one row, save."""
@@ -406,8 +375,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        if self.world.is_main:
-            self.totals_M.copy_(state["totals"])
+        # Saved as sums over the ranks; each rank takes its share up again.
+        self.totals_M.copy_(state["totals"] / self.world.size)
         self.progress = Progress(**state["progress"])
         self.history = list(state["history"])
         if self.folder and self.world.is_main:
@@ -424,17 +393,11 @@ class Trainer:
         self.save()
         where = f"at epoch {self.progress.epoch + 1}, step {self.progress.step}"
         if self.progress.epoch == self.plan.epochs:
-            where = f"after the last epoch of {self.plan.stage}"
+            where = "after the last epoch"
         kept = (
             "the state is saved." if self.folder else "nothing was saved, there is no run folder."
         )
-        raise Interrupted(f"stopped {where}; {kept}", stop.code or 130)
-
-    def remove_hooks(self) -> None:
-        """Take fastkd's hooks off networks that are not its own."""
-        self.step.student.remove()
-        if self.teacher:
-            self.teacher.unit.tapped.remove()
+        raise Interrupted(f"{self.plan.stage} stopped {where}; {kept}", stop.code or 130)
 
 
 def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

@@ -238,7 +238,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_pa
     assert facts["student"].startswith("resnet8: 19,954 parameters")
     assert facts["shapes: x/teacher/logits"] == "32 x 10"
     assert facts["steps"] == "2"
-    assert {"seconds per step", "peak memory mib", "projected duration of this stage"} <= set(facts)
+    assert {"seconds per step", "peak memory MiB", "projected duration of this stage"} <= set(facts)
     assert not any(tmp_path.iterdir())
 
 
@@ -305,3 +305,44 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
     said = command("train", "--resume", "one")
     assert (said.code, said.err) == (0, "")
     assert (tmp_path / "one/summary.json").exists()
+
+
+def test_a_teacher_that_was_finished_by_its_own_resume_serves_the_run(
+    command, monkeypatch, tmp_path
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    original = Trainer.summary
+    monkeypatch.setattr(Trainer, "summary", interrupted)
+    assert command("train", *TINY, *TAUGHT, "baseline.lrs=").code == 130
+    monkeypatch.setattr(Trainer, "summary", original)
+    (teacher,) = (tmp_path / "runs/teachers").iterdir()
+    assert command("train", "--resume", f"runs/teachers/{teacher.name}").code == 0
+    said = command("train", *TINY, *TAUGHT, "baseline.lrs=")
+    assert (said.code, said.err) == (0, "")
+    assert "\nstudent distilled" in said.out
+
+
+def test_the_saved_recipe_says_what_auto_came_to(command, tmp_path):
+    words = [word for word in ALONE if not word.startswith("precision")]
+    assert command("train", *words, "out=one").code == 0
+    (line,) = (
+        text
+        for text in (tmp_path / "one/config.yaml").read_text().splitlines()
+        if text.startswith("precision:")
+    )
+    assert line.split()[1] in ("fp32", "bf16")
+
+
+def test_a_run_folder_that_cannot_be_made_is_the_users_affair(command):
+    said = command("train", *ALONE, "out=/proc/one")
+    assert said.code == 2
+    assert "the run folder /proc/one cannot be made" in said.err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        fastkd.cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fastkd {fastkd.__version__}\n"

@@ -389,7 +389,7 @@ def test_requests_that_cannot_be_met_are_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match="teacher is None"):
         fastkd.distill(small(2), None, train_loader, val_loader, epochs=1, **QUIET)
-    with pytest.raises(UserError, match=r"\[N, C, H, W\], got \(16, 5\)"):
+    with pytest.raises(UserError, match=r"\[N, C, H, W\].* got \[16, 5\]"):
         flat = DataLoader(TensorDataset(torch.zeros(20, 5), torch.zeros(20).long()), batch_size=16)
         fastkd.distill(small(2), teacher, flat, flat, epochs=1, **QUIET)
     with pytest.raises(UserError, match="needs a length"):
@@ -400,3 +400,57 @@ def test_requests_that_cannot_be_met_are_one_sentence(
         fastkd.distill(small(2), teacher, stream, val_loader, epochs=1, **QUIET)
     with pytest.raises(UserError, match="can be read only once"):
         fastkd.distill(small(2), teacher, iter(train_loader), val_loader, epochs=1, **QUIET)
+    for options, message in (
+        ({"precision": "bf32"}, "precision='bf32'; choose one of auto, bf16"),
+        ({"compile": "yes"}, "compile='yes'; choose one of auto, on, off"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fastkd.distill(small(2), teacher, train_loader, val_loader, epochs=1, **QUIET | options)
+    images = torch.zeros(16, 3, 8, 8)
+    for batch, message in (
+        ({"image": images}, "must yield .*, got dict"),
+        ((images.byte(), torch.zeros(16).long()), "floating point"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fastkd.distill(small(2), teacher, train_loader, [batch], epochs=1, **QUIET)
+    with pytest.raises(UserError, match="val_loader needs a length above 0"):
+        fastkd.distill(small(2), teacher, train_loader, [], epochs=1, **QUIET)
+
+
+def test_the_users_networks_and_random_numbers_are_left_alone(
+    train_loader: DataLoader[Any], val_loader: DataLoader[Any], tmp_path: Path
+) -> None:
+    """Also where the run fails: no hook, no folder that stands in the way of the next one."""
+    student, teacher = small(2), small(3, num_classes=5)
+    losses = [AT(pairs={"layer2": "layer2"}, weight=1.0), KD()]
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match="classes"):
+        fastkd.distill(student, teacher, train_loader, val_loader, epochs=1, losses=losses, **QUIET)
+    hooks = [m._forward_hooks for net in (student, teacher) for m in net.modules()]
+    assert not any(hooks)
+    assert torch.get_rng_state().equal(state)
+
+    class Failing:
+        def __iter__(self):
+            raise RuntimeError("no first batch")
+
+        def __len__(self):
+            return 2
+
+    with pytest.raises(RuntimeError, match="no first batch"):
+        fastkd.distill(
+            *(student, None, Failing(), val_loader),
+            epochs=1,
+            losses=[CrossEntropy()],
+            out=tmp_path / "run",
+            **QUIET,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_any_whole_number_type_will_do(val_loader: DataLoader[Any]) -> None:
+    batches = [(images, labels.int()) for images, labels, *_ in val_loader]
+    result = fastkd.distill(
+        small(2), None, batches, batches, epochs=1, losses=[CrossEntropy()], **QUIET
+    )
+    assert 0 <= result.metrics["accuracy_last"] <= 1

@@ -27,7 +27,8 @@ from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
-from fastkd.trainer import Plan, Prepared, Trainer
+from fastkd.step import Prepared
+from fastkd.trainer import Plan, Trainer
 
 CLASSES = 10
 

@@ -59,7 +59,8 @@ def test_an_override_is_yaml_and_a_comma_makes_a_list(text, value):
 def test_one_value_is_a_list_of_one_and_none_an_empty_one():
     assert quickstart("baseline.lrs=0.3").baseline.lrs == (0.3,)
     assert quickstart("baseline.lrs=").baseline.lrs == ()
-    assert quickstart("teacher.class_map=3").teacher.class_map == (3,)
+    ready = ("teacher.train=false", "teacher.weights=t.pt")
+    assert quickstart("teacher.class_map=3", *ready).teacher.class_map == (3,)
     assert quickstart("teacher.class_map=").teacher.class_map is None
     views = quickstart("augment.xprime=mixup", "losses.kd.views=xprime").losses["kd"].views
     assert views == ("xprime",)
@@ -282,7 +283,7 @@ def test_the_baseline_differs_in_the_loss_and_the_rate_only():
     found = differing(recipe, recipe.without_teacher("alone", 0.3))
     gone = {key for key in found if key.startswith(("teacher", "losses"))}
     # x' is part of the loss: the student alone has no term that would look at it.
-    assert found - gone == {"name", "optim.lr", "baseline.lrs", "augment.xprime"}
+    assert found - gone == {"name", "description", "optim.lr", "baseline.lrs", "augment.xprime"}
 
 
 def test_the_teacher_is_trained_by_the_same_recipe():
@@ -323,3 +324,33 @@ def test_yaml_of_a_recipe_holds_plain_values_only():
     assert values["losses"]["kd"]["views"] == ["x"]
     assert not dataclasses.is_dataclass(values["optim"])
     assert set(values["optim"]) == set(OptimConfig.model_fields)
+
+
+def test_the_digest_is_of_the_outcome_and_not_of_its_spelling(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cifar = ("data.name=cifar10",)
+    one = quickstart(*cifar, "data.root=D").digest()
+    for word in ("data.root=D/", "data.root=./D", f"data.root={tmp_path}/D"):
+        assert quickstart(*cifar, word).digest() == one
+    for word in ("data.download=true", "max_skips=3", "data.workers=2"):
+        assert quickstart(*cifar, "data.root=D", word).digest() == one
+    for word in ("data.root=E", "seed=1", "data.drop_last=false"):
+        assert quickstart(*cifar, "data.root=D", word).digest() != one
+
+
+@pytest.mark.parametrize("key", ["resolution=64", "class_map=1,0", "mean=0,0,0"])
+def test_a_teacher_trained_here_has_no_view_of_its_own(key):
+    std = ("teacher.std=1,1,1",) if key.startswith("mean") else ()
+    name = key.partition("=")[0]
+    assert f"teacher.{name} is for finished weights" in mistake(f"teacher.{key}", *std)
+
+
+def test_the_schedule_of_a_teacher_follows_its_length():
+    recipe = quickstart(
+        *("optim.schedule=multistep", "epochs=40", "teacher.epochs=20", "optim.warmup_epochs=4"),
+        "optim.milestones=0.25,30,35",
+    )
+    lesson = recipe.as_teacher()
+    assert lesson.optim.milestones == (0.25, 15, 17.5)
+    assert lesson.optim.warmup_epochs == 2
+    assert "optim.warmup_epochs=50 does not fit into epochs=40" in mistake("optim.warmup_epochs=50")

@@ -223,7 +223,7 @@ def test_a_terminal_gets_one_live_line_and_its_cursor_back():
     with Console(file=out, live=True) as console:
         console.stage("student alone")
         progress(console, 0, 0)
-        progress(console, 0, 5, accuracy=0.75)
+        progress(console, 0, 5)
         console.epoch(row(1), 2)
     text = out.getvalue()
     assert "student" in text
@@ -333,3 +333,17 @@ def test_curves_become_a_png_without_touching_matplotlib_s_state(tmp_path):
     assert picture.size == (1500, 630)
     colours = {colour for _, colour in picture.getcolors(maxcolors=10**6)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_the_quickstarts_table_fits_into_80_columns() -> None:
+    row = {"accuracy_last": 0.9552, "accuracy_best": 0.9559, "params": 5210, "macs": 216e3}
+    rows = [
+        {"run": "teacher wrn_16_2", **row, "images_per_s": 1043.0},
+        {"run": "student alone", **row, "images_per_s": 13781.0, "note": "lr 0.4, best of 3"},
+    ]
+    out = io.StringIO()
+    console = Console(file=out)
+    console.comparison(rows)
+    (line,) = (text for text in out.getvalue().splitlines() if text.startswith("student alone"))
+    assert line.endswith("lr 0.4, best of 3")
+    assert max(map(len, out.getvalue().splitlines())) <= 80

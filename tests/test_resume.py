@@ -125,7 +125,7 @@ def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
     assert found["codes"] == [[128 + number], [0]], found["log"]
     *_, last = found["first_log"].splitlines()
     assert last.startswith(
-        f"fastkd: stopped at epoch {epoch + 1}, step {step}; the state is saved. "
+        f"fastkd: tiny/kd stopped at epoch {epoch + 1}, step {step}; the state is saved. "
         "Go on with: fastkd train --resume runs/tiny/kd/"
     )
     assert f"resumed tiny/kd at epoch {epoch + 1} of 2, step {step} of 4" in found["log"]
@@ -136,7 +136,7 @@ def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
 def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any]) -> None:
     found = eager["stopped in the teacher's last step"]
     assert found["codes"] == [[130], [0]], found["log"]
-    assert "stopped after the last epoch of teacher/synthetic/resnet8" in found["first_log"]
+    assert "teacher/synthetic/resnet8 stopped after the last epoch" in found["first_log"]
     assert "resumed teacher/synthetic/resnet8 after its last epoch, 1" in found["log"]
     assert len(found["fetched"][0]) == 3 * STEPS
     assert found["different"] == []

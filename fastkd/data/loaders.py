@@ -89,11 +89,11 @@ def open_data(
     if backend not in ("auto", "resident", "torch"):
         raise UserError(f"data.backend={backend!r}; choose auto, resident or torch")
     if crop not in ("pad", "resized", "none"):
-        raise UserError(f"crop={crop!r}; choose pad, resized or none")
+        raise UserError(f"augment.crop={crop!r}; choose pad, resized or none")
     if backend == "resident" and crop == "resized":
         raise UserError(
             "data.backend=resident cannot cut random areas from the original pictures "
-            "(crop=resized); use data.backend=torch, or crop=pad"
+            "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
     table_mean, table_std = normalization(name)
     mean, std = mean or table_mean, std or table_std
@@ -149,5 +149,7 @@ def _square_size(
     if name in LAYOUTS:
         return 32
     if crop == "resized":
-        raise UserError("crop=resized needs data.image_size, the side of the crops in pixels")
+        raise UserError(
+            "augment.crop=resized needs data.image_size, the side of the crops in pixels"
+        )
     return native_size(source)

@@ -60,7 +60,7 @@ class BatchPlan:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"batch_size={self.batch_size}, but {self.name} has {self.num_samples} images: "
-                "not one full batch; set a smaller batch_size or drop_last=false"
+                "not one full batch; set a smaller batch_size or data.drop_last=false"
             )
 
     @property

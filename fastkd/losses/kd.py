@@ -107,14 +107,17 @@ class KDLoss(nn.Module):
     def preset(cls, name: Preset, **overrides: Any) -> "KDLoss":
         """The loss as another package computes it at its defaults; keyword arguments override.
 
-        An override of `alpha` also needs the weights: they are what a preset sets.
-
         Raises:
-            ValueError: the name is unknown; the message lists the known ones.
+            ValueError: the name is unknown (the message lists the known ones), or `alpha` is
+                given: presets set the two weights, ce_weight and kd_weight.
         """
         if name not in _PRESETS:
             raise ValueError(
                 f"KDLoss.preset: got {name!r}; expected one of {', '.join(sorted(_PRESETS))}"
+            )
+        if "alpha" in overrides:
+            raise ValueError(
+                "KDLoss.preset: got alpha; expected ce_weight and kd_weight, which presets set"
             )
         return cls(**{**_PRESETS[name], **overrides})
 

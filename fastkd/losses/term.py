@@ -125,8 +125,8 @@ class LossTerm(nn.Module):
 
     @property
     def weight(self) -> float:
-        """Factor of the part that bears the term's own name."""
-        return self.weights[self.name]
+        """Factor of the term's first part, for most its only one."""
+        return next(iter(self.weights.values()))
 
     def bind(self, context: BindContext) -> None:
         """Create connectors and banks; called once, before the optimizer is built."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 
-__all__ = ["Tapped", "ZooNetwork", "available_taps"]
+__all__ = ["Tapped", "ZooNetwork", "available_taps", "remove_taps"]
 
 
 class ZooNetwork(nn.Module):
@@ -120,6 +120,15 @@ class Tapped(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def remove_taps(*models: nn.Module | None) -> None:
+    """Take the hooks of every `Tapped` off these models."""
+    for model in models:
+        for module in model.modules() if model is not None else ():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _Hook):
+                    del module._forward_hooks[key]
 
 
 class _Catch:

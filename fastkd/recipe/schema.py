@@ -6,6 +6,7 @@ overrides; `fastkd.run` hands each builder its own section and never the whole.
 
 import hashlib
 import json
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -127,6 +128,18 @@ class TeacherConfig(StudentConfig):
             raise ValueError(
                 f"the teacher {self.name} has no weights: set teacher.weights=FILE or a run "
                 f"folder, teacher.train=true, or (timm and torchvision) teacher.pretrained=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sees_what_it_learned_from(self) -> "TeacherConfig":
+        own = {"mean": self.mean, "resolution": self.resolution, "class_map": self.class_map}
+        given = [key for key, value in own.items() if value is not None]
+        if self.trains and given:
+            raise ValueError(
+                f"teacher.{given[0]} is for finished weights; a teacher that is trained here "
+                f"learns from this recipe's own images and classes: leave it away, or set "
+                f"teacher.weights"
             )
         return self
 
@@ -255,6 +268,11 @@ class Recipe(Section):
             raise ValueError(
                 "optim.schedule=onecycle has its own warm-up: set optim.warmup_epochs=0"
             )
+        if self.optim.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs:g} does not fit into "
+                f"epochs={self.epochs}"
+            )
         from fastkd.losses.registry import check_needs
 
         check_needs(self.losses, has_teacher=self.teacher is not None, xprime=self.augment.xprime)
@@ -279,8 +297,13 @@ class Recipe(Section):
 
     def digest(self) -> str:
         """Sixteen hex digits that name the outcome: every key but those that cannot change it."""
-        where = {"out": True, "description": True, "save_steps": True, "tensorboard": True}
-        keys = self.model_dump(mode="json", exclude=where | {"data": {"workers"}})
+        without: Any = dict.fromkeys(
+            ("out", "description", "save_steps", "tensorboard", "max_skips"), True
+        )
+        without["data"] = {"workers", "download"}
+        keys = self.model_dump(mode="json", exclude=without)
+        if self.data.root is not None:
+            keys["data"]["root"] = os.path.abspath(os.path.expanduser(self.data.root))
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "Recipe":
@@ -297,10 +320,18 @@ class Recipe(Section):
         if teacher is None:
             raise ValueError(f"recipe {self.name} has no teacher")
         fields = StudentConfig.model_fields
+        epochs = teacher.epochs or self.epochs
+        share = epochs / self.epochs
+        optim = {
+            "lr": teacher.lr or self.optim.lr,
+            # In epochs, like the milestones from 1 up: they shrink and grow with the run.
+            "milestones": tuple(m * share if m >= 1 else m for m in self.optim.milestones),
+            "warmup_epochs": self.optim.warmup_epochs * share,
+        }
         return self.without_teacher(f"teacher/{self.data.name}/{teacher.name}").replace(
-            epochs=teacher.epochs or self.epochs,
+            epochs=epochs,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
-            optim=self.optim.model_copy(update={"lr": teacher.lr or self.optim.lr}),
+            optim=self.optim.model_copy(update=optim),
             augment=self.augment.model_copy(update={"xprime": "none"}),
         )
 
@@ -308,6 +339,7 @@ class Recipe(Section):
         """The same budget on the labels alone: only the loss (and, if given, the rate) differs."""
         return self.replace(
             name=name,
+            description=f"a part of {self.name}: labels alone",
             out=None,
             teacher=None,
             losses={"ce": {"weight": 1.0}},

@@ -77,12 +77,11 @@ class Console:
         images_per_s: float,
         data_wait: float,
         loss: float,
-        accuracy: float | None = None,
     ) -> None:
         """Redraw the live line; nothing elsewhere.
 
-        `epoch` and `step` are those done, of `epochs` and of `steps` per epoch; `data_wait` and
-        `accuracy` are shares of 1.
+        `epoch` and `step` are those done, of `epochs` and of `steps` per epoch; `data_wait` is a
+        share of 1.
         """
         if not self._enabled:
             return
@@ -96,8 +95,6 @@ class Console:
             f"wait {data_wait:.0%}",
             f"loss {loss:.3f}",
         ]
-        if accuracy is not None:
-            facts.append(f"accuracy {accuracy:.1%}")
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
         if self._bar is None:
@@ -178,6 +175,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         header_style="bold",
     )
     for row in rows:

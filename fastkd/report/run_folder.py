@@ -68,14 +68,13 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
                 return cls(path)
             return cls(_make_dated(Path(root) / recipe_name, digest))
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"the run folder {out if out is not None else root} cannot be made: "
-                f"{error.strerror}; choose another one with out="
-            ) from None
         except OSError as error:
-            explain_full_disk(error, Path(out if out is not None else root))
-            raise
+            place = Path(out if out is not None else root)
+            explain_full_disk(error, place)
+            raise UserError(
+                f"the run folder {place} cannot be made: {error.strerror}; choose another one "
+                f"with out="
+            ) from None
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":

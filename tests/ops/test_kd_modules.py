@@ -160,3 +160,9 @@ def test_kldivloss_check_names_a_swapped_order() -> None:
         loss(p, log_p)
     with pytest.raises(ValueError, match="target is outside the range of probabilities"):
         loss(log_p, log_p)
+
+
+def test_a_preset_takes_weights_and_not_alpha() -> None:
+    assert KDLoss.preset("repdistiller", kd_weight=0.5).kd_weight == 0.5
+    with pytest.raises(ValueError, match="expected ce_weight and kd_weight"):
+        KDLoss.preset("repdistiller", alpha=0.5)

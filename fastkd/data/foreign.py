@@ -1,0 +1,145 @@
+"""Loaders of the user's own, as `fastkd.distill` takes them, in the protocol of the trainer.
+
+What they shuffle and augment follows from (seed, epoch, step, rank), so that a resumed run sees
+what an unbroken one would have seen; the price is that batches before the step are drawn again.
+"""
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from fastkd.data.batch import Batch
+from fastkd.distributed import World
+from fastkd.errors import UserError
+
+__all__ = ["ForeignLoader", "LoaderItem", "check_loader"]
+
+LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class ForeignLoader:
+    """The user's loader; one for each rank, with this rank's share of the images.
+
+    wants_ids: name of a loss that cannot do without sample ids.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[LoaderItem],
+        world: World,
+        seed: int,
+        channels_last: bool,
+        wants_ids: str | None = None,
+    ) -> None:
+        self.items, self.world, self.device, self.seed = items, world, world.device, seed
+        self.wants_ids = wants_ids
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
+        dataset = getattr(items, "dataset", None)
+        self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
+        self._batch_size = 0
+        # Sizes are compared on the host: through NCCL they would wait for the device.
+        self._ranks: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def first_image(self) -> Tensor:
+        """One image [1, C, H, W] on the device; UserError where the items are not (x, y)."""
+        item = next(iter(self.items), None)
+        if item is None:
+            raise UserError("a loader yields nothing: its first batch is missing")
+        images, _, _ = self._parts(item)
+        return images[:1]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches on the device; those before `start_step` are drawn and thrown away."""
+        for part in (self.items, getattr(self.items, "sampler", None)):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        # A shuffling DataLoader draws its order from its own generator or the global one, and the
+        # images of a batch from the global one: the same in every replay, wherever it starts.
+        seed = ((self.seed * 1_000_003 + epoch) * 1_003 + self.world.rank) & 0x7FFFFFFF
+        for part in (self.items, getattr(self.items, "sampler", None)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        torch.manual_seed(seed)
+        items = iter(self.items)
+        for step in range(self.steps_per_epoch):
+            torch.manual_seed(seed << 32 | step)
+            item = next(items, None)
+            if item is None:
+                return
+            if step < start_step:
+                continue
+            images, labels, ids = self._parts(item)
+            if self.wants_ids and ids is None:
+                raise UserError(
+                    f"the loss {self.wants_ids} keeps state per sample: make the training loader "
+                    f"yield (images, labels, sample ids)"
+                )
+            self._batch_size = len(labels)
+            index = torch.full((len(labels),), -1) if ids is None else ids
+            yield Batch(images, labels, index.to(self.device))
+
+    def global_size(self, step: int) -> int:
+        """Of the batch that was yielded last, over all ranks.
+
+        Raises:
+            UserError: the ranks have batches of different sizes, over which they could not average.
+        """
+        if self._ranks is None:
+            return self._batch_size
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
+        dist.all_gather(sizes, torch.tensor([self._batch_size]), group=self._ranks)
+        found = [int(size) for size in sizes]
+        if min(found) != max(found):
+            raise UserError(
+                f"the processes have batches of different sizes ({found}); give the loader a "
+                f"torch DistributedSampler, which makes them equal"
+            )
+        return sum(found)
+
+    def _parts(self, item: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images and labels on the device, and the sample ids if there are any."""
+        if not isinstance(item, tuple | list) or not 2 <= len(item) <= 3:
+            raise UserError(
+                f"a loader must yield (images, labels) or (images, labels, sample ids), got "
+                f"{type(item).__name__}; wrap it in a generator class that picks them out"
+            )
+        images, labels, *ids = item
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            what = (
+                f"{list(images.shape)} of {images.dtype}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise UserError(
+                f"images must be [N, C, H, W], floating point and normalised as the networks want "
+                f"them, got {what}"
+            )
+        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+        return images, labels.to(self.device, torch.int64), ids[0] if ids else None
+
+
+def check_loader(name: str, loader: Iterable[LoaderItem], world: World) -> None:
+    """UserError for a loader that has no length, can be read only once, or is not shared out."""
+    wanted = "a torch DataLoader over a map-style data set"
+    try:
+        if not isinstance(loader, Sized) or not len(loader):
+            raise TypeError
+    except TypeError:
+        raise UserError(f"{name} needs a length above 0: {wanted}") from None
+    if isinstance(loader, Iterator):
+        raise UserError(f"{name} can be read only once, and an epoch is not enough: {wanted}")
+    whole = isinstance(loader, DataLoader) and isinstance(
+        loader.sampler, RandomSampler | SequentialSampler
+    )
+    if whole and world.size > 1:
+        raise UserError(
+            f"{name} gives each of the {world.size} processes all images: pass "
+            f"sampler=torch.utils.data.DistributedSampler(dataset) to the DataLoader"
+        )
