@@ -109,7 +109,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="fastkd",
         description="Train small vision networks from large ones: knowledge distillation.",
-        epilog="`fastkd train --help` has examples; `fastkd doctor` says what this machine offers.",
+        epilog="Examples: `fastkd train --help`. What this machine offers: `fastkd doctor`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")

@@ -63,7 +63,7 @@ def test_printing_a_recipe_loads_torch_at_most(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "usage"),
-    [("fastkd", "usage: fastkd [-h] COMMAND"), ("fastkd.train", "usage: fastkd train")],
+    [("fastkd", "usage: fastkd [-h] [--version] COMMAND"), ("fastkd.train", "usage: fastkd train")],
 )
 def test_the_package_and_train_are_programs(module, usage, tmp_path):
     found = python("-m", module, "--help", cwd=tmp_path)
