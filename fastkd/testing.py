@@ -4,6 +4,7 @@ A fast version may be at most twice as wrong as plain torch in fp32, both measur
 nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn.py).
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "assert_as_accurate",
+    "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
     "gradient_of",
@@ -24,6 +26,7 @@ __all__ = [
     "poisoned_empty",
     "rms",
     "shape_id",
+    "sines",
     "speedup",
 ]
 
@@ -110,6 +113,14 @@ def kd_case(
     return student, others, labels
 
 
+def sines(
+    shape: tuple[int, ...], a: int, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """scale * sin(12.9898 (i + 1) + 78.233 a) at row-major index i: the input of the oracles."""
+    i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return (scale * torch.sin(12.9898 * i + 78.233 * a)).view(shape).to(dtype)
+
+
 def shape_id(shape: tuple[int, ...]) -> str:
     """4x19x256x512: how a shape appears in the name of a test."""
     return "x".join(map(str, shape))
@@ -142,6 +153,24 @@ def eager_kd_loss(
     )
     kd = kl.sum(1).mean() * temperature**2
     return (1 - alpha) * F.cross_entropy(student, labels) + alpha * kd
+
+
+def eager_hardness(
+    student: Tensor, teacher: Tensor, labels: Tensor, criterion: str, temperature: float = 4.0
+) -> Tensor:
+    """Scores of [N, C] logits in the functions that training loops use for them."""
+    if criterion == "kl":
+        log_p_s = F.log_softmax(student / temperature, dim=1)
+        p_t = F.softmax(teacher / temperature, dim=1)
+        return F.kl_div(log_p_s, p_t, reduction="none").sum(1)
+    if criterion in ("teacher_entropy", "student_entropy"):
+        log_p = F.log_softmax(teacher if criterion == "teacher_entropy" else student, dim=1)
+        return -(log_p.exp() * log_p).sum(1)
+    if criterion == "cross_entropy":
+        return F.cross_entropy(student, labels, reduction="none")
+    assert criterion == "margin"
+    is_label = F.one_hot(labels, student.shape[1]).bool()
+    return student.masked_fill(is_label, -math.inf).amax(1) - student[is_label]
 
 
 def gradient_of(loss: Callable[..., Tensor], student: Tensor, *rest: Any) -> Tensor:

@@ -11,6 +11,17 @@ if __name__ != "fastkd.kernels":
     )
 
 from fastkd.kernels._library import Impl, status
+from fastkd.kernels.hardness import Criterion, Hardest, hardness, select_hardest
 from fastkd.kernels.kd_loss import KDRows, kd_loss, kd_loss_mean
 
-__all__ = ["Impl", "KDRows", "kd_loss", "kd_loss_mean", "status"]
+__all__ = [
+    "Criterion",
+    "Hardest",
+    "Impl",
+    "KDRows",
+    "hardness",
+    "kd_loss",
+    "kd_loss_mean",
+    "select_hardest",
+    "status",
+]

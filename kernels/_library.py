@@ -6,22 +6,28 @@ then picks the backend. Where a device has none, the op's plain torch reference 
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "IMPLS",
     "LIBRARY",
+    "STORAGE",
     "Core",
     "Impl",
     "choose",
+    "choose_for",
     "core",
+    "deferred",
+    "entry_point",
     "register",
     "status",
     "triton_reason",
@@ -31,6 +37,9 @@ Impl = Literal["reference", "cpp", "triton"]
 IMPLS: tuple[str, ...] = ("reference", "cpp", "triton")
 
 LIBRARY = torch.library.Library("fastkd", "DEF")
+
+# How the C++ core is told what a tensor's elements are: `Storage` in csrc/softmax.h.
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # The core's C interface carries no version of its own: library and sources are built together.
 _CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
@@ -44,10 +53,6 @@ class Core:
     isas: tuple[str, ...]
     threads: str
     """Whose thread pool it runs on: the OpenMP runtime's file name, or "one thread"."""
-
-    def function(self, op: str, isa: str | None = None) -> Any:
-        """The C function of an op for one instruction set (default: the widest)."""
-        return self.library[f"fastkd_{op}_{isa or self.isas[0]}"]
 
 
 @functools.cache
@@ -67,6 +72,18 @@ def core() -> Core | str:
     except (OSError, AttributeError) as error:
         return f"C++ core not usable: {error}. Run `pip install -e .` again"
     return Core(library, isas, name)
+
+
+@functools.cache
+def entry_point(op: str, isa: str | None = None) -> Callable[[bytes], int]:
+    """The C function of an op, which takes packed bytes; `isa` picks a clone, not the widest."""
+    found = core()
+    if not isinstance(found, Core):
+        raise RuntimeError(found)
+    function = found.library[f"fastkd_{op}_{isa or found.isas[0]}"]
+    function.argtypes = [ctypes.c_char_p]
+    function.restype = ctypes.c_int64
+    return function
 
 
 def _openmp_of_torch() -> tuple[ctypes.c_void_p, str]:
@@ -116,6 +133,30 @@ def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
     if impl == "triton" and triton_reason() is not None:
         raise ValueError(f"{op}: impl='triton' cannot run: {triton_reason()}")
     return impl
+
+
+def choose_for(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Impl:
+    """`choose` by the tensors' device and dtypes, and by whether torch.func is at work."""
+    picked = choose(op, tensors[0].device.type, impl)
+    if picked == "triton" and any(x.dtype == torch.float64 for x in tensors):
+        if impl == "triton":
+            raise ValueError(f"{op}: impl='triton' takes fp32, bf16 and fp16, not fp64")
+        return "reference"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # vmap, torch.func.grad and jvp pass through plain torch code only.
+        if impl not in (None, "reference"):
+            raise ValueError(f"{op}: impl={impl!r} cannot run under torch.func; use None")
+        return "reference"
+    return picked
+
+
+def deferred(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call, as Triton's are."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
 
 
 def status() -> dict[str, dict[str, str]]:

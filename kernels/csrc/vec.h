@@ -31,6 +31,10 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
+template <class T, int Bytes>
+struct Sized {
+  typedef T V __attribute__((vector_size(Bytes)));
+};
 template <class T>
 struct Lanes;
 template <>
@@ -98,6 +102,32 @@ FASTKD_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 FASTKD_INLINE VD max(VD a, VD b) { return a > b ? a : b; }
 #endif
 // In all of them max(a, b) is b when either is NaN.
+
+// The first `count` numbers at p, then `fill`; nothing beyond them is read. 0 < count < Lanes<T>::n.
+#if defined(__AVX512F__)
+FASTKD_INLINE VF load_first(const float* p, int count, float fill) {
+  return (VF)_mm512_mask_loadu_ps((__m512)splat(fill), static_cast<__mmask16>((1u << count) - 1), p);
+}
+FASTKD_INLINE VD load_first(const double* p, int count, double fill) {
+  return (VD)_mm512_mask_loadu_pd((__m512d)splat(fill), static_cast<__mmask8>((1u << count) - 1), p);
+}
+#elif defined(__AVX2__)
+FASTKD_INLINE VF load_first(const float* p, int count, float fill) {
+  const IF here = IF{0, 1, 2, 3, 4, 5, 6, 7} < count;
+  return here ? (VF)_mm256_maskload_ps(p, (__m256i)here) : splat(fill);
+}
+FASTKD_INLINE VD load_first(const double* p, int count, double fill) {
+  const ID here = ID{0, 1, 2, 3} < static_cast<std::int64_t>(count);
+  return here ? (VD)_mm256_maskload_pd(p, (__m256i)here) : splat(fill);
+}
+#else
+template <class T>
+FASTKD_INLINE typename Lanes<T>::V load_first(const T* p, int count, T fill) {
+  T x[Lanes<T>::n];
+  for (int l = 0; l < Lanes<T>::n; ++l) x[l] = l < count ? p[l] : fill;
+  return load(x);
+}
+#endif
 
 // 2^(x*c) for x*c <= 0: relative error below 1e-7 (float), 2e-16 (double) plus that of x*c.
 // Below the smallest normal number the result is exactly 0; NaN stays NaN.
@@ -196,22 +226,25 @@ FASTKD_INLINE VD phi_of(VD u) {
   return q * (u * u);
 }
 
-// Sum and maximum over the lanes, always in the same order.
+// Sum and maximum over the lanes, always in the same order: the halves are folded onto each other.
+template <class T, int Bytes, class Op>
+FASTKD_INLINE T fold(typename Sized<T, Bytes>::V v, Op op) {
+  if constexpr (Bytes == 2 * sizeof(T)) {
+    return op(v[0], v[1]);
+  } else {
+    typename Sized<T, Bytes / 2>::V low, high;
+    __builtin_memcpy(&low, &v, Bytes / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + Bytes / 2, Bytes / 2);
+    return fold<T, Bytes / 2>(op(low, high), op);
+  }
+}
 template <class T>
 FASTKD_INLINE T lane_sum(typename Lanes<T>::V v) {
-  T x[Lanes<T>::n];
-  store(x, v);
-  for (int half = Lanes<T>::n / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) x[l] += x[l + half];
-  return x[0];
+  return fold<T, kBytes>(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
 FASTKD_INLINE T lane_max(typename Lanes<T>::V v) {
-  T x[Lanes<T>::n];
-  store(x, v);
-  for (int half = Lanes<T>::n / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) x[l] = x[l] > x[l + half] ? x[l] : x[l + half];
-  return x[0];
+  return fold<T, kBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // One number in and out of the storage types, by bit arithmetic where the compiler has no type.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from fastkd.kernels._library import Impl, choose
+from fastkd.kernels._library import Impl, choose_for
 from fastkd.kernels.kd_loss.autograd import Mean, MeanTraced, Rows
 from fastkd.kernels.kd_loss.inputs import Inputs, prepare, rows_that_count
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
@@ -76,7 +76,7 @@ def kd_loss(
     """
     inputs = prepare(student, teacher, labels, temperature, label_smoothing, ignore_index,
                       class_dim, weights, mask, check)  # fmt: skip
-    if _backend(inputs, impl) == "reference":
+    if _impl(inputs, impl) == "reference":
         return KDRows(*kd_loss_reference(*inputs))
     student, teachers, *rest = inputs
     return KDRows(*Rows.apply(student, *rest, impl == "triton", *teachers))
@@ -108,7 +108,7 @@ def kd_loss_mean(
     """
     inputs = prepare(student, teacher, labels, temperature, label_smoothing, ignore_index,
                       class_dim, weights, mask, check)  # fmt: skip
-    if _backend(inputs, impl) == "reference":
+    if _impl(inputs, impl) == "reference":
         kd, ce, _ = kd_loss_reference(*inputs)
         counts = rows_that_count(kd, inputs.labels, inputs.mask, ignore_index)
         return (kd_weight * kd + ce_weight * ce).sum() / counts.sum().clamp_min(1)
@@ -117,16 +117,5 @@ def kd_loss_mean(
     return function.apply(student, *rest, kd_weight, ce_weight, impl == "triton", *teachers)
 
 
-def _backend(inputs: Inputs, impl: Impl | None) -> Impl:
-    student = inputs.student
-    picked = choose("kd_loss", student.device.type, impl)
-    if picked == "triton" and any(x.dtype == torch.float64 for x in (student, *inputs.teachers)):
-        if impl == "triton":
-            raise ValueError("kd_loss: impl='triton' takes fp32, bf16 and fp16, not fp64")
-        return "reference"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # vmap, torch.func.grad and jvp pass through plain torch code only.
-        if impl not in (None, "reference"):
-            raise ValueError(f"kd_loss: impl={impl!r} cannot run under torch.func; use None")
-        return "reference"
-    return picked
+def _impl(inputs: Inputs, impl: Impl | None) -> Impl:
+    return choose_for("kd_loss", [inputs.student, *inputs.teachers], impl)

@@ -5,7 +5,6 @@
 
 namespace fastkd {
 
-enum Storage : std::int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum LabelKind : std::int64_t { kNoLabels = 0, kHardLabels = 1, kSoftLabels = 2 };
 
 // "T" is double if student or teacher is, else float. Row r of the student is the class vector that

@@ -3,11 +3,11 @@
 The ops have leading underscores and no autograd of their own: the three Functions below bring it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastkd.kernels._library import LIBRARY, Core, Impl, core, register, triton_reason
+from fastkd.kernels._library import LIBRARY, Core, Impl, core, deferred, register, triton_reason
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
 
@@ -256,17 +256,6 @@ def _mean_fake(student, teachers, labels, weights, mask, *numbers):
     return loss, divisor, grad, _stats_fake(student, teachers, numbers[3])
 
 
-def _on_cuda(name: str) -> Callable[..., Any]:
-    """The Triton launcher of an op; Triton is imported when a CUDA tensor first comes by."""
-
-    def launch(*args: Any) -> Any:
-        from fastkd.kernels.kd_loss import gpu
-
-        return getattr(gpu, name)(*args)
-
-    return launch
-
-
 def _register() -> None:
     backends: dict[str, Impl] = {}
     if isinstance(core(), Core):
@@ -277,7 +266,7 @@ def _register() -> None:
         backends["cpu"] = "cpp"
     if triton_reason() is None:
         for op, name in (("", "rows"), ("_grad", "grad"), ("_mean", "mean")):
-            LIBRARY.impl(f"_kd_loss{op}", _on_cuda(name), "CUDA")
+            LIBRARY.impl(f"_kd_loss{op}", deferred("fastkd.kernels.kd_loss.gpu", name), "CUDA")
         backends["cuda"] = "triton"
     register("kd_loss", backends)
 

@@ -6,16 +6,14 @@ Serves the three ops of this folder under the dispatcher's CPU key. The argument
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from fastkd.kernels._library import Core, core
+from fastkd.kernels._library import STORAGE, entry_point
 from torch import Tensor
 
 __all__ = ["grad", "mean", "rows"]
 
 _ARGS = struct.Struct("16Q18q4d")
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Up to this many classes the lanes of a vector run over rows: a row alone would not fill them.
 _TILE_CLASSES = 32
 
@@ -157,12 +155,12 @@ def _call(
     packed = _ARGS.pack(
         student.data_ptr(), *[t.data_ptr() for t in teachers], *absent, *pointer,
         rows, classes, inner, student.stride(0), *[t.stride(0) for t in teachers], *absent,
-        _STORAGE[student.dtype], _STORAGE[teachers[0].dtype] if teachers else 0,
+        STORAGE[student.dtype], STORAGE[teachers[0].dtype] if teachers else 0,
         label_kind, len(teachers), ignore_index, torch.get_num_threads(),
         loss is not None, by_class and classes <= _TILE_CLASSES, kd_step, ce_step,
         temperature, label_smoothing, kd_scale, ce_scale,
     )  # fmt: skip
-    code = _function(isa)(packed)
+    code = entry_point("kd_loss", isa)(packed)
     if code > 0:
         assert labels is not None
         raise ValueError(
@@ -175,23 +173,6 @@ def _call(
     if out is not None and target is not None and target is not out:
         by_row = out.movedim(class_dim, -1)
         by_row.copy_(target.view(by_row.shape) if by_class else target.movedim(class_dim, -1))
-
-
-_functions: dict[str | None, Any] = {}
-
-
-def _function(isa: str | None) -> Any:
-    if isa not in _functions:
-        import ctypes
-
-        found = core()
-        if not isinstance(found, Core):
-            raise RuntimeError(found)
-        function = found.function("kd_loss", isa)
-        function.argtypes = [ctypes.c_char_p]
-        function.restype = ctypes.c_int64
-        _functions[isa] = function
-    return _functions[isa]
 
 
 def _layout(x: Tensor, class_dim: int) -> tuple[int, Tensor]:

@@ -7,18 +7,15 @@ a device, so results repeat bit by bit.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from fastkd.kernels.gpu_kernels import launch
 from fastkd.kernels.kd_loss.gpu_kernels import forward_kernel, gradient_kernel, reduce_kernel
 from torch import Tensor
 
 __all__ = ["Plan", "grad", "mean", "plan", "rows"]
-
-# Multiply-adds may be fused: what must cancel exactly (equal logits) is written without products.
-_OPTIONS = {"enable_fp_fusion": True}
 
 
 class Plan(NamedTuple):
@@ -138,7 +135,7 @@ def _forward(
     rest = [temperature, smoothing, ignore_index, *scales, splits]
     phases = [((programs, 1), 0)] if splits == 1 else [((programs, splits), 1), ((programs, 1), 2)]
     for grid, phase in phases:
-        _launch(forward_kernel, grid, *pointers, *targets, *sizes, *rest, PHASE=phase, **flags)
+        launch(forward_kernel, grid, *pointers, *targets, *sizes, *rest, PHASE=phase, **flags)
     return partial, stats
 
 
@@ -182,7 +179,7 @@ def mean(
     partial, stats = _forward(student, teachers, labels, weights, mask, numbers, scales, None)
     loss, divisor = (student.new_empty((), dtype=torch.float32) for _ in range(2))
     size = partial.numel() // 2
-    _launch(reduce_kernel, (1,), partial, loss, divisor, size, BLOCK=1024, num_warps=4)
+    launch(reduce_kernel, (1,), partial, loss, divisor, size, BLOCK=1024, num_warps=4)
     return loss, divisor, student.new_empty(0), stats
 
 
@@ -230,15 +227,9 @@ def grad(
     grid = (triton.cdiv(num_rows, p.grad_block_r), triton.cdiv(classes, p.grad_block_c))
     by = divisor if divisor is not None else stats
     numbers = [temperature, label_smoothing, ignore_index, kd_scale, ce_scale, *steps]
-    _launch(
+    launch(
         gradient_kernel, grid, *pointers, view.data, stats, *ups, by, *sizes, *view.strides,
         *numbers, **flags,
     )  # fmt: skip
     # flatten() copies where the strides do not collapse.
     return out if view.data.data_ptr() == out.data_ptr() else out.copy_(view.data.view(out.shape))
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **flags: Any) -> None:
-    """Runs a kernel on the device of its first argument, which need not be the current one."""
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](first, *rest, **flags, **_OPTIONS)

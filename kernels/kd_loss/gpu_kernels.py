@@ -12,42 +12,9 @@ Addresses are int64.
 
 import triton
 import triton.language as tl
+from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL, kl_term, tile
 
 __all__ = ["forward_kernel", "gradient_kernel", "reduce_kernel"]
-
-# Below this KL (nats, without T^2) the sum is taken again in a form without cancellation.
-NEAR_EQUAL = tl.constexpr(0.1)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _phi(u):
-    """exp(-u) - 1 + u for |u| <= 1, relative error below 1e-8 before rounding."""
-    q = u * -2.7722830964194145e-06 + 2.5354822355438955e-05
-    q = q * u + -0.0001984402333619073
-    q = q * u + 0.0013885452644899487
-    q = q * u + -0.00833331048488617
-    q = q * u + 0.04166673496365547
-    q = q * u + -0.1666666716337204
-    q = q * u + 0.5
-    return q * (u * u)
-
-
-@triton.jit
-def _kl_term(p, q, u):
-    """p * (exp(-u) - 1 + u) with u = log(p / q): one never negative term of KL(p || q)."""
-    far = tl.maximum(p * u - (p - q), 0.0)
-    term = tl.where(tl.abs(u) < 1.0, p * _phi(u), far)
-    # maximum() drops NaN and a class of probability 0 has no logarithm.
-    return tl.where(p > 0.0, term, q) + (u - u) * p
-
-
-@triton.jit
-def _tile(ptr, o_row, o_col, stride_c, m_tile, m_col):
-    """[R, C] logits in fp32, minus infinity beyond the last class."""
-    b = tl.load(ptr + o_row[:, None] + o_col[None, :] * stride_c, mask=m_tile, other=0.0)
-    return tl.where(m_col[None, :], b.to(tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -119,7 +86,7 @@ def forward_kernel(
         o_col = base + o_c
         m_col = o_col < CLASSES
         m_tile = m_r[:, None] & m_col[None, :]
-        b_s = _tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
+        b_s = tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
         if PER_ROW and TEACHERS > 0:
             top, at = _first_max(b_s, o_c, base)
             at_s = tl.where(top > ms, at, at_s)
@@ -133,7 +100,7 @@ def forward_kernel(
         x_s = b_s - ms[:, None]
         if TEACHERS > 0:
             zs = zs * fade[:, None] + tl.exp2(x_s * c_t)
-            b_t = _tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
+            b_t = tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
             if PER_ROW and TEACHERS == 1:
                 top, at = _first_max(b_t, o_c, base)
                 at_t = tl.where(top > mt, at, at_t)
@@ -147,17 +114,17 @@ def forward_kernel(
             if TEACHERS == 1:
                 gap = gap * fade[:, None] + tl.where(e > 0.0, e * (b_t - b_s), e)
         if TEACHERS > 1:
-            b = _tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
+            b = tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
             new = tl.maximum(mt1, tl.max(b, 1))
             zt1 = zt1 * tl.exp2((mt1 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
             mt1 = new
         if TEACHERS > 2:
-            b = _tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
+            b = tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
             new = tl.maximum(mt2, tl.max(b, 1))
             zt2 = zt2 * tl.exp2((mt2 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
             mt2 = new
         if TEACHERS > 3:
-            b = _tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
+            b = tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
             new = tl.maximum(mt3, tl.max(b, 1))
             zt3 = zt3 * tl.exp2((mt3 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
             mt3 = new
@@ -234,8 +201,8 @@ def forward_kernel(
                 m_col = o_col < CLASSES
                 m_tile = m_r[:, None] & m_col[None, :]
                 if not ONE_TILE:
-                    b_s = _tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
-                    b_t = _tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
+                    b_s = tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
+                    b_t = tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
                 x_s = tl.fma(b_s - ms[:, None], c_t, -l_s[:, None])
                 x_t = tl.fma(b_t - mt[:, None], c_t, -l_t[:, None])
                 q = tl.exp2(x_s)
@@ -243,13 +210,13 @@ def forward_kernel(
                 if TEACHERS == 1:
                     u = (x_t - x_s) * LN2
                 if TEACHERS > 1:
-                    b = _tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
+                    b = tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
                     p += tl.exp2(tl.fma(b - mt1[:, None], c_t, -l_t1[:, None]))
                     if TEACHERS > 2:
-                        b = _tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
+                        b = tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
                         p += tl.exp2(tl.fma(b - mt2[:, None], c_t, -l_t2[:, None]))
                     if TEACHERS > 3:
-                        b = _tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
+                        b = tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
                         p += tl.exp2(tl.fma(b - mt3[:, None], c_t, -l_t3[:, None]))
                     p = p * (1.0 / TEACHERS)
                     u = (tl.log2(p) - x_s) * LN2
@@ -259,7 +226,7 @@ def forward_kernel(
                         best = tl.maximum(best, top)
                 # Where p is 0, u may be no number.
                 u = tl.where(p > 0.0, u, 0.0)
-                acc += tl.where(m_tile, _kl_term(p, q, u), 0.0)
+                acc += tl.where(m_tile, kl_term(p, q, u), 0.0)
             kl = tl.where(low, tl.sum(acc, 1), kl)
 
     # 3. Cross entropy, weights, and what the row leaves behind.

@@ -1,8 +1,8 @@
-// What both kernels of kd_loss share: the job they work on, access to the tensors, the KL term.
+// What both kernels of kd_loss share: the job they work on and access to the tensors.
 #pragma once
 
 #include "args.h"
-#include "vec.h"
+#include "softmax.h"
 
 #include <cmath>
 #include <cstring>
@@ -10,18 +10,6 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
-
-// Below this KL (nats, without T^2) the sum is taken again in a form without cancellation.
-constexpr double kNearEqual = 0.1;
-// Stands for a logit of minus infinity, so that inf - inf cannot make a NaN of a class of weight 0.
-constexpr double kFloor = -1e30;
-constexpr std::int64_t kChunk = 16384;  // elements handed to a thread at a time
-constexpr std::int64_t kBlock = 1024;   // elements summed in the working type before going to double
-
-template <class T>
-using V = typename Lanes<T>::V;
-template <class T>
-using I = typename Lanes<T>::I;
 
 // What a kernel needs beside the raw arguments. `kd_scale` and `ce_scale` are final.
 template <class T>
@@ -36,22 +24,6 @@ struct Job {
   std::int64_t next = 0;
   int failed = 0;
 };
-
-template <class T>
-const T* fetch(const void* base, std::int64_t type, std::int64_t offset, std::int64_t n, T* buffer) {
-  if (type == kFloat32) {
-    const float* p = static_cast<const float*>(base) + offset;
-    if (sizeof(T) == sizeof(float)) return reinterpret_cast<const T*>(p);
-    widen_row(p, buffer, n);
-  } else if (type == kFloat64) {
-    return reinterpret_cast<const T*>(static_cast<const double*>(base) + offset);
-  } else if (type == kBFloat16) {
-    widen_row(static_cast<const bf16*>(base) + offset, buffer, n);
-  } else {
-    widen_row(static_cast<const fp16*>(base) + offset, buffer, n);
-  }
-  return buffer;
-}
 
 template <class T>
 void deposit(const T* row, void* base, std::int64_t type, std::int64_t offset, std::int64_t n) {
@@ -80,21 +52,7 @@ void put(void* out, std::int64_t r, double value) {
   if (out != nullptr) static_cast<T*>(out)[r] = static_cast<T>(value);
 }
 
-template <class T>
-FASTKD_INLINE V<T> floored(V<T> x) {
-  return max(splat(static_cast<T>(kFloor)), x);
-}
-
-// One term of KL as sum of p_t * (exp(-u) - 1 + u), u = log(p_t / p_s): every term is >= 0.
-template <class T>
-FASTKD_INLINE V<T> kl_term(V<T> pt, V<T> ps, V<T> u) {
-  const V<T> far = max(ps - pt + pt * u, V<T>{});
-  const V<T> near = pt * phi_of(u);
-  const I<T> is_near = (u < static_cast<T>(1)) & (u > static_cast<T>(-1));
-  return is_near ? near : far;
-}
-
-// The same where p_t is a mean over teachers: 0 log 0 = 0, and log p_t is no number there.
+// kl_term where p_t is a mean over teachers: 0 log 0 = 0, and log p_t is no number there.
 template <class T>
 FASTKD_INLINE V<T> mixed_term(V<T> pt, V<T> ps, V<T> u) {
   const T smallest = sizeof(T) == 4 ? static_cast<T>(0x1p-126f) : static_cast<T>(0x1p-1022);

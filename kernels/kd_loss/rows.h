@@ -7,115 +7,11 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-// Calls body(i, count) for whole vectors and once for the rest; `at` loads what exists, then `fill`.
-template <class T, class Body>
-FASTKD_INLINE void each_vector(std::int64_t begin, std::int64_t end, Body body) {
-  constexpr int n = Lanes<T>::n;
-  std::int64_t i = begin;
-  for (; i + n <= end; i += n) body(i, n);
-  if (i < end) body(i, static_cast<int>(end - i));
-}
-template <class T>
-FASTKD_INLINE V<T> at(const T* p, int count, T fill) {
-  if (count == Lanes<T>::n) return load(p);
-  T x[Lanes<T>::n];
-  for (int l = 0; l < Lanes<T>::n; ++l) x[l] = l < count ? p[l] : fill;
-  return load(x);
-}
-template <class T>
-T row_max(const T* x, std::int64_t n) {
-  const T least = static_cast<T>(-INFINITY);
-  V<T> m0 = splat(least), m1 = m0;
-  constexpr int w = Lanes<T>::n;
-  std::int64_t i = 0;
-  for (; i + 2 * w <= n; i += 2 * w) {
-    m0 = max(load(x + i), m0);
-    m1 = max(load(x + i + w), m1);
-  }
-  each_vector<T>(i, n, [&](std::int64_t j, int count) { m0 = max(at(x + j, count, least), m0); });
-  return lane_max<T>(max(m0, m1));
-}
-
 template <class T>
 std::int64_t first_index(const T* x, std::int64_t n, T value) {
   for (std::int64_t i = 0; i < n; ++i)
     if (x[i] == value) return i;
   return -1;
-}
-
-struct Sums {
-  double zs = 0, zt = 0, z1 = 0, m = 0;  // m: sum of e_t * (x_t - x_s)
-};
-
-// The exponentials of one row at both temperatures, kept for the gradient, and their sums.
-template <class T, bool CE>
-Sums exponentials(const T* s, const T* t, std::int64_t n, T ms, T mt, T scale_t, T scale_1, T* es,
-                  T* et, T* e1) {
-  Sums sums;
-  const V<T> vms = splat(ms), vmt = splat(mt), ct = splat(scale_t), c1 = splat(scale_1);
-  const T least = static_cast<T>(-INFINITY);
-  for (std::int64_t b = 0; b < n; b += kBlock) {
-    V<T> zs{}, zt{}, z1{}, m{};
-    each_vector<T>(b, b + kBlock < n ? b + kBlock : n, [&](std::int64_t i, int count) {
-      const V<T> xs = floored<T>(at(s + i, count, least) - vms);
-      const V<T> xt = floored<T>(at(t + i, count, least) - vmt);
-      const V<T> a = exp2_of(xs, ct), c = exp2_of(xt, ct);
-      zs += a;
-      zt += c;
-      m = fma(c, xt - xs, m);
-      store(es + i, a);
-      store(et + i, c);
-      if (CE) {
-        const V<T> d = exp2_of(xs, c1);
-        z1 += d;
-        store(e1 + i, d);
-      }
-    });
-    sums.zs += lane_sum<T>(zs);
-    sums.zt += lane_sum<T>(zt);
-    sums.m += lane_sum<T>(m);
-    if (CE) sums.z1 += lane_sum<T>(z1);
-  }
-  return sums;
-}
-
-// The same for one tensor at one temperature.
-template <class T>
-double exp_row(const T* x, std::int64_t n, T top, T scale, T* e) {
-  const V<T> m = splat(top), c = splat(scale);
-  const T least = static_cast<T>(-INFINITY);
-  double z = 0;
-  for (std::int64_t b = 0; b < n; b += kBlock) {
-    V<T> part{};
-    each_vector<T>(b, b + kBlock < n ? b + kBlock : n, [&](std::int64_t i, int count) {
-      const V<T> v = exp2_of(floored<T>(at(x + i, count, least) - m), c);
-      part += v;
-      store(e + i, v);
-    });
-    z += lane_sum<T>(part);
-  }
-  return z;
-}
-
-// KL of one teacher without cancellation, from the exponentials that are still in scratch.
-template <class T>
-double refined_kl(const T* s, const T* t, std::int64_t n, T ms, T mt, const Sums& z, double inv_t,
-                  const T* es, const T* et) {
-  const V<T> shift = splat(static_cast<T>(std::log(z.zt) - std::log(z.zs)));
-  const V<T> rs = splat(static_cast<T>(1 / z.zs)), rt = splat(static_cast<T>(1 / z.zt));
-  const V<T> inv = splat(static_cast<T>(inv_t)), vms = splat(ms), vmt = splat(mt);
-  const T least = static_cast<T>(-INFINITY);
-  double kl = 0;
-  for (std::int64_t b = 0; b < n; b += kBlock) {
-    V<T> sum{};
-    each_vector<T>(b, b + kBlock < n ? b + kBlock : n, [&](std::int64_t i, int count) {
-      const V<T> xs = floored<T>(at(s + i, count, least) - vms);
-      const V<T> xt = floored<T>(at(t + i, count, least) - vmt);
-      sum += kl_term<T>(load(et + i) * rt, load(es + i) * rs, (xt - xs) * inv - shift);
-    });
-    kl += lane_sum<T>(sum);
-  }
-  return kl;
 }
 
 // p_bar = mean over teachers of their probabilities, into et[0], and its KL to the student.
@@ -205,8 +101,7 @@ void row_kernel(const Job<T>& j, std::int64_t r, T* scratch, double* total) {
     z = first(s, t[0], n, ms, mt[0], j.exp2_scale_t, j.exp2_scale_1, es, et[0], e1);
     if (teachers == 1) {
       zt = z.zt;
-      kl = z.m / z.zt * inv_t + std::log(z.zs) - std::log(z.zt);
-      if (kl < kNearEqual) kl = refined_kl(s, t[0], n, ms, mt[0], z, inv_t, es, et[0]);
+      kl = kl_of_row(s, t[0], n, ms, mt[0], z, inv_t, es, et[0]);
     } else {
       double zts[4] = {z.zt};
       for (int k = 1; k < teachers; ++k) zts[k] = exp_row(t[k], n, mt[k], j.exp2_scale_t, et[k]);

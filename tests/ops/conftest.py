@@ -2,7 +2,7 @@
 
 A test that takes `impl` runs on all of them, one that takes `fast` on those with something to prove
 against the reference. With TRITON_INTERPRET=1 both mean the Triton kernels on the CPU;
-test_kd_loss_triton.py starts a process that sets it.
+test_triton.py starts a process that sets it.
 """
 
 import os

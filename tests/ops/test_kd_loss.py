@@ -1,7 +1,7 @@
 """`kd_loss` against float64, against published numbers, and in every corner of its contract.
 
-With TRITON_INTERPRET=1 the same tests run the Triton kernels on the CPU; test_kd_loss_triton.py
-starts a process that does.
+With TRITON_INTERPRET=1 the same tests run the Triton kernels on the CPU; test_triton.py starts a
+process that does.
 """
 
 import json
@@ -14,17 +14,12 @@ from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
 
-from fastkd.testing import assert_as_accurate, eager_kd_rows, kd_case, rms, shape_id
+from fastkd.testing import assert_as_accurate, eager_kd_rows, kd_case, rms, shape_id, sines
 
 ORACLE = json.loads((Path(__file__).parent / "kd_loss_oracle.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Few classes take the tile kernel, 33 and more the row kernel; 4099 is longer than a block of sums.
 SHAPES = [(37, 10), (33, 101), (5, 1000), (3, 4099), (2, 2), (1, 33)]
-
-
-def sines(a: int, scale: float, dtype: torch.dtype) -> Tensor:
-    n = torch.arange(1, 81, dtype=torch.float64)
-    return (scale * torch.sin(12.9898 * n + 78.233 * a)).view(8, 10).to(dtype)
 
 
 @pytest.mark.parametrize("teachers", [1, 3], ids=["one", "three"])
@@ -66,7 +61,7 @@ def test_published_values(impl: str, dtype: torch.dtype) -> None:
     tolerance = 1e-6 if dtype == torch.float64 else 2e-6
     want = ORACLE["sines"]["values"]
     pair = {
-        name: sines(ORACLE["sines"][name]["a"], ORACLE["sines"][name]["scale"], dtype)
+        name: sines((8, 10), ORACLE["sines"][name]["a"], ORACLE["sines"][name]["scale"], dtype)
         for name in ("student", "teacher", "student_xprime", "teacher_xprime")
     }
     labels = (3 * torch.arange(8) + 1) % 10
@@ -94,6 +89,18 @@ def test_moonshine_vector(impl: str, dtype: torch.dtype) -> None:
     want = [16 * kl for kl in v["kl_per_sample"]]
     assert kd.tolist() == pytest.approx(want, rel=tolerance, abs=tolerance)
     assert ce.mean().item() == pytest.approx(v["ce_mean"], rel=tolerance)
+    # The authors' code divides the KL by N * C and doubles it; the other two are the plain mean
+    # over rows and the authors' without the 2.
+    for name, per_row in {
+        "loss_moonshine_code": 2 / student.shape[1],
+        "loss_fixed_at_code": 1,
+        "loss_elementwise_mean_no_factor2": 1 / student.shape[1],
+    }.items():
+        loss = kd_loss_mean(
+            student, teacher, torch.tensor(v["labels"]), kd_weight=v["alpha"] * per_row,
+            ce_weight=1 - v["alpha"], temperature=v["T"], impl=impl,
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(v[name], rel=tolerance), name
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -244,3 +251,13 @@ def test_few_long_rows(fast: str, near: bool) -> None:
         results.append([kd, ce, agree, torch.autograd.grad((kd + ce).sum(), leaf)[0]])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-8)
+
+
+def test_few_long_rows_are_split_and_everything_else_is_not() -> None:
+    pytest.importorskip("triton")
+    from fastkd.kernels.kd_loss.gpu import plan
+
+    assert plan(1, 33000, 1).splits > 1  # the shape of test_few_long_rows
+    assert plan(16, 1_000_000, 1).splits == 64
+    assert plan(1024, 21841, 1).splits == plan(64, 100, 1).splits == 1
+    assert plan(524288, 19, 131072).splits == 1

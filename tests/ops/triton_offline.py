@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels for real chips without one, and counts what came out.
+"""Compiles the Triton kernels of an op for real chips without one, and counts what came out.
 
-    python tests/ops/triton_offline.py [--markdown] [sm ...]
+    python tests/ops/triton_offline.py OP [--markdown] [sm ...]
 
-Prints one JSON row (or table line) per kernel, case and chip. Needs a process without
-TRITON_INTERPRET; the disassemblers come with Triton.
+Prints one JSON row (or table line) per kernel, case and chip. The launches of an op are listed by
+`launches()` in triton_cases_<op>.py beside this file; test_triton.py finds the op by that file.
+Needs a process without TRITON_INTERPRET; the disassemblers come with Triton.
 """
 
 import json
@@ -11,59 +12,51 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import triton
-from fastkd.kernels.kd_loss import gpu
-from fastkd.kernels.kd_loss.gpu_kernels import forward_kernel as FORWARD
-from fastkd.kernels.kd_loss.gpu_kernels import gradient_kernel as GRADIENT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHIPS = (80, 90, 100)
-POINTERS = {"y_ptr": "*i64", "mask_ptr": "*u8"}
-FLOATS = {"temperature", "smoothing", "kd_weight", "ce_weight", "kd_scale", "ce_scale"}
-# name: (rows, classes, contiguous classes, storage type)
-CASES = {
-    "64x100 fp32": (64, 100, True, "fp32"),
-    "1024x1000 fp32": (1024, 1000, True, "fp32"),
-    "1024x1000 bf16": (1024, 1000, True, "bf16"),
-    "1024x21841 bf16": (1024, 21841, True, "bf16"),
-    "16x1000000 bf16, split": (16, 1_000_000, True, "bf16"),
-    "dense 19 classes bf16": (524288, 19, False, "bf16"),
-    "dense 150 classes bf16": (524288, 150, False, "bf16"),
-}
 
 
-def describe(kernel: Any, case: str, extra: dict[str, int | bool]) -> tuple[Any, dict, dict]:
-    """Signature, compile-time constants and attributes that a launch of this case would have."""
-    _, classes, by_class, storage = CASES[case]
-    flags: dict[str, Any] = {
-        "TEACHERS": 1, "LABELS": 1, "WEIGHTS": False, "MASK": False, "SMOOTH": False,
-        "CLASSES": classes, "ALIGN": min(16, classes & -classes) if by_class else 0,
-        "s_c": 1 if by_class else None, "t_c": 1 if by_class else None,
-        "g_c": 1 if by_class else None, "s_p": None if by_class else 1,
-        "t_p": None if by_class else 1, "g_p": None if by_class else 1, **extra,
-    }  # fmt: skip
-    flags = {k: v for k, v in flags.items() if v is not None}
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in flags or name.isupper():
-            signature[name] = "constexpr"
-            constants[(place,)] = flags[name]
-        elif name.endswith("_ptr"):
-            stored = name in ("s_ptr", "t0_ptr", "t1_ptr", "t2_ptr", "t3_ptr", "g_ptr")
-            signature[name] = POINTERS.get(name, f"*{storage}" if stored else "*fp32")
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-            # What a launch sees: these numbers of rows, H * W and strides are multiples of 16.
-            dense = ("inner", "s_n", "s_c", "t_n", "t_c", "g_n", "g_c")
-            if name == "num_rows" or (not by_class and name in dense):
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launch of one case would specialise it."""
+
+    kernel: Any
+    case: str
+    warps: int
+    constants: Mapping[str, Any]
+    """Compile-time constants, BLOCK_R and BLOCK_C among them, and arguments that are 1."""
+    types: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that are not fp32 pointers (`*_ptr`) or i32 numbers."""
+    multiples_of_16: Collection[str] = ()
+    """Numbers known to be; pointers are."""
+    wide_loads: bool = True
+    """Whether 128-bit loads are expected."""
+
+    def source(self) -> ASTSource:
+        """Signature, compile-time constants and attributes for the compiler."""
+        signature, constants, attributes = {}, {}, {}
+        for place, name in enumerate(self.kernel.arg_names):
+            pointer = name.endswith("_ptr")
+            if name in self.constants or name.isupper():
+                signature[name] = "constexpr"
+                constants[(place,)] = self.constants[name]
+                continue
+            signature[name] = self.types.get(name, "*fp32" if pointer else "i32")
+            if pointer or name in self.multiples_of_16:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+        return ASTSource(
+            fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
+        )
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -71,12 +64,10 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True).stdout
 
 
-def compile_case(kernel: Any, case: str, chip: int, warps: int, extra: dict) -> dict[str, Any]:
+def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
     """Registers, spills, shared memory and instruction mix of one kernel on one chip."""
-    signature, constants, attributes = describe(kernel, case, extra)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    built = triton.compile(launch.source(), target=GPUTarget("cuda", chip, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -88,11 +79,11 @@ def compile_case(kernel: Any, case: str, chip: int, warps: int, extra: dict) -> 
     bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
     widths = [next((n for key, n in bits.items() if key in op), 32) for op in loads]
     return {
-        "kernel": kernel.fn.__name__,
-        "case": case,
+        "kernel": launch.kernel.fn.__name__,
+        "case": launch.case,
         "chip": f"sm_{chip}",
-        "tile": f"{extra['BLOCK_R']}x{extra['BLOCK_C']}",
-        "warps": warps,
+        "tile": f"{launch.constants['BLOCK_R']}x{launch.constants['BLOCK_C']}",
+        "warps": launch.warps,
         "registers": count["REG"],
         "spills": count["LOCAL"] + sum(op.startswith(("STL", "LDL")) for op in lines),
         "shared": built.metadata.shared,
@@ -103,31 +94,18 @@ def compile_case(kernel: Any, case: str, chip: int, warps: int, extra: dict) -> 
     }
 
 
-def rows(chips: tuple[int, ...] = CHIPS) -> list[dict[str, Any]]:
-    """Every kernel of every case on every chip."""
-    found = []
-    for case, (num_rows, classes, by_class, _) in CASES.items():
-        p = gpu.plan(num_rows, classes, 1 if by_class else 131072)
-        forward = {"BLOCK_R": p.block_r, "BLOCK_C": p.block_c, "ONE_TILE": classes <= p.block_c,
-                   "SPLITS": triton.next_power_of_2(p.splits), "PER_ROW": False}  # fmt: skip
-        gradient = {"BLOCK_R": p.grad_block_r, "BLOCK_C": p.grad_block_c, "KD": True, "CE": True,
-                    "DIVISOR": True, "up_kd_step": 0, "up_ce_step": 0}  # fmt: skip
-        phases = (1, 2) if p.splits > 1 else (0,)
-        for chip in chips:
-            found += [
-                compile_case(FORWARD, case, chip, p.warps, {**forward, "PHASE": phase})
-                for phase in phases
-            ]
-            found.append(compile_case(GRADIENT, case, chip, p.grad_warps, gradient))
-    return found
+def main(op: str, markdown: bool, chips: Collection[int]) -> None:
+    """Every launch of an op on every chip."""
+    launches = list(import_module(f"triton_cases_{op}").launches())
+    rows = [(launch, compile_launch(launch, chip)) for launch in launches for chip in chips]
+    if markdown:
+        print("| " + " | ".join(rows[0][1]) + " |\n|" + " --- |" * len(rows[0][1]))
+        for _, row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+    else:
+        print(json.dumps([{"row": row, "wide_loads": launch.wide_loads} for launch, row in rows]))
 
 
 if __name__ == "__main__":
-    wanted = tuple(int(a) for a in sys.argv[1:] if a.isdigit()) or CHIPS
-    results = rows(wanted)
-    if "--markdown" in sys.argv:
-        print("| " + " | ".join(results[0]) + " |\n|" + " --- |" * len(results[0]))
-        for row in results:
-            print("| " + " | ".join(map(str, row.values())) + " |")
-    else:
-        print(json.dumps(results))
+    numbers = tuple(int(a) for a in sys.argv[2:] if a.isdigit())
+    main(sys.argv[1], "--markdown" in sys.argv, numbers or CHIPS)

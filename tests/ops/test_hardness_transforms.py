@@ -1,0 +1,132 @@
+"""`hardness` and `select_hardest` in opcheck, torch.compile, torch.export, vmap, CUDA graphs."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from fastkd.kernels import hardness, select_hardest, status
+from torch import Tensor, nn
+
+CRITERIA = ["kl", "teacher_entropy", "student_entropy", "cross_entropy", "margin"]
+needs_cpp = pytest.mark.skipif(
+    not status()["hardness"]["cpu"].startswith("c++"), reason=status()["hardness"]["reason"]
+)
+
+
+def inputs(n: int = 8, c: int = 40, dtype: torch.dtype = torch.float32, **options):
+    student, teacher = (3 * torch.randn(2, n, c, **options)).to(dtype)
+    return student, teacher, torch.arange(n, **options) % c
+
+
+def pick(student: Tensor, teacher: Tensor, labels: Tensor, which=None) -> tuple[Tensor, ...]:
+    """What a training step does with the ops: half of the pool by each criterion."""
+    picked = []
+    for criterion in CRITERIA:
+        scores = hardness(student, teacher, labels, criterion=criterion, impl=which)
+        index, num_nan, (rows,) = select_hardest(scores, ratio=0.5, gather=student, impl=which)
+        picked += [scores, index, num_nan, rows]
+    return *picked, select_hardest(scores, 4, impl=which).index
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    student, teacher, labels = inputs(dtype=dtype)
+    ops = torch.ops.fastkd
+    torch.library.opcheck(ops._hardness.default, (student, teacher, None, "kl", 4.0))
+    torch.library.opcheck(ops._hardness.default, (student, None, None, "entropy", 1.0))
+    for criterion in ("cross_entropy", "margin"):
+        torch.library.opcheck(ops._hardness.default, (student, None, labels, criterion, 1.0))
+    torch.library.opcheck(
+        ops._hardness.default, (student.requires_grad_(), None, None, "entropy", 1.0)
+    )
+    torch.library.opcheck(ops._select_hardest.default, (torch.randn(9, dtype=dtype), 4))
+
+
+@pytest.mark.parametrize("which", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pick, fullgraph=True, backend=counter)
+    for n in (8, 12, 5, 33):
+        arguments = inputs(n, dtype=dtype)
+        for got, want in zip(compiled(*arguments, which), pick(*arguments, which), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+@needs_cpp
+def test_inductor_runs_the_ops() -> None:
+    arguments = inputs()
+    compiled = torch.compile(pick, fullgraph=True)
+    for got, want in zip(compiled(*arguments), pick(*arguments), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("which", "dynamic"),
+    [pytest.param(None, True, marks=needs_cpp), ("reference", False)],
+    ids=["op-any-rows", "reference"],
+)
+def test_export(which, dynamic: bool) -> None:
+    class Pick(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return pick(student, teacher, labels, which)
+
+    shapes = [{0: torch.export.Dim("rows", min=4, max=1000)}] * 3 if dynamic else None
+    program = torch.export.export(Pick(), inputs(), dynamic_shapes=shapes)
+    arguments = inputs(13 if dynamic else 8)
+    for got, want in zip(program.module()(*arguments), pick(*arguments, which), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_vmap_runs_on_the_reference() -> None:
+    student, teacher = torch.randn(2, 3, 8, 10)
+    scores = torch.vmap(hardness)(student, teacher)
+    torch.testing.assert_close(
+        scores, torch.stack([hardness(*pair) for pair in zip(student, teacher, strict=True)])
+    )
+    index = torch.vmap(lambda x: select_hardest(x, 3).index)(scores)
+    assert index.tolist() == [select_hardest(row, 3).index.tolist() for row in scores]
+    with pytest.raises(ValueError, match="cannot run under"):
+        torch.vmap(lambda s, t: hardness(s, t, impl="cpp"))(student, teacher)
+
+
+def test_no_gradient_flows_through_scores() -> None:
+    student, teacher, labels = inputs()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    for which in (None, "reference"):
+        for criterion in CRITERIA:
+            scores = hardness(student, teacher, labels, criterion=criterion, impl=which)
+            assert not scores.requires_grad
+            assert not torch.compile(hardness, backend="aot_eager")(
+                student, teacher, labels, criterion=criterion, impl=which
+            ).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_scores_in_fp32(dtype: torch.dtype) -> None:
+    student, teacher, _ = inputs(dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        for which in (None, "reference"):
+            scores = hardness(student, teacher, impl=which)
+            assert scores.dtype == torch.float32
+            torch.testing.assert_close(scores, hardness(student.float(), teacher.float()))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_both_launches() -> None:
+    """Captured once, replayed on new logits: a wait for the device would end the capture."""
+    arguments = inputs(512, 100, device="cuda")
+    pick(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = pick(*arguments)
+    arguments[0].copy_(3 * torch.randn(512, 100))
+    graph.replay()
+    for got, want in zip(held, pick(*arguments), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(held, pick(*(x.cpu() for x in arguments)), strict=True):
+        torch.testing.assert_close(
+            got.cpu().float().sum(), want.float().sum(), rtol=1e-4, atol=1e-4
+        )
