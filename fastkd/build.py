@@ -23,10 +23,11 @@ from fastkd.models.counting import count
 from fastkd.models.taps import Tapped
 from fastkd.optim import build_optimizer
 from fastkd.precision import Precision, resolve_precision
-from fastkd.recipe.schema import OptimConfig
+from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
+from fastkd.selection import Pick
 from fastkd.step import DistillStep, needed_taps
 from fastkd.teacher import Normalization, Teacher
 from fastkd.trainer import Plan, Trainer, TrainLoader
@@ -103,6 +104,7 @@ def build_trainer(
     train_labels_N: Tensor,
     normalization: Normalization,
     xprime: str,
+    pick: PickConfig | None = None,
     world: World,
     folder: RunFolder | None,
     console: Console,
@@ -189,8 +191,10 @@ def build_trainer(
         teacher=bound_teacher,
         loader=loader,
         val_loader=val_loader,
+        pick=_picker(pick, student, engine) if pick else None,
         views=ViewMaker(
             xprime if "xprime" in step.views else "none",
+            pool=pick.pool if pick else 1,
             seed=plan.seed,
             dtype=precision.dtype,
             layout=layout,
@@ -211,6 +215,19 @@ def build_trainer(
         folder=folder,
         console=console,
     )
+
+
+def _picker(pick: PickConfig, student: nn.Module, engine: Engine) -> Pick:
+    unit = Pick(
+        student,
+        criterion=pick.criterion,
+        temperature=pick.temperature,
+        images=pick.images,
+        share=None if pick.images else pick.share,
+        update_statistics=pick.update_statistics,
+        precision=engine.precision,
+    )
+    return compile_unit(unit, enabled=engine.compiled, fullgraph=engine.fullgraph)
 
 
 def _shapes(

@@ -206,6 +206,7 @@ def _stage_builder(
             train_labels_N=data.train.labels_N,
             normalization=normalization,
             xprime=recipe.augment.xprime,
+            pick=recipe.augment.pick,
             world=session.world,
             folder=folder,
             console=session.console,

@@ -31,19 +31,33 @@ class Prepared(NamedTuple):
         """Everything that lies on the device."""
         return [*self.batch, *self.views.values(), *self.teacher.values()]
 
+    def chosen(self, view: str, index_K: Tensor) -> "Prepared":
+        """The same batch with these rows of one view and of what the teacher says to it."""
+        return self._replace(
+            views=self.views | {view: self.views[view][index_K]},
+            teacher={
+                need: tensor[index_K] if need.startswith(f"{view}/") else tensor
+                for need, tensor in self.teacher.items()
+            },
+        )
+
     def split(self, parts: int) -> "Iterator[Prepared]":
         """Exactly `parts` micro-batches, their sizes differing by at most one."""
         if parts == 1:
             yield self
             return
-        size, larger = divmod(len(self.batch.labels_N), parts)
-        for part in range(parts):
+
+        def share(tensor: Tensor, part: int) -> Tensor:
+            # Each by its own length: a view that was chosen from a pool may have another.
+            size, larger = divmod(len(tensor), parts)
             start = part * size + min(part, larger)
-            rows = slice(start, start + size + (part < larger))
+            return tensor[start : start + size + (part < larger)]
+
+        for part in range(parts):
             yield Prepared(
-                Batch(*(tensor[rows] for tensor in self.batch)),
-                {name: view[rows] for name, view in self.views.items()},
-                {need: tensor[rows] for need, tensor in self.teacher.items()},
+                Batch(*(share(tensor, part) for tensor in self.batch)),
+                {name: share(view, part) for name, view in self.views.items()},
+                {need: share(tensor, part) for need, tensor in self.teacher.items()},
                 self.global_size,
             )
 

@@ -31,6 +31,7 @@ from fastkd.precision import Precision
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
+from fastkd.selection import Picked
 from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.teacher import Teacher, run_ahead
 from fastkd.weights import save_weights
@@ -104,6 +105,7 @@ class Trainer:
         loader: TrainLoader,
         val_loader: EvalLoader,
         views: ViewMaker,
+        pick: Callable[[Tensor, Tensor], Picked] | None = None,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         precision: Precision,
@@ -115,14 +117,16 @@ class Trainer:
     ) -> None:
         self.plan, self.step, self.runner, self.student = plan, step, runner, student
         self.teacher, self.loader, self.val_loader, self.views = teacher, loader, val_loader, views
+        self.pick = pick
         self.optimizer, self.schedule, self.precision = optimizer, schedule, precision
         self.guard, self.ema, self.world = guard, ema, world
         self.folder, self.console = folder, console
         self.scaler = precision.scaler()
         self.terms = [term for term in step.terms if isinstance(term, LossTerm)]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.metric_names = (*step.metric_names, *(("pick_ratio",) if pick else ()))
         self.totals_M = torch.zeros(
-            len(step.metric_names), dtype=torch.float64, device=world.device
+            len(self.metric_names), dtype=torch.float64, device=world.device
         )
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
@@ -189,6 +193,12 @@ class Trainer:
         done_M: list[Tensor] = []
         commits: list[Callable[[Tensor], None]] = []
         loss = torch.zeros((), device=self.world.device)
+        ratio: list[Tensor] = []
+        if self.pick:
+            # Here and not with the views: the student scores with its weights of this step.
+            picked = self.pick(prepared.views["xprime"], prepared.teacher["xprime/teacher/logits"])
+            prepared = prepared.chosen("xprime", picked.index_K)
+            ratio = [picked.ratio]
         # As many on every rank, or terms and batch norms that gather over the ranks would wait for
         # ever; a partial batch may have fewer images than the recipe wants micro-batches.
         parts = min(self.plan.accumulate, prepared.global_size // self.world.size)
@@ -203,7 +213,8 @@ class Trainer:
                 self.scaler.scale(scaled).backward()
             loss = loss + scaled.detach()
             # Copies: a captured graph writes its next outputs over these.
-            done_M.append(out.metrics_M.double())
+            metrics = [out.metrics_M, *(len(micro.batch.labels_N) * r.view(1) for r in ratio)]
+            done_M.append(torch.cat(metrics).double())
             commits += self._commits(out, micro.batch.index_N)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -251,7 +262,7 @@ class Trainer:
     def _fetch(self) -> None:
         """The one place where the host waits for the device: counters, then running means."""
         self.guard.check()
-        values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
+        values = dict(zip(self.metric_names, self.totals_M.tolist(), strict=True))
         images = max(values["images"], 1.0)
         done = images * self.world.size / max(self.progress.epoch_s, 1e-9)
         self.console.progress(
@@ -275,7 +286,7 @@ class Trainer:
                 sync_buffers(term, ignore=term.banks)
             if self.ema:
                 sync_buffers(self.ema.module)
-        values = dict(zip(self.step.metric_names, self.totals_M.tolist(), strict=True))
+        values = dict(zip(self.metric_names, self.totals_M.tolist(), strict=True))
         images = values.pop("images")
         _, skipped = self.guard.counts()
         row: dict[str, Any] = {
@@ -288,6 +299,8 @@ class Trainer:
             "skipped": skipped,
         }
         row["train_accuracy"] = row.pop("train_correct")
+        if self.pick:
+            row["pick_ratio"] = row.pop("train_pick_ratio")
         last = progress.epoch + 1 == self.plan.epochs
         better = False
         if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:

@@ -21,6 +21,8 @@ device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboar
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
+augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
+augment.pick.images augment.pick.update_statistics
 student.name student.width student.weights student.pretrained
 teacher.name teacher.width teacher.weights teacher.pretrained teacher.train teacher.epochs
 teacher.lr teacher.resolution teacher.mean teacher.std teacher.class_map teacher.min_accuracy

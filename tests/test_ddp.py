@@ -34,6 +34,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 RESUMED_AT = {
     "two ranks, before step 3": (0, 3),
     "two ranks, before step 6": (1, 2),
+    "picked on two ranks, before step 6": (1, 2),
     "two ranks, inside save 2": (0, 2),
     "two ranks, stopped in step 1": (0, 2),
     "two ranks, stopped in step 3": (1, 0),
@@ -123,7 +124,9 @@ def test_distill_on_ranks_is_distill_in_one_process(inside: dict[str, Any]) -> N
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
 
 
-def batches_of(rank: int, *, first: int, num: int = 57, ranks: int = 2) -> list[list[Any]]:
+def batches_of(
+    rank: int, *, first: int, pool: int, num: int = 57, ranks: int = 2
+) -> list[list[Any]]:
     """What a rank fetches from step `first` of 8 on: its own ids, then those it mixes in."""
     plan = BatchPlan("tiny", num, 16, 0, train=True, drop_last=False, rank=rank, world_size=ranks)
     found = []
@@ -131,8 +134,12 @@ def batches_of(rank: int, *, first: int, num: int = 57, ranks: int = 2) -> list[
         whole = plan.global_index(epoch, step)
         part = plan.part(step)
         mine = slice(part.start - 16 * step, part.stop - 16 * step)
-        draw = draw_mix("cutmix", seed=0, epoch=epoch, step=step, num=len(whole), side=8)
-        found += [[epoch, whole[mine].tolist()], [epoch, whole[draw.partner_N][mine].tolist()]]
+        found.append([epoch, whole[mine].tolist()])
+        for number in range(pool):
+            draw = draw_mix(
+                "cutmix", seed=0, epoch=epoch, step=step, num=len(whole), side=8, number=number
+            )
+            found.append([epoch, whole[draw.partner_N][mine].tolist()])
     return found
 
 
@@ -146,7 +153,8 @@ def test_ranks_that_ended_early_end_bit_identical(runs: dict[str, Any], name: st
     assert found["different"] == []
     assert found["states"][0] == found["states"][1]
     for rank in range(2):
-        assert found["fetched"][rank] == batches_of(rank, first=4 * epoch + step)
+        pool = 2 if "picked" in name else 1
+        assert found["fetched"][rank] == batches_of(rank, first=4 * epoch + step, pool=pool)
 
 
 def test_both_ranks_were_killed(runs: dict[str, Any]) -> None:

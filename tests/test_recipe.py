@@ -125,7 +125,7 @@ def test_every_key_says_what_it_means():
         ("optim.gama=1", "unknown key optim.gama, did you mean optim.gamma?"),
         ("optm.weight_decay=1", "unknown key optm.weight_decay, did you mean optim.weight_decay?"),
         ("lr=1", "unknown key lr, did you mean optim.lr or teacher.lr?"),
-        ("temperature=1", "unknown key temperature, did you mean losses.kd.temperature?"),
+        ("temperature=1", "unknown key temperature, did you mean losses.kd.temperature"),
         (
             "losses.kd.temprature=1",
             "unknown key losses.kd.temprature, did you mean losses.kd.temperature?",

@@ -39,6 +39,7 @@ RESUMED_AT: dict[str, tuple[int, int] | None] = {
     "every epoch": (1, 0),
     **{f"rich, before step {step}": divmod(step, STEPS) for step in (1, 3, 6)},
     "rich, inside save 2": (0, 2),
+    "picked, before step 3": (0, 3),
 }
 # Steps are counted over all stages, of 4 each; what was resumed, and at which of its steps.
 STAGED = {

@@ -40,6 +40,7 @@ class PartnerSource(Protocol):
 class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
+    pool: so many x' are made of the batch, one below the other, for `selection` to choose from.
     partners: where the partners for x' come from when they may lie on another rank; None takes
     them from the batch itself.
     """
@@ -51,12 +52,14 @@ class ViewMaker:
         seed: int,
         dtype: torch.dtype,
         layout: torch.memory_format,
+        pool: int = 1,
         partners: PartnerSource | None = None,
     ) -> None:
         self.xprime = xprime
         self.seed = seed
         self.dtype = dtype
         self.layout = layout
+        self.pool = pool
         self.partners = partners
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
@@ -64,12 +67,22 @@ class ViewMaker:
         x = self._laid_out(batch.images_NCHW)
         if self.xprime == "none":
             return {"x": x}
+        mixed = [self._mixed(x, epoch, step, number) for number in range(self.pool)]
+        return {"x": x, "xprime": mixed[0] if self.pool == 1 else torch.cat(mixed)}
+
+    def _mixed(self, x: Tensor, epoch: int, step: int, number: int) -> Tensor:
         num = self.partners.global_size(step) if self.partners else len(x)
         draw = draw_mix(
-            self.xprime, seed=self.seed, epoch=epoch, step=step, num=num, side=x.shape[-1]
+            self.xprime,
+            seed=self.seed,
+            epoch=epoch,
+            step=step,
+            num=num,
+            side=x.shape[-1],
+            number=number,
         )
         partners = self._laid_out(self._partners(x, draw.partner_N, epoch, step))
-        return {"x": x, "xprime": mix_images(x, partners, draw)}
+        return mix_images(x, partners, draw)
 
     def _laid_out(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.to(dtype=self.dtype, memory_format=self.layout)

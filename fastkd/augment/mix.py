@@ -29,11 +29,12 @@ class MixDraw:
     """int64: sample n of the global batch is mixed with sample partner_N[n]."""
 
 
-def draw_mix(kind: str, *, seed: int, epoch: int, step: int, num: int, side: int) -> MixDraw:
-    """The draw of one step for a global batch of `num` square images."""
-    rng = np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, _STREAM, epoch, step]))
-    )
+def draw_mix(
+    kind: str, *, seed: int, epoch: int, step: int, num: int, side: int, number: int = 0
+) -> MixDraw:
+    """The draw of one step for a global batch of `num` square images; `number` counts several."""
+    key = [seed, _STREAM, epoch, step, *([number] if number else [])]
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     lam = float(rng.uniform())
     if kind == "mixup":
         return MixDraw(lam, None, rng.permutation(num))

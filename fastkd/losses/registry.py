@@ -78,8 +78,16 @@ def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
     return terms
 
 
-def check_needs(losses: Mapping[str, Any], *, has_teacher: bool, xprime: str) -> None:
-    """ValueError where a term asks for a net or view that the recipe lacks."""
+def check_needs(
+    losses: Mapping[str, Any], *, has_teacher: bool, xprime: str, picks: bool = False
+) -> None:
+    """ValueError where a term lacks its net or view in the recipe, or a pick lacks a term."""
+    needs = [text for term in build_terms(losses) for text in term.needs]
+    if picks and "xprime/teacher/logits" not in needs:
+        raise ValueError(
+            "augment.pick chooses x' by what the teacher says to it, which no loss looks at: set "
+            "augment.xprime=cutmix losses.kd.views=x,xprime"
+        )
     for term in build_terms(losses):
         for text in term.needs:
             need = Need.parse(text)

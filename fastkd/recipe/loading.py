@@ -84,13 +84,17 @@ def annotated_yaml(recipe: Recipe) -> str:
     keys = _documented(Recipe, "")
     for name, config in recipe.losses.items():
         keys |= _documented(type(config), f"losses.{name}.")
+    absent = _optional_sections(Recipe, "")
     lines: list[str] = []
     path: list[str] = []
     for line in recipe_to_yaml(recipe).splitlines():
         name, colon, _ = line.strip().partition(":")
         if colon and not line.lstrip().startswith("- "):
             path[(len(line) - len(line.lstrip())) // 2 :] = [name]
-            meaning = keys.get(".".join(path))
+            key = ".".join(path)
+            meaning = (
+                absent.get(key) if line.endswith(": null") and key in absent else keys.get(key)
+            )
             line = f"{line:<34}  # {meaning}" if meaning else line
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -116,6 +120,19 @@ def _documented(section: type[BaseModel], prefix: str) -> dict[str, str]:
         else:
             keys[f"{prefix}{name}"] = " ".join((field.description or "").split())
     return keys
+
+
+def _optional_sections(section: type[BaseModel], prefix: str) -> dict[str, str]:
+    """Dotted key of each section that may be null -> meaning and the keys it would have."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner and field.default is None:
+            what = " ".join((field.description or inner.__doc__ or "").split())
+            found[f"{prefix}{name}"] = f"{what} Keys: {', '.join(inner.model_fields)}."
+        elif inner:
+            found |= _optional_sections(inner, f"{prefix}{name}.")
+    return found
 
 
 def _dump(recipe: Recipe) -> dict[str, Any]:

@@ -67,6 +67,23 @@ class DataConfig(Section):
     """Drop the partial batch at the end of an epoch; the papers keep it."""
 
 
+class PickConfig(Section):
+    """Which x' of a pool are used (`fastkd.selection`)."""
+
+    criterion: Literal["kl", "teacher_entropy", "student_entropy"] = "kl"
+    """What makes an image hard."""
+    temperature: PositiveFloat = 4.0
+    """T of the criterion kl; that of the loss."""
+    pool: int = Field(default=2, ge=2)
+    """x' per image of the batch that are made and scored."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the pool that is used."""
+    images: PositiveInt | None = None
+    """A constant number instead of a share, per process; of a smaller pool all."""
+    update_statistics: bool = True
+    """Whether the student's batch norm statistics see the pool, as in the released code."""
+
+
 class AugmentConfig(Section):
     """What happens to a training image (`fastkd.augment`); others are only normalised."""
 
@@ -80,6 +97,8 @@ class AugmentConfig(Section):
     """Mirror half of the images."""
     xprime: Literal["none", "cutmix", "mixup"] = "none"
     """The second view x' of every batch, made from x (one draw for the whole batch)."""
+    pick: PickConfig | None = None
+    """Choose x' from a pool of them."""
 
 
 class StudentConfig(Section):
@@ -275,7 +294,12 @@ class Recipe(Section):
             )
         from fastkd.losses.registry import check_needs
 
-        check_needs(self.losses, has_teacher=self.teacher is not None, xprime=self.augment.xprime)
+        check_needs(
+            self.losses,
+            has_teacher=self.teacher is not None,
+            xprime=self.augment.xprime,
+            picks=self.augment.pick is not None,
+        )
         return self
 
     @property
@@ -332,7 +356,7 @@ class Recipe(Section):
             epochs=epochs,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
             optim=self.optim.model_copy(update=optim),
-            augment=self.augment.model_copy(update={"xprime": "none"}),
+            augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
         )
 
     def without_teacher(self, name: str, lr: float | None = None) -> "Recipe":
@@ -343,7 +367,7 @@ class Recipe(Section):
             out=None,
             teacher=None,
             losses={"ce": {"weight": 1.0}},
-            augment=self.augment.model_copy(update={"xprime": "none"}),
+            augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )

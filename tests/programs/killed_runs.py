@@ -30,6 +30,7 @@ RICH = (
     *("ema=0.9", "accumulate=2", "optim.name=adamw", "optim.lr=0.003", "optim.schedule=onecycle"),
     *("optim.clip_norm=1.0", "losses.kd.label_smoothing=0.1"),
 )
+PICKED = ("augment.pick.criterion=kl", "augment.pick.images=16")
 # A teacher, two baselines and the student, 4 steps each.
 STAGED = ("teacher.train=true", "teacher.weights=null", "baseline.lrs=0.05,0.1", "epochs=1")
 COMPILED = ("compile=on", "epochs=1", "augment.xprime=none", "losses.kd.views=x")
@@ -137,6 +138,7 @@ SCENARIOS: dict[str, Scenario] = {
         for step in (1, 3, 6)
     },
     "rich, inside save 2": Scenario(RICH, (partial(inside_save, 2),)),
+    "picked, before step 3": Scenario(PICKED, (partial(before_step, 3),)),
     **{
         f"staged, before step {step}": Scenario(STAGED, (partial(before_step, step),))
         for step in (2, 6, 9, 15)
@@ -152,6 +154,9 @@ SCENARIOS: dict[str, Scenario] = {
         for step in (3, 6)
     },
     "headless on two ranks": Scenario(HEADLESS, (), 2),
+    "picked on two ranks, before step 6": Scenario(
+        (*UNEVEN, *PICKED), (partial(before_step, 6),), 2
+    ),
     "two ranks, inside save 2": Scenario(UNEVEN, (partial(inside_save, 2),), 2),
     **{
         f"stopped by {which.name} in step {step}": Scenario(

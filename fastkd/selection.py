@@ -1,0 +1,81 @@
+"""Data picking: of a pool of mixed images, those on which student and teacher differ most.
+
+Flow: `augment` makes x and a pool of x', CutMix (or mixup) of one batch several times over -> the
+teacher sees both -> [here] -> the step on x and the chosen x'. "Understanding the Success of
+Knowledge Distillation: A Data Augmentation Perspective", section 3.2; what the paper does not tell
+is as in its authors' released code (Good-DA-in-KD): the student scores in training mode, and its
+batch norm statistics see the pool.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.kernels import hardness, select_hardest
+from fastkd.models.taps import Tapped
+from fastkd.precision import Precision
+
+__all__ = ["Pick", "PickCriterion", "Picked"]
+
+PickCriterion = Literal["kl", "teacher_entropy", "student_entropy"]
+
+
+class Picked(NamedTuple):
+    """The choice from one pool."""
+
+    index_K: Tensor
+    """int64 rows of the pool, hardest first."""
+    ratio: Tensor
+    """Mean score of the chosen rows over that of the pool (r of the paper's equation 4), 0-dim."""
+
+
+class Pick(nn.Module):
+    """Scores a pool and chooses from it; compiled as a unit of its own.
+
+    criterion: "kl" (teacher against student at `temperature`), or the entropy of either's
+    probabilities at temperature 1; the teacher's entropy needs no pass of the student.
+    images, share: how many are chosen, as a number (all of a smaller pool, as released) or as a
+    share of the pool; the other is None.
+    update_statistics: whether the student's batch norm statistics see the pool. Its scores come
+    from the pool's own batch statistics either way.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        criterion: PickCriterion,
+        temperature: float,
+        images: int | None,
+        share: float | None,
+        update_statistics: bool,
+        precision: Precision,
+    ) -> None:
+        super().__init__()
+        self.student = Tapped(student)
+        self.criterion: PickCriterion = criterion
+        self.temperature = temperature
+        self.images, self.share = images, share
+        self.update_statistics = update_statistics
+        self.precision = precision
+
+    def forward(self, pool_PCHW: Tensor, teacher_logits_PC: Tensor) -> Picked:
+        """Choose from a pool that the teacher has seen already."""
+        with torch.no_grad():
+            scores_P = hardness(
+                None if self.criterion == "teacher_entropy" else self._logits(pool_PCHW),
+                teacher_logits_PC,
+                criterion=self.criterion,
+                temperature=self.temperature,
+            )
+            index_K = select_hardest(scores_P, self.images, ratio=self.share).index
+            return Picked(index_K, scores_P[index_K].mean() / scores_P.mean())
+
+    def _logits(self, pool_PCHW: Tensor) -> Tensor:
+        with self.precision.autocast():
+            if self.update_statistics:
+                return self.student(pool_PCHW)["logits"]
+            # The pass writes its statistics into copies, which are dropped.
+            copies = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+            return torch.func.functional_call(self.student, copies, (pool_PCHW,))["logits"]
