@@ -11,6 +11,7 @@ OPTIONS = {
     "train": {"--config", "--dry-run", "--print-config", "--resume", "--sweep"},
     "eval": {"--weights"},
     "models": {"--input", "--json"},
+    "cheapen": {"--where", "--input"},
     "recipes": set(),
     "doctor": {"--json"},
 }
@@ -21,8 +22,9 @@ device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboar
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
-student.name student.width student.weights student.pretrained
-teacher.name teacher.width teacher.weights teacher.pretrained teacher.train teacher.epochs
+student.name student.width student.block student.shortcuts student.weights student.pretrained
+teacher.name teacher.width teacher.block teacher.shortcuts teacher.weights teacher.pretrained
+teacher.train teacher.epochs
 teacher.lr teacher.resolution teacher.mean teacher.std teacher.class_map teacher.min_accuracy
 optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.schedule
 optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm

@@ -1,8 +1,8 @@
 """Names of the cheap substitutes for a 3x3 convolution: from text to a `Block` and back.
 
-Read by `create_model(block=..)`, `cheapen` and the recipe key `student.block`; `models.blocks` builds
-the layers. N is the number of channels that enter the 3x3 convolution, M = out / b the width of a
-bottleneck. Moonshine (Crowley, Gray, Storkey 2018, arXiv 1711.02613) table 1, and the column names
+Read by `create_model(block=..)`, `cheapen` and the recipe key `student.block`; `models.blocks`
+builds the layers. N is the number of channels that enter the 3x3 convolution, M = out / b the width
+of a bottleneck. Moonshine (Crowley, Gray, Storkey 2018, arXiv 1711.02613) table 1, and the columns
 gK and GK of Demystification (Jha, Saini, Mittal 2020, arXiv 2006.16589) tables 8 and 9.
 """
 

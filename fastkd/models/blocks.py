@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 Shortcuts = bool | Literal["pad", "projection"]
-"""True: identity, and a projection where the shape changes. "pad": there a parameter-free one, which
-subsamples and adds zero channels (He et al. 2015, option A). "projection": only the projections,
-as in JointRD's released code. False: none, a plain network."""
+"""True: identity, and a projection where the shape changes. "pad": subsampling and zero channels
+instead of the projection (He et al. 2015, option A). "projection": only the projections, as in
+JointRD's released code. False: none, a plain network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ PAPER_STYLE = Style()
 
 
 class GroupedPointwise(nn.Module):
-    """G: grouped 3x3 (in -> in) - norm - activation - 1x1 (in -> out).
+    """G: grouped 3x3 (in -> in), norm, activation, 1x1 (in -> out).
 
     Takes [N, in, H, W]; height and width go as in the convolution that it stands for.
 
@@ -86,7 +86,7 @@ class GroupedPointwise(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """B and BG: 1x1 (in -> M) - norm - activation - 3x3 (M -> M) - norm - activation - 1x1 (M -> out).
+    """B, BG: 1x1 (in -> M), norm, activation, 3x3 (M -> M), norm, activation, 1x1 (M -> out).
 
     Arguments as of `GroupedPointwise`; `width` is M and `groups` are those of the 3x3.
     """
@@ -158,7 +158,7 @@ def _two_by_two(spatial: dict[str, Any]) -> dict[str, Any]:
 
 
 def init_convs(module: nn.Module) -> nn.Module:
-    """Weights normal with variance 2 / (k * k * out), whatever the groups, as the papers' code does.
+    """Normal weights of variance 2 / (k * k * out), whatever the groups, as in the papers' code.
 
     Biases, of which the papers have none, keep torch's default. Returns `module`.
     """
@@ -208,10 +208,8 @@ class ResidualBlock(nn.Module):
     `shortcuts`. The network that holds it initialises its convolutions (`init_convs`).
     """
 
-    cheap: ClassVar[tuple[str, ...]] = ("conv1", "conv2")
-    """Children that `block` decides; a bottleneck stands in the first and the others are None."""
     shortcut_name: ClassVar[str] = "shortcut"
-    """Child that is added to the branch; None where nothing is."""
+    """The child that is added to the branch: nn.Identity, a projection, or None for nothing."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -219,16 +217,22 @@ class ResidualBlock(nn.Module):
         self.block = parse_block(arguments["block"])
 
     def rebuilt(self, **changes: Any) -> Self:
-        """The same block with other constructor arguments; layers that stay are moved into it.
+        """The same block with other constructor arguments.
 
-        New layers are initialised, on the device and in the dtype of this block.
+        Layers whose weights have the same names and shapes are moved into it; the others are
+        initialised, on the device and in the dtype of this block.
         """
         first = next(self.parameters())
         with torch.device(first.device):
             new = type(self)(**self.arguments | changes)
         init_convs(new).to(first.dtype).train(self.training)
-        for name, child in self.named_children():
-            stays = getattr(new, name, None) is not None
-            if stays and not ("block" in changes and name in self.cheap):
-                new.add_module(name, child)
+        layers = dict(self.named_modules())
+        for path, fresh in list(new.named_modules()):
+            if path in layers and _shapes(fresh) and _shapes(fresh) == _shapes(layers[path]):
+                new.set_submodule(path, layers[path])
         return new
+
+
+def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    """Of the tensors of a layer; empty for a module that is made of others."""
+    return {} if len(layer._modules) else {k: v.shape for k, v in layer.state_dict().items()}
