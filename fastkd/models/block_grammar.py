@@ -128,12 +128,12 @@ def _groups(number: str | None, width: str | None) -> dict[str, int]:
     return {"groups": int(number)} if number else {"group_width": int(width or 1)}
 
 
-def _near(compact: str) -> str:
+def _near(wrong: str) -> str:
     """The valid name, with the numbers of the wrong one, that looks most like it."""
     # The released code of Moonshine has its own names: G8B2 is BG(2,M/8), A8B2 is BG(2,8).
-    if code := re.fullmatch(r"([AG])([1-9]\d*)B([1-9]\d*)", compact):
+    if code := re.fullmatch(r"([AG])([1-9]\d*)B([1-9]\d*)", wrong):
         return f"BG({code[3]},{'M/' if code[1] == 'G' else ''}{code[2]})"
-    first, second, *_ = [*re.findall(r"[1-9]\d*", compact), "4", "4"]
+    first, second, *_ = [*re.findall(r"[1-9]\d*", wrong), "4", "4"]
     names = ["S", "S-2x2", f"G({first})", "G(N)", f"G(N/{first})", f"B({first})"]
     names += [f"BG({first},M)", f"BG({first},{second})", f"BG({first},M/{second})"]
-    return max(names, key=lambda name: difflib.SequenceMatcher(None, compact.upper(), name).ratio())
+    return max(names, key=lambda name: difflib.SequenceMatcher(None, wrong.upper(), name).ratio())

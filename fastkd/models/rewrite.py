@@ -88,8 +88,18 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
         )
     options = getattr(model, "fastkd_options", {})
     whole = where is None and (bool(blocks) or "block" not in options)
-    report = RewriteReport(f"cheapen {wanted}", changed, left)
+    report = RewriteReport(f"cheapen {wanted}", changed, left, _dearer(new_of))
     return finish(model, new_of, report, {"block": str(wanted)} if whole else None)
+
+
+def _dearer(new_of: dict[nn.Module, nn.Module]) -> tuple[str, ...]:
+    """Substitutes widen a convolution that has few outputs: that is worth a note."""
+    count = sum(_weights(new) > _weights(old) for old, new in new_of.items())
+    return (f"{count} substitutes have more weights than what they replace",) if count else ()
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class _Named:
