@@ -65,10 +65,10 @@ class Teacher:
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
-        model = freeze(model)
         # A tapped one keeps every layer where the taps expect it.
-        if fold_batch_norm and set(every) <= {"logits"}:
-            model = _folded(model)
+        given = freeze(model)
+        model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
+        self.folded = model is not given
         self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.unit = _TeacherUnit(
             self.model,
@@ -97,6 +97,11 @@ class Teacher:
 
     def stages(self, features: Tensor, after: str, upto: str) -> Tensor:
         """The layers after tap `after` up to tap `upto`, with gradient to the features."""
+        if self.folded:
+            raise UserError(
+                "a loss sends features through stages of a teacher whose batch norm was folded, "
+                "because no loss needs a tap of it: name x/teacher/TAP among the needs of that loss"
+            )
         run = getattr(self.model, "forward_between", None)
         if run is None:
             raise UserError(

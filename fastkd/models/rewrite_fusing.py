@@ -31,9 +31,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A batch norm whose input is one convolution's output, which nothing else reads, is multiplied
     into that convolution. It leaves nn.Identity, or its activation, in its place. The others stay:
-    `result.rewrite_report` lists both. The copy is for inference; in training mode it would no
-    longer normalise. Weights saved from it fit only a fused network. A network that cannot be
-    traced as a whole is folded part by part, which takes each part to be used by its forward pass.
+    `result.rewrite_report` lists both. The copy is for inference: in training mode it would no
+    longer normalise, a tap on a folded convolution gives what its batch norm gave, and its weights
+    fit only a fused network. A network that cannot be traced as a whole is folded part by part,
+    which takes each part to be used by its forward pass.
+
+    Raises UserError where the network cannot be copied.
     """
     model = copied(model).eval()
     norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}

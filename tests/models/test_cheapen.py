@@ -33,7 +33,6 @@ REFUSED = {
     "timm:resnext50_32x4d": ("16 x grouped already", "layer?.*.conv2", 16),
     "timm:regnety_032": ("21 x grouped already", "s?.*.conv2.conv", 21),
 }
-LEARNING_RATE = 0.02
 
 
 def on_meta(name):
@@ -293,7 +292,7 @@ def train_and_export(model, side):
     """20 steps on a fixed batch halve the loss; the exported graph gives the same logits."""
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, side, side), torch.arange(8) % 4
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(20):
         logits = model.train()(images)
@@ -313,7 +312,7 @@ def test_a_cheapened_foreign_network_trains_and_exports():
     train_and_export(cheapen(create_model("timm:test_resnet", 4), "G(4)"), 64)
 
 
-SIDES = {"timm:inception_v3": 96, "timm:vgg11_bn": 64}
+SIDES = {"timm:inception_v3": 96}
 
 
 @pytest.mark.slow
