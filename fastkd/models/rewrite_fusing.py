@@ -7,8 +7,9 @@ its class, its module names and its taps, batch norms that hold an activation fo
 cannot be traced as a whole is traced in parts.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
@@ -41,8 +42,10 @@ def fuse(model: nn.Module) -> nn.Module:
     model = copied(model).eval()
     norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
     new_of: dict[nn.Module, nn.Module] = {}
+    with _without_hooks(model):
+        pairs = list(_pairs(model))
     with torch.no_grad():
-        for conv, norm in _pairs(model):
+        for conv, norm in pairs:
             if conv not in new_of and norm not in new_of and _foldable(conv, norm):
                 new_of[conv] = fuse_conv_bn_eval(
                     conv, norm, transpose=isinstance(conv, _ConvTransposeNd)
@@ -51,6 +54,20 @@ def fuse(model: nn.Module) -> nn.Module:
     changed = {path: "folded into its convolution" for path, one in norms.items() if one in new_of}
     left = {path: "does not follow a single convolution" for path in norms if path not in changed}
     return finish(model, new_of, RewriteReport("fuse batch norm", changed, left), None)
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Somebody's hooks must not be called with the stand-ins of a trace."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooked = [(one, name, getattr(one, name)) for one in model.modules() for name in names]
+    try:
+        for module, name, _ in hooked:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, name, hooks in hooked:
+            setattr(module, name, hooks)
 
 
 class _Tracer(fx.Tracer):

@@ -147,8 +147,11 @@ def test_only_what_may_be_folded_is():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
+    seen = []
     model.hooked.register_forward_hook(lambda module, args, output: output * 2)
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     fused = fuse(model.eval())
+    assert seen == []  # tracing is nobody's forward pass
     assert set(fused.rewrite_report.changed) == {"norm6", "norm7.0", "norm8"}
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
