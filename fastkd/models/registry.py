@@ -17,7 +17,18 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models import hub, resnet, wrn
+from fastkd.models import (
+    erfnet,
+    hub,
+    mobilenetv2,
+    resnet,
+    resnet18,
+    resnet50,
+    shufflenetv1,
+    shufflenetv2,
+    vgg,
+    wrn,
+)
 from fastkd.models.block_grammar import parse_block
 from fastkd.models.rewrite import cheapen
 from fastkd.models.rewrite_shortcuts import remove_shortcuts
@@ -25,7 +36,9 @@ from fastkd.weights import load_into, load_weights
 
 __all__ = ["create_model", "list_models", "model_from_file"]
 
-FAMILIES: tuple[ModuleType, ...] = (resnet, wrn)
+FAMILIES: tuple[ModuleType, ...] = (
+    *(resnet, resnet18, resnet50, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2, erfnet),
+)
 """Each has NAMES (listed), PATTERN (accepted) and build(name, num_classes, *, options)."""
 
 

@@ -25,6 +25,7 @@ NAMES = (
     *("resnet8x4", "resnet32x4"),
 )
 PATTERN = re.compile("|".join(NAMES))
+KEY_MAPS = {"akamaster": {"linear": "fc"}}
 
 
 def build(
@@ -109,6 +110,7 @@ class CifarResNet(ZooNetwork):
         *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
         *("pooled", "logits"),
     )
+    key_maps = KEY_MAPS
 
     def __init__(
         self, depth: int, widths: tuple[int, ...], num_classes: int, **block_options: Any

@@ -9,7 +9,7 @@ of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class ZooNetwork(nn.Module):
 
     tap_names: tuple[str, ...]
     """In the order of the walk; the last is `logits`."""
+    key_maps: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
+    of a name, up to a dot -> what stands there here. The first that matches counts; names that none
+    matches are the same. `fastkd.weights.load_into` finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""

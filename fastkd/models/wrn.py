@@ -35,6 +35,12 @@ NAMES = (
     *("wrn_40_1", "wrn_40_2", "wrn_40_4"),
 )
 PATTERN = re.compile(r"wrn_(\d{1,4})_(\d{1,3})")
+KEY_MAPS = {
+    "RepDistiller": {
+        r"block(\d)\.layer\.(\d+)\.convShortcut": r"layer\1.\2.shortcut",
+        r"block(\d)\.layer": r"layer\1",
+    }
+}
 
 
 def build(
@@ -126,6 +132,7 @@ class WideResNet(ZooNetwork):
         *("stem", "stage1", "stage1:preact", "stage2", "stage2:preact", "stage3", "stage3:preact"),
         *("pooled", "logits"),
     )
+    key_maps = KEY_MAPS
 
     def __init__(self, depth: int, width: int, num_classes: int, **block_options: Any) -> None:
         super().__init__()
