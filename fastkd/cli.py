@@ -291,13 +291,22 @@ def _models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
-    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}")
+    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}  taps")
     for row in rows:
         macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
         line = f"{row['name']:<34}{row['params']:>14,}{macs:>16}{row['input']:>12}"
-        print(f"{line}{row['classes']:>9}", flush=True)
+        print(f"{line}{row['classes']:>9}  {_short_taps(row['taps'])}", flush=True)
     if ":" not in options.pattern:
-        print("taps: stem, stage1, stage2, .. (each also as stageN:preact), pooled, logits")
+        print("each stage also before its last activation: stage1:preact")
+
+
+def _short_taps(taps: Sequence[str]) -> str:
+    """`stem stage1-3 pooled logits`, of the networks of the zoo."""
+    stages = [tap for tap in taps if re.fullmatch(r"stage\d", tap)]
+    if not stages:
+        return "module paths"
+    runs = {stages[0]: f"{stages[0]}-{stages[-1][-1]}"}
+    return " ".join(runs.get(tap, tap) for tap in taps if "stage" not in tap or tap in runs)
 
 
 def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
@@ -314,15 +323,18 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
         "name": name,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "macs": None,
+        "training_bytes": None,
+        "inference_bytes": None,
         "input": "x".join(map(str, shape)),
         "classes": model.num_classes,
         "taps": [] if ":" in name else list(available_taps(model)),
     }
     try:
-        row["macs"] = count(model, shape).macs
-    except (RuntimeError, ValueError, AssertionError):
-        # Some foreign networks take one image size only and say so in these ways.
-        if wanted is None or ":" not in name:
+        size = count(model, shape)
+        row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
+    except (RuntimeError, ValueError, AssertionError, UserError):
+        # Some networks take certain image sizes only and say so in these ways.
+        if wanted is None:
             raise
     return row
 

@@ -303,8 +303,11 @@ def _renamed(
 
     A 1x1 convolution of the source may be a linear layer here.
     """
-    maps: Mapping[str, Mapping[str, str]] = getattr(model, "key_maps", {})
-    candidates = [state, *({_rename(key, m): state[key] for key in state} for m in maps.values())]
+    maps: Mapping[str, Mapping[str, str | None]] = getattr(model, "key_maps", {})
+    candidates = [state]
+    for key_map in maps.values():
+        renamed = {key: _rename(key, key_map) for key in state}
+        candidates.append({new: state[key] for key, new in renamed.items() if new is not None})
     best = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
     return {
         key: value.flatten(1)
@@ -314,11 +317,11 @@ def _renamed(
     }
 
 
-def _rename(key: str, key_map: Mapping[str, str]) -> str:
+def _rename(key: str, key_map: Mapping[str, str | None]) -> str | None:
     for pattern, replacement in key_map.items():
-        renamed, found = re.subn(rf"^{pattern}(?=\.)", replacement, key)
+        found = re.match(rf"{pattern}(?=\.)", key)
         if found:
-            return renamed
+            return None if replacement is None else found.expand(replacement) + key[found.end() :]
     return key
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import fastkd.data.synthetic
@@ -183,8 +184,26 @@ def test_models_are_listed_with_their_size(command):
     size = count(create_model("resnet8", 100), (3, 32, 32))
     assert said.code == 0
     row = next(line.split() for line in said.out.splitlines() if line.startswith("resnet8 "))
-    assert row == ["resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"]
-    assert "taps: stem, stage1" in said.out
+    assert row == [
+        *("resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"),
+        *("stem", "stage1-3", "pooled", "logits"),
+    ]
+
+
+def test_models_as_json_with_memory_and_every_tap(command):
+    (found,) = json.loads(command("models", "erfnet", "--input", "3x64x64", "--json").out)
+    with torch.device("meta"):
+        size = count(create_model("erfnet", 100), (3, 64, 64))
+    assert (found["params"], found["macs"]) == (size.params, size.macs)
+    assert found["training_bytes"] == size.training_bytes
+    assert found["inference_bytes"] == size.inference_bytes
+    assert found["taps"][-3:] == ["stage5:preact", "stage5", "logits"]
+
+
+def test_a_zoo_network_that_does_not_take_the_given_size_is_listed_without_macs(command):
+    said = command("models", "erfnet", "--input", "3x30x30")
+    assert said.code == 0
+    assert "other input     3x30x30" in said.out
 
 
 def test_cheapen_shows_before_and_after(command):
@@ -225,7 +244,7 @@ def test_a_model_that_takes_one_size_only_is_listed_without_macs(command):
     said = command("models", "timm:vit_tiny_patch16_224", "--input", "3x64x64")
     assert said.code == 0
     assert "5,717,416     other input     3x64x64" in said.out
-    assert "taps" not in said.out
+    assert "module paths" in said.out
 
 
 def test_the_doctor_reports(command):

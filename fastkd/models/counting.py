@@ -56,8 +56,9 @@ def count(
         tables print (`fastkd.models.counting_rules`). None: all parameters, true MACs.
 
     The passes run eagerly on the model's device, the second with gradients, as if every parameter
-    were trained. The memory is that of the tensors, without the workspace of an algorithm; dropout
-    masks are left out. The training flag of every submodule is put back afterwards and no running
+    were trained. The memory is that of the tensors, without the workspace of an algorithm and
+    without dropout masks; it differs a little between devices, whose operators keep different
+    statistics. The training flag of every submodule is put back afterwards and no running
     statistic moves. An error of the network (an image too small, a wrong number of channels) comes
     through as it is. Raises UserError for an unknown rule, and for `moonshine` on a network for
     which it was not defined.

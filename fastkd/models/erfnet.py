@@ -28,6 +28,26 @@ PATTERN = re.compile(NAMES[0])
 ENDS = {"images": 0, "stem": 1, "stage1": 7, "stage2": 12, "stage3": 16, "stage4": 19, "stage5": 22}
 """Tap -> the layer whose output it is."""
 
+_LAYERS = {f"encoder.layers.{n}": n + 1 for n in range(15)} | {
+    f"decoder.layers.{n}": n + 16 for n in range(6)
+}
+_CONVS = {"conv3x1_1": "pair1.0", "conv1x3_1": "pair1.2", "conv3x1_2": "pair2.0"} | {
+    "conv1x3_2": "pair2.2"
+}
+KEY_MAPS = {
+    "Eromera": {
+        r"encoder\.output_conv": None,
+        r"encoder\.initial_block": "layers.0",
+        r"decoder\.output_conv": "head",
+        **{
+            rf"{re.escape(theirs)}\.{conv}": f"layers.{ours}.{part}"
+            for theirs, ours in _LAYERS.items()
+            for conv, part in _CONVS.items()
+        },
+        **{re.escape(theirs): f"layers.{ours}" for theirs, ours in _LAYERS.items()},
+    }
+}
+
 _norm = partial(nn.BatchNorm2d, eps=1e-3)
 
 
@@ -46,6 +66,7 @@ class ERFNet(ZooNetwork):
         *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
         *("stage4:preact", "stage4", "stage5:preact", "stage5", "logits"),
     )
+    key_maps = KEY_MAPS
 
     def __init__(self, num_classes: int, block: Block) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ mobilenetv2         Demystification's (arXiv 2006.16589, tables 8 and 9; the net
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -137,11 +138,9 @@ class MobileNetV2(StagedNetwork):
         """Convolution, BN and the activation."""
         return self.conv1(images_NCHW)
 
-    def stage(self, number: int, x: Tensor) -> Tensor:
+    def layers(self, number: int) -> list[Callable[[Tensor], Tensor]]:
         """The groups of a stage."""
-        for group in STAGES[number - 1]:
-            x = self.blocks[group](x)
-        return x
+        return [self.blocks[group] for group in STAGES[number - 1]]
 
     def activate(self, preact: Tensor) -> Tensor:
         """Nothing: the last layer of a block is linear."""

@@ -14,6 +14,7 @@ table 3), whose Res18-0.5 is `width=0.5`.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,6 +112,7 @@ class ResNet18(StagedNetwork):
         self.fc = nn.Linear(widths[-1], num_classes)
         init_convs(self)
 
-    def stage(self, number: int, x: Tensor) -> Tensor:
-        """A stage up to its last ReLU; the pooling of the stem comes after the `stem` tap."""
-        return super().stage(number, self.maxpool(x) if number == 1 else x)
+    def layers(self, number: int) -> list[Callable[[Tensor], Tensor]]:
+        """Blocks; the pooling of the stem comes after the `stem` tap."""
+        pooling = [self.maxpool] if number == 1 else []
+        return [*pooling, *super().layers(number)]

@@ -31,12 +31,10 @@ class StagedNetwork(ZooNetwork):
         """What comes before the stages; the `stem` tap."""
         return F.relu(self.get_submodule("bn1")(self.get_submodule("conv1")(images_NCHW)))
 
-    def stage(self, number: int, x: Tensor) -> Tensor:
-        """A stage up to its last activation; the `stageN:preact` tap."""
+    def layers(self, number: int) -> list[Callable[[Tensor], Tensor]]:
+        """Of a stage, up to its last activation: they lead to the `stageN:preact` tap."""
         *blocks, last = self.get_submodule(f"layer{number}").children()
-        for block in blocks:
-            x = block(x)
-        return last.preact(x)
+        return [*blocks, last.preact]
 
     def activate(self, preact: Tensor) -> Tensor:
         """The last activation of a stage; the `stageN` tap."""
@@ -54,7 +52,8 @@ class StagedNetwork(ZooNetwork):
             x = self.stem(x)
             yield "stem", x
         for number in range(max(done, 1), self.num_stages + 1):
-            x = self.stage(number, x)
+            for layer in self.layers(number):
+                x = layer(x)
             yield f"stage{number}:preact", x
             x = self.activate(x)
             yield f"stage{number}", x

@@ -8,6 +8,7 @@ initial weights are those of RepDistiller's zoo (its `vgg*_bn` builds).
 """
 
 import re
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,11 +62,17 @@ class VGG(StagedNetwork):
         """Block 0."""
         return F.relu(self.blocks[0](images_NCHW))
 
-    def stage(self, number: int, x: Tensor) -> Tensor:
+    def layers(self, number: int) -> list[Callable[[Tensor], Tensor]]:
         """Pooling, then block N up to its last BN."""
-        if number < 4 or x.shape[-1] >= 8:
-            x = F.max_pool2d(x, 2)
-        return self.blocks[number](x)
+        return [_pool if number < 4 else _pool_large, self.blocks[number]]
+
+
+def _pool(x_NCHW: Tensor) -> Tensor:
+    return F.max_pool2d(x_NCHW, 2)
+
+
+def _pool_large(x_NCHW: Tensor) -> Tensor:
+    return _pool(x_NCHW) if x_NCHW.shape[-1] >= 8 else x_NCHW
 
 
 def _block(in_channels: int, out_channels: int, convolutions: int) -> nn.Sequential:
