@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.block_grammar import Block, parse_block
-from fastkd.models.blocks import Style, substitute
+from fastkd.models.block_grammar import Block
+from fastkd.models.blocks import (
+    ResidualBlock,
+    Shortcuts,
+    Style,
+    init_convs,
+    make_shortcut,
+    substitute,
+)
 from fastkd.models.taps import ZooNetwork
 
 __all__ = ["NAMES", "PATTERN", "ERFNet", "build"]
@@ -56,7 +63,7 @@ def build(name: str, num_classes: int, *, block: str = "S") -> "ERFNet":
 
     block: what stands for each pair of convolutions (`models.block_grammar`); S is the pair itself.
     """
-    return ERFNet(num_classes, parse_block(block))
+    return ERFNet(num_classes, block)
 
 
 class ERFNet(ZooNetwork):
@@ -68,7 +75,7 @@ class ERFNet(ZooNetwork):
     )
     key_maps = KEY_MAPS
 
-    def __init__(self, num_classes: int, block: Block) -> None:
+    def __init__(self, num_classes: int, block: str) -> None:
         super().__init__()
         residual = partial(ResidualBlock1d, block=block)
         dilated = (residual(128, dilation, 0.3) for dilation in (2, 4, 8, 16) * 2)
@@ -132,21 +139,37 @@ class Up(nn.Module):
         return F.relu(self.bn(self.conv(x_NCHW)))
 
 
-class ResidualBlock1d(nn.Module):
+class ResidualBlock1d(ResidualBlock):
     """[N, C, H, W] -> the same: pair, BN, ReLU, dilated pair, BN, dropout, added, ReLU."""
 
-    def __init__(self, channels: int, dilation: int, dropout: float, *, block: Block) -> None:
-        super().__init__()
-        self.pair1 = _pair(channels, 1, block)
+    def __init__(
+        self,
+        channels: int,
+        dilation: int,
+        dropout: float,
+        *,
+        block: str = "S",
+        shortcuts: Shortcuts = True,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            dilation=dilation,
+            dropout=dropout,
+            block=block,
+            shortcuts=shortcuts,
+        )
+        self.pair1 = _pair(channels, 1, self.block)
         self.bn1 = _norm(channels)
-        self.pair2 = _pair(channels, dilation, block)
+        self.pair2 = _pair(channels, dilation, self.block)
         self.bn2 = _norm(channels)
         self.dropout = nn.Dropout2d(dropout)
+        self.shortcut = make_shortcut(shortcuts, channels, channels, 1, nn.Identity)
 
     def preact(self, x_NCHW: Tensor) -> Tensor:
         """The sum before the last ReLU."""
         out = self.bn2(self.pair2(F.relu(self.bn1(self.pair1(x_NCHW)))))
-        return x_NCHW + self.dropout(out)
+        out = self.dropout(out)
+        return out if self.shortcut is None else out + self.shortcut(x_NCHW)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """See the class."""
@@ -158,7 +181,7 @@ def _pair(channels: int, dilation: int, block: Block) -> nn.Module:
     if block.kind != "S":
         style = Style(norm=_norm)
         spatial = {"padding": dilation, "dilation": dilation}
-        return substitute(block, channels, channels, style=style, **spatial)
+        return init_convs(substitute(block, channels, channels, style=style, **spatial))
     vertical = nn.Conv2d(channels, channels, (3, 1), padding=(dilation, 0), dilation=(dilation, 1))
     across = nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation), dilation=(1, dilation))
     return nn.Sequential(vertical, nn.ReLU(inplace=True), across)

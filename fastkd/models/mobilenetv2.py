@@ -14,12 +14,12 @@ mobilenetv2         Demystification's (arXiv 2006.16589, tables 8 and 9; the net
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.block_grammar import Block, parse_block
-from fastkd.models.blocks import init_convs
+from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut
 from fastkd.models.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "InvertedResidual", "MobileNetV2", "build"]
@@ -48,23 +48,17 @@ KEY_MAPS = {
 
 
 def build(
-    name: str, num_classes: int, *, block: str = "G(N)", shortcuts: bool = True
+    name: str, num_classes: int, *, block: str = "G(N)", shortcuts: Shortcuts = True
 ) -> "MobileNetV2":
     """Network by zoo name.
 
     block: S or G: the groups of the 3x3 convolutions, G(N) is depthwise. No layer is added.
     shortcuts: False leaves out every addition (Demystification's non-residual network).
     """
-    grouping = parse_block(block)
-    if grouping.kind not in ("S", "G"):
-        raise UserError(
-            f"{name}: block {block!r} has no place in an inverted residual block, which is a "
-            "bottleneck of its own; use S, G(g), G(N/d) or G(N)"
-        )
-    return MobileNetV2(name, num_classes, grouping, shortcuts)
+    return MobileNetV2(name, num_classes, block=block, shortcuts=shortcuts)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(ResidualBlock):
     """1x1 expansion, grouped 3x3 and a 1x1 without activation; added to the input where it fits."""
 
     def __init__(
@@ -74,15 +68,31 @@ class InvertedResidual(nn.Module):
         stride: int,
         *,
         expansion: int,
-        grouping: Block,
-        shortcuts: bool,
         relu: type[nn.Module],
         bias: bool,
+        block: str = "G(N)",
+        shortcuts: Shortcuts = True,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            expansion=expansion,
+            relu=relu,
+            bias=bias,
+            block=block,
+            shortcuts=shortcuts,
+        )
+        if self.block.kind not in ("S", "G"):
+            raise UserError(
+                f"block {self.block} has no place in an inverted residual block, which is a "
+                "bottleneck of its own; use S, G(g), G(N/d) or G(N)"
+            )
         inside = in_channels * expansion
-        groups = grouping.count_groups(inside)
-        self.add = shortcuts and stride == 1 and in_channels == out_channels
+        groups = self.block.count_groups(inside)
+        self.shortcut = None
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = make_shortcut(shortcuts, in_channels, out_channels, 1, nn.Identity)
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, inside, 1, bias=bias),
             nn.BatchNorm2d(inside),
@@ -96,7 +106,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H / stride, W / stride]."""
-        return x_NCHW + self.conv(x_NCHW) if self.add else self.conv(x_NCHW)
+        out = self.conv(x_NCHW)
+        return out if self.shortcut is None else out + self.shortcut(x_NCHW)
 
 
 class MobileNetV2(StagedNetwork):
@@ -108,13 +119,11 @@ class MobileNetV2(StagedNetwork):
     num_stages = 4
     key_maps = KEY_MAPS
 
-    def __init__(self, name: str, num_classes: int, grouping: Block, shortcuts: bool) -> None:
+    def __init__(self, name: str, num_classes: int, **block_options: Any) -> None:
         super().__init__()
         half = name == "mobilenetv2_half"
         relu, bias = (nn.ReLU, False) if half else (nn.ReLU6, True)
-        block = partial(
-            InvertedResidual, grouping=grouping, shortcuts=shortcuts, relu=relu, bias=bias
-        )
+        block = partial(InvertedResidual, relu=relu, bias=bias, **block_options)
         kernel, stride, before = (3, 2, 16) if half else (1, 1, 32)
         stem = nn.Conv2d(3, before, kernel, stride, padding=1, bias=bias)
         self.conv1 = nn.Sequential(stem, nn.BatchNorm2d(before), relu(inplace=True))

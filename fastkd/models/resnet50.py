@@ -9,11 +9,12 @@ The network for 224 pixels is `timm:resnet50` or `torchvision:resnet50`.
 
 import re
 from functools import partial
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.blocks import init_convs
+from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
 from fastkd.models.resnet18 import KEY_MAPS
 from fastkd.models.staged import StagedNetwork, make_stage
 
@@ -29,28 +30,50 @@ def build(name: str, num_classes: int) -> "CifarResNet50":
     return CifarResNet50(num_classes)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution, added to the shortcut, then ReLU."""
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolution, added to the shortcut, then ReLU.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
+    block, shortcuts: what `cheapen` makes of the 3x3, and `remove_shortcuts` of the shortcut.
+    """
+
+    shortcut_name: ClassVar[str] = "downsample"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        block: str = "S",
+        shortcuts: Shortcuts = True,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            block=block,
+            shortcuts=shortcuts,
+        )
         inside = out_channels // 4
         self.conv1 = nn.Conv2d(in_channels, inside, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inside)
-        self.conv2 = nn.Conv2d(inside, inside, 3, stride, padding=1, bias=False)
+        self.conv2 = substitute(self.block, inside, inside, stride=stride)
         self.bn2 = nn.BatchNorm2d(inside)
         self.conv3 = nn.Conv2d(inside, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+        self.downsample = make_shortcut(
+            *(shortcuts, in_channels, out_channels, stride),
+            lambda: nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            ),
+        )
 
     def preact(self, x_NCHW: Tensor) -> Tensor:
         """The residual sum before the last ReLU."""
         out = F.relu(self.bn1(self.conv1(x_NCHW)))
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
-        return out + (x_NCHW if self.downsample is None else self.downsample(x_NCHW))
+        return out if self.downsample is None else out + self.downsample(x_NCHW)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H / stride, W / stride]."""

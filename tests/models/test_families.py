@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models import Tapped, create_model
+from fastkd.models import Tapped, cheapen, create_model, remove_shortcuts
 from fastkd.models.erfnet import ResidualBlock1d
 from fastkd.weights import load_into
 
@@ -95,11 +95,37 @@ def test_only_the_pairs_of_the_erfnet_student_lose_their_bias() -> None:
 
 def test_inverted_residuals_add_where_they_can_and_only_then() -> None:
     model = create_model("mobilenetv2", 10)
-    adds = [block.add for group in model.get_submodule("blocks") for block in group]
+    adds = [
+        block.shortcut is not None for group in model.get_submodule("blocks") for block in group
+    ]
     repeats = (1, 2, 3, 4, 3, 3, 1)
     assert adds == [block > 0 for blocks in repeats for block in range(blocks)]
     bare = create_model("mobilenetv2", 10, shortcuts=False)
-    assert not any(block.add for group in bare.get_submodule("blocks") for block in group)
+    assert all(b.shortcut is None for group in bare.get_submodule("blocks") for b in group)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        *(("resnet18", "BG(2,M)"), ("plain34", "G(N)"), ("resnet50", "G(4)"), ("vgg8", "G(8)")),
+        *(("mobilenetv2", "G(4)"), ("mobilenetv2_half", "S"), ("erfnet", "G(N)")),
+    ],
+)
+def test_cheapened_is_what_the_option_builds(name: str, block: str) -> None:
+    with torch.device("meta"):
+        model = cheapen(create_model(name, 10), block)
+        assert str(model) == str(create_model(name, 10, block=block))
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "mobilenetv2", "erfnet"])
+def test_without_shortcuts_is_what_the_option_builds(name: str) -> None:
+    with torch.device("meta"):
+        model = remove_shortcuts(create_model(name, 10))
+        assert str(model) == str(create_model(name, 10, shortcuts=False))
+        if name == "resnet34":
+            assert str(model) == str(create_model("plain34", 10))
+            kept = remove_shortcuts(create_model(name, 10), keep_projection=True)
+            assert str(kept) == str(create_model("plain34", 10, shortcuts="projection"))
 
 
 @pytest.mark.parametrize("side", [32, 64, 224])
@@ -122,7 +148,7 @@ def test_last_map_follows_the_image_size(name: str, side: int) -> None:
         ("resnet18", {"stem": "tiny"}, "stem='tiny'; expected one of cifar, imagenet, imagenet-no"),
         ("resnet18", {"width": 0.001}, "leaves no channels"),
         ("resnet50", {"stem": "imagenet"}, "resnet50 has no option 'stem'; its options: none"),
-        ("mobilenetv2", {"block": "B(2)"}, r"block 'B\(2\)' has no place.*use S, G\(g\)"),
+        ("mobilenetv2", {"block": "B(2)"}, r"block B\(2\) has no place.*use S, G\(g\)"),
         ("mobilenetv2", {"block": "G(5)"}, "32 channels cannot be split into 5 groups"),
         ("erfnet", {"block": "G(3)"}, "64 channels cannot be split into 3 groups"),
     ],

@@ -1,8 +1,8 @@
 """Every parameter and operation count that the papers print, to the printed digit.
 
-paper_tables.json: KD and data augmentation, tables 6 to 8 (90 cells); Demystification, tables 8 and
-9 (108 + 108); Moonshine, tables 2, 3, 4 (52 + 10 + 4). Printed digits are compared after rounding
-half up in decimal.
+kdda_tables.json: KD and data augmentation, tables 6, 7, 8 (90 cells); demystification_oracle.json:
+tables 8 and 9 (108 + 108); moonshine_oracle.json: tables 2, 3, 4 (52 + 10 + 4). Printed digits are
+compared after rounding half up in decimal.
 """
 
 import functools
@@ -17,9 +17,11 @@ import torch
 from fastkd.errors import UserError
 from fastkd.models import Count, count, create_model
 
-TABLES = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
+HERE = Path(__file__)
+KDDA = json.loads(HERE.with_name("kdda_tables.json").read_text())
+DEMYSTIFICATION = json.loads(HERE.with_name("demystification_oracle.json").read_text())["cells"]
+MOONSHINE = json.loads(HERE.with_name("moonshine_oracle.json").read_text())
 DATA = {"cifar100": (100, 32), "tinyimagenet": (200, 64), "imagenet": (1000, 224)}
-MEASURE = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def kdda_cells(data: str, teacher: str, student: str, rule: str | None) -> list[
     return [decimals(value, "0.0001") for value in exact]
 
 
-@pytest.mark.parametrize("row", TABLES["kdda"], ids=lambda row: "-".join(row[:3]))
+@pytest.mark.parametrize("row", KDDA, ids=lambda row: "-".join(row[:3]))
 def test_kd_and_data_augmentation_tables_6_7_8(row: list[str]) -> None:
     data, teacher, student, *printed = row
     expected = [Decimal(cell) for cell in printed]
@@ -71,20 +73,18 @@ def test_the_true_counts_of_grouped_networks() -> None:
 
 @pytest.mark.filterwarnings("ignore:block .* is read as a column")
 @pytest.mark.parametrize(
-    ("network", "variant", "column", "params", "flops"),
-    [
-        pytest.param(network, variant, column, *cells, id=f"{network}-{variant}-{column}")
-        for network, variant, columns in TABLES["demystification"]
-        for column, cells in columns.items()
-    ],
+    "cell",
+    DEMYSTIFICATION,
+    ids=lambda cell: "-".join(cell[key] for key in ("network", "variant", "column")),
 )
-def test_demystification_tables_8_9(
-    network: str, variant: str, column: str, params: str, flops: str
-) -> None:
-    options = {"block": column, "shortcuts": variant == "R"}
-    found = size(network, 100, 32, "demystification", **options)
-    assert significant(found.params, 3) == Decimal(params)
-    assert significant(found.macs, 4) == Decimal(flops)
+def test_demystification_tables_8_9(cell: dict[str, Any]) -> None:
+    network = {"ResNet-18": "resnet18", "MobileNet-V2": "mobilenetv2"}.get(cell["network"])
+    name = network or cell["network"].lower().replace("-", "_").replace("x", "_")
+    options = {"block": cell["column"], "shortcuts": cell["variant"] == "R"}
+    found = size(name, 100, 32, "demystification", **options)
+    assert significant(found.params, 3) == Decimal(str(cell["paper_params_M"]))
+    assert significant(found.macs, 4) == Decimal(str(cell["paper_flops_M"]))
+    assert (found.params, found.macs) == (cell["params"], cell["flops_with_extra"])
 
 
 @pytest.mark.parametrize(
@@ -106,20 +106,39 @@ def test_demystification_counts_more_than_macs(
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "options", "params", "operations"),
-    [
-        pytest.param(*row, id="-".join([row[0], *map(str, row[2].values())]))
-        for row in TABLES["moonshine"]
-    ],
+    "row", MOONSHINE["table2"], ids=lambda row: f"{row['network']}-{row['block']}"
 )
-def test_moonshine_tables_2_3_4(
-    name: str, classes: int, options: dict[str, Any], params: str, operations: str
-) -> None:
-    side = {10: 32, 1000: 224, 20: 256}[classes]
-    found = size(name, classes, side, "moonshine", **options)
-    for value, printed in ((found.params, params), (found.macs, operations)):
-        digits, measure = printed.split()
-        assert decimals(Decimal(value) / MEASURE[measure], digits) == Decimal(digits)
+def test_moonshine_table_2(row: dict[str, Any]) -> None:
+    name = row["network"].lower().replace("-", "_")
+    found = size(name, 10, 32, "moonshine", block=row["block"])
+    assert decimals(Decimal(found.params) / 10**3, "0.1") == Decimal(str(row["paper_params_K"]))
+    assert decimals(Decimal(found.macs) / 10**6, "0.1") == Decimal(str(row["paper_madds_M"]))
+    assert found.macs == row["madds"]
+
+
+@pytest.mark.parametrize("row", MOONSHINE["table3"], ids=lambda row: row["model"])
+def test_moonshine_table_3(row: dict[str, Any]) -> None:
+    network, _, student = row["model"].partition("-")
+    options = {"": {}, "0.5": {"width": 0.5}}.get(student, {"block": student})
+    name = network.replace("Res", "resnet")
+    found = size(name, 1000, 224, "moonshine", stem="imagenet", **options)
+    assert decimals(Decimal(found.params) / 10**6, "0.1") == Decimal(str(row["paper_params_M"]))
+    assert decimals(Decimal(found.macs) / 10**6, "1") == Decimal(row["paper_madds_M"])
+    assert (found.params, found.macs) == (row["params"], row["madds"])
+    true = size(name, 1000, 224, None, stem="imagenet", **options)
+    assert true.macs == row["macs_conv"] + row["macs_fc"]
+
+
+@pytest.mark.parametrize("row", MOONSHINE["table4"], ids=lambda row: row["model"])
+def test_moonshine_table_4(row: dict[str, Any]) -> None:
+    block = row["model"].partition("-")[2] or "S"
+    found = size("erfnet", row["classes"], 256, "moonshine", block=block)
+    assert decimals(Decimal(found.params) / 10**6, "0.01") == Decimal(str(row["paper_params_M"]))
+    assert decimals(Decimal(found.macs) / 10**9, "0.01") == Decimal(str(row["paper_madds_G"]))
+    assert found.params == row["params_without_encoder_head"]
+    assert found.macs == row["madds_transposed_conv_counted_on_output_grid"]
+    true = size("erfnet", row["classes"], 256, None, block=block)
+    assert true.macs == row["true_macs_256x256"]
 
 
 @pytest.mark.parametrize(
