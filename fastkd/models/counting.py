@@ -73,10 +73,6 @@ def count(
         "device": None if first is None else first.device,
         "dtype": None if first is None or not first.is_floating_point() else first.dtype,
     }
-    trained = {
-        name: parameter.detach().requires_grad_(parameter.is_floating_point())
-        for name, parameter in model.named_parameters()
-    }
     modes = {module: module.training for module in model.modules()}
     # Attention's fused inference path is one operator of which the counter knows nothing.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
@@ -86,6 +82,10 @@ def count(
         model.eval()
         with torch.no_grad(), counter, _LiveBytes(model) as inference:
             model(torch.zeros(**image))
+        trained = {
+            name: parameter.detach().requires_grad_(parameter.is_floating_point())
+            for name, parameter in model.named_parameters()
+        }
         with torch.enable_grad(), _LiveBytes(model) as training:
             output = functional_call(model, trained, (torch.zeros(**image),))
             training_bytes = training.now

@@ -35,23 +35,27 @@ PATTERN = re.compile(NAMES[0])
 ENDS = {"images": 0, "stem": 1, "stage1": 7, "stage2": 12, "stage3": 16, "stage4": 19, "stage5": 22}
 """Tap -> the layer whose output it is."""
 
-_LAYERS = {f"encoder.layers.{n}": n + 1 for n in range(15)} | {
-    f"decoder.layers.{n}": n + 16 for n in range(6)
+_LAYERS = {
+    **{rf"encoder\.layers\.{n}": f"layers.{n + 1}" for n in range(15)},
+    **{rf"decoder\.layers\.{n}": f"layers.{n + 16}" for n in range(6)},
 }
-_CONVS = {"conv3x1_1": "pair1.0", "conv1x3_1": "pair1.2", "conv3x1_2": "pair2.0"} | {
-    "conv1x3_2": "pair2.2"
+_PAIRS = {
+    "conv3x1_1": "pair1.0",
+    "conv1x3_1": "pair1.2",
+    "conv3x1_2": "pair2.0",
+    "conv1x3_2": "pair2.2",
 }
 KEY_MAPS = {
     "Eromera": {
-        r"encoder\.output_conv": None,
         r"encoder\.initial_block": "layers.0",
-        r"decoder\.output_conv": "head",
         **{
-            rf"{re.escape(theirs)}\.{conv}": f"layers.{ours}.{part}"
-            for theirs, ours in _LAYERS.items()
-            for conv, part in _CONVS.items()
+            rf"{layer}\.{conv}": f"{ours}.{part}"
+            for layer, ours in _LAYERS.items()
+            for conv, part in _PAIRS.items()
         },
-        **{re.escape(theirs): f"layers.{ours}" for theirs, ours in _LAYERS.items()},
+        **_LAYERS,
+        r"encoder\.output_conv": None,
+        r"decoder\.output_conv": "head",
     }
 }
 
@@ -180,8 +184,10 @@ def _pair(channels: int, dilation: int, block: Block) -> nn.Module:
     """3x1, ReLU, 1x3, or the cheap block that stands for both."""
     if block.kind != "S":
         style = Style(norm=_norm)
-        spatial = {"padding": dilation, "dilation": dilation}
-        return init_convs(substitute(block, channels, channels, style=style, **spatial))
+        cheap = substitute(
+            block, channels, channels, style=style, padding=dilation, dilation=dilation
+        )
+        return init_convs(cheap)
     vertical = nn.Conv2d(channels, channels, (3, 1), padding=(dilation, 0), dilation=(dilation, 1))
     across = nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation), dilation=(1, dilation))
     return nn.Sequential(vertical, nn.ReLU(inplace=True), across)

@@ -4,7 +4,8 @@ A family derives from `StagedNetwork`, builds `conv1`, `bn1`, `layer1`.., `fc`, 
 the steps in which it differs; the walk over the taps is here once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class StagedNetwork(ZooNetwork):
 
     def layers(self, number: int) -> list[Callable[[Tensor], Tensor]]:
         """Of a stage, up to its last activation: they lead to the `stageN:preact` tap."""
-        *blocks, last = self.get_submodule(f"layer{number}").children()
+        *blocks, last = cast(Iterable[Any], self.get_submodule(f"layer{number}").children())
         return [*blocks, last.preact]
 
     def activate(self, preact: Tensor) -> Tensor:

@@ -51,12 +51,10 @@ class VGG(StagedNetwork):
         self.blocks = nn.ModuleList(map(_block, inputs, WIDTHS, convolutions))
         self.fc = nn.Linear(WIDTHS[-1], num_classes)
         init_convs(self)
-        for block in self.blocks:
-            for layer in block.children():
-                if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
         nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def stem(self, images_NCHW: Tensor) -> Tensor:
         """Block 0."""
