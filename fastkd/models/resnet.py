@@ -8,15 +8,15 @@ and the widths (x4: 32; 64, 128, 256) of RepDistiller's zoo; parameter names are
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
-from fastkd.models.taps import ZooNetwork
+from fastkd.models.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "BasicBlock", "CifarResNet", "build"]
 
@@ -103,13 +103,10 @@ class BasicBlock(ResidualBlock):
         return F.relu(self.preact(x_NCHW))
 
 
-class CifarResNet(ZooNetwork):
+class CifarResNet(StagedNetwork):
     """images [N, 3, H, W], H and W at least 4 -> logits [N, num_classes]."""
 
-    tap_names = (
-        *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
-        *("pooled", "logits"),
-    )
+    num_stages = 3
     key_maps = KEY_MAPS
 
     def __init__(
@@ -117,38 +114,11 @@ class CifarResNet(ZooNetwork):
     ) -> None:
         super().__init__()
         blocks, stem, stage1, stage2, stage3 = (depth - 2) // 6, *widths
+        block = partial(BasicBlock, **block_options)
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = _stage(stem, stage1, 1, blocks, block_options)
-        self.layer2 = _stage(stage1, stage2, 2, blocks, block_options)
-        self.layer3 = _stage(stage2, stage3, 2, blocks, block_options)
+        self.layer1 = make_stage(block, stem, stage1, 1, blocks)
+        self.layer2 = make_stage(block, stage1, stage2, 2, blocks)
+        self.layer3 = make_stage(block, stage2, stage3, 2, blocks)
         self.fc = nn.Linear(stage3, num_classes)
         init_convs(self)
-
-    def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
-        """Taps in order; `stageN:preact` is the last residual sum of a stage before its ReLU."""
-        done = ("images", "stem", "stage1", "stage2", "stage3", "pooled").index(after)
-        if done < 1:
-            x = F.relu(self.bn1(self.conv1(x)))
-            yield "stem", x
-        for number, stage in enumerate((self.layer1, self.layer2, self.layer3), start=1):
-            if done > number:
-                continue
-            *blocks, last = cast(Iterable[BasicBlock], stage)
-            for block in blocks:
-                x = block(x)
-            x = last.preact(x)
-            yield f"stage{number}:preact", x
-            x = F.relu(x)
-            yield f"stage{number}", x
-        if done < 5:
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-            yield "pooled", x
-        yield "logits", self.fc(x)
-
-
-def _stage(
-    in_channels: int, out_channels: int, stride: int, blocks: int, options: dict[str, Any]
-) -> nn.Sequential:
-    rest = (BasicBlock(out_channels, out_channels, 1, **options) for _ in range(blocks - 1))
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride, **options), *rest)

@@ -10,6 +10,7 @@ as in Demystification (arXiv 2006.16589).
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
+from fastkd.models.staged import make_stage
 from fastkd.models.taps import ZooNetwork
 
 __all__ = ["NAMES", "PATTERN", "PreactBlock", "WideResNet", "build"]
@@ -136,11 +138,11 @@ class WideResNet(ZooNetwork):
 
     def __init__(self, depth: int, width: int, num_classes: int, **block_options: Any) -> None:
         super().__init__()
-        blocks = (depth - 4) // 6
+        blocks, block = (depth - 4) // 6, partial(PreactBlock, **block_options)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.layer1 = _stage(16, 16 * width, 1, blocks, block_options)
-        self.layer2 = _stage(16 * width, 32 * width, 2, blocks, block_options)
-        self.layer3 = _stage(32 * width, 64 * width, 2, blocks, block_options)
+        self.layer1 = make_stage(block, 16, 16 * width, 1, blocks)
+        self.layer2 = make_stage(block, 16 * width, 32 * width, 2, blocks)
+        self.layer3 = make_stage(block, 32 * width, 64 * width, 2, blocks)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         init_convs(self)
@@ -173,10 +175,3 @@ class WideResNet(ZooNetwork):
             x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
             yield "pooled", x
         yield "logits", self.fc(x)
-
-
-def _stage(
-    in_channels: int, out_channels: int, stride: int, blocks: int, options: dict[str, Any]
-) -> nn.Sequential:
-    rest = (PreactBlock(out_channels, out_channels, 1, **options) for _ in range(blocks - 1))
-    return nn.Sequential(PreactBlock(in_channels, out_channels, stride, **options), *rest)
