@@ -18,12 +18,30 @@ if importlib.util.find_spec("fastkd.kernels") is None:
 
 if TYPE_CHECKING:
     from fastkd.api import distill as distill
+    from fastkd.models import cheapen as cheapen
     from fastkd.models import count as count
     from fastkd.models import create_model as create_model
+    from fastkd.models import fuse as fuse
+    from fastkd.models import remove_shortcuts as remove_shortcuts
 
-_HOME = {"count": "fastkd.models", "create_model": "fastkd.models", "distill": "fastkd.api"}
+_HOME = {
+    "cheapen": "fastkd.models",
+    "count": "fastkd.models",
+    "create_model": "fastkd.models",
+    "distill": "fastkd.api",
+    "fuse": "fastkd.models",
+    "remove_shortcuts": "fastkd.models",
+}
 
-__all__ = ["__version__", "count", "create_model", "distill"]
+__all__ = [
+    "__version__",
+    "cheapen",
+    "count",
+    "create_model",
+    "distill",
+    "fuse",
+    "remove_shortcuts",
+]
 
 
 def __getattr__(name: str) -> Any:

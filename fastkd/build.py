@@ -146,7 +146,7 @@ def build_trainer(
                 train_labels_N=train_labels_N,
                 shapes={need: shapes[need] for need in term.needs},
                 teacher_stages=bound_teacher.stages if bound_teacher else None,
-                teacher_head=_head(teacher.model) if teacher else None,
+                teacher_head=_head((bound_teacher or teacher).model) if teacher else None,
                 world_size=world.size,
                 rank=world.rank,
             )

@@ -177,6 +177,27 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     models.add_argument("--json", action="store_true", help="machine-readable")
     models.set_defaults(run=_models)
 
+    cheapen = commands.add_parser(
+        "cheapen",
+        help="what a cheap block makes of a network: parameters, MACs, layers",
+        description="Replace 3x3 convolutions by a cheap block and count before and after. "
+        "Train it with student.name=NAME student.block=BLOCK.",
+    )
+    cheapen.add_argument("name", metavar="NAME", help="of the zoo, timm:NAME or torchvision:NAME")
+    cheapen.add_argument(
+        "block", metavar="BLOCK", help="G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M:8, BG:2:M or S-2x2"
+    )
+    cheapen.add_argument(
+        "--where",
+        action="append",
+        metavar="PATTERN",
+        help="only modules whose path fits, such as 'layer3.*'; repeatable",
+    )
+    cheapen.add_argument(
+        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+    )
+    cheapen.set_defaults(run=_cheapen)
+
     recipes = commands.add_parser("recipes", help="list the named recipes")
     recipes.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*tlcutmix*'")
     recipes.set_defaults(run=_recipes)
@@ -282,13 +303,22 @@ def _models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
-    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}")
+    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}  taps")
     for row in rows:
         macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
         line = f"{row['name']:<34}{row['params']:>14,}{macs:>16}{row['input']:>12}"
-        print(f"{line}{row['classes']:>9}", flush=True)
+        print(f"{line}{row['classes']:>9}  {_short_taps(row['taps'])}", flush=True)
     if ":" not in options.pattern:
-        print("taps: stem, stage1, stage2, .. (each also as stageN:preact), pooled, logits")
+        print("each stage also before its last activation: stage1:preact")
+
+
+def _short_taps(taps: Sequence[str]) -> str:
+    """`stem stage1-3 pooled logits`, of the networks of the zoo."""
+    stages = [tap for tap in taps if re.fullmatch(r"stage\d", tap)]
+    if not stages:
+        return "module paths"
+    runs = {stages[0]: f"{stages[0]}-{stages[-1][-1]}"}
+    return " ".join(runs.get(tap, tap) for tap in taps if "stage" not in tap or tap in runs)
 
 
 def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
@@ -300,23 +330,50 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
 
     with torch.device("meta"):
         model: Any = create_model(name, None if ":" in name else 100)
-    own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
-    shape = wanted or own or model.pretrained_cfg["input_size"]
+    shape = wanted or _own_shape(name, model)
     row = {
         "name": name,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "macs": None,
+        "training_bytes": None,
+        "inference_bytes": None,
         "input": "x".join(map(str, shape)),
         "classes": model.num_classes,
         "taps": [] if ":" in name else list(available_taps(model)),
     }
     try:
-        row["macs"] = count(model, shape).macs
-    except (RuntimeError, ValueError, AssertionError):
-        # Some foreign networks take one image size only and say so in these ways.
-        if wanted is None or ":" not in name:
+        size = count(model, shape)
+        row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
+    except (RuntimeError, ValueError, AssertionError, UserError):
+        # Some networks take certain image sizes only and say so in these ways.
+        if wanted is None:
             raise
     return row
+
+
+def _own_shape(name: str, model: Any) -> tuple[int, int, int]:
+    own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
+    return own or model.pretrained_cfg["input_size"]
+
+
+def _cheapen(options: argparse.Namespace) -> None:
+    import torch
+
+    from fastkd.models import cheapen, count, create_model
+
+    with torch.device("meta"):
+        model = create_model(options.name, None if ":" in options.name else 100)
+        cheap: Any = cheapen(model, options.block, where=options.where)
+    shape = _shape(options.input) if options.input else _own_shape(options.name, model)
+    before, after = count(model, shape), count(cheap, shape)
+    print(f"{options.name} at {'x'.join(map(str, shape))}")
+    print(f"  {'':<12}{'before':>16}{'after':>16}{'share':>9}")
+    for what, one, other in (
+        ("parameters", before.params, after.params),
+        ("MACs", before.macs, after.macs),
+    ):
+        print(f"  {what:<12}{one:>16,}{other:>16,}{other / one:>9.1%}")
+    print(cheap.rewrite_report)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -58,10 +58,8 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     recipe = load_recipe(None, values=blank, overrides=keys)
 
     def build(data: DataPair) -> nn.Module:
-        if recipe.student.width is not None:
-            return create_model(
-                name, len(data.classes), weights=weights, width=recipe.student.width
-            )
+        if options := recipe.student.options():
+            return create_model(name, len(data.classes), weights=weights, **options)
         if load_weights(weights)[1].get("architecture") == name:
             return model_from_file(weights)
         return create_model(name, len(data.classes), weights=weights)
@@ -91,6 +89,8 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             # data.mean and data.std, where given, say what the network wants.
             normalization=None if recipe.data.mean else model.normalization,
             layout=memory_format(recipe.channels_last, world.device, model),
+            # To the digit what its training reported.
+            fold_batch_norm=False,
         )
         size = count(model, (3, data.image_size, data.image_size))
         found = evaluate(network.logits, data.val, precision, world)

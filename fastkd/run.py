@@ -312,6 +312,8 @@ def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session)
         resolution=net.resolution,
         class_map=net.class_map,
         layout=memory_format(recipe.channels_last, session.world.device, net.model),
+        # To the digit what its own training reported.
+        fold_batch_norm=False,
     )
     return evaluate(teacher.logits, data.val, precision, session.world)["accuracy"]
 
@@ -320,7 +322,7 @@ def _load_net(config: StudentConfig, data: DataPair, weights: str | None) -> Tea
     """Build a network of the data's class count and fill it from a file or a run folder."""
     class_map = config.class_map if isinstance(config, TeacherConfig) else None
     resolution = config.resolution if isinstance(config, TeacherConfig) else None
-    options = {} if config.width is None else {"width": config.width}
+    options = config.options()
     if weights is not None and Path(weights).is_dir():
         weights = str(Path(weights) / "best.safetensors")
     classes = len(data.classes)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastkd.compiling import compile_unit
 from fastkd.errors import UserError
+from fastkd.models.rewrite_fusing import fuse
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 
@@ -39,6 +40,9 @@ class Teacher:
         normalization: the teacher's own; None where it is that of the data.
         resolution: side in pixels the teacher wants; None keeps that of the views.
         class_map: for every class of the data the teacher's output; None where the orders agree.
+        fold_batch_norm: fold it into the convolutions of a teacher of which only the logits are
+            wanted, in a copy: the same logits within rounding, in less time. `model` is then that
+            copy. A network that cannot be copied or traced is used as it is.
     """
 
     def __init__(
@@ -55,12 +59,17 @@ class Teacher:
         layout: torch.memory_format = torch.channels_last,
         compiled: bool = False,
         fullgraph: bool = True,
+        fold_batch_norm: bool = True,
     ) -> None:
-        self.model = freeze(model).to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.taps = {
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
+        # A tapped one keeps every layer where the taps expect it.
+        given = freeze(model)
+        model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
+        self.folded = model is not given
+        self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.unit = _TeacherUnit(
             self.model,
             tuple(every) or ("logits",),
@@ -88,6 +97,11 @@ class Teacher:
 
     def stages(self, features: Tensor, after: str, upto: str) -> Tensor:
         """The layers after tap `after` up to tap `upto`, with gradient to the features."""
+        if self.folded:
+            raise UserError(
+                "a loss sends features through stages of a teacher whose batch norm was folded, "
+                "because no loss needs a tap of it: name x/teacher/TAP among the needs of that loss"
+            )
         run = getattr(self.model, "forward_between", None)
         if run is None:
             raise UserError(
@@ -95,6 +109,14 @@ class Teacher:
                 f"{type(self.model).__name__} does not expose; use a teacher of the zoo"
             )
         return run(features, after, upto)
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    try:
+        fused: Any = fuse(model)
+    except UserError:
+        return model
+    return fused if fused.rewrite_report.changed else model
 
 
 class _TeacherUnit(nn.Module):

@@ -7,7 +7,7 @@ nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,9 @@ __all__ = [
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
+    "fixed_state",
     "gradient_of",
+    "hashed_values",
     "interleave",
     "kd_case",
     "poisoned_empty",
@@ -96,6 +98,40 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         switch.fill_uninitialized_memory = before[2]
+
+
+def hashed_values(shape: Sequence[int], seed: int) -> Tensor:
+    """Float64 numbers in [-1, 1) that look random, from integers only: the same everywhere.
+
+    Element i is a multiplicative hash of i + 1 and `seed`, so a stored result of another program on
+    these inputs stays valid.
+    """
+    x = torch.arange(1, math.prod(shape) + 1) * 2654435761 + seed * 40503
+    for factor, shift in ((2246822519, 15), (3266489917, 13)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    x = x & 0xFFFFFFFF
+    return ((x ^ (x >> 16)).double() / 2**31 - 1).reshape(tuple(shape))
+
+
+def fixed_state(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Weights of a network for comparing two implementations: a state dict of `hashed_values`.
+
+    Scaled so that activations neither vanish nor explode; batch norms differ from the identity.
+    The order of `shapes` matters, the names only by their last component.
+    """
+    state = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        values, kind = hashed_values(shape, seed), name.rpartition(".")[2]
+        if kind == "num_batches_tracked":
+            state[name] = torch.zeros(tuple(shape), dtype=torch.int64)
+        elif len(shape) > 1:
+            state[name] = values * math.sqrt(6 / math.prod(shape[1:]))
+        elif kind in ("weight", "running_var"):
+            state[name] = 0.7 + 0.3 * values
+        else:
+            state[name] = 0.1 * values
+    return state
 
 
 def kd_case(

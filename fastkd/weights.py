@@ -86,7 +86,8 @@ def load_into(
     """Copy weights from a file or a state dict into a network, matching names and shapes.
 
     Wrapper prefixes on either side do not matter, nor does one common first component on all keys
-    of the source (`model.` of Lightning). Values are cast to the network's dtype and device.
+    of the source (`model.` of Lightning). Networks of the zoo also know the names that other
+    repositories use (`ZooNetwork.key_maps`). Values are cast to the network's dtype and device.
     `metadata` and `origin` (where they came from) improve the error message for a state dict.
     Raises UserError when strict and anything is missing, unexpected or wrongly shaped, and always
     when nothing fits; the network is then unchanged.
@@ -101,6 +102,7 @@ def load_into(
     own = {bare: tensors[key] for bare, key in names.items()}
     if not state.keys() & own.keys():
         state = _without_first_component(state)
+    state = _renamed(model, state, own)
 
     common = [key for key in own if key in state]
     fitting = [key for key in common if state[key].shape == own[key].shape]
@@ -286,6 +288,35 @@ def _without_first_component(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.partition(".")[2]: value for key, value in state.items()}
 
 
+def _renamed(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state in the network's names, by the key map that fits most of them; as it is, on a tie.
+
+    A 1x1 convolution of the source may be a linear layer here.
+    """
+    maps: Mapping[str, Mapping[str, str | None]] = getattr(model, "key_maps", {})
+    candidates = [state]
+    for key_map in maps.values():
+        renamed = {key: _rename(key, key_map) for key in state}
+        candidates.append({new: state[key] for key, new in renamed.items() if new is not None})
+    best = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
+    return {
+        key: value.flatten(1)
+        if value.ndim == 4 and value.shape[2:] == (1, 1) and key in own and own[key].ndim == 2
+        else value
+        for key, value in best.items()
+    }
+
+
+def _rename(key: str, key_map: Mapping[str, str | None]) -> str | None:
+    for pattern, replacement in key_map.items():
+        found = re.match(rf"{pattern}(?=\.)", key)
+        if found:
+            return None if replacement is None else found.expand(replacement) + key[found.end() :]
+    return key
+
+
 def _title(model: nn.Module) -> str:
     if hasattr(model, "fastkd_name"):
         return f"{model.fastkd_name} with {model.num_classes} classes"
@@ -324,6 +355,8 @@ def _hint(
     if only_head:
         classes = len(state[wrong[0]])
         return f". The class counts differ: build the network with num_classes={classes}"
+    if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
+        return '. The file has no projections: build the network with shortcuts="pad" or False'
     if len(own.keys() & state.keys()) - len(wrong) < len(own) / 2:
         return ". The file looks like another network"
     return ""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import fastkd.data.synthetic
@@ -74,11 +75,11 @@ def test_the_package_and_train_are_programs(module, usage, tmp_path):
 def test_without_a_command_it_says_what_there_is(command):
     said = command()
     assert (said.code, said.err) == (0, "")
-    for word in ("train", "eval", "models", "recipes", "doctor"):
+    for word in ("train", "eval", "models", "cheapen", "recipes", "doctor"):
         assert f"\n    {word} " in said.out
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "models", "recipes", "doctor"])
+@pytest.mark.parametrize("name", ["train", "eval", "models", "cheapen", "recipes", "doctor"])
 def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = command(name, "--help")
@@ -91,7 +92,10 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
     ("words", "sentence"),
     [
         (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
-        (["xyz"], "there is no command 'xyz': choose train, eval, models, recipes, doctor. See"),
+        (
+            ["xyz"],
+            "there is no command 'xyz': choose train, eval, models, cheapen, recipes, doctor",
+        ),
         (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),
         (["train", "--resume"], "argument --resume: expected one argument. See `fastkd train -"),
@@ -105,6 +109,11 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["models", "resnot*"], "no network matches 'resnot*'; try 'resnet*' or 'timm:resnet*'"),
         (["models", "tim:resnet*"], "unknown source 'tim'; expected one of timm, torchvision"),
         (["models", "--input", "3x64"], "--input=3x64: expected CxHxW such as 3x32x32"),
+        (["cheapen", "resnet20", "--input", "3x64", "G:2"], "--input=3x64: expected CxHxW such"),
+        (["cheapen", "resnet20"], "the following arguments are required: BLOCK. See `fastkd cheap"),
+        (["cheapen", "resnet20", "G/4"], "there is no block 'G/4'; expected S, S-2x2, G(g)"),
+        (["cheapen", "resnet20", "G:3"], "block G(3): 16 channels cannot be split into 3 groups"),
+        (["cheapen", "resnet21", "G:2"], "unknown network 'resnet21'; nearest: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -175,8 +184,50 @@ def test_models_are_listed_with_their_size(command):
     size = count(create_model("resnet8", 100), (3, 32, 32))
     assert said.code == 0
     row = next(line.split() for line in said.out.splitlines() if line.startswith("resnet8 "))
-    assert row == ["resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"]
-    assert "taps: stem, stage1" in said.out
+    assert row == [
+        *("resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"),
+        *("stem", "stage1-3", "pooled", "logits"),
+    ]
+
+
+def test_models_as_json_with_memory_and_every_tap(command):
+    (found,) = json.loads(command("models", "erfnet", "--input", "3x64x64", "--json").out)
+    with torch.device("meta"):
+        size = count(create_model("erfnet", 100), (3, 64, 64))
+    assert (found["params"], found["macs"]) == (size.params, size.macs)
+    assert found["training_bytes"] == size.training_bytes
+    assert found["inference_bytes"] == size.inference_bytes
+    assert found["taps"][-3:] == ["stage5:preact", "stage5", "logits"]
+
+
+def test_a_zoo_network_that_does_not_take_the_given_size_is_listed_without_macs(command):
+    said = command("models", "erfnet", "--input", "3x30x30")
+    assert said.code == 0
+    assert "other input     3x30x30" in said.out
+
+
+def test_cheapen_shows_before_and_after(command):
+    said = command("cheapen", "wrn_40_2", "G:N:8")
+    assert (said.code, said.err) == (0, "")
+    # Moonshine table 2 with its numbers for 100 classes.
+    assert said.out.splitlines() == [
+        "wrn_40_2 at 3x32x32",
+        "                        before           after    share",
+        "  parameters         2,255,156         467,412    20.7%",
+        "  MACs             327,610,880      85,684,736    26.2%",
+        "cheapen G(N/8): 36 changed, 4 left",
+        "  changed  36 x 3x3, now G(N/8) (layer1.0.conv1, layer1.0.conv2, layer1.1.conv1, ..)",
+        "  left     1 x stem (conv1)",
+        "  left     3 x kept by its residual block (layer1.0.shortcut, layer2.0.shortcut, "
+        "layer3.0.shortcut)",
+    ]
+
+
+def test_cheapen_takes_part_of_a_network_of_timm_at_an_input(command):
+    said = command("cheapen", "timm:test_resnet", "G:4", "--where=layer4", "--input=3x64x64")
+    assert said.code == 0
+    assert said.out.startswith("timm:test_resnet at 3x64x64\n")
+    assert "  changed  2 x 3x3, now G(4) (layer4.0.conv1, layer4.0.conv2)" in said.out
 
 
 def test_foreign_models_are_counted_at_their_own_input_or_at_a_given_one(command):
@@ -193,7 +244,7 @@ def test_a_model_that_takes_one_size_only_is_listed_without_macs(command):
     said = command("models", "timm:vit_tiny_patch16_224", "--input", "3x64x64")
     assert said.code == 0
     assert "5,717,416     other input     3x64x64" in said.out
-    assert "taps" not in said.out
+    assert "module paths" in said.out
 
 
 def test_the_doctor_reports(command):

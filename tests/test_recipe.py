@@ -71,6 +71,17 @@ def test_text_that_reads_as_a_number_is_one():
     assert (recipe.optim.lr, recipe.compile, recipe.student.width) == (1e-3, "on", 1.0)
 
 
+@pytest.mark.parametrize("text", ["BG:2:M:8", "BG(2,M/8)", "BG(2, M/8)"])
+def test_a_block_is_kept_under_its_canonical_name(text):
+    recipe = quickstart(f"student.block={text}", "student.shortcuts=projection")
+    assert recipe.student.options() == {
+        "width": 0.25,
+        "block": "BG(2,M/8)",
+        "shortcuts": "projection",
+    }
+    assert quickstart("student.shortcuts=false").student.options()["shortcuts"] is False
+
+
 def test_overrides_beat_the_file_and_the_file_beats_the_recipe(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 7\nbatch_size: 20\noptim: {lr: 0.3}\n")
@@ -179,6 +190,9 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
             "teacher.class_map=1,x: expected a list joined by commas, each a whole number, or null",
         ),
         ("student.name=3", "student.name=3: expected text"),
+        ("student.block=G(M)", "there is no block 'G(M)'; expected S, S-2x2, G(g), G(N/d), G(N)"),
+        ("teacher.block=4", "block 4: expected text: S, S-2x2, G(g)"),
+        ("student.shortcuts=pat", "student.shortcuts=pat: expected true or false or one of pad"),
         ("baseline=3", "baseline=3: expected keys of its own (lrs), not a value"),
         (
             "losses.ce=3",

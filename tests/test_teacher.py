@@ -7,6 +7,7 @@ from torch import nn
 from fastkd.build import TeacherNet
 from fastkd.data import open_data
 from fastkd.distributed import World
+from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.loading import load_recipe
@@ -56,14 +57,15 @@ def test_its_images_are_normalised_as_it_wants_them():
 def test_without_a_normalisation_of_its_own_the_images_are_untouched(own):
     images = torch.rand(2, 3, 16, 16)
     model = net()
+    made = teacher(model, normalization=own, fold_batch_norm=False)
     with torch.no_grad():
-        assert torch.equal(teacher(model, normalization=own).logits(images), model(images))
+        assert torch.equal(made.logits(images), model(images))
 
 
 def test_the_class_map_brings_its_outputs_into_the_order_of_the_data():
     images = torch.rand(2, 3, 16, 16)
     model = net(7)
-    found = teacher(model, class_map=(3, 0, 6)).logits(images)
+    found = teacher(model, class_map=(3, 0, 6), fold_batch_norm=False).logits(images)
     with torch.no_grad():
         assert torch.equal(found, model(images)[:, [3, 0, 6]])
 
@@ -76,6 +78,68 @@ def test_the_class_map_leaves_features_alone():
     one, other = (each({"x": images}) for each in (plain, mapped))
     assert torch.equal(one["x/teacher/pooled"], other["x/teacher/pooled"])
     assert torch.equal(one["x/teacher/logits"][:, [1, 0]], other["x/teacher/logits"])
+
+
+def trained(model):
+    """Running statistics, scales and shifts as no fresh network has them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def batch_norms(made):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in made.unit.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn_16_2", "timm:test_resnet"])
+def test_batch_norm_is_folded_in_a_teacher_that_nobody_taps(name):
+    model = trained(create_model(name, 10))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.randn(4, 3, 32, 32)
+    made = teacher(model, {"x": ("logits",), "xprime": ()})
+    assert batch_norms(made) < batch_norms(teacher(model, fold_batch_norm=False))
+    found = made({"x": images, "xprime": images})
+    with torch.no_grad():
+        expected = model(images)
+    for logits_NC in (made.logits(images), *found.values()):
+        torch.testing.assert_close(logits_NC, expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in made.unit.parameters())
+    # The network itself keeps its layers and weights, whoever saves it.
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UserError, match="whose batch norm was folded, because no loss needs a tap"):
+        made.stages(images, "images", "logits")
+
+
+def test_nothing_is_folded_in_a_teacher_that_is_tapped():
+    model = trained(net())
+    made = teacher(model, {"x": ("logits",), "xprime": ("stage1:preact",)})
+    assert made.model is model
+    assert batch_norms(made) == batch_norms(teacher(model, fold_batch_norm=False))
+
+
+class Uncopiable(nn.Module):
+    """A network that can be neither copied nor traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(1, requires_grad=True) * 2
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images_NCHW):
+        sign = 1 if images_NCHW.sum() > 0 else -1
+        return sign * (self.scale * self.norm(images_NCHW)).mean((2, 3))
+
+
+def test_a_teacher_that_cannot_be_folded_is_used_as_it_is():
+    model = Uncopiable()
+    made = teacher(model)
+    assert made.model is model
+    assert made.logits(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
 class Looking(nn.Module):

@@ -1,17 +1,24 @@
-"""Parameters and multiply-accumulates of any network, by torch's own operator counter.
+"""Parameters, multiply-accumulates and activation memory of any network, by torch's own means.
 
 Used by the report, by `fastkd models` and by whoever wants to compare a student with its teacher.
 One multiply-accumulate is one multiplication with its addition; biases, batch norm, activations,
-pooling and additions count nothing, which is the rule of the distillation papers (oracle: their
-tables).
+pooling and additions count nothing. The papers differ from that in ways of their own:
+`counting_rules`.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastkd.models.counting_rules import PLAIN, rule_for
 
 __all__ = ["Count", "count"]
 
@@ -23,45 +30,69 @@ class Count:
     params: int
     """All parameters, each shared one once."""
     params_conv_linear: int
-    """Weights and biases of convolutions and linear layers only: the papers' count."""
+    """Weights and biases of convolutions and linear layers only."""
     macs: int
     """Multiply-accumulates of the forward pass of one image."""
+    training_bytes: int
+    """Activations of one image that a forward pass leaves for the backward pass, and its output."""
+    inference_bytes: int
+    """Activations of one image that exist at once in a forward pass, at its peak."""
 
     def __str__(self) -> str:
         return (
             f"{self.params:,} parameters ({self.params_conv_linear:,} in convolutions and linear "
-            f"layers), {_short(self.macs)} multiply-accumulates per image"
+            f"layers), {_short(self.macs)} multiply-accumulates per image, "
+            f"{_short(self.training_bytes)}B of activations per image in training, "
+            f"{_short(self.inference_bytes)}B in inference"
         )
 
 
-def count(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> Count:
-    """Count by one forward pass of a zero image of `input_shape` (C, H, W) in evaluation mode.
+def count(
+    model: nn.Module, input_shape: Sequence[int] = (3, 32, 32), *, rule: str | None = None
+) -> Count:
+    """Count by two forward passes of a zero image of `input_shape` (C, H, W) in evaluation mode.
 
-    The pass runs on the model's device without gradients. The training flag of every submodule is
-    put back afterwards and no running statistic moves. An error of the network (an image too small,
-    a wrong number of channels) comes through as it is.
+    rule: `moonshine`, `demystification` or `kdda`: `params` and `macs` are then what that paper's
+        tables print (`fastkd.models.counting_rules`). None: all parameters, true MACs.
+
+    The passes run eagerly on the model's device, the second with gradients, as if every parameter
+    were trained. The memory is that of the tensors, without the workspace of an algorithm and
+    without dropout masks; it differs a little between devices, whose operators keep different
+    statistics. The training flag of every submodule is put back afterwards and no running
+    statistic moves. An error of the network (an image too small, a wrong number of channels) comes
+    through as it is. Raises UserError for an unknown rule, and for `moonshine` on a network for
+    which it was not defined.
     """
     # Imported here because this module of torch imports Triton where it is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
+    counting = PLAIN if rule is None else rule_for(rule, model)
     first = next(model.parameters(), None)
-    image_NCHW = torch.zeros(
-        (1, *input_shape),
-        device=None if first is None else first.device,
-        dtype=None if first is None or not first.is_floating_point() else first.dtype,
-    )
-    training = {module: module.training for module in model.modules()}
+    image: dict[str, Any] = {
+        "size": (1, *input_shape),
+        "device": None if first is None else first.device,
+        "dtype": None if first is None or not first.is_floating_point() else first.dtype,
+    }
+    modes = {module: module.training for module in model.modules()}
     # Attention's fused inference path is one operator of which the counter knows nothing.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=dict(counting.formulas))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
-        with torch.no_grad(), counter:
-            model(image_NCHW)
+        with torch.no_grad(), counter, _LiveBytes(model) as inference:
+            model(torch.zeros(**image))
+        trained = {
+            name: parameter.detach().requires_grad_(parameter.is_floating_point())
+            for name, parameter in model.named_parameters()
+        }
+        with torch.enable_grad(), _LiveBytes(model) as training:
+            output = functional_call(model, trained, (torch.zeros(**image),))
+            training_bytes = training.now
+            del output
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
-        for module, flag in training.items():
+        for module, flag in modes.items():
             module.training = flag
     conv_linear = {
         parameter
@@ -69,11 +100,47 @@ def count(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> Count:
         if isinstance(module, (_ConvNd, nn.Linear))
         for parameter in module.parameters(recurse=False)
     }
+    params_conv_linear = sum(parameter.numel() for parameter in conv_linear)
+    params = sum(parameter.numel() for parameter in model.parameters())
     return Count(
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        params_conv_linear=sum(parameter.numel() for parameter in conv_linear),
-        macs=counter.get_total_flops() // 2,
+        params=params_conv_linear if counting.conv_linear_only else params,
+        params_conv_linear=params_conv_linear,
+        macs=counting.total(model, counter.get_flop_counts()) // 2,
+        training_bytes=training_bytes,
+        inference_bytes=inference.peak,
     )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Memory of the tensors that operators made and that are still there, but not of `model`'s."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        own: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self._known = {tensor.untyped_storage()._cdata for tensor in own}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            # A view, or the result of an operator in place, lies in memory that is known.
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def _short(number: int) -> str:

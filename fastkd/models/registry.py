@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,12 +17,28 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models import hub, resnet, wrn
+from fastkd.models import (
+    erfnet,
+    hub,
+    mobilenetv2,
+    resnet,
+    resnet18,
+    resnet50,
+    shufflenetv1,
+    shufflenetv2,
+    vgg,
+    wrn,
+)
+from fastkd.models.block_grammar import parse_block
+from fastkd.models.rewrite import cheapen
+from fastkd.models.rewrite_shortcuts import remove_shortcuts
 from fastkd.weights import load_into, load_weights
 
 __all__ = ["create_model", "list_models", "model_from_file"]
 
-FAMILIES: tuple[ModuleType, ...] = (resnet, wrn)
+FAMILIES: tuple[ModuleType, ...] = (
+    *(resnet, resnet18, resnet50, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2, erfnet),
+)
 """Each has NAMES (listed), PATTERN (accepted) and build(name, num_classes, *, options)."""
 
 
@@ -41,7 +57,10 @@ def create_model(
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
     weights: a checkpoint that is loaded strictly (formats: `fastkd.weights.load_weights`).
-    options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision.
+    options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
+        network takes `block` (cheap blocks for its 3x3 convolutions) and `shortcuts` (False: none,
+        "projection": only those): where a family does not know them, `fastkd.cheapen` and
+        `fastkd.remove_shortcuts` rewrite the finished network.
 
     The network has the attributes `fastkd_name`, `fastkd_options`, `num_classes` and
     `normalization` ((mean, std) per channel for images in [0, 1], or None): timm names its own,
@@ -57,6 +76,10 @@ def create_model(
     facts = _read_facts(weights or "", metadata)
     if num_classes is None:
         num_classes = facts.num_classes
+    if "block" in options:
+        options["block"] = str(parse_block(options["block"]))
+    rewrites = _rewrites(name, options)
+    own = {option: value for option, value in options.items() if option not in rewrites}
     source, colon, rest = name.partition(":")
     if colon:
         if source not in hub.HUBS:
@@ -64,11 +87,12 @@ def create_model(
                 f"unknown source {source!r} in {name!r}; expected timm:NAME, torchvision:NAME "
                 "or a name of the zoo"
             )
-        model, classes, normalization = hub.HUBS[source](rest, num_classes, pretrained, options)
+        model, classes, normalization = hub.HUBS[source](rest, num_classes, pretrained, own)
     else:
-        model, normalization = _build_zoo(name, num_classes, pretrained, options), None
+        model, normalization = _build_zoo(name, num_classes, pretrained, own), None
         assert num_classes is not None
         classes = num_classes
+    model = _rewritten(model, rewrites)
     _sign(model, name, options, classes, facts.normalization or normalization)
     if state is not None:
         load_into(model, state, metadata=metadata, origin=str(weights))
@@ -109,7 +133,7 @@ def model_from_file(path: str | PathLike[str]) -> nn.Module:
 def _build_zoo(
     name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
 ) -> nn.Module:
-    family = next((family for family in FAMILIES if family.PATTERN.fullmatch(name)), None)
+    family = _family(name)
     if family is None:
         near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -121,19 +145,42 @@ def _build_zoo(
         raise UserError(f"{name}: the zoo has no pretrained weights; give weights=FILE")
     if num_classes is None:
         raise UserError(f"{name}: num_classes is missing; give the number of classes of your data")
-    _check_options(name, family.build, options)
-    return family.build(name, num_classes, **options)
-
-
-def _check_options(name: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> None:
-    parameters = inspect.signature(build).parameters.values()
-    allowed = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    allowed = _own_options(family)
     for option in options:
         if option not in allowed:
             near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
             hint = f"; nearest: {near[0]}" if near else ""
             known = ", ".join(allowed) or "none"
             raise UserError(f"{name} has no option {option!r}{hint}; its options: {known}")
+    return family.build(name, num_classes, **options)
+
+
+def _family(name: str) -> ModuleType | None:
+    return next((family for family in FAMILIES if family.PATTERN.fullmatch(name)), None)
+
+
+def _own_options(family: ModuleType) -> list[str]:
+    parameters = inspect.signature(family.build).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+
+def _rewrites(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`block` and `shortcuts` where the network's own builder does not know them."""
+    family = _family(name)
+    own = _own_options(family) if family else []
+    return {key: options[key] for key in ("block", "shortcuts") if key in options if key not in own}
+
+
+def _rewritten(model: nn.Module, rewrites: dict[str, Any]) -> nn.Module:
+    shortcuts = rewrites.get("shortcuts", True)
+    if shortcuts not in (True, False, "projection"):
+        raise UserError(
+            f"shortcuts={shortcuts!r}: of this network they can be kept (True), removed (False) or "
+            "removed except for projections ('projection')"
+        )
+    if shortcuts is not True:
+        model = remove_shortcuts(model, keep_projection=shortcuts == "projection")
+    return cheapen(model, rewrites["block"]) if "block" in rewrites else model
 
 
 def _sign(

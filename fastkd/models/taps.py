@@ -9,7 +9,7 @@ of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ class ZooNetwork(nn.Module):
 
     tap_names: tuple[str, ...]
     """In the order of the walk; the last is `logits`."""
+    key_maps: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
+    """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
+    of a name, up to a dot -> what stands there here, None where the tensor has no place here. The
+    first that matches counts; names that none matches are the same. `fastkd.weights.load_into`
+    finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""
@@ -35,8 +40,12 @@ class ZooNetwork(nn.Module):
 
     def forward_taps(self, images_NCHW: Tensor, wanted: Iterable[str] = ()) -> dict[str, Tensor]:
         """Return `logits` and every wanted tap, by name; anything else is freed on the way."""
-        kept = {*wanted, "logits"}
-        return {tap: tensor for tap, tensor in self.walk(images_NCHW) if tap in kept}
+        names, kept = {*wanted, "logits"}, {}
+        for tap, tensor in self.walk(images_NCHW):
+            if tap in names:
+                kept[tap] = tensor
+            del tensor  # or it would live on while the next stage is computed
+        return kept
 
     def forward_between(self, features: Tensor, after: str, upto: str) -> Tensor:
         """Run only the layers behind the tap `after`, on `features`, up to the tap `upto`.

@@ -3,18 +3,22 @@
 stem 3x3 conv (no BN) -> three stages of n pre-activation blocks BN-ReLU-conv-BN-ReLU-conv of widths
 16W, 32W, 64W, strides 1, 2, 2 -> BN, ReLU -> global average pool -> linear. Where the width
 changes, the shortcut is a 1x1 convolution without BN on the block's already normalised and
-rectified input; elsewhere it is the raw input. Zagoruyko and Komodakis 2016 (arXiv 1605.07146),
-without dropout, as defined in RepDistiller's zoo.
+rectified input; elsewhere it is the raw input. Zagoruyko and Komodakis 2016 (arXiv 1605.07146), as
+defined in RepDistiller's zoo; cheap blocks as in Moonshine (arXiv 1711.02613) and without shortcuts
+as in Demystification (arXiv 2006.16589).
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
+from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
+from fastkd.models.staged import make_stage
 from fastkd.models.taps import ZooNetwork
 
 __all__ = ["NAMES", "PATTERN", "PreactBlock", "WideResNet", "build"]
@@ -33,10 +37,27 @@ NAMES = (
     *("wrn_40_1", "wrn_40_2", "wrn_40_4"),
 )
 PATTERN = re.compile(r"wrn_(\d{1,4})_(\d{1,3})")
+KEY_MAPS = {
+    "RepDistiller": {
+        r"block(\d)\.layer\.(\d+)\.convShortcut": r"layer\1.\2.shortcut",
+        r"block(\d)\.layer": r"layer\1",
+    }
+}
 
 
-def build(name: str, num_classes: int) -> "WideResNet":
-    """Network by zoo name, any `wrn_D_W` with D = 6n + 4 and W >= 1."""
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    block: str = "S",
+    shortcuts: Shortcuts = True,
+    dropout: float = 0.0,
+) -> "WideResNet":
+    """Network by zoo name, any `wrn_D_W` with D = 6n + 4 and W >= 1.
+
+    block: what stands for the 3x3 convolutions of the residual blocks (`models.block_grammar`).
+    shortcuts: see `models.blocks.Shortcuts`. dropout: probability inside the residual blocks.
+    """
     match = PATTERN.fullmatch(name)
     assert match is not None
     depth, width = int(match[1]), int(match[2])
@@ -48,27 +69,58 @@ def build(name: str, num_classes: int) -> "WideResNet":
         )
     if width < 1:
         raise UserError(f"{name}: the width factor must be at least 1; use wrn_{depth}_1 or wider")
-    return WideResNet(depth, width, num_classes)
+    if not 0 <= dropout < 1:
+        raise UserError(f"{name}: dropout={dropout}: expected a probability below 1")
+    return WideResNet(depth, width, num_classes, block=block, shortcuts=shortcuts, dropout=dropout)
 
 
-class PreactBlock(nn.Module):
-    """Residual block that normalises and rectifies before each of its two 3x3 convolutions."""
+class PreactBlock(ResidualBlock):
+    """Residual block that normalises and rectifies before each of its two 3x3 convolutions.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
+    A bottleneck (B, BG) stands for both: BN - ReLU - bottleneck, added. Dropout is in front of
+    `conv2`, or of the bottleneck.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        block: str = "S",
+        shortcuts: Shortcuts = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            block=block,
+            shortcuts=shortcuts,
+            dropout=dropout,
+        )
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.shortcut = None
-        if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.conv1 = substitute(self.block, in_channels, out_channels, stride=stride)
+        self.bn2: nn.Module | None = None
+        self.conv2: nn.Module | None = None
+        if not self.block.is_bottleneck:
+            self.bn2 = nn.BatchNorm2d(out_channels)
+            self.conv2 = substitute(self.block, out_channels, out_channels)
+        self.dropout = dropout
+        self.shortcut = make_shortcut(
+            *(shortcuts, in_channels, out_channels, stride),
+            lambda: nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        )
 
     def after_bn1(self, x_NCHW: Tensor, normed_NCHW: Tensor) -> Tensor:
         """The block from its input and `bn1` of that input, which may also serve as a tap."""
         active = F.relu(normed_NCHW)
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return out + (x_NCHW if self.shortcut is None else self.shortcut(active))
+        hidden = active if self.bn2 is None else F.relu(self.bn2(self.conv1(active)))
+        last = self.conv1 if self.conv2 is None else self.conv2
+        out = last(F.dropout(hidden, self.dropout, self.training))
+        if self.shortcut is None:
+            return out
+        return out + self.shortcut(x_NCHW if isinstance(self.shortcut, nn.Identity) else active)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H / stride, W / stride], a raw residual sum."""
@@ -82,19 +134,18 @@ class WideResNet(ZooNetwork):
         *("stem", "stage1", "stage1:preact", "stage2", "stage2:preact", "stage3", "stage3:preact"),
         *("pooled", "logits"),
     )
+    key_maps = KEY_MAPS
 
-    def __init__(self, depth: int, width: int, num_classes: int) -> None:
+    def __init__(self, depth: int, width: int, num_classes: int, **block_options: Any) -> None:
         super().__init__()
-        blocks = (depth - 4) // 6
+        blocks, block = (depth - 4) // 6, partial(PreactBlock, **block_options)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.layer1 = _stage(16, 16 * width, 1, blocks)
-        self.layer2 = _stage(16 * width, 32 * width, 2, blocks)
-        self.layer3 = _stage(32 * width, 64 * width, 2, blocks)
+        self.layer1 = make_stage(block, 16, 16 * width, 1, blocks)
+        self.layer2 = make_stage(block, 16 * width, 32 * width, 2, blocks)
+        self.layer3 = make_stage(block, 32 * width, 64 * width, 2, blocks)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convs(self)
         nn.init.zeros_(self.fc.bias)
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
@@ -124,8 +175,3 @@ class WideResNet(ZooNetwork):
             x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
             yield "pooled", x
         yield "logits", self.fc(x)
-
-
-def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-    rest = (PreactBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
-    return nn.Sequential(PreactBlock(in_channels, out_channels, stride), *rest)

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from fastkd.errors import UserError
 from fastkd.recipe.section import Section
 
 __all__ = [
@@ -108,10 +109,33 @@ class StudentConfig(Section):
     """Zoo name, timm:NAME or torchvision:NAME; `fastkd models` lists them."""
     width: PositiveFloat | None = None
     """Factor on all widths of a zoo residual network."""
+    block: str | None = None
+    """Cheap block instead of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
+    shortcuts: bool | Literal["pad", "projection"] | None = None
+    """false: none; projection: only where the shape changes; pad: there without weights."""
     weights: str | None = None
     """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
     pretrained: bool = False
     """Download the published weights of a timm or torchvision network."""
+
+    @field_validator("block", mode="before")
+    @classmethod
+    def _canonical(cls, value: object) -> object:
+        if value is None:
+            return None
+        from fastkd.models.block_grammar import parse_block
+
+        # The comma of BG(2,4) makes a list of an override.
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        try:
+            return str(parse_block(text))  # type: ignore[arg-type]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def options(self) -> dict[str, Any]:
+        """Those of `create_model` that are set."""
+        chosen = {"width": self.width, "block": self.block, "shortcuts": self.shortcuts}
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 class TeacherConfig(StudentConfig):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from fastkd.models import count
+from fastkd.models import count, create_model
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,51 @@ def test_readable_line() -> None:
     size = count(nn.Sequential(nn.Flatten(), nn.Linear(3000, 1000)), (3000, 1, 1))
     assert str(size) == (
         "3,001,000 parameters (3,001,000 in convolutions and linear layers), "
-        "3 M multiply-accumulates per image"
+        "3 M multiply-accumulates per image, 16 kB of activations per image in training, 16 kB in "
+        "inference"
     )
+
+
+def test_memory_of_a_network_counted_by_hand() -> None:
+    """Float32; image 3x8x8, convolution and BN and ReLU 8x6x6, five logits."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)),
+    )
+    image, map_, logits = 4 * 3 * 64, 4 * 8 * 36, 4 * 5
+    size = count(model, (3, 8, 8))
+    # The convolution keeps the image, BN its input, ReLU and the linear layer the same output.
+    assert size.training_bytes == image + 2 * map_ + logits
+    # While BN or ReLU runs, the caller still holds the image.
+    assert size.inference_bytes == image + 2 * map_
+
+
+def test_memory_in_place_in_half_precision_and_of_a_frozen_network() -> None:
+    def network(inplace: bool) -> nn.Sequential:
+        conv = nn.Conv2d(3, 8, 3, padding=1)
+        return nn.Sequential(conv, nn.ReLU(inplace), nn.ReLU(inplace))
+
+    image, map_ = 4 * 3 * 64, 4 * 8 * 64
+    apart, in_place = count(network(False), (3, 8, 8)), count(network(True), (3, 8, 8))
+    assert apart.training_bytes == image + 2 * map_
+    assert in_place.training_bytes == image + map_
+    assert count(network(False).half(), (3, 8, 8)).training_bytes == apart.training_bytes // 2
+    assert count(network(False).requires_grad_(False), (3, 8, 8)) == apart
+
+
+def test_views_of_weights_are_no_activations() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1000, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) @ self.weight.t()
+
+    size = count(Tied(), (3, 1, 1))
+    assert size.training_bytes == size.inference_bytes == 4 * (3 + 1000)
+
+
+def test_a_tap_that_nobody_wants_is_freed_on_the_way() -> None:
+    image, map_ = 4 * 3 * 32 * 32, 4 * 64 * 32 * 32
+    # The input of a block and three steps of its branch, as its code names them.
+    assert count(create_model("resnet18", 10)).inference_bytes == image + 4 * map_

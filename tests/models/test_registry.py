@@ -89,7 +89,10 @@ def test_unknown_names(name: str, message: str) -> None:
     ("build", "message"),
     [
         (lambda: create_model("resnet8", 10, widht=2), "no option 'widht'; nearest: width"),
-        (lambda: create_model("wrn_10_1", 10, width=2), "no option 'width'; its options: none"),
+        (
+            lambda: create_model("wrn_10_1", 10, width=2),
+            "no option 'width'; its options: block, sh",
+        ),
         (lambda: create_model("resnet8", 10, width=0.01), "leaves no channels"),
         (
             lambda: create_model("timm:test_resnet", 10, widht=2),

@@ -1,7 +1,8 @@
 """The zoo against the published table of its builds, and against plain recomputation.
 
-zoo_oracle.json: parameters, multiply-accumulates and tap shapes of RepDistiller's CIFAR networks,
-for CIFAR-100 (32 px, 100 classes) and Tiny ImageNet (64 px, 200 classes).
+zoo_oracle.json: parameters, multiply-accumulates and tap shapes of RepDistiller's networks for
+CIFAR-100 (32 px, 100 classes) and Tiny ImageNet (64 px, 200 classes), and of torchvision's
+ResNet-34 and 18 (224 px, 1000 classes).
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import nn
 from fastkd.models import Tapped, count, create_model
 
 ORACLE = json.loads(Path(__file__).with_name("zoo_oracle.json").read_text())
-SETTINGS = {"cifar100": (100, 32), "tinyimagenet": (200, 64)}
+SETTINGS = {"cifar100": (100, 32), "tinyimagenet": (200, 64), "imagenet": (1000, 224)}
 SMALL = ("resnet8", "resnet8x4", "wrn_16_2")
 
 
@@ -25,8 +26,10 @@ def test_build_equals_the_published_table(build: str) -> None:
     data, name = build.split("/")
     classes, side = SETTINGS[data]
     expected = ORACLE[build]
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=classes)
+    stem = {"stem": "imagenet"} if data == "imagenet" else {}
+    with torch.device("meta"):  # shapes and counts need no initial weights
+        model = create_model(name, num_classes=classes, **stem)
+    model.to_empty(device="cpu")
 
     size = count(model, (3, side, side))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -36,16 +39,22 @@ def test_build_equals_the_published_table(build: str) -> None:
     assert (
         sum(p.numel() for norm in norms for p in norm.parameters()) == expected["params_bn_affine"]
     )
+    assert count(model, (3, side, side), rule="kdda").macs == expected["macs_kdda"]
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == expected["n_conv"]
-    assert all(conv.bias is None for conv in convs)
+    biased = {conv.bias is not None for conv in convs}
+    assert biased == {name.startswith("vgg")}
 
-    names = ("stem", "stage1", "stage2", "stage3", "pooled")
+    names = [tap for tap in model.tap_names if ":" not in tap and tap != "logits"]
     with torch.no_grad():
         found = Tapped(model.eval(), names)(torch.randn(2, 3, side, side))
     shapes = [list(found[tap].shape[1:]) for tap in names]
     assert shapes == expected["feature_taps_CHW_plain_then_pooled"]
     assert found["logits"].shape == (2, classes)
+    preact = [f"{tap}:preact" for tap in names[1:-1]]
+    with torch.no_grad():
+        before = Tapped(model, preact)(torch.randn(2, 3, side, side))
+    assert [list(before[tap].shape[1:]) for tap in preact] == shapes[1:-1]
 
 
 def test_quickstart_student_has_the_rounded_widths() -> None:
@@ -60,20 +69,6 @@ def test_quickstart_student_has_the_rounded_widths() -> None:
     assert count(model).params == 108 + 288 + 896 + 3584 + 170 + 168
 
 
-@pytest.mark.parametrize("side", [16, 32, 64])
-@pytest.mark.parametrize("name", SMALL)
-def test_forward_and_backward_reach_every_parameter(name: str, side: int) -> None:
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=7)
-    logits_NC = model(torch.randn(4, 3, side, side))
-    assert logits_NC.shape == (4, 7)
-    F.cross_entropy(logits_NC, torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().sum() > 0, key
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_pooling_is_the_fixed_window_of_8_at_32_pixels(name: str) -> None:
     model = create_model(name, num_classes=10).eval()
@@ -83,42 +78,7 @@ def test_pooling_is_the_fixed_window_of_8_at_32_pixels(name: str) -> None:
     torch.testing.assert_close(found["pooled"], fixed, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_channels_last_gives_the_same_logits(name: str) -> None:
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=10).eval()
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        plain = model(images)
-        found = Tapped(model.to(memory_format=torch.channels_last), ("stage2",))(
-            images.contiguous(memory_format=torch.channels_last)
-        )
-    assert found["stage2"].is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found["logits"], plain, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_bf16_autocast_stays_close(name: str) -> None:
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=10).eval()
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = model(images)
-    with torch.no_grad():
-        full = model(images)
-    assert half.dtype == torch.bfloat16
-    assert (half.float() - full).norm() <= 0.05 * full.norm()
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_export_keeps_the_logits(name: str) -> None:
-    model = create_model(name, num_classes=10).eval()
-    images = torch.randn(2, 3, 32, 32)
-    exported = torch.export.export(model, (images,))
-    torch.testing.assert_close(exported.module()(images), model(images))
-
-
-@pytest.mark.parametrize("name", ["resnet56", "wrn_40_2"])
+@pytest.mark.parametrize("name", ["resnet56", "wrn_40_2", "resnet50", "vgg13", "mobilenetv2_half"])
 def test_initial_weights(name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, num_classes=100)
@@ -130,6 +90,7 @@ def test_initial_weights(name: str) -> None:
             # Five standard errors of the mean and of the standard deviation of n normal draws.
             assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel()), key
             assert abs(weight.std() - std) < 5 * std / math.sqrt(2 * weight.numel()), key
+            assert module.bias is None or bool((module.bias == 0).all()), key
             seen += 1
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all(), key
@@ -137,7 +98,10 @@ def test_initial_weights(name: str) -> None:
     assert seen == ORACLE[f"cifar100/{name}"]["n_conv"]
     head = model.get_submodule("fc")
     assert isinstance(head, nn.Linear)
-    assert bool((head.bias == 0).all()) is (name == "wrn_40_2")
+    assert bool((head.bias == 0).all()) is (name in ("wrn_40_2", "vgg13", "mobilenetv2_half"))
+    if name in ("vgg13", "mobilenetv2_half"):
+        error = 0.01 / math.sqrt(2 * head.weight.numel())
+        assert abs(head.weight.std().item() - 0.01) < 5 * error
 
 
 def test_resnet_equals_its_formula_written_out() -> None:

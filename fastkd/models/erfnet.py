@@ -1,0 +1,193 @@
+"""ERFNet, a network for semantic segmentation, and its cheap student of Moonshine.
+
+Layers: 1, 2 down (to 16, 64 channels); 3-7 residual blocks; 8 down (128); 9-16 residual blocks with
+dilations 2, 4, 8, 16 twice; 17 up (64); 18, 19 residual; 20 up (16); 21, 22 residual; then a 2x2
+transposed convolution of stride 2 to the classes. Romera et al. 2018 (IEEE T-ITS 19(1)) table I,
+without the head that only trains the encoder. A residual block has two pairs of convolutions, 3x1
+then 1x3, biased; Moonshine (arXiv 1711.02613, section 5.2 and table 4) replaces each pair by one
+cheap block without bias, G(N) in its table. Taps: the ends of layers 1 (stem), 7, 12, 16, 19, 22.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.errors import UserError
+from fastkd.models.block_grammar import Block
+from fastkd.models.blocks import (
+    ResidualBlock,
+    Shortcuts,
+    Style,
+    init_convs,
+    make_shortcut,
+    substitute,
+)
+from fastkd.models.taps import ZooNetwork
+
+__all__ = ["NAMES", "PATTERN", "ERFNet", "build"]
+
+NAMES = ("erfnet",)
+PATTERN = re.compile(NAMES[0])
+ENDS = {"images": 0, "stem": 1, "stage1": 7, "stage2": 12, "stage3": 16, "stage4": 19, "stage5": 22}
+"""Tap -> the layer whose output it is."""
+
+_LAYERS = {
+    **{rf"encoder\.layers\.{n}": f"layers.{n + 1}" for n in range(15)},
+    **{rf"decoder\.layers\.{n}": f"layers.{n + 16}" for n in range(6)},
+}
+_PAIRS = {
+    "conv3x1_1": "pair1.0",
+    "conv1x3_1": "pair1.2",
+    "conv3x1_2": "pair2.0",
+    "conv1x3_2": "pair2.2",
+}
+KEY_MAPS = {
+    "Eromera": {
+        r"encoder\.initial_block": "layers.0",
+        **{
+            rf"{layer}\.{conv}": f"{ours}.{part}"
+            for layer, ours in _LAYERS.items()
+            for conv, part in _PAIRS.items()
+        },
+        **_LAYERS,
+        r"encoder\.output_conv": None,
+        r"decoder\.output_conv": "head",
+    }
+}
+
+_norm = partial(nn.BatchNorm2d, eps=1e-3)
+
+
+def build(name: str, num_classes: int, *, block: str = "S") -> "ERFNet":
+    """Network by zoo name; Cityscapes has `num_classes=20`: 19 and the ignored one.
+
+    block: what stands for each pair of convolutions (`models.block_grammar`); S is the pair itself.
+    """
+    return ERFNet(num_classes, block)
+
+
+class ERFNet(ZooNetwork):
+    """images [N, 3, H, W], H and W multiples of 8 -> logits [N, num_classes, H, W]."""
+
+    tap_names = (
+        *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
+        *("stage4:preact", "stage4", "stage5:preact", "stage5", "logits"),
+    )
+    key_maps = KEY_MAPS
+
+    def __init__(self, num_classes: int, block: str) -> None:
+        super().__init__()
+        residual = partial(ResidualBlock1d, block=block)
+        dilated = (residual(128, dilation, 0.3) for dilation in (2, 4, 8, 16) * 2)
+        self.layers = nn.ModuleList(
+            [
+                *(Down(3, 16), Down(16, 64), *(residual(64, 1, 0.03) for _ in range(5))),
+                *(Down(64, 128), *dilated),
+                *(Up(128, 64), residual(64, 1, 0), residual(64, 1, 0)),
+                *(Up(64, 16), residual(16, 1, 0), residual(16, 1, 0)),
+            ]
+        )
+        self.head = nn.ConvTranspose2d(16, num_classes, 2, stride=2)
+
+    def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
+        """Taps in order; `stageN:preact` is the residual sum before the last ReLU of the stage."""
+        if after == "images" and (x.shape[-2] % 8 or x.shape[-1] % 8):
+            raise UserError(
+                f"erfnet: images of {x.shape[-2]}x{x.shape[-1]} pixels; height and width must be "
+                "multiples of 8, crop or pad them"
+            )
+        names = {layer: tap for tap, layer in ENDS.items()}
+        for number in range(ENDS[after] + 1, len(self.layers) + 1):
+            layer, tap = self.layers[number - 1], names.get(number)
+            if tap is None or not isinstance(layer, ResidualBlock1d):
+                x = layer(x)
+            else:
+                x = layer.preact(x)
+                yield f"{tap}:preact", x
+                x = F.relu(x)
+            if tap is not None:
+                yield tap, x
+        yield "logits", self.head(x)
+
+
+class Down(nn.Module):
+    """[N, in, H, W] -> [N, out, H / 2, W / 2]: a 3x3 convolution beside a pooling, BN, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels - in_channels, 3, stride=2, padding=1)
+        self.bn = _norm(out_channels)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """See the class."""
+        halves = self.conv(x_NCHW), F.max_pool2d(x_NCHW, 2)
+        return F.relu(self.bn(torch.cat(halves, dim=1)))
+
+
+class Up(nn.Module):
+    """[N, in, H, W] -> [N, out, 2 * H, 2 * W]: a transposed 3x3 convolution, BN, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(
+            in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
+        )
+        self.bn = _norm(out_channels)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """See the class."""
+        return F.relu(self.bn(self.conv(x_NCHW)))
+
+
+class ResidualBlock1d(ResidualBlock):
+    """[N, C, H, W] -> the same: pair, BN, ReLU, dilated pair, BN, dropout, added, ReLU."""
+
+    def __init__(
+        self,
+        channels: int,
+        dilation: int,
+        dropout: float,
+        *,
+        block: str = "S",
+        shortcuts: Shortcuts = True,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            dilation=dilation,
+            dropout=dropout,
+            block=block,
+            shortcuts=shortcuts,
+        )
+        self.pair1 = _pair(channels, 1, self.block)
+        self.bn1 = _norm(channels)
+        self.pair2 = _pair(channels, dilation, self.block)
+        self.bn2 = _norm(channels)
+        self.dropout = nn.Dropout2d(dropout)
+        self.shortcut = make_shortcut(shortcuts, channels, channels, 1, nn.Identity)
+
+    def preact(self, x_NCHW: Tensor) -> Tensor:
+        """The sum before the last ReLU."""
+        out = self.bn2(self.pair2(F.relu(self.bn1(self.pair1(x_NCHW)))))
+        out = self.dropout(out)
+        return out if self.shortcut is None else out + self.shortcut(x_NCHW)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """See the class."""
+        return F.relu(self.preact(x_NCHW))
+
+
+def _pair(channels: int, dilation: int, block: Block) -> nn.Module:
+    """3x1, ReLU, 1x3, or the cheap block that stands for both."""
+    if block.kind != "S":
+        style = Style(norm=_norm)
+        cheap = substitute(
+            block, channels, channels, style=style, padding=dilation, dilation=dilation
+        )
+        return init_convs(cheap)
+    vertical = nn.Conv2d(channels, channels, (3, 1), padding=(dilation, 0), dilation=(dilation, 1))
+    across = nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation), dilation=(1, dilation))
+    return nn.Sequential(vertical, nn.ReLU(inplace=True), across)

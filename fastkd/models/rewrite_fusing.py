@@ -1,0 +1,128 @@
+"""`fuse`: batch norm folded into the convolutions in front of it, in a copy for evaluation.
+
+Called by users before deployment and by `fastkd.teacher`. Which batch norm reads nothing but which
+convolution is seen in a symbolic trace of the forward pass (torch.fx); the arithmetic is torch's
+own (`torch.nn.utils.fusion`). Unlike `torch.fx.experimental.optimization.fuse` the network keeps
+its class, its module names and its taps, batch norms that hold an activation fold too, and what
+cannot be traced as a whole is traced in parts.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fastkd.models.rewrite_result import RewriteReport, copied, finish
+
+__all__ = ["fuse"]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+CONVS += (nn.ConvTranspose3d,)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy of `model` in evaluation mode, with the same outputs and fewer layers.
+
+    A batch norm whose input is one convolution's output, which nothing else reads, is multiplied
+    into that convolution. It leaves nn.Identity, or its activation, in its place. The others stay:
+    `result.rewrite_report` lists both. The copy is for inference: in training mode it would no
+    longer normalise, a tap on a folded convolution gives what its batch norm gave, and its weights
+    fit only a fused network. A network that cannot be traced as a whole is folded part by part,
+    which takes each part to be used by its forward pass.
+
+    Raises UserError where the network cannot be copied.
+    """
+    model = copied(model).eval()
+    norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
+    new_of: dict[nn.Module, nn.Module] = {}
+    with _without_hooks(model):
+        pairs = list(_pairs(model))
+    with torch.no_grad():
+        for conv, norm in pairs:
+            if conv not in new_of and norm not in new_of and _foldable(conv, norm):
+                new_of[conv] = fuse_conv_bn_eval(
+                    conv, norm, transpose=isinstance(conv, _ConvTransposeNd)
+                )
+                new_of[norm] = _behind(norm)
+    changed = {path: "folded into its convolution" for path, one in norms.items() if one in new_of}
+    left = {path: "does not follow a single convolution" for path in norms if path not in changed}
+    return finish(model, new_of, RewriteReport("fuse batch norm", changed, left), None)
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Somebody's hooks must not be called with the stand-ins of a trace."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooked = [(one, name, getattr(one, name)) for one in model.modules() for name in names]
+    try:
+        for module, name, _ in hooked:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, name, hooks in hooked:
+            setattr(module, name, hooks)
+
+
+class _Tracer(fx.Tracer):
+    """Traces through everything but convolutions and batch norms, also those derived from them."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (_ConvNd, _BatchNorm)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[_ConvNd, _BatchNorm]]:
+    """Batch norms that read a convolution which nothing else reads; each runs once in the trace."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:
+        # Tracing runs foreign code on stand-ins for tensors, which can fail in any way. Then the
+        # parts are traced one by one; what lies between them is not folded.
+        for child in model.children():
+            yield from _pairs(child)
+        return
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    layers = dict(model.named_modules())
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv, norm = layers[str(source.target)], layers[str(node.target)]
+        if (
+            isinstance(conv, _ConvNd)
+            and isinstance(norm, _BatchNorm)
+            and len(source.users) == 1
+            and calls[source.target] == calls[node.target] == 1
+        ):
+            yield conv, norm
+
+
+def _foldable(conv: _ConvNd, norm: _BatchNorm) -> bool:
+    """Whether torch's fusion applies: kinds it knows, running statistics, no hooks."""
+    plain = type(norm) in NORMS or _has_activation(norm)
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, norm._forward_hooks)
+    return (
+        type(conv) in CONVS
+        and plain
+        and norm.running_mean is not None
+        and not any((*hooks, norm._forward_pre_hooks))
+        and not (isinstance(conv, _ConvTransposeNd) and conv.groups > 1)
+    )
+
+
+def _has_activation(norm: _BatchNorm) -> bool:
+    return f"{type(norm).__module__}.{type(norm).__qualname__}" in WITH_ACTIVATION
+
+
+def _behind(norm: _BatchNorm) -> nn.Module:
+    """What a folded batch norm leaves in its place."""
+    act = getattr(norm, "act", None) if _has_activation(norm) else None
+    return act if isinstance(act, nn.Module) else nn.Identity()
