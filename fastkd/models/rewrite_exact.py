@@ -7,6 +7,8 @@ one has the shortcut's matrix in its centre tap. The idea of RMNet (Meng et al. 
 2111.00687), with batch norm folded in from its running statistics.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,16 +73,12 @@ def _widened(conv: nn.Conv2d, entering: int, matrix: Tensor, add: bool = False) 
     convolution's own outputs, not beside them.
     """
     outputs, inputs = conv.weight.shape[:2]
-    wide = nn.Conv2d(
-        inputs + entering,
-        outputs if add else outputs + len(matrix),
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding,
-        (conv.dilation[0], conv.dilation[1]),
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+    names = ("kernel_size", "stride", "padding", "dilation")
+    spatial: dict[str, Any] = {name: getattr(conv, name) for name in names}
+    with torch.device(conv.weight.device):
+        wide = nn.Conv2d(
+            inputs + entering, outputs if add else outputs + len(matrix), **spatial
+        ).to(conv.weight.dtype)
     assert wide.bias is not None and conv.bias is not None
     for parameter, own in ((wide.weight, conv.weight), (wide.bias, conv.bias)):
         parameter.zero_()
