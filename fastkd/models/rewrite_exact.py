@@ -92,19 +92,19 @@ def _widened(conv: nn.Conv2d, entering: int, matrix: Tensor, add: bool = False) 
 
 def _branch(block: nn.Module) -> list[nn.Conv2d]:
     """The convolutions of the branch with their batch norms folded in."""
-    if not (hasattr(block, "preact") or type(block).__module__ in RESNETS):
+    layers = dict(block.named_children())
+    numbers = sorted(name.removeprefix("conv") for name in layers if name.startswith("conv"))
+    if not numbers or not (hasattr(block, "preact") or type(block).__module__ in RESNETS):
         raise UserError(
             f"{type(block).__name__} is not a basic or bottleneck block behind a ReLU; only there "
             "x is not negative"
         )
-    for name, layer in block.named_children():
+    for name, layer in layers.items():
         is_act = name.startswith(("act", "relu"))
         if is_act and type(layer) is not nn.ReLU:
             raise UserError(f"its activation {name} is {type(layer).__name__}, not ReLU")
         if name in BETWEEN and not isinstance(layer, nn.Identity):
             raise UserError(f"it has {name} ({type(layer).__name__}) in its branch")
-    layers = dict(block.named_children())
-    numbers = [name.removeprefix("conv") for name in layers if name.startswith("conv")]
     return [_folded(layers[f"conv{number}"], layers[f"bn{number}"]) for number in numbers]
 
 
