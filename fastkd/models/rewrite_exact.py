@@ -7,6 +7,8 @@ one has the shortcut's matrix in its centre tap. The idea of RMNet (Meng et al. 
 2111.00687), with batch norm folded in from its running statistics.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,16 +73,12 @@ def _widened(conv: nn.Conv2d, entering: int, matrix: Tensor, add: bool = False) 
     convolution's own outputs, not beside them.
     """
     outputs, inputs = conv.weight.shape[:2]
-    wide = nn.Conv2d(
-        inputs + entering,
-        outputs if add else outputs + len(matrix),
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding,
-        (conv.dilation[0], conv.dilation[1]),
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+    names = ("kernel_size", "stride", "padding", "dilation")
+    spatial: dict[str, Any] = {name: getattr(conv, name) for name in names}
+    with torch.device(conv.weight.device):
+        wide = nn.Conv2d(
+            inputs + entering, outputs if add else outputs + len(matrix), **spatial
+        ).to(conv.weight.dtype)
     assert wide.bias is not None and conv.bias is not None
     for parameter, own in ((wide.weight, conv.weight), (wide.bias, conv.bias)):
         parameter.zero_()
@@ -94,19 +92,19 @@ def _widened(conv: nn.Conv2d, entering: int, matrix: Tensor, add: bool = False) 
 
 def _branch(block: nn.Module) -> list[nn.Conv2d]:
     """The convolutions of the branch with their batch norms folded in."""
-    if not (hasattr(block, "preact") or type(block).__module__ in RESNETS):
+    layers = dict(block.named_children())
+    numbers = sorted(name.removeprefix("conv") for name in layers if name.startswith("conv"))
+    if not numbers or not (hasattr(block, "preact") or type(block).__module__ in RESNETS):
         raise UserError(
             f"{type(block).__name__} is not a basic or bottleneck block behind a ReLU; only there "
             "x is not negative"
         )
-    for name, layer in block.named_children():
+    for name, layer in layers.items():
         is_act = name.startswith(("act", "relu"))
         if is_act and type(layer) is not nn.ReLU:
             raise UserError(f"its activation {name} is {type(layer).__name__}, not ReLU")
         if name in BETWEEN and not isinstance(layer, nn.Identity):
             raise UserError(f"it has {name} ({type(layer).__name__}) in its branch")
-    layers = dict(block.named_children())
-    numbers = [name.removeprefix("conv") for name in layers if name.startswith("conv")]
     return [_folded(layers[f"conv{number}"], layers[f"bn{number}"]) for number in numbers]
 
 

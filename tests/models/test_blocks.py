@@ -1,7 +1,7 @@
 """Cheap blocks against Moonshine's tables and against formulas written out, in zoo networks.
 
-moonshine_oracle.json, demystification_oracle.json: every cell of the papers' tables as printed, and
-the exact counts of an independent rebuild.
+moonshine_oracle.json: every cell of the paper's tables as printed, and the exact counts of an
+independent rebuild.
 """
 
 import json
@@ -21,9 +21,7 @@ from fastkd.models.blocks import GroupedPointwise, PaddedShortcut, init_convs, s
 from fastkd.models.resnet import BasicBlock
 from fastkd.models.wrn import PreactBlock
 
-HERE = Path(__file__)
-MOONSHINE = json.loads(HERE.with_name("moonshine_oracle.json").read_text())
-CELLS = json.loads(HERE.with_name("demystification_oracle.json").read_text())["cells"]
+MOONSHINE = json.loads(Path(__file__).with_name("moonshine_oracle.json").read_text())
 
 
 def wrn(row, num_classes, **options):
@@ -58,17 +56,6 @@ def test_moonshine_table_2(row):
 def test_moonshine_block_table(row):
     wide = PreactBlock(row["N"], row["N"], 1, block=row["block"])
     assert conv_params(wide) == [row["conv_params"], row["bn_params"]]
-
-
-@pytest.mark.parametrize("name", ["WRN-22x2", "WRN-22x10", "WRN-28x2", "WRN-40x2"])
-@pytest.mark.filterwarnings("ignore:block .* is read as a column of Demystification")
-def test_demystification_tables_8_and_9(name):
-    cells = [cell for cell in CELLS if cell["network"] == name]
-    assert len(cells) == 18
-    for cell in cells:
-        residual = cell["variant"] == "R"
-        size = count(wrn(cell, 100, block=cell["column"], shortcuts=residual))
-        assert (size.params, size.macs) == (cell["params"], cell["macs"]), cell
 
 
 def eval_norm(x, norm):
