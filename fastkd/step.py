@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.data.batch import Batch
+from fastkd.distributed import split_evenly
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
@@ -26,6 +27,8 @@ class Prepared(NamedTuple):
     views: dict[str, Tensor]
     teacher: dict[str, Tensor]
     global_size: int
+    rows_of_ranks: tuple[int, ...]
+    """How many rows of this (micro-)batch each rank has."""
 
     def tensors(self) -> list[Tensor]:
         """Everything that lies on the device."""
@@ -36,15 +39,15 @@ class Prepared(NamedTuple):
         if parts == 1:
             yield self
             return
-        size, larger = divmod(len(self.batch.labels_N), parts)
+        sizes = split_evenly(len(self.batch.labels_N), parts)
         for part in range(parts):
-            start = part * size + min(part, larger)
-            rows = slice(start, start + size + (part < larger))
+            rows = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
             yield Prepared(
                 Batch(*(tensor[rows] for tensor in self.batch)),
                 {name: view[rows] for name, view in self.views.items()},
                 {need: tensor[rows] for need, tensor in self.teacher.items()},
                 self.global_size,
+                tuple(split_evenly(num, parts)[part] for num in self.rows_of_ranks),
             )
 
 
@@ -96,6 +99,7 @@ class DistillStep(nn.Module):
         index_N: Tensor,
         teacher: Mapping[str, Tensor],
         schedule: Mapping[str, Mapping[str, Tensor]],
+        rows_of_ranks: tuple[int, ...] = (),
     ) -> StepOutput:
         """views: [N, 3, H, W] by name; teacher: its tensors by need; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
@@ -110,7 +114,8 @@ class DistillStep(nn.Module):
         carry: dict[str, dict[str, Tensor]] = {}
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
-            output = term(TermInputs(wanted, labels_N, index_N, schedule.get(term.name, {})))
+            values_by_name = schedule.get(term.name, {})
+            output = term(TermInputs(wanted, labels_N, index_N, values_by_name, rows_of_ranks))
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]

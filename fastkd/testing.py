@@ -7,7 +7,7 @@ nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.losses.term import BindContext, LossTerm, TermInputs
+
 __all__ = [
     "assert_as_accurate",
+    "bind_pair",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
@@ -29,6 +32,25 @@ __all__ = [
     "sines",
     "speedup",
 ]
+
+
+def sines(shape: Sequence[int], number: int, scale: float = 1.0) -> Tensor:
+    """The closed form of the oracles' inputs: scale * sin(12.9898 i + 78.233 number), i from 1."""
+    i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return (scale * torch.sin(12.9898 * i + 78.233 * number)).view(*shape)
+
+
+def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, num_samples: int = 0) -> TermInputs:
+    """Bind a term with one pair of taps to these tensors; the inputs of its forward pass.
+
+    The labels go round five classes, sample ids are the places in the batch.
+    """
+    tensors = dict(zip(term.needs, (student, teacher), strict=True))
+    labels_N = torch.arange(max(num_samples, len(student))) % 5
+    shapes = {need: tuple(tensor.shape[1:]) for need, tensor in tensors.items()}
+    term.bind(BindContext(len(labels_N), 5, labels_N, shapes))
+    index_N = torch.arange(len(student))
+    return TermInputs(tensors, labels_N[index_N], index_N, {})
 
 
 def rms(x: Tensor) -> float:
