@@ -114,8 +114,8 @@ class DistillStep(nn.Module):
         carry: dict[str, dict[str, Tensor]] = {}
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
-            values_by_name = schedule.get(term.name, {})
-            output = term(TermInputs(wanted, labels_N, index_N, values_by_name, rows_of_ranks))
+            scheduled = schedule.get(term.name, {})
+            output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows_of_ranks))
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]

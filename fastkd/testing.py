@@ -7,7 +7,7 @@ nobody chooses a tolerance (the rule is flash-attention's, tests/test_flash_attn
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,12 +32,6 @@ __all__ = [
     "sines",
     "speedup",
 ]
-
-
-def sines(shape: Sequence[int], number: int, scale: float = 1.0) -> Tensor:
-    """The closed form of the oracles' inputs: scale * sin(12.9898 i + 78.233 number), i from 1."""
-    i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
-    return (scale * torch.sin(12.9898 * i + 78.233 * number)).view(*shape)
 
 
 def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, num_samples: int = 0) -> TermInputs:

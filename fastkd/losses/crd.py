@@ -34,10 +34,9 @@ class CRD(PairTerm):
     momentum) * v).
 
     Ranks hold the same banks and Z, made of the rows of all ranks: value and update are those of
-    one process with the joined batch (each rank draws negatives of its own, as it does dropout).
-    With accumulation Z is that of the first micro-batch. Banks take 8 M D bytes, a step 4 N M
-    bytes and more: it multiplies with the whole bank and then picks, which is exact and faster
-    than picking N (K + 1) rows first.
+    one process with the joined batch, but that each rank draws negatives of its own. With
+    accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step holds several
+    N x M matrices: it multiplies with the whole bank and picks from the products.
 
     Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; crd/memory.py, crd/criterion.py. Taps:
     pooled. Weight 0.8. Values and gradients: tests/losses/test_crd.py.
@@ -96,7 +95,7 @@ class CRD(PairTerm):
         own_N1 = inputs.index_N[:, None]
         picked_NK = torch.cat([own_N1, self.draw_negatives(inputs.labels_N)], dim=1)
         scores = [
-            # Products with the whole bank, then a gather: exact, and faster than gathering rows.
+            # The picked rows themselves, [N, K + 1, D], would be more than the products with all.
             (anchor_ND @ bank_MD.T).gather(1, picked_NK).div(self.temperature).exp()
             for anchor_ND, bank_MD in (
                 (student_ND, self.teacher_MD),

@@ -1,7 +1,8 @@
 """Base of the losses that compare a tensor of the student with one of the teacher, pair by pair.
 
-`losses.relations`, `losses.hints`, `losses.nst` and `losses.crd` build on it. Their source of
-weights and details is RepDistiller (github.com/HobbitLong/RepDistiller, files named per class).
+`losses.relations`, `losses.hints`, `losses.nst` and `losses.crd` build on it. Where their
+docstrings name a file, it is one of RepDistiller (github.com/HobbitLong/RepDistiller), whose forms
+and weights they take.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.distributed import join_rows
 from fastkd.errors import UserError
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = ["POOLED", "PairConfig", "PairTerm", "pool_alike"]
 
@@ -40,21 +40,13 @@ class PairTerm(LossTerm):
         name: of the term and of its one part.
         pairs: tap of the student to tap of the teacher, zoo taps or module paths; both on x.
         weight: factor in the total.
-        gather: with several ranks, True lets every rank compare the rows of all of them, which
-            gives what one process makes of the joined batch; every rank must have as many rows
-            as an even split of the batch gives it. False leaves each rank its own rows: the
-            value and the gradient are the mean over the ranks. With accumulation the batch is a
-            micro-batch in both cases, which changes every loss that compares samples.
     """
 
-    def __init__(
-        self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool = False
-    ) -> None:
+    def __init__(self, name: str, pairs: Mapping[str, str], weight: float) -> None:
         if not pairs:
             raise ValueError(f"{name} needs at least one pair, e.g. pairs={{'stage2': 'stage2'}}")
         needs = [need for s, t in pairs.items() for need in (f"x/student/{s}", f"x/teacher/{t}")]
         super().__init__(name, tuple(needs), {name: weight})
-        self.gather = gather
 
     def shapes(self, context: BindContext) -> list[tuple[Shape, Shape]]:
         """Per pair the shapes of student and teacher without the batch axis."""
@@ -74,15 +66,12 @@ class PairTerm(LossTerm):
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
         features = [inputs.tensors[need] for need in self.needs]
-        if self.gather:
-            # In fp32 already: the ranks' gradients are added up in this type.
-            features = [join_rows(widened(tensor), inputs.rows_of_ranks) for tensor in features]
         pairs = zip(features[::2], features[1::2], strict=True)
         losses = [self.compare(number, *pair) for number, pair in enumerate(pairs)]
         return TermOutput({self.name: torch.stack(losses).sum()})
 
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of pair `number`, 0-dim; without gather in the networks' own type."""
+        """The loss of pair `number`, 0-dim, of tensors in the networks' own type."""
         raise TypeError(f"{type(self).__name__} must define compare(number, student, teacher)")
 
 

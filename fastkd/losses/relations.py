@@ -12,14 +12,36 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.distributed import join_rows
 from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.term import BindContext, LossTerm, widened
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
 
 __all__ = ["CC", "PKT", "RKD", "SP", "CCConfig", "PKTConfig", "RKDConfig", "SPConfig"]
 
 
 class Relation(PairTerm):
-    """A loss between two sets of rows [N, D], the student's and the teacher's."""
+    """Base: a loss between two sets of rows [N, D], the student's and the teacher's.
+
+    gather: with several ranks, True lets every rank compare the rows of all of them, which gives
+    what one process makes of the joined batch; ranks must share the batch evenly, as fastkd's
+    loaders do. False leaves each rank its own rows: value and gradient are the mean over the
+    ranks. With accumulation the batch is a micro-batch in both cases, which is another loss.
+    """
+
+    def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
+        super().__init__(name, pairs, weight)
+        self.gather = gather
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Sum over the pairs."""
+        if self.gather:
+            # In fp32 already: the ranks' gradients are added up in this type.
+            joined = {
+                need: join_rows(widened(tensor), inputs.rows_of_ranks)
+                for need, tensor in inputs.tensors.items()
+            }
+            inputs = inputs._replace(tensors=joined)
+        return super().forward(inputs)
 
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
         """One row per sample, in fp32."""
@@ -35,8 +57,8 @@ class SP(Relation):
 
         G = F F^T,   G~_i = G_i / |G_i|,   loss = |G~_teacher - G~_student|^2 / N^2
 
-    Source: Tung and Mori 2019, arXiv:1907.09682; distiller_zoo/SP.py. Taps: the last
-    stage of each network. Weight 3000. Values and gradients: tests/losses/test_relations.py.
+    Source: Tung and Mori 2019, arXiv:1907.09682; distiller_zoo/SP.py. Taps: the last stage of each
+    network. Weight 3000. Values and gradients: tests/losses/test_relations.py.
     """
 
     def __init__(
