@@ -25,11 +25,12 @@ __all__ = [
     "all_reduce_sum",
     "broadcast_object",
     "close_world",
-    "gather_rows",
     "init_world",
+    "join_rows",
     "on_main",
     "open_world",
     "same_on_all_ranks",
+    "split_evenly",
     "sync_buffers",
     "wrap_ddp",
 ]
@@ -169,23 +170,49 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of the ranks and alike on each of them.
+def split_evenly(num: int, parts: int) -> tuple[int, ...]:
+    """Sizes of `parts` contiguous parts of `num` rows, larger ones first, as numpy.array_split."""
+    each, larger = divmod(num, parts)
+    return tuple(each + (part < larger) for part in range(parts))
 
-    For memory banks, which `LossTerm.commit` keeps alike. Ranks may have different numbers of rows,
-    as in a partial batch; learning how many makes the host wait for the device.
+
+def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
+    """The rows of all ranks, in the order of the ranks and alike on each of them, with gradient.
+
+    rows_of_ranks: how many each rank has, as `TermInputs` says; with fewer than two ranks `rows`
+    itself comes back. Nothing waits for the device, and torch.compile keeps it in the graph.
+
+    The gradient is that of the ranks' losses summed. DDP takes the mean of the ranks' gradients,
+    so a loss of the joined rows that every rank computes counts once, as in a single process.
+
+    Raises:
+        ValueError: this rank has another number of rows than `rows_of_ranks` says.
     """
-    if not dist.is_initialized():
+    if len(rows_of_ranks) < 2:
         return rows
-    num = torch.tensor([len(rows)], device=rows.device)
-    nums = [torch.empty_like(num) for _ in range(dist.get_world_size())]
-    dist.all_gather(nums, num)
-    sizes = torch.cat(nums).tolist()
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    rank = dist.get_rank()
+    if len(rows) != rows_of_ranks[rank]:
+        raise ValueError(f"rank {rank} has {len(rows)} rows, expected {rows_of_ranks[rank]}")
+    return _JoinRows.apply(rows, sum(rows_of_ranks[:rank]), sum(rows_of_ranks))
+
+
+class _JoinRows(torch.autograd.Function):
+    """The sum over ranks of their rows among zeros: a gather would want equally many of each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, start: int, total: int) -> Tensor:
+        ctx.own = slice(start, start + len(rows))
+        joined = rows.new_zeros(total, *rows.shape[1:])
+        joined[ctx.own] = rows
+        dist.all_reduce(joined)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # A copy: whoever else holds this gradient must not see the sum.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.own], None, None
 
 
 def sync_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.data.batch import Batch
+from fastkd.distributed import split_evenly
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
@@ -26,6 +27,8 @@ class Prepared(NamedTuple):
     views: dict[str, Tensor]
     teacher: dict[str, Tensor]
     global_size: int
+    rows_of_ranks: tuple[int, ...]
+    """How many rows of this (micro-)batch each rank has."""
 
     def tensors(self) -> list[Tensor]:
         """Everything that lies on the device."""
@@ -49,9 +52,7 @@ class Prepared(NamedTuple):
 
         def share(tensor: Tensor, part: int) -> Tensor:
             # Each by its own length: a view that was chosen from a pool may have another.
-            size, larger = divmod(len(tensor), parts)
-            start = part * size + min(part, larger)
-            return tensor[start : start + size + (part < larger)]
+            return tensor.split(split_evenly(len(tensor), parts))[part]
 
         for part in range(parts):
             yield Prepared(
@@ -59,6 +60,7 @@ class Prepared(NamedTuple):
                 {name: share(view, part) for name, view in self.views.items()},
                 {need: share(tensor, part) for need, tensor in self.teacher.items()},
                 self.global_size,
+                tuple(split_evenly(num, parts)[part] for num in self.rows_of_ranks),
             )
 
 
@@ -110,6 +112,7 @@ class DistillStep(nn.Module):
         index_N: Tensor,
         teacher: Mapping[str, Tensor],
         schedule: Mapping[str, Mapping[str, Tensor]],
+        rows_of_ranks: tuple[int, ...] = (),
     ) -> StepOutput:
         """views: [N, 3, H, W] by name; teacher: its tensors by need; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
@@ -124,7 +127,8 @@ class DistillStep(nn.Module):
         carry: dict[str, dict[str, Tensor]] = {}
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
-            output = term(TermInputs(wanted, labels_N, index_N, schedule.get(term.name, {})))
+            scheduled = schedule.get(term.name, {})
+            output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows_of_ranks))
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.losses.term import BindContext, LossTerm, TermInputs
+
 __all__ = [
     "assert_as_accurate",
+    "bind_pair",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
@@ -31,6 +34,19 @@ __all__ = [
     "sines",
     "speedup",
 ]
+
+
+def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, num_samples: int = 0) -> TermInputs:
+    """Bind a term with one pair of taps to these tensors; the inputs of its forward pass.
+
+    The labels go round five classes, sample ids are the places in the batch.
+    """
+    tensors = dict(zip(term.needs, (student, teacher), strict=True))
+    labels_N = torch.arange(max(num_samples, len(student))) % 5
+    shapes = {need: tuple(tensor.shape[1:]) for need, tensor in tensors.items()}
+    term.bind(BindContext(len(labels_N), 5, labels_N, shapes))
+    index_N = torch.arange(len(student))
+    return TermInputs(tensors, labels_N[index_N], index_N, {})
 
 
 def rms(x: Tensor) -> float:

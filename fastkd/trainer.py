@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastkd.augment import ViewMaker
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.data.batch import Batch
-from fastkd.distributed import World, all_reduce_sum, sync_buffers
+from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers
 from fastkd.ema import EMA
 from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
@@ -180,7 +180,8 @@ class Trainer:
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
             teacher = self.teacher(views) if self.teacher else {}
-            yield Prepared(batch, views, teacher, self.loader.global_size(step))
+            num = self.loader.global_size(step)
+            yield Prepared(batch, views, teacher, num, split_evenly(num, self.world.size))
             step += 1
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
@@ -207,7 +208,12 @@ class Trainer:
             share = len(micro.batch.labels_N) * self.world.size / micro.global_size
             with self._no_sync(unless=number == len(micros)):
                 out: StepOutput = self.runner(
-                    micro.views, micro.batch.labels_N, micro.batch.index_N, micro.teacher, schedule
+                    micro.views,
+                    micro.batch.labels_N,
+                    micro.batch.index_N,
+                    micro.teacher,
+                    schedule,
+                    micro.rows_of_ranks,
                 )
                 scaled = out.loss * share
                 self.scaler.scale(scaled).backward()

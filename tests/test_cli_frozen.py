@@ -34,6 +34,16 @@ baseline.lrs
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
 losses.at.weight losses.at.pairs
+losses.cc.weight losses.cc.pairs losses.cc.gather losses.cc.dim
+losses.crd.weight losses.crd.pairs losses.crd.dim losses.crd.negatives losses.crd.temperature
+losses.crd.momentum
+losses.fitnet.weight losses.fitnet.pairs
+losses.nst.weight losses.nst.pairs
+losses.pkt.weight losses.pkt.pairs losses.pkt.gather
+losses.rkd.weight losses.rkd.pairs losses.rkd.gather losses.rkd.distance_weight
+losses.rkd.angle_weight
+losses.sp.weight losses.sp.pairs losses.sp.gather
+losses.vid.weight losses.vid.pairs losses.vid.variance
 """
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from fastkd.distributed import (
     broadcast_object,
     close_world,
     init_world,
+    join_rows,
     open_world,
     same_on_all_ranks,
+    split_evenly,
     sync_buffers,
     wrap_ddp,
 )
@@ -61,7 +64,22 @@ def collectives(world):
         "sum": all_reduce_sum(torch.tensor([1.0 + world.rank])).item(),
         "object": broadcast_object({"rank": world.rank, "path": Path("runs")})["rank"],
         "same": [before, same_on_all_ranks(net)],
+        "joined": joined(world),
     }
+
+
+def joined(world):
+    """Three rows of rank 0 and two of rank 1; what each asks of them has another factor."""
+    rows = torch.arange(6.0).reshape(3, 2)[: 3 - world.rank] + 10 * world.rank
+    rows.requires_grad_()
+    whole = join_rows(rows, (3, 2))
+    (whole.square().sum() * (1 + world.rank)).backward()
+    try:
+        join_rows(rows, (2, 3))
+    except ValueError as error:
+        said = str(error)
+    alone = join_rows(rows, (len(rows),)) is rows
+    return [whole.tolist(), (rows.grad / rows.detach().clamp(min=1)).unique().tolist(), said, alone]
 
 
 def ddp(world, *, compiled):
@@ -185,6 +203,22 @@ def test_collectives_reach_every_rank(both):
         assert found["collectives"]["sum"] == 3.0
         assert found["collectives"]["object"] == 0
         assert found["collectives"]["same"] == [False, True]
+
+
+def test_rows_of_ranks_join_with_their_gradient(both):
+    for rank, found in enumerate(both):
+        whole, factors, said, alone = found["collectives"]["joined"]
+        assert whole == [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13]]
+        # d/dx of x^2 on rank 0 and of 2 x^2 on rank 1, added up.
+        assert factors == ([0.0, 6.0] if rank == 0 else [6.0])
+        assert said == f"rank {rank} has {3 - rank} rows, expected {2 + rank}"
+        assert alone
+
+
+@pytest.mark.parametrize(("num", "parts"), [(9, 2), (16, 3), (2, 4), (64, 8)])
+def test_parts_are_those_of_array_split(num, parts):
+    expected = [len(part) for part in np.array_split(np.arange(num), parts)]
+    assert list(split_evenly(num, parts)) == expected
 
 
 @pytest.mark.parametrize("case", ["ddp", "ddp compiled"])

@@ -7,11 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.losses.crd import CRD as CRD
     from fastkd.losses.features import AT as AT
+    from fastkd.losses.hints import VID as VID
+    from fastkd.losses.hints import FitNet as FitNet
     from fastkd.losses.kd import KDLoss as KDLoss
     from fastkd.losses.kd import KLDivLoss as KLDivLoss
     from fastkd.losses.logits import KD as KD
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
+    from fastkd.losses.nst import NST as NST
+    from fastkd.losses.relations import CC as CC
+    from fastkd.losses.relations import PKT as PKT
+    from fastkd.losses.relations import RKD as RKD
+    from fastkd.losses.relations import SP as SP
     from fastkd.losses.term import BindContext as BindContext
     from fastkd.losses.term import LossTerm as LossTerm
     from fastkd.losses.term import TermInputs as TermInputs
@@ -20,20 +28,36 @@ if TYPE_CHECKING:
 _HOME = {
     "AT": "features",
     "BindContext": "term",
+    "CC": "relations",
+    "CRD": "crd",
     "CrossEntropy": "logits",
+    "FitNet": "hints",
     "KD": "logits",
     "KDLoss": "kd",
     "KLDivLoss": "kd",
     "LossTerm": "term",
+    "NST": "nst",
+    "PKT": "relations",
+    "RKD": "relations",
+    "SP": "relations",
     "TermInputs": "term",
     "TermOutput": "term",
+    "VID": "hints",
 }
 
 __all__ = [
     "AT",
+    "CC",
+    "CRD",
     "KD",
+    "NST",
+    "PKT",
+    "RKD",
+    "SP",
+    "VID",
     "BindContext",
     "CrossEntropy",
+    "FitNet",
     "KDLoss",
     "KLDivLoss",
     "LossTerm",

@@ -21,6 +21,14 @@ _TERMS = {
     "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
     "kd": ("fastkd.losses.logits", "KDConfig"),
     "at": ("fastkd.losses.features", "ATConfig"),
+    "cc": ("fastkd.losses.relations", "CCConfig"),
+    "crd": ("fastkd.losses.crd", "CRDConfig"),
+    "fitnet": ("fastkd.losses.hints", "FitNetConfig"),
+    "nst": ("fastkd.losses.nst", "NSTConfig"),
+    "pkt": ("fastkd.losses.relations", "PKTConfig"),
+    "rkd": ("fastkd.losses.relations", "RKDConfig"),
+    "sp": ("fastkd.losses.relations", "SPConfig"),
+    "vid": ("fastkd.losses.hints", "VIDConfig"),
 }
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "TermOutput",
     "autocast_like",
     "check_names",
+    "widened",
 ]
 
 Nets = ("student", "teacher")
@@ -58,6 +59,9 @@ class TermInputs(NamedTuple):
     """int64 sample ids, stable over epochs, in 0..num_samples-1."""
     schedule: Mapping[str, Tensor]
     """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
+    rows_of_ranks: tuple[int, ...] = ()
+    """Rows of this batch on every rank, for `fastkd.distributed.join_rows`: a term that compares
+    samples with each other may see those of all ranks. One entry, or none, in one process."""
 
 
 class TermOutput(NamedTuple):
@@ -99,6 +103,11 @@ def autocast_like(features: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64: the types in which terms sum."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class LossTerm(nn.Module):
     """Base of all losses.
 
@@ -111,7 +120,8 @@ class LossTerm(nn.Module):
     needs: tuple[str, ...]
     weights: dict[str, float]
     banks: tuple[str, ...] = ()
-    """Names of the buffers that only `commit` writes; `commit` keeps them alike on all ranks."""
+    """Names of the buffers that only `commit` writes, with what `join_rows` made alike on all
+    ranks."""
     uses_index: bool = False
     """True where the term keeps state per sample id, so that every batch must carry real ids."""
 

@@ -47,6 +47,7 @@ HEADLESS = (
     *("augment.xprime=none", "epochs=1"),
 )
 PROOF = (*UNEVEN, "losses.proof.weight=2", "losses.kd.views=x", "accumulate=4", "ema=0.9")
+CRD = (*UNEVEN, "losses.crd.weight=0.8", "losses.crd.negatives=20", "losses.crd.dim=8")
 
 
 def before_step(number: int) -> None:
@@ -182,6 +183,7 @@ SCENARIOS: dict[str, Scenario] = {
         f"proof on two ranks, before step {step}": Scenario(PROOF, (partial(before_step, step),), 2)
         for step in (3, 5)
     },
+    "crd on two ranks, before step 5": Scenario(CRD, (partial(before_step, 5),), 2),
 }
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from fastkd.distributed import gather_rows
+from fastkd.distributed import join_rows
 from fastkd.losses import registry
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like
@@ -73,11 +73,14 @@ class Proof(LossTerm):
             f"{self.name}_soft": soft,
             f"{self.name}_bank": (row_ND - old_ND).square().sum(1).mean(),
         }
-        return TermOutput(parts, {"row_ND": row_ND.detach()})
+        row_ND, index_N = (
+            join_rows(rows, inputs.rows_of_ranks) for rows in (row_ND.detach(), inputs.index_N)
+        )
+        return TermOutput(parts, {"row_ND": row_ND, "index_N": index_N})
 
     def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
         """Move the rows of the whole global batch half way, on every rank."""
-        row_ND, index_N = gather_rows(carry["row_ND"]), gather_rows(index_N)
+        row_ND, index_N = carry["row_ND"], carry["index_N"]
         old_ND = self.rows_KD[index_N]
         self.rows_KD[index_N] = torch.where(ok, F.normalize(old_ND + row_ND), old_ND)
         self.times_K[index_N] += ok

@@ -1,0 +1,161 @@
+"""CRD: contrastive representation distillation, with a memory bank of every training sample.
+
+Shape suffixes: N rows of this rank's batch, M samples of the training set, D features of the
+embedding, K negatives, G rows of all ranks.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distributed import join_rows
+from fastkd.errors import UserError
+from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like, widened
+
+__all__ = ["CRD", "CRDConfig"]
+
+
+class CRD(PairTerm):
+    """Tell a sample's own feature in the other network's bank from those of other classes.
+
+        v = embedded and of length 1, m = rows of the bank, q_j = exp(v . m_j / temperature) / Z,
+        loss = -mean over rows of [log q_own / (q_own + c + eps) + sum_j log c / (q_j + c + eps)]
+
+    with c = K / M, eps = 1e-7, once with the student's v against the teacher's bank and once the
+    other way round, added. The embeddings are linear and both trained. The K negatives of a row
+    are drawn without replacement from all samples of other classes, each step anew. Z is M times
+    the mean exponential of the first batch, one per direction, and then stays. Scores use the banks
+    as they were; then a good step moves the rows of its batch: normalise(momentum * old + (1 -
+    momentum) * v).
+
+    Ranks hold the same banks and Z, made of the rows of all ranks: value and update are those of
+    one process with the joined batch, but that each rank draws negatives of its own. With
+    accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step holds several
+    N x M matrices: it multiplies with the whole bank and picks from the products.
+
+    Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; crd/memory.py, crd/criterion.py. Taps:
+    pooled. Weight 0.8. Values and gradients: tests/losses/test_crd.py.
+    """
+
+    # The labels, too, need no copy before and no broadcast in every step.
+    banks = ("student_MD", "teacher_MD", "normalizer_2", "labels_M")
+    uses_index = True
+    student_MD: Tensor
+    teacher_MD: Tensor
+    normalizer_2: Tensor
+    """Z of the student's and of the teacher's rows; 0 before the first good step."""
+    labels_M: Tensor
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str] = POOLED,
+        *,
+        weight: float = 0.8,
+        dim: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        name: str = "crd",
+    ) -> None:
+        if len(pairs) != 1:
+            raise ValueError(f"{name} has one bank per network: give one pair, got {dict(pairs)}")
+        super().__init__(name, pairs, weight)
+        self.dim, self.negatives = dim, negatives
+        self.temperature, self.momentum = temperature, momentum
+
+    def bind(self, context: BindContext) -> None:
+        """Make embeddings and banks; UserError where there are too few samples of other classes."""
+        num, labels_M = context.num_samples, context.train_labels_N
+        others = num - int(torch.bincount(labels_M).max())
+        if self.negatives > others:
+            raise UserError(
+                f"losses.{self.name}.negatives={self.negatives}, but a class has only {others} "
+                f"training samples of other classes: set it to at most {others}"
+            )
+        ((student, teacher),) = self.shapes(context)
+        self.embed_student = nn.Linear(math.prod(student), self.dim)
+        self.embed_teacher = nn.Linear(math.prod(teacher), self.dim)
+        side = math.sqrt(3 / self.dim)
+        for bank in ("student_MD", "teacher_MD"):
+            self.register_buffer(bank, torch.empty(num, self.dim).uniform_(-side, side))
+        self.register_buffer("normalizer_2", torch.zeros(2))
+        self.register_buffer("labels_M", labels_M, persistent=False)
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """As the class says; the carry holds what all ranks make of their rows."""
+        student, teacher = (inputs.tensors[need].flatten(1) for need in self.needs)
+        with autocast_like(student):
+            student, teacher = self.embed_student(student), self.embed_teacher(teacher)
+        student_ND, teacher_ND = F.normalize(widened(student)), F.normalize(widened(teacher))
+        own_N1 = inputs.index_N[:, None]
+        picked_NK = torch.cat([own_N1, self.draw_negatives(inputs.labels_N)], dim=1)
+        scores = [
+            # The picked rows themselves, [N, K + 1, D], would be more than the products with all.
+            (anchor_ND @ bank_MD.T).gather(1, picked_NK).div(self.temperature).exp()
+            for anchor_ND, bank_MD in (
+                (student_ND, self.teacher_MD),
+                (teacher_ND, self.student_MD),
+            )
+        ]
+        mean_N2 = torch.stack([score_NK.mean(1) for score_NK in scores], dim=1)
+        rows_of_ranks = inputs.rows_of_ranks
+        row_GX = join_rows(torch.cat([student_ND, teacher_ND, mean_N2], 1).detach(), rows_of_ranks)
+        now_2 = row_GX[:, -2:].mean(0) * len(self.labels_M)
+        z_2 = torch.where(self.normalizer_2 > 0, self.normalizer_2, now_2)
+        losses = [self._contrast(score_NK / z) for score_NK, z in zip(scores, z_2, strict=True)]
+        carry = {
+            "student": row_GX[:, : self.dim],
+            "teacher": row_GX[:, self.dim : -2],
+            "normalizer": now_2,
+            "index": join_rows(inputs.index_N, rows_of_ranks),
+        }
+        return TermOutput({self.name: torch.stack(losses).sum()}, carry)
+
+    def draw_negatives(self, labels_N: Tensor) -> Tensor:
+        """Ids of K different samples of other classes for each row, all subsets equally likely."""
+        key_NM = torch.rand(len(labels_N), len(self.labels_M), device=labels_N.device)
+        key_NM = key_NM.masked_fill(self.labels_M == labels_N[:, None], 2.0)
+        return key_NM.topk(self.negatives, dim=1, largest=False, sorted=False).indices
+
+    def _contrast(self, q_NK: Tensor) -> Tensor:
+        """The loss of one direction; the first column is the row's own sample."""
+        c, eps = self.negatives / len(self.labels_M), 1e-7
+        # log1p: q is far below c, and log(c / (q + c)) would round most of it away.
+        own_N = ((c + eps) / q_NK[:, 0]).log1p()
+        return (own_N + ((q_NK[:, 1:] + eps) / c).log1p().sum(1)).mean()
+
+    def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
+        """Move the banks' rows of all ranks; keep the first Z."""
+        index_G = carry["index"]
+        # A sampler may fill up with repeated ids: the first row counts, whoever writes last.
+        first_G = (index_G[:, None] == index_G).int().argmax(1)
+        for bank_MD, key in ((self.student_MD, "student"), (self.teacher_MD, "teacher")):
+            old_GD = bank_MD[index_G]
+            moved_GD = self.momentum * old_GD + (1 - self.momentum) * carry[key][first_G]
+            bank_MD[index_G] = torch.where(ok, F.normalize(moved_GD), old_GD)
+        first = ok & (self.normalizer_2 == 0)
+        self.normalizer_2.copy_(torch.where(first, carry["normalizer"], self.normalizer_2))
+
+
+class CRDConfig(PairConfig):
+    """Keys of `losses.crd`; RepDistiller's weight is 0.8."""
+
+    pairs: dict[str, str] = Field(default=POOLED, min_length=1, max_length=1)
+    """Tap of the student: tap of the teacher; one pair."""
+    dim: PositiveInt = 128
+    """Features of the trained linear maps and of the banks."""
+    negatives: PositiveInt = 16384
+    """Samples of other classes per image."""
+    temperature: PositiveFloat = 0.07
+    """Divides the products of unit vectors."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the old row that stays in the bank."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return CRD(name=name, **self.model_dump())

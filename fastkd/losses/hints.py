@@ -1,0 +1,129 @@
+"""Hints: the student's maps predict the teacher's through a connector trained with them.
+
+FitNet (one convolution, mean square) and VID (a small network and a trained variance).
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.errors import UserError
+from fastkd.losses.pairs import PairConfig, PairTerm, Shape, pool_alike
+from fastkd.losses.term import BindContext, LossTerm, autocast_like, widened
+
+__all__ = ["VID", "FitNet", "FitNetConfig", "VIDConfig"]
+
+
+class FitNet(PairTerm):
+    """Hint training: mean square of connector(student) - teacher.
+
+    connector = convolution, batch norm, ReLU. The convolution brings the student's map to the
+    teacher's size: 3x3 of stride 2 from twice the size, transposed 4x4 of stride 2 from half of
+    it, else unpadded with a kernel as large as the difference plus 1. It has no bias, which the
+    batch norm would cancel.
+
+    Source: Romero et al. 2014, arXiv:1412.6550, as one term of the total and not as its
+    first stage of training; distiller_zoo/FitNet.py, ConvReg of models/util.py. Taps: stage2.
+    Weight 100. Values and gradients: tests/losses/test_hints.py.
+    """
+
+    def __init__(
+        self, pairs: Mapping[str, str], *, weight: float = 100.0, name: str = "fitnet"
+    ) -> None:
+        super().__init__(name, pairs, weight)
+
+    def bind(self, context: BindContext) -> None:
+        """Make the connectors; UserError where no convolution of the list fits."""
+        self.connectors = nn.ModuleList(
+            nn.Sequential(self._convolution(*pair), nn.BatchNorm2d(pair[1][0]), nn.ReLU())
+            for pair in self.map_shapes(context)
+        )
+
+    def _convolution(self, student: Shape, teacher: Shape) -> nn.Module:
+        channels = (student[0], teacher[0])
+        sizes = list(zip(student[1:], teacher[1:], strict=True))
+        if all(s == 2 * t for s, t in sizes):
+            return nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
+        if all(2 * s == t for s, t in sizes):
+            return nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
+        if all(s >= t for s, t in sizes):
+            (height, width) = (1 + s - t for s, t in sizes)
+            return nn.Conv2d(*channels, (height, width), bias=False)
+        raise UserError(
+            f"losses.{self.name} cannot bring a student's map of {student[1]}x{student[2]} to the "
+            f"teacher's {teacher[1]}x{teacher[2]}: pair taps where the student's is at least as "
+            f"large, or exactly half as large"
+        )
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        with autocast_like(student):
+            predicted_NCHW = self.connectors[number](student)
+        return F.mse_loss(widened(predicted_NCHW), widened(teacher))
+
+
+class VID(PairTerm):
+    """Variational information distillation: Gaussian negative log-likelihood of the teacher's map.
+
+        mu = W3 relu(W2 relu(W1 student)) per pixel,   v_c = log(1 + exp(rho_c)) + 1e-5,
+        loss = mean of [(mu - teacher)^2 / v + log v] / 2
+
+    W are 1x1 convolutions without bias; rho is trained, one value per channel of the teacher, and
+    starts where v = `variance`. Where the sizes differ the larger map is average-pooled.
+
+    Source: Ahn et al. 2019, arXiv:1904.05835; distiller_zoo/VID.py. Taps: all stages.
+    Weight 1. Values and gradients: tests/losses/test_hints.py.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        *,
+        weight: float = 1.0,
+        variance: float = 5.0,
+        name: str = "vid",
+    ) -> None:
+        super().__init__(name, pairs, weight)
+        self.variance = variance
+
+    def bind(self, context: BindContext) -> None:
+        """Make regressors and variances."""
+        self.regressors, self.rho = nn.ModuleList(), nn.ParameterList()
+        start = math.log(math.expm1(self.variance - 1e-5))
+        for student, teacher in self.map_shapes(context):
+            s, t = student[0], teacher[0]
+            first, second, third = (nn.Conv2d(c, t, 1, bias=False) for c in (s, t, t))
+            self.regressors.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
+            self.rho.append(nn.Parameter(torch.full((t,), start)))
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        student, teacher = pool_alike(student, teacher)
+        with autocast_like(student):
+            mean_NCHW = self.regressors[number](student)
+        variance_C11 = (F.softplus(self.rho[number]) + 1e-5)[:, None, None]
+        error_NCHW = (widened(mean_NCHW) - widened(teacher)).square()
+        return 0.5 * (error_NCHW / variance_C11 + variance_C11.log()).mean()
+
+
+class FitNetConfig(PairConfig):
+    """Keys of `losses.fitnet`; RepDistiller's weight is 100, on stage2."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return FitNet(name=name, **self.model_dump())
+
+
+class VIDConfig(PairConfig):
+    """Keys of `losses.vid`; RepDistiller's weight is 1, on all stages."""
+
+    variance: float = Field(default=5.0, gt=1e-5)
+    """Where the trained variances start."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return VID(name=name, **self.model_dump())

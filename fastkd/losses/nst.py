@@ -1,0 +1,60 @@
+"""NST: neuron selectivity transfer, the distance of two sets of channel maps.
+
+Shape suffixes: N images, C channels, P = H * W pixels.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.losses.pairs import PairConfig, PairTerm, pool_alike
+from fastkd.losses.term import BindContext, LossTerm, widened
+
+__all__ = ["NST", "NSTConfig"]
+
+
+class NST(PairTerm):
+    """Maximum mean discrepancy between the channels of student and teacher, per image.
+
+        a_c = channel c over its pixels, of length 1,   K(a, b) = (a . b)^2,
+        loss = mean K(teacher, teacher) + mean K(student, student) - 2 mean K(student, teacher)
+
+    Means over images and over all pairs of channels, whose numbers may differ. Where the sizes
+    differ the larger map is average-pooled.
+
+    Source: Huang and Wang 2017, arXiv:1707.01219, with the polynomial kernel of degree 2 and offset
+    0; distiller_zoo/NST.py, which holds N * C * C * P numbers where this one holds matrices of
+    N * min(C, P)^2. Taps: all stages. Weight 50. Values and gradients: tests/losses/test_nst.py.
+    """
+
+    def __init__(
+        self, pairs: Mapping[str, str], *, weight: float = 50.0, name: str = "nst"
+    ) -> None:
+        super().__init__(name, pairs, weight)
+
+    def bind(self, context: BindContext) -> None:
+        """Refuse taps that are no feature maps."""
+        self.map_shapes(context)
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        maps = (widened(m).flatten(2) for m in pool_alike(student, teacher))
+        student_NCP, teacher_NCP = (F.normalize(m, dim=2) for m in maps)
+        num_student, num_teacher = student_NCP.shape[1], teacher_NCP.shape[1]
+        if student_NCP.shape[2] <= max(num_student, num_teacher):
+            # sum_ij (s_i . t_j)^2 = <S'S, T'T>, so the three means are one square over P x P.
+            student_NPP = student_NCP.mT @ student_NCP / num_student
+            teacher_NPP = teacher_NCP.mT @ teacher_NCP / num_teacher
+            return (teacher_NPP - student_NPP).square().sum((1, 2)).mean()
+        pairs = [(teacher_NCP, teacher_NCP), (student_NCP, student_NCP), (student_NCP, teacher_NCP)]
+        same_t, same_s, cross = ((a_NCP @ b_NCP.mT).square().mean() for a_NCP, b_NCP in pairs)
+        return same_t + same_s - 2 * cross
+
+
+class NSTConfig(PairConfig):
+    """Keys of `losses.nst`; RepDistiller's weight is 50, on all stages."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return NST(name=name, **self.model_dump())

@@ -1,0 +1,238 @@
+"""Losses on the relations between the samples of a batch: SP, PKT, CC and RKD.
+
+Shape suffixes: N samples of the batch, over all ranks where `gather` is set; D features. Maps count
+as one row of C * H * W features per sample. Everything is fp32, also under autocast.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.distributed import join_rows
+from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+
+__all__ = ["CC", "PKT", "RKD", "SP", "CCConfig", "PKTConfig", "RKDConfig", "SPConfig"]
+
+
+class Relation(PairTerm):
+    """Base: a loss between two sets of rows [N, D], the student's and the teacher's.
+
+    gather: with several ranks, True lets every rank compare the rows of all of them, which gives
+    what one process makes of the joined batch; ranks must share the batch evenly, as fastkd's
+    loaders do. False leaves each rank its own rows: value and gradient are the mean over the
+    ranks. With accumulation the batch is a micro-batch in both cases, which is another loss.
+    """
+
+    def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
+        super().__init__(name, pairs, weight)
+        self.gather = gather
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Sum over the pairs."""
+        if self.gather:
+            # In fp32 already: the ranks' gradients are added up in this type.
+            joined = {
+                need: join_rows(widened(tensor), inputs.rows_of_ranks)
+                for need, tensor in inputs.tensors.items()
+            }
+            inputs = inputs._replace(tensors=joined)
+        return super().forward(inputs)
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """One row per sample, in fp32."""
+        return self.relate(number, widened(student).flatten(1), widened(teacher).flatten(1))
+
+    def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """The loss of pair `number`, 0-dim; the two D may differ."""
+        raise TypeError(f"{type(self).__name__} must define relate(number, student, teacher)")
+
+
+class SP(Relation):
+    """Similarity preserving: mean square of row-normalised Gram matrices' difference.
+
+        G = F F^T,   G~_i = G_i / |G_i|,   loss = |G~_teacher - G~_student|^2 / N^2
+
+    Source: Tung and Mori 2019, arXiv:1907.09682; distiller_zoo/SP.py. Taps: the last stage of each
+    network. Weight 3000. Values and gradients: tests/losses/test_relations.py.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        *,
+        weight: float = 3000.0,
+        gather: bool = True,
+        name: str = "sp",
+    ) -> None:
+        super().__init__(name, pairs, weight, gather=gather)
+
+    def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """As the class says."""
+        student_NN, teacher_NN = (F.normalize(x @ x.T) for x in (student_ND, teacher_ND))
+        return (teacher_NN - student_NN).square().mean()
+
+
+class PKT(Relation):
+    """Probabilistic knowledge transfer: divergence of the cosine affinities within the batch.
+
+        c_ij = (1 + cos(f_i, f_j)) / 2,   p_ij = c_ij / sum_j c_ij,
+        loss = mean over all N^2 entries of p_teacher log(p_teacher / p_student)
+
+    eps = 1e-7 is added to norms and to both probabilities of the ratio. Source: Passalis and Tefas
+    2018, arXiv:1803.10837; distiller_zoo/PKT.py, whose mean stands for the paper's sum. Taps:
+    pooled. Weight 30000. Values and gradients: tests/losses/test_relations.py.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str] = POOLED,
+        *,
+        weight: float = 30000.0,
+        gather: bool = True,
+        name: str = "pkt",
+    ) -> None:
+        super().__init__(name, pairs, weight, gather=gather)
+
+    def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """As the class says."""
+        eps = 1e-7
+
+        def affinity(rows_ND: Tensor) -> Tensor:
+            unit_ND = rows_ND / (torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True) + eps)
+            cosine_NN = (1 + unit_ND @ unit_ND.T) / 2
+            return cosine_NN / cosine_NN.sum(1, keepdim=True)
+
+        student_NN, teacher_NN = affinity(student_ND), affinity(teacher_ND)
+        return (teacher_NN * ((teacher_NN + eps) / (student_NN + eps)).log()).mean()
+
+
+class CC(Relation):
+    """Correlation congruence in its released form, between neighbours of the batch.
+
+        d_i = |A f_student_i + a - B f_teacher_i - b|,
+        loss = mean over i < N of sum_c d_ic d_(i+1)c
+
+    A, a, B, b are linear maps to `dim` features and all trained, the teacher's too. Source: Peng et
+    al. 2019, arXiv:1904.01802, whose kernel matrices the released code replaces by this product;
+    distiller_zoo/CC.py. Taps: pooled. Weight 0.02. A batch of one sample has no neighbours and
+    costs 0. Values and gradients: tests/losses/test_relations.py.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str] = POOLED,
+        *,
+        weight: float = 0.02,
+        dim: int = 128,
+        gather: bool = True,
+        name: str = "cc",
+    ) -> None:
+        super().__init__(name, pairs, weight, gather=gather)
+        self.dim = dim
+
+    def bind(self, context: BindContext) -> None:
+        """Make the linear maps of both networks."""
+        shapes = self.shapes(context)
+        self.embed_student = nn.ModuleList(nn.Linear(math.prod(s), self.dim) for s, _ in shapes)
+        self.embed_teacher = nn.ModuleList(nn.Linear(math.prod(t), self.dim) for _, t in shapes)
+
+    def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """As the class says."""
+        student_ND = self.embed_student[number](student_ND)
+        apart_ND = (student_ND - self.embed_teacher[number](teacher_ND)).abs()
+        return (apart_ND[:-1] * apart_ND[1:]).sum() / max(len(apart_ND) - 1, 1)
+
+
+class RKD(Relation):
+    """Relational knowledge distillation: distances within pairs and angles within triples.
+
+        distance: h(d_ij / mean d),  d_ij = |f_i - f_j|, the mean over positive distances
+        angle:    h(<e_ij, e_ik>),   e_ij = (f_i - f_j) / d_ij
+        loss = distance_weight * mean over all N^2 + angle_weight * mean over all N^3
+
+    h is the smooth L1 distance (beta 1) between student and teacher. Source: Park et al. 2019,
+    arXiv:1904.05068; distiller_zoo/RKD.py. Taps: pooled. Weight 1, inside it 25 and 50.
+    Holds N^2 (N + D) numbers. Values and gradients: tests/losses/test_relations.py.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str] = POOLED,
+        *,
+        weight: float = 1.0,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        gather: bool = True,
+        name: str = "rkd",
+    ) -> None:
+        super().__init__(name, pairs, weight, gather=gather)
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+
+    def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """As the class says."""
+        distances, angles = zip(*map(_geometry, (student_ND, teacher_ND)), strict=True)
+        distance = F.smooth_l1_loss(*distances)
+        return self.distance_weight * distance + self.angle_weight * F.smooth_l1_loss(*angles)
+
+
+def _geometry(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [N, N] in units of their mean, and cosines [N, N, N] of the angles at i."""
+    # Differences, not a Gram matrix: of nearly equal rows it would leave rounding errors only.
+    apart_NND = rows_ND[:, None] - rows_ND
+    distance_NN = torch.linalg.vector_norm(apart_NND, dim=2)
+    positive_NN = distance_NN > 0
+    # Where rows coincide the direction is 0, and so is its gradient.
+    unit_NND = apart_NND / torch.where(positive_NN, distance_NN, 1.0)[:, :, None]
+    mean = distance_NN.sum() / positive_NN.sum().clamp(min=1)
+    return distance_NN / torch.where(mean > 0, mean, 1.0), unit_NND @ unit_NND.mT
+
+
+class SPConfig(PairConfig):
+    """Keys of `losses.sp`; RepDistiller's weight is 3000, on the last stages."""
+
+    gather: bool = True
+    """Compare the samples of all ranks with each other, not only those of one."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return SP(name=name, **self.model_dump())
+
+
+class PKTConfig(SPConfig):
+    """Keys of `losses.pkt`; RepDistiller's weight is 30000."""
+
+    pairs: dict[str, str] = POOLED
+    """Tap of the student: tap of the teacher."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return PKT(name=name, **self.model_dump())
+
+
+class CCConfig(PKTConfig):
+    """Keys of `losses.cc`; RepDistiller's weight is 0.02."""
+
+    dim: PositiveInt = 128
+    """Features of the trained linear maps."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return CC(name=name, **self.model_dump())
+
+
+class RKDConfig(PKTConfig):
+    """Keys of `losses.rkd`; RepDistiller's weight is 1."""
+
+    distance_weight: NonNegativeFloat = 25.0
+    """Factor of the distances inside the loss."""
+    angle_weight: NonNegativeFloat = 50.0
+    """Factor of the angles inside the loss."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return RKD(name=name, **self.model_dump())
