@@ -137,6 +137,7 @@ def test_a_chosen_view_takes_its_rows_of_the_teacher_along():
         {"x": x, "xprime": made},
         {"x/teacher/logits": torch.randn(4, 5), "xprime/teacher/logits": torch.randn(8, 5)},
         4,
+        (4,),
     )
     index = torch.tensor([7, 0, 3])
     found = whole.chosen("xprime", index)
