@@ -69,6 +69,8 @@ class Teacher:
         given = freeze(model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
         self.folded = model is not given
+        if self.folded:
+            _hold_in(model, precision.dtype)
         self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.unit = _TeacherUnit(
             self.model,
@@ -117,6 +119,16 @@ def _folded(model: nn.Module) -> nn.Module:
     except UserError:
         return model
     return fused if fused.rewrite_report.changed else model
+
+
+def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights the type to which autocast would round them anew at every step.
+
+    Only in layers that are exactly torch's own: what a subclass does with its weights is unknown.
+    """
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(dtype)
 
 
 class _TeacherUnit(nn.Module):

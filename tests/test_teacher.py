@@ -9,6 +9,7 @@ from fastkd.data import open_data
 from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
+from fastkd.models.rewrite_fusing import fuse
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
@@ -281,3 +282,23 @@ def test_accuracy_through_a_teacher_is_that_of_the_network():
             for batch in data.val.epoch(0)
         )
     assert found["accuracy"] == hits / 500
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2", "resnet20", "timm:test_resnet"])
+def test_weights_held_in_bf16_give_the_logits_of_autocast(name):
+    torch.manual_seed(0)
+    model = create_model(name, 10)
+    images = torch.randn(4, 3, 32, 32)
+    held = Teacher(
+        model,
+        {"x": ("logits",)},
+        precision=Precision("bf16", "cpu"),
+        device=torch.device("cpu"),
+        data_normalization=((0.0,) * 3, (1.0,) * 3),
+    )
+    kinds = {type(m): m.weight.dtype for m in held.model.modules() if hasattr(m, "weight")}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = fuse(model)(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(held({"x": images})["x/teacher/logits"], expected)
