@@ -28,6 +28,7 @@ __all__ = [
     "core",
     "deferred",
     "entry_point",
+    "is_plain_cpu",
     "register",
     "status",
     "triton_reason",
@@ -148,6 +149,22 @@ def choose_for(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Impl:
             raise ValueError(f"{op}: impl={impl!r} cannot run under torch.func; use None")
         return "reference"
     return picked
+
+
+def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU kernel: nobody records the call.
+
+    Calling the kernel itself then saves some 10 us, more than a small pool takes to score.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(
+            type(x) is Tensor and x.is_cpu and not x.is_neg() and not x._is_zerotensor()
+            for x in tensors
+        )
+    )
 
 
 def deferred(module: str, name: str) -> Callable[..., Any]:
