@@ -156,15 +156,16 @@ def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
 
     Calling the kernel itself then saves some 10 us, more than a small pool takes to score.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and all(
-            type(x) is Tensor and x.is_cpu and not x.is_neg() and not x._is_zerotensor()
-            for x in tensors
-        )
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu or x.is_neg() or x._is_zerotensor():
+            return False
+    return True
 
 
 def deferred(module: str, name: str) -> Callable[..., Any]:
