@@ -28,6 +28,7 @@ __all__ = [
     "core",
     "deferred",
     "entry_point",
+    "is_plain_cpu",
     "register",
     "status",
     "triton_reason",
@@ -148,6 +149,23 @@ def choose_for(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Impl:
             raise ValueError(f"{op}: impl={impl!r} cannot run under torch.func; use None")
         return "reference"
     return picked
+
+
+def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU kernel: nobody records the call.
+
+    Calling the kernel itself then saves some 10 us, more than a small pool takes to score.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu or x.is_neg() or x._is_zerotensor():
+            return False
+    return True
 
 
 def deferred(module: str, name: str) -> Callable[..., Any]:

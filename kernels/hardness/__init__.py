@@ -17,9 +17,11 @@ from fastkd.kernels._library import (
     choose_for,
     core,
     deferred,
+    is_plain_cpu,
     register,
     triton_reason,
 )
+from fastkd.kernels.hardness import cpu
 from fastkd.kernels.hardness.reference import hardness_reference, select_hardest_reference
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def hardness(
     if not temperature > 0:
         raise ValueError(f"hardness: got temperature={temperature}; expected a number above 0")
     kind, logits, teacher, labels = _inputs(student, teacher, labels, criterion)
-    tensors = [logits] if teacher is None else [logits, teacher]
+    tensors = [x for x in (logits, teacher, labels) if x is not None]
     score = _implementation("hardness", tensors, impl)
     rows = logits.shape[:-1]
     if len(rows) > 1:
@@ -201,8 +203,11 @@ _REFERENCES = {"hardness": hardness_reference, "select_hardest": select_hardest_
 
 
 def _implementation(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Callable[..., Any]:
-    if choose_for(op, tensors, impl) == "reference":
+    picked = choose_for(op, tensors, impl)
+    if picked == "reference":
         return _REFERENCES[op]
+    if picked == "cpp" and is_plain_cpu(tensors):
+        return getattr(cpu, op)
     if impl == "triton":
         # The launcher itself: CPU tensors reach it under Triton's interpreter.
         from fastkd.kernels.hardness import gpu
@@ -237,8 +242,6 @@ def _register() -> None:
         # Nothing is recorded for a backward pass: the results carry no gradient.
         LIBRARY.impl(f"_{op}", torch.library.fallthrough_kernel, "Autograd")
         if isinstance(core(), Core):
-            from fastkd.kernels.hardness import cpu
-
             LIBRARY.impl(f"_{op}", getattr(cpu, op), "CPU")
             backends["cpu"] = "cpp"
         if triton_reason() is None:

@@ -5,6 +5,8 @@ import torch
 import torch._dynamo.testing
 from fastkd.kernels import hardness, select_hardest, status
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CRITERIA = ["kl", "teacher_entropy", "student_entropy", "cross_entropy", "margin"]
 needs_cpp = pytest.mark.skipif(
@@ -102,6 +104,35 @@ def test_no_gradient_flows_through_scores() -> None:
             assert not torch.compile(hardness, backend="aot_eager")(
                 student, teacher, labels, criterion=criterion, impl=which
             ).requires_grad
+
+
+@needs_cpp
+def test_whoever_records_or_rewrites_calls_sees_the_ops() -> None:
+    """In plain eager mode the C++ kernels are called without the dispatcher; nowhere else."""
+    student, teacher, labels = inputs()
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    want = pick(student, teacher, labels)
+    with Recorder():
+        got = pick(student, teacher, labels)
+    assert seen.count("fastkd._hardness.default") == 5
+    assert seen.count("fastkd._select_hardest.default") == 6
+    # A lazily negated view: what lies in memory is not its value.
+    negated = torch.complex(student, -student).conj().imag
+    assert negated.is_neg()
+    for results in (got, pick(negated, teacher, labels)):
+        for a, b in zip(results, want, strict=True):
+            assert torch.equal(a, b)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (student, teacher, labels)]
+        assert [x.shape for x in pick(*fakes)] == [x.shape for x in want]
+    traced = torch.jit.trace(lambda s, t: hardness(s, t), (student, teacher))
+    assert torch.equal(traced(teacher, student), hardness(teacher, student))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
