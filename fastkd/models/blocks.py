@@ -216,23 +216,36 @@ class ResidualBlock(nn.Module):
         self.arguments = arguments
         self.block = parse_block(arguments["block"])
 
-    def rebuilt(self, **changes: Any) -> Self:
-        """The same block with other constructor arguments.
+    def rebuilt(self, block: str) -> Self:
+        """The same residual block with another cheap block in it.
 
         Layers whose weights have the same names and shapes are moved into it; the others are
         initialised, on the device and in the dtype of this block.
+        Raises UserError where the layers are no longer those that the block was built with.
         """
-        first = next(self.parameters())
+        kind, first = type(self), next(self.parameters())
+        with torch.device("meta"):
+            if _shapes(kind(**self.arguments)) != _shapes(self):
+                raise UserError(
+                    f"this {kind.__name__} was altered after it was built (fused, or part of it "
+                    "replaced): make a network cheap before that"
+                )
         with torch.device(first.device):
-            new = type(self)(**self.arguments | changes)
+            new = kind(**self.arguments | {"block": block})
         init_convs(new).to(first.dtype).train(self.training)
         layers = dict(self.named_modules())
         for path, fresh in list(new.named_modules()):
-            if path in layers and _shapes(fresh) and _shapes(fresh) == _shapes(layers[path]):
+            is_layer = not fresh._modules and bool(_shapes(fresh))
+            if is_layer and path in layers and _shapes(fresh) == _shapes(layers[path]):
                 new.set_submodule(path, layers[path])
         return new
 
+    def remove_shortcut(self) -> None:
+        """Let the block be its branch alone, as with `shortcuts=False`."""
+        delattr(self, self.shortcut_name)
+        setattr(self, self.shortcut_name, None)
+        self.arguments = self.arguments | {"shortcuts": False}
 
-def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    """Of the tensors of a layer; empty for a module that is made of others."""
-    return {} if len(layer._modules) else {k: v.shape for k, v in layer.state_dict().items()}
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in module.state_dict().items()}

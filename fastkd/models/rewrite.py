@@ -51,36 +51,36 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
     """
     wanted = parse_block(block)
     model = copied(model)
-    convs = {path: one for path, one in model.named_modules() if isinstance(one, _ConvNd)}
     blocks = {path: one for path, one in model.named_modules() if isinstance(one, ResidualBlock)}
-    rule = _Named(where, model) if where is not None else _Eligible(convs, model, bool(blocks))
+    rule = _Eligible(model, bool(blocks)) if where is None else _Named(where, model)
     styles = StyleFinder(model)
-    new_of: dict[nn.Module, nn.Module] = {
-        old: old.rebuilt(block=str(wanted)) for path, old in blocks.items() if rule.takes(path)
-    }
+    new_of: dict[nn.Module, nn.Module] = {}
     changed: dict[str, str] = {}
     left: dict[str, str] = {}
-    for path, conv in convs.items():
+    for path, old in blocks.items():
+        if rule.takes_block(path, old):
+            new_of[old] = old.rebuilt(str(wanted))
+    for path, conv in _convs(model).items():
         owner = next((one for at, one in blocks.items() if path.startswith(f"{at}.")), None)
         if owner in new_of:
             stays = conv in set(new_of[owner].modules())
-            why_left = "kept by its residual block" if stays else None
+            reason = "kept by its residual block" if stays else None
         else:
-            why_left = rule.why_left(path, conv) or (
-                "S is what it is" if wanted.kind == "S" else None
-            )
-            if why_left is None:
+            reason = rule.reason_to_leave(path, conv)
+            if reason is None and wanted.kind == "S":
+                reason = "S is what it is"
+            elif reason is None:
                 try:
                     new_of[conv] = _replacement(wanted, conv, styles)
                 except UserError as error:
                     if where is not None:
                         raise UserError(f"{path}: {error}") from None
-                    why_left = str(error)
-        if why_left is None:
+                    reason = str(error)
+        if reason is None:
             changed[path] = f"{_size(conv)}, now {wanted}"
         else:
-            left[path] = why_left
-    if not changed and wanted.kind != "S":
+            left[path] = reason
+    if not new_of and wanted.kind != "S":
         raise UserError(
             f"no convolution of {type(model).__name__} can become {wanted}: "
             f"{'; '.join(grouped(left)) or 'it has none'}. "
@@ -90,6 +90,10 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
     whole = where is None and (bool(blocks) or "block" not in options)
     report = RewriteReport(f"cheapen {wanted}", changed, left, _dearer(new_of))
     return finish(model, new_of, report, {"block": str(wanted)} if whole else None)
+
+
+def _convs(module: nn.Module) -> dict[str, _ConvNd]:
+    return {path: one for path, one in module.named_modules() if isinstance(one, _ConvNd)}
 
 
 def _dearer(new_of: dict[nn.Module, nn.Module]) -> tuple[str, ...]:
@@ -120,25 +124,28 @@ class _Named:
         above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         return any(fnmatch.filter(above, pattern) for pattern in self.patterns)
 
-    def why_left(self, path: str, conv: _ConvNd) -> str | None:
+    def takes_block(self, path: str, block: nn.Module) -> bool:
+        """Whether the block is named, or all of it that could be replaced."""
+        inside = [f"{path}.{name}" for name, conv in _convs(block).items() if not _unfit(conv)]
+        return self.takes(path) or (bool(inside) and all(map(self.takes, inside)))
+
+    def reason_to_leave(self, path: str, conv: _ConvNd) -> str | None:
         """None for a convolution to be replaced."""
-        if not self.takes(path):
-            return "not named"
-        return _unfit(conv)
+        return _unfit(conv) if self.takes(path) else "not named"
 
 
 class _Eligible:
     """No `where=`: whole residual blocks of the zoo, else every ordinary 3x3 convolution."""
 
-    def __init__(self, convs: dict[str, _ConvNd], model: nn.Module, has_blocks: bool) -> None:
+    def __init__(self, model: nn.Module, has_blocks: bool) -> None:
         self.has_blocks = has_blocks
-        self.roles = _roles(convs, model)
+        self.roles = _roles(model)
 
-    def takes(self, path: str) -> bool:
-        """Every residual block."""
+    def takes_block(self, path: str, block: nn.Module) -> bool:
+        """Every one."""
         return True
 
-    def why_left(self, path: str, conv: _ConvNd) -> str | None:
+    def reason_to_leave(self, path: str, conv: _ConvNd) -> str | None:
         """None for a convolution to be replaced."""
         if (unfit := _unfit(conv)) is not None:
             return unfit
@@ -161,9 +168,10 @@ def _size(conv: _ConvNd) -> str:
     return "x".join(map(str, conv.kernel_size))
 
 
-def _roles(convs: dict[str, _ConvNd], model: nn.Module) -> dict[str, str]:
+def _roles(model: nn.Module) -> dict[str, str]:
     """Which convolutions are stem, shortcut or head, by their place and by the usual names."""
     roles: dict[str, str] = {}
+    convs = _convs(model)
     first = next(iter(convs), "")
     stem = first.partition(".")[0]
     for path in convs:

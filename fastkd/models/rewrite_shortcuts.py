@@ -143,11 +143,12 @@ def _shortcut_kind(block: nn.Module) -> str | None:
 
 
 def _plain(block: nn.Module) -> nn.Module:
-    if isinstance(block, ResidualBlock):
-        return block.rebuilt(shortcuts=False)
+    """The block without its addition; changed in place but for foreign residual blocks."""
     layout = _layout(block)
     if layout is not None:
         return PlainBlock(block, layout.branch)
+    if isinstance(block, ResidualBlock):
+        block.remove_shortcut()
     for switch in SWITCHES:
         if hasattr(block, switch):
             setattr(block, switch, False)

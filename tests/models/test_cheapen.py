@@ -10,7 +10,15 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models import available_taps, cheapen, count, create_model, model_from_file
+from fastkd.models import (
+    available_taps,
+    cheapen,
+    count,
+    create_model,
+    fuse,
+    model_from_file,
+    remove_shortcuts,
+)
 from fastkd.models.blocks import Bottleneck, GroupedPointwise
 from fastkd.weights import save_weights
 
@@ -145,6 +153,13 @@ def test_geometry_bias_norm_and_activation_stay(block):
         assert all(one.bias is None for path in convs for one in convs[path][:-1])
 
 
+def test_s_makes_nothing_new_of_an_ordinary_convolution():
+    model = all_kinds()
+    same = cheapen(model, "S")
+    assert not same.rewrite_report.changed and str(same) == str(model)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in same.state_dict().items())
+
+
 def test_without_any_norm_the_inner_convolution_keeps_a_bias():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     made = cheapen(model, "G(N)")[1]
@@ -252,13 +267,29 @@ def test_part_of_a_zoo_network():
     alone = cheapen(model, "B(2)", where="layer1.1.conv2")
     assert isinstance(alone.layer1[1].conv2, Bottleneck)
     assert list(alone.rewrite_report.changed) == ["layer1.1.conv2"]
-    for part in (stage, alone):
+    # Both of a pair are the pair.
+    both = cheapen(model, "B(2)", where="layer1.1.conv*")
+    assert isinstance(both.layer1[1].conv1, Bottleneck) and both.layer1[1].conv2 is None
+    for part in (stage, alone, both):
         part.eval()(torch.randn(1, 3, 32, 32))
         assert not hasattr(part, "fastkd_name")  # no name would rebuild it
 
 
+def test_a_block_that_is_no_longer_as_built_is_refused_not_drawn_anew():
+    model = create_model("resnet20", 7)
+    for altered in (fuse(model), cheapen(model, "G(2)", where="layer1.0.conv1")):
+        with pytest.raises(UserError, match="this BasicBlock was altered after it was built"):
+            cheapen(altered, "G(4)")
+        key = "layer1.0.conv2.weight"
+        plain = remove_shortcuts(altered)
+        assert torch.equal(plain.state_dict()[key], altered.state_dict()[key])
+
+
 def test_cheap_again_and_back():
     model = create_model("resnet20", 7, block="G(4)")
+    again = cheapen(model, "G(4)")
+    assert not again.rewrite_report.changed
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
     assert str(cheapen(model, "B(2)")) == str(create_model("resnet20", 7, block="B(2)"))
     assert str(cheapen(model, "S")) == str(create_model("resnet20", 7))
     # What both have in common keeps its weights.
