@@ -27,7 +27,6 @@ from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
 from fastkd.trainer import Plan
-from fastkd.weights import describe
 
 __all__ = ["Result", "distill"]
 
@@ -148,7 +147,6 @@ def distill(
                 seed=seed,
                 epochs=epochs,
                 accumulate=accumulate,
-                metadata=describe(student),
             ),
             student=student,
             teacher=TeacherNet(teacher) if teacher is not None else None,

@@ -3,6 +3,7 @@
 Used by `fastkd.run` (recipes) and `fastkd.api` (people with their own networks and loaders).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +112,12 @@ def build_trainer(
 ) -> Trainer:
     """Tie everything together; UserError where student, teacher and losses do not fit."""
     device, precision = world.device, engine.precision
+    changed = next((t.name for t in terms if type(t).export is not LossTerm.export), None)
+    if engine.ema and changed:
+        raise UserError(
+            f"ema averages the student, but the loss {changed} keeps layers of its own behind it, "
+            "which would not be averaged: set ema=null"
+        )
     layout = memory_format(engine.channels_last, device, student)
     if engine.sync_bn and device.type == "cpu":
         raise UserError("sync_bn=true needs GPUs: torch synchronises batch norm over NCCL only")
@@ -138,6 +145,9 @@ def build_trainer(
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
     _check_classes(shapes, num_classes)
+    stages = bound_teacher.stages if bound_teacher and bound_teacher.has_stages else None
+    head = _head((bound_teacher or teacher).model, teacher.class_map) if teacher else None
+    norm = _last_norm(teacher.model) if teacher else None
     for term in terms:
         term.bind(
             BindContext(
@@ -145,8 +155,9 @@ def build_trainer(
                 num_classes=num_classes,
                 train_labels_N=train_labels_N,
                 shapes={need: shapes[need] for need in term.needs},
-                teacher_stages=bound_teacher.stages if bound_teacher else None,
-                teacher_head=_head((bound_teacher or teacher).model) if teacher else None,
+                teacher_stages=stages,
+                teacher_head=head,
+                teacher_norm=norm,
                 world_size=world.size,
                 rank=world.rank,
             )
@@ -270,7 +281,30 @@ def _check_classes(shapes: Mapping[str, tuple[int, ...]], num_classes: int) -> N
             )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The last linear layer, which every zoo, timm and torchvision classifier ends in."""
+def _head(model: nn.Module, class_map: tuple[int, ...] | None) -> nn.Linear | None:
+    """A copy of the last linear layer, which the classifiers of zoo, timm and torchvision end in.
+
+    Its outputs are in the class order of the data.
+    """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return linears[-1] if linears else None
+    if not linears:
+        return None
+    head = copy.deepcopy(linears[-1])
+    if class_map is not None:
+        rows = list(class_map)
+        head.weight = nn.Parameter(head.weight[rows], requires_grad=False)
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias[rows], requires_grad=False)
+        head.out_features = len(rows)
+    return head
+
+
+def _last_norm(model: nn.Module) -> nn.BatchNorm2d | None:
+    """The last batch norm that is not in a shortcut; all families name those alike."""
+    norms = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        and not {"downsample", "shortcut"} & set(path.split("."))
+    ]
+    return norms[-1] if norms else None

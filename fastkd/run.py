@@ -30,7 +30,7 @@ from fastkd.rehearsal import rehearse
 from fastkd.report.console import Console, duration
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
-from fastkd.weights import describe, load_weights
+from fastkd.weights import load_weights
 
 __all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
 
@@ -180,8 +180,8 @@ def _stage_builder(
                 accumulate=recipe.accumulate,
                 save_steps=recipe.save_steps,
                 eval_epochs=recipe.eval_epochs,
-                metadata=describe(student)
-                | {
+                epoch_factor=recipe.epoch_factor,
+                metadata={
                     "normalization": json.dumps(normalization),
                     "recipe": recipe.name,
                     "digest": recipe.digest(),
@@ -247,7 +247,7 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
         "digest": recipe.digest(),
         "student": recipe.student.name,
         "lr": recipe.optim.lr,
-        **_size(trainer.student, data),
+        **_size(trainer.kept(), data),
         "history": trainer.history,
     }
 

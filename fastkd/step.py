@@ -125,6 +125,7 @@ class DistillStep(nn.Module):
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
         carry: dict[str, dict[str, Tensor]] = {}
+        answer_NC = logits_NC = tensors["x/student/logits"]
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
             scheduled = schedule.get(term.name, {})
@@ -132,15 +133,16 @@ class DistillStep(nn.Module):
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]
+            if output.logits_NC is not None:
+                answer_NC = output.logits_NC
             if output.carry:
                 carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
 
-        logits_NC = tensors["x/student/logits"]
         if not self.trains_head:
             # DDP waits for a gradient of every parameter; that of a head without a loss is zero.
             total = total + 0.0 * logits_NC.float().sum()
         images = labels_N.shape[0]
-        correct = (logits_NC.detach().argmax(1) == labels_N).sum().float()
+        correct = (answer_NC.detach().argmax(1) == labels_N).sum().float()
         means = [total, *(values[part] for part in self.part_names)]
         metrics = [correct.new_full((), images), *(m.detach().float() * images for m in means)]
         return StepOutput(total, torch.stack([*metrics, correct]), carry)

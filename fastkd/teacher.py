@@ -5,7 +5,7 @@ GPU it works one batch ahead on a side stream (`run_ahead`).
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastkd.compiling import compile_unit
 from fastkd.errors import UserError
 from fastkd.models.rewrite_fusing import fuse
-from fastkd.models.taps import Tapped
+from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.precision import Precision
 
 __all__ = ["Teacher", "freeze", "run_ahead"]
@@ -97,20 +97,18 @@ class Teacher:
         with torch.no_grad():
             return self.unit(images_NCHW)["logits"]
 
-    def stages(self, features: Tensor, after: str, upto: str) -> Tensor:
-        """The layers after tap `after` up to tap `upto`, with gradient to the features."""
-        if self.folded:
-            raise UserError(
-                "a loss sends features through stages of a teacher whose batch norm was folded, "
-                "because no loss needs a tap of it: name x/teacher/TAP among the needs of that loss"
-            )
-        run = getattr(self.model, "forward_between", None)
-        if run is None:
-            raise UserError(
-                f"a loss sends features through the teacher's stages, which "
-                f"{type(self.model).__name__} does not expose; use a teacher of the zoo"
-            )
-        return run(features, after, upto)
+    def stages(self, features: Tensor, after: str, taps: Iterable[str]) -> dict[str, Tensor]:
+        """The layers after tap `after` up to the last of `taps`, with gradient to the features.
+
+        Networks of the zoo only; see `has_stages`.
+        """
+        assert isinstance(self.model, ZooNetwork)
+        return self.unit.in_class_order(self.model.forward_from(features, after, taps))
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the network can be run in part."""
+        return isinstance(self.model, ZooNetwork)
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -170,7 +168,11 @@ class _TeacherUnit(nn.Module):
             images_NCHW = resized_NCHW.to(images_NCHW.dtype)
         with self.precision.autocast():
             features = self.tapped(images_NCHW)
-        if self.order is not None:
+        return self.in_class_order(features)
+
+    def in_class_order(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the logits, where there are any, in the class order of the data."""
+        if self.order is not None and "logits" in features:
             features = features | {"logits": features["logits"][:, self.order]}
         return features
 

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastkd.losses.term import BindContext, LossTerm, TermInputs
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = [
     "assert_as_accurate",
     "bind_pair",
+    "bind_term",
+    "call_term",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
+    "fill_with_sines",
     "fixed_state",
     "gradient_of",
     "hashed_values",
@@ -47,6 +50,47 @@ def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, num_samples: int
     term.bind(BindContext(len(labels_N), 5, labels_N, shapes))
     index_N = torch.arange(len(student))
     return TermInputs(tensors, labels_N[index_N], index_N, {})
+
+
+@torch.no_grad()
+def fill_with_sines(module: nn.Module, number: int) -> None:
+    """Every parameter, in the order of the module, from `number` on; batch norms near identity."""
+    for offset, (name, parameter) in enumerate(module.named_parameters()):
+        value = sines(parameter.shape, number + offset, 0.3)
+        owner = module.get_submodule(name.rpartition(".")[0])
+        is_scale = isinstance(owner, nn.modules.batchnorm._BatchNorm) and name.endswith("weight")
+        parameter.copy_(1 + value if is_scale else value)
+
+
+def bind_term(term: LossTerm, tensors: Mapping[str, Tensor], **context: Any) -> LossTerm:
+    """Bind a loss to the shapes of its inputs, 10 classes and 50 samples unless said otherwise."""
+    given: dict[str, Any] = {
+        "num_samples": 50,
+        "num_classes": 10,
+        "train_labels_N": torch.arange(50) % 10,
+        "shapes": {need: tuple(tensors[need].shape[1:]) for need in term.needs},
+    }
+    term.bind(BindContext(**{**given, **context}))
+    return term
+
+
+def call_term(
+    term: LossTerm,
+    tensors: Mapping[str, Tensor],
+    labels_N: Tensor | None = None,
+    *,
+    epoch: float = 0.0,
+    rows_of_ranks: tuple[int, ...] = (),
+) -> TermOutput:
+    """What a loss makes of its inputs in an epoch (from 0), as the step calls it."""
+    some = tensors[term.needs[0]]
+    labels_N = torch.arange(len(some)) % 10 if labels_N is None else labels_N
+    schedule = {
+        name: torch.tensor(value(epoch), dtype=some.dtype)
+        for name, value in term.schedules().items()
+    }
+    index_N = torch.arange(len(some))
+    return term(TermInputs(tensors, labels_N, index_N, schedule, rows_of_ranks))
 
 
 def rms(x: Tensor) -> float:

@@ -70,6 +70,8 @@ class Plan:
     clip_norm: float | None = None
     save_steps: int | None = None
     eval_epochs: int = 1
+    epoch_factor: float = 1.0
+    """What the recipe multiplied its epochs with; the losses' schedules are stretched likewise."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Goes into best.safetensors."""
     decisions: dict[str, Any] = field(default_factory=dict)
@@ -258,7 +260,9 @@ class Trainer:
         return {
             term.name: {
                 # torch.full fills on the device; torch.tensor would copy from the host.
-                name: torch.full((), value(epoch), device=self.world.device)
+                name: torch.full(
+                    (), value(epoch / self.plan.epoch_factor), device=self.world.device
+                )
                 for name, value in term.schedules().items()
             }
             for term in self.terms

@@ -2,7 +2,7 @@
 
 programs/proof_term.py owns two banks, a connector and a head with rates of their own, a schedule,
 and a tap of each network on each view; here it goes through training, two ranks, SIGKILL and
-resume. The terms of five papers are typed out in test_loss_contract_papers.py.
+resume. test_loss_contract_papers.py trains the losses of the papers.
 """
 
 import json

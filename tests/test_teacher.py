@@ -194,17 +194,27 @@ def test_features_go_through_its_stages_with_gradient():
     made = teacher(model, {"x": ("stage1", "stage2")})
     found = made({"x": images})
     features = found["x/teacher/stage1"].clone().requires_grad_()
-    on = made.stages(features, "stage1", "stage2")
-    torch.testing.assert_close(on, found["x/teacher/stage2"])
-    on.sum().backward()
+    on = made.stages(features, "stage1", ("stage2", "logits"))
+    assert on.keys() == {"stage2", "logits"}
+    torch.testing.assert_close(on["stage2"], found["x/teacher/stage2"])
+    torch.testing.assert_close(on["logits"], found["x/teacher/logits"])
+    on["stage2"].sum().backward()
     assert features.grad is not None
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_foreign_teacher_has_no_stages():
     foreign = teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
-    with pytest.raises(Exception, match="which Sequential does not expose; use a teacher of"):
-        foreign.stages(torch.zeros(1), "a", "b")
+    assert not foreign.has_stages
+    assert teacher(net()).has_stages
+
+
+def test_its_stages_answer_in_the_class_order_of_the_data():
+    model = net()
+    made = teacher(model, {"x": ("pooled",)}, class_map=(3, 0, 1))
+    found = made({"x": torch.rand(2, 3, 16, 16)})
+    behind = made.stages(found["x/teacher/pooled"], "pooled", ("logits",))
+    torch.testing.assert_close(behind["logits"], found["x/teacher/logits"])
 
 
 def tensors(state):

@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.losses.crd import CRD as CRD
+    from fastkd.losses.dist import DIST as DIST
+    from fastkd.losses.dkd import DKD as DKD
     from fastkd.losses.features import AT as AT
     from fastkd.losses.hints import VID as VID
     from fastkd.losses.hints import FitNet as FitNet
+    from fastkd.losses.jointrd import JointRD as JointRD
+    from fastkd.losses.jointrd import StageMSE as StageMSE
     from fastkd.losses.kd import KDLoss as KDLoss
     from fastkd.losses.kd import KLDivLoss as KLDivLoss
     from fastkd.losses.logits import KD as KD
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
+    from fastkd.losses.logits import SoftCE as SoftCE
+    from fastkd.losses.meal import Discriminator as Discriminator
     from fastkd.losses.nst import NST as NST
     from fastkd.losses.relations import CC as CC
     from fastkd.losses.relations import PKT as PKT
     from fastkd.losses.relations import RKD as RKD
     from fastkd.losses.relations import SP as SP
+    from fastkd.losses.review import ReviewKD as ReviewKD
+    from fastkd.losses.simkd import SimKD as SimKD
     from fastkd.losses.term import BindContext as BindContext
     from fastkd.losses.term import LossTerm as LossTerm
     from fastkd.losses.term import TermInputs as TermInputs
@@ -32,6 +40,10 @@ _HOME = {
     "CRD": "crd",
     "CrossEntropy": "logits",
     "FitNet": "hints",
+    "DIST": "dist",
+    "DKD": "dkd",
+    "Discriminator": "meal",
+    "JointRD": "jointrd",
     "KD": "logits",
     "KDLoss": "kd",
     "KLDivLoss": "kd",
@@ -40,6 +52,10 @@ _HOME = {
     "PKT": "relations",
     "RKD": "relations",
     "SP": "relations",
+    "ReviewKD": "review",
+    "SimKD": "simkd",
+    "SoftCE": "logits",
+    "StageMSE": "jointrd",
     "TermInputs": "term",
     "TermOutput": "term",
     "VID": "hints",
@@ -49,6 +65,8 @@ __all__ = [
     "AT",
     "CC",
     "CRD",
+    "DIST",
+    "DKD",
     "KD",
     "NST",
     "PKT",
@@ -57,10 +75,16 @@ __all__ = [
     "VID",
     "BindContext",
     "CrossEntropy",
+    "Discriminator",
     "FitNet",
+    "JointRD",
     "KDLoss",
     "KLDivLoss",
     "LossTerm",
+    "ReviewKD",
+    "SimKD",
+    "SoftCE",
+    "StageMSE",
     "TermInputs",
     "TermOutput",
 ]

@@ -1,20 +1,43 @@
-"""Losses on logits as terms of a recipe: cross entropy and distillation (KD).
+"""Losses on logits as terms of a recipe: cross entropy, distillation (KD), soft cross entropy.
 
 KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is TLmixup / TLCutMix of
 "Understanding the success of KD: a data augmentation perspective":
-0.1 CE(x) + 0.9 [KL(x) + KL(x')].
+0.1 CE(x) + 0.9 [KL(x) + KL(x')]. Logit standardisation: Sun et al. 2024, arXiv:2403.01427;
+sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py. Tests: tests/losses/
+test_logit_losses.py, test_peer_losses.py.
 """
 
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.kernels import kd_loss
+from fastkd.losses.kd import KDLoss
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
 
-__all__ = ["KD", "CrossEntropy", "CrossEntropyConfig", "KDConfig"]
+__all__ = [
+    "KD",
+    "CrossEntropy",
+    "CrossEntropyConfig",
+    "KDConfig",
+    "SoftCE",
+    "SoftCEConfig",
+    "standardize",
+]
+
+
+def standardize(logits_NC: Tensor) -> Tensor:
+    """Every row to zero mean and unit (unbiased) standard deviation, in fp32; fp64 stays.
+
+    (z - mean) / (std + 1e-7): a student then matches the teacher's order and relations, not the
+    size of its logits (arXiv:2403.01427).
+    """
+    z_NC = widened(logits_NC)
+    centred_NC = z_NC - z_NC.mean(1, keepdim=True)
+    return centred_NC / (z_NC.std(1, keepdim=True) + 1e-7)
 
 
 class CrossEntropy(LossTerm):
@@ -35,7 +58,8 @@ class KD(LossTerm):
     """T^2 KL(teacher || student) on each view, plus cross entropy with the labels on x.
 
     Parts: `<name>` (x), `<name>_xprime` (x', full weight, not averaged with x) and `ce` where
-    ce_weight > 0; one pass of the fused kernel per view.
+    ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
+    not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
     """
 
     def __init__(
@@ -46,6 +70,7 @@ class KD(LossTerm):
         temperature: float = 4.0,
         label_smoothing: float = 0.0,
         views: tuple[str, ...] = ("x",),
+        standardize: bool = False,
         name: str = "kd",
     ) -> None:
         needs = tuple(f"{view}/{net}/logits" for view in views for net in ("student", "teacher"))
@@ -58,16 +83,21 @@ class KD(LossTerm):
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.views = views
+        self.standardize = standardize
         self.ce_weight = ce_weight
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Means over the rows of each view."""
         parts = {}
         for view in self.views:
-            with_labels = view == "x" and self.ce_weight
+            student_NC = inputs.tensors[f"{view}/student/logits"]
+            teacher_NC = inputs.tensors[f"{view}/teacher/logits"]
+            if self.standardize:
+                student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
+            with_labels = view == "x" and self.ce_weight and not self.standardize
             kd_N, ce_N, _ = kd_loss(
-                inputs.tensors[f"{view}/student/logits"],
-                inputs.tensors[f"{view}/teacher/logits"],
+                student_NC,
+                teacher_NC,
                 inputs.labels_N if with_labels else None,
                 temperature=self.temperature,
                 label_smoothing=self.label_smoothing,
@@ -75,12 +105,38 @@ class KD(LossTerm):
             parts[self.name if view == "x" else f"{self.name}_{view}"] = kd_N.mean()
             if with_labels:
                 parts["ce"] = ce_N.mean()
-        if self.ce_weight and "x" not in self.views:
-            logits_NC = inputs.tensors["x/student/logits"].float()
+        if self.ce_weight and "ce" not in parts:
+            logits_NC = widened(inputs.tensors["x/student/logits"])
             parts["ce"] = F.cross_entropy(
                 logits_NC, inputs.labels_N, label_smoothing=self.label_smoothing
             )
         return TermOutput(parts)
+
+
+class SoftCE(LossTerm):
+    """T^2 times the mean cross entropy of the student with the teacher's probabilities at T.
+
+    -T^2 mean over rows of sum over classes of p_teacher * log p_student; KD plus the teacher's
+    entropy, a constant. With T = 1 and weight 1 the similarity loss of MEAL V2 (arXiv:2009.08453,
+    equation 3; szq0214/MEAL-V2 extensions/kd_loss.py), which has no other loss but `Discriminator`.
+    Needs the logits of both nets on `view`.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        view: str = "x",
+        name: str = "soft_ce",
+    ) -> None:
+        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        self.loss = KDLoss.preset("meal_v2", temperature=temperature)
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Mean over the rows."""
+        student_NC, teacher_NC = (inputs.tensors[need] for need in self.needs)
+        return TermOutput({self.name: self.loss(student_NC, teacher_NC)})
 
 
 class CrossEntropyConfig(TermConfig):
@@ -109,7 +165,24 @@ class KDConfig(TermConfig):
     """Share of the hard target spread over all classes."""
     views: tuple[Literal["x", "xprime"], ...] = ("x",)
     """Views on which the student imitates the teacher."""
+    standardize: bool = False
+    """Take both logits of the KL to zero mean and unit deviation per sample first."""
 
     def build(self, name: str) -> LossTerm:
         """The term."""
         return KD(name=name, **self.model_dump())
+
+
+class SoftCEConfig(TermConfig):
+    """Keys of `losses.soft_ce`."""
+
+    weight: PositiveFloat
+    """Factor in the total; 1 in MEAL V2."""
+    temperature: PositiveFloat = 1.0
+    """T of both softmaxes."""
+    view: Literal["x", "xprime"] = "x"
+    """View on which the student imitates the teacher."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return SoftCE(name=name, **self.model_dump())

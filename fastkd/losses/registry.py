@@ -29,6 +29,14 @@ _TERMS = {
     "rkd": ("fastkd.losses.relations", "RKDConfig"),
     "sp": ("fastkd.losses.relations", "SPConfig"),
     "vid": ("fastkd.losses.hints", "VIDConfig"),
+    "soft_ce": ("fastkd.losses.logits", "SoftCEConfig"),
+    "dkd": ("fastkd.losses.dkd", "DKDConfig"),
+    "dist": ("fastkd.losses.dist", "DISTConfig"),
+    "reviewkd": ("fastkd.losses.review", "ReviewKDConfig"),
+    "simkd": ("fastkd.losses.simkd", "SimKDConfig"),
+    "jointrd": ("fastkd.losses.jointrd", "JointRDConfig"),
+    "stage_mse": ("fastkd.losses.jointrd", "StageMSEConfig"),
+    "discriminator": ("fastkd.losses.meal", "DiscriminatorConfig"),
 }
 
 

@@ -71,6 +71,9 @@ class TermOutput(NamedTuple):
     """Unweighted scalars by name; `weights` says with which factor each enters the total."""
     carry: dict[str, Tensor] | None = None
     """Detached tensors handed to `commit` once the step is known to be good."""
+    logits_NC: Tensor | None = None
+    """What the network of `export` answers on x, where the term changes the student's head: the
+    training accuracy is then counted on it."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,14 @@ class BindContext:
     """int64 labels of all training samples by sample id, on the CPU."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every need of the term without the batch axis."""
-    teacher_stages: Callable[[Tensor, str, str], Tensor] | None = None
-    """stages(features, after, upto): the frozen teacher's layers after tap `after` up to tap
-    `upto`, applied to features with gradient (JointRD). None if the teacher has no stages."""
-    teacher_head: nn.Module | None = None
-    """The teacher's frozen classifier (SimKD)."""
+    teacher_stages: Callable[[Tensor, str, Iterable[str]], dict[str, Tensor]] | None = None
+    """stages(features, after, taps): the frozen teacher's layers after tap `after`, applied to
+    features with gradient; the values of `taps`, of which the last ends the run (JointRD). None if
+    the teacher has no stages, as one from outside the zoo."""
+    teacher_head: nn.Linear | None = None
+    """The teacher's frozen classifier, its outputs in the class order of the data (SimKD)."""
+    teacher_norm: nn.BatchNorm2d | None = None
+    """The teacher's last batch norm that is not in a shortcut (JointRD)."""
     world_size: int = 1
     rank: int = 0
 

@@ -82,12 +82,13 @@ def create_model(
     own = {option: value for option, value in options.items() if option not in rewrites}
     source, colon, rest = name.partition(":")
     if colon:
-        if source not in hub.HUBS:
+        sources = {**hub.HUBS, "simkd": _build_simkd}
+        if source not in sources:
             raise UserError(
                 f"unknown source {source!r} in {name!r}; expected timm:NAME, torchvision:NAME "
                 "or a name of the zoo"
             )
-        model, classes, normalization = hub.HUBS[source](rest, num_classes, pretrained, own)
+        model, classes, normalization = sources[source](rest, num_classes, pretrained, own)
     else:
         model, normalization = _build_zoo(name, num_classes, pretrained, own), None
         assert num_classes is not None

@@ -48,21 +48,31 @@ class ZooNetwork(nn.Module):
         return kept
 
     def forward_between(self, features: Tensor, after: str, upto: str) -> Tensor:
-        """Run only the layers behind the tap `after`, on `features`, up to the tap `upto`.
+        """Run only the layers behind the tap `after`, on `features`, up to the tap `upto`."""
+        return self.forward_from(features, after, (upto,))[upto]
+
+    def forward_from(
+        self, features: Tensor, after: str, wanted: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """Run the layers behind the tap `after`, on `features`, up to the last wanted tap.
 
         after: `images`, or any tap but `logits` and the `:preact` ones, from which nothing can
         start.
-        Raises UserError when a name is unknown or `upto` does not come later than `after`.
+        Raises UserError when a name is unknown or does not come later than `after`.
         """
         starts = ("images", *(tap for tap in self.tap_names[:-1] if ":" not in tap))
         if after not in starts:
             raise UserError(f"cannot start after {after!r}; expected one of {', '.join(starts)}")
+        missing = set(wanted)
+        found: dict[str, Tensor] = {}
         for tap, tensor in self.walk(features, after):
-            if tap == upto:
-                return tensor
-        raise UserError(
-            f"no tap {upto!r} behind {after!r}; the order is {', '.join(self.tap_names)}"
-        )
+            if tap in missing:
+                found[tap] = tensor
+                missing.remove(tap)
+            if not missing:
+                return found
+        name, order = min(missing), ", ".join(self.tap_names)
+        raise UserError(f"no tap {name!r} behind {after!r}; the order is {order}")
 
 
 def available_taps(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,82 @@
+"""DIST: correlation with the teacher within rows and within columns, as a term of a recipe.
+
+Huang et al. 2022, arXiv:2205.10536; reference implementation: hunto/image_classification_sota
+lib/models/losses/dist_kd.py. Tests: tests/losses/test_logit_losses.py, test_peer_losses.py.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from fastkd.distributed import join_rows
+from fastkd.losses.registry import TermConfig
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
+
+__all__ = ["DIST", "DISTConfig", "between_rows"]
+
+EPS = 1e-8
+"""Added to the product of the norms, as in the reference."""
+
+
+class DIST(LossTerm):
+    """T^2 * (inter + intra), each a mean of 1 - Pearson's correlation of p_student and p_teacher.
+
+    inter correlates the classes of one sample (rows of the batch of probabilities at T), intra the
+    samples of one class (columns). Needs the logits of both nets on `view`. The total of the paper
+    is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet.
+
+    Under several ranks `gather=True` takes the columns over the samples of all ranks, which is one
+    process on the joined batch; otherwise each rank takes its own, and their mean counts.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 2.0,
+        temperature: float = 4.0,
+        gather: bool = True,
+        view: str = "x",
+        name: str = "dist",
+    ) -> None:
+        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        self.temperature = temperature
+        self.gather = gather
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Softmax in fp32 whatever the autocast type."""
+        student_NC, teacher_NC = (
+            (widened(inputs.tensors[need]) / self.temperature).softmax(1) for need in self.needs
+        )
+        inter = between_rows(student_NC, teacher_NC)
+        if self.gather:
+            student_NC = join_rows(student_NC, inputs.rows_of_ranks)
+            teacher_NC = join_rows(teacher_NC, inputs.rows_of_ranks)
+        intra = between_rows(student_NC.T, teacher_NC.T)
+        return TermOutput({self.name: self.temperature**2 * (inter + intra)})
+
+
+def between_rows(student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
+    """Mean over rows of 1 - Pearson's correlation of two [N, C] tensors, a scalar."""
+    s_NC = student_NC - student_NC.mean(1, keepdim=True)
+    t_NC = teacher_NC - teacher_NC.mean(1, keepdim=True)
+    norms_N = torch.linalg.vector_norm(s_NC, dim=1) * torch.linalg.vector_norm(t_NC, dim=1)
+    return (1 - (s_NC * t_NC).sum(1) / (norms_N + EPS)).mean()
+
+
+class DISTConfig(TermConfig):
+    """Keys of `losses.dist`."""
+
+    weight: PositiveFloat
+    """Factor in the total; the paper uses 2."""
+    temperature: PositiveFloat = 4.0
+    """T of both softmaxes."""
+    gather: bool = True
+    """Correlate each class over the samples of all ranks, not of one."""
+    view: Literal["x", "xprime"] = "x"
+    """View on which the logits are compared."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return DIST(name=name, **self.model_dump())

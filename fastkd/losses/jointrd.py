@@ -1,0 +1,291 @@
+"""Losses for networks without shortcuts: JointRD and the stage-wise error of AlignKD, as terms.
+
+JointRD: Li et al., "Residual Distillation: Towards Portable Deep Neural Networks without
+Shortcuts", NeurIPS 2020; reference implementation: leoozy/JointRD_Neurips2020
+process/multikd_train.py (branch JOINT) and model/distiller2.py. AlignKD: Kao and Lai, "AlignKD",
+equations 4 to 7, without released code; its equations 1 to 3 say what it takes JointRD to be.
+Tests: tests/losses/test_map_losses.py, test_peer_losses.py.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.errors import UserError
+from fastkd.losses.registry import TermConfig
+from fastkd.losses.term import (
+    BindContext,
+    LossTerm,
+    TermInputs,
+    TermOutput,
+    autocast_like,
+    widened,
+)
+from fastkd.losses.weight_schedules import cosine_decay
+
+__all__ = [
+    "JointRD",
+    "JointRDConfig",
+    "StageMSE",
+    "StageMSEConfig",
+    "expected_negative",
+    "partial_l2",
+]
+
+
+class JointRD(LossTerm):
+    """The teacher's later stages applied to the student's earlier ones; beside the student's CE.
+
+    With stages 1..n, S_i the student's output of stage i and R_i the teacher's stages i+1..n on it:
+
+        paper      eta * (sum over i < n of CE(C(R_i), y) + feature_weight * sum over i <= n of
+                   MSE(R_i, teacher)); C is the teacher's classifier, MSE a mean over elements of
+                   `feature`: the pooled vector, the logits, or the last map
+        released   eta * sum over i < n of CE(C(R_i), y) + feature_weight * (eta * sum over i < n of
+                   D_i + D_n); D = `partial_l2` of the last map before its ReLU, through a trained
+                   1x1 conv and BN per junction, to the teacher's
+
+    Parts: `<name>` (CE) and `<name>_features`. eta falls along a cosine from 1 to `eta_end` over
+    `eta_epochs` epochs. Set losses.ce.weight beside it: 1 in the paper, and 0.25 for both in the
+    released form, which multiplies all terms with 1/4. Its authors train the teacher alongside;
+    here it is frozen, as the paper says. feature_weight is 1e-3 at 32 px, 1e-4 at 224 px.
+
+    Needs the stages' outputs of a student whose shapes are the teacher's, and a teacher of the zoo.
+    The junctions join on the batch axis as they come, so that each teacher stage runs once.
+    """
+
+    margin_C11: Tensor
+
+    def __init__(
+        self,
+        stages: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4"),
+        *,
+        weight: float = 1.0,
+        feature_weight: float = 1e-3,
+        form: Literal["paper", "released"] = "paper",
+        feature: Literal["pooled", "logits", "map"] = "pooled",
+        eta_epochs: float = 60.0,
+        eta_end: float = 0.5,
+        name: str = "jointrd",
+    ) -> None:
+        if len(stages) < 2:
+            raise ValueError(f"JointRD joins at least two stages, got stages={stages}")
+        *early, last = stages
+        if form == "released":
+            self.tap = own = f"{last}:preact"
+        else:
+            self.tap, own = last if feature == "map" else feature, last
+        needs = [*(f"x/student/{tap}" for tap in (*early, own)), f"x/teacher/{self.tap}"]
+        if self.tap == "logits":
+            # A teacher of which nothing but the logits is wanted has no stages left.
+            needs.append("x/teacher/pooled")
+        super().__init__(
+            name, tuple(needs), {name: weight, f"{name}_features": weight * feature_weight}
+        )
+        self.stages, self.form = tuple(stages), form
+        self.compares_maps = form == "released" or feature == "map"
+        self.eta = cosine_decay(eta_epochs, eta_end)
+
+    def bind(self, context: BindContext) -> None:
+        """Checks that the student's features fit; the released form makes its connectors."""
+        run, head, norm = context.teacher_stages, context.teacher_head, context.teacher_norm
+        if run is None or head is None:
+            raise UserError(
+                f"losses.{self.name} sends the student's features through the teacher's stages, "
+                "which only networks of the zoo with a classifier expose: use one as teacher"
+            )
+        for tap, following in pairwise(self.stages):
+            shape = context.shapes[f"x/student/{tap}"]
+            try:
+                with torch.no_grad():
+                    run(head.weight.new_zeros(1, *shape), tap, (following,))
+            except RuntimeError as error:
+                raise UserError(
+                    f"losses.{self.name}: the teacher's layers behind {tap} do not take the "
+                    f"student's {tap} of {list(shape)} ({error}): both need equal stages"
+                ) from error
+        own, target = self.needs[len(self.stages) - 1 : len(self.stages) + 1]
+        if self.compares_maps and context.shapes[own] != context.shapes[target]:
+            raise UserError(
+                f"losses.{self.name}: {own} is {list(context.shapes[own])} per image but {target} "
+                f"{list(context.shapes[target])}: both need equal stages"
+            )
+        self.run_teacher = run
+        if self.form == "released":
+            if norm is None:
+                raise UserError(
+                    f"losses.{self.name}.form=released takes its margin from the teacher's last "
+                    "batch norm, and it has none: use form=paper"
+                )
+            channels = context.shapes[target][0]
+            self.connectors = nn.ModuleList(_connector(channels) for _ in self.stages)
+            self.register_buffer("margin_C11", expected_negative(norm), persistent=False)
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """`eta`."""
+        return {"eta": self.eta}
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Sums over stages, means over rows."""
+        tensors = [inputs.tensors[need] for need in self.needs]
+        students, target = tensors[: len(self.stages)], tensors[len(self.stages)]
+        junctions, last = len(self.stages) - 1, self.stages[-1]
+        with autocast_like(students[0]):
+            # Junction i joins the rows that the teacher has already taken as far as stage i.
+            joined = students[0]
+            for (after, upto), own in zip(pairwise(self.stages[:-1]), students[1:-1], strict=True):
+                joined = torch.cat([self.run_teacher(joined, after, (upto,))[upto], own])
+            found = self.run_teacher(joined, self.stages[-2], (self.tap, "logits"))
+            own = students[-1]
+            if not self.compares_maps:
+                own = self.run_teacher(own, last, (self.tap,))[self.tap]
+            features = [*found[self.tap].chunk(junctions), own]
+            if self.form == "released":
+                pairs = zip(self.connectors, features, strict=True)
+                features = [connector(feature) for connector, feature in pairs]
+        *early, of_student = [self._distance(feature, target) for feature in features]
+        labels = inputs.labels_N.repeat(junctions)
+        joint = junctions * F.cross_entropy(widened(found["logits"]), labels)
+        eta = inputs.schedule["eta"]
+        distance = eta * torch.stack(early).sum()
+        # The released code leaves the student's own features out of eta.
+        distance = distance + (of_student if self.form == "released" else eta * of_student)
+        return TermOutput({self.name: eta * joint, f"{self.name}_features": distance})
+
+    def _distance(self, feature: Tensor, target: Tensor) -> Tensor:
+        feature, target = widened(feature), widened(target)
+        if self.form == "released":
+            return partial_l2(feature, target, self.margin_C11)
+        return F.mse_loss(feature, target)
+
+
+def partial_l2(student_NCHW: Tensor, teacher_NCHW: Tensor, margin_C11: Tensor) -> Tensor:
+    """Squared distance to max(teacher, margin), summed, divided by N; a scalar.
+
+    Elements where the teacher is not positive and the student already below that count nothing:
+    a ReLU follows. Heo et al. 2019, arXiv:1904.01866, as JointRD's code uses it.
+    """
+    target_NCHW = torch.maximum(teacher_NCHW, margin_C11)
+    counts_NCHW = (teacher_NCHW > 0) | (student_NCHW > target_NCHW)
+    excess_NCHW = torch.where(counts_NCHW, student_NCHW - target_NCHW, 0.0)
+    return excess_NCHW.square().sum() / len(student_NCHW)
+
+
+def expected_negative(norm: nn.BatchNorm2d) -> Tensor:
+    """Per channel the mean of the negative outputs of a batch norm on normal inputs, [C, 1, 1].
+
+    Outputs are N(bias, weight^2); -3 * |weight| where at most one in a thousand is negative.
+    """
+    mean_C, std_C = norm.bias.detach().double(), norm.weight.detach().double().abs()
+    z_C = -mean_C / std_C.clamp_min(torch.finfo(torch.float64).tiny)
+    share_C = torch.special.ndtr(z_C)
+    density_C = (-z_C.square() / 2).exp() / math.sqrt(2 * math.pi)
+    inside_C = mean_C - std_C * density_C / share_C
+    margin_C = torch.where(share_C > 1e-3, inside_C, -3 * std_C)
+    return margin_C.to(norm.weight.dtype)[:, None, None]
+
+
+def _connector(channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, channels, 1, bias=False)
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
+    return nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+
+class StageMSE(LossTerm):
+    """eta * sum over pairs of the squared error of two maps, without a connector (AlignKD, eq. 7).
+
+    `pairs` maps taps of the student to taps of the teacher of the same shape; AlignKD has the
+    outputs of all stages, beside losses.kd at temperature 1 with weight and ce_weight 0.5. The
+    error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
+    falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        *,
+        weight: float = 1.0,
+        reduction: Literal["mean", "sum"] = "mean",
+        eta_epochs: float = 60.0,
+        eta_end: float = 0.5,
+        name: str = "stage_mse",
+    ) -> None:
+        if not pairs:
+            raise ValueError("StageMSE needs at least one pair, e.g. pairs={'stage2': 'stage2'}")
+        self_needs = [n for s, t in pairs.items() for n in (f"x/student/{s}", f"x/teacher/{t}")]
+        super().__init__(name, tuple(self_needs), {name: weight})
+        self.pairs = list(zip(self_needs[::2], self_needs[1::2], strict=True))
+        self.reduction = reduction
+        self.eta = cosine_decay(eta_epochs, eta_end)
+
+    def bind(self, context: BindContext) -> None:
+        """Refuse pairs of different shapes."""
+        for student, teacher in self.pairs:
+            if context.shapes[student] != context.shapes[teacher]:
+                raise UserError(
+                    f"losses.{self.name} compares tensors of one shape, but {student} is "
+                    f"{list(context.shapes[student])} per image and {teacher} "
+                    f"{list(context.shapes[teacher])}: choose other pairs, or losses.fitnet, "
+                    "which has a connector"
+                )
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """`eta`."""
+        return {"eta": self.eta}
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Sum over the pairs."""
+        errors = []
+        for pair in self.pairs:
+            student, teacher = (widened(inputs.tensors[need]) for need in pair)
+            rows = 1 if self.reduction == "mean" else len(student)
+            errors.append(F.mse_loss(student, teacher, reduction=self.reduction) / rows)
+        return TermOutput({self.name: inputs.schedule["eta"] * torch.stack(errors).sum()})
+
+
+class JointRDConfig(TermConfig):
+    """Keys of `losses.jointrd`."""
+
+    weight: PositiveFloat
+    """Factor in the total; 1 in the paper, 0.25 (and losses.ce.weight=0.25) as released."""
+    feature_weight: PositiveFloat = 1e-3
+    """Factor of the features within the term; the released code uses 1e-3 at 32 px, 1e-4 at 224."""
+    stages: tuple[str, ...] = Field(default=("stage1", "stage2", "stage3", "stage4"), min_length=2)
+    """Taps of student and teacher at which their stages end."""
+    form: Literal["paper", "released"] = "paper"
+    """Which formula: AlignKD's equations 1 to 3, or the sum of the released code."""
+    feature: Literal["pooled", "logits", "map"] = "pooled"
+    """form=paper: what is compared; the text names all three."""
+    eta_epochs: NonNegativeFloat = 60.0
+    """Epochs over which eta falls along a cosine from 1."""
+    eta_end: float = Field(default=0.5, ge=0, le=1)
+    """Where eta ends."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return JointRD(name=name, **self.model_dump())
+
+
+class StageMSEConfig(TermConfig):
+    """Keys of `losses.stage_mse`."""
+
+    weight: PositiveFloat
+    """Factor in the total; 1 in AlignKD."""
+    pairs: dict[str, str]
+    """Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Over the elements of an image; both are means over images."""
+    eta_epochs: NonNegativeFloat = 60.0
+    """Epochs over which eta falls along a cosine from 1."""
+    eta_end: float = Field(default=0.5, ge=0, le=1)
+    """Where eta ends; 1 keeps the weight constant."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return StageMSE(name=name, **self.model_dump())

@@ -1,0 +1,103 @@
+"""The discriminator of MEAL V2 as a term of a recipe; its similarity loss is `SoftCE` at T = 1.
+
+Shen and Savvides 2020, arXiv:2009.08453, section 3; reference implementation: szq0214/MEAL-V2
+models/discriminator.py and loss.py. Tests: tests/losses/test_logit_losses.py, test_peer_losses.py.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+from torch.nn import functional as F
+
+from fastkd.losses.registry import TermConfig
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+
+__all__ = ["Discriminator", "DiscriminatorConfig"]
+
+LR_SCALE = {"released": 1.0, "paper": 0.01}
+
+
+class Discriminator(LossTerm):
+    """Binary cross entropy of telling the student's logits from the teacher's, one network of both.
+
+    Linear C -> hidden[0] -> hidden[1] -> 2 with ReLU between, on the 2 N rows of both logits;
+    targets (1, 0) for student and (0, 1) for teacher rows; mean over 4 N entries. Needs the logits
+    of both nets on `view`.
+
+    `mode` says what the student does with the gradient:
+
+        cooperative  follows it, so that it stays distinguishable: the released code, whose author
+                     calls the term a regulariser; the two are not adversaries
+        reversed     follows its negative, so that it becomes indistinguishable (a flag of the
+                     first MEAL)
+        detached     gets none: the discriminator only watches
+
+    The hidden widths are C // 8 and C // 64 as released (1000 -> 125 -> 15 -> 2), but at least 16
+    and 8, without which 10 classes would leave none. `last_relu` also clips the two outputs as the
+    released code does; one of them is then often dead from the start. `lr_rule`: "released" trains
+    it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
+    it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        mode: Literal["cooperative", "reversed", "detached"] = "cooperative",
+        hidden: tuple[int, int] | None = None,
+        last_relu: bool = False,
+        lr_rule: Literal["released", "paper"] = "released",
+        view: str = "x",
+        name: str = "discriminator",
+    ) -> None:
+        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        self.mode, self.hidden, self.last_relu, self.lr_rule = mode, hidden, last_relu, lr_rule
+
+    def bind(self, context: BindContext) -> None:
+        """The three layers."""
+        classes = context.num_classes
+        hidden = self.hidden or (max(classes // 8, 16), max(classes // 64, 8))
+        sizes = pairwise((classes, *hidden, 2))
+        layers = [layer for a, b in sizes for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*(layers if self.last_relu else layers[:-1]))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One, by `lr_rule`."""
+        scale = LR_SCALE[self.lr_rule]
+        return [{"params": list(self.parameters()), "lr_scale": scale, "weight_decay": 0.0}]
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Mean over rows and outputs."""
+        student_NC, teacher_NC = (widened(inputs.tensors[need]) for need in self.needs)
+        if self.mode == "reversed":
+            student_NC = 2 * student_NC.detach() - student_NC
+        elif self.mode == "detached":
+            student_NC = student_NC.detach()
+        guess_M2 = self.layers(torch.cat([student_NC, teacher_NC]))
+        is_student_M = torch.arange(len(guess_M2), device=guess_M2.device) < len(student_NC)
+        truth_M2 = torch.stack([is_student_M, ~is_student_M], 1).to(guess_M2.dtype)
+        return TermOutput({self.name: F.binary_cross_entropy_with_logits(guess_M2, truth_M2)})
+
+
+class DiscriminatorConfig(TermConfig):
+    """Keys of `losses.discriminator`."""
+
+    weight: PositiveFloat
+    """Factor in the total; 1 in the released code."""
+    mode: Literal["cooperative", "reversed", "detached"] = "cooperative"
+    """What the student does with the gradient: follows it, its negative, or nothing."""
+    hidden: tuple[PositiveInt, PositiveInt] | None = None
+    """Widths of the hidden layers; by default C // 8 and C // 64, at least 16 and 8."""
+    last_relu: bool = False
+    """Clip the outputs at 0 before the sigmoid, as the released code does."""
+    lr_rule: Literal["released", "paper"] = "released"
+    """Its learning rate: the student's, or a hundredth of it."""
+    view: Literal["x", "xprime"] = "x"
+    """View whose logits it sees."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return Discriminator(name=name, **self.model_dump())

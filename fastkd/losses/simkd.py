@@ -1,0 +1,129 @@
+"""SimKD: the student learns the teacher's last map and takes over its classifier.
+
+Chen et al. 2022, arXiv:2203.14001; reference implementation: DefangChen/SimKD models/util.py
+(class SimKD) and helper/loops.py. Tests: tests/losses/test_simkd_run.py, test_peer_losses.py.
+"""
+
+import math
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+from torch.nn import functional as F
+
+from fastkd.errors import UserError
+from fastkd.losses.registry import TermConfig
+from fastkd.losses.term import (
+    BindContext,
+    LossTerm,
+    TermInputs,
+    TermOutput,
+    autocast_like,
+    widened,
+)
+from fastkd.models.reused_head import Projector, ReusedHead, pooled_to
+
+__all__ = ["SimKD", "SimKDConfig"]
+
+
+class SimKD(LossTerm):
+    """Mean squared error between the projected student map and the teacher map; no other loss.
+
+    `Projector` brings the student's map to the teacher's width; where the maps differ in size, the
+    larger one is average-pooled. What is evaluated, kept and returned is a
+    `fastkd.models.reused_head.ReusedHead`: student, projector and the teacher's classifier. With
+    the paper's `weight` 1 the recipe has no cross entropy and no KD.
+
+    Both taps are the last map before pooling. A teacher tap `stageN:preact` is rectified first,
+    which is what a wide ResNet pools (its `stage3` is a raw sum).
+    """
+
+    def __init__(
+        self,
+        *,
+        student: str = "stage3",
+        teacher: str = "stage3",
+        factor: int = 2,
+        weight: float = 1.0,
+        name: str = "simkd",
+    ) -> None:
+        super().__init__(name, (f"x/student/{student}", f"x/teacher/{teacher}"), {name: weight})
+        self.student, self.teacher, self.factor = student, teacher, factor
+
+    def bind(self, context: BindContext) -> None:
+        """The projector; UserError where the teacher's classifier does not fit its map."""
+        student, teacher = (context.shapes[need] for need in self.needs)
+        for need, shape in ((self.needs[0], student), (self.needs[1], teacher)):
+            if len(shape) != 3:
+                raise UserError(
+                    f"losses.{self.name} compares maps [C, H, W], but {need} is {list(shape)} per "
+                    f"image: name the last stage as losses.{self.name}.student and .teacher"
+                )
+        head = context.teacher_head
+        if head is None or head.in_features != teacher[0]:
+            takes = "no linear classifier" if head is None else f"one of {head.in_features} values"
+            raise UserError(
+                f"losses.{self.name} reuses the teacher's classifier on {teacher[0]} pooled "
+                f"channels of its {self.teacher}, but the teacher has {takes}: name the map that "
+                f"it pools as losses.{self.name}.teacher, or take another teacher"
+            )
+        if self.factor > teacher[0]:
+            raise UserError(
+                f"losses.{self.name}.factor={self.factor} leaves no channels of the teacher's "
+                f"{teacher[0]}: use a smaller one"
+            )
+        self._check_pooled(context, head, teacher)
+        self.projector = Projector(student[0], teacher[0], self.factor)
+        self.size = teacher[1:]
+        # In a tuple: the teacher's layer is neither trained nor saved with the term.
+        self._head = (head,)
+
+    def _check_pooled(self, context: BindContext, head: nn.Linear, shape: tuple[int, ...]) -> None:
+        """UserError where more than pooling lies between the tap and the classifier."""
+        if context.teacher_stages is None or ":" in self.teacher:
+            return
+        # Of both signs: pooling keeps them, a ReLU would not.
+        ramp_NCHW = torch.linspace(-1, 1, 2 * math.prod(shape)).view(2, *shape).to(head.weight)
+        with torch.no_grad():
+            behind_NC = context.teacher_stages(ramp_NCHW, self.teacher, ("logits",))["logits"]
+            if not torch.allclose(behind_NC, head(ramp_NCHW.mean((2, 3))), rtol=1e-2, atol=1e-3):
+                raise UserError(
+                    f"losses.{self.name} reuses the teacher's classifier right behind the pooled "
+                    f"{self.teacher}, but this teacher does more in between (a wide ResNet "
+                    f"normalises): set losses.{self.name}.teacher={self.teacher}:preact"
+                )
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """The training accuracy is that of the projected map."""
+        student_NCHW, teacher_NCHW = (inputs.tensors[need] for need in self.needs)
+        if self.teacher.endswith(":preact"):
+            teacher_NCHW = teacher_NCHW.relu()
+        with autocast_like(student_NCHW):
+            projected_NCHW = self.projector(pooled_to(student_NCHW, self.size))
+            with torch.no_grad():
+                logits_NC = self._head[0](projected_NCHW.mean((2, 3)))
+        target_NCHW = pooled_to(teacher_NCHW, projected_NCHW.shape[2:])
+        loss = F.mse_loss(widened(projected_NCHW), widened(target_NCHW))
+        return TermOutput({self.name: loss}, logits_NC=logits_NC)
+
+    def export(self, student: nn.Module) -> ReusedHead:
+        """Student, projector and the teacher's classifier as one network, on their own weights."""
+        head = self._head[0]
+        return ReusedHead(student, self.projector, head, tap=self.student, size=self.size)
+
+
+class SimKDConfig(TermConfig):
+    """Keys of `losses.simkd`."""
+
+    weight: PositiveFloat
+    """Factor in the total; 1 in the paper."""
+    student: str = "stage3"
+    """Tap of the student: its last map."""
+    teacher: str = "stage3"
+    """Tap of the teacher: the map that it pools."""
+    factor: PositiveInt = 2
+    """The projector's inner width is that of the teacher divided by this."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return SimKD(name=name, **self.model_dump())

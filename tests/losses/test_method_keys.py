@@ -1,0 +1,120 @@
+"""Recipe keys of the losses on logits and of the papers' own: what they build, what they refuse."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+import fastkd.losses
+from fastkd.errors import UserError
+from fastkd.losses.registry import build_terms
+from fastkd.recipe.loading import load_recipe
+
+# Name of the loss -> its class, and keys in another value than the default with what they set.
+KEYS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
+    "kd": ("KD", {"ce_weight": 0.1, "standardize": True}, lambda t: t.standardize),
+    "soft_ce": (
+        "SoftCE",
+        {"temperature": 3.0},
+        lambda t: t.loss.temperature == 3 and t.loss.keep_teacher_entropy,
+    ),
+    "dkd": (
+        "DKD",
+        {"alpha": 2.0, "beta": 3.0, "temperature": 5.0, "warmup_epochs": 7, "standardize": True},
+        lambda t: (
+            (t.alpha, t.beta, t.temperature, t.warmup_epochs, t.standardize) == (2, 3, 5, 7, True)
+        ),
+    ),
+    "dist": (
+        "DIST",
+        {"temperature": 1.0, "gather": False},
+        lambda t: (t.temperature, t.gather) == (1, False),
+    ),
+    "reviewkd": (
+        "ReviewKD",
+        {"student": ["stage1"], "teacher": ["stage2:preact"], "max_width": 64, "warmup_epochs": 1},
+        lambda t: (
+            t.needs == ("x/student/stage1", "x/teacher/stage2:preact")
+            and (t.max_width, t.warmup_epochs) == (64, 1)
+        ),
+    ),
+    "simkd": (
+        "SimKD",
+        {"student": "stage2", "teacher": "stage3:preact", "factor": 4},
+        lambda t: t.needs == ("x/student/stage2", "x/teacher/stage3:preact") and t.factor == 4,
+    ),
+    "stage_mse": (
+        "StageMSE",
+        {"pairs": {"stage1": "stage2"}, "reduction": "sum", "eta_epochs": 10, "eta_end": 0.25},
+        lambda t: (
+            t.needs == ("x/student/stage1", "x/teacher/stage2")
+            and t.reduction == "sum"
+            and (t.eta(0), t.eta(10)) == (1, 0.25)
+        ),
+    ),
+    "jointrd": (
+        "JointRD",
+        {
+            **{"stages": ["stage1", "stage2"], "feature_weight": 0.5, "form": "released"},
+            **{"eta_epochs": 10, "eta_end": 0.25},
+        },
+        lambda t: (
+            t.stages == ("stage1", "stage2")
+            and t.form == "released"
+            and t.weights["jointrd_features"] == 0.5 * t.weight
+            and (t.eta(0), t.eta(10)) == (1, 0.25)
+        ),
+    ),
+    "discriminator": (
+        "Discriminator",
+        {"mode": "reversed", "hidden": [32, 8], "last_relu": True, "lr_rule": "paper"},
+        lambda t: (
+            (t.mode, t.hidden, t.last_relu, t.lr_rule) == ("reversed", (32, 8), True, "paper")
+        ),
+    ),
+}
+
+
+def recipe(losses: dict[str, Any], keys: Sequence[str] = ()) -> Any:
+    values = {
+        "name": "test",
+        "data": {"name": "digits"},
+        "student": {"name": "resnet8"},
+        "teacher": {"name": "resnet8", "train": True},
+        "losses": losses,
+    }
+    return load_recipe(None, values=values, overrides=list(keys))
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_reach_the_term(name: str) -> None:
+    class_name, keys, holds = KEYS[name]
+    (term,) = build_terms(recipe({name: {"weight": 0.7, **keys}}).losses)
+    assert type(term) is getattr(fastkd.losses, class_name)
+    assert term.name == name
+    assert term.weights[name] == 0.7
+    assert holds(term)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_no_loss_without_its_weight(name: str) -> None:
+    with pytest.raises(UserError, match=rf"losses\.{name}\.weight"):
+        recipe({name: {key: value for key, value in KEYS[name][1].items() if key != "weight"}})
+
+
+@pytest.mark.parametrize("name", ["soft_ce", "dist", "discriminator"])
+def test_other_view(name: str) -> None:
+    with pytest.raises(UserError, match=r"needs the view x': set augment\.xprime"):
+        recipe({name: {"weight": 1.0, "view": "xprime"}})
+    made = recipe({name: {"weight": 1.0, "view": "xprime"}}, ["augment.xprime=cutmix"])
+    (term,) = build_terms(made.losses)
+    assert term.needs == ("xprime/student/logits", "xprime/teacher/logits")
+
+
+def test_wrong_values_are_named() -> None:
+    with pytest.raises(UserError, match="2 taps in student, 1 in teacher: name as many of each"):
+        recipe({"reviewkd": {"weight": 1, "student": ["stage1", "stage2"], "teacher": ["stage1"]}})
+    with pytest.raises(UserError, match=r"losses\.jointrd\.form=text: .*paper.*released"):
+        recipe({"jointrd": {"weight": 1.0, "form": "text"}})
+    with pytest.raises(UserError, match=r"losses\.dkd\.warmup_epoch\b.*warmup_epochs"):
+        recipe({"dkd": {"weight": 1.0, "warmup_epoch": 3}})

@@ -1,0 +1,127 @@
+"""What SimKD leaves can be evaluated, kept, rebuilt and used: by recipe and by `fastkd.distill`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastkd
+from fastkd.build import _head
+from fastkd.errors import UserError
+from fastkd.evaluate_saved import evaluate_run
+from fastkd.losses import SimKD
+from fastkd.models import create_model, model_from_file
+from fastkd.models.reused_head import ReusedHead
+from fastkd.report.run_folder import RunFolder
+from fastkd.weights import load_weights, save_weights
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny/simkd",
+    "epochs": 2,
+    "batch_size": 50,
+    "compile": "off",
+    "precision": "fp32",
+    "device": "cpu",
+    "data": {"name": "synthetic", "image_size": 8, "train_limit": 100},
+    "student": {"name": "resnet8", "width": 0.25},
+    "teacher": {"name": "wrn_10_1", "weights": "teacher.safetensors", "min_accuracy": 0},
+    "optim": {"lr": 0.05, "schedule": "constant"},
+    "losses": {"simkd": {"weight": 1.0, "teacher": "stage3:preact"}},
+}
+
+
+def test_a_finished_run_is_evaluated_and_rebuilt(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    save_weights(tmp_path / "teacher.safetensors", create_model("wrn_10_1", 10))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    said = command("train", "--config", "recipe.yaml", "out=run")
+    assert said.code == 0, said.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    row = RunFolder.open(tmp_path / "run").metrics()[summary["best_epoch"] - 1]
+    found = evaluate_run("run")
+    assert found["accuracy"] == summary["accuracy_best"] == row["val_accuracy"]
+    assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    assert found["params"] == summary["params"]
+    kept = model_from_file(tmp_path / "run")
+    assert isinstance(kept, ReusedHead)
+    assert kept.fastkd_name == "simkd:resnet8"
+    assert summary["params"] == sum(p.numel() for p in kept.parameters())
+    # The teacher's classifier as it was, and a student that runs by itself.
+    state, _ = load_weights(tmp_path / "teacher.safetensors")
+    assert torch.equal(kept.head.weight, state["fc.weight"])
+    images_NCHW = torch.rand(3, 3, 8, 8)
+    kept.eval()
+    stage3_NCHW = kept.student.forward_between(images_NCHW, "images", "stage3")
+    pooled_ND = kept.projector(stage3_NCHW).mean((2, 3))
+    expected_NC = pooled_ND @ state["fc.weight"].T + state["fc.bias"]
+    torch.testing.assert_close(kept(images_NCHW), expected_NC)
+    # The same file under the student's name says what it is.
+    said = command("eval", "resnet8", "--weights", "run/best.safetensors", "data.name=synthetic",
+                   "data.image_size=8", "student.width=0.25")  # fmt: skip
+    assert said.code == 2
+    assert "simkd:resnet8" in said.err
+    with pytest.raises(UserError, match="comes out of a training with the SimKD loss"):
+        create_model("simkd:resnet8", 10)
+
+
+def tensors(num: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(0, 4, (num,), generator=generator)
+    images_NCHW = torch.randn(num, 3, 8, 8, generator=generator)
+    return images_NCHW + labels_N.view(-1, 1, 1, 1), labels_N
+
+
+def foreign(seed: int, width: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+def test_networks_of_others(tmp_path: Path) -> None:
+    train = DataLoader(TensorDataset(*tensors(64, 1)), batch_size=16)
+    val = DataLoader(TensorDataset(*tensors(40, 2)), batch_size=16)
+    student, teacher = foreign(1, 4), foreign(2, 6)
+    result = fastkd.distill(
+        *(student, teacher, train, val),
+        epochs=2,
+        losses=[SimKD(student="0", teacher="0")],
+        out=tmp_path / "run",
+        precision="fp32",
+        device="cpu",
+        compile="off",
+        quiet=True,
+    )
+    assert isinstance(result.student, ReusedHead)
+    images_NCHW, labels_N = tensors(40, 2)
+    with torch.no_grad():
+        hits_N = result.student(images_NCHW).argmax(1) == labels_N
+        pooled_ND = result.student.projector(student[0](images_NCHW)).mean((2, 3))
+        torch.testing.assert_close(result.student(images_NCHW), teacher[3](pooled_ND))
+    assert hits_N.float().mean().item() == pytest.approx(result.metrics["accuracy_last"])
+    assert not any(module._forward_hooks for module in result.student.modules())
+    # Nobody can rebuild such a network from a file, which then does not name one.
+    with pytest.raises(UserError, match="the file does not name its network"):
+        model_from_file(tmp_path / "run")
+
+
+def test_the_classifier_is_in_the_class_order_of_the_data() -> None:
+    teacher = create_model("resnet8", 10)
+    features_ND = torch.rand(3, 64)
+    head = _head(teacher, (7, 0, 2))
+    assert head is not None
+    expected_NC = teacher.get_submodule("fc")(features_ND)[:, [7, 0, 2]]
+    torch.testing.assert_close(head(features_ND), expected_NC)
+    assert head.out_features == 3
+    assert teacher.get_submodule("fc").out_features == 10

@@ -1,0 +1,129 @@
+"""Losses on one process and on two ranks, looked at from inside: `rank_losses.py FILE`.
+
+Writes FILE, a torch.save of what every case left on every rank; tests/losses/test_ranks.py starts
+it and judges.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor
+from two_ranks import make
+
+from fastkd.distributed import World, open_world, same_on_all_ranks
+from fastkd.losses import (
+    DIST,
+    DKD,
+    KD,
+    Discriminator,
+    JointRD,
+    LossTerm,
+    ReviewKD,
+    SimKD,
+    SoftCE,
+    StageMSE,
+)
+from fastkd.models import create_model
+from fastkd.teacher import freeze
+from fastkd.testing import bind_term, call_term, sines
+
+STAGES = ("stage1", "stage2", "stage3")
+TERMS: dict[str, Callable[[], LossTerm]] = {
+    "kd_standardized": lambda: KD(ce_weight=0, standardize=True, name="kd_standardized"),
+    "soft_ce": lambda: SoftCE(),
+    "dkd": lambda: DKD(),
+    "dist": lambda: DIST(),
+    "dist_apart": lambda: DIST(gather=False, name="dist_apart"),
+    "stage_mse": lambda: StageMSE({"stage1": "stage1"}),
+    "jointrd": lambda: JointRD(STAGES),
+    "discriminator": lambda: Discriminator(),
+    "reviewkd": lambda: ReviewKD(),
+    "simkd": lambda: SimKD(),
+    "jointrd_released": lambda: JointRD(STAGES, form="released", name="jointrd_released"),
+}
+NUM = 9
+ROWS = [slice(0, 5), slice(5, NUM)]
+"""Of the ranks: as in a partial batch."""
+SHAPES = {"logits": (10,), "pooled": (32,)} | {
+    f"stage{k}{kind}": (4 * 2**k, 16 // 2**k, 16 // 2**k)
+    for k in (1, 2, 3)
+    for kind in ("", ":preact")
+}
+
+
+def measure(name: str, rows: slice, compiled: bool = False) -> dict[str, Any]:
+    """Loss and gradients of some rows of a fixed batch, weighted as the trainer weights ranks."""
+    torch.manual_seed(0)
+    teacher: Any = freeze(create_model("resnet8", 10, width=0.5)).double()
+    term = TERMS[name]()
+    tensors: dict[str, Tensor] = {}
+    for number, need in enumerate(term.needs):
+        tensor = sines((NUM, *SHAPES[need.split("/")[2]]), 300 + number, 3)[rows]
+        tensors[need] = tensor.requires_grad_("/student/" in need)
+    known = {"teacher_stages": teacher.forward_from, "teacher_head": teacher.fc}
+    bind_term(term, tensors, **known, teacher_norm=teacher.layer3[0].bn2).double()
+    call = torch.compile(call_term, backend="aot_eager", fullgraph=True) if compiled else call_term
+    labels_N = (torch.arange(NUM) % 10)[rows]
+    sizes = (5, 4) if torch.distributed.is_initialized() else ()
+    parts = call(term, tensors, labels_N, rows_of_ranks=sizes).parts
+    loss = torch.stack([weight * parts[part] for part, weight in term.weights.items()]).sum()
+    share = (rows.stop - rows.start) / NUM
+    (share * loss).backward()
+    gradients = [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
+    own = [parameter.grad for parameter in term.parameters()]
+    return {"loss": share * loss.detach(), "rows": gradients, "own": own}
+
+
+def training(world: World) -> dict[str, Any]:
+    """Two epochs with all losses; the last batch of an epoch has 5 and 4 images."""
+    torch.manual_seed(0)
+    terms = [term() for term in TERMS.values()]
+    student = create_model("resnet8", 10, width=0.5)
+    trainer = make(world, student, terms, epochs=2, lr=0.01)
+    trainer.fit()
+    return {
+        "same": same_on_all_ranks(trainer.step),
+        "history": trainer.history,
+        "skipped": trainer.guard.counts()[1],
+    }
+
+
+def one(target: Path) -> None:
+    """The whole batch, and the ranks' shares one by one."""
+    found = {
+        name: {
+            "joined": measure(name, slice(0, NUM)),
+            "apart": [measure(name, rows) for rows in ROWS],
+        }
+        for name in TERMS
+    }
+    torch.save(found, f"{target}.one")
+
+
+def of_two(target: Path) -> None:
+    """This rank's share, beside the other rank."""
+    with open_world("cpu", timeout_s=60) as world:
+        rows = ROWS[world.rank]
+        found: dict[str, Any] = {name: measure(name, rows) for name in TERMS}
+        found["dist compiled"] = measure("dist", rows, compiled=True)
+        found["training"] = training(world)
+        torch.save(found, f"{target}.{world.rank}")
+
+
+def main(target: Path) -> None:
+    """FILE holds {"one": .., "two": [.., ..]}."""
+    log = target.with_suffix(".log")
+    codes = tiny.forked(lambda: one(target), log=log)
+    codes += tiny.forked(*tiny.as_ranks(2, lambda: of_two(target)), log=log)
+    if any(codes):
+        raise SystemExit(log.read_text())
+    two = [torch.load(f"{target}.{rank}") for rank in range(2)]
+    torch.save({"one": torch.load(f"{target}.one"), "two": two}, target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())
