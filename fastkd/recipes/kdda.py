@@ -96,7 +96,6 @@ SOURCES = {
     "losses.vid.weight": REPDISTILLER,
     "losses.crd.weight": REPDISTILLER,
     "losses.mixed_ce.weight": f"{CODE}: it has the weight of the KL",
-    "augment.pick.temperature": CODE,
     "augment.pick.update_statistics": f"{CODE}: scoring moves the student's batch norm statistics",
 }
 FOR_IMAGENET = {
@@ -203,10 +202,10 @@ def _view(view: str) -> dict[str, Any]:
     keys = both | {"augment.xprime": mix.removeprefix("tl")}
     if picked:
         criterion = picked.removeprefix("pick").removeprefix("-") or "kl"
+        # Equation 3; the entropies are those of the logits as they are.
+        keys |= {"augment.pick.temperature": 4.0} if criterion == "kl" else {}
         keys |= {
             "augment.pick.criterion": criterion,
-            # The entropies are taken of the logits as they are.
-            "augment.pick.temperature": 4.0 if criterion == "kl" else 1.0,
             "augment.pick.pool": 2,
             "augment.pick.share": 0.5,
             "augment.pick.update_statistics": True,

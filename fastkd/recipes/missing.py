@@ -44,7 +44,10 @@ def missing(entry: Entry) -> tuple[str, ...]:
 
 
 def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
-    """Dotted keys that the section does not have, and key=value that it does not allow."""
+    """Dotted keys that the section does not have, and key=value that it does not allow.
+
+    How parts fit together is not asked: the losses are stood in for. `Entry.build` checks that.
+    """
     try:
         section.model_validate(values)
     except ValidationError as error:
@@ -55,7 +58,7 @@ def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
                 found.append(key)
             elif mistake["type"] == "literal_error":
                 found.append(f"{key}={mistake['input']}")
-            else:
+            elif mistake["loc"]:
                 raise
         return found
     return []
