@@ -198,8 +198,20 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     cheapen.set_defaults(run=_cheapen)
 
-    recipes = commands.add_parser("recipes", help="list the named recipes")
-    recipes.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*tlcutmix*'")
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the named recipes",
+        description="Without a word an overview; those that match PATTERN with the papers' "
+        "numbers and what they need; one recipe in full.",
+    )
+    recipes.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="PATTERN | show NAME",
+        help="shell pattern, e.g. 'kdda/*/kd', or the word show and a name",
+    )
+    recipes.add_argument("--json", action="store_true", help="machine-readable")
     recipes.set_defaults(run=_recipes)
 
     doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
@@ -384,16 +396,26 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    import fnmatch
+    from fastkd.recipes import find_entry, listing
 
-    from fastkd.recipes import all_recipes
-
-    found = {n: make for n, make in all_recipes().items() if fnmatch.fnmatch(n, options.pattern)}
-    if not found:
-        raise UserError(f"no recipe matches {options.pattern!r}; `fastkd recipes` lists all")
-    width = max(map(len, found))
-    for name, make in found.items():
-        print(f"{name:<{width}}  {make().description}")
+    words: list[str] = options.words
+    if words[:1] == ["show"]:
+        if len(words) != 2:
+            raise UserError("expected one name: fastkd recipes show NAME")
+        entries = [find_entry(words[1])]
+        lines = listing.details(entries[0])
+    elif len(words) > 1:
+        raise UserError(f"one pattern at a time, in quotes for the shell; got {' '.join(words)}")
+    elif words or options.json:
+        entries = listing.matching(*words or ["*"])
+        lines = listing.listing(entries)
+    else:
+        entries, lines = [], listing.overview()
+    if options.json:
+        print(json.dumps(listing.as_data(entries), indent=1))
+        return
+    for line in lines:
+        print(line)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -372,6 +372,7 @@ def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
 
 
 def _report(recipe: Recipe, summary: dict[str, Any], folder: RunFolder, session: Session) -> None:
+    from fastkd.report.paper import paper_row
     from fastkd.report.plots import plot_curves
 
     teacher, alone = summary["teacher"], summary["alone"]
@@ -391,7 +392,13 @@ def _report(recipe: Recipe, summary: dict[str, Any], folder: RunFolder, session:
     kind = "student distilled" if teacher else "student"
     rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
     curves[kind] = summary["history"]
+    paper = paper_row(recipe, summary)
+    if paper:
+        summary["paper"] = paper.facts
+        rows += [paper.row] if paper.row else []
     plot_curves(folder.path / "curves.png", curves)
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     session.console.comparison(rows)
+    if paper:
+        session.console.note(paper.text)
     session.console.note(f"curves {folder.path / 'curves.png'}")

@@ -6,13 +6,14 @@ one.
 
 Steps count from 0, epochs from 1. All kinds return a factor of the base learning rate:
 
-    constant   1
-    multistep  gamma ** (number of milestones below the epoch); `MultiStepLR` stepped per epoch
-    cosine     (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
-    onecycle   `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
-               0.95 - 0.85 - 0.95
+    constant     1
+    multistep    gamma ** (number of milestones below the epoch); `MultiStepLR` stepped per epoch
+    exponential  gamma ** (epoch - 1); `ExponentialLR` stepped per epoch
+    cosine       (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
+    onecycle     `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
+                 0.95 - 0.85 - 0.95
 
-Linear warm-up (the first three kinds) multiplies step s of W by (s + 1) / W; the cosine then spans
+Linear warm-up (all kinds but the last) multiplies step s of W by (s + 1) / W; the cosine then spans
 the S - W steps that follow it, while the milestones stay absolute epochs.
 """
 
@@ -24,7 +25,7 @@ from fastkd.errors import UserError
 
 __all__ = ["Schedule", "ScheduleKind"]
 
-ScheduleKind = Literal["constant", "multistep", "cosine", "onecycle"]
+ScheduleKind = Literal["constant", "multistep", "exponential", "cosine", "onecycle"]
 
 # The defaults of torch.optim.lr_scheduler.OneCycleLR (Smith and Topin 2017, arXiv:1708.07120).
 _ONECYCLE_RISING_SHARE = 0.3
@@ -50,6 +51,7 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     """multistep: after each of these epochs the rate is multiplied by gamma."""
     gamma: float = 0.1
+    """multistep and exponential: the factor, of a milestone or of every epoch."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs, rounded to whole steps; 0 is none."""
 
@@ -86,9 +88,11 @@ class Schedule:
             return _onecycle(step, self.total_steps, _ONECYCLE_START, 1.0, _ONECYCLE_END)
         warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
         warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        epoch = step // self.steps_per_epoch + 1
         if self.kind == "multistep":
-            epoch = step // self.steps_per_epoch + 1
             return warmup * self.gamma ** sum(milestone < epoch for milestone in self.milestones)
+        if self.kind == "exponential":
+            return warmup * self.gamma ** (epoch - 1)
         if self.kind == "cosine":
             if step < warmup_steps:
                 return warmup

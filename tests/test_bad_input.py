@@ -280,7 +280,7 @@ def test_a_full_disk_anywhere_else(command, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cache/images.bin")
 
-    monkeypatch.setattr("fastkd.recipes.all_recipes", full)
+    monkeypatch.setattr("fastkd.recipes.listing.overview", full)
     said = command("recipes")
     assert said.code == 1
     assert said.err == (

@@ -12,7 +12,7 @@ OPTIONS = {
     "eval": {"--weights"},
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},
-    "recipes": set(),
+    "recipes": {"--json"},
     "doctor": {"--json"},
 }
 
@@ -24,9 +24,10 @@ data.mean data.std data.drop_last
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
-student.name student.width student.block student.shortcuts student.weights student.pretrained
-teacher.name teacher.width teacher.block teacher.shortcuts teacher.weights teacher.pretrained
-teacher.train teacher.epochs
+student.name student.width student.block student.shortcuts student.stem student.dropout
+student.weights student.pretrained
+teacher.name teacher.width teacher.block teacher.shortcuts teacher.stem teacher.dropout
+teacher.weights teacher.pretrained teacher.train teacher.epochs
 teacher.lr teacher.resolution teacher.mean teacher.std teacher.class_map teacher.min_accuracy
 optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.schedule
 optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm

@@ -44,6 +44,14 @@ def test_multistep_equals_torch_stepped_once_per_epoch(milestones):
     assert ours(schedule, 30) == pytest.approx(expected, rel=1e-12)
 
 
+def test_exponential_equals_torch_stepped_once_per_epoch():
+    schedule = Schedule(kind="exponential", epochs=6, steps_per_epoch=5, gamma=0.98)
+    optimizer = sgd()
+    per_epoch, _ = walk(lr_scheduler.ExponentialLR(optimizer, 0.98), optimizer, 6)
+    expected = [rate for rate in per_epoch for _ in range(5)]
+    assert ours(schedule, 30) == pytest.approx(expected, rel=1e-12)
+
+
 def test_multistep_drops_in_the_epoch_after_the_milestone():
     schedule = Schedule(
         kind="multistep", epochs=240, steps_per_epoch=10, milestones=(150, 180, 210), gamma=0.1

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 
-__all__ = ["HUBS", "Built", "Normalization", "list_timm", "list_torchvision"]
+__all__ = ["HUBS", "Built", "Normalization", "knows", "list_timm", "list_torchvision"]
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, for images in [0, 1]."""
@@ -79,6 +79,17 @@ HUBS: dict[str, Callable[[str, int | None, bool, dict[str, Any]], Built]] = {
     "timm": build_timm,
     "torchvision": build_torchvision,
 }
+
+
+def knows(hub: str, name: str) -> bool:
+    """Whether timm or torchvision has a network of this name, and timm its weight tag."""
+    if hub == "torchvision":
+        return name in list_torchvision()
+    import timm
+
+    base, _, tag = name.partition(".")
+    # hf-hub:NAME and the like only timm can resolve.
+    return ":" in name or (timm.is_model(base) and (not tag or timm.is_model_pretrained(name)))
 
 
 def list_timm(pattern: str = "*") -> list[str]:

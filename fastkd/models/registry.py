@@ -34,7 +34,7 @@ from fastkd.models.rewrite import cheapen
 from fastkd.models.rewrite_shortcuts import remove_shortcuts
 from fastkd.weights import load_into, load_weights
 
-__all__ = ["create_model", "list_models", "model_from_file"]
+__all__ = ["create_model", "list_models", "model_from_file", "model_options"]
 
 FAMILIES: tuple[ModuleType, ...] = (
     *(resnet, resnet18, resnet50, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2, erfnet),
@@ -114,6 +114,19 @@ def list_models(pattern: str = "*") -> list[str]:
         return [f"{source}:{name}" for name in listings[source](rest or "*")]
     names = [name for family in FAMILIES for name in family.NAMES]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def model_options(name: str) -> list[str] | None:
+    """What `create_model` takes for a network, found without building it.
+
+    None: the network is unknown. Options of timm and torchvision are their own affair: [].
+    """
+    source, colon, rest = name.partition(":")
+    if colon:
+        return [] if source in hub.HUBS and hub.knows(source, rest) else None
+    family = _family(name)
+    # Any network can be rewritten with the first two.
+    return ["block", "shortcuts", *_own_options(family)] if family else None
 
 
 def model_from_file(path: str | PathLike[str]) -> nn.Module:

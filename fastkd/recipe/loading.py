@@ -14,7 +14,14 @@ from fastkd.errors import UserError
 from fastkd.recipe.mistakes import explain, section_of
 from fastkd.recipe.schema import Recipe
 
-__all__ = ["annotated_yaml", "load_recipe", "parse_override", "recipe_to_yaml", "valid_keys"]
+__all__ = [
+    "annotated_yaml",
+    "load_recipe",
+    "nested",
+    "parse_override",
+    "recipe_to_yaml",
+    "valid_keys",
+]
 
 
 def load_recipe(
@@ -72,6 +79,14 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise UserError(f"{text}: the value is not valid YAML ({_problem(error)})") from None
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim.lr": 0.1} -> {"optim": {"lr": 0.1}}."""
+    values: dict[str, Any] = {}
+    for key, value in keys.items():
+        _set(values, key, value)
+    return values
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

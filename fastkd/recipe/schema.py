@@ -25,6 +25,7 @@ from fastkd.errors import UserError
 from fastkd.recipe.section import Section
 
 __all__ = [
+    "NETWORK_OPTIONS",
     "AugmentConfig",
     "BaselineConfig",
     "DataConfig",
@@ -39,6 +40,9 @@ def _yaml_switch(value: object) -> object:
     """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
+
+NETWORK_OPTIONS = ("width", "block", "shortcuts", "stem", "dropout")
+"""Keys of student and teacher that are options of `fastkd.models.create_model`."""
 
 Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
@@ -113,6 +117,10 @@ class StudentConfig(Section):
     """Cheap block instead of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
     shortcuts: bool | Literal["pad", "projection"] | None = None
     """false: none; projection: only where the shape changes; pad: there without weights."""
+    stem: str | None = None
+    """First layers of a ResNet-18 or 34: cifar, imagenet, or imagenet-nopool."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability inside the residual blocks of a WRN."""
     weights: str | None = None
     """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
     pretrained: bool = False
@@ -134,7 +142,7 @@ class StudentConfig(Section):
 
     def options(self) -> dict[str, Any]:
         """Those of `create_model` that are set."""
-        chosen = {"width": self.width, "block": self.block, "shortcuts": self.shortcuts}
+        chosen = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -207,12 +215,12 @@ class OptimConfig(Section):
     """Nesterov's form of momentum."""
     weight_decay: NonNegativeFloat = 5e-4
     """Applied to every trained parameter, norms and biases included, as the papers do."""
-    schedule: Literal["constant", "multistep", "cosine", "onecycle"] = "multistep"
+    schedule: Literal["constant", "multistep", "exponential", "cosine", "onecycle"] = "multistep"
     """Shape of the learning rate over the run."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""
     gamma: PositiveFloat = 0.1
-    """Factor at each milestone."""
+    """Factor at each milestone; exponential: after every epoch."""
     warmup_epochs: NonNegativeFloat = 0
     """Length of the linear warm-up in epochs."""
     clip_norm: PositiveFloat | None = None
@@ -332,9 +340,14 @@ class Recipe(Section):
         return max(1, round(self.epochs * self.epoch_factor))
 
     def scaled_optim(self) -> OptimConfig:
-        """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs."""
+        """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
+
+        An exponential decay ends where it would have ended.
+        """
+        stretched = self.optim.schedule == "exponential"
         return self.optim.model_copy(
             update={
+                "gamma": self.optim.gamma ** (1 / self.epoch_factor if stretched else 1),
                 "milestones": tuple(
                     m * (self.total_epochs if m < 1 else self.epoch_factor)
                     for m in self.optim.milestones

@@ -1,34 +1,60 @@
-"""The named recipes, one module per paper or data set; a recipe is a function returning Recipe.
+"""The named recipes: one module per paper or data set, entries by name, unbuilt.
 
-A module lists its recipes in `RECIPES: dict[name, function]`. Names read
-dataset/TEACHER--STUDENT/method with zoo names.
+A module has `recipes() -> dict[name, Entry]`. Names read paper/dataset/TEACHER--STUDENT/method with
+zoo names, `:released` or `:paper` behind them where paper and released code differ.
 """
 
 import difflib
-from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from fastkd.errors import UserError
-from fastkd.recipe.schema import Recipe
+from fastkd.recipes.entry import Entry
 
-__all__ = ["all_recipes", "find_recipe"]
+if TYPE_CHECKING:
+    from fastkd.recipe.schema import Recipe
 
-_MODULES = ("quickstart", "cifar")
+__all__ = ["all_recipes", "find_entry", "find_recipe", "recipes_by_module"]
 
-
-def all_recipes() -> dict[str, Callable[[], Recipe]]:
-    """Every named recipe, unbuilt, in the order of the modules."""
-    recipes: dict[str, Callable[[], Recipe]] = {}
-    for module in _MODULES:
-        recipes |= import_module(f"fastkd.recipes.{module}").RECIPES
-    return recipes
+_MODULES = ("quickstart", "cifar", "moonshine", "demystification", "kdda", "meal_v2", "alignkd")
 
 
-def find_recipe(name: str) -> Recipe:
-    """Build a recipe by name; UserError names the nearest."""
+@cache
+def recipes_by_module() -> dict[str, dict[str, Entry]]:
+    """The entries of every module, in the order of the modules."""
+    return {name: import_module(f"fastkd.recipes.{name}").recipes() for name in _MODULES}
+
+
+def all_recipes() -> dict[str, Entry]:
+    """Every named recipe, unbuilt."""
+    return {name: entry for part in recipes_by_module().values() for name, entry in part.items()}
+
+
+def find_entry(name: str) -> Entry:
+    """A named recipe, unbuilt; UserError names the nearest.
+
+    `name:paper` is also `name` where that is the paper's mode already, and so for `:released`.
+    """
     recipes = all_recipes()
-    if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise UserError(f"there is no recipe {name!r}.{hint} `fastkd recipes` lists all of them.")
-    return recipes[name]()
+    if name in recipes:
+        return recipes[name]
+    base, _, mode = name.rpartition(":")
+    if base in recipes and mode == recipes[base].mode:
+        return recipes[base]
+    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    raise UserError(f"there is no recipe {name!r}.{hint} `fastkd recipes` lists all of them.")
+
+
+def find_recipe(name: str) -> "Recipe":
+    """Build a recipe by name; UserError names the nearest, or what it needs that does not exist."""
+    entry = find_entry(name)
+    from fastkd.recipes.missing import missing
+
+    if lacks := missing(entry):
+        raise UserError(
+            f"the recipe {name} needs what this version of fastkd does not have: "
+            f"{', '.join(lacks)}. `fastkd recipes show {name}` prints all of its keys"
+        )
+    return entry.build()

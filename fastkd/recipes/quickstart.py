@@ -4,36 +4,32 @@
 gets the same budget and the best of three learning rates.
 """
 
-from fastkd.recipe.schema import (
-    AugmentConfig,
-    BaselineConfig,
-    DataConfig,
-    OptimConfig,
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-)
+from fastkd.recipes.entry import Entry
 
-__all__ = ["RECIPES"]
+__all__ = ["recipes"]
 
 
-def quickstart() -> Recipe:
+def recipes() -> dict[str, Entry]:
     """WRN-16-2 teaches a ResNet-8 of a quarter of the width."""
-    return Recipe.model_validate(
-        {
-            "name": "quickstart",
-            "description": "digits (ships with scikit-learn): wrn_16_2 -> resnet8 at width 0.25",
-            "epochs": 40,
-            "batch_size": 50,
-            "data": DataConfig(name="digits"),
-            "augment": AugmentConfig(crop="none", flip=False),
-            "student": StudentConfig(name="resnet8", width=0.25),
-            "teacher": TeacherConfig(name="wrn_16_2", train=True, epochs=20, lr=0.05),
-            "optim": OptimConfig(lr=0.4, nesterov=True, schedule="cosine"),
-            "losses": {"kd": {"weight": 0.9, "ce_weight": 0.1, "temperature": 4.0}},
-            "baseline": BaselineConfig(lrs=(0.2, 0.4, 0.8)),
-        }
-    )
-
-
-RECIPES = {"quickstart": quickstart}
+    keys = {
+        "epochs": 40,
+        "batch_size": 50,
+        "data.name": "digits",
+        "augment.crop": "none",
+        "augment.flip": False,
+        "student.name": "resnet8",
+        "student.width": 0.25,
+        "teacher.name": "wrn_16_2",
+        "teacher.train": True,
+        "teacher.epochs": 20,
+        "teacher.lr": 0.05,
+        "optim.lr": 0.4,
+        "optim.nesterov": True,
+        "optim.schedule": "cosine",
+        "losses.kd.weight": 0.9,
+        "losses.kd.ce_weight": 0.1,
+        "losses.kd.temperature": 4.0,
+        "baseline.lrs": [0.2, 0.4, 0.8],
+    }
+    description = "digits (ships with scikit-learn): wrn_16_2 -> resnet8 at width 0.25"
+    return {"quickstart": Entry(name="quickstart", description=description, keys=keys)}

@@ -1,0 +1,68 @@
+"""A named recipe before it is built: dotted keys as on a command line, and what its paper says.
+
+Keys are not validated before `build`, so that hundreds of recipes can be listed at once, and a
+recipe may ask for what does not exist yet (`fastkd.recipes.missing` finds that).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastkd.recipes.published import Published
+
+if TYPE_CHECKING:
+    from fastkd.recipe.schema import Recipe
+
+__all__ = ["Entry", "Mode", "by_cell"]
+
+Mode = Literal["paper", "released"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One named recipe."""
+
+    name: str
+    """`paper/dataset/TEACHER--STUDENT/method`, or `paper/dataset/NETWORK/scratch`."""
+    description: str
+    keys: Mapping[str, Any]
+    """Dotted recipe keys; all others keep their defaults."""
+    published: tuple[Published, ...] = ()
+    """The cells that print the outcome of this run."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Key -> where its value is from, for keys on which our text of the paper is silent."""
+    note: str = ""
+    """What else differs from the paper or has to be known."""
+    mode: Mode | None = None
+    """Which of paper and released code decides where they differ; None: there is no paper."""
+    row: str | None = None
+    """Name of the entry that the paper's table means, where this is its other mode."""
+
+    @property
+    def silent(self) -> dict[str, str]:
+        """The keys of this recipe that are not from the paper, and where they are from."""
+        return {key: self.sources[key] for key in self.keys if key in self.sources}
+
+    def build(self) -> "Recipe":
+        """The validated recipe; pydantic's ValidationError where a key does not exist (yet)."""
+        from fastkd.recipe.loading import nested
+        from fastkd.recipe.schema import Recipe
+
+        return Recipe.model_validate(
+            nested({"name": self.name, "description": self.description, **self.keys})
+        )
+
+    def in_mode(self, mode: Mode, keys: Mapping[str, Any], note: str) -> "Entry":
+        """The same row by the other of paper and released code, called `name:mode`."""
+        name = f"{self.name}:{mode}"
+        return replace(self, name=name, mode=mode, keys=keys, note=note, row=self.name)
+
+
+def by_cell(cells: Iterable[Published], describe: Callable[[Published], Entry]) -> dict[str, Entry]:
+    """One entry for all cells that print the same run, by name, in the order of the tables."""
+    entries: dict[str, Entry] = {}
+    for cell in cells:
+        described = describe(cell)
+        entry = entries.get(described.name, described)
+        entries[entry.name] = replace(entry, published=(*entry.published, cell))
+    return entries

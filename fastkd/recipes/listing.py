@@ -1,0 +1,158 @@
+"""What `fastkd recipes` prints: an overview, a list with the papers' numbers, one recipe in full.
+
+The overview needs neither torch nor the schema. A list asks the registries what exists.
+"""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from fastkd.errors import UserError
+from fastkd.recipes import all_recipes, recipes_by_module
+from fastkd.recipes.entry import Entry
+from fastkd.recipes.published import papers
+
+__all__ = ["as_data", "details", "listing", "matching", "overview"]
+
+# Whose setting a module has, where it is not named after its paper.
+_PAPERS = {"cifar": "crd"}
+_BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
+HOW_TO_GO_ON = """\
+fastkd recipes PATTERN            list them with the papers' numbers: 'kdda/cifar100/*/kd*'
+fastkd recipes show NAME          keys, the paper's number, and what our text of the paper lacks
+fastkd train NAME data.root=DIR   run one"""
+
+
+def overview() -> Iterator[str]:
+    """Lines: recipes without a paper in full, the others counted by paper and data set."""
+    for module, entries in recipes_by_module().items():
+        paper = papers().get(_PAPERS.get(module, module))
+        if paper is None:
+            yield from (f"{name}  {entry.description}" for name, entry in entries.items())
+            continue
+        yield f"\n{paper['title']}"
+        rows = [entry for entry in entries.values() if entry.row is None]
+        for group, number in Counter(_group(entry) for entry in rows).items():
+            yield f"  {group:<30}{number:>5} recipes"
+    yield f"\n{HOW_TO_GO_ON}"
+
+
+def matching(pattern: str) -> list[Entry]:
+    """The entries whose names match a shell pattern; UserError where there is none.
+
+    The other mode of a row is among them only where the pattern ends in `:paper` or `:released`.
+    """
+    found = [
+        entry
+        for name, entry in all_recipes().items()
+        if fnmatch.fnmatchcase(name, pattern)
+        and (entry.row is None or pattern.endswith(f":{entry.mode}"))
+    ]
+    if not found:
+        raise UserError(
+            f"no recipe matches {pattern!r}; patterns are those of a shell, such as "
+            "'kdda/*' or '*resnet20/kd*', and `fastkd recipes` shows what there is"
+        )
+    return found
+
+
+def listing(entries: Sequence[Entry]) -> Iterator[str]:
+    """Lines: name, the paper's number, what the recipe needs that does not exist."""
+    from fastkd.recipes.missing import missing
+
+    width = max(len(entry.name) for entry in entries)
+    waiting = 0
+    for entry in entries:
+        number = str(entry.published[0]) if entry.published else ""
+        lacks = missing(entry)
+        waiting += bool(lacks)
+        needs = f"  not runnable, needs {', '.join(lacks)}" if lacks else ""
+        yield f"{entry.name:<{width}}  {number:<30}{needs}".rstrip()
+    runnable = len(entries) - waiting
+    yield f"\n{len(entries)} recipes, {runnable} runnable. One in full: fastkd recipes show NAME"
+
+
+def details(entry: Entry) -> Iterator[str]:
+    """Lines: what will run, what the paper printed, and what is not from the paper."""
+    from fastkd.recipes.missing import missing
+
+    yield entry.name
+    yield f"{entry.description}{_BY[entry.mode]}"
+    if lacks := missing(entry):
+        yield f"\nnot runnable, needs {', '.join(lacks)}"
+    else:
+        yield f"\nfastkd train {entry.name}{_root(entry)}"
+    if entry.published:
+        yield f"\n{papers()[entry.published[0].paper]['title']}"
+    for cell in entry.published:
+        epoch = f", {cell.epoch} epoch" if cell.epoch else ""
+        yield f"  {cell}  ({cell.place}, {cell.row}, {cell.column}{epoch})"
+    yield from _modes(entry)
+    if entry.note:
+        yield f"\n{entry.note}"
+    yield "\nkeys, all others at their defaults (fastkd train NAME --print-config)"
+    width = max(map(len, entry.keys))
+    for key, value in entry.keys.items():
+        line = f"  {key:<{width}}  {_text(value)}"
+        if key in entry.silent:
+            line = f"{line:<{width + 26}}  not from the paper: {entry.silent[key]}"
+        yield line
+
+
+def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The same for machines."""
+    from fastkd.recipes.missing import missing
+
+    return [
+        {
+            "name": entry.name,
+            "description": entry.description,
+            "mode": entry.mode,
+            "published": [asdict(cell) for cell in entry.published],
+            "needs": missing(entry),
+            "keys": dict(entry.keys),
+            "not_from_the_paper": entry.silent,
+            "note": entry.note,
+        }
+        for entry in entries
+    ]
+
+
+def _group(entry: Entry) -> str:
+    """`moonshine/cifar10/`, `cifar100/`."""
+    parts = entry.name.split("/")
+    return "/".join(parts[: max(1, len(parts) - 2)]) + "/"
+
+
+def _modes(entry: Entry) -> Iterator[str]:
+    """The same row by the other of paper and released code."""
+    row = entry.row or entry.name
+    for other in all_recipes().values():
+        if row in (other.name, other.row) and other.name != entry.name:
+            changed = ", ".join(_difference(entry.keys, other.keys))
+            yield f"\n{other.name}{_BY[other.mode]}: {changed}"
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    gone = [f"no {key}" for key in one if key not in other]
+    return gone + [
+        f"{key}={_text(value)}"
+        for key, value in other.items()
+        if key not in one or one[key] != value
+    ]
+
+
+def _root(entry: Entry) -> str:
+    return "" if entry.keys["data.name"] in ("digits", "synthetic") else " data.root=DIR"
+
+
+def _text(value: Any) -> str:
+    """As on a command line."""
+    if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
+        return ",".join(map(_text, value))
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n...\n").strip()

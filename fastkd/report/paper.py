@@ -1,0 +1,112 @@
+"""The paper's number beside ours, at the end of a run that is a row of a paper's table.
+
+Only where the run is the named recipe as it stands: keys that decide the outcome and were
+overridden are named instead of a comparison.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastkd.recipe.schema import Recipe
+from fastkd.recipes import all_recipes
+from fastkd.recipes.missing import missing
+from fastkd.recipes.published import Published
+
+__all__ = ["PaperRow", "paper_row"]
+
+# Where the data lies, how fast it goes, what is looked at; and the seed, which the papers vary.
+_NO_MATTER = (
+    *("description", "out", "seed", "save_steps", "eval_epochs", "tensorboard", "max_skips"),
+    *("device", "precision", "compile", "channels_last", "deterministic", "baseline.lrs"),
+    *("data.root", "data.backend", "data.download", "data.workers"),
+    # A teacher from a file, as the papers have it, in place of one that is trained first.
+    *("teacher.weights", "teacher.train", "teacher.mean", "teacher.std", "teacher.class_map"),
+    "teacher.min_accuracy",
+)
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What the closing table and summary.json say of the paper."""
+
+    row: dict[str, Any] | None
+    """A row of the closing table; None where the run cannot be compared."""
+    text: str
+    facts: dict[str, Any]
+
+
+def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
+    """The paper's number for a finished run; None where no paper prints one.
+
+    summary: `accuracy_last` and `accuracy_best`, shares of 1.
+    """
+    entry = all_recipes().get(recipe.name)
+    cells = entry.published if entry is not None else ()
+    cell = next((cell for cell in cells if cell.metric in ("top1", "top1_error")), None)
+    # A file may run under the name of a recipe that cannot be built.
+    if entry is None or cell is None or missing(entry):
+        return None
+    facts = {
+        "metric": cell.metric,
+        "value": cell.value,
+        "std": cell.std,
+        "place": cell.place,
+        "changed": _changed(recipe, entry.build()),
+    }
+    if facts["changed"]:
+        changed = ", ".join(facts["changed"])
+        text = f"not comparable with the paper's {cell} ({cell.place}): {changed}"
+        return PaperRow(None, text, facts)
+    which = cell.epoch or "last"
+    ours = 100 * summary[f"accuracy_{which}"]
+    if cell.metric == "top1_error":
+        ours = 100 - ours
+    said = "" if cell.epoch else "; which one the paper took is not said"
+    text = (
+        f"the paper's {cell} ({cell.place}); here {ours:.2f} in the {which} epoch, "
+        f"{ours - cell.value:+.2f} points{said}"
+    )
+    if entry.silent:
+        text += (
+            f". {len(entry.silent)} keys are not from the paper: fastkd recipes show {entry.name}"
+        )
+    return PaperRow(_row(cell, which), text, facts | {"ours": ours})
+
+
+def _row(cell: Published, which: str) -> dict[str, Any]:
+    error = cell.metric == "top1_error"
+    notes = [f"error {cell.value:.2f}"] if error else []
+    if cell.std is not None:
+        notes.append(f"+- {cell.std:.2f}")
+    share = (100 - cell.value if error else cell.value) / 100
+    return {
+        "run": f"paper, {cell.place}",
+        f"accuracy_{which}": share,
+        "note": ", ".join(notes),
+    }
+
+
+def _changed(recipe: Recipe, published: Recipe) -> list[str]:
+    """`epochs=30 (there 240)`, for every key that decides the outcome."""
+    here, there = _flat(recipe), _flat(published)
+    found = []
+    for key in {**there, **here}:
+        one, other = here.get(key), there.get(key)
+        if one != other and key not in _NO_MATTER:
+            found.append(f"{key}={one} (there {other})")
+    return found
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Mapping[str, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                walk(f"{prefix}{key}.", value)
+            else:
+                keys[f"{prefix}{key}"] = value
+
+    walk("", recipe.model_dump(mode="json"))
+    return keys

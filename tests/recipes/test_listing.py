@@ -1,0 +1,123 @@
+"""`fastkd recipes`: overview, list and one recipe, as a stranger reads them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastkd.recipes import all_recipes, find_entry
+from fastkd.recipes.missing import missing
+
+ROW = "kdda/cifar100/wrn_40_2--wrn_16_2/tlcutmix"
+
+
+def test_the_overview_counts_by_paper_and_data_set(command):
+    said = command("recipes").out
+    lines = said.splitlines()
+    assert lines[0].startswith("quickstart  digits")
+    counted = {line.split()[0]: int(line.split()[1]) for line in lines if line.endswith(" recipes")}
+    rows = [name for name, entry in all_recipes().items() if entry.row is None]
+    assert sum(counted.values()) + 1 == len(rows)
+    assert counted["moonshine/cifar10/"] == 76
+    assert counted["demystification/cifar100/"] == 6 * (36 + 16)
+    assert "fastkd recipes show NAME" in said
+    assert len(lines) < 50
+
+
+def test_the_overview_loads_nothing_heavy(tmp_path):
+    code = """
+import sys
+from fastkd.cli import main
+assert main(["recipes"]) == 0
+heavy = "torch triton timm torchvision matplotlib sklearn numpy pydantic rich".split()
+assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_list_has_the_papers_numbers_and_what_is_missing(command):
+    *lines, _, last = command("recipes", "kdda/cifar100/wrn_40_2--wrn_16_2/*").out.splitlines()
+    by_name = {line.split()[0]: line for line in lines}
+    rows = {n: e for n, e in all_recipes().items() if n.startswith(ROW.rpartition("/")[0] + "/")}
+    assert set(by_name) == {name for name, entry in rows.items() if entry.row is None}
+    for name, line in by_name.items():
+        assert str(rows[name].published[0]) in line
+        lacks = missing(rows[name])
+        assert line.endswith(f"not runnable, needs {', '.join(lacks)}") or not lacks
+    runnable = sum(not missing(rows[name]) for name in by_name)
+    assert last.startswith(f"{len(lines)} recipes, {runnable} runnable.")
+
+
+def test_the_other_mode_is_listed_where_it_is_asked_for(command):
+    found = command("recipes", "kdda/*wrn_16_2/tlcutmix-pick*:released").out.splitlines()
+    names = {line.split()[0] for line in found[:-2]}
+    assert "kdda/cifar100/wrn_40_2--wrn_16_2/tlcutmix-pick@960:released" in names
+    assert all(find_entry(name).mode == "released" for name in names)
+
+
+def test_one_recipe_in_full(command):
+    said = command("recipes", "show", ROW)
+    assert said.code == 0
+    assert said.out.startswith(f"{ROW}\nwrn_40_2 teaches wrn_16_2 on cifar100 by tlcutmix, by the")
+    assert f"\nfastkd train {ROW} data.root=DIR\n" in said.out
+    for table in (1, 2, 3, 9):
+        assert f"top-1 accuracy 75.34 +- 0.19  (Table {table}, " in said.out
+    lines = {line.split()[0]: line for line in said.out.splitlines() if line.startswith("  ")}
+    assert lines["losses.kd.temperature"].split() == ["losses.kd.temperature", "4.0"]
+    assert "0.0005" in lines["optim.weight_decay"]
+    assert lines["optim.weight_decay"].endswith("not from the paper: RepDistiller's code")
+    assert lines["losses.kd.views"].split()[1] == "x,xprime"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("moonshine/cifar10/wrn_40_1/scratch", None),
+        (
+            "moonshine/cifar10/wrn_40_2--wrn_40_1/kd",
+            "kd:paper, by the text of the paper: losses.kd.weight=0.9",
+        ),
+        (
+            "kdda/imagenet/resnet34--resnet18/tlcutmix-pick",
+            None,
+        ),
+        (
+            f"{ROW}-pick:released",
+            "tlcutmix-pick, by the text of the paper: no augment.pick.images, augment.pick.share",
+        ),
+    ],
+)
+def test_the_other_mode_is_shown_by_its_difference(command, name, other):
+    said = command("recipes", "show", name).out
+    others = [line for line in said.splitlines() if ", by the " in line][1:]
+    assert len(others) == (other is not None)
+    assert other is None or other in others[0]
+
+
+def test_machines_read_the_same(command):
+    found = json.loads(command("recipes", f"{ROW}*", "--json").out)
+    assert found[0]["name"] == ROW
+    assert found[0]["published"][0] == {
+        "paper": "kdda",
+        "table": "1",
+        "row": "KD+TLCutMix",
+        "column": "WRN-40-2/WRN-16-2",
+        "metric": "top1",
+        "value": 75.34,
+        "std": 0.19,
+        "epoch": None,
+    }
+    assert found[0]["needs"] == []
+    assert found[0]["keys"]["augment.xprime"] == "cutmix"
+    (one,) = json.loads(command("recipes", "show", ROW, "--json").out)
+    assert one == found[0]
+
+
+def test_all_are_listed_without_a_mistake_in_their_keys(command):
+    """`missing` raises where a key exists and its value is wrong."""
+    *_, last = command("recipes", "*").out.splitlines()
+    rows = [entry for entry in all_recipes().values() if entry.row is None]
+    assert last.startswith(f"{len(rows)} recipes, ")
