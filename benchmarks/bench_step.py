@@ -25,6 +25,7 @@ from fastkd import create_model
 from fastkd.augment.geometry import Geometry
 from fastkd.build import Engine, TeacherNet, build_trainer
 from fastkd.data import ImageSet, ResidentLoader
+from fastkd.data.batch import TrainLoader
 from fastkd.data.foreign import ForeignLoader
 from fastkd.distributed import World
 from fastkd.losses import KD
@@ -32,7 +33,7 @@ from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.testing import interleave, speedup
-from fastkd.trainer import Plan, Trainer, TrainLoader
+from fastkd.trainer import Plan, Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 WORLD = World(0, 0, 1, torch.device("cpu"), None)

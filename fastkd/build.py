@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.augment import PartnerSource, ViewMaker
+from fastkd.augment import ViewMaker
 from fastkd.compiling import compile_unit, worth_compiling
+from fastkd.data.batch import Loader, TrainLoader
 from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
 from fastkd.errors import UserError
@@ -31,7 +32,7 @@ from fastkd.schedules import Schedule
 from fastkd.selection import Pick
 from fastkd.step import DistillStep, needed_taps
 from fastkd.teacher import Normalization, Teacher
-from fastkd.trainer import Plan, Trainer, TrainLoader
+from fastkd.trainer import Plan, Trainer
 
 __all__ = ["Engine", "TeacherNet", "build_trainer", "decide"]
 
@@ -209,7 +210,7 @@ def build_trainer(
             seed=plan.seed,
             dtype=precision.dtype,
             layout=layout,
-            partners=loader if world.size > 1 and isinstance(loader, PartnerSource) else None,
+            partners=loader if world.size > 1 and isinstance(loader, Loader) else None,
         ),
         optimizer=optimizer,
         schedule=schedule,

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.augment import ViewMaker
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.data.batch import Batch
+from fastkd.data.batch import TrainLoader
 from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers
 from fastkd.ema import EMA
 from fastkd.errors import Interrupted
@@ -36,26 +36,9 @@ from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.teacher import Teacher, run_ahead
 from fastkd.weights import save_weights
 
-__all__ = ["Plan", "Progress", "TrainLoader", "Trainer"]
+__all__ = ["Plan", "Progress", "Trainer"]
 
 LOG_STEPS = 10
-
-
-class TrainLoader(Protocol):
-    """This rank's share of the training images; `fastkd.data` has several."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        ...
-
-    def global_size(self, step: int) -> int:
-        """Samples in the global batch of a step, all ranks together."""
-        ...
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch from `start_step` on; earlier ones are not touched."""
-        ...
 
 
 @dataclass(frozen=True)

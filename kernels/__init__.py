@@ -13,6 +13,7 @@ if __name__ != "fastkd.kernels":
 from fastkd.kernels._library import Impl, status
 from fastkd.kernels.hardness import Criterion, Hardest, hardness, select_hardest
 from fastkd.kernels.kd_loss import KDRows, kd_loss, kd_loss_mean
+from fastkd.kernels.mix import mix
 
 __all__ = [
     "Criterion",
@@ -22,6 +23,7 @@ __all__ = [
     "hardness",
     "kd_loss",
     "kd_loss_mean",
+    "mix",
     "select_hardest",
     "status",
 ]

@@ -3,38 +3,16 @@
 Teacher and student see the same pixels of a view by construction.
 """
 
-from typing import Protocol, runtime_checkable
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.augment.mix import draw_mix, mix_images
-from fastkd.data.batch import Batch
+from fastkd.augment.mix import draw_mix
+from fastkd.data.batch import Batch, Loader
 from fastkd.data.tables import to_device
+from fastkd.kernels import mix as mix_images
 
-__all__ = ["PartnerSource", "ViewMaker"]
-
-
-@runtime_checkable
-class PartnerSource(Protocol):
-    """A loader that can show any sample of a global batch, also those of other ranks."""
-
-    def global_size(self, step: int) -> int:
-        """Samples in the global batch of a step."""
-        ...
-
-    def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Their sample ids, int64."""
-        ...
-
-    def rank_part(self, step: int) -> slice:
-        """Where this rank's part lies within that batch."""
-        ...
-
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Augmented images of any samples, as they look in that epoch."""
-        ...
+__all__ = ["ViewMaker"]
 
 
 class ViewMaker:
@@ -53,7 +31,7 @@ class ViewMaker:
         dtype: torch.dtype,
         layout: torch.memory_format,
         pool: int = 1,
-        partners: PartnerSource | None = None,
+        partners: Loader | None = None,
     ) -> None:
         self.xprime = xprime
         self.seed = seed
@@ -81,16 +59,21 @@ class ViewMaker:
             side=x.shape[-1],
             number=number,
         )
-        partners = self._laid_out(self._partners(x, draw.partner_N, epoch, step))
-        return mix_images(x, partners, draw)
+        partners = self._partners(draw.partner_N, x.device, epoch, step)
+        if draw.box is None:
+            return mix_images(x, partners, lam=draw.lam)
+        return mix_images(x, partners, boxes=to_device(np.array(draw.box), x.device))
 
     def _laid_out(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.to(dtype=self.dtype, memory_format=self.layout)
 
-    def _partners(self, x: Tensor, partner_N: np.ndarray, epoch: int, step: int) -> Tensor:
+    def _partners(
+        self, partner_N: np.ndarray, device: torch.device, epoch: int, step: int
+    ) -> Tensor:
+        """Where they lie in the batch, or the partners' images themselves."""
         if self.partners is None:
-            return x[to_device(partner_N, x.device)]
+            return to_device(partner_N, device)
         # A partner may live on another rank; its pixels follow from its id and the epoch alone.
         index = self.partners.global_index(epoch, step)
         mine = index[partner_N][self.partners.rank_part(step)]
-        return self.partners.fetch(torch.from_numpy(mine), epoch)
+        return self._laid_out(self.partners.fetch(torch.from_numpy(mine), epoch))

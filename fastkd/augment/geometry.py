@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkd.kernels import mix
+
 __all__ = ["Geometry", "Normalizer", "gather_crops", "pad_images"]
 
 
@@ -105,37 +107,28 @@ def gather_crops(
     return both.index_select(0, torch.arange(batch, device=flip_B.device) + batch * flip_B)
 
 
+@dataclass(frozen=True)
 class Normalizer:
-    """uint8 [B, H, W, C] -> (x / 255 - mean) / std as [B, C, H, W].
+    """uint8 [B, H, W, C] -> (x / 255 - mean) / std as [B, C, H, W], in one pass.
 
     mean, std      per channel, in units of 0..1
     dtype          of the result; the arithmetic is fp32, rounded once
-    channels_last  memory layout of the result (True costs nothing, False one copy)
+    channels_last  memory layout of the result
     """
 
-    def __init__(
-        self,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        width: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
-    ) -> None:
-        if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"mean {mean} and std {std}: need equal lengths and std above 0")
-        # Repeated along the row: elementwise ops then run over long rows instead of 3 channels.
-        self._mean_R = torch.tensor(mean, dtype=torch.float32).repeat(width).to(device)
-        self._std_R = torch.tensor(std, dtype=torch.float32).repeat(width).to(device)
-        self._dtype = dtype
-        self._channels_last = channels_last
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = True
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """Normalised images [B, C, H, W]."""
         if images_BHWC.dtype != torch.uint8:
             raise ValueError(f"images are {images_BHWC.dtype}, expected uint8 in 0..255")
-        rows_BHR = images_BHWC.flatten(2).to(torch.float32)
-        rows_BHR.mul_(1.0 / 255).sub_(self._mean_R).div_(self._std_R)
-        images_NCHW = rows_BHR.to(self._dtype).view(images_BHWC.shape).permute(0, 3, 1, 2)
-        return images_NCHW if self._channels_last else images_NCHW.contiguous()
+        return mix(
+            images_BHWC.permute(0, 3, 1, 2),
+            mean=self.mean,
+            std=self.std,
+            dtype=self.dtype,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )

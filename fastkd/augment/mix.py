@@ -1,20 +1,21 @@
-"""The second view x' of a batch: CutMix or mixup with a partner from the same global batch.
+"""What makes the second view x' of a batch: the draw of CutMix or mixup for one step.
 
 One draw for the whole batch, from (seed, epoch, step) alone, so x' does not depend on the number
-of ranks. Source: KD x data augmentation paper, section 3.2, and its released code: lam ~ U(0, 1),
-the box has side floor(H * sqrt(1 - lam)) around a uniform centre, clipped to the image. CutMix
-pairs by a permutation without fixed point, mixup by any permutation.
+of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2, and
+its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around a uniform
+centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by any
+permutation.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
-import torch
-from torch import Tensor
 
-__all__ = ["MixDraw", "draw_mix", "mix_images"]
+from fastkd.data.draws import as_integers, as_permutation, as_uniforms, step_words
 
-_STREAM = 3
+__all__ = ["MixDraw", "cut_box", "draw_mix"]
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,23 @@ def draw_mix(
     kind: str, *, seed: int, epoch: int, step: int, num: int, side: int, number: int = 0
 ) -> MixDraw:
     """The draw of one step for a global batch of `num` square images; `number` counts several."""
-    key = [seed, _STREAM, epoch, step, *([number] if number else [])]
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-    lam = float(rng.uniform())
-    if kind == "mixup":
-        return MixDraw(lam, None, rng.permutation(num))
-    if kind != "cutmix":
+    if kind not in ("cutmix", "mixup"):
         raise ValueError(f"x' is made by cutmix or mixup, got {kind!r}")
-    partner_N = rng.permutation(num)
-    while num > 1 and (partner_N == np.arange(num)).any():
-        partner_N = rng.permutation(num)
-    cut = int(side * np.sqrt(1.0 - lam))
-    cy, cx = (int(c) for c in rng.integers(side, size=2))
-    edges = (cy - cut // 2, cy + cut // 2, cx - cut // 2, cx + cut // 2)
+    words = step_words(seed, epoch, step, number, 0, 3)
+    lam = float(as_uniforms(words[0]))
+    permutations = (
+        as_permutation(step_words(seed, epoch, step, number, attempt, num)) for attempt in count(1)
+    )
+    if kind == "mixup":
+        return MixDraw(lam, None, next(permutations))
+    partner_N = next(p for p in permutations if num == 1 or (p != np.arange(num)).all())
+    row, column = as_integers(words[1:], side).tolist()
+    return MixDraw(lam, cut_box(side, lam, row, column), partner_N)
+
+
+def cut_box(side: int, lam: float, row: int, column: int) -> tuple[int, int, int, int]:
+    """top, bottom, left, right of the box that leaves `lam`, around a pixel, within the image."""
+    half = int(side * math.sqrt(1.0 - lam)) // 2
+    edges = (row - half, row + half, column - half, column + half)
     top, bottom, left, right = (min(max(edge, 0), side) for edge in edges)
-    return MixDraw(lam, (top, bottom, left, right), partner_N)
-
-
-def mix_images(images_NCHW: Tensor, partners_NCHW: Tensor, draw: MixDraw) -> Tensor:
-    """A new batch; the layout and dtype of the first are kept."""
-    if draw.box is None:
-        return torch.lerp(images_NCHW, partners_NCHW, 1.0 - draw.lam)
-    top, bottom, left, right = draw.box
-    mixed = images_NCHW.clone()
-    mixed[:, :, top:bottom, left:right] = partners_NCHW[:, :, top:bottom, left:right]
-    return mixed
+    return top, bottom, left, right

@@ -1,15 +1,15 @@
-"""The batch that every loader yields and the loader protocol that the trainer relies on.
+"""The batch that every loader yields, and what the trainer relies on in a loader.
 
 First station of the flow: sources -> loader -> Batch -> augment -> teacher / student.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Batch", "Loader"]
+__all__ = ["Batch", "Loader", "TrainLoader"]
 
 
 class Batch(NamedTuple):
@@ -26,8 +26,26 @@ class Batch(NamedTuple):
     index_N: Tensor
 
 
-class Loader(Protocol):
-    """What trainer and evaluation ask of a data backend.
+class TrainLoader(Protocol):
+    """What the training loop asks of any loader, also one that a user brings."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch; in evaluation a rank may yield one batch less."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
+        ...
+
+    def global_size(self, step: int) -> int:
+        """Samples in the global batch of a step, all ranks together."""
+        ...
+
+
+@runtime_checkable
+class Loader(TrainLoader, Protocol):
+    """A loader of fastkd's own data backends, which can show any sample again.
 
     The global batch `s` of an epoch is a function of (seed, epoch, s) only. Rank r of R yields the
     r-th of R contiguous parts of it, their sizes differing by at most one.
@@ -44,25 +62,12 @@ class Loader(Protocol):
         ...
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in an epoch; in evaluation a rank may yield one batch less."""
-        ...
-
-    @property
     def labels_N(self) -> Tensor:
         """The int64 label of every sample id, on the CPU."""
         ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
-        ...
-
-    def global_size(self, step: int) -> int:
-        """Samples in the global batch of a step, all ranks together."""
-        ...
-
     def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Their sample ids, int64, on the CPU."""
+        """Sample ids of a global batch, all ranks together, int64, on the CPU."""
         ...
 
     def rank_part(self, step: int) -> slice:

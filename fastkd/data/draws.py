@@ -15,13 +15,17 @@ __all__ = [
     "ORDER",
     "SHIFT_LEFT",
     "SHIFT_TOP",
+    "as_integers",
+    "as_permutation",
+    "as_uniforms",
     "epoch_order",
     "integer_table",
     "sample_uniforms",
+    "step_words",
 ]
 
 # A stream per purpose: adding one never changes what the others draw.
-ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP = range(5)
+ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX = range(6)
 
 
 def _raw(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
@@ -29,28 +33,47 @@ def _raw(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.Philox(sequence).random_raw(count)
 
 
+def as_integers(words: np.ndarray, high: int) -> np.ndarray:
+    """Integers in 0..high-1, int64: (word * high) >> 32 on the words' upper 32 bits.
+
+    The bias is below high / 2^32.
+    """
+    upper = words >> np.uint64(32)
+    return ((upper * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+
+
+def as_uniforms(words: np.ndarray) -> np.ndarray:
+    """float64 numbers in [0, 1) from the words' upper 53 bits."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def as_permutation(words: np.ndarray) -> np.ndarray:
+    """The stable argsort, int64."""
+    return np.argsort(words, kind="stable")
+
+
 # The current epoch's order is asked for again at every step that mixes samples across ranks.
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Permutation of the sample ids, int64 [N]: the stable argsort of N random 64-bit words.
-
-    Read-only, because it is kept for the next caller.
-    """
-    order_N = np.argsort(_raw(seed, (epoch, ORDER), num_samples), kind="stable")
+    """Permutation of the sample ids, int64 [N]; read-only, as it is kept for the next caller."""
+    order_N = as_permutation(_raw(seed, (epoch, ORDER), num_samples))
     order_N.flags.writeable = False
     return order_N
 
 
 def integer_table(seed: int, epoch: int, stream: int, num_samples: int, high: int) -> np.ndarray:
-    """One integer in 0..high-1 for each sample id, int64 [N].
-
-    (word * high) >> 32 on the upper 32 bits; the bias is below high / 2^32.
-    """
-    words = _raw(seed, (epoch, stream), num_samples) >> np.uint64(32)
-    return ((words * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+    """One integer in 0..high-1 for each sample id, int64 [N]."""
+    return as_integers(_raw(seed, (epoch, stream), num_samples), high)
 
 
 def sample_uniforms(seed: int, epoch: int, sample: int, count: int) -> np.ndarray:
     """`count` float64 numbers in [0, 1) that belong to one sample in one epoch."""
-    words = _raw(seed, (epoch, RESIZED_CROP, sample), count)
-    return (words >> np.uint64(11)) * 2.0**-53
+    return as_uniforms(_raw(seed, (epoch, RESIZED_CROP, sample), count))
+
+
+def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: int) -> np.ndarray:
+    """`count` 64-bit words that mix the global batch of a step, for the number-th time.
+
+    Of one mixing there are several draws, each with words of its own.
+    """
+    return _raw(seed, (epoch, MIX, step, number, draw), count)

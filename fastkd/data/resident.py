@@ -79,14 +79,7 @@ class ResidentLoader(PlannedLoader):
             self._padded_NPPC = pad_images(resident, geometry)
         except ValueError as error:
             raise UserError(f"{images.name}: {error}") from error
-        self._normalize = Normalizer(
-            mean,
-            std,
-            width=self._crop_size[1],
-            device=device,
-            dtype=dtype,
-            channels_last=channels_last,
-        )
+        self._normalize = Normalizer(mean, std, dtype, channels_last)
 
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""

@@ -154,14 +154,7 @@ class TorchLoader(PlannedLoader):
         self._view = _View(image_size, crop, train, geometry.flip, seed)
         self._geometry = Geometry() if crop == "resized" else geometry
         self._tables = GeometryTables(self._geometry, seed, plan.num_samples, device)
-        self._normalize = Normalizer(
-            mean,
-            std,
-            width=image_size,
-            device=device,
-            dtype=dtype,
-            channels_last=channels_last,
-        )
+        self._normalize = Normalizer(mean, std, dtype, channels_last)
         self._keys = _Keys()
         self._threads: ThreadPoolExecutor | None = None
         self._loader: DataLoader[_Pixels | str] = DataLoader(

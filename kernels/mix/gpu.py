@@ -1,0 +1,118 @@
+"""`mix` on CUDA tensors: layouts, constants and the launch of gpu_kernels.py.
+
+Serves the op of this folder under the dispatcher's CUDA key, and CPU tensors under Triton's
+interpreter. Block and warp choices come from `plan`, a pure function of shapes and dtypes: nothing
+is asked of a device.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from fastkd.kernels.mix.gpu_kernels import mix_kernel
+from fastkd.kernels.mix.inputs import dense
+from torch import Tensor
+
+__all__ = ["Plan", "mixed", "plan"]
+
+
+class Plan(NamedTuple):
+    """Neighbouring elements of a group, groups of a program, programs of a plane, warps."""
+
+    vec: int
+    groups: int
+    programs: int
+    warps: int
+
+
+def plan(height: int, row: int, source_bytes: int, result_bytes: int) -> Plan:
+    """Tile for planes of `height` rows of `row` elements, which take so many bytes each."""
+    # A group fills a 16-byte access of the narrower side where the rows allow it.
+    vec = math.gcd(row, 16 // min(source_bytes, result_bytes))
+    groups_of_plane = height * row // vec
+    # Large images: enough elements a thread to hide what is computed once per program.
+    elements = 4096 if height * row >= 16384 else 1024
+    groups = min(elements // vec, triton.next_power_of_2(groups_of_plane))
+    return Plan(vec, groups, triton.cdiv(groups_of_plane, groups), 4)
+
+
+def mixed(
+    images: Tensor,
+    index: Tensor | None,
+    partners: Tensor | None,
+    boxes: Tensor | None,
+    lam: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """Mixed images, see `fastkd.kernels.mix`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
+    if out.numel() == 0:
+        return out
+    images, partners, source_last = dense(images, partners)
+    index, boxes, lam = (None if x is None else x.contiguous() for x in (index, boxes, lam))
+    num, channels, height, width = images.shape
+    near = channels if channels_last else 1
+    p = plan(height, width * near, images.element_size(), out.element_size())
+    normalize, constants = "", ((0.0,),) * 3
+    if mean:
+        inverse = _inverse(tuple(mean), tuple(std)) if images.dtype == torch.uint8 else None
+        normalize = "multiply" if inverse else "divide"
+        constants = (tuple(mean), *(inverse or (tuple(std), (0.0,) * channels)))
+    # Absent tensors are never read (any pointer does), and an index goes into the images.
+    others = [images if x is None else x for x in (partners, index, boxes, lam)]
+    with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+        mix_kernel[(p.programs * num * (channels // near),)](
+            images,
+            *others,
+            out,
+            *constants,
+            num,
+            4 if boxes is not None and boxes.dim() == 2 else 0,
+            1 if lam is not None and lam.dim() == 1 else 0,
+            PARTNER=index is not None or partners is not None,
+            INDEX=index is not None,
+            BOXES=boxes is not None,
+            BLEND=lam is not None,
+            NORMALIZE=normalize,
+            SOURCE_LAST=source_last,
+            TARGET_LAST=channels_last,
+            C=channels,
+            H=height,
+            W=width,
+            VEC=p.vec,
+            GROUPS=p.groups,
+            num_warps=p.warps,
+            # Fused multiply-adds only where they are written: the bits are those of torch.
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@cache
+def _inverse(
+    mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """1 / std as the sum of two fp32 numbers, if multiplying with it gives the bits of dividing.
+
+    fma(x, high, x * low) is the correctly rounded quotient for nearly all numbers (Brisebarre,
+    Muller and Raina 2004, "Accelerating correctly rounded floating-point division when the divisor
+    is known in advance"); here all 256 bytes of each channel are tried, and None says that one
+    failed. The fma is exact: its product and sum fit float64.
+    """
+    mean_C, std_C = (np.array(values, np.float32)[:, None] for values in (mean, std))
+    high = (1 / std_C.astype(np.float64)).astype(np.float32)
+    low = (1 / std_C.astype(np.float64) - high).astype(np.float32)
+    centred = np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean_C
+    product = (centred.astype(np.float64) * high + centred * low).astype(np.float32)
+    if (product != centred / std_C).any():
+        return None
+    return tuple(high[:, 0].tolist()), tuple(low[:, 0].tolist())
