@@ -4,6 +4,7 @@ Serves the op of this folder under the dispatcher's CPU key. The argument layout
 cpu.cpp.
 """
 
+import ctypes
 import struct
 from collections.abc import Sequence
 
