@@ -34,6 +34,7 @@ optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm
 baseline.lrs
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
+losses.kd.standardize
 losses.at.weight losses.at.pairs
 losses.cc.weight losses.cc.pairs losses.cc.gather losses.cc.dim
 losses.crd.weight losses.crd.pairs losses.crd.dim losses.crd.negatives losses.crd.temperature
@@ -45,6 +46,19 @@ losses.rkd.weight losses.rkd.pairs losses.rkd.gather losses.rkd.distance_weight
 losses.rkd.angle_weight
 losses.sp.weight losses.sp.pairs losses.sp.gather
 losses.vid.weight losses.vid.pairs losses.vid.variance
+losses.soft_ce.weight losses.soft_ce.temperature losses.soft_ce.view
+losses.dkd.weight losses.dkd.alpha losses.dkd.beta losses.dkd.temperature losses.dkd.warmup_epochs
+losses.dkd.standardize
+losses.dist.weight losses.dist.temperature losses.dist.gather losses.dist.view
+losses.reviewkd.weight losses.reviewkd.student losses.reviewkd.teacher losses.reviewkd.max_width
+losses.reviewkd.warmup_epochs
+losses.simkd.weight losses.simkd.student losses.simkd.teacher losses.simkd.factor
+losses.jointrd.weight losses.jointrd.feature_weight losses.jointrd.stages losses.jointrd.form
+losses.jointrd.feature losses.jointrd.eta_epochs losses.jointrd.eta_end
+losses.stage_mse.weight losses.stage_mse.pairs losses.stage_mse.reduction
+losses.stage_mse.eta_epochs losses.stage_mse.eta_end
+losses.discriminator.weight losses.discriminator.mode losses.discriminator.hidden
+losses.discriminator.last_relu losses.discriminator.lr_rule losses.discriminator.view
 """
 
 

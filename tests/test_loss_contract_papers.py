@@ -63,6 +63,7 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "simkd": SimKD,
     "stage-mse": lambda: StageMSE({"stage1": "stage1", "pooled": "pooled"}),
     "jointrd": lambda: JointRD(STAGES),
+    "jointrd-logits": lambda: JointRD(STAGES, feature="logits", name="of_logits"),
     "jointrd-released": lambda: JointRD(STAGES, form="released", name="released"),
     "discriminator": Discriminator,
     "cc": CC,

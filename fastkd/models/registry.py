@@ -144,6 +144,20 @@ def model_from_file(path: str | PathLike[str]) -> nn.Module:
     return create_model(facts.architecture, facts.num_classes, weights=path, **facts.options)
 
 
+def _build_simkd(
+    student: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
+) -> hub.Built:
+    """What the SimKD loss made of a student; all the options stand in the metadata of its file."""
+    if num_classes is None or pretrained or "student" not in options:
+        raise UserError(
+            f"simkd:{student} comes out of a training with the SimKD loss and is built again from "
+            "its weight file: fastkd.models.model_from_file(FILE), or fastkd eval RUN"
+        )
+    own = dict(options)
+    body = create_model(student, num_classes, **own.pop("student"))
+    return hub.Built(reused_head.build(body, num_classes, **own), num_classes, None)
+
+
 def _build_zoo(
     name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
 ) -> nn.Module:
