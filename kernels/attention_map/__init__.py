@@ -4,11 +4,12 @@ Formula, passes over memory and error budget: README.md of this folder. `referen
 in plain torch, `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from fastkd.kernels._library import Impl, choose
+from fastkd.kernels._library import Impl, choose_for
 from fastkd.kernels.attention_map.autograd import Energy, Loss
 from fastkd.kernels.attention_map.reference import attention_map_reference, loss_of_maps
 from torch import Tensor
@@ -60,7 +61,7 @@ def attention_map(
             f"(height, width) from (1, 1) to {(height, width)}: maps are only pooled, not enlarged"
         )
     size = (size[0], size[1])
-    if _backend("attention_map", features_NCHW, p, impl) == "reference":
+    if _backend("attention_map", [features_NCHW], p, impl) == "reference":
         return attention_map_reference(features_NCHW, p, size, eps)
     features_NCHW, window = _window(features_NCHW, size)
     energy_NP = Energy.apply(features_NCHW, int(p), window, impl == "triton")
@@ -101,20 +102,13 @@ def attention_loss(
         _check("attention_loss", f"{name} features", x, p, eps)
     if form not in ("mean_square", "distance"):
         raise ValueError(f"attention_loss: form={form!r} is neither 'mean_square' nor 'distance'")
-    if (
-        student_NCHW.shape[0] != teacher_NCHW.shape[0]
-        or student_NCHW.device != teacher_NCHW.device
-    ):
+    if student_NCHW.shape[0] != teacher_NCHW.shape[0] or student_NCHW.device != teacher_NCHW.device:
         raise ValueError(
             f"attention_loss: student features are {list(student_NCHW.shape)} on "
             f"{student_NCHW.device} but teacher features {list(teacher_NCHW.shape)} on "
             f"{teacher_NCHW.device}; expected the same images on the same device"
         )
-    if (
-        teacher_NCHW.requires_grad
-        and not student_NCHW.requires_grad
-        and torch.is_grad_enabled()
-    ):
+    if teacher_NCHW.requires_grad and not student_NCHW.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "attention_loss: the teacher's features require grad and the student's do not; the "
             "order is attention_loss(student, teacher). Swap them, or detach both"
@@ -126,7 +120,7 @@ def attention_loss(
         min(student_NCHW.shape[2], teacher_NCHW.shape[2]),
         min(student_NCHW.shape[3], teacher_NCHW.shape[3]),
     )
-    if _backend("attention_loss", student_NCHW, p, impl) == "reference":
+    if _backend("attention_loss", [student_NCHW, teacher_NCHW], p, impl) == "reference":
         student_NP = attention_map_reference(student_NCHW, p, size, eps)
         teacher_NP = attention_map_reference(teacher_NCHW, p, size, eps)
         return loss_of_maps(student_NP, teacher_NP, form == "distance")
@@ -160,20 +154,12 @@ def _window(features_NCHW: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple
     return F.adaptive_avg_pool2d(features_NCHW.to(wide), size), (1, 1)
 
 
-def _backend(op: str, features_NCHW: Tensor, p: float, impl: Impl | None) -> Impl:
-    picked = choose("attention_map", features_NCHW.device.type, impl)
-    if picked == "reference":
-        return picked
-    reason = None
-    if p not in _KERNEL_POWERS:
-        reason = f"has p = {_KERNEL_POWERS}, not {p}"
-    elif picked == "triton" and features_NCHW.dtype == torch.float64:
-        reason = "takes fp32, bf16 and fp16, not fp64"
-    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # vmap, torch.func.grad and jvp pass through plain torch code only.
-        reason = "cannot run under torch.func"
-    if reason is None:
+def _backend(op: str, features: Sequence[Tensor], p: float, impl: Impl | None) -> Impl:
+    picked = choose_for("attention_map", features, impl)
+    if picked == "reference" or p in _KERNEL_POWERS:
         return picked
     if impl is not None:
-        raise ValueError(f"{op}: impl={impl!r} {reason}; use impl=None or 'reference'")
+        raise ValueError(
+            f"{op}: impl={impl!r} has p = {_KERNEL_POWERS}, not {p}; use impl=None or 'reference'"
+        )
     return "reference"

@@ -4,12 +4,19 @@ The ops have leading underscores and no autograd of their own: the two Functions
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastkd.kernels._library import LIBRARY, Core, Impl, core, register, triton_reason
+from fastkd.kernels._library import (
+    LIBRARY,
+    Core,
+    Impl,
+    core,
+    deferred,
+    register,
+    triton_reason,
+)
 from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
 from torch import Tensor
 
@@ -39,7 +46,7 @@ class Energy(torch.autograd.Function):
         """The op; see the class."""
         ctx.power, ctx.window, ctx.triton = power, window, triton
         ctx.save_for_backward(features_NCHW)
-        return _op("_attention_energy", triton)(features_NCHW, power, window)
+        return _op("energy", triton)(features_NCHW, power, window)
 
     @staticmethod
     def backward(ctx: Any, *upstream_NP: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +56,7 @@ class Energy(torch.autograd.Function):
             energy_NP = energy_reference(features_NCHW, ctx.power, _size(features_NCHW, ctx.window))
             grad = torch.autograd.grad(energy_NP, features_NCHW, upstream_NP, create_graph=True)[0]
         else:
-            grad = _op("_attention_energy_grad", ctx.triton)(
+            grad = _op("energy_grad", ctx.triton)(
                 features_NCHW, upstream_NP[0], None, ctx.power, ctx.window
             )
         return grad, None, None, None
@@ -76,7 +83,7 @@ class Loss(torch.autograd.Function):
         """The op; see the class."""
         ctx.power, ctx.window, ctx.triton = power, student_window, triton
         ctx.eps, ctx.distance = eps, distance
-        loss, coefficients_NP, teacher_NP = _op("_attention_loss", triton)(
+        loss, coefficients_NP, teacher_NP = _op("loss", triton)(
             student_NCHW, teacher_NCHW, power, student_window, teacher_window, eps, distance
         )
         ctx.save_for_backward(student_NCHW, coefficients_NP, teacher_NP)
@@ -92,7 +99,7 @@ class Loss(torch.autograd.Function):
             loss = loss_of_maps(maps[0], maps[1], ctx.distance)
             grad = torch.autograd.grad(loss, student_NCHW, upstream, create_graph=True)[0]
         else:
-            grad = _op("_attention_energy_grad", ctx.triton)(
+            grad = _op("energy_grad", ctx.triton)(
                 student_NCHW, coefficients_NP, upstream[0], ctx.power, ctx.window
             )
         return grad, *[None] * 7
@@ -112,8 +119,8 @@ def _op(name: str, triton: bool) -> Any:
     if triton:
         from fastkd.kernels.attention_map import gpu
 
-        return getattr(gpu, name.removeprefix("_attention_"))
-    return getattr(torch.ops.fastkd, name).default
+        return getattr(gpu, name)
+    return getattr(torch.ops.fastkd, f"_attention_{name}").default
 
 
 @torch.library.register_fake("fastkd::_attention_energy", lib=LIBRARY)
@@ -134,27 +141,19 @@ def _loss_fake(student, teacher, power, student_window, teacher_window, eps, dis
     return student_NP.new_empty(()), student_NP, torch.empty_like(student_NP)
 
 
-def _on_cuda(name: str) -> Callable[..., Any]:
-    """The Triton launcher of an op; Triton is imported when a CUDA tensor first comes by."""
-
-    def launch(*args: Any) -> Any:
-        return _op(name, triton=True)(*args)
-
-    return launch
-
-
 def _register() -> None:
     backends: dict[str, Impl] = {}
-    names = ("_attention_energy", "_attention_energy_grad", "_attention_loss")
+    names = ("energy", "energy_grad", "loss")
     if isinstance(core(), Core):
         from fastkd.kernels.attention_map import cpu
 
         for name in names:
-            LIBRARY.impl(name, getattr(cpu, name.removeprefix("_attention_")), "CPU")
+            LIBRARY.impl(f"_attention_{name}", getattr(cpu, name), "CPU")
         backends["cpu"] = "cpp"
     if triton_reason() is None:
         for name in names:
-            LIBRARY.impl(name, _on_cuda(name), "CUDA")
+            launcher = deferred("fastkd.kernels.attention_map.gpu", name)
+            LIBRARY.impl(f"_attention_{name}", launcher, "CUDA")
         backends["cuda"] = "triton"
     register("attention_map", backends)
 

@@ -426,16 +426,17 @@ std::int64_t run(const AttentionFeatures& a, bool backward) {
 
 #define FASTKD_JOIN(a, b) a##b
 #define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
-#define FASTKD_ENTRY(result, name) \
-  extern "C" __attribute__((visibility("default"))) result FASTKD_NAME(name, FASTKD_ISA)
+#define FASTKD_ENTRY(name) \
+  extern "C" __attribute__((visibility("default"))) std::int64_t FASTKD_NAME(name, FASTKD_ISA)
 
-FASTKD_ENTRY(std::int64_t, fastkd_attention_energy_)(const fastkd::AttentionFeatures* a) {
+FASTKD_ENTRY(fastkd_attention_energy_)(const fastkd::AttentionFeatures* a) {
   return fastkd::FASTKD_ISA::run(*a, false);
 }
-FASTKD_ENTRY(std::int64_t, fastkd_attention_gradient_)(const fastkd::AttentionFeatures* a) {
+FASTKD_ENTRY(fastkd_attention_gradient_)(const fastkd::AttentionFeatures* a) {
   return fastkd::FASTKD_ISA::run(*a, true);
 }
-FASTKD_ENTRY(void, fastkd_attention_compare_)(const fastkd::AttentionMaps* a) {
+FASTKD_ENTRY(fastkd_attention_compare_)(const fastkd::AttentionMaps* a) {
   if (a->wide != 0) fastkd::FASTKD_ISA::run_compare<double>(*a);
   else fastkd::FASTKD_ISA::run_compare<float>(*a);
+  return 0;
 }

@@ -4,15 +4,12 @@ Serves the three ops of this folder under the dispatcher's CPU key. The argument
 structs at the top of cpu.cpp.
 """
 
-import ctypes
-import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from fastkd.kernels._library import Core, core
+from fastkd.kernels._library import STORAGE, entry_point
 from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
 from torch import Tensor
 
@@ -20,7 +17,6 @@ __all__ = ["energy", "energy_grad", "loss"]
 
 _FEATURES = struct.Struct("3Q17qd")
 _MAPS = struct.Struct("5Q5qd")
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def energy(
@@ -71,7 +67,7 @@ def loss(
     rows_N = student_NP.new_empty(student_NP.shape[0], dtype=torch.float64)
     tensors = (student_NP, teacher_NP, coefficients_NP, rows_N, value)
     wide = student_NP.dtype == torch.float64
-    _function("attention_compare", isa)(
+    entry_point("attention_compare", isa)(
         _MAPS.pack(*[x.data_ptr() for x in tensors], *student_NP.shape, wide, distance,
                    torch.get_num_threads(), eps)
     )  # fmt: skip
@@ -100,23 +96,13 @@ def _walk(
     rows = [
         (s.sample, s.channel, width * s.pixel, s.pixel) for s in (strides, out_strides or strides)
     ]
-    code = _function(name, isa)(
+    code = entry_point(name, isa)(
         _FEATURES.pack(
             features_NCHW.data_ptr(), 0 if coefficients_NP is None else coefficients_NP.data_ptr(),
             out.data_ptr(), num, channels, height // window[0], width // window[1], *window,
-            *rows[0], *rows[1], _STORAGE[features_NCHW.dtype], power, torch.get_num_threads(), scale,
+            *rows[0], *rows[1], STORAGE[features_NCHW.dtype], power, torch.get_num_threads(),
+            scale,
         )
     )  # fmt: skip
     if code < 0:
         raise MemoryError(f"attention_map: no memory for the scratch of {channels} channels")
-
-
-@functools.cache
-def _function(name: str, isa: str | None) -> Any:
-    found = core()
-    if not isinstance(found, Core):
-        raise RuntimeError(found)
-    function = found.function(name, isa)
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int64
-    return function

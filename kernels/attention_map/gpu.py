@@ -7,19 +7,17 @@ a device, so results repeat bit by bit.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from fastkd.kernels.attention_map.gpu_kernels import forward_kernel, gradient_kernel
 from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
+from fastkd.kernels.gpu_kernels import launch
 from torch import Tensor
 
 __all__ = ["Plan", "energy", "energy_grad", "loss", "plan"]
 
-# Multiply-adds may be fused: what must cancel exactly (equal maps) is written without products.
-_OPTIONS = {"enable_fp_fusion": True}
 # Pixels of the maps that the comparison holds at a time.
 _COMPARED = 1024
 
@@ -32,15 +30,16 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(channels: int, pixels: int, by_pixel: bool, *, tile: int = 4096) -> Plan:
-    """Tile of about `tile` elements whose lanes run along the contiguous axis."""
+def plan(channels: int, pixels: int, by_pixel: bool, warps: int = 4) -> Plan:
+    """Tile for `warps` warps or fewer; lanes run along the axis that is contiguous."""
+    # Four or two 16-byte loads of bf16; sums along the lanes (channels-last) need registers too.
+    tile = warps * 32 * (32 if by_pixel else 16)
     width, height = (pixels, channels) if by_pixel else (channels, pixels)
     # 16 deep: what a lane adds up in a row stays short, and with it the rounding error.
     width = min(tile // 16, triton.next_power_of_2(width))
     height = min(tile // width, triton.next_power_of_2(height))
-    # 32 elements a thread: four 16-byte loads of bf16, eight of fp32.
-    warps = max(1, min(tile, width * height) // 1024)
-    return Plan(*((height, width) if by_pixel else (width, height)), warps)
+    block_c, block_p = (height, width) if by_pixel else (width, height)
+    return Plan(block_c, block_p, max(1, warps * width * height // tile))
 
 
 def walks_whole_samples(samples: int, channels: int, pixels: int) -> bool:
@@ -75,7 +74,7 @@ def loss(
     whole = walks_whole_samples(student_NP.shape[0], channels, pixels)
     # The teacher's map is usually the larger one: its layout decides.
     by_pixel = sides[1][1].pixel == 1
-    p = plan(channels, pixels, by_pixel, tile=16384 if whole else 4096)
+    p = plan(channels, pixels, by_pixel, 16 if whole else 4)
     outputs = [student_NP, teacher_NP, coefficients_NP, rows_N]
     for phase in (0,) if whole else (1, 2):
         _forward(sides, outputs, power, p, phase, eps, distance)
@@ -98,12 +97,13 @@ def energy_grad(
         pixels = coefficients_NP.shape[1]
         p = plan(channels, pixels, strides.pixel == 1)
         grid = (num * triton.cdiv(pixels, p.block_p), triton.cdiv(channels, p.block_c))
-        _launch(
+        launch(
             gradient_kernel, grid, read_NCHW, coefficients_NP,
             coefficients_NP if upstream is None else upstream, target_NCHW,
             channels, *_steps(strides, width), *_steps(out_strides, width),
             UPSTREAM=upstream is not None, POWER=power, PIXELS=pixels, WIDTH=width // window[1],
-            WINDOW_H=window[0], WINDOW_W=window[1], ALIGN=_align(strides, out_strides),
+            WINDOW_H=window[0], WINDOW_W=window[1], BY_PIXEL=strides.pixel == 1,
+            ALIGN=_align(strides, out_strides),
             BLOCK_C=p.block_c, BLOCK_P=p.block_p, num_warps=p.warps,
         )  # fmt: skip
     return grad_NCHW if target_NCHW is grad_NCHW else grad_NCHW.copy_(target_NCHW)
@@ -129,15 +129,16 @@ def _forward(
         for x in (student_NCHW, teacher_NCHW)
     ]
     programs = num * triton.cdiv(pixels, p.block_p) if phase == 1 else num
-    _launch(
+    launch(
         forward_kernel, (programs,), student_NCHW, teacher_NCHW,
         *(outputs if len(outputs) == 4 else outputs * 4),
         student_NCHW.shape[1], *_steps(s, student_NCHW.shape[3]),
         teacher_NCHW.shape[1], *_steps(t, teacher_NCHW.shape[3]), float(num), eps,
         POWER=power, PIXELS=pixels, WIDTH=student_NCHW.shape[3] // s_window[1],
         S_H=s_window[0], S_W=s_window[1], T_H=t_window[0], T_W=t_window[1],
-        S_ALIGN=_align(s), T_ALIGN=_align(t), TEACHER=len(sides) == 2, DISTANCE=distance,
-        PHASE=phase, S_C=blocks[0], T_C=blocks[1], BLOCK_P=p.block_p,
+        S_BY_PIXEL=s.pixel == 1, T_BY_PIXEL=t.pixel == 1, S_ALIGN=_align(s), T_ALIGN=_align(t),
+        TEACHER=len(sides) == 2, DISTANCE=distance,
+        PHASE=phase, BLOCK_S=blocks[0], BLOCK_T=blocks[1], BLOCK_P=p.block_p,
         BLOCK_X=min(_COMPARED, triton.next_power_of_2(pixels)),
         num_warps=p.warps if phase != 2 else 4,
     )  # fmt: skip
@@ -157,9 +158,3 @@ def _align(*views: Strides) -> int:
     """Elements whose multiples all samples, and all lines along the contiguous axis, begin at."""
     steps = [s for v in views for s in (v.sample, v.channel if v.pixel == 1 else v.pixel)]
     return math.gcd(16, *steps)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **flags: Any) -> None:
-    """Runs a kernel on the device of its first argument, which need not be the current one."""
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](first, *rest, **flags, **_OPTIONS)

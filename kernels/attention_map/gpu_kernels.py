@@ -16,13 +16,14 @@ __all__ = ["forward_kernel", "gradient_kernel"]
 
 @triton.jit
 def _pointers(
-    ptr, n, o_c, o_p, sample, channel, row, pixel, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    ptr, n, o_c, o_p, sample, channel, row, pixel, BY_PIXEL: tl.constexpr, ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
 ):  # fmt: skip
     """[C, P] addresses of the first element of each window of sample n.
 
-    Rows lie `row` elements apart. Samples and channels start at multiples of ALIGN elements, which
-    Triton cannot know of a stride like 196 and needs for wide loads.
+    Rows lie `row` elements apart. BY_PIXEL: pixels are contiguous, else channels. Samples and lines
+    along that axis start at multiples of ALIGN elements, which Triton cannot know of a stride like
+    196 and needs for wide loads.
     """
     if WINDOW_H * WINDOW_W == 1:
         o_x = o_p.to(tl.int64) * pixel
@@ -30,8 +31,10 @@ def _pointers(
         o_x = (o_p // WIDTH).to(tl.int64) * (WINDOW_H * row) + (o_p % WIDTH) * (WINDOW_W * pixel)
     o_n = tl.multiple_of(n * sample, ALIGN)
     o_c = o_c.to(tl.int64) * channel
-    if channel != 1:
+    if BY_PIXEL:
         o_c = tl.multiple_of(o_c, ALIGN)
+    else:
+        o_x = tl.multiple_of(o_x, ALIGN)
     return ptr + o_n + o_c[:, None] + o_x[None, :]
 
 
@@ -66,13 +69,13 @@ def _slope(b, POWER: tl.constexpr):
 @triton.jit
 def _energy(
     ptr, n, o_p, m_p, channels, sample, channel, row, pixel,
-    POWER: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    POWER: tl.constexpr, BY_PIXEL: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean over channels of |x|^POWER for a stretch of pixels, [BLOCK_P]."""
     o_c = tl.arange(0, BLOCK_C)
-    pointers = _pointers(ptr, n, o_c, o_p, sample, channel, row, pixel, ALIGN, WIDTH, WINDOW_H,
-                         WINDOW_W)  # fmt: skip
+    pointers = _pointers(ptr, n, o_c, o_p, sample, channel, row, pixel, BY_PIXEL, ALIGN, WIDTH,
+                         WINDOW_H, WINDOW_W)  # fmt: skip
     sums = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for first in range(0, channels, BLOCK_C):
         mask = (first + o_c < channels)[:, None] & m_p[None, :]
@@ -87,9 +90,10 @@ def forward_kernel(
     s_channels, s_sample, s_channel, s_row, s_pixel,
     t_channels, t_sample, t_channel, t_row, t_pixel, samples, eps,
     POWER: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, S_H: tl.constexpr,
-    S_W: tl.constexpr, T_H: tl.constexpr, T_W: tl.constexpr, S_ALIGN: tl.constexpr,
-    T_ALIGN: tl.constexpr, TEACHER: tl.constexpr, DISTANCE: tl.constexpr, PHASE: tl.constexpr,
-    S_C: tl.constexpr, T_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+    S_W: tl.constexpr, T_H: tl.constexpr, T_W: tl.constexpr, S_BY_PIXEL: tl.constexpr,
+    T_BY_PIXEL: tl.constexpr, S_ALIGN: tl.constexpr, T_ALIGN: tl.constexpr, TEACHER: tl.constexpr,
+    DISTANCE: tl.constexpr, PHASE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0: one program per sample. 1: only energies, a stretch each. 2: only the comparison."""
     n = tl.program_id(0).to(tl.int64)
@@ -104,11 +108,13 @@ def forward_kernel(
             o_p = begin + tl.arange(0, BLOCK_P)
             m_p = o_p < PIXELS
             b_s = _energy(s_ptr, n, o_p, m_p, s_channels, s_sample, s_channel, s_row, s_pixel,
-                          POWER, S_ALIGN, WIDTH, S_H, S_W, S_C, BLOCK_P)  # fmt: skip
+                          POWER, S_BY_PIXEL, S_ALIGN, WIDTH, S_H, S_W, BLOCK_S,
+                          BLOCK_P)  # fmt: skip
             tl.store(s_energy_ptr + n * PIXELS + o_p, b_s, mask=m_p)
             if TEACHER:
                 b_t = _energy(t_ptr, n, o_p, m_p, t_channels, t_sample, t_channel, t_row, t_pixel,
-                              POWER, T_ALIGN, WIDTH, T_H, T_W, T_C, BLOCK_P)  # fmt: skip
+                              POWER, T_BY_PIXEL, T_ALIGN, WIDTH, T_H, T_W, BLOCK_T,
+                              BLOCK_P)  # fmt: skip
                 tl.store(t_energy_ptr + n * PIXELS + o_p, b_t, mask=m_p)
     if PHASE == 1:
         return
@@ -164,7 +170,7 @@ def gradient_kernel(
     x_ptr, coefficient_ptr, upstream_ptr, g_ptr,
     channels, x_sample, x_channel, x_row, x_pixel, g_sample, g_channel, g_row, g_pixel,
     UPSTREAM: tl.constexpr, POWER: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, ALIGN: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BY_PIXEL: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient: the pixel's coefficient times the derivative of |x|^POWER."""
@@ -177,11 +183,11 @@ def gradient_kernel(
     if UPSTREAM:
         b_k *= tl.load(upstream_ptr).to(tl.float32)
     b_k = tl.div_rn(b_k, channels * (1.0 * WINDOW_H * WINDOW_W))
-    p_x = _pointers(x_ptr, n, o_c, o_p, x_sample, x_channel, x_row, x_pixel, ALIGN, WIDTH, WINDOW_H,
-                    WINDOW_W)  # fmt: skip
+    p_x = _pointers(x_ptr, n, o_c, o_p, x_sample, x_channel, x_row, x_pixel, BY_PIXEL, ALIGN,
+                    WIDTH, WINDOW_H, WINDOW_W)  # fmt: skip
     b_g = b_k[None, :] * _slope(_average(p_x, mask, x_row, x_pixel, WINDOW_H, WINDOW_W), POWER)
-    p_g = _pointers(g_ptr, n, o_c, o_p, g_sample, g_channel, g_row, g_pixel, ALIGN, WIDTH, WINDOW_H,
-                    WINDOW_W)  # fmt: skip
+    p_g = _pointers(g_ptr, n, o_c, o_p, g_sample, g_channel, g_row, g_pixel, BY_PIXEL, ALIGN,
+                    WIDTH, WINDOW_H, WINDOW_W)  # fmt: skip
     for k in tl.static_range(0, WINDOW_H * WINDOW_W):
         o_k = (k // WINDOW_W) * g_row + (k % WINDOW_W) * g_pixel
         tl.store(p_g + o_k, b_g.to(g_ptr.dtype.element_ty), mask=mask)
