@@ -22,6 +22,7 @@ __all__ = [
     "bind_pair",
     "bind_term",
     "call_term",
+    "eager_attention_loss",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
@@ -298,3 +299,12 @@ def speedup(seconds: dict[str, list[float]], over: str, of: str) -> tuple[float,
     """Median and 10th percentile of the paired ratios time(over) / time(of)."""
     ratios = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
     return statistics.median(ratios), ratios[len(ratios) // 10]
+
+
+def eager_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The scalar attention-transfer loss as most training loops spell it, for maps of one size."""
+
+    def attention(x: Tensor) -> Tensor:
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    return (attention(student) - attention(teacher)).pow(2).mean()

@@ -11,15 +11,19 @@ if __name__ != "fastkd.kernels":
     )
 
 from fastkd.kernels._library import Impl, status
+from fastkd.kernels.attention_map import AttentionForm, attention_loss, attention_map
 from fastkd.kernels.hardness import Criterion, Hardest, hardness, select_hardest
 from fastkd.kernels.kd_loss import KDRows, kd_loss, kd_loss_mean
 from fastkd.kernels.mix import mix
 
 __all__ = [
+    "AttentionForm",
     "Criterion",
     "Hardest",
     "Impl",
     "KDRows",
+    "attention_loss",
+    "attention_map",
     "hardness",
     "kd_loss",
     "kd_loss_mean",

@@ -35,7 +35,7 @@ baseline.lrs
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
 losses.kd.standardize
-losses.at.weight losses.at.pairs
+losses.at.weight losses.at.pairs losses.at.form
 losses.cc.weight losses.cc.pairs losses.cc.gather losses.cc.dim
 losses.crd.weight losses.crd.pairs losses.crd.dim losses.crd.negatives losses.crd.temperature
 losses.crd.momentum

@@ -5,35 +5,41 @@ AT: Zagoruyko & Komodakis, arXiv:1612.03928; the form and the weight 1000 of Rep
 
 from collections.abc import Mapping
 
+import torch
 from pydantic import PositiveFloat
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastkd.errors import UserError
+from fastkd.kernels import AttentionForm, attention_loss
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 
-__all__ = ["AT", "ATConfig", "attention_map"]
-
-
-def attention_map(features_NCHW: Tensor) -> Tensor:
-    """Mean over channels of the square, L2-normalised over an image's pixels: [N, H*W], fp32."""
-    return F.normalize(features_NCHW.float().square().mean(dim=1).flatten(1))
+__all__ = ["AT", "ATConfig"]
 
 
 class AT(LossTerm):
-    """Attention transfer: sum over pairs of the mean squared difference of attention maps.
+    """Attention transfer: sum over pairs of the difference between attention maps.
 
     `pairs` maps a tap of the student to a tap of the teacher, zoo taps or module paths. Where the
-    sizes differ the larger map is average-pooled to the smaller.
+    sizes differ the larger map is average-pooled to the smaller. `form` is that of
+    `fastkd.kernels.attention_loss`: "mean_square", which the released code of AT, RepDistiller and
+    Moonshine computes, or "distance", the norm in equation 2 of the papers, whose beta is twice the
+    weight then.
     """
 
-    def __init__(self, pairs: Mapping[str, str], *, weight: float = 1000.0, name: str = "at"):
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        *,
+        weight: float = 1000.0,
+        form: AttentionForm = "mean_square",
+        name: str = "at",
+    ):
         if not pairs:
             raise ValueError("AT needs at least one pair, e.g. pairs={'stage2': 'stage2'}")
         self_needs = [n for s, t in pairs.items() for n in (f"x/student/{s}", f"x/teacher/{t}")]
         super().__init__(name, tuple(self_needs), {name: weight})
         self.pairs = tuple(pairs.items())
+        self.form: AttentionForm = form
 
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps."""
@@ -46,22 +52,15 @@ class AT(LossTerm):
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
-        total = None
-        for student_tap, teacher_tap in self.pairs:
-            student_NCHW = inputs.tensors[f"x/student/{student_tap}"]
-            teacher_NCHW = inputs.tensors[f"x/teacher/{teacher_tap}"]
-            size = (
-                min(student_NCHW.shape[2], teacher_NCHW.shape[2]),
-                min(student_NCHW.shape[3], teacher_NCHW.shape[3]),
+        losses = [
+            attention_loss(
+                inputs.tensors[f"x/student/{student_tap}"],
+                inputs.tensors[f"x/teacher/{teacher_tap}"],
+                form=self.form,
             )
-            maps = [
-                attention_map(m if m.shape[2:] == size else F.adaptive_avg_pool2d(m.float(), size))
-                for m in (student_NCHW, teacher_NCHW)
-            ]
-            loss = (maps[0] - maps[1]).square().mean()
-            total = loss if total is None else total + loss
-        assert total is not None
-        return TermOutput({self.name: total})
+            for student_tap, teacher_tap in self.pairs
+        ]
+        return TermOutput({self.name: torch.stack(losses).sum()})
 
 
 class ATConfig(TermConfig):
@@ -71,7 +70,9 @@ class ATConfig(TermConfig):
     """Factor in the total; RepDistiller uses 1000."""
     pairs: dict[str, str]
     """Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}."""
+    form: AttentionForm = "mean_square"
+    """mean_square as the released codes, or distance as equation 2 (weight is then beta / 2)."""
 
     def build(self, name: str) -> LossTerm:
         """The term."""
-        return AT(self.pairs, weight=self.weight, name=name)
+        return AT(self.pairs, weight=self.weight, form=self.form, name=name)

@@ -322,6 +322,71 @@ FASTKD_INLINE void narrow_row(const T* in, Dst* out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) narrow(in[i], out + i);
 }
 
+// As many numbers as a vector of the working type holds, from and to a storage type.
+FASTKD_INLINE VF load_wide(const float* p) { return load(p); }
+FASTKD_INLINE VD load_wide(const double* p) { return load(p); }
+FASTKD_INLINE VF load_wide(const bf16* p) {
+  HF bits;
+  __builtin_memcpy(&bits, p, kBytes / 2);
+  return (VF)(__builtin_convertvector(bits, UF) << 16);
+}
+FASTKD_INLINE VF load_wide(const fp16* p) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VF v{};
+  for (int l = 0; l < Lanes<float>::n; ++l) v[l] = widen(p[l]);
+  return v;
+#endif
+}
+FASTKD_INLINE void store_narrow(float* p, VF v) { store(p, v); }
+FASTKD_INLINE void store_narrow(double* p, VD v) { store(p, v); }
+FASTKD_INLINE void store_narrow(bf16* p, VF v) {
+  const UF bits = (UF)v;
+  const UF rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UF quiet = UF{} + 0x7fc0u;
+  const HF half = __builtin_convertvector(v != v ? quiet : rounded, HF);
+  __builtin_memcpy(p, &half, kBytes / 2);
+}
+FASTKD_INLINE void store_narrow(fp16* p, VF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int l = 0; l < Lanes<float>::n; ++l) narrow(v[l], p + l);
+#endif
+}
+
+// Sums of neighbours: a0+a1, a2+a3, .., b0+b1, b2+b3, ..
+template <class T>
+FASTKD_INLINE typename Lanes<T>::V pair_sums(typename Lanes<T>::V a, typename Lanes<T>::V b) {
+  constexpr int n = Lanes<T>::n;
+#if defined(__clang__)
+  typename Lanes<T>::V sums{};
+  for (int l = 0; l < n / 2; ++l) {
+    sums[l] = a[2 * l] + a[2 * l + 1];
+    sums[l + n / 2] = b[2 * l] + b[2 * l + 1];
+  }
+  return sums;
+#else
+  typename Lanes<T>::I even{};
+  for (int l = 0; l < n; ++l) even[l] = 2 * l;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+// Lane l of the result is the sum over the lanes of v[l]; v is used up.
+template <class T>
+FASTKD_INLINE typename Lanes<T>::V lane_sums(typename Lanes<T>::V* v) {
+  for (int rows = Lanes<T>::n; rows > 1; rows /= 2)
+    for (int r = 0; r < rows / 2; ++r) v[r] = pair_sums<T>(v[2 * r], v[2 * r + 1]);
+  return v[0];
+}
+
 }  // namespace
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

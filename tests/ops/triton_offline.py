@@ -34,7 +34,7 @@ class Launch:
     case: str
     warps: int
     constants: Mapping[str, Any]
-    """Compile-time constants, BLOCK_R and BLOCK_C among them, and arguments that are 1."""
+    """Compile-time constants, the tile in those called BLOCK_*, and arguments that are 1."""
     types: Mapping[str, str] = field(default_factory=dict)
     """Arguments that are not fp32 pointers (`*_ptr`) or i32 numbers."""
     multiples_of_16: Collection[str] = ()
@@ -82,7 +82,7 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         "kernel": launch.kernel.fn.__name__,
         "case": launch.case,
         "chip": f"sm_{chip}",
-        "tile": f"{launch.constants['BLOCK_R']}x{launch.constants['BLOCK_C']}",
+        "tile": "x".join(str(v) for k, v in launch.constants.items() if k.startswith("BLOCK_")),
         "warps": launch.warps,
         "registers": count["REG"],
         "spills": count["LOCAL"] + sum(op.startswith(("STL", "LDL")) for op in lines),

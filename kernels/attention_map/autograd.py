@@ -1,0 +1,161 @@
+"""`attention_map` as torch sees it: schemas, shapes without data, gradients, who implements what.
+
+The ops have leading underscores and no autograd of their own: the two Functions below bring it.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastkd.kernels._library import (
+    LIBRARY,
+    Core,
+    Impl,
+    core,
+    deferred,
+    register,
+    triton_reason,
+)
+from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
+from torch import Tensor
+
+__all__ = ["Energy", "Loss"]
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("_attention_energy(Tensor features, int power, int[2] window) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    "_attention_energy_grad(Tensor features, Tensor coefficients, Tensor? upstream, int power, "
+    "int[2] window) -> Tensor",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "_attention_loss(Tensor student, Tensor teacher, int power, int[2] student_window, "
+    "int[2] teacher_window, float eps, bool distance) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+class Energy(torch.autograd.Function):
+    """Mean over channels of |x|^power, the map before its normalisation: [N, pixels]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features_NCHW: Tensor, power: int, window: tuple[int, int], triton: bool
+    ) -> Tensor:
+        """The op; see the class."""
+        ctx.power, ctx.window, ctx.triton = power, window, triton
+        ctx.save_for_backward(features_NCHW)
+        return _op("energy", triton)(features_NCHW, power, window)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream_NP: Tensor) -> tuple[Tensor | None, ...]:
+        """One more pass over the features."""
+        (features_NCHW,) = ctx.saved_tensors
+        if _twice():
+            energy_NP = energy_reference(features_NCHW, ctx.power, _size(features_NCHW, ctx.window))
+            grad = torch.autograd.grad(energy_NP, features_NCHW, upstream_NP, create_graph=True)[0]
+        else:
+            grad = _op("energy_grad", ctx.triton)(
+                features_NCHW, upstream_NP[0], None, ctx.power, ctx.window
+            )
+        return grad, None, None, None
+
+
+class Loss(torch.autograd.Function):
+    """The loss between the maps of student and teacher; a gradient for the student only.
+
+    Keeps the student's features, as any loss on them does, and two numbers per pixel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_NCHW: Tensor,
+        teacher_NCHW: Tensor,
+        power: int,
+        student_window: tuple[int, int],
+        teacher_window: tuple[int, int],
+        eps: float,
+        distance: bool,
+        triton: bool,
+    ) -> Tensor:
+        """The op; see the class."""
+        ctx.power, ctx.window, ctx.triton = power, student_window, triton
+        ctx.eps, ctx.distance = eps, distance
+        loss, coefficients_NP, teacher_NP = _op("loss", triton)(
+            student_NCHW, teacher_NCHW, power, student_window, teacher_window, eps, distance
+        )
+        ctx.save_for_backward(student_NCHW, coefficients_NP, teacher_NP)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """One more pass over the student's features, None for everything else."""
+        student_NCHW, coefficients_NP, teacher_NP = ctx.saved_tensors
+        if _twice():
+            energy_NP = energy_reference(student_NCHW, ctx.power, _size(student_NCHW, ctx.window))
+            maps = [F.normalize(x, dim=1, eps=ctx.eps) for x in (energy_NP, teacher_NP)]
+            loss = loss_of_maps(maps[0], maps[1], ctx.distance)
+            grad = torch.autograd.grad(loss, student_NCHW, upstream, create_graph=True)[0]
+        else:
+            grad = _op("energy_grad", ctx.triton)(
+                student_NCHW, coefficients_NP, upstream[0], ctx.power, ctx.window
+            )
+        return grad, *[None] * 7
+
+
+def _twice() -> bool:
+    """Whether this backward pass is itself being recorded (create_graph=True)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _size(features_NCHW: Tensor, window: tuple[int, int]) -> tuple[int, int]:
+    return features_NCHW.shape[2] // window[0], features_NCHW.shape[3] // window[1]
+
+
+def _op(name: str, triton: bool) -> Any:
+    """The op, or on CPU tensors with impl="triton" the kernel launcher itself (the interpreter)."""
+    if triton:
+        from fastkd.kernels.attention_map import gpu
+
+        return getattr(gpu, name)
+    return getattr(torch.ops.fastkd, f"_attention_{name}").default
+
+
+@torch.library.register_fake("fastkd::_attention_energy", lib=LIBRARY)
+def _energy_fake(features, power, window):
+    num, _, height, width = features.shape
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return features.new_empty(num, height * width // math.prod(window), dtype=wide)
+
+
+@torch.library.register_fake("fastkd::_attention_energy_grad", lib=LIBRARY)
+def _energy_grad_fake(features, coefficients, upstream, power, window):
+    return torch.empty_like(features)
+
+
+@torch.library.register_fake("fastkd::_attention_loss", lib=LIBRARY)
+def _loss_fake(student, teacher, power, student_window, teacher_window, eps, distance):
+    student_NP = _energy_fake(student, power, student_window)
+    return student_NP.new_empty(()), student_NP, torch.empty_like(student_NP)
+
+
+def _register() -> None:
+    backends: dict[str, Impl] = {}
+    names = ("energy", "energy_grad", "loss")
+    if isinstance(core(), Core):
+        from fastkd.kernels.attention_map import cpu
+
+        for name in names:
+            LIBRARY.impl(f"_attention_{name}", getattr(cpu, name), "CPU")
+        backends["cpu"] = "cpp"
+    if triton_reason() is None:
+        for name in names:
+            launcher = deferred("fastkd.kernels.attention_map.gpu", name)
+            LIBRARY.impl(f"_attention_{name}", launcher, "CUDA")
+        backends["cuda"] = "triton"
+    register("attention_map", backends)
+
+
+_register()

@@ -1,0 +1,57 @@
+"""The launches of `attention_map` that triton_offline.py compiles, as gpu.py makes them."""
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from fastkd.kernels.attention_map import gpu
+from torch import Tensor
+from triton_offline import Launch
+
+NCHW, LAST = torch.contiguous_format, torch.channels_last
+# name: (student, teacher, dtype, layout, whether 128-bit loads are expected)
+CASES = {
+    "128 x 32 vs 128 x 32x32 fp32": ((128, 32, 32), (128, 128, 32), torch.float32, NCHW, True),
+    "128 x 32 vs 128 x 32x32 bf16": ((128, 32, 32), (128, 128, 32), torch.bfloat16, NCHW, True),
+    "the same, channels-last": ((128, 32, 32), (128, 128, 32), torch.bfloat16, LAST, True),
+    "32 x 256 vs 256 x 56x56 bf16": ((32, 256, 56), (32, 256, 56), torch.bfloat16, NCHW, True),
+    "64 x 512 vs 2048 x 7x7 bf16": ((64, 512, 7), (64, 2048, 7), torch.bfloat16, NCHW, False),
+    "64 x 64 x 8x8 vs 128 x 16x16 bf16": ((64, 64, 8), (64, 128, 16), torch.bfloat16, NCHW, True),
+}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def launches() -> Iterator[Launch]:
+    """Forward pass (in two phases where samples are split) and gradient of each case."""
+    for case, (*shapes, dtype, layout, wide_loads) in CASES.items():
+        student, teacher = (
+            torch.empty(n, c, size, size, dtype=dtype, device="meta").to(memory_format=layout)
+            for n, c, size in shapes
+        )
+        pixels, window = student[0, 0].numel(), teacher.shape[2] // student.shape[2]
+        made: list[tuple[Any, tuple, dict]] = []
+        with patch.object(gpu, "launch", lambda kernel, _, *a, **f: made.append((kernel, a, f))):  # noqa: B023
+            gpu.loss(student, teacher, 2, (1, 1), (window, window), 1e-12, False)
+            coefficients = torch.empty(len(student), pixels, device="meta")
+            gpu.energy_grad(student, coefficients, torch.empty((), device="meta"), 2, (1, 1))
+        for kernel, arguments, flags in made:
+            yield as_launch(kernel, case, arguments, flags, wide_loads)
+
+
+def as_launch(
+    kernel: Any, case: str, arguments: tuple, flags: dict[str, Any], wide_loads: bool
+) -> Launch:
+    """What Triton makes of the arguments: types, and numbers that are 1 or multiples of 16."""
+    types, sixteens = {}, []
+    constants = {name: value for name, value in flags.items() if name != "num_warps"}
+    for name, value in zip(kernel.arg_names, arguments, strict=False):
+        if isinstance(value, Tensor):
+            types[name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif value == 1:
+            constants[name] = 1
+        elif value % 16 == 0:
+            sixteens.append(name)
+    return Launch(kernel, case, flags["num_warps"], constants, types, sixteens, wide_loads)
