@@ -24,6 +24,7 @@ from fastkd.models import (
     resnet,
     resnet18,
     resnet50,
+    reused_head,
     shufflenetv1,
     shufflenetv2,
     vgg,
