@@ -100,15 +100,15 @@ class Teacher:
     def stages(self, features: Tensor, after: str, taps: Iterable[str]) -> dict[str, Tensor]:
         """The layers after tap `after` up to the last of `taps`, with gradient to the features.
 
-        Networks of the zoo only; see `has_stages`.
+        Only where `has_stages`.
         """
         assert isinstance(self.model, ZooNetwork)
         return self.unit.in_class_order(self.model.forward_from(features, after, taps))
 
     @property
     def has_stages(self) -> bool:
-        """Whether the network can be run in part."""
-        return isinstance(self.model, ZooNetwork)
+        """Whether the network can be run in part: one of the zoo, its batch norm not folded."""
+        return isinstance(self.model, ZooNetwork) and not self.folded
 
 
 def _folded(model: nn.Module) -> nn.Module:

@@ -83,7 +83,7 @@ class JointRD(LossTerm):
             self.tap, own = last if feature == "map" else feature, last
         needs = [*(f"x/student/{tap}" for tap in (*early, own)), f"x/teacher/{self.tap}"]
         if self.tap == "logits":
-            # A teacher of which nothing but the logits is wanted has no stages left.
+            # The batch norm of a teacher without taps is folded, and its stages are gone.
             needs.append("x/teacher/pooled")
         super().__init__(
             name, tuple(needs), {name: weight, f"{name}_features": weight * feature_weight}
