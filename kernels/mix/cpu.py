@@ -7,18 +7,16 @@ cpu.cpp.
 import ctypes
 import struct
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
-from fastkd.kernels._library import Core, core
+from fastkd.kernels._library import STORAGE, entry_point
 from fastkd.kernels.mix.inputs import dense
 from torch import Tensor
 
 __all__ = ["mixed"]
 
 _ARGS = struct.Struct("8Q12q")
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_STORAGE = {**STORAGE, torch.uint8: 4}
 _NOTHING, _ZERO, _PARTNER, _BLEND = range(4)
 
 
@@ -62,7 +60,7 @@ def mixed(
         1 if lam is not None and lam.dim() == 1 else 0,
         torch.get_num_threads(),
     )
-    code = _function(isa)(packed)
+    code = entry_point("mix", isa)(packed)
     if code > 0:
         assert index is not None
         raise ValueError(
@@ -72,14 +70,3 @@ def mixed(
     if code < 0:
         raise MemoryError(f"mix: no memory for the scratch of {images.shape[1]} channels")
     return out
-
-
-@cache
-def _function(isa: str | None) -> Any:
-    found = core()
-    if not isinstance(found, Core):
-        raise RuntimeError(found)
-    function = found.function("mix", isa)
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int64
-    return function
