@@ -20,7 +20,7 @@ _OPTIONS = {"enable_fp_fusion": True}
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **flags: Any) -> None:
     """Runs a kernel on the device of its first argument, which need not be the current one."""
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](first, *rest, **flags, **_OPTIONS)
+        kernel[grid](first, *rest, **{**_OPTIONS, **flags})
 
 
 # Below this KL (nats, without T^2) the sum is taken again in a form without cancellation.

@@ -5,10 +5,18 @@ torch, `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from fastkd.kernels._library import LIBRARY, Core, Impl, choose, core, register, triton_reason
+from fastkd.kernels._library import (
+    LIBRARY,
+    Core,
+    Impl,
+    choose,
+    core,
+    deferred,
+    register,
+    triton_reason,
+)
 from fastkd.kernels.mix.inputs import check as check_inputs
 from fastkd.kernels.mix.inputs import check_values, is_channels_last
 from fastkd.kernels.mix.reference import mix_reference
@@ -136,13 +144,6 @@ def _fake(images, index, partners, boxes, lam, mean, std, dtype, channels_last):
     return torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
 
 
-def _on_cuda(*arguments: Any) -> Tensor:
-    """The Triton launcher; Triton is imported when a CUDA tensor first comes by."""
-    from fastkd.kernels.mix import gpu
-
-    return gpu.mixed(*arguments)
-
-
 def _register() -> None:
     backends: dict[str, Impl] = {}
     if isinstance(core(), Core):
@@ -151,7 +152,7 @@ def _register() -> None:
         LIBRARY.impl("_mix", cpu.mixed, "CPU")
         backends["cpu"] = "cpp"
     if triton_reason() is None:
-        LIBRARY.impl("_mix", _on_cuda, "CUDA")
+        LIBRARY.impl("_mix", deferred("fastkd.kernels.mix.gpu", "mixed"), "CUDA")
         backends["cuda"] = "triton"
     register("mix", backends)
 

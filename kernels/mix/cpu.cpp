@@ -13,7 +13,7 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-enum Storage : std::int64_t { kFloat32, kBf16, kFp16, kByte };
+enum Storage : std::int64_t { kFloat32 = 0, kBf16 = 1, kFp16 = 2, kByte = 4 };
 enum Fill : std::int64_t { kNothing, kZero, kPartner, kBlend };
 
 // Mirrors _ARGS in cpu.py.

@@ -9,14 +9,14 @@ import struct
 from collections.abc import Sequence
 
 import torch
-from fastkd.kernels._library import entry_point
+from fastkd.kernels._library import STORAGE, entry_point
 from fastkd.kernels.mix.inputs import dense
 from torch import Tensor
 
 __all__ = ["mixed"]
 
 _ARGS = struct.Struct("8Q12q")
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_STORAGE = {**STORAGE, torch.uint8: 4}
 _NOTHING, _ZERO, _PARTNER, _BLEND = range(4)
 
 

@@ -7,13 +7,13 @@ is asked of a device.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
+from fastkd.kernels.gpu_kernels import launch
 from fastkd.kernels.mix.gpu_kernels import mix_kernel
 from fastkd.kernels.mix.inputs import dense
 from torch import Tensor
@@ -36,7 +36,7 @@ def plan(height: int, row: int, source_bytes: int, result_bytes: int) -> Plan:
     vec = math.gcd(row, 16 // min(source_bytes, result_bytes))
     groups_of_plane = height * row // vec
     # Large images: enough elements a thread to hide what is computed once per program.
-    elements = 4096 if height * row >= 16384 else 1024
+    elements = 4096 if height * row >= 16384 else 2048
     groups = min(elements // vec, triton.next_power_of_2(groups_of_plane))
     return Plan(vec, groups, triton.cdiv(groups_of_plane, groups), 4)
 
@@ -69,31 +69,32 @@ def mixed(
         constants = (tuple(mean), *(inverse or (tuple(std), (0.0,) * channels)))
     # Absent tensors are never read (any pointer does), and an index goes into the images.
     others = [images if x is None else x for x in (partners, index, boxes, lam)]
-    with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
-        mix_kernel[(p.programs * num * (channels // near),)](
-            images,
-            *others,
-            out,
-            *constants,
-            num,
-            4 if boxes is not None and boxes.dim() == 2 else 0,
-            1 if lam is not None and lam.dim() == 1 else 0,
-            PARTNER=index is not None or partners is not None,
-            INDEX=index is not None,
-            BOXES=boxes is not None,
-            BLEND=lam is not None,
-            NORMALIZE=normalize,
-            SOURCE_LAST=source_last,
-            TARGET_LAST=channels_last,
-            C=channels,
-            H=height,
-            W=width,
-            VEC=p.vec,
-            GROUPS=p.groups,
-            num_warps=p.warps,
-            # Fused multiply-adds only where they are written: the bits are those of torch.
-            enable_fp_fusion=False,
-        )
+    launch(
+        mix_kernel,
+        (p.programs * num * (channels // near),),
+        images,
+        *others,
+        out,
+        *constants,
+        num,
+        4 if boxes is not None and boxes.dim() == 2 else 0,
+        1 if lam is not None and lam.dim() == 1 else 0,
+        PARTNER=index is not None or partners is not None,
+        INDEX=index is not None,
+        BOXES=boxes is not None,
+        BLEND=lam is not None,
+        NORMALIZE=normalize,
+        SOURCE_LAST=source_last,
+        TARGET_LAST=channels_last,
+        C=channels,
+        H=height,
+        W=width,
+        VEC=p.vec,
+        GROUPS=p.groups,
+        num_warps=p.warps,
+        # Fused multiply-adds only where they are written: the bits are those of torch.
+        enable_fp_fusion=False,
+    )
     return out
 
 

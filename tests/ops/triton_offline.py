@@ -34,13 +34,16 @@ class Launch:
     case: str
     warps: int
     constants: Mapping[str, Any]
-    """Compile-time constants, the tile in those called BLOCK_*, and arguments that are 1."""
-    types: Mapping[str, str] = field(default_factory=dict)
+    """Compile-time constants, the tile among them, and arguments that are 1."""
+    types: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Arguments that are not fp32 pointers (`*_ptr`) or i32 numbers."""
     multiples_of_16: Collection[str] = ()
     """Numbers known to be; pointers are."""
     wide_loads: bool = True
     """Whether 128-bit loads are expected."""
+    tile: tuple[str, ...] = ()
+    """The constants that are the tile; by default those called BLOCK_*."""
+    fp_fusion: bool = True
 
     def source(self) -> ASTSource:
         """Signature, compile-time constants and attributes for the compiler."""
@@ -66,7 +69,7 @@ def tool(name: str, *arguments: str) -> str:
 
 def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
     """Registers, spills, shared memory and instruction mix of one kernel on one chip."""
-    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fp_fusion}
     built = triton.compile(launch.source(), target=GPUTarget("cuda", chip, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -82,7 +85,11 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         "kernel": launch.kernel.fn.__name__,
         "case": launch.case,
         "chip": f"sm_{chip}",
-        "tile": "x".join(str(v) for k, v in launch.constants.items() if k.startswith("BLOCK_")),
+        "tile": "x".join(
+            str(value)
+            for name, value in launch.constants.items()
+            if name in launch.tile or (not launch.tile and name.startswith("BLOCK_"))
+        ),
         "warps": launch.warps,
         "registers": count["REG"],
         "spills": count["LOCAL"] + sum(op.startswith(("STL", "LDL")) for op in lines),
