@@ -205,7 +205,7 @@ def test_features_go_through_its_stages_with_gradient():
 def test_a_foreign_teacher_has_no_stages():
     foreign = teacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
     assert not foreign.has_stages
-    assert teacher(net()).has_stages
+    assert teacher(net(), {"x": ("pooled",)}).has_stages
 
 
 def test_its_stages_answer_in_the_class_order_of_the_data():
