@@ -20,6 +20,7 @@ OPS = {
     "attention_map": (["test_attention_map.py", "test_attention_map_edges.py"], 110),
     "kd_loss": (["test_kd_loss.py", "test_kd_loss_edges.py"], 120),
     "hardness": (["test_hardness.py", "test_select_hardest.py"], 200),
+    "mix": (["test_mix.py"], 60),
 }
 
 pytest.importorskip("triton")
