@@ -121,6 +121,7 @@ part = slice(4 * rank, 4 * rank + 4)
 KDLoss()(ddp(student[part]), teacher[part], labels[part]).backward()
 if rank == 0:
     torch.save(net.weight.grad, out)
+dist.barrier()  # a rank that leaves early can take the other one down
 dist.destroy_process_group()
 """
 
