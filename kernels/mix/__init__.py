@@ -5,6 +5,7 @@ torch, `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from fastkd.kernels._library import (
