@@ -254,7 +254,6 @@ def wrap_ddp(
     return DistributedDataParallel(
         step,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        broadcast_buffers=True,
         gradient_as_bucket_view=True,
     )
 
