@@ -52,6 +52,8 @@ def by_hand(images, partner, boxes, lam, mean, std) -> np.ndarray:
 
     num, _, height, width = images.shape
     out = normalized(images)
+    if partner is None and boxes is None:
+        return out
     others = np.zeros_like(out)
     if partner is not None:
         others = normalized(images)[partner.numpy()] if partner.dim() == 1 else normalized(partner)
@@ -203,7 +205,7 @@ def test_an_index_that_is_no_image(impl: str, interpreted) -> None:
         assert got[1].isnan().all()
         assert not got[[0, 2]].isnan().any()
     elif impl == "cpp":
-        with pytest.raises(ValueError, match=r"partner 3 of image 1 is no image: .* 0 to 2"):
+        with pytest.raises(ValueError, match=r"partner 3 of image 1 is no image: .*0 to 2"):
             mix(images, wrong, lam=0.5, impl=impl)
     else:
         with pytest.raises(IndexError):
