@@ -81,15 +81,12 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
     loads = [op for op in lines if op.startswith(("LDG", "LD.E"))]
     bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
     widths = [next((n for key, n in bits.items() if key in op), 32) for op in loads]
+    tile = launch.tile or [name for name in launch.constants if name.startswith("BLOCK_")]
     return {
         "kernel": launch.kernel.fn.__name__,
         "case": launch.case,
         "chip": f"sm_{chip}",
-        "tile": "x".join(
-            str(value)
-            for name, value in launch.constants.items()
-            if name in launch.tile or (not launch.tile and name.startswith("BLOCK_"))
-        ),
+        "tile": "x".join(str(launch.constants[name]) for name in tile),
         "warps": launch.warps,
         "registers": count["REG"],
         "spills": count["LOCAL"] + sum(op.startswith(("STL", "LDL")) for op in lines),
