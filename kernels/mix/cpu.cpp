@@ -2,7 +2,8 @@
 //
 // A piece of an image goes through scratch that stays in the first-level cache: gather (where a box
 // is pasted or the layouts differ), widen and normalise, blend or clear inside the box, narrow. Where
-// nothing is computed it is copied. No result depends on how the work is shared out.
+// the elements stay what they are it is copied or blended in place of that. No result depends on how
+// the work is shared out.
 
 #include "runtime.h"
 #include "vec.h"
@@ -147,14 +148,27 @@ void gather_any(const Job& j, const char* image, std::int64_t plane, std::int64_
   }
 }
 
-// a = lam * a + (1 - lam) * b, starting from the nearer of the two: exact at 0 and 1.
-void blend(float* a, const float* b, std::int64_t n, float lam) {
-  if (lam < 0.5f) {
-    for (std::int64_t i = 0; i < n; ++i) a[i] = b[i] + lam * (a[i] - b[i]);
-  } else {
-    const float rest = lam - 1;
-    for (std::int64_t i = 0; i < n; ++i) a[i] = a[i] + rest * (a[i] - b[i]);
+// out = lam * a + (1 - lam) * b, starting from the nearer of the two: exact at 0 and 1. out may be a.
+template <class T>
+void blend(const T* a, const T* b, T* out, std::int64_t n, float lam) {
+  const bool from_b = lam < 0.5f;
+  const float share = from_b ? lam : lam - 1;
+  const VF shares = splat(share);
+  std::int64_t i = 0;
+  for (; i + Lanes<float>::n <= n; i += Lanes<float>::n) {
+    const VF x = load_wide(a + i), y = load_wide(b + i);
+    store_narrow(out + i, (from_b ? y : x) + shares * (x - y));
   }
+  for (; i < n; ++i) {
+    const float x = widen(a[i]), y = widen(b[i]);
+    narrow((from_b ? y : x) + share * (x - y), out + i);
+  }
+}
+
+template <class T>
+void blend_bytes(const char* a, const char* b, char* out, std::int64_t bytes, float lam) {
+  blend(reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(b), reinterpret_cast<T*>(out),
+        bytes / static_cast<std::int64_t>(sizeof(T)), lam);
 }
 
 // Pixels [from, to), at most a piece, of a result that is computed.
@@ -184,7 +198,7 @@ void compute(const Job& j, const Scratch& s, const Pair& p, std::int64_t from, s
       } else {
         gather_any(j, p.other, p.plane, low, high, s.gathered);
         normalize(j, s, p, s.gathered, s.second, n);
-        blend(inside, s.second, n, p.lam);
+        blend(inside, s.second, inside, n, p.lam);
       }
     });
   }
@@ -192,16 +206,29 @@ void compute(const Job& j, const Scratch& s, const Pair& p, std::int64_t from, s
   if (a.target == kFp16) narrow_row(wide, reinterpret_cast<fp16*>(out), count);
 }
 
-// Pixels [from, to) of a result that is copied.
+// Pixels [from, to) of a result whose elements are those of the images outside the box.
 void copy(const Job& j, const Pair& p, std::int64_t from, std::int64_t to) {
-  const std::int64_t size = bytes_of(j.a.target), step = size * j.per_pixel;
+  const MixArgs& a = j.a;
+  const std::int64_t size = bytes_of(a.target), step = size * j.per_pixel;
   const std::int64_t plane = size * p.plane * j.pixels;
-  std::memcpy(p.out + plane + from * step, p.own + plane + from * step, (to - from) * step);
-  for_runs(p, j.a.width, from, to, [&](std::int64_t low, std::int64_t high) {
-    char* out = p.out + plane + low * step;
-    if (j.a.fill == kZero) std::memset(out, 0, (high - low) * step);
-    else std::memcpy(out, p.other + plane + low * step, (high - low) * step);
+  const char* own = p.own + plane;
+  const char* other = p.other == nullptr ? nullptr : p.other + plane;
+  char* out = p.out + plane;
+  std::int64_t done = from;
+  const auto copy_until = [&](std::int64_t end) {
+    std::memcpy(out + done * step, own + done * step, (end - done) * step);
+  };
+  for_runs(p, a.width, from, to, [&](std::int64_t low, std::int64_t high) {
+    copy_until(low);
+    done = high;
+    const std::int64_t at = low * step, bytes = (high - low) * step;
+    if (a.fill == kZero) std::memset(out + at, 0, bytes);
+    else if (a.fill == kPartner) std::memcpy(out + at, other + at, bytes);
+    else if (a.target == kBf16) blend_bytes<bf16>(own + at, other + at, out + at, bytes, p.lam);
+    else if (a.target == kFp16) blend_bytes<fp16>(own + at, other + at, out + at, bytes, p.lam);
+    else blend_bytes<float>(own + at, other + at, out + at, bytes, p.lam);
   });
+  copy_until(to);
 }
 
 // Pixels [begin, end) of image n in all channels.
@@ -283,7 +310,7 @@ std::int64_t mix(const MixArgs& a) {
         (pixels + block - 1) / block,
         pixels < block ? block / pixels : 1,
         per_pixel < kPiece ? kPiece / per_pixel : 1,
-        a.source == a.target && a.mean == nullptr && a.fill != kBlend &&
+        a.source == a.target && a.mean == nullptr &&
             a.source_channels_last == a.target_channels_last,
         0,
         0};

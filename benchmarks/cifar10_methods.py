@@ -1,0 +1,162 @@
+"""Methods side by side on real CIFAR-10 images, small enough for a CPU: one table into docs/.
+
+    python benchmarks/cifar10_methods.py --data DIR/cifar10 --runs runs [--seeds 3] [--write]
+
+Every student sees the same 5,000 training images for 10 epochs; its teacher was trained once, on
+all 50,000, for 5. A broken run goes on where it was: give the command again. Rows are in the order
+of `METHODS`, never ranked: the table says which spreads lie apart from that of the student alone.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from fastkd.distributed import open_world
+from fastkd.recipe import load_recipe
+from fastkd.recipe.schema import Recipe
+from fastkd.report.console import Console
+from fastkd.report.run_folder import environment, find_finished
+from fastkd.run import Session, run_recipe
+
+ROOT = Path(__file__).parents[1]
+LESSON = ("data.train_limit=5000", "epochs=10", "batch_size=64", "eval_epochs=10")
+QUARTER = ("student.width=0.25",)
+PAIR = "cifar10/resnet56--resnet20"
+PLAIN = "alignkd/cifar10/resnet18--plain18"
+
+TEACHERS = {
+    "resnet56": ("cifar10/resnet56", ()),
+    "resnet18 x0.25": ("alignkd/cifar10/resnet18/scratch", QUARTER),
+}
+ALONE, PLAIN_ALONE = "resnet20, alone", "plain18 x0.25, alone"
+# Row -> the row it is compared with, its teacher, recipe, further keys.
+METHODS: dict[str, tuple[str, str | None, str, tuple[str, ...]]] = {
+    ALONE: (ALONE, None, "cifar10/resnet20", ()),
+    "resnet20, KD": (ALONE, "resnet56", f"{PAIR}/kd", ()),
+    "resnet20, KD + TLCutMix": (ALONE, "resnet56", f"{PAIR}/tlcutmix", ()),
+    "resnet20, KD + TLCutMix + pick": (
+        *(ALONE, "resnet56", f"{PAIR}/tlcutmix"),
+        ("augment.pick.criterion=kl",),
+    ),
+    "resnet20, AT": (ALONE, "resnet56", f"{PAIR}/at", ()),
+    "resnet20, DKD": (ALONE, "resnet56", f"{PAIR}/dkd", ()),
+    "resnet20, CRD": (ALONE, "resnet56", f"{PAIR}/crd", ()),
+    "resnet20-G(4), AT": (ALONE, "resnet56", f"{PAIR}/at", ("student.block=G:4",)),
+    PLAIN_ALONE: (PLAIN_ALONE, None, "alignkd/cifar10/plain18/scratch", QUARTER),
+    "plain18 x0.25, AlignKD": (
+        *(PLAIN_ALONE, "resnet18 x0.25", f"{PLAIN}/alignkd"),
+        (*QUARTER, "teacher.width=0.25"),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write docs/ and results/")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
+    options = parser.parse_args()
+    given = [f"data.root={options.data}", *options.keys]
+    rows = []
+    with open_world("cpu") as world:
+        session = Session(world, Console(enabled=True), options.runs)
+        teachers: dict[str, dict] = {}
+        for seed in range(options.seeds):
+            for name, (_, teacher, recipe, keys) in METHODS.items():
+                overrides = [*LESSON, f"seed={seed}", *keys, *given]
+                if teacher is not None:
+                    if teacher not in teachers:
+                        teachers[teacher] = taught(teacher, given, session)
+                    overrides.append(f"teacher.weights={teachers[teacher]['weights']}")
+                summary = finished(load_recipe(recipe, overrides=overrides), session)
+                row = {"method": name, "seed": seed, "accuracy": summary["accuracy_last"]}
+                row["images_per_s"] = summary["history"][-1]["images_per_s"]
+                rows.append(row | {"params": summary["params"], "macs": summary["macs"]})
+                print(json.dumps(rows[-1]), flush=True)
+    facts = {
+        "command": f"python benchmarks/cifar10_methods.py --seeds {options.seeds}",
+        "teachers": {name: summary["accuracy_last"] for name, summary in teachers.items()},
+        "environment": environment(),
+        "rows": rows,
+    }
+    text = table(facts)
+    print(text)
+    if options.write:
+        results = ROOT / "benchmarks" / "results" / "cifar10_methods.json"
+        results.write_text(json.dumps(facts, indent=1) + "\n")
+        (ROOT / "docs" / "cifar10_methods.md").write_text(text)
+
+
+def finished(recipe: Recipe, session: Session) -> dict:
+    """The summary of a run, made now unless it was made before."""
+    before = find_finished(session.root, recipe.name, recipe.digest())
+    return before or run_recipe(recipe, session, resume="auto")
+
+
+def taught(name: str, given: list[str], session: Session) -> dict:
+    """A teacher of `TEACHERS`: its summary and where its weights are."""
+    recipe, keys = TEACHERS[name]
+    lesson = load_recipe(recipe, overrides=["epochs=5", "batch_size=64", *keys, *given])
+    summary = finished(lesson, session)
+    (folder,) = (session.root / lesson.name).glob(f"*-{lesson.digest()[:8]}")
+    return summary | {"weights": folder / "best.safetensors"}
+
+
+def table(facts: dict) -> str:
+    """What docs/ shows: mean and spread of every method, in the order of `METHODS`."""
+    found = {
+        name: [row["accuracy"] for row in facts["rows"] if row["method"] == name]
+        for name in METHODS
+    }
+    machine = facts["environment"]
+    taught = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in facts["teachers"].items())
+    lines = [
+        "# Methods on CIFAR-10, small enough for a CPU",
+        "",
+        "<!-- written by benchmarks/cifar10_methods.py, raw rows in "
+        "benchmarks/results/cifar10_methods.json -->",
+        "",
+        f"`{facts['command']}`",
+        "",
+        f"{machine['time']}, {machine['cpu']['name']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}, fastkd {machine['fastkd']}.",
+        "",
+        "Every student sees the same 5,000 training images (JPEG, quality 75) for 10 epochs of "
+        "batches of 64, each method with the keys of its recipe; accuracy of the last epoch on the "
+        f"10,000 test images. The teachers saw all 50,000 for 5 epochs: {taught}. This is a small "
+        "fraction of the published budgets: it shows that every method learns here, not which one "
+        "is best there.",
+        "",
+        "| student, method | seeds | accuracy | std | against the student alone | gain per seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (base, *_) in METHODS.items():
+        lines.append(_row(name, found[name], found[base], itself=name == base))
+    return "\n".join([*lines, "", _ENDING, ""])
+
+
+_ENDING = (
+    "std is the sample standard deviation over the seeds. *above* and *below*: mean plus or minus "
+    "std does not meet that of the same student trained alone; *overlap*: it does, and nothing is "
+    "said of the order. Nothing is said of the order of two methods whose spreads overlap."
+)
+
+
+def _row(name: str, values: list[float], base: list[float], *, itself: bool) -> str:
+    mean, spread = statistics.mean(values), _spread(values)
+    apart = abs(mean - statistics.mean(base)) > spread + _spread(base)
+    verdict = "overlap" if not apart else "above" if mean > statistics.mean(base) else "below"
+    gains = " ".join(f"{100 * (v - b):+.2f}" for v, b in zip(values, base, strict=False))
+    versus = ("", "") if itself else (verdict, gains)
+    return f"| {name} | {len(values)} | {mean:.2%} | {spread:.2%} | {versus[0]} | {versus[1]} |"
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    main()
