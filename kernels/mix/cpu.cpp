@@ -303,12 +303,17 @@ std::int64_t mix(const MixArgs& a) {
   if (a.num * a.channels * pixels == 0) return 0;
   const std::int64_t per_pixel = a.target_channels_last != 0 ? a.channels : 1;
   const std::int64_t block = a.channels < kUnit ? kUnit / a.channels : 1;
+  const std::int64_t blocks = (pixels + block - 1) / block;
+  // Of a large batch each thread takes long stretches: the pages of a fresh result are faulted in
+  // by one thread each. Small images are taken several at a time.
+  const std::int64_t share = a.num * blocks / (4 * (a.threads > 0 ? a.threads : 1));
+  const std::int64_t together = pixels < block ? block / pixels : 1;
   Job j{a,
         pixels,
         per_pixel,
         block,
-        (pixels + block - 1) / block,
-        pixels < block ? block / pixels : 1,
+        blocks,
+        share > together ? share : together,
         per_pixel < kPiece ? kPiece / per_pixel : 1,
         a.source == a.target && a.mean == nullptr &&
             a.source_channels_last == a.target_channels_last,
