@@ -25,7 +25,8 @@ from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
-from fastkd.recipe.schema import Recipe, StudentConfig, TeacherConfig
+from fastkd.recipe.networks import StudentConfig, TeacherConfig
+from fastkd.recipe.schema import Recipe
 from fastkd.rehearsal import rehearse
 from fastkd.report.console import Console, duration
 from fastkd.report.run_folder import RunFolder
