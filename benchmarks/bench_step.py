@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from fastkd import create_model
-from fastkd.augment.geometry import Geometry
 from fastkd.build import Engine, TeacherNet, build_trainer
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.foreign import ForeignLoader
+from fastkd.data.geometry import Geometry
 from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision

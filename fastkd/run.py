@@ -5,7 +5,6 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
 from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
-from fastkd.recipe.schema import Recipe, StudentConfig, TeacherConfig
+from fastkd.recipe.networks import StudentConfig, TeacherConfig
+from fastkd.recipe.schema import Recipe
 from fastkd.rehearsal import rehearse
+from fastkd.report.comparison import finish_report
 from fastkd.report.console import Console, duration
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
@@ -83,7 +84,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 ],
             }
             if session.world.is_main:
-                _report(recipe, summary, folder, session)
+                finish_report(recipe, summary, folder, session.console)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped} {go_on}", stopped.exit_code) from None
     except KeyboardInterrupt:
@@ -369,36 +370,3 @@ def _shape(data: DataPair) -> tuple[int, int, int]:
 def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
     size = count(model, _shape(data))
     return {"params": size.params, "macs": size.macs}
-
-
-def _report(recipe: Recipe, summary: dict[str, Any], folder: RunFolder, session: Session) -> None:
-    from fastkd.report.paper import paper_row
-    from fastkd.report.plots import plot_curves
-
-    teacher, alone = summary["teacher"], summary["alone"]
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, list[dict[str, Any]]] = {}
-    if teacher:
-        lesson = teacher.get("training")
-        rows.append({"run": f"teacher {teacher['name']}", "note": "", **(lesson or {}), **teacher})
-        if lesson:
-            curves["teacher"] = lesson["history"]
-    if alone:
-        tried = len(summary["alone_tried"])
-        rows.append(
-            {"run": "student alone", **alone, "note": f"lr {alone['lr']:g}, best of {tried}"}
-        )
-        curves["student alone"] = alone["history"]
-    kind = "student distilled" if teacher else "student"
-    rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
-    curves[kind] = summary["history"]
-    paper = paper_row(recipe, summary)
-    if paper:
-        summary["paper"] = paper.facts
-        rows += [paper.row] if paper.row else []
-    plot_curves(folder.path / "curves.png", curves)
-    folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    session.console.comparison(rows)
-    if paper:
-        session.console.note(paper.text)
-    session.console.note(f"curves {folder.path / 'curves.png'}")

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastkd.augment import ViewMaker
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.data.batch import TrainLoader
+from fastkd.data.draws import step_seed
 from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers
 from fastkd.ema import EMA
 from fastkd.errors import Interrupted
@@ -26,6 +27,7 @@ from fastkd.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.guard import Guard
 from fastkd.interrupt import StopSignal
 from fastkd.losses.term import LossTerm
+from fastkd.losses.weight_schedules import scheduled_values
 from fastkd.optim import set_lr
 from fastkd.precision import Precision
 from fastkd.report.console import Console
@@ -173,7 +175,7 @@ class Trainer:
         """One optimizer step; a bad one changes nothing."""
         done = epoch * self.loader.steps_per_epoch + step
         set_lr(self.optimizer, self.schedule.lr_factor(done), self.schedule.momentum(done))
-        torch.manual_seed(_step_seed(self.plan.seed, epoch, step, self.world.rank))
+        torch.manual_seed(step_seed(self.plan.seed, epoch, step, self.world.rank))
         schedule = self._scheduled(epoch + step / self.loader.steps_per_epoch)
         self.guard.before_step()
         done_M: list[Tensor] = []
@@ -240,17 +242,7 @@ class Trainer:
         return self.runner.no_sync()
 
     def _scheduled(self, epoch: float) -> dict[str, dict[str, Tensor]]:
-        return {
-            term.name: {
-                # torch.full fills on the device; torch.tensor would copy from the host.
-                name: torch.full(
-                    (), value(epoch / self.plan.epoch_factor), device=self.world.device
-                )
-                for name, value in term.schedules().items()
-            }
-            for term in self.terms
-            if term.schedules()
-        }
+        return scheduled_values(self.terms, epoch / self.plan.epoch_factor, self.world.device)
 
     def _fetch(self) -> None:
         """The one place where the host waits for the device: counters, then running means."""
@@ -404,11 +396,3 @@ class Trainer:
             "the state is saved." if self.folder else "nothing was saved, there is no run folder."
         )
         raise Interrupted(f"{self.plan.stage} stopped {where}; {kept}", stop.code or 130)
-
-
-def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """A 63-bit mix of the four (splitmix64 finaliser), for dropout."""
-    value = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_000_003 + rank
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return (value ^ (value >> 31)) & 0x7FFFFFFFFFFFFFFF

@@ -3,7 +3,7 @@
 A variation of a run is a recipe or a key. An option is only for what does not decide the outcome.
 """
 
-from fastkd.cli import _parsers
+from fastkd.arguments import parsers
 from fastkd.losses.registry import term_names
 from fastkd.recipe.loading import valid_keys
 
@@ -63,7 +63,7 @@ losses.discriminator.last_relu losses.discriminator.lr_rule losses.discriminator
 
 
 def test_commands_and_options():
-    _, commands = _parsers()
+    _, commands = parsers()
     found = {
         name: {flag for flag in parser._option_string_actions if flag not in ("-h", "--help")}
         for name, parser in commands.items()

@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from fastkd.augment import ViewMaker
-from fastkd.augment.geometry import Geometry
 from fastkd.augment.mix import draw_mix
+from fastkd.data.geometry import Geometry
 from fastkd.data.image_set import ImageSet
 from fastkd.data.plan import BatchPlan
 from fastkd.data.resident import ResidentLoader

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
 
-from fastkd.augment.geometry import Geometry, Normalizer, gather_crops, pad_images
+from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastkd.augment import ViewMaker
-from fastkd.augment.geometry import Geometry
 from fastkd.augment.mix import cut_box, draw_mix
+from fastkd.data.geometry import Geometry
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 

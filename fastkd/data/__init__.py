@@ -1,7 +1,8 @@
 """Data: sources by name, decoded once, served in batches whose randomness can be replayed.
 
 sources -> ImageSet (digits, CIFAR, synthetic) or FolderIndex -> cache
-        -> ResidentLoader (small sets, on the device) or TorchLoader (large folders) -> Batch
+        -> ResidentLoader (small sets, on the device) or TorchLoader (large folders),
+           which crop, flip and normalise (`geometry`) -> Batch
 """
 
 from fastkd.data.batch import Batch, Loader

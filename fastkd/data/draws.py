@@ -21,6 +21,7 @@ __all__ = [
     "epoch_order",
     "integer_table",
     "sample_uniforms",
+    "step_seed",
     "step_words",
 ]
 
@@ -77,3 +78,11 @@ def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: 
     Of one mixing there are several draws, each with words of its own.
     """
     return _raw(seed, (epoch, MIX, step, number, draw), count)
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of torch for one step on one rank, for dropout: a 63-bit mix (splitmix64 finaliser)."""
+    value = ((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_000_003 + rank
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return (value ^ (value >> 31)) & 0x7FFFFFFFFFFFFFFF

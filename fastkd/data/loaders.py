@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
-from fastkd.augment.geometry import Geometry
 from fastkd.data.batch import Loader
 from fastkd.data.cache import native_size
 from fastkd.data.cifar import LAYOUTS
 from fastkd.data.folder import FolderIndex
+from fastkd.data.geometry import Geometry
 from fastkd.data.image_set import ImageSet
 from fastkd.data.normalization import Channels, normalization
 from fastkd.data.progress import Progress

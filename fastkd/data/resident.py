@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.augment.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.batch import Batch
+from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.image_set import ImageSet
 from fastkd.data.normalization import Channels
 from fastkd.data.plan import BatchPlan

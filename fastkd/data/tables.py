@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.augment.geometry import Geometry
 from fastkd.data.draws import MIRROR, SHIFT_LEFT, SHIFT_TOP, integer_table
+from fastkd.data.geometry import Geometry
 
 __all__ = ["GeometryTables", "to_device"]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastkd.augment.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.batch import Batch
 from fastkd.data.decode import random_resized_crop, resize_center_crop
+from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.image_set import ImageSource
 from fastkd.data.normalization import Channels
 from fastkd.data.plan import BatchPlan

@@ -5,9 +5,29 @@ The trainer stretches them by the recipe's `epoch_factor`, like everything else.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-__all__ = ["cosine_decay", "linear_warmup"]
+import torch
+from torch import Tensor
+
+from fastkd.losses.term import LossTerm
+
+__all__ = ["cosine_decay", "linear_warmup", "scheduled_values"]
+
+
+def scheduled_values(
+    terms: Iterable[LossTerm], epoch: float, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """By term and name what `LossTerm.schedules` gives at `epoch`, as 0-dim fp32 on the device."""
+    return {
+        term.name: {
+            # torch.full fills on the device; torch.tensor would copy from the host.
+            name: torch.full((), value(epoch), device=device)
+            for name, value in schedules.items()
+        }
+        for term in terms
+        if (schedules := term.schedules())
+    }
 
 
 def linear_warmup(epochs: float) -> Callable[[float], float]:

@@ -3,9 +3,12 @@
 import typing
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
 
-__all__ = ["Section"]
+__all__ = ["Deviations", "Section"]
+
+Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+"""Of the three channels, in 0..1."""
 
 
 class Section(BaseModel):

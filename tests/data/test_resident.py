@@ -5,9 +5,9 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
 
-from fastkd.augment.geometry import Geometry
 from fastkd.data import Batch, ImageSet, ResidentLoader
 from fastkd.data.draws import MIRROR, SHIFT_LEFT, SHIFT_TOP, integer_table
+from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

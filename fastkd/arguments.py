@@ -1,0 +1,182 @@
+"""The words and options of the `fastkd` command, and what is said about wrong ones.
+
+The only argparse of the package; `fastkd.cli` carries out what was asked for. Options are few on
+purpose: everything that decides a run is a recipe key, spelled key=value.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastkd import __version__
+from fastkd.errors import UserError
+
+__all__ = ["parse", "parsers"]
+
+TRAIN_HELP = """
+examples:
+  fastkd train                                  handwritten digits, no download
+  fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30
+  fastkd train --config my.yaml optim.lr=0.1    a file with keys, then overrides
+  fastkd train --resume auto                    go on with the last quickstart
+  fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
+  torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
+
+keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
+`fastkd train RECIPE --print-config` shows every key, its value and its meaning.
+exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C
+and 143 for SIGTERM.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one sentence, with the nearest valid word."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            word, commands = match[1], match[2].replace("'", "").split(", ")
+            message = f"there is no command {word!r}{_near(word, commands)}"
+        raise UserError(f"{message}{_see(message, self.prog)}")
+
+
+def _near(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else f": choose {', '.join(words)}"
+
+
+def _see(message: str, command: str) -> str:
+    return f"{'' if message.endswith('?') else '.'} See `{command} --help`"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options of a command line, `command` among them; UserError with the nearest valid word."""
+    parser, commands = parsers()
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
+    for word in rest:
+        if word.startswith("-"):
+            known = [flag for flag in commands[options.command]._option_string_actions]
+            command = f"fastkd {options.command}"
+            hint = _near(word.partition("=")[0], [flag for flag in known if len(flag) > 2])
+            message = f"there is no option {word}{hint}"
+            raise UserError(f"{message}{_see(message, command)}")
+        if "words" not in options:
+            raise UserError(f"`fastkd {options.command}` takes no further word, got {word!r}")
+        options.words.append(word)
+    return options
+
+
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the whole command line, and that of each command by name."""
+    parser = _Parser(
+        prog="fastkd",
+        description="Train small vision networks from large ones: knowledge distillation.",
+        epilog="Examples: `fastkd train --help`. What this machine offers: `fastkd doctor`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a student by a recipe",
+        description="Train a student by a recipe; without arguments, the quickstart.",
+        epilog=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="RECIPE | key=value",
+        help="a named recipe, then overrides of its keys",
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")
+    train.add_argument(
+        "--resume",
+        metavar="auto|RUN",
+        help="go on with a run folder, or with the newest unfinished one of this recipe",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, make two steps, print what a run would take",
+    )
+    train.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    train.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="'key=a;b;c'",
+        help="one run for each value, then a table; repeat it for all combinations",
+    )
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a run folder or a network",
+        description="Evaluate RUN, or MODEL with --weights, on the validation images.",
+    )
+    evaluate.add_argument("what", metavar="RUN | MODEL", help="run folder, or network name")
+    evaluate.add_argument("--weights", metavar="FILE", help="weights of MODEL")
+    evaluate.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="recipe keys such as data.name=cifar10 data.root=DATA",
+    )
+
+    models = commands.add_parser("models", help="list networks with parameters and MACs")
+    models.add_argument(
+        "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
+    )
+    models.add_argument(
+        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+    )
+    models.add_argument("--json", action="store_true", help="machine-readable")
+
+    cheapen = commands.add_parser(
+        "cheapen",
+        help="what a cheap block makes of a network: parameters, MACs, layers",
+        description="Replace 3x3 convolutions by a cheap block and count before and after. "
+        "Train it with student.name=NAME student.block=BLOCK.",
+    )
+    cheapen.add_argument("name", metavar="NAME", help="of the zoo, timm:NAME or torchvision:NAME")
+    cheapen.add_argument(
+        "block", metavar="BLOCK", help="G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M:8, BG:2:M or S-2x2"
+    )
+    cheapen.add_argument(
+        "--where",
+        action="append",
+        metavar="PATTERN",
+        help="only modules whose path fits, such as 'layer3.*'; repeatable",
+    )
+    cheapen.add_argument(
+        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+    )
+
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the named recipes",
+        description="Without a word an overview; those that match PATTERN with the papers' "
+        "numbers and what they need; one recipe in full.",
+    )
+    recipes.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="PATTERN | show NAME",
+        help="shell pattern, e.g. 'kdda/*/kd', or the word show and a name",
+    )
+    recipes.add_argument("--json", action="store_true", help="machine-readable")
+
+    doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    return parser, commands.choices

@@ -1,0 +1,49 @@
+"""The end of a run: teacher, student alone and distilled student side by side, beside the paper.
+
+`fastkd.run` hands over the summaries of its stages; they become summary.json, curves.png and the
+last table on the screen.
+"""
+
+import time
+from typing import Any
+
+from fastkd.recipe.schema import Recipe
+from fastkd.report import plots
+from fastkd.report.console import Console
+from fastkd.report.paper import paper_row
+from fastkd.report.run_folder import RunFolder
+
+__all__ = ["finish_report"]
+
+
+def finish_report(
+    recipe: Recipe, summary: dict[str, Any], folder: RunFolder, console: Console
+) -> None:
+    """Write summary.json and curves.png, print the table; `summary` gains the paper's number."""
+    teacher, alone = summary["teacher"], summary["alone"]
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    if teacher:
+        lesson = teacher.get("training")
+        rows.append({"run": f"teacher {teacher['name']}", "note": "", **(lesson or {}), **teacher})
+        if lesson:
+            curves["teacher"] = lesson["history"]
+    if alone:
+        tried = len(summary["alone_tried"])
+        rows.append(
+            {"run": "student alone", **alone, "note": f"lr {alone['lr']:g}, best of {tried}"}
+        )
+        curves["student alone"] = alone["history"]
+    kind = "student distilled" if teacher else "student"
+    rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
+    curves[kind] = summary["history"]
+    paper = paper_row(recipe, summary)
+    if paper:
+        summary["paper"] = paper.facts
+        rows += [paper.row] if paper.row else []
+    plots.plot_curves(folder.path / "curves.png", curves)
+    folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    console.comparison(rows)
+    if paper:
+        console.note(paper.text)
+    console.note(f"curves {folder.path / 'curves.png'}")
