@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from fastkd import create_model
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, build_trainer
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.foreign import ForeignLoader
 from fastkd.data.geometry import Geometry
 from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig

@@ -7,7 +7,7 @@ Same engine as the recipes; see `distill`.
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Result:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     train_loader: Iterable[LoaderItem],
     val_loader: Iterable[LoaderItem],
     *,
@@ -71,7 +71,8 @@ def distill(
     Args:
         student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place.
         teacher: likewise, frozen here (evaluation mode, no gradients); None to train on labels.
-            It sees exactly the images that the student sees.
+            It sees exactly the images that the student sees. A list of networks teaches by the
+            mean of their probabilities (`fastkd.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
             epoch, a sampler's `set_epoch` is called. Sized (`len`).
         val_loader: likewise; every sample once.
@@ -95,8 +96,9 @@ def distill(
     ):
         if value not in choices:
             raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher or ())
     terms = list(losses) if losses is not None else [KD()]
-    if teacher is None and any("/teacher/" in need for term in terms for need in term.needs):
+    if not teachers and any("/teacher/" in need for term in terms for need in term.needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
     if xprime == "none" and any(
         need.startswith("xprime/") for term in terms for need in term.needs
@@ -125,7 +127,7 @@ def distill(
             compile_mode=compile,
             device=world.device,
             student=student.to(world.device),
-            teacher=teacher.to(world.device) if teacher is not None else None,
+            teachers=[each.to(world.device) for each in teachers],
             terms=terms,
             image_shape=image_shape,
             images=train.num_samples * epochs,
@@ -133,7 +135,7 @@ def distill(
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
         # Whatever happens, the networks are the user's and keep none of our hooks.
-        stack.callback(remove_taps, student, teacher)
+        stack.callback(remove_taps, student, *teachers)
         trainer = build_trainer(
             Plan(
                 stage="distill",
@@ -141,6 +143,7 @@ def distill(
                     [(term.name, term.needs, sorted(term.weights.items())) for term in terms],
                     settings.model_dump(),
                     [(name, tuple(p.shape)) for name, p in student.named_parameters()],
+                    [[tuple(p.shape) for p in each.parameters()] for each in teachers],
                     (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
                     train.steps_per_epoch,
                 ),
@@ -149,7 +152,7 @@ def distill(
                 accumulate=accumulate,
             ),
             student=student,
-            teacher=TeacherNet(teacher) if teacher is not None else None,
+            teacher=_teacher(teachers),
             terms=terms,
             optim=settings,
             engine=Engine(resolved, compiled, channels_last, ema=ema, fullgraph=False),
@@ -173,6 +176,11 @@ def distill(
         metrics = trainer.fit() | {"history": trainer.history}
         on_main(world, lambda: folder.finish(metrics) if folder else None)
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
+
+
+def _teacher(teachers: Sequence[nn.Module]) -> TeacherNet | None:
+    nets = [TeacherNet(model, name=type(model).__name__) for model in teachers]
+    return replace(nets[0], ensemble=tuple(nets[1:])) if nets else None
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:

@@ -16,6 +16,7 @@ from fastkd.compiling import compile_unit, worth_compiling
 from fastkd.data.batch import Loader, TrainLoader
 from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
+from fastkd.ensemble import Ensemble, TeacherNet, bind_teacher, check_ensemble_needs
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
@@ -23,7 +24,7 @@ from fastkd.layout import memory_format
 from fastkd.losses.term import BindContext, LossTerm
 from fastkd.models.counting import count
 from fastkd.models.taps import Tapped
-from fastkd.optim import build_optimizer
+from fastkd.optim import build_optimizer, spare_norms
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
@@ -34,17 +35,7 @@ from fastkd.step import DistillStep, needed_taps
 from fastkd.teacher import Normalization, Teacher
 from fastkd.trainer import Plan, Trainer
 
-__all__ = ["Engine", "TeacherNet", "build_trainer", "decide"]
-
-
-@dataclass(frozen=True)
-class TeacherNet:
-    """A loaded teacher before it is tied to the taps and views of a run."""
-
-    model: nn.Module
-    normalization: Normalization | None = None
-    resolution: int | None = None
-    class_map: tuple[int, ...] | None = None
+__all__ = ["Engine", "build_trainer", "decide"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ def decide(
     compile_mode: str,
     device: torch.device,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module],
     terms: Sequence[LossTerm],
     image_shape: tuple[int, int, int],
     images: int,
@@ -83,8 +74,8 @@ def decide(
     macs = 0.0
     if compile_mode == "auto":
         macs += 3.0 * count(student, image_shape).macs * len(needed_taps(terms, "student"))
-        if teacher is not None:
-            macs += count(teacher, image_shape).macs * len(needed_taps(terms, "teacher"))
+        views = len(needed_taps(terms, "teacher"))
+        macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views
     compiled = worth_compiling(
         compile_mode, macs_per_image=macs, images=images, device_type=device.type
     )
@@ -131,24 +122,24 @@ def build_trainer(
 
     bound_teacher = None
     if teacher is not None and needed_taps(terms, "teacher"):
-        bound_teacher = Teacher(
-            teacher.model,
+        check_ensemble_needs(teacher, terms)
+        bound_teacher = bind_teacher(
+            teacher,
             needed_taps(terms, "teacher"),
             precision=precision,
             device=device,
             data_normalization=normalization,
-            normalization=teacher.normalization,
-            resolution=teacher.resolution,
-            class_map=teacher.class_map,
             layout=layout,
             compiled=engine.compiled,
             fullgraph=engine.fullgraph,
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
     _check_classes(shapes, num_classes)
-    stages = bound_teacher.stages if bound_teacher and bound_teacher.has_stages else None
-    head = _head((bound_teacher or teacher).model, teacher.class_map) if teacher else None
-    norm = _last_norm(teacher.model) if teacher else None
+    # One network has stages, a head and a last norm; several have no such thing in common.
+    alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
+    stages = alone.stages if alone and alone.has_stages else None
+    head = _head(alone.model, teacher.class_map) if alone and teacher else None
+    norm = _last_norm(teacher.model) if alone and teacher else None
     for term in terms:
         term.bind(
             BindContext(
@@ -178,7 +169,7 @@ def build_trainer(
     ]
     groups += [group for term in terms for group in term.param_groups()]
     optimizer = build_optimizer(
-        groups,
+        groups if optim.decay_norms else spare_norms(groups, student),
         name=optim.name,
         lr=optim.lr,
         momentum=optim.momentum,
@@ -244,7 +235,7 @@ def _picker(pick: PickConfig, student: nn.Module, engine: Engine) -> Pick:
 
 def _shapes(
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | Ensemble | None,
     terms: Sequence[LossTerm],
     probe: Tensor,
     precision: Precision,
@@ -260,8 +251,7 @@ def _shapes(
         found |= {f"{view}/student/{tap}": features[tap] for tap in taps}
     if teacher is not None:
         # Not through its compiled form, which this batch size would only cost a compilation.
-        with torch.no_grad():
-            features = teacher.unit(probe)
+        features = teacher.features(probe)
         for view, taps in teacher.taps.items():
             found |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
     return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}

@@ -11,8 +11,9 @@ memory, so a state restored into a parameter of another memory order gives wrong
 silence (gradients always come in their parameter's order: autograd sees to that).
 
 Weight decay falls on every parameter, batch norm and biases included, because the reproduced
-papers do so; a group with its own `weight_decay` says otherwise for itself. LAMB is timm's, which
-clips to a global gradient norm of 1 by itself. apex is opt-in by name, never chosen silently.
+papers do so; a group with its own `weight_decay` says otherwise for itself, and `spare_norms` makes
+such groups of norms and biases. LAMB is timm's, which clips to a global gradient norm of 1 by
+itself. apex is opt-in by name, never chosen silently.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastkd.errors import UserError
@@ -32,6 +33,7 @@ __all__ = [
     "build_optimizer",
     "set_lr",
     "skip_aware",
+    "spare_norms",
 ]
 
 OptimizerName = Literal["sgd", "adamw", "lamb"]
@@ -104,6 +106,30 @@ def build_optimizer(
     if fused:
         _prepare_fused_steps(optimizer)
     return optimizer
+
+
+def spare_norms(
+    named_groups: Sequence[Mapping[str, Any]], student: nn.Module
+) -> list[dict[str, Any]]:
+    """The groups with every parameter of at most one dimension in a group without weight decay.
+
+    Those are the scales and shifts of norms and all biases; besides, what a timm network names in
+    `no_weight_decay()`, such as position embeddings. This is timm's rule for its own training
+    (`param_groups_weight_decay`). Groups that say their own weight decay stay as they are.
+    """
+    exempt: Any = getattr(student, "no_weight_decay", set)
+    names = exempt()
+    named = {id(parameter) for name, parameter in student.named_parameters() if name in names}
+    groups: list[dict[str, Any]] = []
+    for group in named_groups:
+        if group.get("weight_decay") is not None:
+            groups.append(dict(group))
+            continue
+        parameters = list(group["params"])
+        spared = [p for p in parameters if p.ndim <= 1 or id(p) in named]
+        kept = [p for p in parameters if not (p.ndim <= 1 or id(p) in named)]
+        groups += [{**group, "params": kept}, {**group, "params": spared, "weight_decay": 0.0}]
+    return groups
 
 
 def set_lr(optimizer: Optimizer, factor: float, momentum: float | None = None) -> None:

@@ -7,31 +7,29 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastkd.build import Engine, TeacherNet, build_trainer, decide
+from fastkd.build import Engine, build_trainer, decide
 from fastkd.checkpoint import load_checkpoint
 from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, on_main
-from fastkd.errors import Interrupted, UserError
-from fastkd.evaluate import evaluate
+from fastkd.ensemble import TeacherNet
+from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
-from fastkd.layout import memory_format
 from fastkd.losses.registry import build_terms
-from fastkd.models import count, create_model
+from fastkd.models import count
+from fastkd.networks import load_net, load_teacher, prove_teacher, size
 from fastkd.precision import resolve_precision
-from fastkd.recipe.networks import StudentConfig, TeacherConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.rehearsal import rehearse
 from fastkd.report.comparison import finish_report
 from fastkd.report.console import Console, duration
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
-from fastkd.weights import load_weights
 
 __all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
 
@@ -53,7 +51,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     """
     data = open_recipe_data(recipe, session)
     # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    _stage_builder(recipe, data, _untrained_teacher(recipe, data), session)(None)
+    _stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )
@@ -61,7 +59,9 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     go_on = f"Go on with: fastkd train --resume {folder.path}"
     try:
         with occupied(folder.path, session.world), tidy(folder, session.root, session.world):
-            teacher, teacher_summary = _teacher(recipe, data, session)
+            teacher, teacher_summary = prove_teacher(
+                recipe, data, session.world, session.console, partial(_teach, data, session)
+            )
             alone = [
                 _train(
                     recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
@@ -95,7 +95,8 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
 def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     """Build everything, make two steps, leave nothing behind; what a real run would cost."""
     data = open_recipe_data(recipe, session)
-    teacher = _untrained_teacher(recipe, data)
+    teacher = load_teacher(recipe.teacher, data)
+    teachers = teacher.members if teacher else ()
     trainer = _stage_builder(recipe, data, teacher, session)(None)
     rates = rehearse(trainer)
     steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
@@ -107,9 +108,8 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "classes": len(data.classes),
         "backend": data.backend,
         "student": f"{recipe.student.name}: {count(trainer.student, _shape(data))}",
-        "teacher": f"{recipe.teacher.name}: {count(teacher.model, _shape(data))}"
-        if recipe.teacher and teacher
-        else "none",
+        "teacher": "; ".join(f"{one.name}: {count(one.model, _shape(data))}" for one in teachers)
+        or "none",
         "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
         **trainer.plan.decisions,
         "device": str(session.world.device),
@@ -158,7 +158,7 @@ def _stage_builder(
         # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
         torch.compiler.reset()
         torch.manual_seed(recipe.seed)
-        student = _load_net(recipe.student, data, recipe.student.weights).model
+        student = load_net(recipe.student, data, recipe.student.weights).model
         terms = build_terms(recipe.losses)
         decisions = _saved_decisions(folder)
         precision, compiled = decide(
@@ -166,7 +166,7 @@ def _stage_builder(
             compile_mode=decisions.get("compile", recipe.compile),
             device=session.world.device,
             student=student,
-            teacher=teacher.model if teacher else None,
+            teachers=[one.model for one in teacher.members] if teacher else [],
             terms=terms,
             image_shape=_shape(data),
             images=data.train.num_samples * recipe.total_epochs,
@@ -241,6 +241,12 @@ def _train(
     return summary
 
 
+def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Train a teacher, or find it trained: its run folder and summary."""
+    path = session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+    return path, _train(lesson, data, None, session, path)
+
+
 def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
     """Train; what summary.json says of a stage, whoever asked for it."""
     return trainer.fit() | {
@@ -248,7 +254,7 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
         "digest": recipe.digest(),
         "student": recipe.student.name,
         "lr": recipe.optim.lr,
-        **_size(trainer.kept(), data),
+        **size(trainer.kept(), data),
         "history": trainer.history,
     }
 
@@ -261,102 +267,6 @@ def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
         folder.cut_metrics(0)
 
 
-def _teacher(
-    recipe: Recipe, data: DataPair, session: Session
-) -> tuple[TeacherNet | None, dict[str, Any] | None]:
-    """The recipe's teacher, trained first if it asks for that, and proven better than chance."""
-    config = recipe.teacher
-    if config is None:
-        return None, None
-    weights, summary = config.weights, None
-    if config.trains:
-        lesson = recipe.as_teacher()
-        path = session.root / "teachers" / f"{config.name}-{lesson.digest()[:8]}"
-        summary = _train(lesson, data, None, session, path)
-        weights = str(path / "best.safetensors")
-    net = _load_net(config, data, weights)
-    accuracy = _accuracy(net, recipe, data, session)
-    session.console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
-    floor = config.min_accuracy
-    if floor is None:
-        chance = 1 / len(data.classes)
-        floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
-    if accuracy < floor:
-        raise UserError(
-            f"the teacher {config.name} reaches {accuracy:.2%} on the validation images, at least "
-            f"{floor:.2%} was expected. If its weights are right, its class order "
-            f"(teacher.class_map) or normalisation is not; if it was just trained, give it more "
-            f"epochs; teacher.min_accuracy=0 accepts it as it is"
-        )
-    facts = {"name": config.name, "accuracy": accuracy, **_size(net.model, data)}
-    return net, facts | ({"training": summary} if summary else {})
-
-
-def _untrained_teacher(recipe: Recipe, data: DataPair) -> TeacherNet | None:
-    """The recipe's teacher, with its weights unless they are still to be trained."""
-    if recipe.teacher is None:
-        return None
-    return _load_net(recipe.teacher, data, recipe.teacher.weights)
-
-
-def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, session: Session) -> float:
-    from fastkd.teacher import Teacher
-
-    precision = resolve_precision(recipe.precision, session.world.device)
-    teacher = Teacher(
-        net.model,
-        {},
-        precision=precision,
-        device=session.world.device,
-        data_normalization=(data.mean, data.std),
-        normalization=net.normalization,
-        resolution=net.resolution,
-        class_map=net.class_map,
-        layout=memory_format(recipe.channels_last, session.world.device, net.model),
-        # To the digit what its own training reported.
-        fold_batch_norm=False,
-    )
-    return evaluate(teacher.logits, data.val, precision, session.world)["accuracy"]
-
-
-def _load_net(config: StudentConfig, data: DataPair, weights: str | None) -> TeacherNet:
-    """Build a network of the data's class count and fill it from a file or a run folder."""
-    class_map = config.class_map if isinstance(config, TeacherConfig) else None
-    resolution = config.resolution if isinstance(config, TeacherConfig) else None
-    options = config.options()
-    if weights is not None and Path(weights).is_dir():
-        weights = str(Path(weights) / "best.safetensors")
-    classes = len(data.classes)
-    if class_map is not None:
-        classes = _own_classes(config.name, weights, classes)
-    # A pretrained teacher that was then trained here has weights of its own.
-    pretrained = config.pretrained and weights is None
-    model: Any = create_model(
-        config.name, classes, pretrained=pretrained, weights=weights, **options
-    )
-    if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
-        raise UserError(
-            f"teacher.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
-            f"{config.name} has {model.num_classes}, numbered from 0"
-        )
-    normalization = getattr(model, "normalization", None)
-    if isinstance(config, TeacherConfig) and config.mean and config.std:
-        normalization = (config.mean, config.std)
-    return TeacherNet(model, normalization, resolution, class_map)
-
-
-def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
-    """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
-    if weights is None:
-        return None if ":" in name else of_data
-    tensors, facts = load_weights(weights)
-    if "num_classes" in facts:
-        return int(facts["num_classes"])
-    # A checkpoint of others tells it by its last layer.
-    heads = [tensor for tensor in tensors.values() if tensor.dim() == 2]
-    return heads[-1].shape[0] if heads else of_data
-
-
 def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
     if folder is None or not (folder.path / "last.pt").exists():
         return {}
@@ -365,8 +275,3 @@ def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
 
 def _shape(data: DataPair) -> tuple[int, int, int]:
     return (3, data.image_size, data.image_size)
-
-
-def _size(model: nn.Module, data: DataPair) -> dict[str, int]:
-    size = count(model, _shape(data))
-    return {"params": size.params, "macs": size.macs}

@@ -18,7 +18,10 @@ from fastkd.models.rewrite_fusing import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.precision import Precision
 
-__all__ = ["Teacher", "freeze", "run_ahead"]
+__all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]
+
+MEAN_LOGITS = "mean_logits"
+"""A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 T = TypeVar("T")
@@ -65,6 +68,7 @@ class Teacher:
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
+        every.pop(MEAN_LOGITS, None)
         # A tapped one keeps every layer where the taps expect it.
         given = freeze(model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
@@ -88,14 +92,18 @@ class Teacher:
         # no_grad, not inference_mode: inference tensors cannot enter a differentiated loss.
         with torch.no_grad():
             for view, taps in self.taps.items():
-                features = self.forward(views[view])
+                features = _with_mean(self.forward(views[view]))
                 out |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
         return out
 
+    def features(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        """All taps that are wanted of any view, uncompiled."""
+        with torch.no_grad():
+            return _with_mean(self.unit(images_NCHW))
+
     def logits(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, C] in the class order of the data, uncompiled; for the evaluation."""
-        with torch.no_grad():
-            return self.unit(images_NCHW)["logits"]
+        return self.features(images_NCHW)["logits"]
 
     def stages(self, features: Tensor, after: str, taps: Iterable[str]) -> dict[str, Tensor]:
         """The layers after tap `after` up to the last of `taps`, with gradient to the features.
@@ -109,6 +117,10 @@ class Teacher:
     def has_stages(self) -> bool:
         """Whether the network can be run in part: one of the zoo, its batch norm not folded."""
         return isinstance(self.model, ZooNetwork) and not self.folded
+
+
+def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return features | {MEAN_LOGITS: features["logits"]}
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -166,8 +178,9 @@ class _TeacherUnit(nn.Module):
                 images_NCHW.float(), side, mode="bilinear", antialias=True, align_corners=False
             )
             images_NCHW = resized_NCHW.to(images_NCHW.dtype)
+        # Of its own type, which need not be that of the run.
         with self.precision.autocast():
-            features = self.tapped(images_NCHW)
+            features = self.tapped(images_NCHW.to(self.precision.dtype))
         return self.in_class_order(features)
 
     def in_class_order(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

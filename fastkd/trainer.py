@@ -35,7 +35,7 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
 from fastkd.selection import Picked
 from fastkd.step import DistillStep, Prepared, StepOutput
-from fastkd.teacher import Teacher, run_ahead
+from fastkd.teacher import run_ahead
 from fastkd.weights import save_weights
 
 __all__ = ["Plan", "Progress", "Trainer"]
@@ -88,7 +88,7 @@ class Trainer:
         step: DistillStep,
         runner: nn.Module,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
         loader: TrainLoader,
         val_loader: EvalLoader,
         views: ViewMaker,

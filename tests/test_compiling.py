@@ -37,13 +37,13 @@ def test_auto_compiles_from_ten_times_the_compile_time_on(device_type):
     assert [decided("off", share) for share in (0, 10)] == [False, False]
 
 
-def chosen(images, mode="auto", terms=None, teacher=None):
+def chosen(images, mode="auto", terms=None, teachers=()):
     return decide(
         precision="fp32",
         compile_mode=mode,
         device=CPU,
         student=create_model("resnet8", 10, width=0.5),
-        teacher=teacher,
+        teachers=teachers,
         terms=terms or [CrossEntropy()],
         image_shape=(3, 32, 32),
         images=images,
@@ -61,8 +61,8 @@ def test_the_work_of_a_run_decides():
     both = KD(views=("x", "xprime"))
     teacher = create_model("resnet8", 10, width=0.5)
     assert chosen(0.51 * limit, terms=[both])
-    assert not chosen(0.49 * limit * 3 / 4, terms=[both], teacher=teacher)
-    assert chosen(0.51 * limit * 3 / 4, terms=[both], teacher=teacher)
+    assert not chosen(0.49 * limit * 3 / 4, terms=[both], teachers=[teacher])
+    assert chosen(0.51 * limit * 3 / 4, terms=[both], teachers=[teacher])
 
 
 def test_the_recipes_decide_as_meant():
@@ -80,7 +80,7 @@ def test_the_recipes_decide_as_meant():
             compile_mode=recipe.compile,
             device=CPU,
             student=create_model(recipe.student.name, 10, **options),
-            teacher=create_model(recipe.teacher.name, 10),
+            teachers=[create_model(recipe.teacher.name, 10)],
             terms=[KD()],
             image_shape=(3, size, size),
             images=images * recipe.total_epochs,

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, build_trainer
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet
 from fastkd.errors import UserError
 from fastkd.losses import (
     CC,

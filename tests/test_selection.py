@@ -13,6 +13,7 @@ from fastkd.augment import ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.distributed import World
 from fastkd.models import create_model
+from fastkd.networks import load_teacher
 from fastkd.precision import resolve_precision
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
@@ -163,7 +164,7 @@ def test_a_whole_step_costs_what_its_definition_says():
     )
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
-    teacher = fastkd.run._untrained_teacher(recipe, data)
+    teacher = load_teacher(recipe.teacher, data)
     trainer = fastkd.run._stage_builder(recipe, data, teacher, session)(None)
     seen = {"student": [], "teacher": []}
     for name, net in (("student", trainer.student), ("teacher", trainer.teacher.model)):

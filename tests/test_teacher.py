@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.build import TeacherNet
 from fastkd.data import open_data
 from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet
 from fastkd.models import create_model
 from fastkd.models.rewrite_fusing import fuse
 from fastkd.precision import Precision, resolve_precision

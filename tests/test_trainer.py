@@ -17,13 +17,14 @@ import yaml
 from torch import Tensor, nn
 
 import fastkd.build
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, build_trainer
 from fastkd.cli import main
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet
 from fastkd.errors import RunFailed
 from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy

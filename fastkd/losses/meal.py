@@ -25,7 +25,9 @@ class Discriminator(LossTerm):
 
     Linear C -> hidden[0] -> hidden[1] -> 2 with ReLU between, on the 2 N rows of both logits;
     targets (1, 0) for student and (0, 1) for teacher rows; mean over 4 N entries. Needs the logits
-    of both nets on `view`.
+    of the student on `view` and of the teacher, of several teachers the mean of their logits, as
+    released ("the last output layer before softmax" in the paper): not those of the mean
+    probability, which the similarity loss imitates.
 
     `mode` says what the student does with the gradient:
 
@@ -53,7 +55,8 @@ class Discriminator(LossTerm):
         view: str = "x",
         name: str = "discriminator",
     ) -> None:
-        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        needs = (f"{view}/student/logits", f"{view}/teacher/mean_logits")
+        super().__init__(name, needs, {name: weight})
         self.mode, self.hidden, self.last_relu, self.lr_rule = mode, hidden, last_relu, lr_rule
 
     def bind(self, context: BindContext) -> None:

@@ -20,6 +20,16 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, for images in [0, 1]."""
 
 
+BARE_IN_TIMM_0_2 = {
+    "resnet18": "tv_in1k",
+    "resnet50": "ram_in1k",
+    "tf_efficientnet_b0": "aa_in1k",
+    "tf_efficientnet_b4": "aa_in1k",
+}
+"""Weights that a bare name stood for in timm 0.2, with which MEAL V2 was made, where it has come
+to stand for others."""
+
+
 class Built(NamedTuple):
     """A network with what the caller cannot see from outside."""
 
@@ -39,6 +49,8 @@ def build_timm(
         _unknown("timm", base, timm.list_models())
     if ":" not in name and tag and name not in timm.list_pretrained(f"{base}.*"):
         _unknown("timm", name, timm.list_pretrained(f"{base}.*"))
+    if pretrained and ":" not in name and not tag:
+        _check_pinned(base)
     if num_classes is not None:
         options = {**options, "num_classes": num_classes}
     model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
@@ -135,6 +147,27 @@ def _take_heads(model: nn.Module, fresh: nn.Module) -> None:
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+
+
+def _check_pinned(name: str) -> None:
+    """UserError for the bare name of a network that timm has several weights of.
+
+    Which of them it stands for has changed between versions of timm, without a word.
+    """
+    import timm
+
+    tags = timm.list_pretrained(f"{name}.*")
+    default = timm.get_pretrained_cfg(name)
+    if len(tags) < 2 or default is None:
+        return
+    pins = [f"{name}.{tag}" for tag in (BARE_IN_TIMM_0_2.get(name), default.tag) if tag]
+    once = f"in timm 0.2 it was {BARE_IN_TIMM_0_2[name]}, " if len(pins) > 1 else ""
+    raise UserError(
+        f"timm:{name} has {len(tags)} pretrained weights, and which one the bare name stands for "
+        f"depends on timm's version ({once}in {timm.__version__} it is {default.tag}): name the "
+        f"weights, {' or '.join(f'timm:{pin}' for pin in pins)} (fastkd models 'timm:{name}.*' "
+        f"lists all)"
+    )
 
 
 def _unknown(hub: str, name: str, names: Sequence[str]) -> NoReturn:

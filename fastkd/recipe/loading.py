@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
-from fastkd.recipe.mistakes import explain, section_of
+from fastkd.recipe.mistakes import entries_of, explain, section_of
 from fastkd.recipe.schema import Recipe
 
 __all__ = [
@@ -129,11 +129,13 @@ def _documented(section: type[BaseModel], prefix: str) -> dict[str, str]:
     """Dotted key -> meaning."""
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
+        inner, entries = section_of(field.annotation), entries_of(field.annotation)
         if inner:
             keys |= _documented(inner, f"{prefix}{name}.")
         else:
             keys[f"{prefix}{name}"] = " ".join((field.description or "").split())
+        if entries:
+            keys |= _documented(entries, f"{prefix}{name}.0.")
     return keys
 
 
@@ -189,15 +191,37 @@ def _merge(values: dict[str, Any], update: Mapping[str, Any]) -> None:
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
-    node = values
+    node: Any = values
     for depth, section in enumerate(sections):
+        # `ensemble.0.name`: a number between names is that of an entry of a list.
+        new: Any = [] if any(part.isdigit() for part in sections[depth + 1 : depth + 2]) else {}
+        node = _step_into(node, section, new, key, ".".join(sections[:depth]))
+    if isinstance(node, list):
+        _step_into(node, last, {}, key, ".".join(sections))
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
+    """What `section` names in a mapping or a list, `new` where there is nothing yet."""
+    if isinstance(node, list):
+        if not section.isdigit() or int(section) > len(node):
+            entries = ", ".join(f"{at}.{number}" for number in range(len(node))) or "nothing"
+            raise UserError(
+                f"unknown key {key}: {at} is a list that holds {entries}; "
+                f"{at}.{len(node)} would add to it"
+            )
+        node += [new] * (int(section) == len(node))
+        found = node[int(section)]
+    else:
         if node.get(section) is None:
-            node[section] = {}
-        if not isinstance(node[section], dict):
-            at = ".".join(sections[: depth + 1])
-            raise UserError(f"unknown key {key}: {at} is a value and has no keys of its own")
-        node = node[section]
-    node[last] = value
+            node[section] = new
+        found = node[section]
+    if not isinstance(found, dict | list):
+        at = f"{at}.{section}" if at else section
+        raise UserError(f"unknown key {key}: {at} is a value and has no keys of its own")
+    return found
 
 
 def _validate(values: dict[str, Any]) -> Recipe:

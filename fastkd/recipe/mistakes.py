@@ -5,6 +5,7 @@ values come from the schema itself, so that a message cannot disagree with it.
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["allowed", "explain", "section_of"]
+__all__ = ["allowed", "entries_of", "explain", "section_of"]
 
 _BOUNDS = (
     (Gt, "gt", "above"),
@@ -23,6 +24,8 @@ _BOUNDS = (
     (Lt, "lt", "below"),
     (Le, "le", "at most"),
 )
+
+_ENTRY = r"(?<=\.)\d+(?=\.)"
 
 
 def explain(
@@ -69,6 +72,12 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def entries_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of the entries of a `tuple[Section, ...]`."""
+    inner = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
+    return section_of(inner[0]) if inner and inner[-1] is Ellipsis else None
+
+
 def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if typing.get_origin(annotation) is Annotated:
         annotation, *more = typing.get_args(annotation)
@@ -84,6 +93,9 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple and inner[-1] is not Ellipsis:
         return f"{len(inner)} values joined by commas, each {_words(inner[0])}"
+    if entries := entries_of(annotation):
+        first, *_ = keys = list(entries.model_fields)
+        return f"a list such as [{{{first}: ..}}], the keys of each {', '.join(keys)}"
     if origin is tuple:
         return f"a list joined by commas, each {_words(inner[0])}"
     if origin is dict or origin is Mapping:
@@ -107,16 +119,27 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _locate(
     section: type[BaseModel], loc: tuple[int | str, ...]
 ) -> tuple[list[str], FieldInfo | None]:
-    """The key that an error belongs to, without positions inside its value, and its field."""
+    """The key that an error belongs to, without positions inside its value, and its field.
+
+    An entry of a list of sections is a part of the key.
+    """
     path: list[str] = []
     field = None
     inner: type[BaseModel] | None = section
     for part in _texts(loc):
         if inner is None:
-            break
+            # The number of an entry, in a list of sections.
+            inner = entries_of(field.annotation) if field else None
+            if inner is None:
+                break
+            path.append(part)
+            continue
         path.append(part)
         field = inner.model_fields.get(part)
         inner = section_of(field.annotation) if field else None
+    # An entry that is no mapping is a mistake of the whole list.
+    if field and entries_of(field.annotation) and path[-1].isdigit():
+        path.pop()
     return path, field
 
 
@@ -133,6 +156,8 @@ def _leaves(key: str, value: Any) -> list[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
+    # All entries of a list of sections have the keys of the first.
+    known = [re.sub(_ENTRY, _number(key), one) for one in known]
     # `lr=0.1` means optim.lr: a right word in the wrong place is nearer than a similar one.
     near = [one for one in known if one.rpartition(".")[2] == last]
     near.sort(key=lambda one: -difflib.SequenceMatcher(None, one, key).ratio())
@@ -154,10 +179,19 @@ def _unknown(key: str, known: Sequence[str]) -> str:
     return f"unknown key {key}; {where} are {', '.join(siblings)}"
 
 
+def _number(key: str) -> str:
+    """Which entry of a list of sections a key is about; 0 where it is about none."""
+    found = re.search(_ENTRY, key)
+    return found[0] if found else "0"
+
+
 def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     node: Any = values
     for part in path:
-        node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
+        if isinstance(node, list | tuple):
+            node = node[int(part)]
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
     return node
 
 

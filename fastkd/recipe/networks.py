@@ -1,13 +1,20 @@
 """Keys of student and teacher: which networks, with which weights. Part of the schema."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from fastkd.errors import UserError
-from fastkd.recipe.section import Deviations, Section
+from fastkd.recipe.section import Deviations, Section, yaml_switch
 
-__all__ = ["NETWORK_OPTIONS", "StudentConfig", "TeacherConfig"]
+__all__ = ["NETWORK_OPTIONS", "MemberConfig", "StudentConfig", "TeacherConfig"]
 
 NETWORK_OPTIONS = ("width", "block", "shortcuts", "stem", "dropout")
 """Keys of student and teacher that are options of `fastkd.models.create_model`."""
@@ -53,8 +60,8 @@ class StudentConfig(Section):
         return {name: value for name, value in chosen.items() if value is not None}
 
 
-class TeacherConfig(StudentConfig):
-    """The frozen network that is imitated (`fastkd.teacher`)."""
+class MemberConfig(StudentConfig):
+    """One frozen network that is imitated, by itself or with others (`fastkd.teacher`)."""
 
     train: bool = False
     """Train the teacher first with this recipe's data and optimizer, once, and keep it; not where
@@ -73,35 +80,61 @@ class TeacherConfig(StudentConfig):
     """class_map[c] is the teacher's output for our class c, where the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Refuse a teacher below this accuracy; by default one that is not better than chance."""
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> "TeacherConfig":
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("teacher.mean and teacher.std come together: set both or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _knows_something(self) -> "TeacherConfig":
-        if not (self.train or self.weights or self.pretrained):
-            raise ValueError(
-                f"the teacher {self.name} has no weights: set teacher.weights=FILE or a run "
-                f"folder, teacher.train=true, or (timm and torchvision) teacher.pretrained=true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sees_what_it_learned_from(self) -> "TeacherConfig":
-        own = {"mean": self.mean, "resolution": self.resolution, "class_map": self.class_map}
-        given = [key for key, value in own.items() if value is not None]
-        if self.trains and given:
-            raise ValueError(
-                f"teacher.{given[0]} is for finished weights; a teacher that is trained here "
-                f"learns from this recipe's own images and classes: leave it away, or set "
-                f"teacher.weights"
-            )
-        return self
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    """Autocast type of its forward pass; by default that of the run."""
+    compile: Annotated[Literal["on", "off"] | None, BeforeValidator(yaml_switch)] = None
+    """torch.compile for the teacher; by default as for the run."""
 
     @property
     def trains(self) -> bool:
         """Whether it is trained first."""
         return self.train and self.weights is None
+
+
+class TeacherConfig(MemberConfig):
+    """The frozen network, or networks, that are imitated (`fastkd.teacher`, `fastkd.ensemble`)."""
+
+    ensemble: tuple[MemberConfig, ...] = ()
+    """Further teachers with keys of their own; the student imitates the mean probability."""
+
+    def members(self) -> dict[str, MemberConfig]:
+        """All teachers, this one first, by the key under which they stand in the recipe."""
+        further = {f"teacher.ensemble.{n}": one for n, one in enumerate(self.ensemble)}
+        return {"teacher": self, **further}
+
+    @model_validator(mode="after")
+    def _usable(self) -> "TeacherConfig":
+        for key, one in self.members().items():
+            _check_member(key, one)
+        return self
+
+    @model_validator(mode="after")
+    def _different(self) -> "TeacherConfig":
+        seen: dict[str, str] = {}
+        for key, one in self.members().items():
+            same = seen.setdefault(repr(one.model_dump(exclude={"ensemble"})), key)
+            if same != key:
+                raise ValueError(
+                    f"{key} is {same} once more ({one.name}, the same weights): an ensemble wants "
+                    f"another network or other weights"
+                )
+        return self
+
+
+def _check_member(key: str, one: MemberConfig) -> None:
+    if (one.mean is None) != (one.std is None):
+        raise ValueError(f"{key}.mean and {key}.std come together: set both or neither")
+    if not (one.train or one.weights or one.pretrained):
+        raise ValueError(
+            f"the teacher {one.name} has no weights: set {key}.weights=FILE or a run "
+            f"folder, {key}.train=true, or (timm and torchvision) {key}.pretrained=true"
+        )
+    # What it learned from is what it sees.
+    own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}
+    given = [name for name, value in own.items() if value is not None]
+    if one.trains and given:
+        raise ValueError(
+            f"{key}.{given[0]} is for finished weights; a teacher that is trained here "
+            f"learns from this recipe's own images and classes: leave it away, or set "
+            f"{key}.weights"
+        )

@@ -21,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from fastkd.recipe.networks import StudentConfig, TeacherConfig
-from fastkd.recipe.section import Deviations, Section
+from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
+from fastkd.recipe.section import Deviations, Section, yaml_switch
 
 __all__ = [
     "AugmentConfig",
@@ -31,11 +31,6 @@ __all__ = [
     "OptimConfig",
     "Recipe",
 ]
-
-
-def _yaml_switch(value: object) -> object:
-    """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class DataConfig(Section):
@@ -112,6 +107,8 @@ class OptimConfig(Section):
     """Nesterov's form of momentum."""
     weight_decay: NonNegativeFloat = 5e-4
     """Applied to every trained parameter, norms and biases included, as the papers do."""
+    decay_norms: bool = True
+    """false: no weight decay on norms and biases (all of one dimension), as timm has it."""
     schedule: Literal["constant", "multistep", "exponential", "cosine", "onecycle"] = "multistep"
     """Shape of the learning rate over the run."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -150,7 +147,7 @@ class Recipe(Section):
     """Micro-batches per optimizer step."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type of the forward pass; `auto` is bf16 where the device computes in it."""
-    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_switch)] = "auto"
     """torch.compile; `auto` where the run is long enough to pay for it."""
     channels_last: bool = True
     """Memory layout of images and feature maps."""
@@ -272,9 +269,9 @@ class Recipe(Section):
             | {"losses": {k: _plain(v) for k, v in values["losses"].items()}}
         )
 
-    def as_teacher(self) -> "Recipe":
-        """The recipe that trains this recipe's teacher on the labels."""
-        teacher = self.teacher
+    def as_teacher(self, teacher: MemberConfig | None = None) -> "Recipe":
+        """The recipe that trains this recipe's teacher, or another member, on the labels."""
+        teacher = teacher or self.teacher
         if teacher is None:
             raise ValueError(f"recipe {self.name} has no teacher")
         fields = StudentConfig.model_fields

@@ -5,10 +5,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
 
-__all__ = ["Deviations", "Section"]
+__all__ = ["Deviations", "Section", "yaml_switch"]
 
 Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 """Of the three channels, in 0..1."""
+
+
+def yaml_switch(value: object) -> object:
+    """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Section(BaseModel):

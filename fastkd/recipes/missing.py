@@ -41,6 +41,9 @@ def missing(entry: Entry) -> tuple[str, ...]:
     for role in ("student", "teacher"):
         if f"{role}.name" in entry.keys:
             found += _unknown_network(role, entry.keys)
+    for number, keys in enumerate(entry.keys.get("teacher.ensemble", ())):
+        role = f"teacher.ensemble.{number}"
+        found += _unknown_network(role, {f"{role}.{key}": value for key, value in keys.items()})
     return tuple(dict.fromkeys(found))
 
 

@@ -23,11 +23,13 @@ def finish_report(
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
-    if teacher:
-        lesson = teacher.get("training")
-        rows.append({"run": f"teacher {teacher['name']}", "note": "", **(lesson or {}), **teacher})
+    for one in teacher.get("members", [teacher]) if teacher else []:
+        lesson = one.get("training")
+        rows.append({"run": f"teacher {one['name']}", "note": "", **(lesson or {}), **one})
         if lesson:
-            curves["teacher"] = lesson["history"]
+            curves[rows[-1]["run"]] = lesson["history"]
+    if teacher and "members" in teacher:
+        rows.append({"run": "teachers together", "note": "", **teacher})
     if alone:
         tried = len(summary["alone_tried"])
         rows.append(

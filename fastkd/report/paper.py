@@ -4,6 +4,7 @@ Only where the run is the named recipe as it stands: keys that decide the outcom
 overridden are named instead of a comparison.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ _NO_MATTER = (
     *("data.root", "data.backend", "data.download", "data.workers"),
     # A teacher from a file, as the papers have it, in place of one that is trained first.
     *("teacher.weights", "teacher.train", "teacher.mean", "teacher.std", "teacher.class_map"),
-    "teacher.min_accuracy",
+    *("teacher.min_accuracy", "teacher.precision", "teacher.compile"),
 )
 
 
@@ -93,7 +94,7 @@ def _changed(recipe: Recipe, published: Recipe) -> list[str]:
     found = []
     for key in {**there, **here}:
         one, other = here.get(key), there.get(key)
-        if one != other and key not in _NO_MATTER:
+        if one != other and re.sub(r"^teacher\.ensemble\.\d+", "teacher", key) not in _NO_MATTER:
             found.append(f"{key}={one} (there {other})")
     return found
 
@@ -103,6 +104,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
     def walk(prefix: str, node: Mapping[str, Any]) -> None:
         for key, value in node.items():
+            if key == "ensemble":
+                value = {str(number): one for number, one in enumerate(value)}
             if isinstance(value, Mapping):
                 walk(f"{prefix}{key}.", value)
             else:

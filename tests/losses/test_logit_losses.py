@@ -73,7 +73,8 @@ FORMULAS: dict[str, tuple[Callable[[], LossTerm], Callable[..., Tensor]]] = {
 
 
 def inputs(student_NC: Tensor, teacher_NC: Tensor) -> dict[str, Tensor]:
-    return {"x/student/logits": student_NC, "x/teacher/logits": teacher_NC}
+    teacher = dict.fromkeys(("x/teacher/logits", "x/teacher/mean_logits"), teacher_NC)
+    return {"x/student/logits": student_NC, **teacher}
 
 
 def total(term: LossTerm, tensors: dict[str, Tensor], labels_N: Tensor) -> Tensor:

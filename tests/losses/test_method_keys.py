@@ -108,7 +108,8 @@ def test_other_view(name: str) -> None:
         recipe({name: {"weight": 1.0, "view": "xprime"}})
     made = recipe({name: {"weight": 1.0, "view": "xprime"}}, ["augment.xprime=cutmix"])
     (term,) = build_terms(made.losses)
-    assert term.needs == ("xprime/student/logits", "xprime/teacher/logits")
+    tap = "mean_logits" if name == "discriminator" else "logits"
+    assert term.needs == ("xprime/student/logits", f"xprime/teacher/{tap}")
 
 
 def test_wrong_values_are_named() -> None:

@@ -163,7 +163,7 @@ def test_reviewkd_equals_its_peer() -> None:
 def test_discriminator_equals_its_peer() -> None:
     tensors = {
         "x/student/logits": sines((8, 64), 230, 3).requires_grad_(),
-        "x/teacher/logits": sines((8, 64), 231, 4),
+        "x/teacher/mean_logits": sines((8, 64), 231, 4),
     }
     term = Discriminator(hidden=(16, 4), last_relu=True)
     bind_term(term, tensors, num_classes=64).double()

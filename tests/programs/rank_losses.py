@@ -48,7 +48,7 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
 NUM = 9
 ROWS = [slice(0, 5), slice(5, NUM)]
 """Of the ranks: as in a partial batch."""
-SHAPES = {"logits": (10,), "pooled": (32,)} | {
+SHAPES = {"logits": (10,), "mean_logits": (10,), "pooled": (32,)} | {
     f"stage{k}{kind}": (4 * 2**k, 16 // 2**k, 16 // 2**k)
     for k in (1, 2, 3)
     for kind in ("", ":preact")

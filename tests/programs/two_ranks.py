@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastkd.trainer
 from fastkd.api import distill
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, build_trainer
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World, open_world, same_on_all_ranks
+from fastkd.ensemble import TeacherNet
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.losses.term import LossTerm
 from fastkd.models import create_model

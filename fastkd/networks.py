@@ -1,0 +1,163 @@
+"""Student and teachers of a recipe: built, filled with weights, every teacher proven first.
+
+Flow: `run` asks here before it builds a stage. A teacher that has to be trained first is trained
+by the function that `run` hands in.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastkd.data import DataPair
+from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet, bind_teacher
+from fastkd.errors import UserError
+from fastkd.evaluate import evaluate
+from fastkd.layout import memory_format
+from fastkd.models import count, create_model
+from fastkd.precision import Precision, resolve_precision
+from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
+from fastkd.recipe.schema import Recipe
+from fastkd.report.console import Console
+from fastkd.weights import load_weights
+
+__all__ = ["load_net", "load_teacher", "prove_teacher", "size"]
+
+
+def load_teacher(config: TeacherConfig | None, data: DataPair) -> TeacherNet | None:
+    """The recipe's teachers, with their weights unless these are still to be trained."""
+    if config is None:
+        return None
+    return _joined([load_net(one, data, one.weights, key) for key, one in config.members().items()])
+
+
+def prove_teacher(
+    recipe: Recipe,
+    data: DataPair,
+    world: World,
+    console: Console,
+    train: Callable[[Recipe], tuple[Path, dict[str, Any]]],
+) -> tuple[TeacherNet | None, dict[str, Any] | None]:
+    """The recipe's teachers, trained first where they ask for that, each better than chance.
+
+    train: trains a teacher's own recipe; its run folder and summary.
+    Returns also the facts for summary.json: name, accuracy, size; of several those of all together
+    and, as `members`, of each. UserError for one below `min_accuracy`.
+    """
+    if recipe.teacher is None:
+        return None, None
+    nets, facts = [], []
+    for key, config in recipe.teacher.members().items():
+        weights, lesson = config.weights, {}
+        if config.trains:
+            path, summary = train(recipe.as_teacher(config))
+            weights, lesson = str(path / "best.safetensors"), {"training": summary}
+        net = load_net(config, data, weights, key)
+        accuracy = _accuracy(net, recipe, data, world)
+        console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
+        _check_accuracy(key, config, accuracy, data)
+        nets.append(net)
+        facts.append({"name": config.name, "accuracy": accuracy, **size(net.model, data), **lesson})
+    together = _joined(nets)
+    if len(nets) == 1:
+        return together, facts[0]
+    accuracy = _accuracy(together, recipe, data, world)
+    console.note(f"the {len(nets)} teachers together: accuracy {accuracy:.2%}")
+    return together, {
+        "name": " + ".join(one["name"] for one in facts),
+        "accuracy": accuracy,
+        **{each: sum(one[each] for one in facts) for each in ("params", "macs")},
+        "members": facts,
+    }
+
+
+def load_net(
+    config: StudentConfig, data: DataPair, weights: str | None, key: str = "student"
+) -> TeacherNet:
+    """Build a network of the data's class count and fill it from a file or a run folder.
+
+    key: where it stands in the recipe, for messages.
+    """
+    own = config if isinstance(config, MemberConfig) else None
+    class_map = own.class_map if own else None
+    options = config.options()
+    if weights is not None and Path(weights).is_dir():
+        weights = str(Path(weights) / "best.safetensors")
+    classes = len(data.classes)
+    if class_map is not None:
+        classes = _own_classes(config.name, weights, classes)
+    # A pretrained teacher that was then trained here has weights of its own.
+    pretrained = config.pretrained and weights is None
+    model: Any = create_model(
+        config.name, classes, pretrained=pretrained, weights=weights, **options
+    )
+    if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
+        raise UserError(
+            f"{key}.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
+            f"{config.name} has {model.num_classes}, numbered from 0"
+        )
+    normalization = getattr(model, "normalization", None)
+    if own is None:
+        return TeacherNet(model, normalization)
+    if own.mean and own.std:
+        normalization = (own.mean, own.std)
+    compiled = None if own.compile is None else own.compile == "on"
+    return TeacherNet(
+        model, normalization, own.resolution, class_map, own.name, own.precision, compiled
+    )
+
+
+def size(model: Any, data: DataPair) -> dict[str, int]:
+    """Parameters and multiply-accumulates at the size of the data's images."""
+    found = count(model, (3, data.image_size, data.image_size))
+    return {"params": found.params, "macs": found.macs}
+
+
+def _joined(nets: list[TeacherNet]) -> TeacherNet:
+    return replace(nets[0], ensemble=tuple(nets[1:]))
+
+
+def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> float:
+    precision = resolve_precision(recipe.precision, world.device)
+    if net.precision:
+        precision = resolve_precision(net.precision, world.device)
+    teacher = bind_teacher(
+        net,
+        {},
+        precision=precision,
+        device=world.device,
+        data_normalization=(data.mean, data.std),
+        layout=memory_format(recipe.channels_last, world.device, net.model),
+        # To the digit what its own training reported.
+        fold_batch_norm=False,
+    )
+    # Members of different types each take the images as they come and cast them for themselves.
+    outer = Precision("fp32", world.device.type) if net.ensemble else precision
+    return evaluate(teacher.logits, data.val, outer, world)["accuracy"]
+
+
+def _check_accuracy(key: str, config: MemberConfig, accuracy: float, data: DataPair) -> None:
+    floor = config.min_accuracy
+    if floor is None:
+        chance = 1 / len(data.classes)
+        floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
+    if accuracy < floor:
+        raise UserError(
+            f"the teacher {config.name} reaches {accuracy:.2%} on the validation images, at least "
+            f"{floor:.2%} was expected. If its weights are right, its class order "
+            f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
+            f"epochs; {key}.min_accuracy=0 accepts it as it is"
+        )
+
+
+def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
+    """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
+    if weights is None:
+        return None if ":" in name else of_data
+    tensors, facts = load_weights(weights)
+    if "num_classes" in facts:
+        return int(facts["num_classes"])
+    # A checkpoint of others tells it by its last layer.
+    heads = [tensor for tensor in tensors.values() if tensor.dim() == 2]
+    return heads[-1].shape[0] if heads else of_data
