@@ -179,7 +179,8 @@ def distill(
 
 
 def _teacher(teachers: Sequence[nn.Module]) -> TeacherNet | None:
-    nets = [TeacherNet(model, name=type(model).__name__) for model in teachers]
+    names = [getattr(model, "fastkd_name", type(model).__name__) for model in teachers]
+    nets = [TeacherNet(model, name=name) for model, name in zip(teachers, names, strict=True)]
     return replace(nets[0], ensemble=tuple(nets[1:])) if nets else None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.optim import apex_missing, build_optimizer, set_lr, skip_aware
+from fastkd.optim import apex_missing, build_optimizer, set_lr, skip_aware, spare_norms
 
 
 def make_net(seed=0):
@@ -234,3 +234,64 @@ def test_apex_refuses_bfloat16_and_other_devices(monkeypatch):
     optimizer = build(make_net(), impl="apex", device="cuda", nesterov=True)
     assert isinstance(optimizer, fused_class)
     assert not skip_aware(optimizer)
+
+
+class Embedded(nn.Module):
+    """Norms of several kinds, biases, and a table that its author wants to keep from decay."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)])
+        self.fc = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.positions = nn.Parameter(torch.ones(1, 5, 4))
+
+    def no_weight_decay(self):
+        return {"positions"}
+
+
+def decayed(optimizer, net):
+    """Names of the parameters that shrink where there is no gradient."""
+    before = {name: p.detach().clone().fill_(1) for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.data.fill_(1)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return {name for name, p in net.named_parameters() if not torch.equal(p.detach(), before[name])}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_norms_and_biases_may_go_without_decay(name):
+    net, term = Embedded(), nn.Linear(2, 2)
+    own = [{"params": list(net.parameters())}, {"params": list(term.parameters()), "lr_scale": 2.0}]
+    options = {"name": name, "lr": 0.1, "weight_decay": 0.1}
+    every = build_optimizer(own, **options)
+    assert decayed(every, net) == {name for name, _ in net.named_parameters()}
+    spared = build_optimizer(spare_norms(own, net), **options)
+    assert decayed(spared, net) == {"conv.weight", "fc.weight"}
+    assert decayed(spared, term) == {"weight"}
+    # Nothing is lost or doubled, and the rates stay.
+    found = [id(p) for group in spared.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for group in every.param_groups for p in group["params"])
+    assert [group["base_lr"] for group in spared.param_groups] == [0.1, 0.1, 0.2, 0.2]
+
+
+def test_a_group_that_says_its_own_decay_keeps_it():
+    net = Embedded()
+    groups = spare_norms([{"params": list(net.parameters()), "weight_decay": 0.3}], net)
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(12, 0.3)]
+
+
+def test_the_rule_is_timm_s():
+    import timm
+    from timm.optim import param_groups_weight_decay
+
+    for name in ("test_vit", "test_resnet", "test_efficientnet"):
+        net = timm.create_model(name)
+        exempt = getattr(net, "no_weight_decay", set)()
+        theirs = param_groups_weight_decay(net, 0.05, no_weight_decay_list=exempt)
+        free = {id(p) for group in theirs if not group["weight_decay"] for p in group["params"]}
+        _, ours = spare_norms([{"params": list(net.parameters())}], net)
+        assert {id(p) for p in ours["params"]} == free
+        assert free

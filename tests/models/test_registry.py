@@ -13,6 +13,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import create_model, list_models
+from fastkd.models.hub import BARE_IN_TIMM_0_2
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -113,6 +114,30 @@ def test_unknown_names(name: str, message: str) -> None:
 def test_wrong_options(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "resnet50",
+            r"in timm 0\.2 it was ram_in1k, in \S+ it is \w+\): name the weights, "
+            r"timm:resnet50\.ram_in1k or timm:resnet50\.\w+ \(fastkd models 'timm:resnet50\.\*'",
+        ),
+        ("resnet34", r"has \d+ pretrained weights.* name the weights, timm:resnet34\.\w+ \("),
+    ],
+)
+def test_bare_timm_names_of_many_weights_are_refused(name: str, message: str) -> None:
+    assert len(list_models(f"timm:{name}.*")) > 1
+    with pytest.raises(UserError, match=message):
+        create_model(f"timm:{name}", 10, pretrained=True)
+
+
+def test_what_bare_timm_names_once_meant() -> None:
+    for name, tag in BARE_IN_TIMM_0_2.items():
+        assert timm.is_model_pretrained(f"{name}.{tag}")
+        # Else there would be nothing to say of it.
+        assert timm.get_pretrained_cfg(name).tag != tag
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet"])

@@ -48,6 +48,15 @@ HEADLESS = (
 )
 PROOF = (*UNEVEN, "losses.proof.weight=2", "losses.kd.views=x", "accumulate=4", "ema=0.9")
 CRD = (*UNEVEN, "losses.crd.weight=0.8", "losses.crd.negatives=20", "losses.crd.dim=8")
+# Two teachers of unlike size, normalisation and resolution, the losses of MEAL V2, no labels.
+MEAL_V2 = (
+    *UNEVEN,
+    *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.weights=other.safetensors"),
+    *("teacher.ensemble.0.mean=0.5,0.5,0.5", "teacher.ensemble.0.std=0.25,0.25,0.25"),
+    *("teacher.ensemble.0.resolution=12", "teacher.ensemble.0.min_accuracy=0"),
+    *("losses.kd=null", "losses.soft_ce.weight=1", "losses.discriminator.weight=1"),
+    *("augment.xprime=none", "optim.weight_decay=0.01", "optim.decay_norms=false"),
+)
 
 
 def before_step(number: int) -> None:
@@ -184,6 +193,7 @@ SCENARIOS: dict[str, Scenario] = {
         for step in (3, 5)
     },
     "crd on two ranks, before step 5": Scenario(CRD, (partial(before_step, 5),), 2),
+    "meal_v2 on two ranks, before step 5": Scenario(MEAL_V2, (partial(before_step, 5),), 2),
 }
 
 

@@ -58,7 +58,7 @@ RECIPE: dict[str, Any] = {
 
 
 def prepare(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Path:
-    """A working folder with recipe.yaml and the teacher's weights, and few validation images."""
+    """A working folder with recipe.yaml and two teachers' weights, and few validation images."""
     # The last batch of 16 has one image: a second rank has none to evaluate there.
     fastkd.data.synthetic.NUM_IMAGES["val"] = 49
     fastkd.report.plots.plot_curves = lambda *_: None  # a second each, and nothing reads them
@@ -67,6 +67,8 @@ def prepare(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Path:
     torch.manual_seed(7)
     teacher = create_model("resnet8", 10, width=0.5)
     save_weights(folder / "teacher.safetensors", teacher, describe(teacher))
+    other = create_model("wrn_10_1", 10)
+    save_weights(folder / "other.safetensors", other, describe(other))
     return folder
 
 
