@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import fastkd.data.synthetic
-import fastkd.run
+import fastkd.networks
 from fastkd.models import count, create_model
 from fastkd.recipe.loading import load_recipe
 from fastkd.trainer import Trainer
@@ -338,7 +338,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
         raise KeyboardInterrupt
 
     if stage == "teacher":
-        monkeypatch.setattr(fastkd.run, "_accuracy", interrupted)
+        monkeypatch.setattr(fastkd.networks, "_accuracy", interrupted)
     else:
         monkeypatch.setattr(Trainer, "summary", interrupted)
     said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")
