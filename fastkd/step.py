@@ -76,13 +76,15 @@ class StepOutput(NamedTuple):
 
 
 def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...]]:
-    """Taps per view that the terms ask of a net; the student's logits on x are always there."""
-    wanted: dict[str, list[str]] = {"x": ["logits"]} if net == "student" else {}
-    for term in terms:
-        for text in term.needs:
-            need = Need.parse(text)
-            if need.net == net and need.tap not in wanted.setdefault(need.view, []):
-                wanted[need.view].append(need.tap)
+    """Taps per view that the terms ask of a net; the student's logits on each of these, x first."""
+    wanted: dict[str, list[str]] = {}
+    needs = [Need.parse(text) for term in terms for text in term.needs]
+    for need in sorted((need for need in needs if need.net == net), key=lambda need: need.view):
+        taps = wanted.setdefault(need.view, ["logits"] if net == "student" else [])
+        if need.tap not in taps:
+            taps.append(need.tap)
+    if net == "student" and not wanted:
+        wanted["x"] = ["logits"]
     return {view: tuple(taps) for view, taps in wanted.items()}
 
 
@@ -100,7 +102,10 @@ class DistillStep(nn.Module):
         needs = [Need.parse(text) for term in self._terms() for text in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.part_names = [part for term in self._terms() for part in term.weights]
-        self.metric_names = ("images", "loss", *self.part_names, "correct")
+        # A student that no loss shows the images themselves is not shown them for the count either:
+        # its batch norms would see them.
+        counted = ("correct",) if "x" in self.views else ()
+        self.metric_names = ("images", "loss", *self.part_names, *counted)
 
     def _terms(self) -> Iterable[LossTerm]:
         return (term for term in self.terms if isinstance(term, LossTerm))
@@ -125,7 +130,8 @@ class DistillStep(nn.Module):
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
         carry: dict[str, dict[str, Tensor]] = {}
-        answer_NC = logits_NC = tensors["x/student/logits"]
+        logits_NC = tensors[f"{next(iter(self.views))}/student/logits"]
+        answer_NC = tensors.get("x/student/logits")
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
             scheduled = schedule.get(term.name, {})
@@ -133,7 +139,7 @@ class DistillStep(nn.Module):
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]
-            if output.logits_NC is not None:
+            if output.logits_NC is not None and answer_NC is not None:
                 answer_NC = output.logits_NC
             if output.carry:
                 carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
@@ -142,7 +148,9 @@ class DistillStep(nn.Module):
             # DDP waits for a gradient of every parameter; that of a head without a loss is zero.
             total = total + 0.0 * logits_NC.float().sum()
         images = labels_N.shape[0]
-        correct = (answer_NC.detach().argmax(1) == labels_N).sum().float()
         means = [total, *(values[part] for part in self.part_names)]
-        metrics = [correct.new_full((), images), *(m.detach().float() * images for m in means)]
-        return StepOutput(total, torch.stack([*metrics, correct]), carry)
+        counts = torch.full((), float(images), device=labels_N.device)
+        metrics = [counts, *(m.detach().float() * images for m in means)]
+        if answer_NC is not None:
+            metrics.append((answer_NC.detach().argmax(1) == labels_N).sum().float())
+        return StepOutput(total, torch.stack(metrics), carry)

@@ -283,7 +283,8 @@ class Trainer:
             "seconds": progress.epoch_s,
             "skipped": skipped,
         }
-        row["train_accuracy"] = row.pop("train_correct")
+        if "train_correct" in row:
+            row["train_accuracy"] = row.pop("train_correct")
         if self.pick:
             row["pick_ratio"] = row.pop("train_pick_ratio")
         last = progress.epoch + 1 == self.plan.epochs

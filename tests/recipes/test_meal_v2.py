@@ -271,6 +271,43 @@ def test_the_discriminator_follows_the_rule_of_the_recipe(trainer: Trainer) -> N
     assert not find_entry(NAME).keys.get("losses.discriminator.last_relu")
 
 
+def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
+    """The released code mixes before anybody looks; the target is what the teachers then say."""
+    for number, name in enumerate(("resnet8", "wrn_10_1")):
+        save_weights(tmp_path / f"{number}.safetensors", create_model(name, 10))
+    recipe = load_recipe(
+        f"{NAME}-cutmix",
+        overrides=[
+            *("data.name=synthetic", "data.train_limit=32", "data.image_size=16", "batch_size=16"),
+            *("augment.crop=none", "epochs=1", "device=cpu", "precision=fp32", "compile=off"),
+            *("student.name=resnet8", "student.pretrained=false", "teacher.name=resnet8"),
+            *(f"teacher.weights={tmp_path}/0.safetensors", "teacher.pretrained=false"),
+            *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.pretrained=false"),
+            f"teacher.ensemble.0.weights={tmp_path}/1.safetensors",
+        ],
+    )
+    session = Session(World(0, 0, 1, torch.device("cpu"), None), Console(enabled=False), tmp_path)
+    data = open_recipe_data(recipe, session)
+    made = _stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    seen: list[Tensor] = []
+    made.student.conv1.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0]) if module.training else None
+    )
+    shown = list(made.prepare(0))
+    made.fit()
+    assert [set(prepared.teacher) for prepared in shown] == 2 * [
+        {"xprime/teacher/logits", "xprime/teacher/mean_logits"}
+    ]
+    assert len(seen) == 2
+    for images_NCHW, prepared in zip(seen, shown, strict=True):
+        assert torch.equal(images_NCHW, prepared.views["xprime"])
+        assert not torch.equal(images_NCHW, prepared.views["x"])
+    (row,) = made.history
+    # There is nothing to count where the student is not asked about an image.
+    assert "train_accuracy" not in row
+    assert row["train_loss"] == pytest.approx(row["train_soft_ce"] + row["train_discriminator"])
+
+
 def test_two_ranks_with_two_teachers_end_bit_identical_after_a_kill(tmp_path: Path) -> None:
     name = "meal_v2 on two ranks, before step 5"
     command = [sys.executable, str(PROGRAM), str(tmp_path / "runs"), name]
