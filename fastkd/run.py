@@ -160,10 +160,9 @@ def _stage_builder(
         torch.manual_seed(recipe.seed)
         student = _load_net(recipe.student, data, recipe.student.weights).model
         terms = build_terms(recipe.losses)
-        decisions = _saved_decisions(folder)
         precision, compiled = decide(
-            precision=decisions.get("precision", recipe.precision),
-            compile_mode=decisions.get("compile", recipe.compile),
+            precision=recipe.precision,
+            compile_mode=_saved_compile(folder, session.world) or recipe.compile,
             device=session.world.device,
             student=student,
             teacher=teacher.model if teacher else None,
@@ -255,7 +254,8 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
 
 def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
     """Continue an unfinished folder; one without a checkpoint yet starts over."""
-    if (folder.path / "last.pt").exists():
+    # Rank 0 decides: another host may see a new file of a shared folder late.
+    if on_main(session.world, (folder.path / "last.pt").exists):
         trainer.resume(folder.path / "last.pt")
     elif session.world.is_main:
         folder.cut_metrics(0)
@@ -357,10 +357,18 @@ def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
     return heads[-1].shape[0] if heads else of_data
 
 
-def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
-    if folder is None or not (folder.path / "last.pt").exists():
-        return {}
-    return load_checkpoint(folder.path / "last.pt")["decisions"]
+def _saved_compile(folder: RunFolder | None, world: World) -> str | None:
+    """What compile=auto came to when the run began: on another device it could be otherwise.
+
+    The precision needs no such memory: its name stands in the saved recipe.
+    """
+
+    def read() -> str | None:
+        if folder is None or not (folder.path / "last.pt").exists():
+            return None
+        return load_checkpoint(folder.path / "last.pt")["decisions"]["compile"]
+
+    return on_main(world, read)
 
 
 def _shape(data: DataPair) -> tuple[int, int, int]:
