@@ -26,14 +26,20 @@ from fastkd.models import count, create_model
 from fastkd.precision import resolve_precision
 from fastkd.recipe.networks import StudentConfig, TeacherConfig
 from fastkd.recipe.schema import Recipe
-from fastkd.rehearsal import rehearse
 from fastkd.report.comparison import finish_report
-from fastkd.report.console import Console, duration
+from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
 from fastkd.weights import load_weights
 
-__all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
+__all__ = [
+    "Session",
+    "open_recipe_data",
+    "run_recipe",
+    "stage_builder",
+    "teacher_folder",
+    "untrained_teacher",
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     """
     data = open_recipe_data(recipe, session)
     # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    _stage_builder(recipe, data, _untrained_teacher(recipe, data), session)(None)
+    stage_builder(recipe, data, untrained_teacher(recipe, data), session)(None)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )
@@ -72,7 +78,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 )
                 for lr in recipe.baseline.lrs
             ]
-            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, teacher, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
             best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
@@ -90,34 +96,6 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     except KeyboardInterrupt:
         raise Interrupted(f"stopped. {go_on}", 130) from None
     return summary
-
-
-def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
-    """Build everything, make two steps, leave nothing behind; what a real run would cost."""
-    data = open_recipe_data(recipe, session)
-    teacher = _untrained_teacher(recipe, data)
-    trainer = _stage_builder(recipe, data, teacher, session)(None)
-    rates = rehearse(trainer)
-    steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
-    return {
-        "recipe": recipe.name,
-        "train_images": data.train.num_samples,
-        "val_images": data.val.num_samples,
-        "image": (3, data.image_size, data.image_size),
-        "classes": len(data.classes),
-        "backend": data.backend,
-        "student": f"{recipe.student.name}: {count(trainer.student, _shape(data))}",
-        "teacher": f"{recipe.teacher.name}: {count(teacher.model, _shape(data))}"
-        if recipe.teacher and teacher
-        else "none",
-        "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
-        **trainer.plan.decisions,
-        "device": str(session.world.device),
-        "ranks": session.world.size,
-        **rates,
-        "steps": steps,
-        "projected_duration_of_this_stage": duration(steps * rates["seconds_per_step"]),
-    }
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
@@ -149,7 +127,7 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     )
 
 
-def _stage_builder(
+def stage_builder(
     recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session
 ) -> Callable[[RunFolder | None], Trainer]:
     """A function that builds the recipe's own training, in a folder or without one."""
@@ -233,7 +211,7 @@ def _train(
             session.console.note(f"{recipe.name}: finished before, {path}")
             return finished
         with tidy(folder, session.root, session.world):
-            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, teacher, session)(folder)
             _go_on(trainer, folder, session)
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
@@ -271,7 +249,7 @@ def _teacher(
     weights, summary = config.weights, None
     if config.trains:
         lesson = recipe.as_teacher()
-        path = session.root / "teachers" / f"{config.name}-{lesson.digest()[:8]}"
+        path = teacher_folder(lesson, session)
         summary = _train(lesson, data, None, session, path)
         weights = str(path / "best.safetensors")
     net = _load_net(config, data, weights)
@@ -292,7 +270,12 @@ def _teacher(
     return net, facts | ({"training": summary} if summary else {})
 
 
-def _untrained_teacher(recipe: Recipe, data: DataPair) -> TeacherNet | None:
+def teacher_folder(lesson: Recipe, session: Session) -> Path:
+    """Where a teacher is trained once for all recipes that want the same one."""
+    return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+
+
+def untrained_teacher(recipe: Recipe, data: DataPair) -> TeacherNet | None:
     """The recipe's teacher, with its weights unless they are still to be trained."""
     if recipe.teacher is None:
         return None
