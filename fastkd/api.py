@@ -171,7 +171,7 @@ def distill(
         if folder is not None:
             stack.enter_context(occupied(folder.path, world))
             stack.enter_context(tidy(folder, folder.path.parent, world))
-            if resume and (folder.path / "last.pt").exists():
+            if resume and on_main(world, (folder.path / "last.pt").exists):
                 trainer.resume(folder.path / "last.pt")
         metrics = trainer.fit() | {"history": trainer.history}
         on_main(world, lambda: folder.finish(metrics) if folder else None)

@@ -92,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
     from fastkd.precision import resolve_precision
     from fastkd.recipe.schema import Recipe
     from fastkd.report.console import Console
-    from fastkd.run import Session, dry_run, run_recipe
+    from fastkd.run import Session, run_recipe
 
     if recipe.deterministic:
         # cuBLAS repeats its results only with a fixed workspace, chosen before its first call.
@@ -112,6 +112,8 @@ def _train(options: argparse.Namespace) -> int:
             return run_sweep({key: settled(one) for key, one in sweep.items()}, session)
         recipe = settled(recipe)
         if options.dry_run:
+            from fastkd.rehearsal import dry_run
+
             found = dry_run(recipe, session)
             session.console.facts(f"dry run of {recipe.name}", found)
         else:

@@ -136,5 +136,6 @@ def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
 
 
 def _describe(recipe: Recipe, folder: RunFolder) -> None:
-    folder.write_text("config.yaml", recipe_to_yaml(recipe))
+    # Without `out`: given back with --config the recipe makes a new run, not one in this folder.
+    folder.write_text("config.yaml", recipe_to_yaml(recipe.replace(out=None)))
     folder.write_json("environment.json", environment())

@@ -1,21 +1,86 @@
-"""What a run would cost, from a few steps that are thrown away; behind `--dry-run`."""
+"""What a run would cost, from a few steps of every stage that are thrown away: `--dry-run`.
+
+Flow: `cli` asks here instead of `run`, whose parts build the stages; nothing is written.
+"""
 
 import resource
 import time
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count as forever
+from itertools import islice
 from typing import Any
 
 import torch
 
+from fastkd.distributed import on_main
+from fastkd.models import count
+from fastkd.networks import load_teacher
+from fastkd.recipe.schema import Recipe
+from fastkd.report.console import duration
+from fastkd.run import (
+    Session,
+    open_recipe_data,
+    stage_builder,
+    teacher_folder,
+)
 from fastkd.step import Prepared
 from fastkd.trainer import Trainer
 
-__all__ = ["rehearse"]
+__all__ = ["dry_run", "rehearse"]
+
+
+def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
+    """Build everything, make two steps of every stage; what a real run would cost, by name."""
+    data = open_recipe_data(recipe, session)
+    image_shape = (3, data.image_size, data.image_size)
+    stages: dict[str, float] = {}
+    for name, stage, times in _earlier_stages(recipe, session):
+        found = rehearse(stage_builder(stage, data, None, session)(None))
+        stages[name] = times * found["projected_seconds"]
+    teacher = load_teacher(recipe.teacher, data)
+    teachers = teacher.members if teacher else ()
+    trainer = stage_builder(recipe, data, teacher, session)(None)
+    found = rehearse(trainer)
+    stages["student distilled" if teacher else "student"] = found.pop("projected_seconds")
+    projected = f"{duration(sum(stages.values()))} of training"
+    if len(stages) > 1:
+        projected += ": " + ", ".join(f"{name} {duration(s)}" for name, s in stages.items())
+    return {
+        "recipe": recipe.name,
+        "train_images": data.train.num_samples,
+        "val_images": data.val.num_samples,
+        "image": image_shape,
+        "classes": len(data.classes),
+        "backend": data.backend,
+        "student": f"{recipe.student.name}: {count(trainer.student, image_shape)}",
+        "teacher": "; ".join(f"{one.name}: {count(one.model, image_shape)}" for one in teachers)
+        or "none",
+        "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
+        **trainer.plan.decisions,
+        "device": str(session.world.device),
+        "ranks": session.world.size,
+        **found,
+        "projected_duration": projected,
+    }
+
+
+def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe, int]]:
+    """What is trained before the recipe's own student: its name, its recipe, how often."""
+    stages = []
+    if recipe.teacher and recipe.teacher.trains:
+        lesson = recipe.as_teacher()
+        summary = teacher_folder(lesson, session) / "summary.json"
+        if not on_main(session.world, summary.exists):
+            stages.append((f"teacher {recipe.teacher.name}", lesson, 1))
+    if rates := recipe.baseline.lrs:
+        alone = recipe.without_teacher(f"{recipe.name}/alone", rates[0])
+        times = len(rates)
+        stages.append((f"student alone ({times} runs)", alone, times))
+    return stages
 
 
 def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
-    """Seconds of the first and the last step, peak memory, shapes of views and teacher tensors."""
+    """Seconds of the first and the last step and of all, peak memory, shapes of what it saw."""
     trainer.runner.train()
     clocks, shapes = [time.perf_counter()], {}
     for prepared in islice(_batches(trainer), steps):
@@ -24,16 +89,21 @@ def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
         clocks.append(time.perf_counter())
         tensors = prepared.views | prepared.teacher
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first_s, each_s = clocks[1] - clocks[0], clocks[-1] - clocks[-2]
+    num_steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
     return {
-        "first_step_seconds": clocks[1] - clocks[0],
-        "seconds_per_step": clocks[-1] - clocks[-2],
+        "first_step_seconds": first_s,
+        "seconds_per_step": each_s,
         "peak_memory_MiB": _peak_memory_mib(trainer.world.device),
         "shapes": shapes,
+        "steps": num_steps,
+        # The first step compiles.
+        "projected_seconds": first_s + (num_steps - 1) * each_s,
     }
 
 
 def _batches(trainer: Trainer) -> Iterator[Prepared]:
-    for epoch in count():
+    for epoch in forever():
         yield from trainer.prepare(epoch)
 
 

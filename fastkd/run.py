@@ -21,17 +21,21 @@ from fastkd.ensemble import TeacherNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
-from fastkd.models import count
 from fastkd.networks import load_net, load_teacher, prove_teacher, size
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import Recipe
-from fastkd.rehearsal import rehearse
 from fastkd.report.comparison import finish_report
-from fastkd.report.console import Console, duration
+from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.trainer import Plan, Trainer
 
-__all__ = ["Session", "dry_run", "open_recipe_data", "run_recipe"]
+__all__ = [
+    "Session",
+    "open_recipe_data",
+    "run_recipe",
+    "stage_builder",
+    "teacher_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     """
     data = open_recipe_data(recipe, session)
     # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    _stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )
@@ -72,7 +76,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 )
                 for lr in recipe.baseline.lrs
             ]
-            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, teacher, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
             best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
@@ -90,34 +94,6 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     except KeyboardInterrupt:
         raise Interrupted(f"stopped. {go_on}", 130) from None
     return summary
-
-
-def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
-    """Build everything, make two steps, leave nothing behind; what a real run would cost."""
-    data = open_recipe_data(recipe, session)
-    teacher = load_teacher(recipe.teacher, data)
-    teachers = teacher.members if teacher else ()
-    trainer = _stage_builder(recipe, data, teacher, session)(None)
-    rates = rehearse(trainer)
-    steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
-    return {
-        "recipe": recipe.name,
-        "train_images": data.train.num_samples,
-        "val_images": data.val.num_samples,
-        "image": (3, data.image_size, data.image_size),
-        "classes": len(data.classes),
-        "backend": data.backend,
-        "student": f"{recipe.student.name}: {count(trainer.student, _shape(data))}",
-        "teacher": "; ".join(f"{one.name}: {count(one.model, _shape(data))}" for one in teachers)
-        or "none",
-        "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
-        **trainer.plan.decisions,
-        "device": str(session.world.device),
-        "ranks": session.world.size,
-        **rates,
-        "steps": steps,
-        "projected_duration_of_this_stage": duration(steps * rates["seconds_per_step"]),
-    }
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
@@ -149,7 +125,7 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     )
 
 
-def _stage_builder(
+def stage_builder(
     recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session
 ) -> Callable[[RunFolder | None], Trainer]:
     """A function that builds the recipe's own training, in a folder or without one."""
@@ -160,10 +136,9 @@ def _stage_builder(
         torch.manual_seed(recipe.seed)
         student = load_net(recipe.student, data, recipe.student.weights).model
         terms = build_terms(recipe.losses)
-        decisions = _saved_decisions(folder)
         precision, compiled = decide(
-            precision=decisions.get("precision", recipe.precision),
-            compile_mode=decisions.get("compile", recipe.compile),
+            precision=recipe.precision,
+            compile_mode=_saved_compile(folder, session.world) or recipe.compile,
             device=session.world.device,
             student=student,
             teachers=[one.model for one in teacher.members] if teacher else [],
@@ -234,7 +209,7 @@ def _train(
             session.console.note(f"{recipe.name}: finished before, {path}")
             return finished
         with tidy(folder, session.root, session.world):
-            trainer = _stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, teacher, session)(folder)
             _go_on(trainer, folder, session)
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
@@ -243,7 +218,7 @@ def _train(
 
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
     """Train a teacher, or find it trained: its run folder and summary."""
-    path = session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+    path = teacher_folder(lesson, session)
     return path, _train(lesson, data, None, session, path)
 
 
@@ -261,16 +236,30 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
 
 def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
     """Continue an unfinished folder; one without a checkpoint yet starts over."""
-    if (folder.path / "last.pt").exists():
+    # Rank 0 decides: another host may see a new file of a shared folder late.
+    if on_main(session.world, (folder.path / "last.pt").exists):
         trainer.resume(folder.path / "last.pt")
     elif session.world.is_main:
         folder.cut_metrics(0)
 
 
-def _saved_decisions(folder: RunFolder | None) -> dict[str, Any]:
-    if folder is None or not (folder.path / "last.pt").exists():
-        return {}
-    return load_checkpoint(folder.path / "last.pt")["decisions"]
+def teacher_folder(lesson: Recipe, session: Session) -> Path:
+    """Where a teacher is trained once for all recipes that want the same one."""
+    return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+
+
+def _saved_compile(folder: RunFolder | None, world: World) -> str | None:
+    """What compile=auto came to when the run began: on another device it could be otherwise.
+
+    The precision needs no such memory: its name stands in the saved recipe.
+    """
+
+    def read() -> str | None:
+        if folder is None or not (folder.path / "last.pt").exists():
+            return None
+        return load_checkpoint(folder.path / "last.pt")["decisions"]["compile"]
+
+    return on_main(world, read)
 
 
 def _shape(data: DataPair) -> tuple[int, int, int]:

@@ -94,6 +94,9 @@ def test_a_partial_file_may_name_its_base(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: quickstart\nepochs: 7\n")
     assert load_recipe(None, config=file) == quickstart("epochs=7")
+    file.write_text("name: mine\nepochs: 7\n")
+    with pytest.raises(UserError, match=r"of a recipe to start from\. there is no recipe 'mine'"):
+        load_recipe(None, config=file)
     file.write_text("epochs: 7\n")
     with pytest.raises(UserError, match=r"holds only part of a recipe and names no base: give one"):
         load_recipe(None, config=file)
@@ -224,6 +227,10 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
             "losses.kd needs the view x': set augment.xprime=cutmix or mixup",
         ),
         ("losses.ce.weight=1", "the losses kd and ce both report a part called 'ce': drop one"),
+        (
+            "data.root=DIR",
+            "data.root=DIR would not be read, data.name=digits needs no folder: say w",
+        ),
         ("losses.at.weight=1", "losses.at.pairs is missing and has no default: set it, a mapping"),
     ],
 )
@@ -251,8 +258,9 @@ def test_each_of_several_mistakes_has_its_own_sentence():
         ("- 1\n", "must hold keys such as `epochs: 30`, one a line; it holds a list"),
         ("1: 2\n", "it holds keys that are no text"),
         ("epoch: 3\n", "unknown key epoch, did you mean epochs?"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "(line 3, column 3: the key lr stands there twice)"),
     ],
-    ids=["syntax", "binary", "empty", "list", "numbers", "unknown key"],
+    ids=["syntax", "binary", "empty", "list", "numbers", "unknown key", "twice"],
 )
 def test_a_broken_file_is_one_sentence(tmp_path, content, sentence):
     file = tmp_path / "mine.yaml"

@@ -165,7 +165,7 @@ def test_a_whole_step_costs_what_its_definition_says():
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    trainer = fastkd.run._stage_builder(recipe, data, teacher, session)(None)
+    trainer = fastkd.run.stage_builder(recipe, data, teacher, session)(None)
     seen = {"student": [], "teacher": []}
     for name, net in (("student", trainer.student), ("teacher", trainer.teacher.model)):
         first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))

@@ -13,7 +13,7 @@ from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
-from fastkd.run import Session, _stage_builder, open_recipe_data
+from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.teacher import Teacher, freeze, run_ahead
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
     model = net()
-    made = _stage_builder(recipe, data, TeacherNet(model), session)(RunFolder(tmp_path))
+    made = stage_builder(recipe, data, TeacherNet(model), session)(RunFolder(tmp_path))
     before = [parameter.clone() for parameter in model.parameters()]
     made.fit()
     assert all(map(torch.equal, before, model.parameters()))

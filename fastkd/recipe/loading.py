@@ -48,7 +48,13 @@ def load_recipe(
                 f"{config} holds only part of a recipe and names no base: give one on the "
                 f"command line (fastkd train RECIPE --config {config}) or in it (name: RECIPE)"
             )
-        values = _dump(find_recipe(base))
+        try:
+            values = _dump(find_recipe(base))
+        except UserError as error:
+            raise UserError(
+                f"{config} says only in part what to train (that takes data.name, student and "
+                f"losses), so its name must be that of a recipe to start from. {error}"
+            ) from None
     if "losses" in file_values:
         values["losses"] = {}
     _merge(values, file_values)
@@ -156,9 +162,24 @@ def _dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML asks for it, PyYAML takes the last of several without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; an error at the second of two equal keys."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as error:
         raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -57,6 +57,16 @@ class DataConfig(Section):
     drop_last: bool = True
     """Drop the partial batch at the end of an epoch; the papers keep it."""
 
+    @model_validator(mode="after")
+    def _reads_its_root(self) -> "DataConfig":
+        if self.root is not None and self.name in ("digits", "synthetic"):
+            raise ValueError(
+                f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
+                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it away "
+                f"(data.root=null)"
+            )
+        return self
+
 
 class PickConfig(Section):
     """Which x' of a pool are used (`fastkd.selection`)."""

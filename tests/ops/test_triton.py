@@ -18,7 +18,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # op: test files that the interpreter runs, and how many of their tests it must not skip
 OPS = {
     "attention_map": (["test_attention_map.py", "test_attention_map_edges.py"], 110),
-    "kd_loss": (["test_kd_loss.py", "test_kd_loss_edges.py"], 120),
+    "kd_loss": (["test_kd_loss.py", "test_kd_loss_edges.py", "test_large.py"], 120),
     "hardness": (["test_hardness.py", "test_select_hardest.py"], 200),
     "mix": (["test_mix.py"], 60),
 }

@@ -120,6 +120,16 @@ def stopped_in_step(number: int, which: signal.Signals, only_rank: str | None = 
         tiny.at_call(Trainer, "optimize", number, lambda *_: os.kill(os.getpid(), which))
 
 
+def see_no_checkpoint() -> None:
+    """What another host may see of a shared folder: whether to go on is for rank 0 to decide."""
+    original = Path.exists
+
+    def exists(path: Path, **options: Any) -> bool:
+        return path.name != "last.pt" and original(path, **options)
+
+    Path.exists = exists
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A run that dies, once or more often, and is resumed each time."""
@@ -205,6 +215,8 @@ def run(
     def job() -> int:
         rank = os.environ.get("RANK", "0")
         proof_term.register()
+        if rank != "0":
+            see_no_checkpoint()
         tiny.at_call(Trainer, "summary", 0, partial(_note_state, folder / f"state-{rank}.json"))
         if die is not None:
             die()

@@ -29,7 +29,7 @@ from fastkd.recipes import all_recipes, find_entry
 from fastkd.recipes.missing import missing
 from fastkd.report.console import Console
 from fastkd.report.paper import paper_row
-from fastkd.run import Session, _stage_builder, open_recipe_data
+from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.step import Prepared
 from fastkd.trainer import Trainer
 from fastkd.weights import describe, save_weights
@@ -156,7 +156,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     nets = load_teacher(recipe.teacher, data)
     assert nets is not None
     assert [net.normalization[0][0] for net in nets.members] == [0.5, 0.485]
-    made = _stage_builder(recipe, data, nets, session)(None)
+    made = stage_builder(recipe, data, nets, session)(None)
     made.nets = nets.members  # type: ignore[attr-defined]
     return made
 
@@ -288,7 +288,7 @@ def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
     )
     session = Session(World(0, 0, 1, torch.device("cpu"), None), Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
-    made = _stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    made = stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
     seen: list[Tensor] = []
     made.student.conv1.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0]) if module.training else None

@@ -1,0 +1,105 @@
+"""What the README shows runs as it stands there: its Python, in order, and its commands."""
+
+import re
+import shlex
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.task
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(
+    r"^(?:fastkd|torchrun .* -m fastkd\.)\s*(\w.*?)(?:  +#.*)?$", SHELL, re.MULTILINE
+)
+
+
+def layers(width: int) -> nn.Module:
+    """Somebody's network, with modules of the names that the README taps."""
+
+    def layer(ins: int) -> nn.Module:
+        conv = nn.Conv2d(ins, width, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+
+    convs = {"layer1": layer(3), "layer2": layer(width), "layer3": layer(width)}
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(width, 4)}
+    return nn.Sequential(OrderedDict(convs | head))
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, Any]:
+    """The names that are left after all of the README's Python."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "student": layers(8),
+        "teacher": layers(16),
+        "train_loader": DataLoader(data, batch_size=4),
+        "val_loader": DataLoader(data, batch_size=4),
+        "student_logits": torch.randn(8, 4, requires_grad=True),
+        "teacher_logits": torch.randn(8, 4),
+        "labels": torch.arange(8) % 4,
+    }
+    for block in CODE:
+        exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_the_networks_are_trained(shown: dict[str, Any]) -> None:
+    assert len(shown["result"].metrics["history"]) == 30
+    assert 0 <= shown["result"].metrics["accuracy_last"] <= 1
+
+
+def test_the_loss_of_five_lines_has_its_gradient(shown: dict[str, Any]) -> None:
+    student, teacher = shown["student_logits"], shown["teacher_logits"]
+    leaf = student.detach().double().requires_grad_()
+    p, q = (torch.softmax(x.double() / 4, 1) for x in (teacher, leaf))
+    ce = nn.functional.cross_entropy(leaf, shown["labels"])
+    (0.1 * ce + 0.9 * 16 * (p * (p / q).log()).sum(1).mean()).backward()
+    torch.testing.assert_close(student.grad.double(), leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_fused_task_is_timms(shown: dict[str, Any]) -> None:
+    images, labels = torch.randn(6, 3, 64, 64), torch.arange(6) % 10
+    nets = [timm.create_model("test_resnet", num_classes=10).eval() for _ in range(2)]
+    weights = {"distill_loss_weight": 0.9, "task_loss_weight": 0.1, "temperature": 4.0}
+    fused, plain = (
+        task(*nets, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False, **weights)
+        for task in (shown["FusedTask"], timm.task.LogitDistillationTask)
+    )
+    losses = [task.eval()(images, labels)["loss"] for task in (fused, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_commands_are_understood(command, words: str) -> None:
+    given = shlex.split(words)
+    if given[0] == "train":
+        # The recipe it names, resolved, in place of hours of training.
+        given = [*(word for word in given if word not in ("--dry-run", "--resume", "auto"))]
+        given += ["--print-config"]
+    said = command(*given)
+    assert (said.code, said.err) == (0, "")
+    assert said.out
+
+
+def test_the_commands_were_found() -> None:
+    assert len(CODE) == 4
+    assert {words.split()[0] for words in COMMANDS} >= {"train", "recipes"}
+    assert len(COMMANDS) >= 6
+
+
+def test_every_file_it_points_to_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
+        r"`((?:benchmarks|tests)/[\w/.]+)`", README
+    )
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,51 @@
+"""`--dry-run` says what a run would take, of all its stages, and leaves nothing."""
+
+import itertools
+import re
+import types
+
+import pytest
+
+import fastkd.data.synthetic
+
+TINY = [
+    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
+    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
+]
+TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
+
+
+@pytest.fixture(autouse=True)
+def _few_validation_images(monkeypatch):
+    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_path):
+    said = command("train", "--dry-run", *TINY, *TAUGHT)
+    assert (said.code, said.err) == (0, "")
+    facts = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", said.out, re.MULTILINE))
+    assert facts["image"] == "3 x 32 x 32"
+    assert facts["parts"] == "0.9 kd, 0.1 ce"
+    assert facts["student"].startswith("resnet8: 19,954 parameters")
+    assert facts["shapes: x/teacher/logits"] == "32 x 10"
+    assert facts["steps"] == "2"
+    assert {"seconds per step", "peak memory MiB"} <= set(facts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_projects_every_stage_that_is_still_to_be_trained(command, monkeypatch, tmp_path):
+    clock = itertools.count()
+    # Every look at this clock is a second later than the one before.
+    ticking = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))
+    monkeypatch.setattr("fastkd.rehearsal.time", ticking)
+    words = [*TINY, *TAUGHT, "baseline.lrs=0.1,0.2"]
+
+    def projected():
+        said = command("train", "--dry-run", *words)
+        return re.search(r"projected duration +(.*)\n", said.out)[1]
+
+    # Epochs of two steps: two of the teacher, one of each student.
+    student = "student alone (2 runs) 0:04, student distilled 0:02"
+    assert projected() == f"0:10 of training: teacher resnet8 0:04, {student}"
+    assert command("train", *words).code == 0
+    assert projected() == f"0:06 of training: {student}"
