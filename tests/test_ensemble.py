@@ -148,6 +148,20 @@ def test_each_member_has_its_own_type_and_compiler(monkeypatch: pytest.MonkeyPat
     assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.slow
+def test_compiled_members_say_the_same() -> None:
+    nets = [
+        TeacherNet(create_model("resnet8", 10)),
+        TeacherNet(create_model("wrn_10_1", 10), OWN, 12, precision="bf16"),
+        TeacherNet(create_model("resnet8", 10), compiled=False),
+    ]
+    images_NCHW = torch.randn(4, 3, 16, 16)
+    made = bound(*nets, taps={"x": ("mean_logits",)}, compiled=True)
+    plain = bound(*nets, taps={"x": ("mean_logits",)})
+    for need, tensor in made({"x": images_NCHW}).items():
+        torch.testing.assert_close(tensor, plain({"x": images_NCHW})[need], rtol=0.02, atol=0.02)
+
+
 def test_a_teacher_in_fp32_beside_a_student_in_bf16_is_as_exact_as_alone() -> None:
     model = create_model("resnet8", 10, width=0.5)
     images_NCHW = torch.randn(4, 3, 16, 16).bfloat16()
