@@ -1,6 +1,6 @@
 """Losses on feature maps as terms of a recipe.
 
-AT: Zagoruyko & Komodakis, arXiv:1612.03928; the form and the weight 1000 of RepDistiller.
+AT: Zagoruyko and Komodakis 2017, arXiv:1612.03928.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,21 @@ __all__ = ["AT", "ATConfig"]
 class AT(LossTerm):
     """Attention transfer: sum over pairs of the difference between attention maps.
 
+        a = mean over channels of map^2, over its pixels of length 1
+        mean_square:  loss = mean of (a_student - a_teacher)^2
+        distance:     loss = mean over images of |a_student - a_teacher|
+
     `pairs` maps a tap of the student to a tap of the teacher, zoo taps or module paths. Where the
     sizes differ the larger map is average-pooled to the smaller. `form` is that of
     `fastkd.kernels.attention_loss`: "mean_square", which the released code of AT, RepDistiller and
     Moonshine computes, or "distance", the norm in equation 2 of the papers, whose beta is twice the
     weight then.
+
+    Source: Zagoruyko and Komodakis 2017, arXiv:1612.03928, Eq. 2; szagoruyko/attention-transfer
+    utils.py and HobbitLong/RepDistiller distiller_zoo/AT.py.
+    Needs: pairs of taps on x, maps; in the reference all stages.
+    Weight: 1000, RepDistiller's.
+    Tests: tests/test_trainer.py, tests/ops/test_attention_map.py; oracle attention_oracle.json.
     """
 
     def __init__(

@@ -1,10 +1,8 @@
 """Losses for networks without shortcuts: JointRD and the stage-wise error of AlignKD, as terms.
 
 JointRD: Li et al., "Residual Distillation: Towards Portable Deep Neural Networks without
-Shortcuts", NeurIPS 2020; reference implementation: leoozy/JointRD_Neurips2020
-process/multikd_train.py (branch JOINT) and model/distiller2.py. AlignKD: Kao and Lai, "AlignKD",
-equations 4 to 7, without released code; its equations 1 to 3 say what it takes JointRD to be.
-Tests: tests/losses/test_map_losses.py, test_peer_losses.py.
+Shortcuts", NeurIPS 2020. AlignKD: Kao and Lai, whose equations 1 to 3 say what it takes JointRD to
+be.
 """
 
 import math
@@ -42,8 +40,6 @@ __all__ = [
 class JointRD(LossTerm):
     """The teacher's later stages applied to the student's earlier ones; beside the student's CE.
 
-    With stages 1..n, S_i the student's output of stage i and R_i the teacher's stages i+1..n on it:
-
         paper      eta * (sum over i < n of CE(C(R_i), y) + feature_weight * sum over i <= n of
                    MSE(R_i, teacher)); C is the teacher's classifier, MSE a mean over elements of
                    `feature`: the pooled vector, the logits, or the last map
@@ -51,13 +47,23 @@ class JointRD(LossTerm):
                    D_i + D_n); D = `partial_l2` of the last map before its ReLU, through a trained
                    1x1 conv and BN per junction, to the teacher's
 
+    Of stages 1..n, S_i is the student's output of stage i, R_i the teacher's stages i+1..n on it.
     Parts: `<name>` (CE) and `<name>_features`. eta falls along a cosine from 1 to `eta_end` over
     `eta_epochs` epochs. Set losses.ce.weight beside it: 1 in the paper, and 0.25 for both in the
     released form, which multiplies all terms with 1/4. Its authors train the teacher alongside;
     here it is frozen, as the paper says. feature_weight is 1e-3 at 32 px, 1e-4 at 224 px.
 
-    Needs the stages' outputs of a student whose shapes are the teacher's, and a teacher of the zoo.
+    The student's stages must have the teacher's shapes, and the teacher be of the zoo.
     The junctions join on the batch axis as they come, so that each teacher stage runs once.
+
+    Source: Li et al., "Residual Distillation", NeurIPS 2020, as equations 1 to 3 of AlignKD (Kao
+    and Lai) put it; leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py and
+    leoozy/JointRD_Neurips2020@JOINT model/distiller2.py.
+    Needs: the outputs of all stages of the student on x, of the teacher what is compared, its
+    stages and its classifier.
+    Weight: 1, and feature_weight 1e-3, of the paper.
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    peer_losses.json (the authors' code).
     """
 
     margin_C11: Tensor
@@ -198,12 +204,20 @@ def _connector(channels: int) -> nn.Sequential:
 
 
 class StageMSE(LossTerm):
-    """eta * sum over pairs of the squared error of two maps, without a connector (AlignKD, eq. 7).
+    """Squared error of two maps of one shape, without a connector.
+
+        loss = eta * sum over pairs of mean (student - teacher)^2
 
     `pairs` maps taps of the student to taps of the teacher of the same shape; AlignKD has the
     outputs of all stages, beside losses.kd at temperature 1 with weight and ce_weight 0.5. The
     error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
     falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
+
+    Source: Kao and Lai, "AlignKD", equations 4 to 7, which has no released code; eta as in
+    leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
+    Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
+    Weight: 1, the paper's.
+    Tests: tests/losses/test_map_losses.py, test_ranks.py.
     """
 
     def __init__(
