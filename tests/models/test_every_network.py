@@ -118,15 +118,20 @@ def assert_compiles(model: nn.Module, side: int, backend: str) -> None:
     # At 1x1 pixels a batch norm over two images would divide rounding errors by almost nothing.
     images = torch.randn(8, 3, side, side)
     twin = copy.deepcopy(model)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
     traced = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     torch.manual_seed(1)
     found = train_step(traced, model, images)
     torch.manual_seed(1)
     expected = train_step(twin, twin, images)
-    assert distance(found[0], expected[0]) < 1e-4
+    torch.manual_seed(1)
+    relaid = train_step(other, other, images.contiguous(memory_format=torch.channels_last))
     largest = max(range(1, len(found)), key=lambda index: expected[index].norm())
-    # A ReLU whose input is a rounding error away from 0 may take the other side.
-    assert distance(found[largest], expected[largest]) < 0.02
+    # A ReLU whose input is a rounding error away from 0 may take the other side. In a deep network
+    # many do: eager torch in the other memory layout says how much that changes.
+    for index, floor in ((0, 1e-4), (largest, 0.02)):
+        allowed = max(floor, 2 * distance(relaid[index], expected[index]))
+        assert distance(found[index], expected[index]) < allowed
     for key, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(key), buffer, rtol=1e-4, atol=1e-5)
 
