@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
+from fastkd.losses.pairs import PairConfig, PairTerm
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import (
     BindContext,
@@ -203,7 +204,7 @@ def _connector(channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
-class StageMSE(LossTerm):
+class StageMSE(PairTerm):
     """Squared error of two maps of one shape, without a connector.
 
         loss = eta * sum over pairs of mean (student - teacher)^2
@@ -230,23 +231,19 @@ class StageMSE(LossTerm):
         eta_end: float = 0.5,
         name: str = "stage_mse",
     ) -> None:
-        if not pairs:
-            raise ValueError("StageMSE needs at least one pair, e.g. pairs={'stage2': 'stage2'}")
-        self_needs = [n for s, t in pairs.items() for n in (f"x/student/{s}", f"x/teacher/{t}")]
-        super().__init__(name, tuple(self_needs), {name: weight})
-        self.pairs = list(zip(self_needs[::2], self_needs[1::2], strict=True))
+        super().__init__(name, pairs, weight)
         self.reduction = reduction
         self.eta = cosine_decay(eta_epochs, eta_end)
 
     def bind(self, context: BindContext) -> None:
         """Refuse pairs of different shapes."""
-        for student, teacher in self.pairs:
-            if context.shapes[student] != context.shapes[teacher]:
+        needs = zip(self.needs[::2], self.needs[1::2], strict=True)
+        for (student, teacher), (one, other) in zip(needs, self.shapes(context), strict=True):
+            if one != other:
                 raise UserError(
                     f"losses.{self.name} compares tensors of one shape, but {student} is "
-                    f"{list(context.shapes[student])} per image and {teacher} "
-                    f"{list(context.shapes[teacher])}: choose other pairs, or losses.fitnet, "
-                    "which has a connector"
+                    f"{list(one)} per image and {teacher} {list(other)}: choose other pairs, or "
+                    "losses.fitnet, which has a connector"
                 )
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
@@ -254,13 +251,14 @@ class StageMSE(LossTerm):
         return {"eta": self.eta}
 
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """Sum over the pairs."""
-        errors = []
-        for pair in self.pairs:
-            student, teacher = (widened(inputs.tensors[need]) for need in pair)
-            rows = 1 if self.reduction == "mean" else len(student)
-            errors.append(F.mse_loss(student, teacher, reduction=self.reduction) / rows)
-        return TermOutput({self.name: inputs.schedule["eta"] * torch.stack(errors).sum()})
+        """The sum over the pairs, times eta."""
+        loss = super().forward(inputs).parts[self.name]
+        return TermOutput({self.name: inputs.schedule["eta"] * loss})
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        rows = 1 if self.reduction == "mean" else len(student)
+        return F.mse_loss(widened(student), widened(teacher), reduction=self.reduction) / rows
 
 
 class JointRDConfig(TermConfig):
@@ -286,13 +284,9 @@ class JointRDConfig(TermConfig):
         return JointRD(name=name, **self.model_dump())
 
 
-class StageMSEConfig(TermConfig):
-    """Keys of `losses.stage_mse`."""
+class StageMSEConfig(PairConfig):
+    """Keys of `losses.stage_mse`; the weight is 1 in AlignKD."""
 
-    weight: PositiveFloat
-    """Factor in the total; 1 in AlignKD."""
-    pairs: dict[str, str]
-    """Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over the elements of an image; both are means over images."""
     eta_epochs: NonNegativeFloat = 60.0
