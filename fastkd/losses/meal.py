@@ -44,7 +44,7 @@ class Discriminator(LossTerm):
 
     Source: Shen and Savvides 2020, arXiv:2009.08453, section 3; szq0214/MEAL-V2
     models/discriminator.py and szq0214/MEAL-V2 loss.py.
-    Needs: the logits of both networks on `view`.
+    Needs: the student's logits and the teachers' mean logits on `view`.
     Weight: 1, the reference's.
     Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracle
     peer_losses.json (the authors' code).
