@@ -103,9 +103,11 @@ def _paths(tests: str) -> tuple[str, ...]:
 
 
 def _spelled(value: object) -> str:
-    """A default as in a recipe file: {a: b}, [a, b], true, 4.0."""
+    """A default as in a recipe file: {a: b}, [a, b], true, null, 4.0."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(str, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -62,7 +62,7 @@ class JointRD(LossTerm):
     leoozy/JointRD_Neurips2020@JOINT model/distiller2.py.
     Needs: the outputs of all stages of the student on x, of the teacher what is compared, its
     stages and its classifier.
-    Weight: 1, and feature_weight 1e-3, of the paper.
+    Weight: 1, the paper's; feature_weight 1e-3, the released code's at 32 px.
     Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracle
     peer_losses.json (the authors' code).
     """

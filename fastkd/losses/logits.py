@@ -39,11 +39,11 @@ def standardize(logits_NC: Tensor) -> Tensor:
 
 
 class CrossEntropy(LossTerm):
-    """Cross entropy of the student with the labels. Part: `<name>`.
+    """Cross entropy of the student with the labels.
 
         loss = -mean over rows of log p_student[label],  p = softmax(logits)
 
-    With `label_smoothing` e the label counts 1 - e and every class e / C more.
+    With `label_smoothing` e the label counts 1 - e and every class e / C more. Part: `<name>`.
 
     Source: `torch.nn.functional.cross_entropy`.
     Needs: the student's logits on x, and the labels.
