@@ -177,6 +177,12 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     recipes.add_argument("--json", action="store_true", help="machine-readable")
 
+    losses = commands.add_parser(
+        "losses",
+        help="list the losses of a recipe; formula, source, tests and keys of one",
+    )
+    losses.add_argument("name", nargs="?", metavar="NAME", help="as in losses.NAME.weight=1")
+
     doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     return parser, commands.choices

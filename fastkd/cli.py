@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import inspect
 import json
 import os
 import re
@@ -246,6 +247,22 @@ def _recipes(options: argparse.Namespace) -> None:
         print(line)
 
 
+def _losses(options: argparse.Namespace) -> None:
+    from fastkd.losses.catalogue import catalogue, entry_of
+
+    if options.name is None:
+        for entry in catalogue():
+            print(f"{entry.name:<15}{entry.summary}")
+        return
+    try:
+        entry = entry_of(options.name.removeprefix("losses."))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(f"fastkd.losses.{entry.term.__name__}\n\n{inspect.getdoc(entry.term)}\n")
+    for key in entry.keys:
+        print(f"losses.{entry.name}.{key.name}={key.default}  # {' '.join(key.meaning.split())}")
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from fastkd.doctor import run_doctor
 
@@ -259,5 +276,6 @@ COMMANDS = {
     "models": _models,
     "cheapen": _cheapen,
     "recipes": _recipes,
+    "losses": _losses,
     "doctor": _doctor,
 }

@@ -37,20 +37,8 @@ __all__ = [
     "shape_id",
     "sines",
     "speedup",
+    "term_inputs",
 ]
-
-
-def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, num_samples: int = 0) -> TermInputs:
-    """Bind a term with one pair of taps to these tensors; the inputs of its forward pass.
-
-    The labels go round five classes, sample ids are the places in the batch.
-    """
-    tensors = dict(zip(term.needs, (student, teacher), strict=True))
-    labels_N = torch.arange(max(num_samples, len(student))) % 5
-    shapes = {need: tuple(tensor.shape[1:]) for need, tensor in tensors.items()}
-    term.bind(BindContext(len(labels_N), 5, labels_N, shapes))
-    index_N = torch.arange(len(student))
-    return TermInputs(tensors, labels_N[index_N], index_N, {})
 
 
 @torch.no_grad()
@@ -63,16 +51,37 @@ def fill_with_sines(module: nn.Module, number: int) -> None:
         parameter.copy_(1 + value if is_scale else value)
 
 
-def bind_term(term: LossTerm, tensors: Mapping[str, Tensor], **context: Any) -> LossTerm:
-    """Bind a loss to the shapes of its inputs, 10 classes and 50 samples unless said otherwise."""
-    given: dict[str, Any] = {
-        "num_samples": 50,
-        "num_classes": 10,
-        "train_labels_N": torch.arange(50) % 10,
-        "shapes": {need: tuple(tensors[need].shape[1:]) for need in term.needs},
-    }
-    term.bind(BindContext(**{**given, **context}))
+def bind_term(
+    term: LossTerm,
+    tensors: Mapping[str, Tensor],
+    *,
+    num_samples: int = 50,
+    num_classes: int = 10,
+    **context: Any,
+) -> LossTerm:
+    """Bind a loss to the shapes of its inputs; the labels of the samples go round the classes."""
+    shapes = {need: tuple(tensors[need].shape[1:]) for need in term.needs}
+    labels_N = torch.arange(num_samples) % num_classes
+    term.bind(BindContext(num_samples, num_classes, labels_N, shapes, **context))
     return term
+
+
+def term_inputs(
+    term: LossTerm,
+    tensors: Mapping[str, Tensor],
+    labels_N: Tensor | None = None,
+    *,
+    epoch: float = 0.0,
+    rows_of_ranks: tuple[int, ...] = (),
+) -> TermInputs:
+    """What the step hands a loss in an epoch (from 0); sample ids are the places in the batch."""
+    some = tensors[term.needs[0]]
+    labels_N = torch.arange(len(some)) % 10 if labels_N is None else labels_N
+    schedule = {
+        name: torch.tensor(value(epoch), dtype=some.dtype)
+        for name, value in term.schedules().items()
+    }
+    return TermInputs(tensors, labels_N, torch.arange(len(some)), schedule, rows_of_ranks)
 
 
 def call_term(
@@ -83,15 +92,14 @@ def call_term(
     epoch: float = 0.0,
     rows_of_ranks: tuple[int, ...] = (),
 ) -> TermOutput:
-    """What a loss makes of its inputs in an epoch (from 0), as the step calls it."""
-    some = tensors[term.needs[0]]
-    labels_N = torch.arange(len(some)) % 10 if labels_N is None else labels_N
-    schedule = {
-        name: torch.tensor(value(epoch), dtype=some.dtype)
-        for name, value in term.schedules().items()
-    }
-    index_N = torch.arange(len(some))
-    return term(TermInputs(tensors, labels_N, index_N, schedule, rows_of_ranks))
+    """What a bound loss makes of `term_inputs`."""
+    return term(term_inputs(term, tensors, labels_N, epoch=epoch, rows_of_ranks=rows_of_ranks))
+
+
+def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, **context: Any) -> TermInputs:
+    """`bind_term` of a loss with one pair of taps; its `term_inputs`."""
+    tensors = dict(zip(term.needs, (student, teacher), strict=True))
+    return term_inputs(bind_term(term, tensors, **context), tensors)
 
 
 def rms(x: Tensor) -> float:

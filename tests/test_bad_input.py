@@ -30,7 +30,7 @@ def _few_validation_images(monkeypatch):
 
 
 @pytest.fixture
-def refused(command, tmp_path):
+def expect_refusal(command, tmp_path):
     """Run a command that must fail with this sentence, once, and leave the folder as it was."""
 
     def check(sentence, *words, code=2):
@@ -62,33 +62,33 @@ def images(tmp_path_factory):
     return root, [*ALONE, "data.name=folder", f"data.root={root}", "batch_size=8"]
 
 
-def test_a_missing_data_folder(refused):
-    refused(
+def test_a_missing_data_folder(expect_refusal):
+    expect_refusal(
         "data.root=nowhere is not a folder; expected train/ and val/ or test/ in it",
         *("train", *ALONE, "data.name=folder", "data.root=nowhere"),
     )
-    refused("data.name=cifar10 needs data.root", "train", *ALONE, "data.name=cifar10")
-    refused(
+    expect_refusal("data.name=cifar10 needs data.root", "train", *ALONE, "data.name=cifar10")
+    expect_refusal(
         "cifar10 was not found: looked in nowhere and nowhere/cifar10 for",
         *("train", "cifar10/resnet20", "data.root=nowhere"),
     )
 
 
-def test_an_empty_class_folder(refused, images):
+def test_an_empty_class_folder(expect_refusal, images):
     root, keys = images
     for file in (root / "train/dog").iterdir():
         file.unlink()
-    refused(f"folder: the class folder {root}/train/dog holds no image", "train", *keys)
+    expect_refusal(f"folder: the class folder {root}/train/dog holds no image", "train", *keys)
 
 
-def test_a_corrupt_image_is_named_before_the_run_or_in_it(refused, images):
+def test_a_corrupt_image_is_named_before_the_run_or_in_it(expect_refusal, images):
     root, keys = images
     (root / "train/dog/3.png").write_bytes(b"no picture")
     sentence = f"cannot decode the image {root}/train/dog/3.png: "
-    refused(sentence, "train", *keys)
+    expect_refusal(sentence, "train", *keys)
     # torch workers meet the image when its batch comes: the new run folder goes again.
     late = [*keys, "data.backend=torch", "data.image_size=16", "data.workers=0"]
-    said = refused(sentence, "train", *late)
+    said = expect_refusal(sentence, "train", *late)
     assert "run folder runs/quickstart/" in said.out
 
 
@@ -101,8 +101,8 @@ def test_a_corrupt_image_found_late_keeps_what_was_achieved(command, images, tmp
     assert (tmp_path / "run/last.pt").exists()
 
 
-def test_too_few_images(refused):
-    refused(
+def test_too_few_images(expect_refusal):
+    expect_refusal(
         "batch_size=65, but synthetic/train has 64 images: not one full batch",
         *("train", *ALONE, *SYNTHETIC, "batch_size=65"),
     )
@@ -115,11 +115,11 @@ def test_more_processes_than_images():
         open_recipe_data(recipe, Session(world, Console(enabled=False), None))
 
 
-def test_an_unknown_student_is_found_before_the_teacher_is_trained(refused):
+def test_an_unknown_student_is_found_before_the_teacher_is_trained(expect_refusal):
     words = ["train", *SYNTHETIC, "teacher.name=resnet8", "baseline.lrs="]
-    refused("unknown network 'resnet21'; nearest:", *words, "student.name=resnet21")
+    expect_refusal("unknown network 'resnet21'; nearest:", *words, "student.name=resnet21")
     taps = "losses.at={weight: 1, pairs: {stage7: stage1}}"
-    refused("unknown tap 'stage7'; nearest:", *words, taps)
+    expect_refusal("unknown tap 'stage7'; nearest:", *words, taps)
 
 
 def save_teacher(path, num_classes=10, normalization=None, **options):
@@ -128,18 +128,18 @@ def save_teacher(path, num_classes=10, normalization=None, **options):
     save_weights(path, model, describe(model))
 
 
-def test_a_teacher_with_another_class_count(refused, tmp_path):
+def test_a_teacher_with_another_class_count(expect_refusal, tmp_path):
     save_teacher(tmp_path / "teacher.safetensors", 100)
     keys = [*NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
-    refused(
+    expect_refusal(
         "teacher.safetensors does not fit resnet8 with 10 classes: 2 of wrong shape "
         "(fc.weight: file 100x32, network 10x32",
         *("train", *keys),
     )
     mapped = f"teacher.class_map={','.join(map(str, range(50, 59)))}"
-    refused("the teacher gives logits of shape (9,) per image but", "train", *keys, mapped)
+    expect_refusal("the teacher gives logits of shape (9,) per image but", "train", *keys, mapped)
     mapped = f"teacher.class_map={','.join(map(str, range(91, 101)))}"
-    refused("teacher.class_map names outputs from 91 to 100, but", "train", *keys, mapped)
+    expect_refusal("teacher.class_map names outputs from 91 to 100, but", "train", *keys, mapped)
 
 
 def test_a_mapped_teacher_keeps_its_own_classes(command, tmp_path):
@@ -151,84 +151,94 @@ def test_a_mapped_teacher_keeps_its_own_classes(command, tmp_path):
     assert "32 x 10" in said.out
 
 
-def test_a_checkpoint_of_another_network_or_of_none(refused, tmp_path):
+def test_a_checkpoint_of_another_network_or_of_none(expect_refusal, tmp_path):
     save_teacher(tmp_path / "teacher.safetensors")
     keys = ["train", *NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
-    said = refused(
+    said = expect_refusal(
         "teacher.safetensors does not fit wrn_10_1 with 10 classes: ",
         *(*keys, "teacher.name=wrn_10_1", "teacher.width=null"),
     )
     assert said.err.endswith("The file holds resnet8 with 10 classes\n")
     (tmp_path / "text.pt").write_text("no weights")
-    refused("text.pt: damaged, or not a PyTorch checkpoint", *keys, "teacher.weights=text.pt")
-    refused("none.pt: no such weight file", *keys, "teacher.weights=none.pt")
-    refused("the teacher resnet8 has no weights: set", *keys, "teacher.weights=null")
+    expect_refusal(
+        "text.pt: damaged, or not a PyTorch checkpoint", *keys, "teacher.weights=text.pt"
+    )
+    expect_refusal("none.pt: no such weight file", *keys, "teacher.weights=none.pt")
+    expect_refusal("the teacher resnet8 has no weights: set", *keys, "teacher.weights=null")
 
 
-def test_a_teacher_no_better_than_chance(refused, tmp_path):
+def test_a_teacher_no_better_than_chance(expect_refusal, tmp_path):
     torch.manual_seed(0)
     save_teacher(tmp_path / "teacher.safetensors")
     keys = ["train", *NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
-    said = refused("the teacher resnet8 reaches ", *keys)
+    said = expect_refusal("the teacher resnet8 reaches ", *keys)
     assert "teacher.min_accuracy=0 accepts it as it is" in said.err
-    refused("the teacher resnet8 reaches ", *keys, "out=run")
+    expect_refusal("the teacher resnet8 reaches ", *keys, "out=run")
 
 
-def test_a_run_folder_that_exists(refused, command, tmp_path):
+def test_a_run_folder_that_exists(expect_refusal, command, tmp_path):
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
     sentence = (
         "the run folder run exists and is not empty: go on with it by --resume run, or choose"
     )
-    refused(sentence, "train", *ALONE, *SYNTHETIC, "out=run")
+    expect_refusal(sentence, "train", *ALONE, *SYNTHETIC, "out=run")
     # Also where a teacher would have to be trained first.
-    refused(sentence, "train", *SYNTHETIC, "teacher.name=resnet8", "out=run")
-    refused("run is finished: nothing to resume", "train", "--resume", "run")
-    refused("run is finished", "train", *ALONE, *SYNTHETIC, "--resume", "auto", "out=run")
+    expect_refusal(sentence, "train", *SYNTHETIC, "teacher.name=resnet8", "out=run")
+    expect_refusal("run is finished: nothing to resume", "train", "--resume", "run")
+    expect_refusal("run is finished", "train", *ALONE, *SYNTHETIC, "--resume", "auto", "out=run")
     (tmp_path / "file").touch()
-    refused("the run folder file cannot be made", "train", *ALONE, *SYNTHETIC, "out=file")
+    expect_refusal("the run folder file cannot be made", "train", *ALONE, *SYNTHETIC, "out=file")
 
 
 def test_a_folder_to_resume_that_is_missing_foreign_or_of_another_recipe(
-    refused, command, tmp_path
+    expect_refusal, command, tmp_path
 ):
-    refused("nowhere is not a run folder: it has no config.yaml", "train", "--resume", "nowhere")
+    expect_refusal(
+        "nowhere is not a run folder: it has no config.yaml", "train", "--resume", "nowhere"
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.png").touch()
-    refused("photos is not a run folder: it has no", "train", "--resume", "photos")
+    expect_refusal("photos is not a run folder: it has no", "train", "--resume", "photos")
     named = ["train", "quickstart", *ALONE, *SYNTHETIC, "--resume", "photos"]
-    refused("photos is not a run folder: it has none of config.yaml", *named)
+    expect_refusal("photos is not a run folder: it has none of config.yaml", *named)
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
     (tmp_path / "run/summary.json").unlink()
-    refused(
+    expect_refusal(
         "run/last.pt belongs to another recipe (digest ", "train", "--resume", "run", "epochs=2"
     )
     (tmp_path / "run/last.pt").unlink()
-    refused("run belongs to another recipe: resume it", "train", "--resume", "run", "epochs=2")
+    expect_refusal(
+        "run belongs to another recipe: resume it", "train", "--resume", "run", "epochs=2"
+    )
     (tmp_path / "run/last.pt").write_bytes(b"torn")
-    refused("run/last.pt cannot be read as a checkpoint", "train", "--resume", "run")
+    expect_refusal("run/last.pt cannot be read as a checkpoint", "train", "--resume", "run")
 
 
-def test_a_run_to_evaluate_that_is_none_or_has_other_classes(refused, command, images, tmp_path):
-    refused("nowhere is not a run folder (no config.yaml)", "eval", "nowhere")
-    refused("say on which data: data.name=cifar10", "eval", "resnet8", "--weights", "w.pt")
+def test_a_run_to_evaluate_that_is_none_or_has_other_classes(
+    expect_refusal, command, images, tmp_path
+):
+    expect_refusal("nowhere is not a run folder (no config.yaml)", "eval", "nowhere")
+    expect_refusal("say on which data: data.name=cifar10", "eval", "resnet8", "--weights", "w.pt")
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
     root, _ = images
-    refused(
+    expect_refusal(
         "the network resnet8 knows 10 classes, folder has 2: name the data it was trained on",
         *("eval", "run", "data.name=folder", f"data.root={root}"),
     )
     (tmp_path / "run/best.safetensors").unlink()
-    refused("run has no best.safetensors yet", "eval", "run")
+    expect_refusal("run has no best.safetensors yet", "eval", "run")
 
 
-def test_hardware_and_packages_that_are_missing(refused, monkeypatch):
+def test_hardware_and_packages_that_are_missing(expect_refusal, monkeypatch):
     keys = ["train", *ALONE, *SYNTHETIC]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("device=cuda was asked for, but torch sees no CUDA device", *keys, "device=cuda")
-    refused("precision=fp16 needs a GPU", *keys, "precision=fp16")
+    expect_refusal("device=cuda was asked for, but torch sees no CUDA device", *keys, "device=cuda")
+    expect_refusal("precision=fp16 needs a GPU", *keys, "precision=fp16")
     monkeypatch.setitem(__import__("sys").modules, "apex", None)
-    refused("optim.impl=apex cannot be used", *keys, "optim.impl=apex")
-    refused("nesterov needs a momentum above 0", *keys, "optim.nesterov=true", "optim.momentum=0")
+    expect_refusal("optim.impl=apex cannot be used", *keys, "optim.impl=apex")
+    expect_refusal(
+        "nesterov needs a momentum above 0", *keys, "optim.nesterov=true", "optim.momentum=0"
+    )
 
 
 def full_disk(after):
@@ -242,9 +252,9 @@ def full_disk(after):
     return fsync
 
 
-def test_a_full_disk_before_the_first_file(refused, monkeypatch):
+def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
     monkeypatch.setattr(fastkd.report.run_folder.os, "fsync", full_disk(after=0))
-    refused(
+    expect_refusal(
         "no space left on the disk: runs/quickstart/",
         *("train", *ALONE, *SYNTHETIC, "max_skips=3"),
         code=1,
@@ -288,9 +298,9 @@ def test_a_full_disk_anywhere_else(command, monkeypatch):
     )
 
 
-def test_a_run_that_diverges(refused):
+def test_a_run_that_diverges(expect_refusal):
     keys = ["train", *ALONE, *SYNTHETIC, "data.train_limit=500", "optim.lr=1e30", "max_skips=2"]
-    said = refused("", *keys, code=1)
+    said = expect_refusal("", *keys, code=1)
     assert "steps in a row had a loss or a gradient that was not finite" in said.err
 
 

@@ -13,6 +13,7 @@ OPTIONS = {
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},
     "recipes": {"--json"},
+    "losses": set(),
     "doctor": {"--json"},
 }
 

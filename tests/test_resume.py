@@ -78,7 +78,7 @@ def batches_from(epoch: int, step: int, *, epochs: int, num: int = 60) -> list[l
     ]
 
 
-def check(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> None:
+def check_same_end(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> None:
     *killed, finished = found["codes"]
     assert all(codes == [-9] for codes in killed)
     assert finished == [0], found["log"]
@@ -104,7 +104,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RESUMED_AT)
 def test_a_killed_run_ends_bit_identical(eager: dict[str, Any], name: str) -> None:
-    check(eager[name], RESUMED_AT[name], epochs=2)
+    check_same_end(eager[name], RESUMED_AT[name], epochs=2)
 
 
 @pytest.mark.parametrize("step", STAGED)
@@ -161,4 +161,4 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_killed_compiled_distillation_ends_bit_identical(
     compiled: dict[str, Any], name: str
 ) -> None:
-    check(compiled[name], COMPILED[name], epochs=1)
+    check_same_end(compiled[name], COMPILED[name], epochs=1)

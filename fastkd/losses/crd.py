@@ -38,8 +38,11 @@ class CRD(PairTerm):
     accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step holds several
     N x M matrices: it multiplies with the whole bank and picks from the products.
 
-    Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; crd/memory.py, crd/criterion.py. Taps:
-    pooled. Weight 0.8. Values and gradients: tests/losses/test_crd.py.
+    Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; HobbitLong/RepDistiller crd/memory.py and
+    HobbitLong/RepDistiller crd/criterion.py.
+    Needs: one pair of taps on x, by default the pooled vectors, and the ids of the samples.
+    Weight: 0.8, the reference's.
+    Tests: tests/losses/test_crd.py, test_losses_on_ranks.py; oracle feature_oracle.json.
     """
 
     # The labels, too, need no copy before and no broadcast in every step.

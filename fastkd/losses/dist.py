@@ -1,7 +1,6 @@
 """DIST: correlation with the teacher within rows and within columns, as a term of a recipe.
 
-Huang et al. 2022, arXiv:2205.10536; reference implementation: hunto/image_classification_sota
-lib/models/losses/dist_kd.py. Tests: tests/losses/test_logit_losses.py, test_peer_losses.py.
+Huang et al. 2022, arXiv:2205.10536.
 """
 
 from typing import Literal
@@ -21,14 +20,23 @@ EPS = 1e-8
 
 
 class DIST(LossTerm):
-    """T^2 * (inter + intra), each a mean of 1 - Pearson's correlation of p_student and p_teacher.
+    """Correlation with the teacher's probabilities at T, within samples and within classes.
 
-    inter correlates the classes of one sample (rows of the batch of probabilities at T), intra the
-    samples of one class (columns). Needs the logits of both nets on `view`. The total of the paper
-    is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet.
+        inter = mean over samples of 1 - Pearson(p_student_n, p_teacher_n), over classes
+        intra = mean over classes of 1 - Pearson(p_student_c, p_teacher_c), over samples
+        loss = T^2 (inter + intra)
+
+    The total of the paper is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet.
 
     Under several ranks `gather=True` takes the columns over the samples of all ranks, which is one
     process on the joined batch; otherwise each rank takes its own, and their mean counts.
+
+    Source: Huang et al. 2022, arXiv:2205.10536, section 4; hunto/image_classification_sota
+    lib/models/losses/dist_kd.py.
+    Needs: the logits of both networks on `view`.
+    Weight: 2, the paper's.
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    logit_losses.json, peer_losses.json (the authors' code).
     """
 
     def __init__(

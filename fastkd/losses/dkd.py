@@ -1,7 +1,6 @@
 """Decoupled knowledge distillation (DKD) as a term of a recipe.
 
-Zhao et al. 2022, arXiv:2203.08679; reference implementation: megvii-research/mdistiller
-mdistiller/distillers/DKD.py. Tests: tests/losses/test_logit_losses.py, test_peer_losses.py.
+Zhao et al. 2022, arXiv:2203.08679.
 """
 
 from collections.abc import Callable
@@ -22,15 +21,23 @@ __all__ = ["DKD", "DKDConfig", "decoupled_rows"]
 
 
 class DKD(LossTerm):
-    """warmup * mean over rows of (alpha * TCKD + beta * NCKD); add the cross entropy beside it.
+    """KD decoupled into the label's class and the others; add the cross entropy beside it.
 
-    TCKD = T^2 KL(b_teacher || b_student) with b = (p_y, 1 - p_y) for the label y, and NCKD = T^2 KL
-    of the softmaxes over the other classes. Needs x/student/logits, x/teacher/logits and labels.
+        TCKD = T^2 KL(b_teacher || b_student),  b = (p_y, 1 - p_y) for the label y
+        NCKD = T^2 KL(q_teacher || q_student),  q = softmax at T over the other classes
+        loss = warmup * mean over rows of (alpha TCKD + beta NCKD)
 
     Defaults are mdistiller's for resnet32x4 teachers on CIFAR-100; beta is 6 for vgg13 and wrn_40_2
     teachers, 2 for resnet56 and resnet110, on ImageNet T is 1, beta 0.5 and the warm-up 1 epoch.
     `standardize` takes both logits to zero mean and unit deviation first (arXiv:2403.01427, there
     with T 2 and a weight of 9).
+
+    Source: Zhao et al. 2022, arXiv:2203.08679, section 3; megvii-research/mdistiller
+    mdistiller/distillers/DKD.py.
+    Needs: the logits of both networks on x, and the labels.
+    Weight: 1, the reference's.
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    logit_losses.json, peer_losses.json (the authors' code).
     """
 
     def __init__(

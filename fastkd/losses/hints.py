@@ -19,16 +19,21 @@ __all__ = ["VID", "FitNet", "FitNetConfig", "VIDConfig"]
 
 
 class FitNet(PairTerm):
-    """Hint training: mean square of connector(student) - teacher.
+    """Hint training: the student's map predicts the teacher's.
+
+        loss = mean of (connector(student) - teacher)^2
 
     connector = convolution, batch norm, ReLU. The convolution brings the student's map to the
     teacher's size: 3x3 of stride 2 from twice the size, transposed 4x4 of stride 2 from half of
     it, else unpadded with a kernel as large as the difference plus 1. It has no bias, which the
     batch norm would cancel.
 
-    Source: Romero et al. 2014, arXiv:1412.6550, as one term of the total and not as its
-    first stage of training; distiller_zoo/FitNet.py, ConvReg of models/util.py. Taps: stage2.
-    Weight 100. Values and gradients: tests/losses/test_hints.py.
+    Source: Romero et al. 2014, arXiv:1412.6550, section 2.2, as one term of the total and not as
+    its first stage of training; HobbitLong/RepDistiller distiller_zoo/FitNet.py and ConvReg of
+    HobbitLong/RepDistiller models/util.py.
+    Needs: pairs of taps on x, maps; in the reference stage2.
+    Weight: 100, the reference's.
+    Tests: tests/losses/test_hints.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -75,8 +80,11 @@ class VID(PairTerm):
     W are 1x1 convolutions without bias; rho is trained, one value per channel of the teacher, and
     starts where v = `variance`. Where the sizes differ the larger map is average-pooled.
 
-    Source: Ahn et al. 2019, arXiv:1904.05835; distiller_zoo/VID.py. Taps: all stages.
-    Weight 1. Values and gradients: tests/losses/test_hints.py.
+    Source: Ahn et al. 2019, arXiv:1904.05835, section 2; HobbitLong/RepDistiller
+    distiller_zoo/VID.py.
+    Needs: pairs of taps on x, maps; in the reference all stages.
+    Weight: 1, the reference's.
+    Tests: tests/losses/test_hints.py; oracle feature_oracle.json.
     """
 
     def __init__(

@@ -1,10 +1,8 @@
 """Losses for networks without shortcuts: JointRD and the stage-wise error of AlignKD, as terms.
 
 JointRD: Li et al., "Residual Distillation: Towards Portable Deep Neural Networks without
-Shortcuts", NeurIPS 2020; reference implementation: leoozy/JointRD_Neurips2020
-process/multikd_train.py (branch JOINT) and model/distiller2.py. AlignKD: Kao and Lai, "AlignKD",
-equations 4 to 7, without released code; its equations 1 to 3 say what it takes JointRD to be.
-Tests: tests/losses/test_map_losses.py, test_peer_losses.py.
+Shortcuts", NeurIPS 2020. AlignKD: Kao and Lai, whose equations 1 to 3 say what it takes JointRD to
+be.
 """
 
 import math
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
+from fastkd.losses.pairs import PairConfig, PairTerm
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import (
     BindContext,
@@ -42,8 +41,6 @@ __all__ = [
 class JointRD(LossTerm):
     """The teacher's later stages applied to the student's earlier ones; beside the student's CE.
 
-    With stages 1..n, S_i the student's output of stage i and R_i the teacher's stages i+1..n on it:
-
         paper      eta * (sum over i < n of CE(C(R_i), y) + feature_weight * sum over i <= n of
                    MSE(R_i, teacher)); C is the teacher's classifier, MSE a mean over elements of
                    `feature`: the pooled vector, the logits, or the last map
@@ -51,13 +48,23 @@ class JointRD(LossTerm):
                    D_i + D_n); D = `partial_l2` of the last map before its ReLU, through a trained
                    1x1 conv and BN per junction, to the teacher's
 
+    Of stages 1..n, S_i is the student's output of stage i, R_i the teacher's stages i+1..n on it.
     Parts: `<name>` (CE) and `<name>_features`. eta falls along a cosine from 1 to `eta_end` over
     `eta_epochs` epochs. Set losses.ce.weight beside it: 1 in the paper, and 0.25 for both in the
     released form, which multiplies all terms with 1/4. Its authors train the teacher alongside;
     here it is frozen, as the paper says. feature_weight is 1e-3 at 32 px, 1e-4 at 224 px.
 
-    Needs the stages' outputs of a student whose shapes are the teacher's, and a teacher of the zoo.
+    The student's stages must have the teacher's shapes, and the teacher be of the zoo.
     The junctions join on the batch axis as they come, so that each teacher stage runs once.
+
+    Source: Li et al., "Residual Distillation", NeurIPS 2020, as equations 1 to 3 of AlignKD (Kao
+    and Lai) put it; leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py and
+    leoozy/JointRD_Neurips2020@JOINT model/distiller2.py.
+    Needs: the outputs of all stages of the student on x, of the teacher what is compared, its
+    stages and its classifier.
+    Weight: 1, the paper's; feature_weight 1e-3, the released code's at 32 px.
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    peer_losses.json (the authors' code).
     """
 
     margin_C11: Tensor
@@ -197,13 +204,21 @@ def _connector(channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
-class StageMSE(LossTerm):
-    """eta * sum over pairs of the squared error of two maps, without a connector (AlignKD, eq. 7).
+class StageMSE(PairTerm):
+    """Squared error of two maps of one shape, without a connector.
+
+        loss = eta * sum over pairs of mean (student - teacher)^2
 
     `pairs` maps taps of the student to taps of the teacher of the same shape; AlignKD has the
     outputs of all stages, beside losses.kd at temperature 1 with weight and ce_weight 0.5. The
     error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
     falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
+
+    Source: Kao and Lai, "AlignKD", equations 4 to 7, which has no released code; eta as in
+    leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
+    Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
+    Weight: 1, the paper's.
+    Tests: tests/losses/test_map_losses.py, test_ranks.py.
     """
 
     def __init__(
@@ -216,23 +231,19 @@ class StageMSE(LossTerm):
         eta_end: float = 0.5,
         name: str = "stage_mse",
     ) -> None:
-        if not pairs:
-            raise ValueError("StageMSE needs at least one pair, e.g. pairs={'stage2': 'stage2'}")
-        self_needs = [n for s, t in pairs.items() for n in (f"x/student/{s}", f"x/teacher/{t}")]
-        super().__init__(name, tuple(self_needs), {name: weight})
-        self.pairs = list(zip(self_needs[::2], self_needs[1::2], strict=True))
+        super().__init__(name, pairs, weight)
         self.reduction = reduction
         self.eta = cosine_decay(eta_epochs, eta_end)
 
     def bind(self, context: BindContext) -> None:
         """Refuse pairs of different shapes."""
-        for student, teacher in self.pairs:
-            if context.shapes[student] != context.shapes[teacher]:
+        needs = zip(self.needs[::2], self.needs[1::2], strict=True)
+        for (student, teacher), (one, other) in zip(needs, self.shapes(context), strict=True):
+            if one != other:
                 raise UserError(
                     f"losses.{self.name} compares tensors of one shape, but {student} is "
-                    f"{list(context.shapes[student])} per image and {teacher} "
-                    f"{list(context.shapes[teacher])}: choose other pairs, or losses.fitnet, "
-                    "which has a connector"
+                    f"{list(one)} per image and {teacher} {list(other)}: choose other pairs, or "
+                    "losses.fitnet, which has a connector"
                 )
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
@@ -240,13 +251,14 @@ class StageMSE(LossTerm):
         return {"eta": self.eta}
 
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """Sum over the pairs."""
-        errors = []
-        for pair in self.pairs:
-            student, teacher = (widened(inputs.tensors[need]) for need in pair)
-            rows = 1 if self.reduction == "mean" else len(student)
-            errors.append(F.mse_loss(student, teacher, reduction=self.reduction) / rows)
-        return TermOutput({self.name: inputs.schedule["eta"] * torch.stack(errors).sum()})
+        """The sum over the pairs, times eta."""
+        loss = super().forward(inputs).parts[self.name]
+        return TermOutput({self.name: inputs.schedule["eta"] * loss})
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        rows = 1 if self.reduction == "mean" else len(student)
+        return F.mse_loss(widened(student), widened(teacher), reduction=self.reduction) / rows
 
 
 class JointRDConfig(TermConfig):
@@ -272,13 +284,9 @@ class JointRDConfig(TermConfig):
         return JointRD(name=name, **self.model_dump())
 
 
-class StageMSEConfig(TermConfig):
-    """Keys of `losses.stage_mse`."""
+class StageMSEConfig(PairConfig):
+    """Keys of `losses.stage_mse`; the weight is 1 in AlignKD."""
 
-    weight: PositiveFloat
-    """Factor in the total; 1 in AlignKD."""
-    pairs: dict[str, str]
-    """Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over the elements of an image; both are means over images."""
     eta_epochs: NonNegativeFloat = 60.0

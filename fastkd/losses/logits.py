@@ -2,9 +2,7 @@
 
 KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is TLmixup / TLCutMix of
 "Understanding the success of KD: a data augmentation perspective":
-0.1 CE(x) + 0.9 [KL(x) + KL(x')]. Logit standardisation: Sun et al. 2024, arXiv:2403.01427;
-sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py. Tests: tests/losses/
-test_logit_losses.py, test_peer_losses.py.
+0.1 CE(x) + 0.9 [KL(x) + KL(x')]. Logit standardisation: Sun et al. 2024, arXiv:2403.01427.
 """
 
 from typing import Literal
@@ -41,7 +39,17 @@ def standardize(logits_NC: Tensor) -> Tensor:
 
 
 class CrossEntropy(LossTerm):
-    """Mean cross entropy of the student with the labels. Part: `<name>`."""
+    """Cross entropy of the student with the labels.
+
+        loss = -mean over rows of log p_student[label],  p = softmax(logits)
+
+    With `label_smoothing` e the label counts 1 - e and every class e / C more. Part: `<name>`.
+
+    Source: `torch.nn.functional.cross_entropy`.
+    Needs: the student's logits on x, and the labels.
+    Weight: 1.
+    Tests: tests/test_trainer.py, tests/losses/test_peer_losses.py; oracle logit_losses.json.
+    """
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, name: str = "ce"):
         super().__init__(name, ("x/student/logits",), {name: weight})
@@ -55,11 +63,23 @@ class CrossEntropy(LossTerm):
 
 
 class KD(LossTerm):
-    """T^2 KL(teacher || student) on each view, plus cross entropy with the labels on x.
+    """Distillation by logits on each view, plus cross entropy with the labels on x.
+
+        kd = T^2 mean over rows of KL(softmax(teacher / T) || softmax(student / T))
+        loss = weight * sum over views of kd + ce_weight * CE(x)
 
     Parts: `<name>` (x), `<name>_xprime` (x', full weight, not averaged with x) and `ce` where
     ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
     not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
+    distiller_zoo/KD.py. standardize: Sun et al. 2024, arXiv:2403.01427, section 4;
+    sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py.
+    Needs: the logits of both networks on every view of `views`, and the labels.
+    Weight: 0.9, and ce_weight 0.1, RepDistiller's.
+    Tests: tests/ops/test_kd_loss.py, oracle kd_loss_oracle.json; tests/losses/test_logit_losses.py,
+    test_peer_losses.py, test_ranks.py, oracles logit_losses.json, peer_losses.json (the authors'
+    code).
     """
 
     def __init__(
@@ -114,12 +134,18 @@ class KD(LossTerm):
 
 
 class SoftCE(LossTerm):
-    """T^2 times the mean cross entropy of the student with the teacher's probabilities at T.
+    """Cross entropy of the student with the teacher's probabilities at T.
 
-    -T^2 mean over rows of sum over classes of p_teacher * log p_student; KD plus the teacher's
-    entropy, a constant. With T = 1 and weight 1 the similarity loss of MEAL V2 (arXiv:2009.08453,
-    equation 3; szq0214/MEAL-V2 extensions/kd_loss.py), which has no other loss but `Discriminator`.
-    Needs the logits of both nets on `view`.
+        loss = -T^2 mean over rows of sum over classes of p_teacher * log p_student
+
+    KD plus the teacher's entropy, a constant. With T = 1 and weight 1 the similarity loss of
+    MEAL V2, which has no other loss but `Discriminator`.
+
+    Source: Shen and Savvides 2020, arXiv:2009.08453, Eq. 3; szq0214/MEAL-V2 extensions/kd_loss.py.
+    Needs: the logits of both networks on `view`.
+    Weight: 1, the reference's.
+    Tests: tests/losses/test_logit_losses.py, test_ranks.py, tests/ops/test_kd_modules.py; oracle
+    kd_presets.json (the authors' code).
     """
 
     def __init__(

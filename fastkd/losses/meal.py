@@ -1,7 +1,6 @@
 """The discriminator of MEAL V2 as a term of a recipe; its similarity loss is `SoftCE` at T = 1.
 
-Shen and Savvides 2020, arXiv:2009.08453, section 3; reference implementation: szq0214/MEAL-V2
-models/discriminator.py and loss.py. Tests: tests/losses/test_logit_losses.py, test_peer_losses.py.
+Shen and Savvides 2020, arXiv:2009.08453, section 3.
 """
 
 from itertools import pairwise
@@ -21,13 +20,13 @@ LR_SCALE = {"released": 1.0, "paper": 0.01}
 
 
 class Discriminator(LossTerm):
-    """Binary cross entropy of telling the student's logits from the teacher's, one network of both.
+    """A small network tells the student's logits from the teacher's.
 
-    Linear C -> hidden[0] -> hidden[1] -> 2 with ReLU between, on the 2 N rows of both logits;
-    targets (1, 0) for student and (0, 1) for teacher rows; mean over 4 N entries. Needs the logits
-    of the student on `view` and of the teacher, of several teachers the mean of their logits, as
-    released ("the last output layer before softmax" in the paper): not those of the mean
-    probability, which the similarity loss imitates.
+        D = Linear C -> hidden[0] -> hidden[1] -> 2, ReLU between, on the 2 N rows of both logits
+        loss = mean over 4 N entries of BCE(sigmoid(D(row)), (1, 0) of student, (0, 1) of teacher)
+
+    Of several teachers it sees the mean of their logits, as released ("the last output layer before
+    softmax" in the paper): not those of the mean probability, which the similarity loss imitates.
 
     `mode` says what the student does with the gradient:
 
@@ -42,6 +41,13 @@ class Discriminator(LossTerm):
     released code does; one of them is then often dead from the start. `lr_rule`: "released" trains
     it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
     it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
+
+    Source: Shen and Savvides 2020, arXiv:2009.08453, section 3; szq0214/MEAL-V2
+    models/discriminator.py and szq0214/MEAL-V2 loss.py.
+    Needs: the student's logits and the teachers' mean logits on `view`.
+    Weight: 1, the reference's.
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    peer_losses.json (the authors' code).
     """
 
     def __init__(

@@ -23,9 +23,12 @@ class NST(PairTerm):
     Means over images and over all pairs of channels, whose numbers may differ. Where the sizes
     differ the larger map is average-pooled.
 
-    Source: Huang and Wang 2017, arXiv:1707.01219, with the polynomial kernel of degree 2 and offset
-    0; distiller_zoo/NST.py, which holds N * C * C * P numbers where this one holds matrices of
-    N * min(C, P)^2. Taps: all stages. Weight 50. Values and gradients: tests/losses/test_nst.py.
+    Source: Huang and Wang 2017, arXiv:1707.01219, section 4, with the polynomial kernel of degree 2
+    and offset 0; HobbitLong/RepDistiller distiller_zoo/NST.py, which holds N * C * C * P numbers
+    where this one holds matrices of N * min(C, P)^2.
+    Needs: pairs of taps on x, maps; in the reference all stages.
+    Weight: 50, the reference's.
+    Tests: tests/losses/test_nst.py; oracle feature_oracle.json.
     """
 
     def __init__(

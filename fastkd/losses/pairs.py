@@ -1,8 +1,6 @@
 """Base of the losses that compare a tensor of the student with one of the teacher, pair by pair.
 
-`losses.relations`, `losses.hints`, `losses.nst` and `losses.crd` build on it. Where their
-docstrings name a file, it is one of RepDistiller (github.com/HobbitLong/RepDistiller), whose forms
-and weights they take.
+`losses.relations`, `losses.hints`, `losses.nst`, `losses.crd` and `losses.jointrd` build on it.
 """
 
 from collections.abc import Mapping

@@ -57,8 +57,11 @@ class SP(Relation):
 
         G = F F^T,   G~_i = G_i / |G_i|,   loss = |G~_teacher - G~_student|^2 / N^2
 
-    Source: Tung and Mori 2019, arXiv:1907.09682; distiller_zoo/SP.py. Taps: the last stage of each
-    network. Weight 3000. Values and gradients: tests/losses/test_relations.py.
+    Source: Tung and Mori 2019, arXiv:1907.09682, section 3; HobbitLong/RepDistiller
+    distiller_zoo/SP.py.
+    Needs: pairs of taps on x, in the reference the last stage of each network.
+    Weight: 3000, the reference's.
+    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -83,9 +86,13 @@ class PKT(Relation):
         c_ij = (1 + cos(f_i, f_j)) / 2,   p_ij = c_ij / sum_j c_ij,
         loss = mean over all N^2 entries of p_teacher log(p_teacher / p_student)
 
-    eps = 1e-7 is added to norms and to both probabilities of the ratio. Source: Passalis and Tefas
-    2018, arXiv:1803.10837; distiller_zoo/PKT.py, whose mean stands for the paper's sum. Taps:
-    pooled. Weight 30000. Values and gradients: tests/losses/test_relations.py.
+    eps = 1e-7 is added to norms and to both probabilities of the ratio.
+
+    Source: Passalis and Tefas 2018, arXiv:1803.10837, section 3; HobbitLong/RepDistiller
+    distiller_zoo/PKT.py, whose mean stands for the paper's sum.
+    Needs: pairs of taps on x, by default the pooled vectors.
+    Weight: 30000, the reference's.
+    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -117,10 +124,14 @@ class CC(Relation):
         d_i = |A f_student_i + a - B f_teacher_i - b|,
         loss = mean over i < N of sum_c d_ic d_(i+1)c
 
-    A, a, B, b are linear maps to `dim` features and all trained, the teacher's too. Source: Peng et
-    al. 2019, arXiv:1904.01802, whose kernel matrices the released code replaces by this product;
-    distiller_zoo/CC.py. Taps: pooled. Weight 0.02. A batch of one sample has no neighbours and
-    costs 0. Values and gradients: tests/losses/test_relations.py.
+    A, a, B, b are linear maps to `dim` features and all trained, the teacher's too. A batch of one
+    sample has no neighbours and costs 0.
+
+    Source: Peng et al. 2019, arXiv:1904.01802, section 3, whose kernel matrices the released code
+    replaces by this product; HobbitLong/RepDistiller distiller_zoo/CC.py.
+    Needs: pairs of taps on x, by default the pooled vectors.
+    Weight: 0.02, the reference's.
+    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -155,9 +166,13 @@ class RKD(Relation):
         angle:    h(<e_ij, e_ik>),   e_ij = (f_i - f_j) / d_ij
         loss = distance_weight * mean over all N^2 + angle_weight * mean over all N^3
 
-    h is the smooth L1 distance (beta 1) between student and teacher. Source: Park et al. 2019,
-    arXiv:1904.05068; distiller_zoo/RKD.py. Taps: pooled. Weight 1, inside it 25 and 50.
-    Holds N^2 (N + D) numbers. Values and gradients: tests/losses/test_relations.py.
+    h is the smooth L1 distance (beta 1) between student and teacher. Holds N^2 (N + D) numbers.
+
+    Source: Park et al. 2019, arXiv:1904.05068, section 3.2; HobbitLong/RepDistiller
+    distiller_zoo/RKD.py.
+    Needs: pairs of taps on x, by default the pooled vectors.
+    Weight: 1, inside it 25 and 50, the reference's.
+    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

@@ -1,8 +1,6 @@
 """ReviewKD: deeper student maps help to imitate shallower teacher maps, as a term of a recipe.
 
-Chen et al. 2021, arXiv:2104.09044; reference implementations: dvlab-research/ReviewKD
-CIFAR-100/model/reviewkd.py and megvii-research/mdistiller mdistiller/distillers/ReviewKD.py (which
-agree). Tests: tests/losses/test_map_losses.py, test_peer_losses.py.
+Chen et al. 2021, arXiv:2104.09044.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,16 +29,28 @@ TEACHER = ("stage1:preact", "stage2:preact", "stage3:preact", "pooled")
 
 
 class ReviewKD(LossTerm):
-    """warmup * sum over levels of `context_loss(fused student map, teacher map)`.
+    """Deeper maps of the student, fused, imitate shallower maps of the teacher.
 
-    From deep to shallow, a level's student map is fused with what the deeper levels left
-    (`Fusion`) and brought to the teacher's width and size. `student` and `teacher` name the taps of
-    the levels, the shallowest first; those of the teacher are pre-activation, `pooled` vectors are
-    maps of 1x1. The defaults suit networks of three stages. Add the cross entropy beside it.
+        loss = warmup * sum over levels of HCL(fused student map, teacher map)
+        HCL = weighted mean of mean squared errors of the maps and of their pooled grids
+
+    HCL is `context_loss`. From deep to shallow, a level's student map is fused with what the deeper
+    levels left (`Fusion`) and brought to the teacher's width and size. `student` and `teacher` name
+    the taps of the levels, the shallowest first; those of the teacher are pre-activation, `pooled`
+    vectors are maps of 1x1. The defaults suit networks of three stages. Add the cross entropy
+    beside it.
 
     Weights of the reference: 5 for wide ResNets, resnet8x4 and ShuffleNetV1, 8 for ShuffleNetV2,
     0.6 for resnet20, 1 for resnet32 and on ImageNet. A batch of one image is refused by the batch
     norms of the fusion.
+
+    Source: Chen et al. 2021, arXiv:2104.09044, section 3; dvlab-research/ReviewKD
+    CIFAR-100/model/reviewkd.py and megvii-research/mdistiller mdistiller/distillers/ReviewKD.py,
+    which agree.
+    Needs: taps of both networks on x, one per level, the teacher's before the activation.
+    Weight: 5, one of the reference's.
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    logit_losses.json, peer_losses.json (the authors' code).
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """SimKD: the student learns the teacher's last map and takes over its classifier.
 
-Chen et al. 2022, arXiv:2203.14001; reference implementation: DefangChen/SimKD models/util.py
-(class SimKD) and helper/loops.py. Tests: tests/losses/test_simkd_run.py, test_peer_losses.py.
+Chen et al. 2022, arXiv:2203.14001.
 """
 
 import math
@@ -27,7 +26,9 @@ __all__ = ["SimKD", "SimKDConfig"]
 
 
 class SimKD(LossTerm):
-    """Mean squared error between the projected student map and the teacher map; no other loss.
+    """The student's projected map imitates the teacher's; no other loss.
+
+        loss = mean of (projector(student) - teacher)^2
 
     `Projector` brings the student's map to the teacher's width; where the maps differ in size, the
     larger one is average-pooled. What is evaluated, kept and returned is a
@@ -36,6 +37,13 @@ class SimKD(LossTerm):
 
     Both taps are the last map before pooling. A teacher tap `stageN:preact` is rectified first,
     which is what a wide ResNet pools (its `stage3` is a raw sum).
+
+    Source: Chen et al. 2022, arXiv:2203.14001, section 3; class SimKD of DefangChen/SimKD
+    models/util.py, and DefangChen/SimKD helper/loops.py.
+    Needs: the last map of both networks on x, and the teacher's classifier.
+    Weight: 1, the paper's.
+    Tests: tests/losses/test_simkd_run.py, test_map_losses.py, test_peer_losses.py, test_ranks.py;
+    oracle peer_losses.json (the authors' code).
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class ZooNetwork(nn.Module):
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define walk(x, after), see ZooNetwork")
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, num_classes]."""

@@ -152,7 +152,7 @@ def test_fp32_is_as_accurate_as_the_formula(monkeypatch: pytest.MonkeyPatch) -> 
 def test_negatives_are_other_classes_never_twice_and_all_equally_often() -> None:
     torch.manual_seed(1)
     term = CRD(dim=2, negatives=4)
-    bind_pair(term, torch.zeros(4, 3), torch.zeros(4, 3), num_samples=11)
+    bind_pair(term, torch.zeros(4, 3), torch.zeros(4, 3), num_samples=11, num_classes=5)
     labels_M = term.labels_M
     times_CM = torch.zeros(5, 11)
     draws = 4000
@@ -206,7 +206,8 @@ def test_of_a_repeated_sample_the_first_row_counts() -> None:
 
 def test_too_many_negatives_is_an_error_that_says_how_many_there_are() -> None:
     with pytest.raises(UserError, match=r"losses.crd.negatives=50, but .* set it to at most 16$"):
-        bind_pair(CRD(negatives=50), torch.zeros(4, 3), torch.zeros(4, 3), num_samples=20)
+        rows = torch.zeros(4, 3)
+        bind_pair(CRD(negatives=50), rows, rows, num_samples=20, num_classes=5)
     context = BindContext(20, 5, torch.arange(20) % 5, {n: (3,) for n in CRD().needs})
     CRD(negatives=16).bind(context)
 

@@ -42,7 +42,9 @@ def test_released_value_of_fitnet() -> None:
     assert term(inputs).parts["fitnet"].item() == pytest.approx(ORACLE["hint_mse"], rel=1e-6)
 
 
-def check(term: VID | FitNet, student: Tensor, got: Tensor, expected: Tensor) -> None:
+def check_value_and_gradients(
+    term: VID | FitNet, student: Tensor, got: Tensor, expected: Tensor
+) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
     leaves = [student, *term.parameters()]
     gradients = [torch.autograd.grad(0.3 * x, leaves) for x in (got, expected)]
@@ -73,7 +75,7 @@ def test_vid_is_the_gaussian_likelihood(sides: tuple[int, int]) -> None:
     nll = -likelihood.log_prob(pooled(teacher).permute(0, 2, 3, 1))
     # log_prob has the constant log(2 pi) / 2, which the loss leaves out.
     expected = nll.mean() - 0.5 * math.log(2 * math.pi)
-    check(term, student, term(inputs).parts["vid"], expected)
+    check_value_and_gradients(term, student, term(inputs).parts["vid"], expected)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_fitnet_connects_every_size(
     unit = (moved - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
     predicted = (unit * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
     assert predicted.shape == teacher.shape
-    check(term, student, got, ((predicted - teacher) ** 2).sum() / teacher.numel())
+    check_value_and_gradients(
+        term, student, got, ((predicted - teacher) ** 2).sum() / teacher.numel()
+    )
 
 
 def test_connectors_run_in_the_type_of_the_features_and_sum_in_fp32() -> None:

@@ -45,18 +45,19 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", JOINED)
 def test_two_ranks_are_one_process_on_the_joined_batch(found: dict[str, Any], name: str) -> None:
-    assert_equal(together([rank[name] for rank in found["two"]]), found["one"][name]["joined"])
+    assert_equal(together([rank[name] for rank in found["two"]]), found["one"][0][name]["joined"])
 
 
 @pytest.mark.parametrize("name", APART)
 def test_two_ranks_are_the_mean_over_ranks(found: dict[str, Any], name: str) -> None:
     assert_equal(
-        together([rank[name] for rank in found["two"]]), together(found["one"][name]["apart"])
+        together([rank[name] for rank in found["two"]]), together(found["one"][0][name]["apart"])
     )
 
 
 def test_the_two_readings_of_dist_differ(found: dict[str, Any]) -> None:
-    joined, apart = found["one"]["dist"]["joined"], together(found["one"]["dist"]["apart"])
+    dist = found["one"][0]["dist"]
+    joined, apart = dist["joined"], together(dist["apart"])
     # By far more than the tolerance above.
     assert abs(joined["loss"] - apart["loss"]) > 1e-6 * joined["loss"]
 

@@ -319,7 +319,7 @@ def test_the_report_reads_well():
     ]
 
 
-def train_and_export(model, side):
+def check_training_and_export(model, side):
     """20 steps on a fixed batch halve the loss; the exported graph gives the same logits."""
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, side, side), torch.arange(8) % 4
@@ -340,7 +340,7 @@ def train_and_export(model, side):
 
 
 def test_a_cheapened_foreign_network_trains_and_exports():
-    train_and_export(cheapen(create_model("timm:test_resnet", 4), "G(4)"), 64)
+    check_training_and_export(cheapen(create_model("timm:test_resnet", 4), "G(4)"), 64)
 
 
 SIDES = {"timm:inception_v3": 96}
@@ -349,10 +349,10 @@ SIDES = {"timm:inception_v3": 96}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [each for each in REPLACED if each.startswith("timm:")])
 def test_every_cheapened_network_trains_and_exports(name):
-    train_and_export(cheapen(create_model(name, 4), "G(4)"), SIDES.get(name, 64))
+    check_training_and_export(cheapen(create_model(name, 4), "G(4)"), SIDES.get(name, 64))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_network_cheapened_by_name_trains_and_exports(name):
-    train_and_export(cheapen(create_model(name, 4), "G(N)", where=REFUSED[name][1]), 64)
+    check_training_and_export(cheapen(create_model(name, 4), "G(N)", where=REFUSED[name][1]), 64)

@@ -2,6 +2,11 @@
 
 Backward pass, tracing as one graph, export, channels-last, bf16. By default one build of each form
 of a family; its other depths and widths, which repeat the same blocks, with `-m slow`.
+
+Inductor itself takes 10 to 40 s of two cores for a network. By default it compiles the five of
+`SMALLEST`, all others with `-m slow`. Convolutions are library calls to it; it writes code for what
+stands between them, and the five have every kind of that: batch norm before and after, added
+shortcuts and none, max pooling, splits, concatenations and channel shuffles.
 """
 
 import copy
@@ -31,14 +36,28 @@ OTHERS = {
     **{name: (name, {}) for name in list_models() if name not in FORMS},
     "plain18-full": ("plain18", {}),
 }
+SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet8-narrow": ("resnet8", {"width": 0.25}),
+    "plain18-narrow": ("plain18", {"width": 0.25}),
+    "wrn_10_1": ("wrn_10_1", {}),
+    "vgg8": ("vgg8", {}),
+    "shufflenetv2": ("shufflenetv2", {}),
+}
 slow = pytest.mark.slow
-networks = pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *(pytest.param(*build, id=form) for form, build in FORMS.items()),
-        *(pytest.param(*build, id=form, marks=slow) for form, build in OTHERS.items()),
-    ],
-)
+
+
+def builds(default: dict[str, Any], others: dict[str, Any]) -> pytest.MarkDecorator:
+    """Run a test on `default`, and with `-m slow` on those of `others` that are not among them."""
+    fast = [pytest.param(*build, id=form) for form, build in default.items()]
+    rest = [
+        pytest.param(*build, id=form, marks=slow)
+        for form, build in others.items()
+        if form not in default
+    ]
+    return pytest.mark.parametrize(("name", "options"), [*fast, *rest])
+
+
+networks = builds(FORMS, OTHERS)
 sides = pytest.mark.parametrize("side", [32, 64])
 
 
@@ -99,15 +118,20 @@ def assert_compiles(model: nn.Module, side: int, backend: str) -> None:
     # At 1x1 pixels a batch norm over two images would divide rounding errors by almost nothing.
     images = torch.randn(8, 3, side, side)
     twin = copy.deepcopy(model)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
     traced = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     torch.manual_seed(1)
     found = train_step(traced, model, images)
     torch.manual_seed(1)
     expected = train_step(twin, twin, images)
-    assert distance(found[0], expected[0]) < 1e-4
+    torch.manual_seed(1)
+    relaid = train_step(other, other, images.contiguous(memory_format=torch.channels_last))
     largest = max(range(1, len(found)), key=lambda index: expected[index].norm())
-    # A ReLU whose input is a rounding error away from 0 may take the other side.
-    assert distance(found[largest], expected[largest]) < 0.02
+    # A ReLU whose input is a rounding error away from 0 may take the other side. In a deep network
+    # many do: eager torch in the other memory layout says how much that changes.
+    for index, floor in ((0, 1e-4), (largest, 0.02)):
+        allowed = max(floor, 2 * distance(relaid[index], expected[index]))
+        assert distance(found[index], expected[index]) < allowed
     for key, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(key), buffer, rtol=1e-4, atol=1e-5)
 
@@ -127,8 +151,7 @@ def test_exports(name: str, options: dict[str, Any], side: int) -> None:
     torch.testing.assert_close(exported.module()(images), model(images))
 
 
-@networks
-@slow
+@builds(SMALLEST, FORMS | OTHERS)
 def test_a_training_step_compiles(name: str, options: dict[str, Any]) -> None:
     model = build(name, options)
     for module in model.modules():

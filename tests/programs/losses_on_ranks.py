@@ -16,7 +16,7 @@ from two_ranks import Plain, Poisoned, make
 
 from fastkd.data.batch import Batch
 from fastkd.data.resident import ResidentLoader
-from fastkd.distributed import World, open_world, same_on_all_ranks, wrap_ddp
+from fastkd.distributed import World, same_on_all_ranks, wrap_ddp
 from fastkd.losses import CC, CRD, PKT, RKD, SP, LossTerm
 from fastkd.trainer import Trainer
 
@@ -147,23 +147,6 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
 }
 
 
-def all_cases(target: Path) -> None:
-    """Every case in this process's world."""
-    with open_world("cpu", timeout_s=60) as world:
-        found = {name: case(world) for name, case in CASES.items()}
-        torch.save(found, f"{target}.{world.size}.{world.rank}")
-
-
-def main(target: Path) -> None:
-    """One process, then two ranks."""
-    log = target.with_suffix(".log")
-    codes = tiny.forked(lambda: all_cases(target), log=log)
-    codes += tiny.forked(*tiny.as_ranks(2, lambda: all_cases(target)), log=log)
-    if any(codes):
-        raise SystemExit(log.read_text())
-    names = {"one": [f"{target}.1.0"], "two": [f"{target}.2.0", f"{target}.2.1"]}
-    torch.save({k: [torch.load(name) for name in names[k]] for k in names}, target)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    target = Path(sys.argv[1]).absolute()
+    torch.save(tiny.in_both_worlds(target, CASES), target)

@@ -1,11 +1,12 @@
 """Losses on one process and on two ranks, looked at from inside: `rank_losses.py FILE`.
 
-Writes FILE, a torch.save of what every case left on every rank; tests/losses/test_ranks.py starts
-it and judges.
+Writes FILE, {"one": [..], "two": [.., ..]} of what every case left on every rank;
+tests/losses/test_ranks.py starts it and judges.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from two_ranks import make
 
-from fastkd.distributed import World, open_world, same_on_all_ranks
+from fastkd.distributed import World, same_on_all_ranks
 from fastkd.losses import (
     DIST,
     DKD,
@@ -92,38 +93,20 @@ def training(world: World) -> dict[str, Any]:
     }
 
 
-def one(target: Path) -> None:
-    """The whole batch, and the ranks' shares one by one."""
-    found = {
-        name: {
-            "joined": measure(name, slice(0, NUM)),
-            "apart": [measure(name, rows) for rows in ROWS],
-        }
-        for name in TERMS
-    }
-    torch.save(found, f"{target}.one")
+def shares(world: World, name: str) -> dict[str, Any]:
+    """This rank's share; in one process the whole batch, and the ranks' shares one by one."""
+    if world.size > 1:
+        return measure(name, ROWS[world.rank])
+    apart = [measure(name, rows) for rows in ROWS]
+    return {"joined": measure(name, slice(0, NUM)), "apart": apart}
 
 
-def of_two(target: Path) -> None:
-    """This rank's share, beside the other rank."""
-    with open_world("cpu", timeout_s=60) as world:
-        rows = ROWS[world.rank]
-        found: dict[str, Any] = {name: measure(name, rows) for name in TERMS}
-        found["dist compiled"] = measure("dist", rows, compiled=True)
-        found["training"] = training(world)
-        torch.save(found, f"{target}.{world.rank}")
-
-
-def main(target: Path) -> None:
-    """FILE holds {"one": .., "two": [.., ..]}."""
-    log = target.with_suffix(".log")
-    codes = tiny.forked(lambda: one(target), log=log)
-    codes += tiny.forked(*tiny.as_ranks(2, lambda: of_two(target)), log=log)
-    if any(codes):
-        raise SystemExit(log.read_text())
-    two = [torch.load(f"{target}.{rank}") for rank in range(2)]
-    torch.save({"one": torch.load(f"{target}.one"), "two": two}, target)
-
+CASES: dict[str, Callable[[World], dict[str, Any]]] = {
+    **{name: partial(shares, name=name) for name in TERMS},
+    "dist compiled": lambda world: measure("dist", ROWS[world.rank], compiled=True),
+    "training": training,
+}
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    target = Path(sys.argv[1]).absolute()
+    torch.save(tiny.in_both_worlds(target, CASES), target)

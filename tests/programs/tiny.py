@@ -28,6 +28,7 @@ import fastkd.report.plots
 import fastkd.run
 from fastkd.cli import main
 from fastkd.data.resident import ResidentLoader
+from fastkd.distributed import World, open_world
 from fastkd.models import create_model
 from fastkd.report.run_folder import RunFolder
 from fastkd.weights import describe, load_weights, save_weights
@@ -105,6 +106,30 @@ def as_ranks(num: int, job: Callable[[], int | None]) -> list[Callable[[], int |
         return run
 
     return [of_rank(rank) for rank in range(num)]
+
+
+def in_both_worlds(
+    target: Path, cases: Mapping[str, Callable[[World], Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What every case returns on one process, and on each of two ranks: {"one": [..], "two": ..}.
+
+    Files and a log are named after `target`; SystemExit with the log where a process failed.
+    """
+
+    def all_cases() -> None:
+        with open_world("cpu", timeout_s=60) as world:
+            found = {name: case(world) for name, case in cases.items()}
+            torch.save(found, f"{target}.{world.size}.{world.rank}")
+
+    log = target.with_suffix(".log")
+    codes = forked(all_cases, log=log) + forked(*as_ranks(2, all_cases), log=log)
+    if any(codes):
+        raise SystemExit(log.read_text())
+    worlds = {"one": 1, "two": 2}
+    return {
+        name: [torch.load(f"{target}.{size}.{rank}") for rank in range(size)]
+        for name, size in worlds.items()
+    }
 
 
 def die() -> None:

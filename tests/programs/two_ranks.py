@@ -20,7 +20,7 @@ from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
-from fastkd.distributed import World, open_world, same_on_all_ranks
+from fastkd.distributed import World, same_on_all_ranks
 from fastkd.ensemble import TeacherNet
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.losses.term import LossTerm
@@ -233,24 +233,7 @@ def too_many(folder: Path) -> dict[str, Any]:
     return {"codes": codes, "log": log.read_text(), "left": (folder / "runs").exists()}
 
 
-def all_cases(target: Path) -> None:
-    """Every case in this process's world."""
-    with open_world("cpu", timeout_s=60) as world:
-        found = {name: case(world) for name, case in CASES.items()}
-        torch.save(found, f"{target}.{world.size}.{world.rank}")
-
-
-def main(target: Path) -> None:
-    """One process, then two ranks; FILE holds {"one": [..], "two": [.., ..]}."""
-    log = target.with_suffix(".log")
-    codes = tiny.forked(lambda: all_cases(target), log=log)
-    codes += tiny.forked(*tiny.as_ranks(2, lambda: all_cases(target)), log=log)
-    if any(codes):
-        raise SystemExit(log.read_text())
-    names = {"one": [f"{target}.1.0"], "two": [f"{target}.2.0", f"{target}.2.1"]}
-    found: dict[str, Any] = {k: [torch.load(name) for name in names[k]] for k in names}
-    torch.save(found | {"too many": too_many(target.with_suffix(".many"))}, target)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    target = Path(sys.argv[1]).absolute()
+    found = tiny.in_both_worlds(target, CASES)
+    torch.save({**found, "too many": too_many(target.with_suffix(".many"))}, target)

@@ -1,0 +1,113 @@
+"""What is known of every loss of the registry: formula, source, needs, weight, tests, keys.
+
+All of it is read from the code: the term's docstring, which is written in one order (`FIELDS` come
+last), and its recipe keys. `fastkd losses NAME` and docs/make_losses.py print it.
+"""
+
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+from fastkd.losses.registry import config_class, term_names
+from fastkd.losses.term import LossTerm
+
+__all__ = ["FIELDS", "CatalogueEntry", "Key", "catalogue", "entry_of"]
+
+FIELDS = ("Source", "Needs", "Weight", "Tests")
+"""Last paragraph of a term's docstring, each at the beginning of a line, in this order."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A recipe key of a loss."""
+
+    name: str
+    default: str
+    """As a recipe spells it; empty where the recipe must say."""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """One loss."""
+
+    name: str
+    """In a recipe: losses.NAME."""
+    term: type[LossTerm]
+    summary: str
+    """First sentence of the docstring."""
+    formula: str
+    notes: tuple[str, ...]
+    """Paragraphs behind the formula, as they stand, some of them indented."""
+    source: str
+    needs: str
+    weight: str
+    tests: tuple[str, ...]
+    """Paths from the root of the repository: tests, then oracles."""
+    keys: tuple[Key, ...]
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """Every loss, by name."""
+    return [entry_of(name) for name in term_names()]
+
+
+def entry_of(name: str) -> CatalogueEntry:
+    """One loss; ValueError names the nearest name, or what its docstring lacks."""
+    config = config_class(name)
+    term = getattr(sys.modules[config.__module__], config.__name__.removesuffix("Config"))
+    text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
+    summary, formula, *notes = text.split("\n\n")
+    source, needs, weight, tests = (" ".join(field.split()) for field in fields)
+    if not formula.startswith("    "):
+        raise ValueError(f"the docstring of {term.__name__} has no indented formula behind its sum")
+    return CatalogueEntry(
+        name=name,
+        term=term,
+        summary=" ".join(summary.split()),
+        formula=inspect.cleandoc(formula),
+        notes=tuple(notes),
+        source=source,
+        needs=needs,
+        weight=weight,
+        tests=_paths(tests),
+        keys=tuple(
+            Key(
+                key, "" if field.is_required() else _spelled(field.default), field.description or ""
+            )
+            for key, field in config.model_fields.items()
+        ),
+    )
+
+
+def _split(doc: str, name: str) -> list[str]:
+    """The text before the fields, then the fields."""
+    parts = re.split("|".join(rf"(?:^|\n+){field}:\s" for field in FIELDS), doc)
+    if len(parts) != len(FIELDS) + 1:
+        raise ValueError(
+            f"the docstring of {name} must end with {', '.join(FIELDS)}, each with a colon"
+        )
+    return parts
+
+
+def _paths(tests: str) -> tuple[str, ...]:
+    """Of `tests/losses/test_a.py, test_b.py; oracle c.json (..)`; a bare name is in the folder
+    before it."""
+    found, folder = [], ""
+    for path in re.findall(r"[\w/]+\.(?:py|json)", tests):
+        before, slash, name = path.rpartition("/")
+        folder = before + slash if slash else folder
+        found.append(folder + name)
+    return tuple(found)
+
+
+def _spelled(value: object) -> str:
+    """A default as in a recipe file: {a: b}, [a, b], true, null, 4.0."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
