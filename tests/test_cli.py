@@ -287,6 +287,16 @@ def test_a_run_and_its_weights_are_evaluated(command, tmp_path):
     assert model.out.splitlines()[1:] == run.out.splitlines()[1:]
 
 
+def test_a_run_is_the_teacher_of_another(command, tmp_path):
+    assert command("train", *ALONE, "out=one").code == 0
+    best = json.loads((tmp_path / "one/summary.json").read_text())["accuracy_best"]
+    kept = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.weights=one"]
+    said = command("train", *TINY, *kept, "teacher.min_accuracy=0", "baseline.lrs=")
+    assert (said.code, said.err) == (0, "")
+    assert f"teacher resnet8: accuracy {best:.2%}" in said.out
+    assert not (tmp_path / "runs/teachers").exists()
+
+
 def test_weights_of_a_file_without_description_take_their_options_from_keys(command, tmp_path):
     import torch
 

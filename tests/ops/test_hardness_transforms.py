@@ -160,3 +160,28 @@ def test_a_cuda_graph_holds_both_launches() -> None:
     for i, criterion in enumerate(CRITERIA):
         want = hardness(*(x.cpu() for x in arguments), criterion=criterion)
         torch.testing.assert_close(held[4 * i].cpu(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [128, 4096])
+@pytest.mark.parametrize("criterion", ["kl", "margin"])
+def test_logits_to_indices_take_two_launches_and_nothing_else(monkeypatch, rows, criterion) -> None:
+    pytest.importorskip("triton")
+    from fastkd.kernels.hardness import gpu
+
+    launched, others = [], []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            others.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    student, teacher, labels = inputs(rows, 100)
+    with Recorder():
+        if criterion == "kl":
+            scores = gpu.hardness(student, teacher, None, "kl", 4.0)
+        else:
+            scores = gpu.hardness(student, None, labels, "margin", 4.0)
+        gpu.select_hardest(scores, rows // 2)
+    assert launched == [gpu.score_kernel, gpu.rank_kernel]
+    assert set(others) == {"new_empty"}
