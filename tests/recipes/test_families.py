@@ -1,0 +1,385 @@
+"""Every family of recipes in 30 real steps on CIFAR-10: parts, gradients, golden losses, compiled.
+
+A row of FAMILIES is a named recipe with smaller networks and batches of 16; everything else, its
+losses, weights, schedules, views and taps, is the recipe's own. The trainer is the one that
+`fastkd train` builds. The images are real ones where FASTKD_TEST_DATA has them; without, digits
+stand in and only the golden losses are skipped. After a change of numerics
+
+    FASTKD_TEST_DATA=DIR python tests/recipes/test_families.py [NAME ...]
+
+writes tests/golden/families.json anew, all of it or the named rows.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastkd.build
+import fastkd.teacher
+from fastkd.distributed import World
+from fastkd.models import create_model
+from fastkd.recipe.loading import load_recipe
+from fastkd.recipe.schema import Recipe, TeacherConfig
+from fastkd.recipes import all_recipes
+from fastkd.report.console import Console
+from fastkd.run import Session, _stage_builder, _untrained_teacher, open_recipe_data
+from fastkd.step import Prepared, StepOutput
+from fastkd.trainer import Trainer
+from fastkd.weights import describe, save_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "families.json"
+DATA = os.environ.get("FASTKD_TEST_DATA")
+STEPS, BATCH, GOLDEN_STEPS = 30, 16, 5
+TOLERANCE = 1e-4
+COMPILED_STEPS, COMPILED_TOLERANCE = 3, 1e-4
+
+# Small members of the recipes' own families, with the same stages.
+WRN = ("teacher.name=wrn_16_1", "student.name=wrn_10_1")
+RESNET = ("teacher.name=resnet14", "student.name=resnet8", "teacher.width=0.75")
+RESNET += ("student.width=0.5",)
+NARROW = ("teacher.width=0.125", "student.width=0.125")
+# Their stage1 keeps 64 channels: on 32x32 pixels it would cost more than all else here together.
+POOLED = ("teacher.stem=imagenet", "student.stem=imagenet")
+
+Row = tuple[str, tuple[str, ...]]
+Numbers = dict[str, float]
+
+
+def kdda(method: str, pair: str = "resnet32x4--resnet8x4") -> Row:
+    """A row of the data augmentation paper; table 5 has some methods for one pair only."""
+    return f"kdda/cifar100/{pair}/{method}", WRN if pair.startswith("wrn") else RESNET
+
+
+def moonshine(student: str, method: str = "at") -> Row:
+    """A row of Moonshine; the block is the recipe's."""
+    return f"moonshine/cifar10/wrn_40_2--{student}/{method}", WRN
+
+
+def resnets(method: str) -> Row:
+    """A row of the CRD benchmark and of what came after it."""
+    return f"cifar10/resnet32x4--resnet8x4/{method}", RESNET
+
+
+def alignkd(method: str) -> Row:
+    """A row of AlignKD."""
+    return f"alignkd/cifar10/resnet18--plain18/{method}", (*NARROW, *POOLED)
+
+
+FAMILIES: dict[str, Row] = {
+    "resnet8": ("cifar10/resnet8x4", ("student.name=resnet8", "student.width=0.5")),
+    "plain18": (
+        "alignkd/cifar10/plain18/scratch",
+        ("student.width=0.125", "student.stem=imagenet"),
+    ),
+    "at-S": moonshine("wrn_16_1"),
+    "at-S-2x2": moonshine("wrn_40_2-S-2x2"),
+    "at-G:4": moonshine("wrn_40_2-G:4"),
+    "at-G:N:8": moonshine("wrn_40_2-G:N:8"),
+    "at-G:N": moonshine("wrn_40_2-G:N"),
+    "at-B:2": moonshine("wrn_40_2-B:2"),
+    "at-BG:2:4": moonshine("wrn_40_2-BG:2:4"),
+    "at-BG:2:M:8": moonshine("wrn_40_2-BG:2:M:8"),
+    "at-BG:4:M": moonshine("wrn_40_2-BG:4:M"),
+    "at-torchvision": (
+        "kdda/imagenet/resnet34--resnet18/at",
+        ("teacher.name=torchvision:resnet18", "student.width=0.125", "augment.crop=pad"),
+    ),
+    "moonshine-kd": moonshine("wrn_40_2-G:4", "kd"),
+    "moonshine-kd:paper": moonshine("wrn_40_2-G:4", "kd:paper"),
+    "no-shortcuts-g": (
+        "demystification/cifar100/wrn_22_2-R-G8--NR-g8/kd",
+        WRN,
+    ),
+    "no-shortcuts-G": (
+        "demystification/cifar100/resnet18-R-G16--NR-g8/kd",
+        ("teacher.width=0.5", "student.width=0.125", *POOLED),
+    ),
+    "kd": kdda("kd"),
+    "tlmixup": kdda("tlmixup", "wrn_40_2--wrn_16_2"),
+    "tlcutmix": kdda("tlcutmix"),
+    "tlcutmix-pick": kdda("tlcutmix-pick"),
+    "tlcutmix-pick:released": kdda("tlcutmix-pick:released"),
+    "tlcutmix-pick-teacher_entropy": kdda("tlcutmix-pick-teacher_entropy", "wrn_40_2--wrn_16_2"),
+    "tlcutmix-pick-student_entropy": kdda("tlcutmix-pick-student_entropy", "wrn_40_2--wrn_16_2"),
+    "crd+tlcutmix-pick": kdda("crd+tlcutmix-pick"),
+    "at+tlcutmix": kdda("at+tlcutmix"),
+    "cc+tlcutmix": kdda("cc+tlcutmix"),
+    "sp+tlcutmix": kdda("sp+tlcutmix"),
+    "pkt+tlcutmix": kdda("pkt+tlcutmix"),
+    "vid+tlcutmix": kdda("vid+tlcutmix"),
+    "fitnet": resnets("fitnet"),
+    "rkd": resnets("rkd"),
+    "nst": resnets("nst"),
+    "crd": resnets("crd"),
+    "dkd": resnets("dkd"),
+    "dkd-ls": resnets("dkd-ls"),
+    "kd-ls": resnets("kd-ls"),
+    "dist": resnets("dist"),
+    "reviewkd": resnets("reviewkd"),
+    "simkd": resnets("simkd"),
+    "plain18-kd": alignkd("kd"),
+    "alignkd": alignkd("alignkd"),
+    "jointrd": alignkd("jointrd"),
+    "jointrd:released": alignkd("jointrd:released"),
+}
+ALL = ("device=cpu", "precision=fp32", f"batch_size={BATCH}", "data.drop_last=true")
+# What those that have it need for batches of 16 of 480 images.
+FEW = {"crd": ("losses.crd.negatives=64",), "pick": (f"augment.pick.images={BATCH}",)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What 30 steps of a family left."""
+
+    parts: dict[str, dict[str, float]]
+    """Per part of the loss, in the first step: its value, and the norm of the gradient that it,
+    with its weight, has on the student."""
+    steps: list[dict[str, float]]
+    """Per step the total, the parts, and what else the trainer reports."""
+    skipped: int
+
+
+class Workplace:
+    """The images, copied once, and the teachers, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs: dict[str, Run] = {}
+        self.session = Session(
+            World(0, 0, 1, torch.device("cpu"), None), Console(enabled=False), folder
+        )
+        if not DATA:
+            self.data: tuple[str, ...] = ("data.name=digits", "data.image_size=null")
+            return
+        # As many as 30 steps want: listing all 60,000 takes longer than a run.
+        for split, number in (("train", STEPS * BATCH // 10), ("test", 2)):
+            for source in sorted((Path(DATA) / "cifar10" / split).glob("*/")):
+                target = folder / "cifar10" / split / source.name
+                target.mkdir(parents=True)
+                for image in sorted(source.iterdir())[:number]:
+                    shutil.copyfile(image, target / image.name)
+        self.data = ("data.name=cifar10", "data.image_size=null", f"data.root={folder}")
+
+    def recipe(self, name: str, *words: str) -> Recipe:
+        """The recipe of a row, its schedule within one epoch, its teacher's weights made."""
+        entry, small = FAMILIES[name]
+        keys = all_recipes()[entry].keys
+        few = [word for key, more in FEW.items() if any(key in k for k in keys) for word in more]
+        words = (*small, *ALL, *few, *self.data, f"epoch_factor={1 / keys['epochs']}", *words)
+        recipe = load_recipe(entry, overrides=words)
+        if recipe.teacher:
+            weights = f"teacher.weights={self.teacher(recipe.teacher)}"
+            recipe = load_recipe(entry, overrides=(*words, weights))
+        return recipe
+
+    def teacher(self, config: TeacherConfig) -> Path:
+        """Weights of a network that answers like a trained one: batch norms that have seen the
+        images, and logits with a spread of 3 over them."""
+        words = [config.name, *(f"{key}-{value}" for key, value in config.options().items())]
+        path = self.folder / (re.sub(r"\W+", "-", "-".join(words)) + ".safetensors")
+        if path.exists():
+            return path
+        torch.manual_seed(7)
+        model = create_model(config.name, 10, **config.options())
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        plain = load_recipe(FAMILIES["resnet8"][0], overrides=[*ALL, *self.data])
+        images_NCHW = next(open_recipe_data(plain, self.session).train.epoch(0)).images_NCHW
+        with torch.no_grad():
+            logits_NC = model.train()(images_NCHW)
+            *_, head = (module for module in model.modules() if isinstance(module, nn.Linear))
+            scale = 3 / logits_NC.std(0).mean()
+            head.weight.mul_(scale)
+            head.bias.sub_(logits_NC.mean(0)).mul_(scale)
+        save_weights(path, model, describe(model))
+        return path
+
+    def trainer(self, name: str, *words: str) -> Trainer:
+        """What `fastkd train` would train."""
+        recipe = self.recipe(name, *words)
+        data = open_recipe_data(recipe, self.session)
+        teacher = _untrained_teacher(recipe, data)
+        trainer = _stage_builder(recipe, data, teacher, self.session)(None)
+        trainer.runner.train()
+        return trainer
+
+    def run(self, name: str) -> Run:
+        """30 steps, made once."""
+        if name not in self.runs:
+            trainer = self.trainer(name, "compile=off")
+            parts = measured(trainer)
+            steps = list(taken(trainer, trainer.prepare(0)))
+            self.runs[name] = Run(parts, steps, trainer.guard.counts()[1])
+        return self.runs[name]
+
+
+def taken(trainer: Trainer, batches: Iterable[Prepared], advance: int = 1) -> Iterator[Numbers]:
+    """What the trainer reports of every step that it takes; `advance` 0 stays at the first."""
+    for number, prepared in enumerate(batches):
+        before_M = trainer.totals_M.clone()
+        trainer.optimize(prepared, 0, number * advance)
+        sums = (trainer.totals_M - before_M).tolist()
+        found = dict(zip(trainer.metric_names, sums, strict=True))
+        images = found.pop("images")
+        del found["correct"]
+        yield {key: value / images for key, value in found.items()}
+
+
+def measured(trainer: Trainer) -> dict[str, Numbers]:
+    """Value and gradient of each part in the next step; a dict that is filled in that step."""
+    found: dict[str, Numbers] = {}
+    runner, step = trainer.runner, trainer.step
+    student = [p for p in step.student.parameters() if p.requires_grad]
+
+    def measuring(*arguments: Any) -> StepOutput:
+        trainer.runner = runner
+        state = {key: value.clone() for key, value in step.state_dict().items()}
+        weights = {term.name: term.weights for term in trainer.terms}
+        for part in step.part_names:
+            for term in trainer.terms:
+                own = weights[term.name]
+                term.weights = {key: w if key == part else 0.0 for key, w in own.items()}
+            with torch.random.fork_rng(devices=[]):
+                out = step(*arguments)
+            gradients = torch.autograd.grad(out.loss, student, allow_unused=True)
+            norms = [gradient.norm() for gradient in gradients if gradient is not None]
+            values = dict(zip(step.metric_names, out.metrics_M.tolist(), strict=True))
+            found[part] = {
+                "value": values[part] / values["images"],
+                "gradient": torch.stack(norms).norm().item(),
+            }
+            step.load_state_dict(state)
+        for term in trainer.terms:
+            term.weights = weights[term.name]
+        return runner(*arguments)
+
+    trainer.runner = measuring  # type: ignore[assignment]
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    with at_work(tmp_path_factory.mktemp("families")) as place:
+        yield place
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[Workplace]:
+    """On one thread, with a cache of its own."""
+    threads, cache = torch.get_num_threads(), os.environ.get("FASTKD_CACHE")
+    torch.set_num_threads(1)
+    os.environ["FASTKD_CACHE"] = str(folder / "cache")
+    try:
+        yield Workplace(folder)
+    finally:
+        torch.set_num_threads(threads)
+        if cache is None:
+            del os.environ["FASTKD_CACHE"]
+        else:
+            os.environ["FASTKD_CACHE"] = cache
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_part_is_positive_and_reaches_the_student(workplace: Workplace, name: str) -> None:
+    run = workplace.run(name)
+    assert len(run.steps) == STEPS
+    assert run.skipped == 0
+    for part, numbers in run.parts.items():
+        assert numbers["value"] > 0, part
+        assert numbers["gradient"] > 0, part
+        assert numbers["value"] == pytest.approx(run.steps[0][part], rel=1e-6)
+    for step in run.steps:
+        assert all(math.isfinite(value) for value in step.values())
+
+
+@pytest.mark.skipif(not DATA, reason="FASTKD_TEST_DATA is not set (folder with cifar10/ in it)")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
+    golden, found = json.loads(GOLDEN.read_text())[name], recorded(workplace.run(name))
+    assert found["parts"].keys() == golden["parts"].keys()
+    for part, numbers in golden["parts"].items():
+        assert found["parts"][part] == pytest.approx(numbers, rel=TOLERANCE)
+    for step, expected in zip(found["steps"], golden["steps"], strict=True):
+        assert step == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_fixed_batch_the_total_falls(workplace: Workplace, name: str) -> None:
+    trainer = workplace.trainer(name, "compile=off", "optim.lr=0.002")
+    batch = next(trainer.prepare(0))
+    losses = [step["loss"] for step in taken(trainer, [batch] * 10, advance=0)]
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+
+
+# Tracing a family takes four times as long as running it: each loss and view once in the default
+# set, all families with inductor in the slow one.
+COVER = (
+    *("at-BG:2:M:8", "no-shortcuts-g", "crd+tlcutmix-pick", "vid+tlcutmix", "fitnet", "rkd", "nst"),
+    *("dkd-ls", "dist", "reviewkd", "simkd", "alignkd", "jointrd", "jointrd:released"),
+)
+
+
+def compare_compiled(workplace: Workplace, name: str) -> None:
+    """The first steps of the compiled family against those of the plain one."""
+    trainer = workplace.trainer(name, "compile=on")
+    compiled = list(taken(trainer, islice(trainer.prepare(0), COMPILED_STEPS)))
+    assert trainer.plan.decisions["compile"] == "on"
+    plain = workplace.run(name).steps
+    for step, expected in zip(compiled, plain, strict=False):
+        assert step == pytest.approx(expected, rel=COMPILED_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", COVER)
+def test_the_compiler_traces_what_runs(
+    workplace: Workplace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def traced(unit: Any, *, enabled: bool, **_: Any) -> Any:
+        if not enabled:
+            return unit
+        return torch.compile(unit, backend="aot_eager", dynamic=False, fullgraph=True)
+
+    monkeypatch.setattr(fastkd.build, "compile_unit", traced)
+    monkeypatch.setattr(fastkd.teacher, "compile_unit", traced)
+    compare_compiled(workplace, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inductor_computes_what_runs(workplace: Workplace, name: str) -> None:
+    compare_compiled(workplace, name)
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """What is golden."""
+    return {"parts": run.parts, "steps": run.steps[:GOLDEN_STEPS]}
+
+
+def main(names: list[str]) -> None:
+    """Run the families and write what is golden."""
+    if not DATA:
+        raise SystemExit("set FASTKD_TEST_DATA to the folder that has cifar10/ in it")
+    golden = json.loads(GOLDEN.read_text()) if names else {}
+    with tempfile.TemporaryDirectory() as folder, at_work(Path(folder)) as place:
+        for name in names or FAMILIES:
+            golden[name] = recorded(place.run(name))
+    rows = {name: golden[name] for name in FAMILIES if name in golden}
+    GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
