@@ -320,10 +320,16 @@ def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_fixed_batch_the_total_falls(workplace: Workplace, name: str) -> None:
-    trainer = workplace.trainer(name, "compile=off", "optim.lr=0.002")
+    first = workplace.run(name)
+    # A rate at which the first step, along the gradient, takes about 2 % of the total away.
+    slope = sum(numbers["gradient"] for numbers in first.parts.values()) ** 2
+    lr = 0.02 * first.steps[0]["loss"] / slope
+    words = (f"optim.lr={lr:.3g}", "optim.schedule=constant", "optim.weight_decay=0")
+    trainer = workplace.trainer(name, "compile=off", *words)
     batch = next(trainer.prepare(0))
-    losses = [step["loss"] for step in taken(trainer, [batch] * 10, advance=0)]
-    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    losses = [step["loss"] for step in taken(trainer, [batch] * 12, advance=0)]
+    print("FIXED", name, lr, [round(x, 3) for x in losses])
+    assert losses[-1] < 0.95 * losses[0]
 
 
 # Tracing a family takes four times as long as running it: each loss and view once in the default
