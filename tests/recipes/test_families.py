@@ -47,9 +47,10 @@ from fastkd.weights import describe, save_weights
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.json"
 DATA = os.environ.get("FASTKD_TEST_DATA")
 STEPS, BATCH, GOLDEN_STEPS = 30, 16, 5
-# Largest change of any golden number: 2.6e-5 with ATEN_CPU_CAPABILITY=avx2 and
-# ONEDNN_MAX_CPU_ISA=AVX2 in place of AVX-512; all tests here run on one thread.
-TOLERANCE = 3e-4
+# Measured, largest change of any golden number: AVX2 in place of AVX-512 (ATEN_CPU_CAPABILITY,
+# ONEDNN_MAX_CPU_ISA) 2.6e-5; two threads in place of one 1e-4 of a loss, and 3e-2 of the norm of a
+# gradient where ReLUs stand at 0. All here runs on one thread.
+TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 0.1
 COMPILED_STEPS, COMPILED_TOLERANCE = 3, 1e-4
 
 Numbers = dict[str, float]
@@ -284,7 +285,9 @@ def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
     golden, found = json.loads(GOLDEN.read_text())[name], recorded(workplace, name)
     assert found["parts"].keys() == golden["parts"].keys()
     for part, numbers in golden["parts"].items():
-        assert found["parts"][part] == pytest.approx(numbers, rel=TOLERANCE)
+        value, gradient = (found["parts"][part][key] for key in ("value", "gradient"))
+        assert value == pytest.approx(numbers["value"], rel=TOLERANCE)
+        assert gradient == pytest.approx(numbers["gradient"], rel=GRADIENT_TOLERANCE)
     assert len(golden["steps"]) == GOLDEN_STEPS
     for step, expected in zip(found["steps"], golden["steps"], strict=True):
         assert step == pytest.approx(expected, rel=TOLERANCE)
