@@ -7,7 +7,8 @@ one.
 Steps count from 0, epochs from 1. All kinds return a factor of the base learning rate:
 
     constant     1
-    multistep    gamma ** (number of milestones below the epoch); `MultiStepLR` stepped per epoch
+    multistep    gamma ** (number of milestones passed); for whole epochs `MultiStepLR` stepped per
+                 epoch, a milestone within an epoch falls on its nearest step
     exponential  gamma ** (epoch - 1); `ExponentialLR` stepped per epoch
     cosine       (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
     onecycle     `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
@@ -90,7 +91,8 @@ class Schedule:
         warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         epoch = step // self.steps_per_epoch + 1
         if self.kind == "multistep":
-            return warmup * self.gamma ** sum(milestone < epoch for milestone in self.milestones)
+            passed = (round(m * self.steps_per_epoch) <= step for m in self.milestones)
+            return warmup * self.gamma ** sum(passed)
         if self.kind == "exponential":
             return warmup * self.gamma ** (epoch - 1)
         if self.kind == "cosine":

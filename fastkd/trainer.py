@@ -111,7 +111,7 @@ class Trainer:
         self.scaler = precision.scaler()
         self.terms = [term for term in step.terms if isinstance(term, LossTerm)]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.metric_names = (*step.metric_names, *(("pick_ratio",) if pick else ()))
+        self.metric_names = (*step.metric_names, *(("pick_ratio",) if pick is not None else ()))
         self.totals_M = torch.zeros(
             len(self.metric_names), dtype=torch.float64, device=world.device
         )
@@ -182,7 +182,7 @@ class Trainer:
         commits: list[Callable[[Tensor], None]] = []
         loss = torch.zeros((), device=self.world.device)
         ratio: list[Tensor] = []
-        if self.pick:
+        if self.pick is not None:  # compiled, it has no truth value
             # Here and not with the views: the student scores with its weights of this step.
             picked = self.pick(prepared.views["xprime"], prepared.teacher["xprime/teacher/logits"])
             prepared = prepared.chosen("xprime", picked.index_K)
@@ -285,7 +285,7 @@ class Trainer:
         }
         if "train_correct" in row:
             row["train_accuracy"] = row.pop("train_correct")
-        if self.pick:
+        if self.pick is not None:
             row["pick_ratio"] = row.pop("train_pick_ratio")
         last = progress.epoch + 1 == self.plan.epochs
         better = False

@@ -65,6 +65,24 @@ def test_multistep_drops_in_the_epoch_after_the_milestone():
     )
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 30])
+def test_shares_of_a_short_run_are_those_of_its_steps(epochs):
+    shares = (0.625, 0.75, 0.875)
+    schedule = Schedule(
+        kind="multistep", epochs=epochs, steps_per_epoch=40, milestones=[epochs * s for s in shares]
+    )
+    steps = 40 * epochs
+    drops = [s for s in range(1, steps) if schedule.lr_factor(s) != schedule.lr_factor(s - 1)]
+    assert drops == [steps * 5 // 8, steps * 6 // 8, steps * 7 // 8]
+    assert schedule.lr_factor(0) == 1
+
+
+def test_a_milestone_that_is_no_binary_fraction_falls_on_its_epoch():
+    # 0.7 * 10 is 7.000000000000001.
+    schedule = Schedule(kind="multistep", epochs=10, steps_per_epoch=3, milestones=(0.7 * 10,))
+    assert [schedule.lr_factor(step) for step in (20, 21)] == pytest.approx([1, 0.1])
+
+
 def test_cosine_equals_torch_stepped_every_step():
     schedule = Schedule(kind="cosine", epochs=4, steps_per_epoch=7)
     optimizer = sgd()

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "rank_losses.py"
-JOINED = ("kd_standardized", "soft_ce", "dkd", "dist", "stage_mse", "jointrd", "discriminator")
-APART = ("dist_apart", "reviewkd", "simkd", "jointrd_released")
+JOINED = (
+    *("ce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
+    *("stage_mse", "jointrd", "discriminator"),
+)
+APART = ("dist_apart", "fitnet", "reviewkd", "simkd", "jointrd_released")
 
 
 @pytest.fixture(scope="module")

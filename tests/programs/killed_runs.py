@@ -57,6 +57,14 @@ MEAL_V2 = (
     *("losses.kd=null", "losses.soft_ce.weight=1", "losses.discriminator.weight=1"),
     *("augment.xprime=none", "optim.weight_decay=0.01", "optim.decay_norms=false"),
 )
+# Two views, a pool that the student scores in every step, and banks.
+CRD_PICKED = (*CRD, "augment.pick.criterion=kl", "augment.pick.share=0.5")
+# The teacher's stages on the student's features, a schedule of its own.
+JOINTRD = (
+    *(*UNEVEN, "losses.kd=null", "augment.xprime=none", "losses.ce.weight=1"),
+    *("losses.jointrd.weight=1", "losses.jointrd.stages=stage1,stage2,stage3"),
+    *("losses.jointrd.eta_epochs=2",),
+)
 
 
 def before_step(number: int) -> None:
@@ -204,6 +212,8 @@ SCENARIOS: dict[str, Scenario] = {
     },
     "crd on two ranks, before step 5": Scenario(CRD, (partial(before_step, 5),), 2),
     "meal_v2 on two ranks, before step 5": Scenario(MEAL_V2, (partial(before_step, 5),), 2),
+    "crd, tlcutmix and pick on two ranks": Scenario(CRD_PICKED, (partial(before_step, 5),), 2),
+    "jointrd on two ranks": Scenario(JOINTRD, (partial(before_step, 6),), 2),
 }
 
 

@@ -17,10 +17,15 @@ from two_ranks import make
 
 from fastkd.distributed import World, same_on_all_ranks
 from fastkd.losses import (
+    AT,
     DIST,
     DKD,
     KD,
+    NST,
+    VID,
+    CrossEntropy,
     Discriminator,
+    FitNet,
     JointRD,
     LossTerm,
     ReviewKD,
@@ -34,6 +39,8 @@ from fastkd.testing import bind_term, call_term, sines
 
 STAGES = ("stage1", "stage2", "stage3")
 TERMS: dict[str, Callable[[], LossTerm]] = {
+    "ce": lambda: CrossEntropy(),
+    "kd": lambda: KD(ce_weight=0),
     "kd_standardized": lambda: KD(ce_weight=0, standardize=True, name="kd_standardized"),
     "soft_ce": lambda: SoftCE(),
     "dkd": lambda: DKD(),
@@ -42,6 +49,10 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "stage_mse": lambda: StageMSE({"stage1": "stage1"}),
     "jointrd": lambda: JointRD(STAGES),
     "discriminator": lambda: Discriminator(),
+    "at": lambda: AT({"stage1": "stage1", "stage3": "stage2"}),
+    "nst": lambda: NST({"stage1": "stage2"}),
+    "vid": lambda: VID({"stage2": "stage2"}),
+    "fitnet": lambda: FitNet({"stage2": "stage2"}),
     "reviewkd": lambda: ReviewKD(),
     "simkd": lambda: SimKD(),
     "jointrd_released": lambda: JointRD(STAGES, form="released", name="jointrd_released"),

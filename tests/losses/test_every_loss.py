@@ -1,0 +1,120 @@
+"""Every registered loss has numbers of its authors, a gradient in float64, and a test on two ranks.
+
+PROOFS says where. A loss without a row, and a row whose test is gone, fail here. Losses whose
+source prints or releases no number have what their paper's formula gives.
+"""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fastkd.losses.registry import term_names
+
+TESTS = Path(__file__).parents[1]
+
+
+class Proof(NamedTuple):
+    """Tests as file::function, with [case] where one function tests many losses."""
+
+    numbers: str
+    """Equal to the numbers of the oracle, or of its authors' code (make_peer_losses.py)."""
+    gradient: str
+    """Equal to autograd of the formula in float64."""
+    ranks: str
+    """Two ranks against one process: the joined batch, or the mean over the ranks."""
+
+
+LOGITS = "losses/test_peer_losses.py::test_specified_value"
+GRADIENT = "losses/test_logit_losses.py::test_loss_and_gradient_are_those_of_the_formula"
+JOINED = "losses/test_ranks.py::test_two_ranks_are_one_process_on_the_joined_batch"
+APART = "losses/test_ranks.py::test_two_ranks_are_the_mean_over_ranks"
+RELATIONS = (
+    "losses/test_relations.py::test_released_values",
+    "losses/test_relations.py::test_value_and_gradient_are_the_formulas",
+    "losses/test_losses_on_ranks.py::test_relations",
+)
+PEERS = "losses/test_peer_losses.py"
+MAPS = "losses/test_map_losses.py"
+PROOFS = {
+    "ce": Proof(
+        f"{LOGITS}[ce]", "ops/test_kd_loss.py::test_cross_entropy_is_torchs", f"{JOINED}[ce]"
+    ),
+    "kd": Proof(
+        f"{LOGITS}[kd_T4]",
+        "ops/test_kd_loss.py::test_error_against_float64_is_at_most_twice_eager",
+        f"{JOINED}[kd]",
+    ),
+    "soft_ce": Proof(f"{GRADIENT}[soft_ce]", f"{GRADIENT}[soft_ce]", f"{JOINED}[soft_ce]"),
+    "dkd": Proof(f"{LOGITS}[dkd_a1_b8_T4]", f"{GRADIENT}[dkd]", f"{JOINED}[dkd]"),
+    "dist": Proof(f"{PEERS}::test_specified_parts_of_dist", f"{GRADIENT}[dist]", f"{JOINED}[dist]"),
+    "at": Proof(
+        "ops/test_attention_map.py::test_published_values",
+        "ops/test_attention_map.py::test_error_against_float64_is_at_most_twice_eager",
+        f"{JOINED}[at]",
+    ),
+    **{
+        name: Proof(*(f"{test}[{name}]" for test in RELATIONS))
+        for name in ("sp", "pkt", "cc", "rkd")
+    },
+    "fitnet": Proof(
+        "losses/test_hints.py::test_released_value_of_fitnet",
+        "losses/test_hints.py::test_fitnet_connects_every_size",
+        f"{APART}[fitnet]",
+    ),
+    "vid": Proof(
+        "losses/test_hints.py::test_released_value_of_vid",
+        "losses/test_hints.py::test_vid_is_the_gaussian_likelihood",
+        f"{JOINED}[vid]",
+    ),
+    "nst": Proof(
+        "losses/test_nst.py::test_released_value",
+        "losses/test_nst.py::test_value_and_gradient_are_the_formula",
+        f"{JOINED}[nst]",
+    ),
+    "crd": Proof(
+        "losses/test_crd.py::test_released_values",
+        "losses/test_crd.py::test_value_and_gradient_are_the_formula",
+        "losses/test_losses_on_ranks.py"
+        "::test_crd_banks_and_normalizer_are_those_of_one_process[crd]",
+    ),
+    "reviewkd": Proof(
+        f"{PEERS}::test_reviewkd_equals_its_peer",
+        f"{PEERS}::test_reviewkd_equals_its_peer",
+        f"{APART}[reviewkd]",
+    ),
+    "simkd": Proof(
+        f"{PEERS}::test_simkd_equals_its_peer",
+        f"{PEERS}::test_simkd_equals_its_peer",
+        f"{APART}[simkd]",
+    ),
+    "stage_mse": Proof(
+        f"{MAPS}::test_stage_mse", f"{MAPS}::test_stage_mse", f"{JOINED}[stage_mse]"
+    ),
+    "jointrd": Proof(
+        f"{MAPS}::test_released_jointrd_has_the_factors_of_its_code",
+        f"{MAPS}::test_jointrd_joined_equals_junction_by_junction",
+        f"{JOINED}[jointrd]",
+    ),
+    "discriminator": Proof(
+        f"{PEERS}::test_discriminator_equals_its_peer",
+        f"{PEERS}::test_discriminator_equals_its_peer",
+        f"{JOINED}[discriminator]",
+    ),
+}
+
+
+def test_no_loss_without_its_proofs() -> None:
+    assert sorted(PROOFS) == term_names()
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_the_proofs_of_a_loss_exist(name: str) -> None:
+    for proof in PROOFS[name]:
+        file, _, test = proof.partition("::")
+        function, _, case = test.partition("[")
+        tree = ast.parse((TESTS / file).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not case or case.removesuffix("]") in words, proof
