@@ -67,11 +67,13 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
 def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe, int]]:
     """What is trained before the recipe's own student: its name, its recipe, how often."""
     stages = []
-    if recipe.teacher and recipe.teacher.trains:
-        lesson = recipe.as_teacher()
+    for key, one in recipe.teacher.members().items() if recipe.teacher else ():
+        if not one.trains:
+            continue
+        lesson = recipe.as_teacher(one)
         summary = teacher_folder(lesson, session) / "summary.json"
         if not on_main(session.world, summary.exists):
-            stages.append((f"teacher {recipe.teacher.name}", lesson, 1))
+            stages.append((f"{key} {one.name}", lesson, 1))
     if rates := recipe.baseline.lrs:
         alone = recipe.without_teacher(f"{recipe.name}/alone", rates[0])
         times = len(rates)

@@ -326,6 +326,10 @@ def test_members_are_trained_first_where_they_ask_for_it(
         *("teacher.ensemble.0.weights=null", "teacher.ensemble.0.train=true"),
         *("teacher.ensemble.0.epochs=2", "teacher.ensemble.0.width=0.5"),
     )
+    dry = command("train", "--dry-run", *TINY, *trained)
+    assert (dry.code, dry.err) == (0, "")
+    assert "teacher.ensemble.0 resnet8" in dry.out
+    assert "teacher wrn_16_2 " not in dry.out
     said = command("train", *TINY, *trained, "out=run")
     assert (said.code, said.err) == (0, "")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())["teacher"]
