@@ -73,7 +73,9 @@ def decide(
     """
     macs = 0.0
     if compile_mode == "auto":
-        macs += 3.0 * count(student, image_shape).macs * len(needed_taps(terms, "student"))
+        # Nothing goes back through a frozen backbone.
+        passes = 1.0 if hasattr(student, "trained_layers") else 3.0
+        macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
         macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views
     compiled = worth_compiling(

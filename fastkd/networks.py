@@ -16,13 +16,16 @@ from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.layout import memory_format
 from fastkd.models import count, create_model
+from fastkd.models.head import freeze_backbone
+from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
+from fastkd.teacher import Normalization
 from fastkd.weights import load_weights
 
-__all__ = ["load_net", "load_teacher", "prove_teacher", "size"]
+__all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 
 
 def load_teacher(config: TeacherConfig | None, data: DataPair) -> TeacherNet | None:
@@ -82,6 +85,8 @@ def load_net(
     own = config if isinstance(config, MemberConfig) else None
     class_map = own.class_map if own else None
     options = config.options()
+    # A teacher that was trained here has learned its head by now.
+    new_head = config.new_head and weights == config.weights
     if weights is not None and Path(weights).is_dir():
         weights = str(Path(weights) / "best.safetensors")
     classes = len(data.classes)
@@ -90,8 +95,15 @@ def load_net(
     # A pretrained teacher that was then trained here has weights of its own.
     pretrained = config.pretrained and weights is None
     model: Any = create_model(
-        config.name, classes, pretrained=pretrained, weights=weights, **options
+        config.name,
+        classes,
+        pretrained=pretrained,
+        weights=weights,
+        new_head=new_head,
+        **options,
     )
+    if config.frozen and own is None:
+        freeze_backbone(model, classifier_paths(model))
     if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
         raise UserError(
             f"{key}.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
@@ -108,10 +120,45 @@ def load_net(
     )
 
 
+def start_of(config: StudentConfig, net: TeacherNet, data: DataPair) -> list[str]:
+    """What the student starts from, in sentences: loaded, new, frozen, normalised how."""
+    source = config.weights or ("pretrained weights" if config.pretrained else None)
+    model: Any = net.model
+    said = []
+    if config.new_head or config.frozen:
+        head = classifier_paths(model)
+        names = ", ".join(f"{path} ({model.num_classes} classes)" for path in head)
+        inside = tuple(f"{path}." for path in head)
+        state = model.state_dict()
+        loaded = [key for key in state if not (config.new_head and key.startswith(inside))]
+        said.append(
+            f"student {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
+            f"{source or 'nowhere, all are random'}"
+            + (f"; new: {names}" if config.new_head else "")
+        )
+        if config.frozen:
+            said.append(
+                f"only {names} is trained; the rest, batch norm statistics included, stays as it is"
+            )
+    wanted = net.normalization
+    if source and wanted and not _close(wanted, (data.mean, data.std)):
+        mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
+        said.append(
+            f"note: {source} learned from images normalised by data.mean={mean} data.std={std}, "
+            f"which are not those of this run"
+        )
+    return said
+
+
 def size(model: Any, data: DataPair) -> dict[str, int]:
     """Parameters and multiply-accumulates at the size of the data's images."""
     found = count(model, (3, data.image_size, data.image_size))
     return {"params": found.params, "macs": found.macs}
+
+
+def _close(one: Normalization, other: Normalization) -> bool:
+    pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
+    return all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
 def _joined(nets: list[TeacherNet]) -> TeacherNet:

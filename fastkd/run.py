@@ -21,7 +21,7 @@ from fastkd.ensemble import TeacherNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
-from fastkd.networks import load_net, load_teacher, prove_teacher, size
+from fastkd.networks import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
@@ -134,7 +134,11 @@ def stage_builder(
         # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
         torch.compiler.reset()
         torch.manual_seed(recipe.seed)
-        student = load_net(recipe.student, data, recipe.student.weights).model
+        net = load_net(recipe.student, data, recipe.student.weights)
+        student = net.model
+        if folder and session.world.is_main:
+            for fact in start_of(recipe.student, net, data):
+                session.console.note(fact)
         terms = build_terms(recipe.losses)
         precision, compiled = decide(
             precision=recipe.precision,

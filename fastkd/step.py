@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastkd.data.batch import Batch
 from fastkd.distributed import split_evenly
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
+from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 
@@ -106,6 +107,12 @@ class DistillStep(nn.Module):
         # its batch norms would see them.
         counted = ("correct",) if "x" in self.views else ()
         self.metric_names = ("images", "loss", *self.part_names, *counted)
+
+    def train(self, mode: bool = True) -> "DistillStep":
+        """Training mode for all but the frozen part of the student."""
+        super().train(mode)
+        keep_frozen_still(self.student.model)
+        return self
 
     def _terms(self) -> Iterable[LossTerm]:
         return (term for term in self.terms if isinstance(term, LossTerm))

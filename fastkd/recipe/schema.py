@@ -235,6 +235,7 @@ class Recipe(Section):
             has_teacher=self.teacher is not None,
             xprime=self.augment.xprime,
             picks=self.augment.pick is not None,
+            frozen=self.student.frozen is not None,
         )
         return self
 
