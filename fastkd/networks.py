@@ -15,6 +15,7 @@ from fastkd.ensemble import TeacherNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.layout import memory_format
+from fastkd.metrics import HEADLINES, headline
 from fastkd.models import count, create_model
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
@@ -57,19 +58,22 @@ def prove_teacher(
             path, summary = train(recipe.as_teacher(config))
             weights, lesson = str(path / "best.safetensors"), {"training": summary}
         net = load_net(config, data, weights, key)
-        accuracy = _accuracy(net, recipe, data, world)
-        console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
-        _check_accuracy(key, config, accuracy, data)
+        found = _evaluated(net, recipe, data, world)
+        metric = headline(found)
+        console.note(f"teacher {config.name}: {HEADLINES[metric]} {found[metric]:.2%}")
+        _check_quality(key, config, found, data)
         nets.append(net)
-        facts.append({"name": config.name, "accuracy": accuracy, **size(net.model, data), **lesson})
+        own = {"name": config.name, metric: found[metric]}
+        facts.append(own | size(net.model, data) | lesson)
     together = _joined(nets)
     if len(nets) == 1:
         return together, facts[0]
-    accuracy = _accuracy(together, recipe, data, world)
-    console.note(f"the {len(nets)} teachers together: accuracy {accuracy:.2%}")
+    found = _evaluated(together, recipe, data, world)
+    metric = headline(found)
+    console.note(f"the {len(nets)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
     return together, {
         "name": " + ".join(one["name"] for one in facts),
-        "accuracy": accuracy,
+        metric: found[metric],
         **{each: sum(one[each] for one in facts) for each in ("params", "macs")},
         "members": facts,
     }
@@ -165,7 +169,7 @@ def _joined(nets: list[TeacherNet]) -> TeacherNet:
     return replace(nets[0], ensemble=tuple(nets[1:]))
 
 
-def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> float:
+def _evaluated(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> dict[str, float]:
     precision = resolve_precision(recipe.precision, world.device)
     if net.precision:
         precision = resolve_precision(net.precision, world.device)
@@ -181,17 +185,17 @@ def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> 
     )
     # Members of different types each take the images as they come and cast them for themselves.
     outer = Precision("fp32", world.device.type) if net.ensemble else precision
-    return evaluate(teacher.logits, data.val, outer, world)["accuracy"]
+    return evaluate(teacher.logits, data.val, outer, world, data.multilabel)
 
 
-def _check_accuracy(key: str, config: MemberConfig, accuracy: float, data: DataPair) -> None:
-    floor = config.min_accuracy
+def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
+    reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = 1 / len(data.classes)
+        chance = found.get("chance", 1 / len(data.classes))
         floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
-    if accuracy < floor:
+    if reached < floor:
         raise UserError(
-            f"the teacher {config.name} reaches {accuracy:.2%} on the validation images, at least "
+            f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "
             f"{floor:.2%} was expected. If its weights are right, its class order "
             f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
             f"epochs; {key}.min_accuracy=0 accepts it as it is"

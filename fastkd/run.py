@@ -21,6 +21,7 @@ from fastkd.ensemble import TeacherNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
+from fastkd.metrics import headline
 from fastkd.networks import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import Recipe
@@ -79,13 +80,12 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
             trainer = stage_builder(recipe, data, teacher, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
-            best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
+            last = f"{headline(alone[0])}_last" if alone else ""
+            best_alone = max(alone, key=lambda run: run[last], default=None)
             summary = _fit(trainer, recipe, data) | {
                 "teacher": teacher_summary,
                 "alone": best_alone,
-                "alone_tried": [
-                    {"lr": run["lr"], "accuracy_last": run["accuracy_last"]} for run in alone
-                ],
+                "alone_tried": [{"lr": run["lr"], last: run[last]} for run in alone],
             }
             if session.world.is_main:
                 finish_report(recipe, summary, folder, session.console)
@@ -184,6 +184,7 @@ def stage_builder(
             image_shape=_shape(data),
             num_classes=len(data.classes),
             train_labels_N=data.train.labels_N,
+            multilabel=data.multilabel,
             normalization=normalization,
             xprime=recipe.augment.xprime,
             pick=recipe.augment.pick,

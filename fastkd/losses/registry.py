@@ -18,6 +18,7 @@ __all__ = ["build_terms", "check_needs", "term_names", "typed_config"]
 
 # name -> (module, config class); the config's `build()` makes the term.
 _TERMS = {
+    "bce": ("fastkd.losses.multilabel", "BinaryCrossEntropyConfig"),
     "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
     "kd": ("fastkd.losses.logits", "KDConfig"),
     "at": ("fastkd.losses.features", "ATConfig"),

@@ -108,7 +108,7 @@ def run(step, images, teacher=None):
 
 @pytest.mark.parametrize("name", ["wrn_10_1", "timm:resnet18", "torchvision:mobilenet_v3_small"])
 def test_only_the_head_learns_and_the_rest_computes_as_in_evaluation(name):
-    """Batch norm takes and keeps its running statistics, dropout is off (MobileNet's: in its classifier)."""
+    """Batch norm keeps its statistics, dropout is off (MobileNet's is next to the classifier)."""
     options = {"dropout": 0.5} if name.startswith("wrn") else {}
     student, step = step_of(name, **options)
     for module in student.modules():
@@ -131,7 +131,7 @@ def test_only_the_head_learns_and_the_rest_computes_as_in_evaluation(name):
 
 def test_no_graph_is_built_through_the_frozen_part():
     """What autograd keeps for the backward pass is the input of the head and the head itself."""
-    student, step = step_of("resnet8")
+    _, step = step_of("resnet8")
     kept = []
 
     def pack(tensor):
