@@ -41,6 +41,7 @@ teacher.ensemble.0.min_accuracy teacher.ensemble.0.precision teacher.ensemble.0.
 optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.decay_norms
 optim.schedule optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm
 baseline.lrs
+losses.bce.weight
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
 losses.kd.standardize

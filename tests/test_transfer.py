@@ -64,7 +64,7 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("FASTKD_CACHE", str(folder / "cache"))
         code = main([
-            "train", "quickstart", *KEYS, "data.root=ten", "epochs=1", "student.name=resnet20",
+            "train", "quickstart", *KEYS, "data.root=ten", "optim.lr=0.02", "student.name=resnet20",
             "teacher.name=resnet8", "teacher.train=true", "teacher.epochs=1",
             "teacher.min_accuracy=0", "out=base",
         ])  # fmt: skip
@@ -192,6 +192,25 @@ def test_what_does_not_fit_is_said(place, train, words, sentence):
     said = train(*alone, "student.name=resnet20", *words)
     assert said.code == 2
     assert sentence in " ".join(said.err.split())
+
+
+def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch):
+    """The keys of the paper's row, on the five classes, with a smaller network."""
+    monkeypatch.chdir(place)
+    torch.manual_seed(1)
+    others = fastkd.create_model("torchvision:resnet18", 1000)
+    torch.save({"state_dict": nn.DataParallel(others).state_dict()}, place / "released.pth")
+    said = command(
+        "train", "transfer/cub200/resnet50-meal_v2/linear", "data.root=five", "out=named",
+        "student.name=timm:resnet18", "student.weights=released.pth", "data.image_size=32",
+        "data.train_limit=40", "batch_size=16", "epochs=1", "device=cpu", "compile=off",
+        "precision=fp32", "data.workers=0",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert "tensors from released.pth; new: fc (5 classes)" in said.out
+    last = torch.load(place / "named/last.pt", weights_only=True)["student"]
+    for key, value in others.state_dict().items():
+        assert torch.equal(last[key], value) or key.startswith("fc."), key
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
