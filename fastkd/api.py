@@ -39,7 +39,8 @@ class Result:
     """The trained student, last epoch (the averaged one with ema, with what a loss makes of its
     head), in evaluation mode."""
     metrics: dict[str, Any]
-    """accuracy_last, accuracy_best, best_epoch, images_per_s, ...; `history`: a row an epoch."""
+    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `history`: a row an
+    epoch."""
     run_dir: Path | None
     """Where last.pt and best.safetensors lie; None if nothing was written."""
 
@@ -75,7 +76,9 @@ def distill(
             mean of their probabilities (`fastkd.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
             epoch, a sampler's `set_epoch` is called. Sized (`len`).
-        val_loader: likewise; every sample once.
+        val_loader: likewise; every sample once. Labels are class ids [N], or [N, classes] of 0 and
+            1 (-1: unknown) for images with several: then give a loss such as `BinaryCrossEntropy`;
+            the metrics have mAP in place of accuracy.
         losses: LossTerms; a tap of your own network is a module path, as in
             `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
         optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
@@ -120,7 +123,8 @@ def distill(
         wants_ids = next((term.name for term in terms if term.uses_index), None)
         train = ForeignLoader(train_loader, world, seed, channels_last, wants_ids)
         val = ForeignLoader(val_loader, world, seed, channels_last)
-        image = val.first_image()
+        image, label = val.first()
+        train.multilabel = val.multilabel = multilabel = label.dim() == 2
         image_shape = (image.shape[1], image.shape[2], image.shape[3])
         resolved, compiled = decide(
             precision=precision,
@@ -159,7 +163,8 @@ def distill(
             loader=train,
             val_loader=val,
             image_shape=image_shape,
-            num_classes=_num_classes(student, image),
+            num_classes=_num_classes(student, image, label),
+            multilabel=multilabel,
             train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
             normalization=((0.0,) * 3, (1.0,) * 3),
             xprime=xprime,
@@ -205,13 +210,19 @@ def _digest(*facts: Any) -> str:
     return sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _num_classes(student: nn.Module, image: Tensor) -> int:
+def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
     training = student.training
     with torch.no_grad():
         logits = student.eval()(image)
     student.train(training)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError("the student must return logits [N, classes] as one tensor")
+    if label.dim() == 2 and label.shape[1] != logits.shape[1]:
+        raise UserError(
+            f"the labels are [N, {label.shape[1]}], one column per class, but the student gives "
+            f"{logits.shape[1]} logits: build it with num_classes={label.shape[1]}. Class ids, one "
+            f"per image, are labels [N]"
+        )
     return logits.shape[1]
 
 

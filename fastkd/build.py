@@ -73,7 +73,9 @@ def decide(
     """
     macs = 0.0
     if compile_mode == "auto":
-        macs += 3.0 * count(student, image_shape).macs * len(needed_taps(terms, "student"))
+        # Nothing goes back through a frozen backbone.
+        passes = 1.0 if hasattr(student, "trained_layers") else 3.0
+        macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
         macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views
     compiled = worth_compiling(
@@ -95,6 +97,7 @@ def build_trainer(
     image_shape: tuple[int, int, int],
     num_classes: int,
     train_labels_N: Tensor,
+    multilabel: bool = False,
     normalization: Normalization,
     xprime: str,
     pick: PickConfig | None = None,
@@ -135,6 +138,7 @@ def build_trainer(
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
     _check_classes(shapes, num_classes)
+    _check_labels(terms, multilabel)
     # One network has stages, a head and a last norm; several have no such thing in common.
     alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
     stages = alone.stages if alone and alone.has_stages else None
@@ -154,7 +158,7 @@ def build_trainer(
                 rank=world.rank,
             )
         )
-    step = DistillStep(student, terms, precision).to(device)
+    step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     compiled = compile_unit(
         step,
@@ -269,6 +273,23 @@ def _check_classes(shapes: Mapping[str, tuple[int, ...]], num_classes: int) -> N
             raise UserError(
                 f"the {net} gives logits of shape {shape} per image but the data has "
                 f"{num_classes} classes: {cure}"
+            )
+
+
+def _check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
+    """A multi-hot row would pass for probabilities of classes, and silently teach nonsense."""
+    kind = "multi" if multilabel else "class"
+    for term in terms:
+        if term.label_kind not in (None, kind):
+            cure = (
+                "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0"
+                if multilabel
+                else "use CrossEntropy (losses.ce), or give labels as floating 0 and 1"
+            )
+            wants = {"class": "one class id per image, [N]", "multi": "labels [N, classes]"}
+            raise UserError(
+                f"the loss {term.name} wants {wants[term.label_kind or kind]}, the data has "
+                f"{wants[kind]}: {cure}"
             )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "all_reduce_sum",
     "broadcast_object",
     "close_world",
+    "gather_rows",
     "init_world",
     "join_rows",
     "on_main",
@@ -194,6 +195,25 @@ def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
     if len(rows) != rows_of_ranks[rank]:
         raise ValueError(f"rank {rank} has {len(rows)} rows, expected {rows_of_ranks[rank]}")
     return _JoinRows.apply(rows, sum(rows_of_ranks[:rank]), sum(rows_of_ranks))
+
+
+def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:
+    """The rows of all ranks in the order of the ranks, on each of them; for evaluation.
+
+    rows: [n, ...] of any n, alike in the other dimensions and in type; None where this rank has
+    none. None comes back where no rank has any. Waits for the device; call it on all ranks.
+    """
+    if world.size == 1:
+        return rows
+    shapes: list[Any] = [None] * world.size
+    dist.all_gather_object(shapes, None if rows is None else (tuple(rows.shape), rows.dtype))
+    first = next((shape for shape in shapes if shape), None)
+    if first is None:
+        return None
+    (_, *inner), dtype = first
+    if rows is None:
+        rows = torch.zeros(0, *inner, dtype=dtype, device=world.device)
+    return join_rows(rows, [shape[0][0] if shape else 0 for shape in shapes])
 
 
 class _JoinRows(torch.autograd.Function):

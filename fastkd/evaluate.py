@@ -1,4 +1,7 @@
-"""Exact accuracy on the validation images: every sample once, over all ranks."""
+"""Exact metrics on the validation images: every sample once, over all ranks.
+
+Accuracy where an image has one class, mean average precision where it has several labels.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -7,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.data.batch import Batch
-from fastkd.distributed import World, all_reduce_sum
+from fastkd.data.batch import IGNORED, Batch
+from fastkd.distributed import World, all_reduce_sum, gather_rows
+from fastkd.errors import UserError
+from fastkd.losses.multilabel import known_bce
 from fastkd.precision import Precision
 
 __all__ = ["EvalLoader", "evaluate", "evaluating"]
@@ -38,32 +43,103 @@ class evaluating:
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor], loader: EvalLoader, precision: Precision, world: World
+    forward: Callable[[Tensor], Tensor],
+    loader: EvalLoader,
+    precision: Precision,
+    world: World,
+    multilabel: bool = False,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy (shares of 1), mean cross entropy, and the number of samples.
+    """Metrics over all samples of all ranks, alike on every rank; `fastkd.metrics` names the main.
 
     forward: images [N, 3, H, W] -> logits [N, C], in evaluation mode already.
+    multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].
+
+    One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy).
+    Several labels: `map`, the mean over classes of the area under the steps of precision over
+    recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
+    unknown labels; `loss` (mean binary cross entropy); `chance`, the mAP that scores which know
+    nothing are expected to have. Both: `samples`.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    answers = _answers(forward, loader, precision)
+    found = _ranked(answers, world) if multilabel else _counted(answers, world)
+    if not found["samples"]:
+        raise ValueError("there is no validation sample to evaluate on")
+    return found
+
+
+def _answers(
+    forward: Callable[[Tensor], Tensor], loader: EvalLoader, precision: Precision
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """fp32 logits [N, C] and labels of every batch."""
     with torch.no_grad():
         for batch in loader.epoch(0):
             with precision.autocast():
                 logits_NC = forward(batch.images_NCHW.to(precision.dtype))
-            logits_NC = logits_NC.float()
-            top = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
-            hits = top == batch.labels_N[:, None]
-            sums[0] += hits[:, 0].sum()
-            sums[1] += hits.any(1).sum()
-            sums[2] += F.cross_entropy(logits_NC, batch.labels_N, reduction="sum").double()
-            sums[3] += len(batch.labels_N)
+            yield logits_NC.float(), batch.labels_N
+
+
+def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for logits_NC, labels_N in answers:
+        top = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
+        hits = top == labels_N[:, None]
+        sums[0] += hits[:, 0].sum()
+        sums[1] += hits.any(1).sum()
+        sums[2] += F.cross_entropy(logits_NC, labels_N, reduction="sum").double()
+        sums[3] += len(labels_N)
     if world.size > 1:
         all_reduce_sum(sums)
     correct, correct5, loss, count = sums.tolist()
-    if not count:
-        raise ValueError("there is no validation sample to evaluate on")
+    whole = max(count, 1)
     return {
-        "accuracy": correct / count,
-        "top5": correct5 / count,
-        "loss": loss / count,
+        "accuracy": correct / whole,
+        "top5": correct5 / whole,
+        "loss": loss / whole,
         "samples": int(count),
     }
+
+
+def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
+    """The order of all samples decides, so all ranks get all scores."""
+    from torchmetrics.functional.classification import binary_average_precision
+
+    pairs = [torch.cat([logits, labels.to(logits.dtype)], 1) for logits, labels in answers]
+    own = torch.cat(pairs) if pairs else None
+    rows = gather_rows(own, world)
+    if rows is None:
+        return {"samples": 0}
+    logits_NC, targets_NC = rows.double().cpu().chunk(2, 1)
+    known_NC = targets_NC != IGNORED
+    if not bool((known_NC <= ((targets_NC == 0) | (targets_NC == 1))).all()):
+        raise UserError(
+            "mAP wants labels of 0, 1 and -1 (unknown), and the validation labels hold others, "
+            f"such as {targets_NC[(targets_NC != 0) & (targets_NC != 1)][0].item():g}"
+        )
+    positives_C = (targets_NC == 1).sum(0)
+    judged_C = positives_C > 0
+    if not judged_C.any():
+        raise UserError("mAP wants a positive label, and the validation images have none")
+    # Class by class: torchmetrics' multilabel form wants at least two.
+    average_precisions = [
+        binary_average_precision(_places(logits_N), targets_N.long(), ignore_index=int(IGNORED))
+        for logits_N, targets_N in zip(
+            logits_NC[:, judged_C].T, targets_NC[:, judged_C].T, strict=True
+        )
+    ]
+    loss, known = known_bce(logits_NC, targets_NC)
+    share_C = positives_C / known_NC.sum(0).clamp(min=1)
+    return {
+        "map": torch.stack(average_precisions).double().mean().item(),
+        "loss": (loss / known).item(),
+        "chance": share_C[judged_C].double().mean().item(),
+        "samples": len(targets_NC),
+    }
+
+
+def _places(logits_N: Tensor) -> Tensor:
+    """The place of each sample in the order of the scores, in 0..1; equal scores share one.
+
+    Only the order counts. torchmetrics takes the sigmoid of anything outside of 0..1, which in
+    fp32 is 1 for many a large logit: the order would be lost.
+    """
+    return torch.unique(logits_N, return_inverse=True)[1].double() / len(logits_N)

@@ -93,5 +93,5 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             fold_batch_norm=False,
         )
         size = count(model, (3, data.image_size, data.image_size))
-        found = evaluate(network.logits, data.val, precision, world)
+        found = evaluate(network.logits, data.val, precision, world, data.multilabel)
     return found | {"params": size.params, "macs": size.macs, "precision": precision.name}

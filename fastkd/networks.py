@@ -15,14 +15,18 @@ from fastkd.ensemble import TeacherNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.layout import memory_format
+from fastkd.metrics import HEADLINES, headline
 from fastkd.models import count, create_model
+from fastkd.models.head import freeze_backbone
+from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
+from fastkd.teacher import Normalization
 from fastkd.weights import load_weights
 
-__all__ = ["load_net", "load_teacher", "prove_teacher", "size"]
+__all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 
 
 def load_teacher(config: TeacherConfig | None, data: DataPair) -> TeacherNet | None:
@@ -54,19 +58,22 @@ def prove_teacher(
             path, summary = train(recipe.as_teacher(config))
             weights, lesson = str(path / "best.safetensors"), {"training": summary}
         net = load_net(config, data, weights, key)
-        accuracy = _accuracy(net, recipe, data, world)
-        console.note(f"teacher {config.name}: accuracy {accuracy:.2%}")
-        _check_accuracy(key, config, accuracy, data)
+        found = _evaluated(net, recipe, data, world)
+        metric = headline(found)
+        console.note(f"teacher {config.name}: {HEADLINES[metric]} {found[metric]:.2%}")
+        _check_quality(key, config, found, data)
         nets.append(net)
-        facts.append({"name": config.name, "accuracy": accuracy, **size(net.model, data), **lesson})
+        own = {"name": config.name, metric: found[metric]}
+        facts.append(own | size(net.model, data) | lesson)
     together = _joined(nets)
     if len(nets) == 1:
         return together, facts[0]
-    accuracy = _accuracy(together, recipe, data, world)
-    console.note(f"the {len(nets)} teachers together: accuracy {accuracy:.2%}")
+    found = _evaluated(together, recipe, data, world)
+    metric = headline(found)
+    console.note(f"the {len(nets)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
     return together, {
         "name": " + ".join(one["name"] for one in facts),
-        "accuracy": accuracy,
+        metric: found[metric],
         **{each: sum(one[each] for one in facts) for each in ("params", "macs")},
         "members": facts,
     }
@@ -82,6 +89,8 @@ def load_net(
     own = config if isinstance(config, MemberConfig) else None
     class_map = own.class_map if own else None
     options = config.options()
+    # A teacher that was trained here has learned its head by now.
+    new_head = config.new_head and weights == config.weights
     if weights is not None and Path(weights).is_dir():
         weights = str(Path(weights) / "best.safetensors")
     classes = len(data.classes)
@@ -90,8 +99,15 @@ def load_net(
     # A pretrained teacher that was then trained here has weights of its own.
     pretrained = config.pretrained and weights is None
     model: Any = create_model(
-        config.name, classes, pretrained=pretrained, weights=weights, **options
+        config.name,
+        classes,
+        pretrained=pretrained,
+        weights=weights,
+        new_head=new_head,
+        **options,
     )
+    if config.frozen and own is None:
+        freeze_backbone(model, classifier_paths(model))
     if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
         raise UserError(
             f"{key}.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
@@ -108,17 +124,52 @@ def load_net(
     )
 
 
+def start_of(config: StudentConfig, net: TeacherNet, data: DataPair) -> list[str]:
+    """What the student starts from, in sentences: loaded, new, frozen, normalised how."""
+    source = config.weights or ("pretrained weights" if config.pretrained else None)
+    model: Any = net.model
+    said = []
+    if config.new_head or config.frozen:
+        head = classifier_paths(model)
+        names = ", ".join(f"{path} ({model.num_classes} classes)" for path in head)
+        inside = tuple(f"{path}." for path in head)
+        state = model.state_dict()
+        loaded = [key for key in state if not (config.new_head and key.startswith(inside))]
+        said.append(
+            f"student {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
+            f"{source or 'nowhere, all are random'}"
+            + (f"; new: {names}" if config.new_head else "")
+        )
+        if config.frozen:
+            said.append(
+                f"only {names} is trained; the rest, batch norm statistics included, stays as it is"
+            )
+    wanted = net.normalization
+    if source and wanted and not _close(wanted, (data.mean, data.std)):
+        mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
+        said.append(
+            f"note: {source} learned from images normalised by data.mean={mean} data.std={std}, "
+            f"which are not those of this run"
+        )
+    return said
+
+
 def size(model: Any, data: DataPair) -> dict[str, int]:
     """Parameters and multiply-accumulates at the size of the data's images."""
     found = count(model, (3, data.image_size, data.image_size))
     return {"params": found.params, "macs": found.macs}
 
 
+def _close(one: Normalization, other: Normalization) -> bool:
+    pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
+    return all(abs(a - b) < 1e-3 for a, b in pairs)
+
+
 def _joined(nets: list[TeacherNet]) -> TeacherNet:
     return replace(nets[0], ensemble=tuple(nets[1:]))
 
 
-def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> float:
+def _evaluated(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> dict[str, float]:
     precision = resolve_precision(recipe.precision, world.device)
     if net.precision:
         precision = resolve_precision(net.precision, world.device)
@@ -134,17 +185,17 @@ def _accuracy(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> 
     )
     # Members of different types each take the images as they come and cast them for themselves.
     outer = Precision("fp32", world.device.type) if net.ensemble else precision
-    return evaluate(teacher.logits, data.val, outer, world)["accuracy"]
+    return evaluate(teacher.logits, data.val, outer, world, data.multilabel)
 
 
-def _check_accuracy(key: str, config: MemberConfig, accuracy: float, data: DataPair) -> None:
-    floor = config.min_accuracy
+def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
+    reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = 1 / len(data.classes)
+        chance = found.get("chance", 1 / len(data.classes))
         floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
-    if accuracy < floor:
+    if reached < floor:
         raise UserError(
-            f"the teacher {config.name} reaches {accuracy:.2%} on the validation images, at least "
+            f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "
             f"{floor:.2%} was expected. If its weights are right, its class order "
             f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
             f"epochs; {key}.min_accuracy=0 accepts it as it is"

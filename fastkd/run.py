@@ -21,7 +21,8 @@ from fastkd.ensemble import TeacherNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
-from fastkd.networks import load_net, load_teacher, prove_teacher, size
+from fastkd.metrics import headline
+from fastkd.networks import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
@@ -79,13 +80,12 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
             trainer = stage_builder(recipe, data, teacher, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
-            best_alone = max(alone, key=lambda run: run["accuracy_last"], default=None)
+            last = f"{headline(alone[0])}_last" if alone else ""
+            best_alone = max(alone, key=lambda run: run[last], default=None)
             summary = _fit(trainer, recipe, data) | {
                 "teacher": teacher_summary,
                 "alone": best_alone,
-                "alone_tried": [
-                    {"lr": run["lr"], "accuracy_last": run["accuracy_last"]} for run in alone
-                ],
+                "alone_tried": [{"lr": run["lr"], last: run[last]} for run in alone],
             }
             if session.world.is_main:
                 finish_report(recipe, summary, folder, session.console)
@@ -134,7 +134,11 @@ def stage_builder(
         # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
         torch.compiler.reset()
         torch.manual_seed(recipe.seed)
-        student = load_net(recipe.student, data, recipe.student.weights).model
+        net = load_net(recipe.student, data, recipe.student.weights)
+        student = net.model
+        if folder and session.world.is_main:
+            for fact in start_of(recipe.student, net, data):
+                session.console.note(fact)
         terms = build_terms(recipe.losses)
         precision, compiled = decide(
             precision=recipe.precision,
@@ -180,6 +184,7 @@ def stage_builder(
             image_shape=_shape(data),
             num_classes=len(data.classes),
             train_labels_N=data.train.labels_N,
+            multilabel=data.multilabel,
             normalization=normalization,
             xprime=recipe.augment.xprime,
             pick=recipe.augment.pick,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastkd.data.batch import Batch
 from fastkd.distributed import split_evenly
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
+from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
 
@@ -91,8 +92,16 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
 class DistillStep(nn.Module):
     """Student and terms as one module: its parameters are exactly those that are trained."""
 
-    def __init__(self, student: nn.Module, terms: Iterable[LossTerm], precision: Precision) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        terms: Iterable[LossTerm],
+        precision: Precision,
+        *,
+        multilabel: bool = False,
+    ) -> None:
         super().__init__()
+        self.multilabel = multilabel
         self.terms = nn.ModuleList(terms)
         check_names(self._terms())
         self.precision = precision
@@ -103,9 +112,16 @@ class DistillStep(nn.Module):
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.part_names = [part for term in self._terms() for part in term.weights]
         # A student that no loss shows the images themselves is not shown them for the count either:
-        # its batch norms would see them.
-        counted = ("correct",) if "x" in self.views else ()
+        # its batch norms would see them. mAP of several labels is no sum over batches.
+        self.counts = "x" in self.views and not multilabel
+        counted = ("correct",) if self.counts else ()
         self.metric_names = ("images", "loss", *self.part_names, *counted)
+
+    def train(self, mode: bool = True) -> "DistillStep":
+        """Training mode for all but the frozen part of the student."""
+        super().train(mode)
+        keep_frozen_still(self.student.model)
+        return self
 
     def _terms(self) -> Iterable[LossTerm]:
         return (term for term in self.terms if isinstance(term, LossTerm))
@@ -151,6 +167,6 @@ class DistillStep(nn.Module):
         means = [total, *(values[part] for part in self.part_names)]
         counts = torch.full((), float(images), device=labels_N.device)
         metrics = [counts, *(m.detach().float() * images for m in means)]
-        if answer_NC is not None:
+        if self.counts and answer_NC is not None:
             metrics.append((answer_NC.detach().argmax(1) == labels_N).sum().float())
         return StepOutput(total, torch.stack(metrics), carry)

@@ -28,6 +28,7 @@ from fastkd.guard import Guard
 from fastkd.interrupt import StopSignal
 from fastkd.losses.term import LossTerm
 from fastkd.losses.weight_schedules import scheduled_values
+from fastkd.metrics import headline, of_epoch
 from fastkd.optim import set_lr
 from fastkd.precision import Precision
 from fastkd.report.console import Console
@@ -65,12 +66,12 @@ class Plan:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Where a run stands, `best` in the headline metric; saved with every checkpoint."""
 
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
-    best_accuracy: float = -1.0
+    best: float = -1.0
     best_epoch: int = 0
     rows: int = 0
     """Metric rows written so far; later ones are cut at resume."""
@@ -290,13 +291,13 @@ class Trainer:
         last = progress.epoch + 1 == self.plan.epochs
         better = False
         if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:
-            kept = self.kept()
+            kept, multilabel = self.kept(), self.step.multilabel
             with evaluating(kept):
-                found = evaluate(kept, self.val_loader, self.precision, self.world)
-            row |= {f"val_{name}": found[name] for name in ("accuracy", "top5", "loss")}
-            better = found["accuracy"] > progress.best_accuracy
+                found = evaluate(kept, self.val_loader, self.precision, self.world, multilabel)
+            row |= of_epoch(found)
+            better = (value := found[headline(found)]) > progress.best
             if better:
-                progress.best_accuracy, progress.best_epoch = found["accuracy"], row["epoch"]
+                progress.best, progress.best_epoch = value, row["epoch"]
         self.history.append(row)
         if better:
             self._keep_best(row)
@@ -312,7 +313,7 @@ class Trainer:
     def _keep_best(self, row: dict[str, Any]) -> None:
         if not self.folder or not self.world.is_main:
             return
-        facts = {"epoch": str(row["epoch"]), "accuracy": f"{row['val_accuracy']:.6f}"}
+        facts = {"epoch": str(row["epoch"]), headline(row): f"{self.progress.best:.6f}"}
         save_weights(self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts)
 
     def kept(self) -> nn.Module:
@@ -323,14 +324,14 @@ class Trainer:
         return kept
 
     def summary(self) -> dict[str, Any]:
-        """Last and best accuracy and the rates of the run; the caller writes summary.json."""
-        rows = [row for row in self.history if "val_accuracy" in row]
+        """Last and best headline metric and the rates of the run; for summary.json."""
+        metric = headline(self.history[-1])
         rates = sorted(row["images_per_s"] for row in self.history)
         waits = sorted(row["data_wait"] for row in self.history)
         return {
             "epochs": self.plan.epochs,
-            "accuracy_last": rows[-1]["val_accuracy"],
-            "accuracy_best": self.progress.best_accuracy,
+            f"{metric}_last": self.history[-1][f"val_{metric}"],
+            f"{metric}_best": self.progress.best,
             "best_epoch": self.progress.best_epoch,
             "images_per_s": rates[len(rates) // 2],
             "data_wait": waits[len(waits) // 2],

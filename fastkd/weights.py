@@ -9,7 +9,7 @@ are kept.
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -82,6 +82,7 @@ def load_into(
     strict: bool = True,
     metadata: Mapping[str, str] | None = None,
     origin: str = "the state dict",
+    new: Sequence[str] = (),
 ) -> LoadReport:
     """Copy weights from a file or a state dict into a network, matching names and shapes.
 
@@ -103,6 +104,8 @@ def load_into(
     if not state.keys() & own.keys():
         state = _without_first_component(state)
     state = _renamed(model, state, own)
+    own = {key: value for key, value in own.items() if not _lies_in(key, new)}
+    state = {key: value for key, value in state.items() if not _lies_in(key, new)}
 
     common = [key for key in own if key in state]
     fitting = [key for key in common if state[key].shape == own[key].shape]
@@ -120,9 +123,15 @@ def load_into(
     )
     if (strict and not report.complete) or not fitting:
         hint = _hint(model, report, facts, state, own)
-        raise UserError(f"{origin} does not fit {_title(model)}: {_listing(report)}{hint}")
+        title = f"{_title(model)}, of which {', '.join(new)} is new" if new else _title(model)
+        listing = _listing(report) or "it has no tensor of this network"
+        raise UserError(f"{origin} does not fit {title}: {listing}{hint}")
     model.load_state_dict({names[key]: state[key] for key in fitting}, strict=False)
     return report
+
+
+def _lies_in(key: str, layers: Sequence[str]) -> bool:
+    return key.startswith(tuple(f"{layer}." for layer in layers))
 
 
 def describe(model: nn.Module) -> dict[str, str]:
@@ -354,7 +363,10 @@ def _hint(
     )
     if only_head:
         classes = len(state[wrong[0]])
-        return f". The class counts differ: build the network with num_classes={classes}"
+        return (
+            f". The class counts differ: build the network with num_classes={classes}, or leave "
+            "its classifier as initialised: new_head=True, in a recipe student.new_head=true"
+        )
     if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'
     if len(own.keys() & state.keys()) - len(wrong) < len(own) / 2:

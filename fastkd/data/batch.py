@@ -9,14 +9,18 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Batch", "Loader", "TrainLoader"]
+__all__ = ["IGNORED", "Batch", "Loader", "TrainLoader"]
+
+IGNORED = -1.0
+"""In labels [N, C]: not known, counts in no loss and no metric."""
 
 
 class Batch(NamedTuple):
     """One rank's part of one global batch, on the training device.
 
     images_NCHW  floating, normalised, channels-last in memory unless the loader was told otherwise
-    labels_N     int64 class ids
+    labels_N     int64 class ids; of images with several labels float32 [N, C]: 1 where a class is
+                 there, 0 where not, IGNORED where that is not known
     index_N      int64 stable sample ids: the position in the source's canonical order, the same in
                  every epoch and on every rank (memory banks and teacher caches are keyed by it)
     """

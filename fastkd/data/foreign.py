@@ -25,6 +25,7 @@ class ForeignLoader:
     """The user's loader; one for each rank, with this rank's share of the images.
 
     wants_ids: name of a loss that cannot do without sample ids.
+    Labels are class ids [N], or [N, C] where images have several (then float32: 1, 0, -1 unknown).
     """
 
     def __init__(
@@ -41,17 +42,19 @@ class ForeignLoader:
         self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
         dataset = getattr(items, "dataset", None)
         self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
+        self.multilabel: bool | None = None
+        """Which of the two is expected; None: either."""
         self._batch_size = 0
         # Sizes are compared on the host: through NCCL they would wait for the device.
         self._ranks: Any = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def first_image(self) -> Tensor:
-        """One image [1, C, H, W] on the device; UserError where the items are not (x, y)."""
+    def first(self) -> tuple[Tensor, Tensor]:
+        """One image [1, C, H, W] and its label, on the device; UserError where there is none."""
         item = next(iter(self.items), None)
         if item is None:
             raise UserError("a loader yields nothing: its first batch is missing")
-        images, _, _ = self._parts(item)
-        return images[:1]
+        images, labels, _ = self._parts(item)
+        return images[:1], labels[:1]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches on the device; those before `start_step` are drawn and thrown away."""
@@ -122,7 +125,15 @@ class ForeignLoader:
                 f"them, got {what}"
             )
         images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-        return images, labels.to(self.device, torch.int64), ids[0] if ids else None
+        multilabel = labels.dim() == 2
+        if self.multilabel not in (None, multilabel):
+            kinds = {True: "[N, classes], several per image", False: "[N], one class id per image"}
+            raise UserError(
+                f"this loader gives labels {kinds[multilabel]}, another one of this run gives "
+                f"{kinds[not multilabel]}: make them alike"
+            )
+        labels = labels.to(self.device, torch.float32 if multilabel else torch.int64)
+        return images, labels, ids[0] if ids else None
 
 
 def check_loader(name: str, loader: Iterable[LoaderItem], world: World) -> None:

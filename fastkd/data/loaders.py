@@ -45,6 +45,11 @@ class DataPair:
     name: str
     backend: str
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has several labels, [N, C], and not one class id."""
+        return self.train.labels_N.dim() == 2
+
 
 def open_data(
     *,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
     from fastkd.losses.logits import SoftCE as SoftCE
     from fastkd.losses.meal import Discriminator as Discriminator
+    from fastkd.losses.multilabel import BinaryCrossEntropy as BinaryCrossEntropy
     from fastkd.losses.nst import NST as NST
     from fastkd.losses.relations import CC as CC
     from fastkd.losses.relations import PKT as PKT
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AT": "features",
+    "BinaryCrossEntropy": "multilabel",
     "BindContext": "term",
     "CC": "relations",
     "CRD": "crd",
@@ -73,6 +75,7 @@ __all__ = [
     "RKD",
     "SP",
     "VID",
+    "BinaryCrossEntropy",
     "BindContext",
     "CrossEntropy",
     "Discriminator",

@@ -48,6 +48,7 @@ class CRD(PairTerm):
     # The labels, too, need no copy before and no broadcast in every step.
     banks = ("student_MD", "teacher_MD", "normalizer_2", "labels_M")
     uses_index = True
+    label_kind = "class"
     student_MD: Tensor
     teacher_MD: Tensor
     normalizer_2: Tensor

@@ -40,6 +40,8 @@ class DKD(LossTerm):
     logit_losses.json, peer_losses.json (the authors' code).
     """
 
+    label_kind = "class"
+
     def __init__(
         self,
         *,

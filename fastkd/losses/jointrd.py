@@ -67,6 +67,7 @@ class JointRD(LossTerm):
     peer_losses.json (the authors' code).
     """
 
+    label_kind = "class"
     margin_C11: Tensor
 
     def __init__(

@@ -53,6 +53,7 @@ class CrossEntropy(LossTerm):
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, name: str = "ce"):
         super().__init__(name, ("x/student/logits",), {name: weight})
+        self.label_kind = "class"
         self.label_smoothing = label_smoothing
 
     def forward(self, inputs: TermInputs) -> TermOutput:
@@ -105,6 +106,7 @@ class KD(LossTerm):
         self.views = views
         self.standardize = standardize
         self.ce_weight = ce_weight
+        self.label_kind = "class" if ce_weight else None
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Means over the rows of each view."""

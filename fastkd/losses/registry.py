@@ -18,6 +18,7 @@ __all__ = ["build_terms", "check_needs", "term_names", "typed_config"]
 
 # name -> (module, config class); the config's `build()` makes the term.
 _TERMS = {
+    "bce": ("fastkd.losses.multilabel", "BinaryCrossEntropyConfig"),
     "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
     "kd": ("fastkd.losses.logits", "KDConfig"),
     "at": ("fastkd.losses.features", "ATConfig"),
@@ -95,7 +96,12 @@ def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
 
 
 def check_needs(
-    losses: Mapping[str, Any], *, has_teacher: bool, xprime: str, picks: bool = False
+    losses: Mapping[str, Any],
+    *,
+    has_teacher: bool,
+    xprime: str,
+    picks: bool = False,
+    frozen: bool = False,
 ) -> None:
     """ValueError where a term lacks its net or view in the recipe, or a pick lacks a term."""
     needs = [text for term in build_terms(losses) for text in term.needs]
@@ -105,8 +111,15 @@ def check_needs(
             "augment.xprime=cutmix losses.kd.views=x,xprime"
         )
     for term in build_terms(losses):
-        for text in term.needs:
-            need = Need.parse(text)
+        parsed = [Need.parse(text) for text in term.needs]
+        taps = [need.tap for need in parsed if need.net == "student"]
+        if frozen and "logits" not in taps:
+            raise ValueError(
+                f"student.frozen=backbone leaves losses.{term.name} nothing to teach: it looks at "
+                f"{', '.join(taps)}, where only frozen layers come before. Take it away "
+                f"(losses.{term.name}=null), or train all (student.frozen=null)"
+            )
+        for need in parsed:
             if need.net == "teacher" and not has_teacher:
                 raise ValueError(f"losses.{term.name} needs a teacher: set teacher.name")
             if need.view not in ("x", "xprime"):

@@ -7,7 +7,7 @@ their weights. A term never sees the trainer, the recipe or another term.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class TermInputs(NamedTuple):
     tensors: Mapping[str, Tensor]
     """One tensor per need, keyed by its spelling. Teacher tensors carry no gradient."""
     labels_N: Tensor
-    """int64 class ids."""
+    """int64 class ids; of images with several labels float32 [N, C] (`fastkd.data.batch`)."""
     index_N: Tensor
     """int64 sample ids, stable over epochs, in 0..num_samples-1."""
     schedule: Mapping[str, Tensor]
@@ -128,6 +128,8 @@ class LossTerm(nn.Module):
     banks: tuple[str, ...] = ()
     """Names of the buffers that only `commit` writes, with what `join_rows` made alike on all
     ranks."""
+    label_kind: Literal["class", "multi"] | None = None
+    """Which labels the term reads: class ids [N], or [N, C]; None where it reads none."""
     uses_index: bool = False
     """True where the term keeps state per sample id, so that every batch must carry real ids."""
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 from torch import nn
 
 from fastkd.errors import UserError
+from fastkd.models.head import class_layers
 
 __all__ = ["HUBS", "Built", "Normalization", "knows", "list_timm", "list_torchvision"]
 
@@ -136,17 +137,9 @@ def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]
 
 def _take_heads(model: nn.Module, fresh: nn.Module) -> None:
     """Replace the layers whose parameter shapes depend on the class count by those of `fresh`."""
-    replacements = dict(fresh.named_modules())
-    for path, module in list(model.named_modules()):
-        other = replacements.get(path)
-        if other is None or _shapes(module) == _shapes(other):
-            continue
+    for path in class_layers(model, fresh):
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, other)
-
-
-def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+        setattr(model.get_submodule(parent), child, fresh.get_submodule(path))
 
 
 def _check_pinned(name: str) -> None:

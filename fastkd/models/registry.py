@@ -14,6 +14,7 @@ from os import PathLike
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastkd.errors import UserError
@@ -31,11 +32,12 @@ from fastkd.models import (
     wrn,
 )
 from fastkd.models.block_grammar import parse_block
+from fastkd.models.head import class_layers
 from fastkd.models.rewrite import cheapen
 from fastkd.models.rewrite_shortcuts import remove_shortcuts
 from fastkd.weights import load_into, load_weights
 
-__all__ = ["create_model", "list_models", "model_from_file", "model_options"]
+__all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]
 
 FAMILIES: tuple[ModuleType, ...] = (
     *(resnet, resnet18, resnet50, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2, erfnet),
@@ -49,6 +51,7 @@ def create_model(
     *,
     pretrained: bool = False,
     weights: str | PathLike[str] | None = None,
+    new_head: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build a network: images [N, 3, H, W] -> logits [N, num_classes].
@@ -58,6 +61,8 @@ def create_model(
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
     weights: a checkpoint that is loaded strictly (formats: `fastkd.weights.load_weights`).
+    new_head: take all but the classifier from `weights` or the pretrained network, whatever their
+        class count, and leave the classifier as it is initialised.
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
         network takes `block` (cheap blocks for its 3x3 convolutions) and `shortcuts` (False: none,
         "projection": only those): where a family does not know them, `fastkd.cheapen` and
@@ -73,8 +78,17 @@ def create_model(
         raise UserError(f"num_classes: expected a positive integer, got {num_classes!r}")
     if weights is not None and pretrained:
         raise UserError("pretrained=True and weights=FILE exclude each other; give one of them")
+    if new_head and weights is None and not pretrained:
+        raise UserError(
+            "new_head=True replaces the classifier of a trained network: give weights=FILE or "
+            "pretrained=True"
+        )
     state, metadata = (None, {}) if weights is None else load_weights(weights)
     facts = _read_facts(weights or "", metadata)
+    if new_head and pretrained:
+        donor = create_model(name, pretrained=True, **options)
+        state, pretrained = donor.state_dict(), False
+        facts = facts._replace(normalization=donor.normalization)
     if num_classes is None:
         num_classes = facts.num_classes
     if "block" in options:
@@ -97,8 +111,26 @@ def create_model(
     model = _rewritten(model, rewrites)
     _sign(model, name, options, classes, facts.normalization or normalization)
     if state is not None:
-        load_into(model, state, metadata=metadata, origin=str(weights))
+        new = classifier_paths(model) if new_head else ()
+        origin = str(weights or f"the pretrained {name}")
+        load_into(model, state, metadata=metadata, origin=origin, new=new)
     return model
+
+
+def classifier_paths(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers that hold the classes of a network of `create_model`, such as `fc`.
+
+    Found by building it once more for one class more. Raises UserError for other networks.
+    """
+    built: Any = model
+    if not hasattr(model, "fastkd_name"):
+        raise UserError(
+            f"{type(model).__name__} was not built by create_model, so its classifier is not known"
+        )
+    # The numbers that the caller draws next stay those that they were.
+    with torch.random.fork_rng(devices=[]):
+        other = create_model(built.fastkd_name, built.num_classes + 1, **built.fastkd_options)
+    return class_layers(model, other)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -39,6 +39,19 @@ class StudentConfig(Section):
     """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
     pretrained: bool = False
     """Download the published weights of a timm or torchvision network."""
+    new_head: bool = False
+    """Take all but the classifier from these weights; the classifier is as initialised."""
+    frozen: Literal["backbone"] | None = None
+    """backbone: train only the classifier; all else computes as in evaluation, batch norms too."""
+
+    @model_validator(mode="after")
+    def _has_a_body(self) -> "StudentConfig":
+        if self.new_head and not (self.weights or self.pretrained):
+            raise ValueError(
+                "new_head=true replaces the classifier of a trained network: set weights=FILE or a "
+                "run folder, or (timm and torchvision) pretrained=true beside it"
+            )
+        return self
 
     @field_validator("block", mode="before")
     @classmethod
@@ -128,6 +141,12 @@ def _check_member(key: str, one: MemberConfig) -> None:
         raise ValueError(
             f"the teacher {one.name} has no weights: set {key}.weights=FILE or a run "
             f"folder, {key}.train=true, or (timm and torchvision) {key}.pretrained=true"
+        )
+    if not one.trains and (one.new_head or one.frozen):
+        given = "new_head" if one.new_head else "frozen"
+        raise ValueError(
+            f"{key}.{given} is for a teacher that is trained here ({key}.train=true); finished "
+            f"weights are imitated as they are: leave it away"
         )
     # What it learned from is what it sees.
     own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}

@@ -235,6 +235,7 @@ class Recipe(Section):
             has_teacher=self.teacher is not None,
             xprime=self.augment.xprime,
             picks=self.augment.pick is not None,
+            frozen=self.student.frozen is not None,
         )
         return self
 
@@ -307,7 +308,7 @@ class Recipe(Section):
             description=f"a part of {self.name}: labels alone",
             out=None,
             teacher=None,
-            losses={"ce": {"weight": 1.0}},
+            losses={"bce" if "bce" in self.losses else "ce": {"weight": 1.0}},
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),

@@ -4,8 +4,10 @@
 A pretrained student imitates the mean probability of two pretrained teachers by soft cross entropy;
 a discriminator keeps it distinguishable from them. No labels, no weight decay. `:released` is the
 code where it contradicts the text. Weights are pinned by timm's tags, as timm's bare names have
-come to mean other weights since. `transfer/` are the rows of table 6; table 7 is detection, which
-fastkd does not train. Rows quoted from other papers are left out.
+come to mean other weights since. `transfer/` are the rows of table 6: a new head on the backbone
+(`student.new_head`), which is tuned with it or stays as it is (`student.frozen`). Table 7 is
+detection, which fastkd does not train; torchvision's RetinaNet takes a run's backbone
+(tests/test_transfer.py). Rows quoted from other papers are left out.
 """
 
 from typing import Any
@@ -82,6 +84,7 @@ TRANSFER_SETTING: dict[str, Any] = {
     "data.image_size": 224,
     "data.mean": SETTING["data.mean"],
     "data.std": SETTING["data.std"],
+    "data.drop_last": False,
     "augment.crop": "resized",
     "optim.momentum": 0.9,
     "optim.weight_decay": 1e-4,
@@ -90,12 +93,21 @@ TRANSFER_SETTING: dict[str, Any] = {
 TRANSFER_SOURCES = {
     "data.mean": "that of the backbone",
     "data.std": "that of the backbone",
+    "data.drop_last": "the released code, in distillation",
     "optim.schedule": "how the rate falls is not said",
     "student.name": "which weights are the base is not said: timm's, where MEAL V2 starts",
     "student.weights": "the file of the authors' release",
 }
 WEIGHTS = "MEALV2_ResNet50_224.pth"
-CIFAR10 = "data.root is CIFAR-10 as image files; the paper enlarges them without saying how."
+FOLDERS = {
+    "cifar10": "data.root is CIFAR-10 as image files; the paper enlarges them without saying how.",
+    "cub200": "data.root is CUB-200-2011 as folders: train/ (5,994 images) and test/ (5,794), one "
+    "folder a class.",
+    "birdsnap": "data.root is Birdsnap as folders: train/ (47,386 images) and test/ (2,443), one "
+    "folder a class.",
+    "voc2007": "The paper does not say of which kind its mAP is; here the area, not the 11 points.",
+}
+FROZEN = " The frozen batch norms use and keep the statistics of the weights; the paper is silent."
 
 
 def recipes() -> dict[str, Entry]:
@@ -183,6 +195,6 @@ def _transfer(cell: Published) -> Entry:
         description=f"resnet50 ({backbone or 'random'} weights) on {dataset}, {how.lower()}",
         keys=keys,
         sources=TRANSFER_SOURCES,
-        note=CIFAR10 if dataset == "cifar10" else "",
+        note=FOLDERS[dataset] + (FROZEN if frozen else ""),
         mode="paper",
     )

@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Column, Table
 
+from fastkd.metrics import HEADLINES, headline
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -111,7 +113,7 @@ class Console:
         """An epoch's metrics as one plain line; on a terminal only those of the last epoch.
 
         Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
-        `val_accuracy`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
+        `val_accuracy` or `val_map`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
         """
         if not self._enabled:
             return
@@ -124,7 +126,7 @@ class Console:
         words = [self._stage, f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
         for key, label, style in (
             ("train_loss", "loss", ".4f"),
-            ("val_accuracy", "accuracy", ".2%"),
+            *((f"val_{name}", printed, ".2%") for name, printed in HEADLINES.items()),
             ("images_per_s", "images/s", ",.0f"),
             ("data_wait", "data wait", ".0%"),
         ):
@@ -154,19 +156,21 @@ class Console:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs side by side: accuracy, size, cost and speed.
+    """Runs side by side: accuracy (or mAP), size, cost and speed.
 
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
     evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
-    what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns.
+    what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` stands in for
+    `accuracy` where a row has it.
     """
+    metric = next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
 
     def number(header: str) -> Column:
         return Column(header, justify="right", vertical="top", no_wrap=True)
 
     table = Table(
         Column("\nrun", overflow="fold", min_width=17),
-        number("accuracy\nlast"),
+        number(f"{HEADLINES[metric]}\nlast"),
         number("\nbest"),
         number("\nparams"),
         number("\nMACs"),
@@ -179,12 +183,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         header_style="bold",
     )
     for row in rows:
-        last = row.get("accuracy_last", row.get("accuracy"))
+        last = row.get(f"{metric}_last", row.get(metric))
         speed = row.get("images_per_s")
         table.add_row(
             str(row.get("run", "")),
             _percent(last),
-            _percent(row.get("accuracy_best")),
+            _percent(row.get(f"{metric}_best")),
             _quantity(row.get("params")),
             _quantity(row.get("macs")),
             "" if speed is None else f"{speed:,.0f}",

@@ -16,6 +16,8 @@ from fastkd.recipes.published import Published
 
 __all__ = ["PaperRow", "paper_row"]
 
+# Metric of a paper -> ours; an error is what is left of an accuracy.
+_OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
 # Where the data lies, how fast it goes, what is looked at; and the seed, which the papers vary.
 _NO_MATTER = (
     *("description", "out", "seed", "save_steps", "eval_epochs", "tensorboard", "max_skips"),
@@ -40,11 +42,11 @@ class PaperRow:
 def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
     """The paper's number for a finished run; None where no paper prints one.
 
-    summary: `accuracy_last` and `accuracy_best`, shares of 1.
+    summary: `accuracy_last` and `accuracy_best` (or `map_..`), shares of 1.
     """
     entry = all_recipes().get(recipe.name)
     cells = entry.published if entry is not None else ()
-    cell = next((cell for cell in cells if cell.metric in ("top1", "top1_error")), None)
+    cell = next((cell for cell in cells if cell.metric in _OURS), None)
     # A file may run under the name of a recipe that cannot be built.
     if entry is None or cell is None or missing(entry):
         return None
@@ -60,7 +62,7 @@ def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
         text = f"not comparable with the paper's {cell} ({cell.place}): {changed}"
         return PaperRow(None, text, facts)
     which = cell.epoch or "last"
-    ours = 100 * summary[f"accuracy_{which}"]
+    ours = 100 * summary[f"{_OURS[cell.metric]}_{which}"]
     if cell.metric == "top1_error":
         ours = 100 - ours
     said = "" if cell.epoch else "; which one the paper took is not said"
@@ -83,7 +85,7 @@ def _row(cell: Published, which: str) -> dict[str, Any]:
     share = (100 - cell.value if error else cell.value) / 100
     return {
         "run": f"paper, {cell.place}",
-        f"accuracy_{which}": share,
+        f"{_OURS[cell.metric]}_{which}": share,
         "note": ", ".join(notes),
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.atomic import atomic_path
+from fastkd.metrics import HEADLINES, headline
 
 __all__ = ["plot_curves"]
 
@@ -19,10 +20,10 @@ _STYLES = ("-", "--", "-.", ":")
 
 
 def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Validation accuracy and training loss per epoch, one line per run.
+    """Validation accuracy (or mAP) and training loss per epoch, one line per run.
 
-    `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` (a share of 1) and
-    `train_loss` are used, rows that lack one of them are left out of that panel.
+    `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` or `val_map` (shares of 1)
+    and `train_loss` are used, rows that lack one of them are left out of that panel.
 
     Raises:
         RunFailed: the disk is full.
@@ -32,6 +33,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    metric = next((headline(rows[-1]) for rows in runs.values() if rows), "accuracy")
     with rc_context({"font.size": 10, "axes.titlesize": 11, "figure.dpi": 100}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -42,7 +44,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
                 "linestyle": _STYLES[index % len(_STYLES)],
                 "linewidth": 1.8,
             }
-            for axes, key in ((accuracy, "val_accuracy"), (loss, "train_loss")):
+            for axes, key in ((accuracy, f"val_{metric}"), (loss, "train_loss")):
                 points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
                 if not points:
                     continue
@@ -50,7 +52,8 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
                 final = f"{values[-1]:.1%}" if axes is accuracy else f"{values[-1]:.3g}"
                 marker = "o" if len(points) == 1 else None
                 axes.plot(epochs, values, label=f"{name}  {final}", marker=marker, **look)
-        accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="accuracy")
+        printed = HEADLINES[metric]
+        accuracy.set(title=f"Validation {printed}", xlabel="epoch", ylabel=printed)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
         loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
         for axes, corner in ((accuracy, "lower right"), (loss, "upper right")):

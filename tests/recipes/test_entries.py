@@ -309,3 +309,18 @@ def test_a_run_that_no_paper_prints_has_no_row():
     assert paper_row(load_recipe("quickstart"), SUMMARY) is None
     assert paper_row(load_recipe(ROW, overrides=["name=mine"]), SUMMARY) is None
     assert isinstance(load_recipe(ROW), Recipe)
+
+
+def test_transfer_lacks_only_the_reader_of_voc():
+    rows = {name: entry for name, entry in all_recipes().items() if name.startswith("transfer/")}
+    assert len(rows) == 20
+    for name, entry in rows.items():
+        data = name.split("/")[1]
+        assert missing(entry) == (("data.name=voc2007",) if data == "voc2007" else ())
+        losses = {key.split(".")[1] for key in entry.keys if key.startswith("losses.")}
+        assert losses == ({"bce"} if data == "voc2007" else {"ce"})
+        if data != "voc2007":
+            recipe = entry.build()
+            assert recipe.student.frozen == ("backbone" if name.endswith("/linear") else None)
+            assert recipe.student.new_head == ("-meal_v2/" in name)
+            assert recipe.optim.lr == (0.1 if name.endswith("/linear") else 0.01)

@@ -1,0 +1,60 @@
+"""Losses for images with several labels: one sigmoid per class.
+
+Targets are [N, C] in 0..1, `fastkd.data.batch.IGNORED` where a label is not known (VOC's
+"difficult" objects). Tests: tests/losses/test_multilabel.py, tests/test_multilabel.py.
+"""
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.data.batch import IGNORED
+from fastkd.losses.registry import TermConfig
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
+
+__all__ = ["BinaryCrossEntropy", "BinaryCrossEntropyConfig", "known_bce"]
+
+
+def known_bce(logits_NC: Tensor, targets_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the binary cross entropies in nats over all known labels, and their number.
+
+    Both 0-dim, in the type of the logits; an unknown label gives neither loss nor gradient.
+    """
+    known_NC = targets_NC != IGNORED
+    loss_NC = F.binary_cross_entropy_with_logits(
+        logits_NC, targets_NC.clamp(min=0).to(logits_NC.dtype), reduction="none"
+    )
+    return torch.where(known_NC, loss_NC, 0.0).sum(), known_NC.sum().to(logits_NC.dtype)
+
+
+class BinaryCrossEntropy(LossTerm):
+    """Mean over all known labels of the batch of -[y log s(z) + (1 - y) log(1 - s(z))].
+
+    s is the sigmoid, z the student's logits on x. The mean is that of `nn.BCEWithLogitsLoss`, over
+    images and classes; unknown labels (-1) count neither in the sum nor in the divisor, which under
+    several processes is that of each rank's own rows, as is usual for an ignored label. MEAL V2
+    fine-tunes so on VOC 2007 (arXiv:2009.08453, appendix). Part: `<name>`.
+    """
+
+    label_kind = "multi"
+
+    def __init__(self, *, weight: float = 1.0, name: str = "bce") -> None:
+        super().__init__(name, ("x/student/logits",), {name: weight})
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """In fp32 whatever the autocast type; 0 where not one label of the batch is known."""
+        logits_NC = widened(inputs.tensors["x/student/logits"])
+        total, known = known_bce(logits_NC, inputs.labels_N)
+        return TermOutput({self.name: total / known.clamp(min=1)})
+
+
+class BinaryCrossEntropyConfig(TermConfig):
+    """Keys of `losses.bce`."""
+
+    weight: PositiveFloat
+    """Factor in the total."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return BinaryCrossEntropy(weight=self.weight, name=name)

@@ -1,0 +1,31 @@
+"""What a run is judged by: one headline metric per kind of data, by name and as it is printed.
+
+The evaluation decides which one it is; trainer, report and screen only look it up here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["HEADLINES", "headline", "of_epoch"]
+
+HEADLINES = {"accuracy": "accuracy", "map": "mAP"}
+"""Key of an evaluation, and with `_last` and `_best` of a summary -> how it is printed. All are
+shares of 1, larger is better."""
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The key of HEADLINES that an evaluation, a row of metrics or a summary has.
+
+    `accuracy` where it has none: a run that failed, a network that was only counted.
+    """
+    forms = ("{}", "val_{}", "{}_last", "{}_best")
+    return next(
+        (name for name in HEADLINES if any(form.format(name) in found for form in forms)),
+        "accuracy",
+    )
+
+
+def of_epoch(found: Mapping[str, float]) -> dict[str, float]:
+    """What a row of metrics.jsonl takes of an evaluation, as `val_NAME`."""
+    of_the_data = ("samples", "chance")
+    return {f"val_{name}": value for name, value in found.items() if name not in of_the_data}

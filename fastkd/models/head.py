@@ -1,0 +1,65 @@
+"""The classifier of a network: found by its shapes, replaced, or the only part that is trained.
+
+`fastkd.models.registry` uses it for new heads, `fastkd.networks` to freeze all but the head, and
+`fastkd.step` to keep what is frozen as it is in evaluation.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from fastkd.errors import UserError
+
+__all__ = ["class_layers", "freeze_backbone", "keep_frozen_still"]
+
+
+def class_layers(model: nn.Module, other: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers whose own parameters have other shapes in `other`.
+
+    Where `other` is the same network for another number of classes, these are its classifiers, of
+    which some networks have several (auxiliary ones, or one for a distillation token).
+    """
+    shapes = {path: _shapes(module) for path, module in other.named_modules()}
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if path in shapes and _shapes(module) != shapes[path]
+    )
+
+
+def freeze_backbone(model: nn.Module, classifier: Iterable[str]) -> None:
+    """Leave only the layers at these paths to be trained: a linear probe.
+
+    Of all others the parameters get no gradient, so that no graph is built through them, and in
+    fastkd's trainer they compute as in evaluation: batch norm uses its running statistics and does
+    not change them, dropout does nothing. (In a loop of your own call `keep_frozen_still` after
+    every `model.train()`.)
+
+    Raises:
+        UserError: there is no such layer, or it has nothing to train.
+    """
+    classifier = tuple(classifier)
+    known = dict(model.named_modules())
+    for path in classifier:
+        if path not in known or not any(True for _ in known[path].parameters()):
+            raise UserError(f"{type(model).__name__} has no layer {path!r} with weights to train")
+    model.requires_grad_(False)
+    for path in classifier:
+        known[path].requires_grad_(True)
+    marked: dict[str, object] = model.__dict__
+    marked["trained_layers"] = classifier
+
+
+def keep_frozen_still(model: nn.Module) -> None:
+    """Put all but the trained layers of a network whose backbone is frozen into evaluation mode."""
+    trained = getattr(model, "trained_layers", None)
+    if trained is None:
+        return
+    modes = {path: model.get_submodule(path).training for path in trained}
+    model.eval()
+    for path, mode in modes.items():
+        model.get_submodule(path).train(mode)
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]

@@ -1,0 +1,78 @@
+"""Binary cross entropy of several labels against its formula in numpy, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd.losses import CRD, DKD, KD, BinaryCrossEntropy, CrossEntropy, JointRD, TermInputs
+from fastkd.losses.registry import typed_config
+
+
+def truth(logits_NC, targets_NC):
+    """Loss and gradient, element by element."""
+    z, y = logits_NC.double().numpy(), targets_NC.double().numpy()
+    known = y != -1
+    p = 1 / (1 + np.exp(-z))
+    loss = -(y * np.log(p) + (1 - y) * np.log1p(-p))
+    count = max(known.sum(), 1)
+    return np.where(known, loss, 0).sum() / count, np.where(known, p - y, 0) / count
+
+
+def term_loss(logits_NC, targets_NC):
+    index_N = torch.arange(len(logits_NC))
+    inputs = TermInputs({"x/student/logits": logits_NC}, targets_NC, index_N, {})
+    return BinaryCrossEntropy()(inputs).parts["bce"]
+
+
+@pytest.mark.parametrize(("num", "classes"), [(1, 1), (5, 3), (17, 20)])
+@pytest.mark.parametrize("unknown", [0.0, 0.3])
+def test_values_and_gradient(num, classes, unknown):
+    logits_NC = (3 * torch.randn(num, classes)).requires_grad_()
+    targets_NC = (torch.rand(num, classes) < 0.3).float()
+    targets_NC[torch.rand(num, classes) < unknown] = -1
+    loss = term_loss(logits_NC, targets_NC)
+    (0.7 * loss).backward()
+    wanted, gradient = truth(logits_NC.detach(), targets_NC)
+    np.testing.assert_allclose(loss.item(), wanted, rtol=2e-6, atol=1e-8)
+    np.testing.assert_allclose(logits_NC.grad.numpy(), 0.7 * gradient, rtol=2e-5, atol=1e-8)
+
+
+def test_targets_between_0_and_1_and_wild_logits():
+    logits_NC = torch.tensor([[80.0, -80.0, 2.0]], requires_grad=True)
+    targets_NC = torch.tensor([[0.0, 1.0, 0.25]])
+    loss = term_loss(logits_NC, targets_NC)
+    loss.backward()
+    # log(1 + exp(-80)) is 0 beside 80.
+    last = -(0.25 * np.log(1 / (1 + np.exp(-2))) + 0.75 * np.log(1 / (1 + np.exp(2))))
+    assert loss.item() == pytest.approx((80 + 80 + last) / 3)
+    np.testing.assert_allclose(
+        logits_NC.grad, [[1 / 3, -1 / 3, (1 / (1 + np.exp(-2)) - 0.25) / 3]], rtol=1e-6
+    )
+
+
+def test_unknown_labels_teach_nothing_even_where_logits_overflow():
+    logits_NC = torch.tensor([[float("inf"), 1.0]], requires_grad=True)
+    loss = term_loss(logits_NC, torch.tensor([[-1.0, 1.0]]))
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-1)))
+    logits_NC = torch.randn(3, 2, requires_grad=True)
+    loss = term_loss(logits_NC, torch.full((3, 2), -1.0))
+    loss.backward()
+    assert loss.item() == 0 and not logits_NC.grad.any()
+
+
+def test_half_precision_logits_are_summed_in_fp32():
+    logits_NC = torch.randn(64, 20).bfloat16()
+    targets_NC = (torch.rand(64, 20) < 0.1).float()
+    loss = term_loss(logits_NC, targets_NC)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(truth(logits_NC.float(), targets_NC)[0], rel=1e-6)
+
+
+def test_each_term_says_which_labels_it_reads():
+    assert BinaryCrossEntropy().label_kind == "multi"
+    assert {CrossEntropy().label_kind, KD().label_kind, DKD().label_kind} == {"class"}
+    assert CRD().label_kind == JointRD().label_kind == "class"
+    assert KD(ce_weight=0).label_kind is None
+    assert typed_config("bce", {"weight": 2.0}).build("bce").weights == {"bce": 2.0}
+    with pytest.raises(ValueError, match=r"losses\.bce\.wieght"):
+        typed_config("bce", {"wieght": 2.0})
