@@ -34,12 +34,14 @@ import fastkd.teacher
 from fastkd.distributed import World
 from fastkd.models import create_model
 from fastkd.models.block_grammar import parse_block
+from fastkd.networks import load_teacher
 from fastkd.recipe.loading import load_recipe
-from fastkd.recipe.schema import Recipe, TeacherConfig
+from fastkd.recipe.networks import TeacherConfig
+from fastkd.recipe.schema import Recipe
 from fastkd.recipes import all_recipes
 from fastkd.recipes.missing import missing
 from fastkd.report.console import Console
-from fastkd.run import Session, _stage_builder, _untrained_teacher, open_recipe_data
+from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.step import Prepared, StepOutput
 from fastkd.trainer import Trainer
 from fastkd.weights import describe, save_weights
@@ -145,8 +147,8 @@ class Workplace:
         """What `fastkd train` would train."""
         recipe = self.recipe(name, *words)
         data = open_recipe_data(recipe, self.session)
-        teacher = _untrained_teacher(recipe, data)
-        trainer = _stage_builder(recipe, data, teacher, self.session)(None)
+        teacher = load_teacher(recipe.teacher, data)
+        trainer = stage_builder(recipe, data, teacher, self.session)(None)
         trainer.runner.train()
         return trainer
 
@@ -176,7 +178,7 @@ def taken(trainer: Trainer, batches: Iterable[Prepared], advance: int = 1) -> It
         sums = (trainer.totals_M - before_M).tolist()
         found = dict(zip(trainer.metric_names, sums, strict=True))
         images = found.pop("images")
-        del found["correct"]
+        found.pop("correct", None)
         yield {key: value / images for key, value in found.items()}
 
 
