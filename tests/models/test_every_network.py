@@ -130,7 +130,8 @@ def assert_compiles(model: nn.Module, side: int, backend: str) -> None:
     # A ReLU whose input is a rounding error away from 0 may take the other side. In a deep network
     # many do: eager torch in the other memory layout says how much that changes.
     for index, floor in ((0, 1e-4), (largest, 0.02)):
-        allowed = max(floor, 2 * distance(relaid[index], expected[index]))
+        # Three times: it is one draw of a spread.
+        allowed = max(floor, 3 * distance(relaid[index], expected[index]))
         assert distance(found[index], expected[index]) < allowed
     for key, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(key), buffer, rtol=1e-4, atol=1e-5)
