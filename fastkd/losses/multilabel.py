@@ -1,7 +1,7 @@
 """Losses for images with several labels: one sigmoid per class.
 
 Targets are [N, C] in 0..1, `fastkd.data.batch.IGNORED` where a label is not known (VOC's
-"difficult" objects). Tests: tests/losses/test_multilabel.py, tests/test_multilabel.py.
+"difficult" objects).
 """
 
 import torch
@@ -29,12 +29,19 @@ def known_bce(logits_NC: Tensor, targets_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BinaryCrossEntropy(LossTerm):
-    """Mean over all known labels of the batch of -[y log s(z) + (1 - y) log(1 - s(z))].
+    """Binary cross entropy of the student with several labels per image.
 
-    s is the sigmoid, z the student's logits on x. The mean is that of `nn.BCEWithLogitsLoss`, over
+        loss = mean over all known labels of the batch of -[y log s(z) + (1 - y) log(1 - s(z))]
+
+    s is the sigmoid, z the student's logits. The mean is that of `nn.BCEWithLogitsLoss`, over
     images and classes; unknown labels (-1) count neither in the sum nor in the divisor, which under
     several processes is that of each rank's own rows, as is usual for an ignored label. MEAL V2
-    fine-tunes so on VOC 2007 (arXiv:2009.08453, appendix). Part: `<name>`.
+    fine-tunes so on VOC 2007. Part: `<name>`.
+
+    Source: `torch.nn.BCEWithLogitsLoss`; Shen and Savvides 2020, arXiv:2009.08453, appendix.
+    Needs: the student's logits on x, and labels [N, C].
+    Weight: 1.
+    Tests: tests/losses/test_multilabel.py, tests/test_multilabel.py.
     """
 
     label_kind = "multi"
