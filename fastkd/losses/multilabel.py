@@ -29,12 +29,18 @@ def known_bce(logits_NC: Tensor, targets_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BinaryCrossEntropy(LossTerm):
-    """Mean over all known labels of the batch of -[y log s(z) + (1 - y) log(1 - s(z))].
+    """Binary cross entropy of the student with several labels per image.
 
-    s is the sigmoid, z the student's logits on x. The mean is that of `nn.BCEWithLogitsLoss`, over
-    images and classes; unknown labels (-1) count neither in the sum nor in the divisor, which under
-    several processes is that of each rank's own rows, as is usual for an ignored label. MEAL V2
-    fine-tunes so on VOC 2007 (arXiv:2009.08453, appendix). Part: `<name>`.
+        loss = -mean over known labels of [y log s(z) + (1 - y) log(1 - s(z))],  s = sigmoid
+
+    z are the student's logits on x. The mean is over images and classes; unknown labels (-1) count
+    neither in the sum nor in the divisor, which under several processes is that of each rank's own
+    rows, as is usual for an ignored label. Part: `<name>`.
+
+    Source: `torch.nn.BCEWithLogitsLoss`; for VOC 2007 in MEAL V2, arXiv:2009.08453, appendix.
+    Needs: the student's logits on x, and labels [N, C].
+    Weight: 1.
+    Tests: tests/losses/test_multilabel.py, tests/test_multilabel.py.
     """
 
     label_kind = "multi"

@@ -41,6 +41,11 @@ PROOFS = {
     "ce": Proof(
         f"{LOGITS}[ce]", "ops/test_kd_loss.py::test_cross_entropy_is_torchs", f"{JOINED}[ce]"
     ),
+    "bce": Proof(
+        "losses/test_multilabel.py::test_values_and_gradient",
+        "losses/test_multilabel.py::test_values_and_gradient",
+        f"{JOINED}[bce]",
+    ),
     "kd": Proof(
         f"{LOGITS}[kd_T4]",
         "ops/test_kd_loss.py::test_error_against_float64_is_at_most_twice_eager",

@@ -16,7 +16,7 @@ import torch
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "rank_losses.py"
 JOINED = (
-    *("ce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
+    *("bce", "ce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
     *("stage_mse", "jointrd", "discriminator"),
 )
 APART = ("dist_apart", "fitnet", "reviewkd", "simkd", "jointrd_released")
