@@ -40,7 +40,6 @@ from fastkd.testing import bind_term, call_term, sines
 
 STAGES = ("stage1", "stage2", "stage3")
 TERMS: dict[str, Callable[[], LossTerm]] = {
-    "bce": lambda: BinaryCrossEntropy(),
     "ce": lambda: CrossEntropy(),
     "bce": lambda: BinaryCrossEntropy(),
     "kd": lambda: KD(ce_weight=0),
