@@ -22,6 +22,7 @@ __all__ = [
     "bind_pair",
     "bind_term",
     "call_term",
+    "captured",
     "eager_attention_loss",
     "eager_hardness",
     "eager_kd_loss",
@@ -32,6 +33,7 @@ __all__ = [
     "hashed_values",
     "interleave",
     "kd_case",
+    "no_host_sync",
     "poisoned_empty",
     "rms",
     "shape_id",
@@ -167,6 +169,44 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         switch.fill_uninitialized_memory = before[2]
+
+
+@contextmanager
+def no_host_sync(device: torch.device) -> Iterator[None]:
+    """Inside, whatever makes the host wait for a CUDA device raises; a CPU has nothing to watch."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` recorded once as a CUDA graph; calling it replays and returns what `run` returned.
+
+    Its tensors keep their addresses: write new inputs into the old ones. On a CPU: `run` itself.
+    """
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is compiled or allocated once must not be recorded
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
 
 
 def hashed_values(shape: Sequence[int], seed: int) -> Tensor:
