@@ -63,7 +63,9 @@ def logits(rows: int, classes: int, *rest: int) -> Callable[[torch.dtype], tuple
 
 def features(dtype: torch.dtype) -> tuple[Tensor, ...]:
     last = torch.channels_last
-    return torch.randn(70, 6, 8, 8).to(dtype), torch.randn(70, 9, 16, 16).to(dtype, memory_format=last)
+    return torch.randn(70, 6, 8, 8).to(dtype), torch.randn(70, 9, 16, 16).to(
+        dtype, memory_format=last
+    )
 
 
 def pictures(_: torch.dtype) -> tuple[Tensor, ...]:

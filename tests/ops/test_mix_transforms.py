@@ -31,7 +31,9 @@ def test_opcheck(channels_last: bool, place: str) -> None:
     op = torch.ops.fastkd._mix.default
     rest = (list(MEAN), list(STD), torch.bfloat16, channels_last)
     torch.library.opcheck(op, (images, index, None, box, None, *rest))
-    torch.library.opcheck(op, (images, None, images.flip(0), None, torch.rand(4, device=place), *rest))
+    torch.library.opcheck(
+        op, (images, None, images.flip(0), None, torch.rand(4, device=place), *rest)
+    )
     torch.library.opcheck(op, (images, None, None, None, None, *rest))
 
 
