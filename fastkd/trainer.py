@@ -40,7 +40,8 @@ from fastkd.weights import save_weights
 
 __all__ = ["Plan", "Progress", "Trainer"]
 
-LOG_STEPS = 10
+# A fetch empties the queue of a GPU, which then waits for the host to fill it again.
+LOG_STEPS = {"cpu": 10, "cuda": 50}
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,13 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, stop: StopSignal) -> None:
         progress, steps = self.progress, self.loader.steps_per_epoch
+        every = LOG_STEPS[self.world.device.type]
         self.runner.train()
         clock = time.perf_counter()
-        for prepared in run_ahead(self.prepare(epoch), self.world.device, Prepared.tensors):
+        for prepared in run_ahead(self.prepare(epoch), self.world.device):
             self.optimize(prepared, epoch, progress.step)
             progress.step += 1
-            fetching = progress.step % LOG_STEPS == 0 or progress.step == steps
+            fetching = progress.step % every == 0 or progress.step == steps
             if fetching:
                 self._fetch()
             # After the fetch: until then a GPU may still be at work on these steps.

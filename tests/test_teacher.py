@@ -257,7 +257,7 @@ def test_on_a_cpu_items_come_in_order_and_none_is_made_early():
             made.append(number)
             yield number
 
-    for number in run_ahead(items(), CPU, lambda item: []):
+    for number in run_ahead(items(), CPU):
         assert made == list(range(number + 1))
     assert made == [0, 1, 2]
 
@@ -272,7 +272,7 @@ def test_on_a_gpu_one_item_is_made_ahead():
             made.append(number)
             yield torch.full((1000,), float(number), device=device)
 
-    for number, item in enumerate(run_ahead(items(), device, lambda item: [item])):
+    for number, item in enumerate(run_ahead(items(), device)):
         assert made == list(range(min(number + 2, 4)))
         assert (item == number).all()
 

@@ -82,8 +82,9 @@ class ForeignLoader:
                     f"yield (images, labels, sample ids)"
                 )
             self._batch_size = len(labels)
-            index = torch.full((len(labels),), -1) if ids is None else ids
-            yield Batch(images, labels, index.to(self.device))
+            if ids is None:
+                ids = torch.full((len(labels),), -1, device=self.device)
+            yield Batch(images, labels, ids.to(self.device, non_blocking=True))
 
     def global_size(self, step: int) -> int:
         """Of the batch that was yielded last, over all ranks.
@@ -122,7 +123,8 @@ class ForeignLoader:
                 f"them, got {what}"
             )
         images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-        return images, labels.to(self.device, torch.int64), ids[0] if ids else None
+        labels = labels.to(self.device, torch.int64, non_blocking=True)
+        return images, labels, ids[0] if ids else None
 
 
 def check_loader(name: str, loader: Iterable[LoaderItem], world: World) -> None:

@@ -48,4 +48,9 @@ def launches() -> Iterator[Launch]:
             wide_loads=source_last == target_last,
             tile=("GROUPS", "VEC"),
             fp_fusion=False,
+            # A batch of 64. Of a mixed image each byte of the result needs one of either source in
+            # CutMix, both in mixup; a cut-out one is read, as the box is known on the device only.
+            moved_bytes=64 * 3 * side * side * (BYTES[target] + BYTES[source] * (1 + (what == "mixup"))),
+            operations=64 * 3 * side * side * (3 * (source == "u8") * (1 + (what == "mixup"))
+                                               + 3 * (what == "mixup") + 1),
         )  # fmt: skip
