@@ -107,8 +107,8 @@ def plain_update(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Te
     return update
 
 
-def timm_task(setting: Setting, engine: Engine) -> Step:
-    """timm's task with the precision, layout and compiler of the engine."""
+def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step:
+    """timm's task with the precision, layout and compiler of the engine; mode of torch.compile."""
     from timm.task import LogitDistillationTask
 
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
@@ -126,7 +126,7 @@ def timm_task(setting: Setting, engine: Engine) -> Step:
         verbose=False,
     )
     if engine.compiled:
-        task.compile(dynamic=False)
+        task.compile(dynamic=False, mode=mode)
     optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True)
 
     def step() -> Tensor:

@@ -10,6 +10,7 @@ kernels through the interpreter, at sizes that prove the program and measure not
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -74,11 +75,9 @@ def limited(words: list[str], environment: dict[str, str], seconds: float) -> in
     except subprocess.TimeoutExpired:
         print(f"== cut after {seconds:.0f} s; what was found so far is written", flush=True)
         code = 124
-    try:
-        # Also what a part that is done may have left behind.
+    # Also what a part that is done may have left behind.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     running.wait()
     return code
 

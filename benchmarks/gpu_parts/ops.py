@@ -136,7 +136,7 @@ def judge(job: Job, op: str, name: str, row: dict[str, Any], moved: int) -> None
 
 
 def liger(job: Job) -> None:
-    """Liger's KL takes log-probabilities: the softmaxes stay with torch, so the whole is compared."""
+    """Liger's KL takes log-probabilities: the softmaxes stay with torch, the whole is compared."""
     if job.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
         job.record.missing("Liger-Kernel: not rehearsed, its import asks for a device")
         return

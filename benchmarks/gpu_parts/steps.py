@@ -1,9 +1,10 @@
 """Part 3: whole training steps on resident synthetic batches, fastkd's defaults against the others.
 
 The sides are those of bench_step.py, a call being several steps with one wait at its end: fastkd's
-loop (views, teacher one batch ahead, step, guard, metrics), the plain loop of published code, timm's
-task in the same precision, layout and compiler (reduce-overhead as well), RepDistiller's and
-mdistiller's own loops from --assets. All start from the same weights; the first losses must agree.
+loop (views, teacher one batch ahead, step, guard, metrics), the plain loop of published code,
+timm's task in the same precision and layout, compiled as its train.py does and with CUDA graphs,
+RepDistiller's and mdistiller's own loops from --assets. All start from the same weights; the first
+losses must agree.
 """
 
 import copy
@@ -33,7 +34,8 @@ __all__ = ["run"]
 PAIRS = {
     "wrn_40_2 -> wrn_16_2, 32 px": (("wrn_16_2", "wrn_40_2", 64, 100, 32), 1.5),
     "resnet32x4 -> resnet8x4, 32 px": (("resnet8x4", "resnet32x4", 64, 100, 32), 1.5),
-    "resnet34 -> resnet18, 224 px": (("torchvision:resnet18", "torchvision:resnet34", 256, 1000, 224), 1.05),
+    "resnet34 -> resnet18, 224 px":
+        (("torchvision:resnet18", "torchvision:resnet34", 256, 1000, 224), 1.05),
     "timm resnet50 -> efficientnet_b0, 224 px (MEAL V2's kind)":
         (("timm:efficientnet_b0", "timm:resnet50", 256, 1000, 224), 1.05),
 }  # fmt: skip
@@ -67,6 +69,11 @@ def pair(job: Job, name: str, networks: tuple[Any, ...], bar: float) -> None:
         FASTKD: bench_step.trainer_step(trainer),
         "timm task, compiled": bench_step.timm_task(setting, engine),
     }
+    if not job.rehearse:
+        with job.record.case(f"{name}: timm task under CUDA graphs"):
+            graphs = bench_step.timm_task(setting, engine, mode="reduce-overhead")
+            graphs()
+            sides["timm task, CUDA graphs"] = graphs
     # The yardstick: the compiled units without the trainer around them.
     sides["bare step"] = bench_step.bare_step(bench_step.fastkd_trainer(setting, engine), setting)
     if not job.rehearse:

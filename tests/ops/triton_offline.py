@@ -157,14 +157,15 @@ def page() -> str:
 
 HEAD = """# The Triton kernels as compiled
 
-Written by `python tests/ops/triton_offline.py --write` with Triton {triton}; a test keeps it current.
+Written by `python tests/ops/triton_offline.py --write` with Triton {triton}; a test keeps it
+current.
 No GPU was at hand: this is what the compiler makes for three chips, and what a launch has to do at
 least. It is not a time.
 
 - MB and operations are per launch: every element that has to be read or written, once, and the fp32
   operations of the formula (an exponential is one). The floor is the larger of MB over the 4.3 TB/s
-  that a copy reaches on an H200 and operations over its 33 T vector operations/s. No kernel here has
-  a product of matrices, so its 790 TFLOP/s in bf16 bound none of them: `matrix` counts such
+  that a copy reaches on an H200 and operations over its 33 T vector operations/s. No kernel has a
+  product of matrices, so its 790 TFLOP/s in bf16 bound none of them: `matrix` counts such
   instructions.
 - spills, shared: bytes of a program. load bits, store bits: the widest access of a lane. exp2:
   MUFU.EX2. instructions: the whole kernel with all its branches. Rows of an odd number of classes
