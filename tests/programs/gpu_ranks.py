@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gpu_step import epoch, mean_loss, trainer
 
-from fastkd.distributed import World, all_reduce_sum, same_on_all_ranks
+from fastkd.distributed import World, all_reduce_sum, same_on_all_ranks, sync_buffers
 
 RANKS_IN_NAME = 8
 
@@ -44,6 +44,8 @@ def main(backend: str, device: torch.device) -> None:
         epoch(made, number, device)
     if backend != "fake":
         all_reduce_sum(made.totals_M)
+        # As the trainer does at the end of an epoch: batch statistics are each rank's own.
+        sync_buffers(made.step)
     found = {
         "size": size,
         "loss": mean_loss(made),
