@@ -11,6 +11,7 @@ loss must agree before anything is timed. Both sides of a ratio alternate in one
 import copy
 import statistics
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -75,14 +76,14 @@ def plain_loop(setting: Setting) -> Step:
     """A published KD loop's habits: eager, fp32, NCHW, loss and accuracy read every step."""
     student, teacher, images = setting.copies(channels_last=False)
     update = plain_update(student, teacher)
-    return repeated(lambda: update(images, setting.labels), setting.steps)
+    return repeated(lambda: update(images, setting.labels), setting)
 
 
-def repeated(run: Callable[[], Tensor | float], steps: int) -> Step:
-    """So many runs; the host reads only what the last one gives, unless `run` reads more."""
+def repeated(run: Callable[[], Tensor | float], setting: Setting) -> Step:
+    """setting.steps runs; the host reads only what the last one gives, unless `run` reads more."""
 
     def several() -> float:
-        for _ in range(steps - 1):
+        for _ in range(setting.steps - 1):
             run()
         return float(run())
 
@@ -137,7 +138,7 @@ def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step
         optimizer.zero_grad()
         return loss.detach()
 
-    return repeated(step, setting.steps)
+    return repeated(step, setting)
 
 
 def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
@@ -164,14 +165,14 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     )
 
 
-def trainer_step(trainer: Trainer) -> Step:
-    """Everything the loop does for an epoch: loader, views, teacher, step, guard, metrics."""
+def trainer_step(trainer: Trainer, setting: Setting) -> Step:
+    """Everything the loop does for a batch: loader, views, teacher, step, guard, metrics."""
     trainer.runner.train()
     device = trainer.world.device
 
     def step() -> float:
         before = trainer.totals_M.clone()
-        for prepared in run_ahead(trainer.prepare(0), device):
+        for prepared in islice(run_ahead(trainer.prepare(0), device), setting.steps):
             trainer.optimize(prepared, 0, 0)
         images, loss = (trainer.totals_M - before)[:2].tolist()
         return loss / images
@@ -195,7 +196,7 @@ def bare_step(trainer: Trainer, setting: Setting) -> Step:
         optimizer.zero_grad()
         return loss.detach()
 
-    return repeated(step, setting.steps)
+    return repeated(step, setting)
 
 
 def engines() -> dict[str, Engine]:
@@ -231,7 +232,7 @@ def bench_training_step(name: str, table, benchmark, request: pytest.FixtureRequ
     engine, setting = engines()[name], Setting()
     trainer, twin = fastkd_trainer(setting, engine), fastkd_trainer(setting, engine)
     sides: dict[str, Step] = {
-        "fastkd": trainer_step(trainer),
+        "fastkd": trainer_step(trainer, setting),
         "plain loop (eager, fp32, NCHW)": plain_loop(setting),
         "timm LogitDistillationTask": timm_task(setting, engine),
         "bare step": bare_step(twin, setting),

@@ -40,6 +40,8 @@ def main(backend: str, device: torch.device) -> None:
             device_ids=[0] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+    if backend == "fake":
+        made.runner.register_comm_hook(None, echo)
     for number in range(2):
         epoch(made, number, device)
     if backend != "fake":
@@ -56,6 +58,14 @@ def main(backend: str, device: torch.device) -> None:
     }
     print(json.dumps(found), flush=True)
     dist.destroy_process_group()
+
+
+def echo(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A bucket as it is: a group in name has nobody to add to it, and DDP wants an answer."""
+    buffer = bucket.buffer()
+    answer = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+    answer.set_result(buffer)
+    return answer
 
 
 if __name__ == "__main__":
