@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # name of the part's module and seconds it may take: 20 minutes together, none above 8
-PARTS = {1: ("proof", 390), 2: ("ops", 240), 3: ("steps", 270), 4: ("training", 300)}
+PARTS = {1: ("proof", 300), 2: ("ops", 200), 3: ("steps", 460), 4: ("training", 240)}
 
 
 def arguments() -> argparse.Namespace:
@@ -75,10 +75,11 @@ def limited(words: list[str], environment: dict[str, str], seconds: float) -> in
     except subprocess.TimeoutExpired:
         print(f"== cut after {seconds:.0f} s; what was found so far is written", flush=True)
         code = 124
-    # Also what a part that is done may have left behind.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    finally:
+        # Also what a part that is done may have left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
     return code
 
 

@@ -29,7 +29,7 @@ BANDWIDTH_FROM = 64 << 20
 
 
 def run(job: Job) -> None:
-    """All cases, the cheap ones first in each op."""
+    """All cases, as far as the time goes."""
     copied = copy_gbps(job.device, 1 << 20 if job.rehearse else 4 << 30)
     job.record.note(f"a copy moves {copied:.0f} GB/s, read plus written")
     ratios: dict[str, list[float]] = {}
@@ -61,32 +61,29 @@ def cases(job: Job) -> Iterator[tuple[str, str, Sides, int]]:
     shapes: list[Any] = [(8, 100), (2, 5, 4, 6)] if small else [*bench_kd_loss.SHAPES, *LARGE]
     # The interpreter truncates to bf16, which the gates of the benchmarks do not forgive.
     dtypes = [fp32] if small else [bf16, fp32]
+    maps = (bench_attention_map.STUDENT, bench_attention_map.TEACHER)
+    pictures = [*bench_mix.SHAPES, (256, 3, 224, 224)]
+    picks = bench_hardness.CASES
+    if small:
+        maps, pictures = ((4, 8, 8, 8), (4, 16, 8, 8)), [(4, 3, 8, 8)]
+        picks = [((16, 20), "kl", fp32)]
+    # One type after the other: a run that is cut has every op in bf16.
     for dtype in dtypes:
         for shape in shapes:
             with job.record.case(f"kd_loss {shape}"):
-                yield (
-                    "kd_loss",
-                    name_of(shape_id(shape), dtype),
-                    *bench_kd_loss.sides_of(shape, dtype, where, impl),
-                )
-    picks = [((16, 20), "kl", fp32)] if small else bench_hardness.CASES
-    for pool, criterion, dtype in picks:
-        with job.record.case(f"hardness {pool}"):
-            yield (
-                "hardness",
-                name_of(f"{shape_id(pool)} {criterion}", dtype),
-                *(bench_hardness.sides_of(pool, criterion, dtype, where, impl)),
-            )
-    maps = ((4, 8, 8, 8), (4, 16, 8, 8)) if small else (bench_attention_map.STUDENT,
-                                                        bench_attention_map.TEACHER)  # fmt: skip
-    for dtype in dtypes:
+                made = bench_kd_loss.sides_of(shape, dtype, where, impl)
+                yield "kd_loss", name_of(shape_id(shape), dtype), *made
+        for pool, criterion, of_dtype in picks:
+            if of_dtype == dtype:
+                with job.record.case(f"hardness {pool}"):
+                    made = bench_hardness.sides_of(pool, criterion, dtype, where, impl)
+                    yield "hardness", name_of(f"{shape_id(pool)} {criterion}", dtype), *made
         for layout in bench_attention_map.LAYOUTS:
             with job.record.case(f"attention {layout}"):
                 sides, moved, _ = bench_attention_map.sides_of(dtype, layout, where, impl, maps)
                 yield "attention", name_of(layout, dtype), sides, moved
-    for shape in [(4, 3, 8, 8)] if small else [*bench_mix.SHAPES, (256, 3, 224, 224)]:
-        for source, kind in (("uint8", "normalise"), ("x", "cutmix"), ("x", "mixup")):
-            for dtype in dtypes:
+        for shape in pictures:
+            for source, kind in (("uint8", "normalise"), ("x", "cutmix"), ("x", "mixup")):
                 with job.record.case(f"mix {kind}"):
                     name = name_of(f"{kind} {shape_id(shape)} from {source}", dtype)
                     yield "mix", name, *bench_mix.sides_of(shape, source, kind, dtype, where, impl)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpu_parts.record import Job
@@ -19,22 +20,35 @@ __all__ = ["run"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Each in a process of its own, a folder without what stands before it.
+MARKED = (
+    "tests/ops/test_cuda.py",
+    "tests/test_gpu_step.py",
+    "tests/test_gpu_ranks.py",
+    "tests/ops",
+    "tests/data",
+    "tests",
+)
 
 
 def run(job: Job) -> None:
     """Kernels first: whatever else runs stands on them."""
     where = "cpu" if job.rehearse else "cuda"
-    for op, files in ops_and_files().items():
-        tests = [f"tests/ops/{file}" for file in files]
-        suite(job, f"{op} against float64", tests, {"FASTKD_TEST_DEVICE": where})
-    by_dispatch = ["tests/ops/test_cuda.py", "tests/ops"]
-    others = ["tests/test_gpu_step.py", "tests/test_gpu_ranks.py", "tests/data", "tests"]
-    seen: list[str] = []
-    for target in by_dispatch + others:
-        ignored = [f"--ignore={path}" for path in seen if path.startswith(target)]
-        environment = {"TRITON_INTERPRET": "0"}
-        suite(job, f"marked gpu: {target}", ["-m", "gpu", target, *ignored], environment)
-        seen.append(target)
+    # Compiling the matrix takes longer than running it: as many at once as half the cores allow.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        waiting = []
+        for op, files in ops_and_files().items():
+            tests = [f"tests/ops/{file}" for file in files]
+            name, environment = f"{op} against float64", {"FASTKD_TEST_DEVICE": where}
+            waiting.append(pool.submit(suite, job, name, tests, environment))
+        seen: list[str] = []
+        for target in MARKED:
+            ignored = [f"--ignore={path}" for path in seen if path.startswith(target)]
+            words, environment = ["-m", "gpu", target, *ignored], {"TRITON_INTERPRET": "0"}
+            waiting.append(pool.submit(suite, job, f"marked gpu: {target}", words, environment))
+            seen.append(target)
+        for one in waiting:
+            one.result()
     sanitizer(job)
     job.record.missing("NCCL with more than one rank: it wants a GPU for each")
 

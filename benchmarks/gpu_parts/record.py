@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,14 +27,16 @@ class Record:
         self.stem = out / f"gpu_{part}_{name}"
         self.tables: dict[str, Table] = {}
         self.lines: list[str] = []
+        self.lock = threading.RLock()
         self.facts, self.part, self.failed = facts, part, False
         self.stem.with_suffix(".jsonl").write_text("")
         self._write("environment", environment=facts)
 
     def row(self, table: str, **cells: Any) -> None:
         """A line of a table; all lines of a table have the same cells."""
-        self.tables.setdefault(table, Table(table)).rows.append(cells)
-        self._write("row", table=table, **cells)
+        with self.lock:
+            self.tables.setdefault(table, Table(table)).rows.append(cells)
+            self._write("row", table=table, **cells)
 
     def note(self, text: str) -> None:
         """A sentence under the tables."""
@@ -70,8 +73,9 @@ class Record:
         self._table("complete")
 
     def _say(self, kind: str, text: str) -> None:
-        self.lines.append(f"{kind}: {text}")
-        self._write(kind, text=text)
+        with self.lock:
+            self.lines.append(f"{kind}: {text}")
+            self._write(kind, text=text)
 
     def _write(self, kind: str, **found: Any) -> None:
         line = json.dumps({"kind": kind, **found}, default=str)

@@ -39,6 +39,12 @@ def place(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A rehearsal is about the way to the device: of the matrix, which it cannot prove, a share."""
+    if LAUNCHED_ON == "cpu":
+        items[:] = items[::16]
+
+
 @pytest.fixture(autouse=True)
 def _launch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if LAUNCHED_ON is None:
