@@ -9,8 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ __all__ = [
     "gradient_of",
     "hashed_values",
     "interleave",
+    "interpret_fma_as_fused",
     "kd_case",
     "no_host_sync",
     "poisoned_empty",
@@ -207,6 +210,20 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         return held
 
     return replay
+
+
+def interpret_fma_as_fused() -> None:
+    """Round `tl.fma` once in interpreters of Triton that round twice (3.6), as every chip does."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    if hasattr(interpreter._interpreter, "fma_fp32"):
+        return
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # The product of two fp32 numbers is exact in 64 bits of mantissa.
+        a, b, c = (np.asarray(part.data, np.longdouble) for part in (x, y, z))
+        return interpreter.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 def hashed_values(shape: Sequence[int], seed: int) -> Tensor:

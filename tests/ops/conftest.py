@@ -19,10 +19,15 @@ import torch
 from fastkd.kernels import status
 from torch import Tensor
 
+from fastkd.testing import interpret_fma_as_fused
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAUNCHED_ON = os.environ.get("FASTKD_TEST_DEVICE")
 ON_TRITON = INTERPRETED or LAUNCHED_ON is not None
 HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not ON_TRITON
+
+if INTERPRETED:
+    interpret_fma_as_fused()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
