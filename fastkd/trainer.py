@@ -136,9 +136,8 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, stop: StopSignal) -> None:
         progress, steps = self.progress, self.loader.steps_per_epoch
-        every = LOG_STEPS[self.world.device.type]
         self.runner.train()
-        clock = time.perf_counter()
+        clock, every = time.perf_counter(), LOG_STEPS[self.world.device.type]
         for prepared in run_ahead(self.prepare(epoch), self.world.device):
             self.optimize(prepared, epoch, progress.step)
             progress.step += 1
