@@ -40,8 +40,7 @@ from fastkd.weights import save_weights
 
 __all__ = ["Plan", "Progress", "Trainer"]
 
-# A fetch empties the queue of a GPU, which then waits for the host to fill it again.
-LOG_STEPS = {"cpu": 10, "cuda": 50}
+LOG_STEPS = {"cpu": 10, "cuda": 50}  # a fetch lets the queue of a GPU run empty
 
 
 @dataclass(frozen=True)
