@@ -31,20 +31,50 @@ Run = Callable[[], float]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture
-def repdistiller(request: pytest.FixtureRequest):
-    """RepDistiller's modules, found where --peer-path says."""
-    folder = Path(request.config.getoption("--peer-path") or "") / "RepDistiller"
+def load_repdistiller(folder: Path) -> Namespace | None:
+    """RepDistiller's `loops`, `kd`, `wrn`, `resnet` and its commit; None without a checkout."""
     if not (folder / "helper" / "loops.py").exists():
-        pytest.skip("needs --peer-path with a checkout of HobbitLong/RepDistiller in it")
+        return None
+    names = {"loops": "helper.loops", "kd": "distiller_zoo.KD"}
+    names |= {"wrn": "models.wrn", "resnet": "models.resnet"}
     sys.path.insert(0, str(folder))
-    names = ("helper.loops", "distiller_zoo.KD", "models.wrn")
     with contextlib.redirect_stdout(io.StringIO()):
-        loops, kd, wrn = (importlib.import_module(name) for name in names)
+        found = {key: importlib.import_module(name) for key, name in names.items()}
+    sys.path.remove(str(folder))
     head = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
-    yield Namespace(loops=loops, kd=kd, wrn=wrn, commit=commit)
-    sys.path.remove(str(folder))
+    return Namespace(commit=commit or "unknown", **found)
+
+
+@pytest.fixture
+def repdistiller(request: pytest.FixtureRequest) -> Namespace:
+    """RepDistiller's modules, found where --peer-path says."""
+    found = load_repdistiller(Path(request.config.getoption("--peer-path") or "") / "RepDistiller")
+    if found is None:
+        pytest.skip("needs --peer-path with a checkout of HobbitLong/RepDistiller in it")
+    return found
+
+
+def repdistiller_epoch(
+    peer: Namespace,
+    student: nn.Module,
+    teacher: nn.Module,
+    divergence: nn.Module,
+    batches: list[tuple[Tensor, ...]],
+    device: torch.device,
+) -> Run:
+    """Its own training loop over these batches (images, labels, ids)."""
+    options = Namespace(distill="kd", gamma=0.1, alpha=0.9, beta=0.0, print_freq=10**9)
+    nets = nn.ModuleList([copy.deepcopy(student), copy.deepcopy(teacher)]).to(device)
+    losses = nn.ModuleList([nn.CrossEntropyLoss(), divergence, nn.Identity()])
+    optimizer = torch.optim.SGD(nets[0].parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+
+    def run() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, loss = peer.loops.train_distill(1, batches, nets, losses, optimizer, options)
+        return loss
+
+    return run
 
 
 def bench_repdistiller_loop(repdistiller, table, benchmark, request) -> None:
@@ -52,23 +82,11 @@ def bench_repdistiller_loop(repdistiller, table, benchmark, request) -> None:
     batches = [
         (torch.randn(64, 3, 32, 32), torch.randint(100, (64,)), torch.arange(64)) for _ in range(4)
     ]
-    options = Namespace(distill="kd", gamma=0.1, alpha=0.9, beta=0.0, print_freq=10**9)
     teacher = repdistiller.wrn.wrn_40_2(num_classes=100)
     student = repdistiller.wrn.wrn_16_2(num_classes=100)
 
     def epoch(divergence: nn.Module) -> Run:
-        nets = nn.ModuleList([copy.deepcopy(student), copy.deepcopy(teacher)]).to(DEVICE)
-        losses = nn.ModuleList([nn.CrossEntropyLoss(), divergence, nn.Identity()])
-        optimizer = torch.optim.SGD(nets[0].parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-
-        def run() -> float:
-            with contextlib.redirect_stdout(io.StringIO()):
-                _, loss = repdistiller.loops.train_distill(
-                    1, batches, nets, losses, optimizer, options
-                )
-            return loss
-
-        return run
+        return repdistiller_epoch(repdistiller, student, teacher, divergence, batches, DEVICE)
 
     theirs, ours = repdistiller.kd.DistillKL(4), KDLoss(temperature=4.0, alpha=1.0)
     table.notes.append(f"RepDistiller at commit {repdistiller.commit}, batch 64, 100 classes")

@@ -8,10 +8,13 @@ percentiles) of interleaved pairs; compiled baselines use dynamic=False and are 
 scores or choice are off fails before any clock starts.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from fastkd.kernels import hardness, select_hardest
-from fastkd.kernels._library import Core, core
+from fastkd.kernels._library import Core, Impl, core
+from torch import Tensor
 
 from fastkd.testing import assert_as_accurate, eager_hardness, interleave, rms, speedup
 
@@ -26,22 +29,29 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("pool", "criterion", "dtype"), CASES, ids=str)
-def bench_hardness(pool, criterion, dtype, table, benchmark, request) -> None:
+def sides_of(
+    pool: tuple[int, int],
+    criterion: str,
+    dtype: torch.dtype,
+    device: str,
+    impl: Impl | None = None,
+) -> tuple[dict[str, Callable[[], Tensor]], int]:
+    """The choice by each side, the gate passed, and the bytes that have to move."""
     torch.manual_seed(0)
     rows, classes = pool
-    student, teacher = (3 * torch.randn(2, *pool, device=DEVICE)).to(dtype)
-    labels = torch.randint(0, classes, (rows,), device=DEVICE)
+    student, teacher = (3 * torch.randn(2, *pool, device=device)).to(dtype)
+    labels = torch.randint(0, classes, (rows,), device=device)
     arguments, k = (student, teacher, labels), rows // 2
 
-    def fastkd_pick():
-        return select_hardest(hardness(*arguments, criterion=criterion), k).index
+    def fastkd_pick() -> Tensor:
+        scores = hardness(*arguments, criterion=criterion, impl=impl)
+        return select_hardest(scores, k, impl=impl).index
 
-    def eager_pick():
+    def eager_pick() -> Tensor:
         return eager_hardness(*arguments, criterion).topk(k).indices
 
     # The gate: scores by error against float64, the choice by the scores it was made from.
-    scores = hardness(*arguments, criterion=criterion)
+    scores = hardness(*arguments, criterion=criterion, impl=impl)
     eager = eager_hardness(student.float(), teacher.float(), labels, criterion)
     truth = eager_hardness(student.double(), teacher.double(), labels, criterion)
     floor = torch.finfo(torch.float32).eps * rms(truth)
@@ -56,9 +66,17 @@ def bench_hardness(pool, criterion, dtype, table, benchmark, request) -> None:
     torch._dynamo.reset()
     compiled_pick = torch.compile(eager_pick, dynamic=False)
     sides = {"eager": eager_pick, "compile": compiled_pick, "fastkd": fastkd_pick}
+    read = 2 if criterion == "kl" else 1
+    return sides, read * student.numel() * student.element_size()
+
+
+@pytest.mark.parametrize(("pool", "criterion", "dtype"), CASES, ids=str)
+def bench_hardness(pool, criterion, dtype, table, benchmark, request) -> None:
+    rows, classes = pool
+    sides, _ = sides_of(pool, criterion, dtype, DEVICE)
     with torch.no_grad():
         pairs = max(20, request.config.getoption("--pairs"))
-        seconds = interleave(sides, pairs * (10 if student.numel() < 1 << 20 else 1))
+        seconds = interleave(sides, pairs * (10 if rows * classes < 1 << 20 else 1))
     over_eager, eager_p10 = speedup(seconds, "eager", "fastkd")
     over_compile, compile_p10 = speedup(seconds, "compile", "fastkd")
     row = {
@@ -73,7 +91,7 @@ def bench_hardness(pool, criterion, dtype, table, benchmark, request) -> None:
     }
     table.rows.append(row)
     benchmark.extra_info.update(row)
-    benchmark.pedantic(fastkd_pick, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(sides["fastkd"], rounds=3, warmup_rounds=1)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or isinstance(core(), str), reason="needs the C++ core")

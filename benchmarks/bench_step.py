@@ -11,6 +11,7 @@ loss must agree before anything is timed. Both sides of a ratio alternate in one
 import copy
 import statistics
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -33,23 +34,36 @@ from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
+from fastkd.teacher import run_ahead
 from fastkd.testing import interleave, speedup
 from fastkd.trainer import Plan, Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
-WORLD = World(0, 0, 1, torch.device("cpu"), None)
+CPU = torch.device("cpu")
 Step = Callable[[], float]
 
 
 class Setting:
-    """Networks and batches that all sides share."""
+    """Networks and one resident batch that all sides share; a call of a side is `steps` steps."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        student: str = "wrn_16_2",
+        teacher: str = "wrn_40_2",
+        *,
+        batch: int = BATCH,
+        classes: int = CLASSES,
+        side: int = SIDE,
+        device: torch.device = CPU,
+        steps: int = 1,
+    ) -> None:
         torch.manual_seed(0)
-        self.student = create_model("wrn_16_2", CLASSES)
-        self.teacher = create_model("wrn_40_2", CLASSES).eval().requires_grad_(False)
-        self.images = torch.randn(BATCH, 3, SIDE, SIDE)
-        self.labels = torch.randint(0, CLASSES, (BATCH,))
+        self.world = World(0, 0, 1, device, None)
+        self.device, self.classes, self.side, self.steps = device, classes, side, steps
+        self.student = create_model(student, classes).to(device)
+        self.teacher = create_model(teacher, classes).to(device).eval().requires_grad_(False)
+        self.images = torch.randn(batch, 3, side, side, device=device)
+        self.labels = torch.randint(0, classes, (batch,), device=device)
 
     def copies(self, *, channels_last: bool) -> tuple[nn.Module, nn.Module, Tensor]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -62,7 +76,18 @@ def plain_loop(setting: Setting) -> Step:
     """A published KD loop's habits: eager, fp32, NCHW, loss and accuracy read every step."""
     student, teacher, images = setting.copies(channels_last=False)
     update = plain_update(student, teacher)
-    return lambda: update(images, setting.labels)
+    return repeated(lambda: update(images, setting.labels), setting)
+
+
+def repeated(run: Callable[[], Tensor | float], setting: Setting) -> Step:
+    """setting.steps runs; the host reads only what the last one gives, unless `run` reads more."""
+
+    def several() -> float:
+        for _ in range(setting.steps - 1):
+            run()
+        return float(run())
+
+    return several
 
 
 def plain_update(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Tensor], float]:
@@ -83,8 +108,8 @@ def plain_update(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Te
     return update
 
 
-def timm_task(setting: Setting, engine: Engine) -> Step:
-    """timm's task with the precision, layout and compiler of the engine."""
+def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step:
+    """timm's task with the precision, layout and compiler of the engine; mode of torch.compile."""
     from timm.task import LogitDistillationTask
 
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
@@ -98,26 +123,28 @@ def timm_task(setting: Setting, engine: Engine) -> Step:
         task_loss_weight=0.1,
         temperature=4.0,
         criterion=nn.CrossEntropyLoss(),
+        device=setting.device,
         verbose=False,
     )
     if engine.compiled:
-        task.compile(dynamic=False)
+        task.compile(dynamic=False, mode=mode)
     optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True)
 
-    def step() -> float:
+    def step() -> Tensor:
         with engine.precision.autocast():
             loss = task(images, setting.labels)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
-    return step
+    return repeated(step, setting)
 
 
 def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
-    loader = loader or ForeignLoader([(images, setting.labels)], WORLD, 0, True)
+    batches = [(images, setting.labels)] * setting.steps
+    loader = loader or ForeignLoader(batches, setting.world, 0, True)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
@@ -127,26 +154,28 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
         engine=engine,
         loader=loader,
         val_loader=loader,
-        image_shape=(3, SIDE, SIDE),
-        num_classes=CLASSES,
+        image_shape=(3, setting.side, setting.side),
+        num_classes=setting.classes,
         train_labels_N=setting.labels,
         normalization=((0.0,) * 3, (1.0,) * 3),
         xprime="none",
-        world=WORLD,
+        world=setting.world,
         folder=None,
         console=Console(enabled=False),
     )
 
 
-def trainer_step(trainer: Trainer) -> Step:
+def trainer_step(trainer: Trainer, setting: Setting) -> Step:
     """Everything the loop does for a batch: loader, views, teacher, step, guard, metrics."""
     trainer.runner.train()
+    device = trainer.world.device
 
     def step() -> float:
         before = trainer.totals_M.clone()
-        for prepared in trainer.prepare(0):
+        for prepared in islice(run_ahead(trainer.prepare(0), device), setting.steps):
             trainer.optimize(prepared, 0, 0)
-        return ((trainer.totals_M - before)[1] / BATCH).item()
+        images, loss = (trainer.totals_M - before)[:2].tolist()
+        return loss / images
 
     return step
 
@@ -156,18 +185,18 @@ def bare_step(trainer: Trainer, setting: Setting) -> Step:
     runner, teacher, optimizer = trainer.runner, trainer.teacher, trainer.optimizer
     runner.train()
     assert teacher is not None
-    index = torch.arange(BATCH)
+    index = torch.arange(len(setting.labels), device=setting.device)
     images = setting.images.contiguous(memory_format=torch.channels_last)
 
-    def step() -> float:
+    def step() -> Tensor:
         views = {"x": images}
         loss = runner(views, setting.labels, index, teacher(views), {}).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
-    return step
+    return repeated(step, setting)
 
 
 def engines() -> dict[str, Engine]:
@@ -203,7 +232,7 @@ def bench_training_step(name: str, table, benchmark, request: pytest.FixtureRequ
     engine, setting = engines()[name], Setting()
     trainer, twin = fastkd_trainer(setting, engine), fastkd_trainer(setting, engine)
     sides: dict[str, Step] = {
-        "fastkd": trainer_step(trainer),
+        "fastkd": trainer_step(trainer, setting),
         "plain loop (eager, fp32, NCHW)": plain_loop(setting),
         "timm LogitDistillationTask": timm_task(setting, engine),
         "bare step": bare_step(twin, setting),

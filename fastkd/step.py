@@ -31,10 +31,6 @@ class Prepared(NamedTuple):
     rows_of_ranks: tuple[int, ...]
     """How many rows of this (micro-)batch each rank has."""
 
-    def tensors(self) -> list[Tensor]:
-        """Everything that lies on the device."""
-        return [*self.batch, *self.views.values(), *self.teacher.values()]
-
     def chosen(self, view: str, index_K: Tensor) -> "Prepared":
         """The same batch with these rows of one view and of what the teacher says to it."""
         return self._replace(

@@ -9,8 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ __all__ = [
     "bind_pair",
     "bind_term",
     "call_term",
+    "captured",
     "eager_attention_loss",
     "eager_hardness",
     "eager_kd_loss",
@@ -31,7 +34,9 @@ __all__ = [
     "gradient_of",
     "hashed_values",
     "interleave",
+    "interpret_fma_as_fused",
     "kd_case",
+    "no_host_sync",
     "poisoned_empty",
     "rms",
     "shape_id",
@@ -167,6 +172,58 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         switch.fill_uninitialized_memory = before[2]
+
+
+@contextmanager
+def no_host_sync(device: torch.device) -> Iterator[None]:
+    """Inside, whatever makes the host wait for a CUDA device raises; a CPU has nothing to watch."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` recorded once as a CUDA graph; calling it replays and returns what `run` returned.
+
+    Its tensors keep their addresses: write new inputs into the old ones. On a CPU: `run` itself.
+    """
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is compiled or allocated once must not be recorded
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def interpret_fma_as_fused() -> None:
+    """Round `tl.fma` once in interpreters of Triton that round twice (3.6), as every chip does."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    if hasattr(interpreter._interpreter, "fma_fp32"):
+        return
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # The product of two fp32 numbers is exact in 64 bits of mantissa.
+        a, b, c = (np.asarray(part.data, np.longdouble) for part in (x, y, z))
+        return interpreter.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 def hashed_values(shape: Sequence[int], seed: int) -> Tensor:

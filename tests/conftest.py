@@ -1,5 +1,10 @@
-"""Every test starts from one seed, and uninitialised memory holds NaN in tests of the ops."""
+"""Every test starts from one seed, and uninitialised memory holds NaN in tests of the ops.
 
+Tests marked `gpu` are skipped without a CUDA device. With FASTKD_REHEARSE=1 those that take the
+fixture `device` run on CPU tensors instead: every line that does not need the chip.
+"""
+
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +15,7 @@ import torch
 from fastkd.testing import poisoned_empty
 
 OPS = Path(__file__).parent / "ops"
+REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +30,12 @@ def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poisoned_empty():
         yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU of a test marked `gpu`; a CPU in rehearsals."""
+    return torch.device("cpu" if REHEARSED else "cuda")
 
 
 class Said(NamedTuple):
@@ -56,6 +68,7 @@ def command(
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    """Tests marked `gpu` are skipped where there is no CUDA device, but for rehearsals."""
+    rehearsed = REHEARSED and "device" in getattr(item, "fixturenames", ())
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
         pytest.skip("needs a CUDA device")

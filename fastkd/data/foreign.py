@@ -85,8 +85,9 @@ class ForeignLoader:
                     f"yield (images, labels, sample ids)"
                 )
             self._batch_size = len(labels)
-            index = torch.full((len(labels),), -1) if ids is None else ids
-            yield Batch(images, labels, index.to(self.device))
+            if ids is None:
+                ids = torch.full((len(labels),), -1, device=self.device)
+            yield Batch(images, labels, ids.to(self.device, non_blocking=True))
 
     def global_size(self, step: int) -> int:
         """Of the batch that was yielded last, over all ranks.
@@ -132,7 +133,8 @@ class ForeignLoader:
                 f"this loader gives labels {kinds[multilabel]}, another one of this run gives "
                 f"{kinds[not multilabel]}: make them alike"
             )
-        labels = labels.to(self.device, torch.float32 if multilabel else torch.int64)
+        dtype = torch.float32 if multilabel else torch.int64
+        labels = labels.to(self.device, dtype, non_blocking=True)
         return images, labels, ids[0] if ids else None
 
 

@@ -2,26 +2,88 @@
 
 A test that takes `impl` runs on all of them, one that takes `fast` on those with something to prove
 against the reference. With TRITON_INTERPRET=1 both mean the Triton kernels on the CPU;
-test_triton.py starts a process that sets it.
+test_triton.py starts a process that sets it. With FASTKD_TEST_DEVICE=cuda both mean the Triton
+kernels on the GPU: a launch takes the test's CPU tensors there and brings them back, so that one
+matrix of tests serves all three (benchmarks/gpu.py starts that; "cpu" rehearses it).
+
+A test that takes `place` makes its tensors there and lets the dispatcher choose.
 """
 
 import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from fastkd.kernels import status
+from torch import Tensor
+
+from fastkd.testing import interpret_fma_as_fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not INTERPRETED
+LAUNCHED_ON = os.environ.get("FASTKD_TEST_DEVICE")
+ON_TRITON = INTERPRETED or LAUNCHED_ON is not None
+HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not ON_TRITON
+
+if INTERPRETED:
+    interpret_fma_as_fused()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cpp = pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no C++ core"))
-    fast = ["triton"] if INTERPRETED else [cpp]
+    fast = ["triton"] if ON_TRITON else [cpp]
     if "fast" in metafunc.fixturenames:
         metafunc.parametrize("fast", fast)
     if "impl" in metafunc.fixturenames:
-        metafunc.parametrize("impl", fast if INTERPRETED else ["reference", cpp])
+        metafunc.parametrize("impl", fast if ON_TRITON else ["reference", cpp])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A rehearsal is about the way to the device: of the matrix, which it cannot prove, a share."""
+    if LAUNCHED_ON == "cpu":
+        items[:] = items[::16]
+
+
+@pytest.fixture(autouse=True)
+def _launch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if LAUNCHED_ON is None:
+        return
+    for op in ("attention_map", "hardness", "kd_loss", "mix"):
+        gpu = import_module(f"fastkd.kernels.{op}.gpu")
+        monkeypatch.setattr(gpu, "launch", moving(gpu.launch, LAUNCHED_ON))
+
+
+def moving(launch: Callable[..., None], device: str) -> Callable[..., None]:
+    """`launch` on a copy of the tensors' memory on `device`, which is copied back afterwards.
+
+    Whole storages travel, so that strides, offsets, aliases and poison are those of the test.
+    """
+
+    def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if any(x.device.type != "cpu" for x in tensors):
+            return launch(kernel, grid, *arguments, **flags)
+        homes = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+        bytes_of = {k: torch.tensor([], dtype=torch.uint8).set_(v) for k, v in homes.items()}
+        copies = {k: v.to(device, copy=True) for k, v in bytes_of.items()}
+
+        def there(x: Tensor) -> Tensor:
+            storage = copies[x.untyped_storage().data_ptr()].untyped_storage()
+            empty = torch.tensor([], dtype=x.dtype, device=device)
+            return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+        moved = [there(x) if isinstance(x, Tensor) else x for x in arguments]
+        launch(kernel, grid, *moved, **flags)
+        for key, home in bytes_of.items():
+            home.copy_(copies[key])
+
+    return run
 
 
 @pytest.fixture

@@ -12,21 +12,27 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
-def pair(num: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.randn(num, 6, 4, 4).to(dtype), torch.randn(num, 9, 8, 8).to(dtype)
+def pair(
+    num: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    student, teacher = torch.randn(num, 6, 4, 4), torch.randn(num, 9, 8, 8)
+    return student.to(device, dtype), teacher.to(device, dtype)
 
 
 @needs_cpp
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
+def test_opcheck(dtype: torch.dtype, channels_last: bool, place: str) -> None:
+    if place == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 takes the reference on a GPU")
     order = torch.channels_last if channels_last else torch.contiguous_format
-    student, teacher = (x.to(memory_format=order) for x in pair(dtype=dtype))
+    student, teacher = (x.to(memory_format=order) for x in pair(4, dtype, place))
     ops = torch.ops.fastkd
     torch.library.opcheck(ops._attention_energy.default, (teacher, 2, (2, 4)))
     wide = torch.promote_types(dtype, torch.float32)
-    for upstream in (None, torch.tensor(3.0)):
-        args = (student, torch.randn(4, 16, dtype=wide), upstream, 2, (1, 1))
+    for upstream in (None, torch.tensor(3.0, device=place)):
+        coefficients = torch.randn(4, 16, dtype=wide, device=place)
+        args = (student, coefficients, upstream, 2, (1, 1))
         torch.library.opcheck(ops._attention_energy_grad.default, args)
     for distance in (False, True):
         args = (student, teacher, 4, (1, 1), (2, 2), 1e-12, distance)
@@ -35,7 +41,7 @@ def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
 
 @pytest.mark.parametrize("which", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype) -> None:
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def both(s: Tensor, t: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dty
 
     compiled = torch.compile(both, fullgraph=True, backend=counter)
     for num in (8, 12, 5, 33):
-        student, teacher = pair(num, dtype)
+        student, teacher = pair(num, dtype, place)
         student.requires_grad_()
         want, got = both(student, teacher), compiled(student, teacher)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
@@ -58,8 +64,8 @@ def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dty
 
 
 @needs_cpp
-def test_inductor_runs_the_ops() -> None:
-    student, teacher = pair()
+def test_inductor_runs_the_ops(place: str) -> None:
+    student, teacher = pair(device=place)
     student.requires_grad_()
 
     def total(s: Tensor) -> Tensor:
@@ -101,10 +107,10 @@ def test_torch_func_transforms_run_on_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype) -> None:
-    net, images = nn.Conv2d(3, 6, 3, padding=1), torch.randn(4, 3, 4, 4)
-    _, teacher = pair()
-    with torch.autocast("cpu", dtype):
+def test_autocast(dtype: torch.dtype, place: str) -> None:
+    net, images = nn.Conv2d(3, 6, 3, padding=1).to(place), torch.randn(4, 3, 4, 4, device=place)
+    _, teacher = pair(device=place)
+    with torch.autocast(place, dtype):
         features = net(images)
         assert features.dtype == dtype
         loss = attention_loss(features, teacher)

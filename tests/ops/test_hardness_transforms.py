@@ -31,8 +31,10 @@ def pick(student: Tensor, teacher: Tensor, labels: Tensor, which=None) -> tuple[
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    student, teacher, labels = inputs(dtype=dtype)
+def test_opcheck(dtype: torch.dtype, place: str) -> None:
+    if place == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 takes the reference on a GPU")
+    student, teacher, labels = inputs(dtype=dtype, device=place)
     ops = torch.ops.fastkd
     torch.library.opcheck(ops._hardness.default, (student, teacher, None, "kl", 4.0))
     torch.library.opcheck(ops._hardness.default, (student, None, None, "entropy", 1.0))
@@ -41,24 +43,25 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(
         ops._hardness.default, (student.requires_grad_(), None, None, "entropy", 1.0)
     )
-    torch.library.opcheck(ops._select_hardest.default, (torch.randn(9, dtype=dtype), 4))
+    scores = torch.randn(9, dtype=dtype, device=place)
+    torch.library.opcheck(ops._select_hardest.default, (scores, 4))
 
 
 @pytest.mark.parametrize("which", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype) -> None:
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(pick, fullgraph=True, backend=counter)
     for n in (8, 12, 5, 33):
-        arguments = inputs(n, dtype=dtype)
+        arguments = inputs(n, dtype=dtype, device=place)
         for got, want in zip(compiled(*arguments, which), pick(*arguments, which), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 2
 
 
 @needs_cpp
-def test_inductor_runs_the_ops() -> None:
-    arguments = inputs()
+def test_inductor_runs_the_ops(place: str) -> None:
+    arguments = inputs(device=place)
     compiled = torch.compile(pick, fullgraph=True)
     for got, want in zip(compiled(*arguments), pick(*arguments), strict=True):
         torch.testing.assert_close(got, want)
@@ -136,30 +139,13 @@ def test_whoever_records_or_rewrites_calls_sees_the_ops() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_scores_in_fp32(dtype: torch.dtype) -> None:
-    student, teacher, _ = inputs(dtype=dtype)
-    with torch.autocast("cpu", dtype):
+def test_autocast_scores_in_fp32(dtype: torch.dtype, place: str) -> None:
+    student, teacher, _ = inputs(dtype=dtype, device=place)
+    with torch.autocast(place, dtype):
         for which in (None, "reference"):
             scores = hardness(student, teacher, impl=which)
             assert scores.dtype == torch.float32
             torch.testing.assert_close(scores, hardness(student.float(), teacher.float()))
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_holds_both_launches() -> None:
-    """Captured once, replayed on new logits: a wait for the device would end the capture."""
-    arguments = inputs(512, 100, device="cuda")
-    pick(*arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = pick(*arguments)
-    arguments[0].copy_(3 * torch.randn(512, 100))
-    graph.replay()
-    for got, want in zip(held, pick(*arguments), strict=True):
-        assert torch.equal(got, want)
-    for i, criterion in enumerate(CRITERIA):
-        want = hardness(*(x.cpu() for x in arguments), criterion=criterion)
-        torch.testing.assert_close(held[4 * i].cpu(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [128, 4096])

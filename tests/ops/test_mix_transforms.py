@@ -12,9 +12,10 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
-def inputs(num: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(num: int = 4, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     images = torch.randint(0, 256, (num, 3, 6, 8), dtype=torch.uint8)
-    return images, torch.arange(num).flip(0), torch.tensor([1, 4, 2, 7])
+    rest = torch.arange(num).flip(0), torch.tensor([1, 4, 2, 7])
+    return images.to(device), rest[0].to(device), rest[1].to(device)
 
 
 def views(images: Tensor, partner: Tensor, box: Tensor, which=None) -> tuple[Tensor, Tensor]:
@@ -25,21 +26,23 @@ def views(images: Tensor, partner: Tensor, box: Tensor, which=None) -> tuple[Ten
 
 @needs_cpp
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_opcheck(channels_last: bool) -> None:
-    images, index, box = inputs()
+def test_opcheck(channels_last: bool, place: str) -> None:
+    images, index, box = inputs(device=place)
     op = torch.ops.fastkd._mix.default
     rest = (list(MEAN), list(STD), torch.bfloat16, channels_last)
     torch.library.opcheck(op, (images, index, None, box, None, *rest))
-    torch.library.opcheck(op, (images, None, images.flip(0), None, torch.rand(4), *rest))
+    torch.library.opcheck(
+        op, (images, None, images.flip(0), None, torch.rand(4, device=place), *rest)
+    )
     torch.library.opcheck(op, (images, None, None, None, None, *rest))
 
 
 @pytest.mark.parametrize("which", [None, "reference"])
-def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which) -> None:
+def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(views, fullgraph=True, backend=counter)
     for num in (8, 12, 5, 33):
-        arguments = inputs(num)
+        arguments = inputs(num, place)
         for got, want in zip(compiled(*arguments, which), views(*arguments, which), strict=True):
             assert torch.equal(got, want)
     assert counter.frame_count <= 2

@@ -75,19 +75,25 @@ def test_kernels_compile_for_three_chips_without_spills(compiled) -> None:
 def test_memory_is_read_in_128_bit_loads_where_rows_are_aligned(compiled) -> None:
     for found in compiled[1]:
         if found["wide_loads"]:
-            assert found["row"]["widest_load"] == 128, found["row"]
+            assert found["row"]["load bits"] >= 128, found["row"]
 
 
-def test_readme_lists_what_the_compiler_gives(compiled) -> None:
-    """Registers and loads as documented; triton_offline.py OP --markdown makes the table."""
+def test_every_launch_says_what_it_has_to_do(compiled) -> None:
+    assert all(found["bytes"] > 0 and found["operations"] > 0 for found in compiled[1])
+
+
+def test_the_page_lists_what_the_compiler_gives(compiled) -> None:
+    """docs/kernels.md, section by section; `triton_offline.py --write` makes it."""
     import triton
 
-    readme = KERNELS / compiled[0] / "README.md"
-    text = readme.read_text()
+    text = (KERNELS.parent / "docs" / "kernels.md").read_text()
     version = re.search(r"Triton (\d+\.\d+)", text)
     assert version is not None
+    section = text.partition(f"## {compiled[0]}\n")[2].partition("\n## ")[0].splitlines()
+    works = list(dict.fromkeys(found["work"] for found in compiled[1]))
+    lines = [line for line in section if line.startswith("| ") and "---" not in line]
+    assert lines[1 : 1 + len(works)] == works
     if not triton.__version__.startswith(version[1]):
         pytest.skip(f"the table was made with Triton {version[1]}, this is {triton.__version__}")
-    for found in compiled[1]:
-        line = "| " + " | ".join(str(value) for value in found["row"].values()) + " |"
-        assert line in text, f"not in {readme}: {line}"
+    rows = ["| " + " | ".join(map(str, found["row"].values())) + " |" for found in compiled[1]]
+    assert lines[2 + len(works) :] == rows

@@ -1,6 +1,7 @@
 """The launches of `attention_map` that triton_offline.py compiles, as gpu.py makes them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -36,7 +37,23 @@ def launches() -> Iterator[Launch]:
             coefficients = torch.empty(len(student), pixels, device="meta")
             gpu.energy_grad(student, coefficients, torch.empty((), device="meta"), 2, (1, 1))
         for kernel, arguments, flags in made:
-            yield as_launch(kernel, case, arguments, flags, wide_loads)
+            moved, operations = least(flags.get("PHASE"), student, teacher, pixels)
+            plain = as_launch(kernel, case, arguments, flags, wide_loads)
+            yield replace(plain, moved_bytes=moved, operations=operations)
+
+
+def least(phase: int | None, student: Tensor, teacher: Tensor, pixels: int) -> tuple[int, int]:
+    """Bytes to move and operations of the forward pass in a phase, or of the gradient (None)."""
+    size, maps = student.element_size(), 4 * len(student) * pixels
+    if phase is None:  # the features and a coefficient per pixel in, the gradient out
+        return 2 * size * student.numel() + maps, 2 * student.numel()
+    elements = student.numel() + teacher.numel()
+    energies = (size * elements + 2 * maps, 2 * elements)
+    # Two norms and the difference of two maps; derivative and losses out.
+    compared = (3 * maps, 12 * maps // 4)
+    if phase == 0:
+        return energies[0] + maps, energies[1] + compared[1]
+    return energies if phase == 1 else compared
 
 
 def as_launch(

@@ -18,6 +18,8 @@ CASES = [
     ("cross_entropy", 512, 1000, "bf16"),
     ("margin", 512, 1000, "bf16"),
 ]
+# Per class: maxima, exponentials, sums, and the terms of the criterion.
+OPERATIONS = {"kl": 14, "entropy": 6, "cross_entropy": 4, "margin": 2}
 
 
 def launches() -> Iterator[Launch]:
@@ -30,6 +32,7 @@ def launches() -> Iterator[Launch]:
             "BLOCK_R": p.block_r, "BLOCK_C": p.block_c,
         }  # fmt: skip
         labels = "*i64" if criterion in ("cross_entropy", "margin") else f"*{storage}"
+        size, both = 2 if storage == "bf16" else 4, 2 if criterion == "kl" else 1
         types = {"s_ptr": f"*{storage}", "t_ptr": f"*{storage}", "y_ptr": labels}
         yield Launch(
             score_kernel,
@@ -40,6 +43,8 @@ def launches() -> Iterator[Launch]:
             multiples_of_16=("num_rows",),
             # An odd number of classes leaves rows at odd addresses.
             wide_loads=classes % 2 == 0,
+            moved_bytes=both * size * rows * classes + 4 * rows,
+            operations=OPERATIONS[criterion] * rows * classes,
         )
     block_r, block_c, warps = RANK_TILE
     yield Launch(
@@ -49,4 +54,7 @@ def launches() -> Iterator[Launch]:
         {"BLOCK_R": block_r, "BLOCK_C": block_c},
         types={"index_ptr": "*i64", "num_nan_ptr": "*i64"},
         multiples_of_16=("num_rows", "k"),
+        moved_bytes=4 * MAX_POOL + 8 * MAX_POOL // 2,
+        # Each score against each other: greater, equal, lower index, count.
+        operations=4 * MAX_POOL**2,
     )

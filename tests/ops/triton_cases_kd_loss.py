@@ -46,7 +46,21 @@ def launches() -> Iterator[Launch]:
                    "SPLITS": triton.next_power_of_2(p.splits), "PER_ROW": False}  # fmt: skip
         gradient = {"BLOCK_R": p.grad_block_r, "BLOCK_C": p.grad_block_c, "KD": True, "CE": True,
                     "DIVISOR": True, "up_kd_step": 0, "up_ce_step": 0}  # fmt: skip
+        elements, size = rows * classes, 2 if storage == "bf16" else 4
+        # Labels, six statistics of a row; of a split row 11 numbers from each program.
+        row_bytes = rows * (8 + 6 * 4)
         for phase in (1, 2) if p.splits > 1 else (0,):
             phased = constants | forward | {"PHASE": phase}
-            yield Launch(forward_kernel, case, p.warps, phased, **common)
-        yield Launch(gradient_kernel, case, p.grad_warps, constants | gradient, **common)
+            parts = 11 * 4 * rows * p.splits if phase else 0
+            moved = parts + row_bytes + (0 if phase == 2 else 2 * size * elements)
+            # Per class: 2 scalings, 3 maxima, 3 exponentials, 5 sums, 4 for the logarithm, argmax.
+            operations = 11 * rows * p.splits if phase == 2 else 19 * elements
+            yield Launch(
+                forward_kernel, case, p.warps, phased, moved_bytes=moved, operations=operations,
+                **common,
+            )  # fmt: skip
+        # Per class: 3 exponentials with their scaling, the differences and the upstream.
+        yield Launch(
+            gradient_kernel, case, p.grad_warps, constants | gradient, operations=11 * elements,
+            moved_bytes=3 * size * elements + row_bytes, **common,
+        )  # fmt: skip

@@ -27,7 +27,7 @@ def launches() -> Iterator[Launch]:
     for what, side, source, target, source_last, target_last in CASES:
         p = plan(side, side * (3 if target_last else 1), BYTES[source], BYTES[target])
         layouts = " -> ".join("NHWC" if last else "NCHW" for last in (source_last, target_last))
-        three = ("fp32",) * 3
+        three, sources, pixels = ("fp32",) * 3, 2 if what == "mixup" else 1, 64 * 3 * side * side
         yield Launch(
             mix_kernel,
             f"{what} {side}px {source} -> {target}, {layouts}",
@@ -48,4 +48,7 @@ def launches() -> Iterator[Launch]:
             wide_loads=source_last == target_last,
             tile=("GROUPS", "VEC"),
             fp_fusion=False,
+            # A batch of 64; each element of a CutMix comes from one of its sources.
+            moved_bytes=pixels * (BYTES[target] + BYTES[source] * sources),
+            operations=pixels * (3 * (source == "u8") * sources + 3 * (what == "mixup") + 1),
         )  # fmt: skip

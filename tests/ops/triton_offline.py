@@ -1,10 +1,11 @@
 """Compiles the Triton kernels of an op for real chips without one, and counts what came out.
 
-    python tests/ops/triton_offline.py OP [--markdown] [sm ...]
+    python tests/ops/triton_offline.py OP [sm ...]       a JSON row per kernel, case and chip
+    python tests/ops/triton_offline.py --write           docs/kernels.md anew, all ops
 
-Prints one JSON row (or table line) per kernel, case and chip. The launches of an op are listed by
-`launches()` in triton_cases_<op>.py beside this file; test_triton.py finds the op by that file.
-Needs a process without TRITON_INTERPRET; the disassemblers come with Triton.
+The launches of an op are listed by `launches()` in triton_cases_<op>.py beside this file.
+test_triton.py finds the op by that file and keeps docs/kernels.md current. Needs a process without
+TRITON_INTERPRET; the disassemblers come with Triton.
 """
 
 import json
@@ -24,6 +25,11 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHIPS = (80, 90, 100)
+OPS = ("kd_loss", "hardness", "attention_map", "mix")
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+# An H200, measured: a copy, read plus written; its datasheet: fp32 instructions of all lanes.
+COPY_BYTES_PER_S, VECTOR_OPS_PER_S = 4.3e12, 33e12
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,15 @@ class Launch:
     tile: tuple[str, ...] = ()
     """The constants that are the tile; by default those called BLOCK_*."""
     fp_fusion: bool = True
+    moved_bytes: int = 0
+    """What the launch has to read and write at least, each element once."""
+    operations: int = 0
+    """fp32 operations of the formula, an exponential counted as one, without addressing."""
+
+    def floor_us(self) -> float:
+        """No H200 can be faster, the launch itself not counted."""
+        by_bytes = self.moved_bytes / COPY_BYTES_PER_S
+        return 1e6 * max(by_bytes, self.operations / VECTOR_OPS_PER_S)
 
     def source(self) -> ASTSource:
         """Signature, compile-time constants and attributes for the compiler."""
@@ -78,9 +93,10 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         code = tool("nvdisasm", "-c", file.name)
     count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", code)
-    loads = [op for op in lines if op.startswith(("LDG", "LD.E"))]
-    bits = {".128": 128, ".64": 64, ".U16": 16, ".U8": 8}
-    widths = [next((n for key, n in bits.items() if key in op), 32) for op in loads]
+    loads, stores = (
+        [width(op) for op in lines if op.startswith(names)]
+        for names in (("LDG", "LD.E"), ("STG", "ST.E"))
+    )
     tile = launch.tile or [name for name in launch.constants if name.startswith("BLOCK_")]
     return {
         "kernel": launch.kernel.fn.__name__,
@@ -91,25 +107,82 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         "registers": count["REG"],
         "spills": count["LOCAL"] + sum(op.startswith(("STL", "LDL")) for op in lines),
         "shared": built.metadata.shared,
-        "widest_load": max(widths, default=0),
-        "loads": len(widths),
-        "mufu": sum(op.startswith("MUFU.EX2") for op in lines),
+        "load bits": max(loads, default=0),
+        "store bits": max(stores, default=0),
+        "loads": len(loads),
+        "stores": len(stores),
+        "matrix": sum(op.startswith(MATRIX) for op in lines),
+        "exp2": sum(op.startswith("MUFU.EX2") for op in lines),
         "instructions": len(lines),
     }
 
 
-def main(op: str, markdown: bool, chips: Collection[int]) -> None:
-    """Every launch of an op on every chip."""
-    launches = list(import_module(f"triton_cases_{op}").launches())
-    rows = [(launch, compile_launch(launch, chip)) for launch in launches for chip in chips]
-    if markdown:
-        print("| " + " | ".join(rows[0][1]) + " |\n|" + " --- |" * len(rows[0][1]))
-        for _, row in rows:
-            print("| " + " | ".join(map(str, row.values())) + " |")
-    else:
-        print(json.dumps([{"row": row, "wide_loads": launch.wide_loads} for launch, row in rows]))
+def width(op: str) -> int:
+    """Bits of one access of a lane."""
+    bits = {".256": 256, ".128": 128, ".64": 64, "16": 16, "8": 8}
+    suffixes = op.split(".", 1)[-1]
+    return next((n for key, n in bits.items() if suffixes.endswith(key) or f"{key}." in op), 32)
+
+
+def launches_of(op: str) -> list[Launch]:
+    """Those of triton_cases_<op>.py."""
+    return list(import_module(f"triton_cases_{op}").launches())
+
+
+def line(cells: Collection[Any]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def work(launch: Launch) -> str:
+    """The line of a launch in the table of bytes and operations."""
+    megabytes, millions = launch.moved_bytes / 1e6, launch.operations / 1e6
+    numbers = [f"{value:.3g}" for value in (megabytes, millions, launch.floor_us())]
+    return line([launch.kernel.fn.__name__, launch.case, *numbers])
+
+
+def page() -> str:
+    """docs/kernels.md."""
+    parts = [HEAD.format(triton=triton.__version__)]
+    for op in OPS:
+        launches = launches_of(op)
+        rows = [compile_launch(launch, chip) for launch in launches for chip in CHIPS]
+        names = ["kernel", "case", "MB", "M operations", "floor us on an H200"]
+        parts += [f"\n## {op}\n", line(names), "|" + " --- |" * len(names)]
+        parts += list(dict.fromkeys(map(work, launches)))
+        parts += ["", line(rows[0]), "|" + " --- |" * len(rows[0])]
+        parts += [line(row.values()) for row in rows]
+    return "\n".join(parts) + "\n"
+
+
+HEAD = """# The Triton kernels as compiled
+
+Written by `python tests/ops/triton_offline.py --write` with Triton {triton}; a test keeps it
+current.
+No GPU was at hand: this is what the compiler makes for three chips, and what a launch has to do at
+least. It is not a time.
+
+- MB and operations are per launch: every element that has to be read or written, once, and the fp32
+  operations of the formula (an exponential is one). The floor is the larger of MB over the 4.3 TB/s
+  that a copy reaches on an H200 and operations over its 33 T vector operations/s. No kernel has a
+  product of matrices, so its 790 TFLOP/s in bf16 bound none of them: `matrix` counts such
+  instructions.
+- spills, shared: bytes of a program. load bits, store bits: the widest access of a lane. exp2:
+  MUFU.EX2. instructions: the whole kernel with all its branches. Rows of an odd number of classes
+  (21841) begin at odd addresses and are read in narrow loads: pad the classes to a multiple of 8
+  where that matters."""
 
 
 if __name__ == "__main__":
-    numbers = tuple(int(a) for a in sys.argv[2:] if a.isdigit())
-    main(sys.argv[1], "--markdown" in sys.argv, numbers or CHIPS)
+    if sys.argv[1] == "--write":
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page())
+    else:
+        chips = tuple(int(a) for a in sys.argv[2:] if a.isdigit()) or CHIPS
+        found = [
+            {"row": compile_launch(launch, chip), "wide_loads": launch.wide_loads,
+             "work": work(launch), "operations": launch.operations, "bytes": launch.moved_bytes}
+            for launch in launches_of(sys.argv[1])
+            for chip in chips
+        ]  # fmt: skip
+        print(json.dumps(found))

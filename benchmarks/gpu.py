@@ -1,0 +1,117 @@
+"""Everything that only a GPU can show, in one command; docs/gpu.md says how to read it.
+
+    python benchmarks/gpu.py [--part N ...] [--assets FOLDER] [--out FOLDER] [--rehearse]
+
+Parts: 1 proof (all tests marked gpu, every kernel against float64), 2 ops, 3 whole steps, 4 a short
+training. Each runs in a process of its own with a limit in minutes and writes what it knows case by
+case to OUT/gpu_<part>_<device>.jsonl and .md, so that a cut run loses nothing. At the end stands
+what falls short of which bar. No network. --rehearse runs the same lines on CPU tensors, the Triton
+kernels through the interpreter, at sizes that prove the program and measure nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# name of the part's module and seconds it may take: 20 minutes together, none above 8
+PARTS = {1: ("proof", 300), 2: ("ops", 200), 3: ("steps", 460), 4: ("training", 240)}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--part", type=int, action="append", choices=PARTS, help="all by default")
+    parser.add_argument("--seconds", type=int, help="limit per part instead of its own")
+    parser.add_argument("--assets", type=Path, help="wheels, checkouts of peers, data archives")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--rehearse", action="store_true", help="on CPU tensors, tiny")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the parts one after the other; 0 where nothing failed, short bars included."""
+    asked = arguments()
+    if asked.child is not None:
+        return child(asked)
+    if asked.rehearse and asked.out is None:
+        asked.out = HERE.parent / "build" / "gpu-rehearsal"
+    out = (asked.out or HERE / "results").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if asked.assets:
+        sys.path.insert(0, str(HERE))
+        wheels = import_module("gpu_parts.assets").unpacked_wheels(asked.assets)
+        paths = [*wheels, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if asked.rehearse:
+        environment |= {"FASTKD_REHEARSE": "1", "TRITON_INTERPRET": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    worst = 0
+    for part in asked.part or list(PARTS):
+        limit = asked.seconds or PARTS[part][1]
+        words = [sys.executable, str(HERE / "gpu.py"), "--child", str(part), "--out", str(out)]
+        words += ["--seconds", str(limit), *(["--rehearse"] if asked.rehearse else [])]
+        words += ["--assets", str(asked.assets.resolve())] if asked.assets else []
+        print(f"== part {part}, {PARTS[part][0]}: at most {limit} s", flush=True)
+        worst = max(worst, limited(words, environment, limit + 15))
+    print(shortfalls(out))
+    return worst
+
+
+def limited(words: list[str], environment: dict[str, str], seconds: float) -> int:
+    """Exit code of a process group that is ended when its time is up."""
+    running = subprocess.Popen(words, env=environment, start_new_session=True)
+    try:
+        code = running.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"== cut after {seconds:.0f} s; what was found so far is written", flush=True)
+        code = 124
+    finally:
+        # Also what a part that is done may have left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    return code
+
+
+def child(asked: argparse.Namespace) -> int:
+    """One part in this process."""
+    sys.path.insert(0, str(HERE))
+    import torch
+    from gpu_parts.record import Job, Record
+
+    if not asked.rehearse and not torch.cuda.is_available():
+        print("torch sees no CUDA device: use --rehearse to run the same lines on the CPU")
+        return 2
+    device = torch.device("cpu" if asked.rehearse else "cuda")
+    name = PARTS[asked.child][0]
+    record = Record(asked.out, name, asked.rehearse)
+    deadline = time.monotonic() + asked.seconds
+    job = Job(device, asked.rehearse, asked.assets, record, deadline)
+    import_module(f"gpu_parts.{name}").run(job)
+    record.done()
+    return 1 if record.failed else 0
+
+
+def shortfalls(out: Path) -> str:
+    """What the parts found wanting, of all result files in the folder."""
+    lines = []
+    for file in sorted(out.glob("gpu_*.jsonl")):
+        for line in file.read_text().splitlines():
+            found = json.loads(line)
+            if found["kind"] in ("short", "failed", "missing"):
+                lines.append(f"  {file.stem}: {found['kind']}: {found['text']}")
+    return "\n".join(["== short of a bar, failed or not run:", *(lines or ["  nothing"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What a bare machine lacks and --assets brings: wheels, checkouts of peers, data archives.
+
+Whatever is not there is reported, never replaced. Folders RepDistiller and mdistiller are
+checkouts, cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder per class.
+"""
+
+import importlib
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = ["load_mdistiller_kd", "unpacked_cifar10", "unpacked_wheels"]
+
+UNPACKED = Path(tempfile.gettempdir()) / "fastkd-gpu"
+
+
+def unpacked_wheels(assets: Path) -> list[str]:
+    """Folders for PYTHONPATH: unpacked, because Triton reads the source of its kernels."""
+    wheels = sorted(assets.glob("*.whl"))
+    if not wheels:
+        return []
+    site = UNPACKED / "wheels"
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    return [str(site)]
+
+
+def unpacked_cifar10(assets: Path | None) -> Path | None:
+    """The folder with train/ and test/, or None where there is no archive."""
+    archive = (assets or Path()) / "cifar10-jpeg.tar.xz"
+    if assets is None or not archive.exists():
+        return None
+    target = UNPACKED / "data"
+    if not (target / ".complete").exists():
+        with tarfile.open(archive) as packed:
+            packed.extractall(target, filter="data")
+        (target / ".complete").touch()
+    return target / "cifar10"
+
+
+def load_mdistiller_kd(folder: Path) -> Any:
+    """mdistiller's class KD without the rest of its package; None without a checkout."""
+    distillers = folder / "mdistiller" / "distillers"
+    if not (distillers / "KD.py").exists():
+        return None
+    package = ModuleType("mdistiller_distillers")
+    package.__path__ = [str(distillers)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.KD").KD

@@ -1,0 +1,172 @@
+"""Part 2: every op against eager torch, torch.compile and Liger-Kernel, cases and gates of bench_*.
+
+A ratio is time(other) / time(fastkd), median and 10th percentile over interleaved pairs, once `as
+called` and once `captured` (clock.py). GB/s are bytes that have to move over the captured time,
+beside the bandwidth that a copy reaches in the same process.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import bench_attention_map
+import bench_hardness
+import bench_kd_loss
+import bench_mix
+import torch
+from gpu_parts.clock import Sides, copy_gbps, peak_bytes, quantiles, times
+from gpu_parts.record import Job
+
+from fastkd.losses import KDLoss
+from fastkd.testing import eager_kd_loss, interpret_fma_as_fused, shape_id, speedup
+
+__all__ = ["run"]
+
+# Beyond those of the bench files: what only a GPU is asked for (bar 1).
+LARGE = [(4096, 1000), (8, 150, 512, 512)]
+BANDWIDTH_FROM = 64 << 20
+
+
+def run(job: Job) -> None:
+    """All cases, as far as the time goes."""
+    if job.rehearse:
+        interpret_fma_as_fused()
+    copied = copy_gbps(job.device, 1 << 20 if job.rehearse else 4 << 30)
+    job.record.note(f"a copy moves {copied:.0f} GB/s, read plus written")
+    ratios: dict[str, list[float]] = {}
+    for op, name, sides, moved in cases(job):
+        if not job.in_time(name, 5):
+            continue
+        with job.record.case(name), torch.set_grad_enabled(op in ("kd_loss", "attention")):
+            row = measure(job, name, sides, moved, copied)
+            job.record.row(op, **row)
+            judge(job, op, name, row, moved)
+            ratios.setdefault(op, []).append(row["vs compile, captured"])
+    for op, values in ratios.items():
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        job.record.note(f"{op}: geometric mean against compile, captured: {mean:.2f}")
+        if op == "kd_loss" and mean < 1.2:
+            job.record.short("kd_loss is 1.2 times as fast as compile on average", f"{mean:.2f}")
+    with job.record.case("Liger-Kernel"):
+        liger(job)
+    job.record.missing(
+        "flash-linear-attention: its fused_kl_div takes hidden states and both heads' weights and "
+        "none of our ops do that"
+    )
+
+
+def cases(job: Job) -> Iterator[tuple[str, str, Sides, int]]:
+    """Op, name, sides with the gate passed, bytes that have to move."""
+    small, where, impl = job.rehearse, str(job.device), job.impl
+    fp32, bf16 = torch.float32, torch.bfloat16
+    shapes: list[Any] = [(8, 100), (2, 5, 4, 6)] if small else [*bench_kd_loss.SHAPES, *LARGE]
+    # The interpreter truncates to bf16, which the gates of the benchmarks do not forgive.
+    dtypes = [fp32] if small else [bf16, fp32]
+    maps = (bench_attention_map.STUDENT, bench_attention_map.TEACHER)
+    pictures = [*bench_mix.SHAPES, (256, 3, 224, 224)]
+    picks = bench_hardness.CASES
+    if small:
+        maps, pictures = ((4, 8, 8, 8), (4, 16, 8, 8)), [(4, 3, 8, 8)]
+        picks = [((16, 20), "kl", fp32)]
+    # One type after the other: a run that is cut has every op in bf16.
+    for dtype in dtypes:
+        for shape in shapes:
+            with job.record.case(f"kd_loss {shape}"):
+                made = bench_kd_loss.sides_of(shape, dtype, where, impl)
+                yield "kd_loss", name_of(shape_id(shape), dtype), *made
+        for pool, criterion, of_dtype in picks:
+            if of_dtype == dtype:
+                with job.record.case(f"hardness {pool}"):
+                    made = bench_hardness.sides_of(pool, criterion, dtype, where, impl)
+                    yield "hardness", name_of(f"{shape_id(pool)} {criterion}", dtype), *made
+        for layout in bench_attention_map.LAYOUTS:
+            with job.record.case(f"attention {layout}"):
+                sides, moved, _ = bench_attention_map.sides_of(dtype, layout, where, impl, maps)
+                yield "attention", name_of(layout, dtype), sides, moved
+        for shape in pictures:
+            for source, kind in (("uint8", "normalise"), ("x", "cutmix"), ("x", "mixup")):
+                with job.record.case(f"mix {kind}"):
+                    name = name_of(f"{kind} {shape_id(shape)} from {source}", dtype)
+                    yield "mix", name, *bench_mix.sides_of(shape, source, kind, dtype, where, impl)
+
+
+def name_of(what: str, dtype: torch.dtype) -> str:
+    """A case and its dtype."""
+    return f"{what} {str(dtype).removeprefix('torch.')}"
+
+
+def measure(job: Job, name: str, sides: Sides, moved: int, copied: float) -> dict[str, Any]:
+    """One row."""
+    pairs = 3 if job.rehearse else 60
+    # A side that picks its rows through the host cannot be captured; then only `as called` stands.
+    called = times(sides, job.device, pairs=pairs)
+    graphs = times(sides, job.device, pairs=pairs, capture=True)
+    row: dict[str, Any] = {"case": name}
+    for kind, seconds in (("as called", called), ("captured", graphs)):
+        for side, values in seconds.items():
+            row[f"{side} us, {kind}"] = 1e6 * quantiles(values)[0]
+        for over in ("compile", "eager"):
+            row[f"vs {over}, {kind}"], p10 = speedup(seconds, over, "fastkd")
+            row[f"p10 vs {over}, {kind}"] = p10
+    row["GB/s"] = moved / (row["fastkd us, captured"] * 1e3)
+    row["share of copy"] = row["GB/s"] / copied
+    for side in ("compile", "fastkd"):
+        row[f"{side} peak MB"] = peak_bytes(sides[side], job.device) / 1e6
+    return row
+
+
+def judge(job: Job, op: str, name: str, row: dict[str, Any], moved: int) -> None:
+    """The bars of the fused loss, and `never slower` of all ops."""
+    for kind in ("as called", "captured"):
+        ratio, p10 = row[f"vs compile, {kind}"], row[f"p10 vs compile, {kind}"]
+        if ratio < 0.99 or p10 < 0.95:
+            bar = f"{op} {name} {kind}: never slower than compile (0.99, 10th percentile 0.95)"
+            job.record.short(bar, f"{ratio:.2f}, {p10:.2f}")
+    if op != "kd_loss":
+        return
+    if moved < BANDWIDTH_FROM and row["vs eager, captured"] < 3:
+        job.record.short(f"kd_loss {name}: 3 times eager", f"{row['vs eager, captured']:.2f}")
+    # The floor counts student and teacher once; the backward pass reads both again.
+    reached = row["share of copy"] * 5 / 3
+    if moved >= BANDWIDTH_FROM and reached < 0.85:
+        bar = f"kd_loss {name}: 85 % of copy bandwidth, bytes of both passes"
+        job.record.short(bar, f"{100 * reached:.0f} %")
+
+
+def liger(job: Job) -> None:
+    """Liger's KL takes log-probabilities: the softmaxes stay with torch, the whole is compared."""
+    if job.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
+        job.record.missing("Liger-Kernel: not rehearsed, its import asks for a device")
+        return
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError as error:
+        job.record.missing(f"Liger-Kernel: {error}")
+        return
+    theirs, ours = LigerKLDIVLoss(reduction="batchmean"), KDLoss(temperature=4.0, alpha=0.9)
+    for rows, classes in ((256, 100), (1024, 1000), (1024, 21841)):
+        torch.manual_seed(0)
+        student, teacher = 3 * torch.randn(2, rows, classes, device=job.device)
+        labels = torch.randint(0, classes, (rows,), device=job.device)
+        student.requires_grad_()
+
+        def by_liger(s: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            soft = theirs((s / 4).log_softmax(-1), (t / 4).softmax(-1))
+            return 0.1 * torch.nn.functional.cross_entropy(s, y) + 0.9 * 16 * soft
+
+        torch.testing.assert_close(
+            by_liger(student, teacher, labels), eager_kd_loss(student, teacher, labels)
+        )
+
+        def step(loss: Any, s=student, t=teacher, y=labels) -> Any:
+            def go() -> None:
+                loss(s, t, y).backward()
+                s.grad = None
+
+            return go
+
+        seconds = times({"Liger": step(by_liger), "fastkd": step(ours)}, job.device, pairs=60)
+        ratio, p10 = speedup(seconds, "Liger", "fastkd")
+        medians = {f"{side} us": 1e6 * quantiles(v)[0] for side, v in seconds.items()}
+        job.record.row("Liger", case=f"{rows}x{classes}", **medians, ratio=ratio, p10=p10)

@@ -1,0 +1,66 @@
+"""benchmarks/gpu.py without a GPU: its cheapest part from end to end, and what a cut run leaves."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+OPS = {"kd_loss", "hardness", "attention", "mix"}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_program", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_how_to_go_on(tmp_path: Path) -> None:
+    words = [sys.executable, PROGRAM, "--child", "2", "--seconds", "60", "--out", tmp_path]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    )
+    assert done.returncode == 2
+    assert "use --rehearse" in done.stdout
+
+
+def test_the_ops_are_rehearsed_on_interpreted_kernels(tmp_path: Path) -> None:
+    words = [sys.executable, PROGRAM, "--rehearse", "--part", "2", "--out", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = (tmp_path / "gpu_ops_rehearsal.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert found[0]["kind"] == "environment"
+    assert found[-1]["kind"] == "done"
+    assert {line["table"] for line in found if line["kind"] == "row"} == OPS
+    assert not [line for line in found if line["kind"] == "failed"]
+    page = (tmp_path / "gpu_ops_rehearsal.md").read_text()
+    assert page.startswith("# gpu.py, part ops: complete")
+    assert "== short of a bar, failed or not run:" in done.stdout
+
+
+def test_a_part_is_ended_with_its_children_when_its_time_is_up(gpu, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    late = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    assert gpu.limited([sys.executable, "-c", both], {}, 0.5) == 124
+    time.sleep(2.5)
+    assert not mark.exists()
+
+
+def test_what_was_found_short_is_listed_over_all_parts(gpu, tmp_path: Path) -> None:
+    assert gpu.shortfalls(tmp_path).endswith("  nothing")
+    findings = [{"kind": "row", "text": "a"}, {"kind": "short", "text": "b; found 0.5"}]
+    lines = "".join(json.dumps(finding) + "\n" for finding in findings)
+    (tmp_path / "gpu_ops_x.jsonl").write_text(lines)
+    assert gpu.shortfalls(tmp_path).splitlines()[1:] == ["  gpu_ops_x: short: b; found 0.5"]
