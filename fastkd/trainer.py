@@ -169,7 +169,9 @@ class Trainer:
             self.progress.wait_s += time.perf_counter() - clock
             teacher = self.teacher(views) if self.teacher else {}
             num = self.loader.global_size(step)
-            yield Prepared(batch, views, teacher, num, split_evenly(num, self.world.size))
+            rows_of_ranks = split_evenly(num, self.world.size)
+            teacher |= self.views.mixed(batch, teacher, epoch, step, rows_of_ranks)
+            yield Prepared(batch, views, teacher, num, rows_of_ranks)
             step += 1
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
