@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import fastkd.run
-from fastkd.augment import ViewMaker
+from fastkd.augment import XPRIMES, ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.distributed import World
+from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.networks import load_teacher
 from fastkd.precision import resolve_precision
@@ -189,12 +190,40 @@ def test_a_compiled_pick_is_trained_with(monkeypatch):
         lambda unit, *, enabled, **_: torch.compile(unit, **options) if enabled else unit,
     )
     torch._dynamo.reset()
-    trainer = trainer_of("compile=on", "student.width=0.5", "batch_size=8")
+    trainer = trainer_of("compile=on", "student.width=0.5", "teacher.name=resnet8", "batch_size=8")
     trainer.runner.train()
     trainer.optimize(next(trainer.prepare(0)), 0, 0)
     values = dict(zip(trainer.metric_names, trainer.totals_M.tolist(), strict=True))
     assert values["images"] == 8
     assert values["pick_ratio"] / 8 > 1
+
+
+@pytest.mark.parametrize("kind", XPRIMES[1:])
+def test_any_second_view_can_be_picked_with_any_target(kind):
+    """On either backend, with labels of the images beside: one step, alike."""
+    rows = []
+    for backend in ("resident", "torch"):
+        trainer = trainer_of(
+            *(f"augment.xprime={kind}", "losses.mixed_ce.weight=0.5", "student.width=0.5"),
+            *("batch_size=8", f"data.backend={backend}", "data.workers=0", "augment.flip=true"),
+        )
+        trainer.runner.train()
+        prepared = next(trainer.prepare(0))
+        assert len(prepared.views["x"]) == 8 and len(prepared.views["xprime"]) == 16
+        assert not torch.equal(prepared.views["x"], prepared.views["xprime"][:8])
+        assert prepared.teacher["xprime/mixed/labels"].shape == (16, 10)
+        trainer.optimize(prepared, 0, 0)
+        rows.append(dict(zip(trainer.metric_names, trainer.totals_M.tolist(), strict=True)))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+    assert rows[0]["images"] == 8 and rows[0]["mixed_ce"] > 0 and rows[0]["kd_xprime"] > 0
+    assert rows[0]["pick_ratio"] / 8 > 1
+
+
+def test_a_second_crop_needs_something_random():
+    words = ("augment.xprime=cropflip", "augment.crop=none", "augment.flip=false")
+    with pytest.raises(UserError, match="cropflip would be x again"):
+        trainer_of(*words)
+    assert trainer_of(*words[:2], "augment.flip=true").views.xprime == "cropflip"
 
 
 def trainer_of(*words):

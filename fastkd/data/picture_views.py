@@ -7,7 +7,8 @@ Sits inside the loaders, which alone have the pictures: uint8 crop -> [here] -> 
     autoaugment  AutoAugment's policy for CIFAR-10 on that crop (Cubuk et al. 2018,
                  arXiv:1805.09501)
 The operations are those of torchvision.transforms.v2. They draw from torch's global generator, so
-it is seeded for every image, from (seed, epoch, sample id, number of the view), and put back.
+it is seeded for every image, from (seed, epoch, sample id, number of the view), and put back. A
+policy works on the host, image by image; for fast steps data.backend=torch has workers do it.
 
 KD on views stronger than crop and flip is the subject of "Understanding the Success of KD: A Data
 Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch by one

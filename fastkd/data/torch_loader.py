@@ -36,8 +36,8 @@ Crop = Literal["pad", "resized", "none"]
 _EVAL_RESIZE = 256 / 224
 
 _Key = tuple[int, np.ndarray]
-# Pictures, sample ids, and second views that are finished on the host.
-_Pixels = tuple[Tensor, Tensor, Tensor]
+# Pictures, sample ids, and where there are any, second views that are finished on the host.
+_Pixels = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,17 @@ class _Pictures(Dataset[_Pixels | str]):
         except UserError as error:
             # Returned, not raised: the DataLoader would wrap the sentence in a worker's traceback.
             return str(error)
+        ids_B = torch.from_numpy(index_B)
+        if self._second is None:
+            return torch.from_numpy(np.stack([picture for (picture,) in shown])), ids_B
         # By appearance, then by sample.
         pictures = [picture for each in zip(*shown, strict=True) for picture in each]
         stacked_NHWC = torch.from_numpy(np.stack(pictures))
         pictures_BHWC, more_BHWC = stacked_NHWC[: len(index_B)], stacked_NHWC[len(index_B) :]
-        if self._second and not self._second.is_crop:
-            crops_BHWC = self._tables.crop(pictures_BHWC, torch.from_numpy(index_B), epoch)
+        if not self._second.is_crop:
+            crops_BHWC = self._tables.crop(pictures_BHWC, ids_B, epoch)
             more_BHWC = self._second.of(crops_BHWC, index_B, epoch)
-        return pictures_BHWC, torch.from_numpy(index_B), more_BHWC
+        return pictures_BHWC, ids_B, more_BHWC
 
 
 class _Keys(Sampler[_Key]):
