@@ -56,13 +56,13 @@ class ViewMaker:
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """`x`, and `xprime` where the recipe has one."""
-        images_NCHW, num = self._laid_out(batch.images_NCHW), len(batch.labels_N)
-        x = images_NCHW[:num]
+        x = self._laid_out(batch.images_NCHW)
         if self.xprime == "none":
             return {"x": x}
         if self.xprime in PICTURE_VIEWS:
-            return {"x": x, "xprime": images_NCHW[num:]}
-        draws = self._draws(num, x.shape[-1], epoch, step)
+            num = len(batch.labels_N)
+            return {"x": x[:num], "xprime": x[num:]}
+        draws = self._draws(len(x), x.shape[-1], epoch, step)
         mixed = [self._mixed(x, draw, epoch, step) for draw in draws]
         return {"x": x, "xprime": mixed[0] if self.pool == 1 else torch.cat(mixed)}
 

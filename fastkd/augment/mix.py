@@ -4,8 +4,8 @@ One draw for the whole batch, from (seed, epoch, step) alone, so x' does not dep
 of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2 and
 appendix C, and its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around
 a uniform centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by
-any permutation. Cutout blackens (to the mean colour) a square of a quarter of the side, 8 of 32 and
-56 of 224 pixels, the same in all images; the original (DeVries and Taylor 2017, arXiv:1708.04552)
+any permutation. Cutout gives the mean colour to a square of a quarter of the side, 8 of 32 or 56 of
+224 pixels, the same one in all images; the original (DeVries and Taylor 2017, arXiv:1708.04552)
 draws one for each.
 """
 

@@ -103,7 +103,12 @@ class KD(LossTerm):
     ) -> None:
         targets = {view: f"{view}/teacher/logits" for view in views}
         needs = tuple(need for view in views for need in (f"{view}/student/logits", targets[view]))
-        if xprime_target == "mixed_logits" and "xprime" in views:
+        if xprime_target == "mixed_logits":
+            if "xprime" not in views:
+                raise ValueError(
+                    "xprime_target=mixed_logits is what is imitated on x', which views leaves out: "
+                    "give views x and xprime"
+                )
             targets["xprime"] = "xprime/mixed/logits"
             # They are mixed of what the teacher says to x.
             needs = (

@@ -123,6 +123,12 @@ def test_mixed_targets_need_a_second_view(losses: dict[str, Any]) -> None:
         assert any("xprime/mixed/" in need for need in term.needs)
 
 
+def test_a_target_on_a_view_that_is_not_used_is_refused() -> None:
+    keys = {"weight": 1.0, "ce_weight": 0, "xprime_target": "mixed_logits"}
+    with pytest.raises(UserError, match="which views leaves out: give views x and xprime"):
+        recipe({"kd": keys}, ["augment.xprime=cutmix"])
+
+
 @pytest.mark.parametrize("name", ["soft_ce", "dist", "discriminator"])
 def test_other_view(name: str) -> None:
     with pytest.raises(UserError, match=r"needs the view x': set augment\.xprime"):
