@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import count, create_model
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, build_trainer
 from fastkd.data.foreign import ForeignLoader
 from fastkd.distributed import World
+from fastkd.ensemble import TeacherNet
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig

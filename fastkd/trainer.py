@@ -113,9 +113,7 @@ class Trainer:
         self.terms = [term for term in step.terms if isinstance(term, LossTerm)]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.metric_names = (*step.metric_names, *(("pick_ratio",) if pick is not None else ()))
-        self.totals_M = torch.zeros(
-            len(self.metric_names), dtype=torch.float64, device=world.device
-        )
+        self.totals_M = torch.zeros(len(self.metric_names), device=world.device).double()
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
 

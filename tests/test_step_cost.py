@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastkd.run
 from fastkd.distributed import World
 from fastkd.models import count, create_model
+from fastkd.networks import load_teacher
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
@@ -62,8 +63,8 @@ def test_a_step_computes_what_the_arithmetic_says(method: str) -> None:
     world = World(0, 0, 1, torch.device("cpu"), None)
     session = Session(world, Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
-    teacher = fastkd.run._untrained_teacher(recipe, data)
-    trainer = fastkd.run._stage_builder(recipe, data, teacher, session)(None)
+    teacher = load_teacher(recipe.teacher, data)
+    trainer = fastkd.run.stage_builder(recipe, data, teacher, session)(None)
     trainer.runner.train()
     with FlopCounterMode(display=False) as counter:
         trainer.optimize(next(trainer.prepare(0)), 0, 0)
