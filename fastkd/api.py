@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.augment import XPRIMES
 from fastkd.build import Engine, TeacherNet, build_trainer, decide
 from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.distributed import on_main, open_world
@@ -23,9 +24,10 @@ from fastkd.folders import occupied, tidy
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
 from fastkd.models.taps import remove_taps
-from fastkd.recipe.schema import OptimConfig
+from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
+from fastkd.selection import PickCriterion
 from fastkd.trainer import Plan
 
 __all__ = ["Result", "distill"]
@@ -55,7 +57,8 @@ def distill(
     losses: Sequence[LossTerm] | None = None,
     optim: OptimConfig | None = None,
     lr: float | None = None,
-    xprime: Literal["none", "cutmix", "mixup"] = "none",
+    xprime: Literal["none", "cutmix", "mixup", "cutout"] = "none",
+    pick: PickConfig | PickCriterion | None = None,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
     channels_last: bool = True,
@@ -83,6 +86,11 @@ def distill(
             `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
         optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
         lr: replaces that of `optim`.
+        xprime: the second view of every batch, made of it, for losses such as
+            `KD(views=("x", "xprime"))`.
+        pick: choose x' from a pool of them, by what makes an image hard ("kl" is the paper's) or
+            with all of its settings; the metrics then have `pick_ratio`, the mean of it over the
+            chosen images divided by that over the pool.
         out: run folder to write; None writes nothing. resume=True goes on with its last.pt, if it
             has one (the loader is asked for the batches before the saved step again, and they are
             thrown away).
@@ -95,7 +103,7 @@ def distill(
     for name, value, choices in (
         ("precision", precision, ("auto", "bf16", "fp16", "fp32")),
         ("compile", compile, ("auto", "on", "off")),
-        ("xprime", xprime, ("none", "cutmix", "mixup")),
+        ("xprime", xprime, XPRIMES),
     ):
         if value not in choices:
             raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
@@ -107,6 +115,12 @@ def distill(
         need.startswith("xprime/") for term in terms for need in term.needs
     ):
         raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
+    picking = _pick_config(pick)
+    if picking and not any("xprime/teacher/logits" in term.needs for term in terms):
+        raise UserError(
+            "pick chooses x' by what the teacher says to it, which no loss looks at: give "
+            "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
+        )
     settings = optim or OptimConfig(schedule="cosine")
     milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
     changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
@@ -150,6 +164,7 @@ def distill(
                     [[tuple(p.shape) for p in each.parameters()] for each in teachers],
                     (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
                     train.steps_per_epoch,
+                    *([picking.model_dump()] if picking else []),
                 ),
                 seed=seed,
                 epochs=epochs,
@@ -168,6 +183,7 @@ def distill(
             train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
             normalization=((0.0,) * 3, (1.0,) * 3),
             xprime=xprime,
+            pick=picking,
             world=world,
             folder=None,
             console=console,
@@ -204,6 +220,17 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
     folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
     folder.write_json("environment.json", environment())
     return folder
+
+
+def _pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
+    criteria = get_args(PickCriterion)
+    if pick is None or isinstance(pick, PickConfig):
+        return pick
+    if pick not in criteria:
+        raise UserError(
+            f"distill: pick={pick!r}; choose one of {', '.join(criteria)}, or give a PickConfig"
+        )
+    return PickConfig(criterion=pick)
 
 
 def _digest(*facts: Any) -> str:

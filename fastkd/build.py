@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastkd.augment import ViewMaker
 from fastkd.compiling import compile_unit, worth_compiling
 from fastkd.data.batch import Loader, TrainLoader
+from fastkd.data.picture_views import PICTURE_VIEWS
+from fastkd.data.planned import PlannedLoader
 from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
 from fastkd.ensemble import Ensemble, TeacherNet, bind_teacher, check_ensemble_needs
@@ -137,6 +139,7 @@ def build_trainer(
             fullgraph=engine.fullgraph,
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
+    shapes |= {need: (num_classes,) for t in terms for need in t.needs if "/mixed/" in need}
     _check_classes(shapes, num_classes)
     _check_labels(terms, multilabel)
     # One network has stages, a head and a last norm; several have no such thing in common.
@@ -159,6 +162,9 @@ def build_trainer(
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
+    pool = pick.pool if pick else 1
+    if xprime in PICTURE_VIEWS and "xprime" in step.views:
+        loader = _showing(loader, xprime, pool)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     compiled = compile_unit(
         step,
@@ -201,11 +207,13 @@ def build_trainer(
         pick=_picker(pick, student, engine) if pick else None,
         views=ViewMaker(
             xprime if "xprime" in step.views else "none",
-            pool=pick.pool if pick else 1,
+            pool=pool,
             seed=plan.seed,
             dtype=precision.dtype,
             layout=layout,
             partners=loader if world.size > 1 and isinstance(loader, Loader) else None,
+            mixes=step.mixed,
+            num_classes=num_classes,
         ),
         optimizer=optimizer,
         schedule=schedule,
@@ -222,6 +230,16 @@ def build_trainer(
         folder=folder,
         console=console,
     )
+
+
+def _showing(loader: TrainLoader, xprime: str, times: int) -> TrainLoader:
+    if not isinstance(loader, PlannedLoader):
+        raise UserError(
+            f"xprime={xprime!r} is made of the pictures as they are stored, and a loader of your "
+            f"own gives normalised images: choose cutmix, mixup or cutout, or run a recipe with "
+            f"data.name=folder"
+        )
+    return loader.showing(xprime, times)
 
 
 def _picker(pick: PickConfig, student: nn.Module, engine: Engine) -> Pick:

@@ -22,7 +22,10 @@ __all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps"]
 
 
 class Prepared(NamedTuple):
-    """A batch with its views and the teacher's answer, ready for the step."""
+    """A batch with its views and the teacher's answer, ready for the step.
+
+    teacher: its tensors by need, and with them what x' has of its images, `xprime/mixed/..`.
+    """
 
     batch: Batch
     views: dict[str, Tensor]
@@ -106,6 +109,7 @@ class DistillStep(nn.Module):
         self.student = Tapped(student, tuple(taps))
         needs = [Need.parse(text) for term in self._terms() for text in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
+        self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
         self.part_names = [part for term in self._terms() for part in term.weights]
         # A student that no loss shows the images themselves is not shown them for the count either:
         # its batch norms would see them. mAP of several labels is no sum over batches.
@@ -131,7 +135,7 @@ class DistillStep(nn.Module):
         schedule: Mapping[str, Mapping[str, Tensor]],
         rows_of_ranks: tuple[int, ...] = (),
     ) -> StepOutput:
-        """views: [N, 3, H, W] by name; teacher: its tensors by need; schedule: per term."""
+        """views: [N, 3, H, W] by name; teacher: as in `Prepared`; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
         with self.precision.autocast():
             for view, taps in self.views.items():

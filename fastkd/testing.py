@@ -42,6 +42,7 @@ __all__ = [
     "shape_id",
     "sines",
     "speedup",
+    "step_macs",
     "term_inputs",
 ]
 
@@ -373,3 +374,19 @@ def eager_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return F.normalize(x.pow(2).mean(1).flatten(1))
 
     return (attention(student) - attention(teacher)).pow(2).mean()
+
+
+def step_macs(student: float, teacher: float, method: str = "kd") -> float:
+    """Multiply-accumulates of a training step per image of the batch, from those of the networks.
+
+    A forward pass counts once, the student's backward pass twice. method: "kd", "tlcutmix" (x and
+    x'), "pick" (two x' scored by both networks, of which the teacher's answers are used again) or
+    "pick_teacher_entropy" (scored by the teacher alone).
+    """
+    kd = 3 * student + teacher
+    return {
+        "kd": kd,
+        "tlcutmix": 2 * kd,
+        "pick": kd + 2 * (student + teacher) + 3 * student,
+        "pick_teacher_entropy": kd + 2 * teacher + 3 * student,
+    }[method]

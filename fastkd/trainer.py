@@ -113,9 +113,7 @@ class Trainer:
         self.terms = [term for term in step.terms if isinstance(term, LossTerm)]
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.metric_names = (*step.metric_names, *(("pick_ratio",) if pick is not None else ()))
-        self.totals_M = torch.zeros(
-            len(self.metric_names), dtype=torch.float64, device=world.device
-        )
+        self.totals_M = torch.zeros(len(self.metric_names), device=world.device).double()
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
 
@@ -169,7 +167,9 @@ class Trainer:
             self.progress.wait_s += time.perf_counter() - clock
             teacher = self.teacher(views) if self.teacher else {}
             num = self.loader.global_size(step)
-            yield Prepared(batch, views, teacher, num, split_evenly(num, self.world.size))
+            rows_of_ranks = split_evenly(num, self.world.size)
+            teacher |= self.views.mixed(batch, teacher, epoch, step, rows_of_ranks)
+            yield Prepared(batch, views, teacher, num, rows_of_ranks)
             step += 1
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:

@@ -44,7 +44,8 @@ baseline.lrs
 losses.bce.weight
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
-losses.kd.standardize
+losses.kd.xprime_target losses.kd.standardize
+losses.mixed_ce.weight
 losses.at.weight losses.at.pairs losses.at.form
 losses.cc.weight losses.cc.pairs losses.cc.gather losses.cc.dim
 losses.crd.weight losses.crd.pairs losses.crd.dim losses.crd.negatives losses.crd.temperature

@@ -35,6 +35,7 @@ RESUMED_AT = {
     "two ranks, before step 3": (0, 3),
     "two ranks, before step 6": (1, 2),
     "picked on two ranks, before step 6": (1, 2),
+    "second views on two ranks, before step 6": (1, 2),
     "two ranks, inside save 2": (0, 2),
     "two ranks, stopped in step 1": (0, 2),
     "two ranks, stopped in step 3": (1, 0),
@@ -61,7 +62,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["gradients", "gradients, accumulated"])
+@pytest.mark.parametrize(
+    "case", ["gradients", "gradients, accumulated", "gradients, mixed targets"]
+)
 def test_gradients_are_those_of_one_process(inside: dict[str, Any], case: str) -> None:
     (whole,), (first, second) = ([found[case] for found in inside[k]] for k in ("one", "two"))
     assert torch.equal(first["gradients"], second["gradients"])
@@ -153,7 +156,8 @@ def test_ranks_that_ended_early_end_bit_identical(runs: dict[str, Any], name: st
     assert found["different"] == []
     assert found["states"][0] == found["states"][1]
     for rank in range(2):
-        pool = 2 if "picked" in name else 1
+        # A second view of a picture needs no partner, and is not asked for before its step.
+        pool = 2 if "picked" in name else 0 if "second" in name else 1
         assert found["fetched"][rank] == batches_of(rank, first=4 * epoch + step, pool=pool)
 
 
@@ -182,7 +186,7 @@ def test_a_student_whose_head_has_no_loss_trains_on_ranks(runs: dict[str, Any]) 
     assert found["different"] == []  # from a second run of the same recipe
 
 
-@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+@pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_views_are_those_of_one_process(kind: str, ranks: int) -> None:
     whole = make_synthetic("train", 8)

@@ -56,6 +56,9 @@ STAGES = ("stage1", "stage2", "stage3")
 FEATURE_PAIRS = {"stage1": "stage1", "stage3": "stage2"}
 TERMS: dict[str, Callable[[], LossTerm]] = {
     "kd-mixed-view": lambda: KD(views=("xprime",)),
+    "kd-mixed-logits": lambda: KD(
+        views=("x", "xprime"), ce_weight=0, xprime_target="mixed_logits", name="of_mixed"
+    ),
     "kd-standardized": lambda: KD(ce_weight=0, standardize=True, name="standardized"),
     "soft-ce": SoftCE,
     "dkd": DKD,

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fastkd.augment import ViewMaker
-from fastkd.augment.mix import cut_box, draw_mix
+from fastkd.augment.mix import MixDraw, cut_box, draw_mix
+from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry
+from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 
@@ -38,7 +40,8 @@ def area(draw):
 def test_the_box_is_that_of_the_released_code(side, lam, x, y, box, stays):
     x1, y1, x2, y2 = box
     assert cut_box(side, lam, y, x) == (y1, y2, x1, x2)
-    assert 1 - (y2 - y1) * (x2 - x1) / side**2 == pytest.approx(stays, abs=1e-12)
+    draw = MixDraw(lam, cut_box(side, lam, y, x), np.array([1, 0]))
+    assert draw.stays(side) == pytest.approx(stays, abs=1e-12)
 
 
 @pytest.mark.parametrize("side", SHARES)
@@ -82,6 +85,32 @@ def test_mixup_takes_any_permutation_and_no_box():
     assert abs(np.mean([draw.lam for draw in draws]) - 0.5) < 4 * (1 / 12 / 200) ** 0.5
 
 
+@pytest.mark.parametrize(("side", "hole"), [(32, 8), (64, 16), (224, 56)])
+def test_cutout_takes_one_square_of_a_quarter_of_the_side(side, hole):
+    """As the released code: the centre anywhere, what lies outside of the image is not there."""
+    seen = set()
+    for step in range(60):
+        draw = draw_mix("cutout", seed=0, epoch=0, step=step, num=4, side=side)
+        assert draw.partner_N is None and draw.stays(side) == 1
+        top, bottom, left, right = draw.box
+        for low, high in ((top, bottom), (left, right)):
+            assert 0 <= low < high <= side
+            assert high - low == hole or (low == 0 or high == side)
+            assert hole // 2 <= high - low <= hole
+        seen.add((top, left))
+    assert len(seen) > 40
+
+
+def test_cutout_makes_the_same_hole_in_every_image_and_nothing_else():
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 32, 32)
+    made = view_maker("cutout")(Batch(x, torch.arange(5), torch.arange(5)), 0, 7)["xprime"]
+    top, bottom, left, right = draw_mix("cutout", seed=0, epoch=0, step=7, num=5, side=32).box
+    expected = x.clone()
+    expected[:, :, top:bottom, left:right] = 0
+    assert torch.equal(made, expected)
+
+
 def test_a_draw_follows_from_seed_epoch_and_step():
     def draw(**changes):
         where = {"seed": 0, "epoch": 3, "step": 5} | changes
@@ -94,8 +123,8 @@ def test_a_draw_follows_from_seed_epoch_and_step():
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="x' is made by cutmix or mixup, got 'cutout'"):
-        draw_mix("cutout", seed=0, epoch=0, step=0, num=4, side=8)
+    with pytest.raises(ValueError, match="x' is made by cutmix, mixup, cutout, got 'erase'"):
+        draw_mix("erase", seed=0, epoch=0, step=0, num=4, side=8)
 
 
 def loader(rank, world_size):
@@ -117,7 +146,7 @@ def view_maker(kind, partners=None, dtype=torch.float32, layout=torch.channels_l
     return ViewMaker(kind, seed=0, dtype=dtype, layout=layout, partners=partners)
 
 
-@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+@pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_views_do_not_depend_on_the_number_of_ranks(kind, ranks):
     def views(rank, world_size):
@@ -142,10 +171,60 @@ def test_without_a_second_view_there_is_only_x():
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+@pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
 def test_all_views_have_one_layout_and_one_dtype(kind, dtype, layout):
     part = loader(1, 2)
     views = view_maker(kind, part, dtype, layout)(next(part.epoch(0)), 0, 0)
     for view in views.values():
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_labels_and_logits_are_mixed_like_the_pixels(kind):
+    """Images of one colour: the mean of x' tells in which shares it is made of two of them."""
+    colours = torch.tensor([1.0, 10.0, 100.0])
+    labels_N = torch.tensor([0, 2, 1, 2, 0, 1, 1])
+    x = colours[labels_N].view(-1, 1, 1, 1).expand(-1, 3, 9, 9).contiguous()
+    batch = Batch(x, labels_N, torch.arange(7))
+    logits_NC = torch.stack([colours[labels_N], -2 * colours[labels_N]], 1)
+    make = ViewMaker(
+        kind,
+        seed=0,
+        dtype=torch.float32,
+        layout=torch.contiguous_format,
+        pool=3,
+        mixes=("labels", "logits"),
+        num_classes=3,
+    )
+    differ = 0
+    for step in range(8):
+        shown = make(batch, 1, step)["xprime"].double().mean((1, 2, 3))
+        found = make.mixed(batch, {"x/teacher/logits": logits_NC.bfloat16()}, 1, step)
+        soft_NC = found["xprime/mixed/labels"]
+        assert soft_NC.shape == (21, 3)
+        torch.testing.assert_close(soft_NC.sum(1), torch.ones(21))
+        torch.testing.assert_close((soft_NC * colours).sum(1).double(), shown, rtol=1e-5, atol=0)
+        mixed_NC = found["xprime/mixed/logits"]
+        assert mixed_NC.dtype == torch.float32
+        expected = torch.stack([shown, -2 * shown], 1).float()
+        torch.testing.assert_close(mixed_NC, expected, rtol=1e-5, atol=0)
+        differ += int((soft_NC.max(1).values < 1).sum())
+    assert differ > 50
+
+
+@pytest.mark.parametrize("kind", ["cutout", *PICTURE_VIEWS])
+def test_a_view_of_one_image_has_its_label(kind):
+    batch = Batch(torch.zeros(4, 3, 8, 8), torch.tensor([2, 0, 1, 2]), torch.arange(4))
+    maker = ViewMaker(
+        kind,
+        seed=0,
+        dtype=torch.float32,
+        layout=torch.channels_last,
+        pool=2,
+        mixes=("labels",),
+        num_classes=3,
+    )
+    found = maker.mixed(batch, {}, 0, 0)["xprime/mixed/labels"]
+    assert found.argmax(1).tolist() == [2, 0, 1, 2] * 2
+    assert found.sum().item() == 8 and found.max().item() == 1

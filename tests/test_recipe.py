@@ -224,7 +224,7 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
         ("teacher.train=false", "the teacher wrn_16_2 has no weights: set teacher.weights=FILE"),
         (
             "losses.kd.views=x,xprime",
-            "losses.kd needs the view x': set augment.xprime=cutmix or mixup",
+            "losses.kd needs the view x': set augment.xprime=cutmix or another",
         ),
         ("losses.ce.weight=1", "the losses kd and ce both report a part called 'ce': drop one"),
         (

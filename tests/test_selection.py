@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import fastkd.run
-from fastkd.augment import ViewMaker
+from fastkd.augment import XPRIMES, ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.distributed import World
+from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.networks import load_teacher
 from fastkd.precision import resolve_precision
@@ -20,6 +21,7 @@ from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.selection import Pick
 from fastkd.step import Prepared
+from fastkd.testing import sines
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -70,6 +72,34 @@ def test_the_hardest_are_chosen_and_their_ratio_is_that_of_equation_4(criterion,
     ratio = scores[expected].mean() / scores.mean()
     assert found.ratio.item() == pytest.approx(ratio.item(), rel=1e-5)
     assert not found.ratio.requires_grad
+
+
+class Answers(nn.Module):
+    """A network that says the same to any images."""
+
+    def __init__(self, logits_NC):
+        super().__init__()
+        self.register_buffer("logits_NC", logits_NC)
+
+    def forward(self, images_NCHW):
+        return self.logits_NC
+
+
+# Of the released code at these logits, ascending there.
+ORACLE = {
+    "kl": [2, 7, 4, 1],
+    "teacher_entropy": [7, 6, 3, 0],
+    "student_entropy": [4, 1, 2, 5],
+}
+
+
+@pytest.mark.parametrize("criterion", ORACLE)
+def test_the_choice_is_that_of_the_released_code(criterion):
+    net = Answers(sines((8, 10), 1, 3))
+    found = pick(net, criterion=criterion)(torch.zeros(8, 3, 4, 4), sines((8, 10), 2, 4))
+    assert found.index_K.tolist() == ORACLE[criterion][::-1]
+    if criterion == "kl":
+        assert found.ratio.item() == pytest.approx(1.2877260748025263, rel=1e-6)
 
 
 def test_of_a_small_pool_all_are_kept():
@@ -152,20 +182,69 @@ def test_a_chosen_view_takes_its_rows_of_the_teacher_along():
     assert [len(part.views["xprime"]) for part in parts] == [2, 1]
 
 
-def test_a_whole_step_costs_what_its_definition_says():
-    """Forward passes of a step: the student on x, pool and x', the teacher on x and pool only."""
+def test_a_compiled_pick_is_trained_with(monkeypatch):
+    """A module that torch.compile has wrapped has a truth of its own, which is an error."""
+    options = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
+    monkeypatch.setattr(
+        "fastkd.build.compile_unit",
+        lambda unit, **_: torch.compile(unit, **options) if isinstance(unit, Pick) else unit,
+    )
+    torch._dynamo.reset()
+    trainer = trainer_of("compile=on", "student.width=0.5", "teacher.name=resnet8", "batch_size=8")
+    trainer.runner.train()
+    trainer.optimize(next(trainer.prepare(0)), 0, 0)
+    values = dict(zip(trainer.metric_names, trainer.totals_M.tolist(), strict=True))
+    assert values["images"] == 8
+    assert values["pick_ratio"] / 8 > 1
+
+
+@pytest.mark.parametrize("kind", XPRIMES[1:])
+def test_any_second_view_can_be_picked_with_any_target(kind):
+    """On either backend, with labels of the images beside: one step, alike."""
+    rows = []
+    for backend in ("resident", "torch"):
+        trainer = trainer_of(
+            *(f"augment.xprime={kind}", "losses.mixed_ce.weight=0.5", "student.width=0.5"),
+            *("batch_size=8", f"data.backend={backend}", "data.workers=0", "augment.flip=true"),
+        )
+        trainer.runner.train()
+        prepared = next(trainer.prepare(0))
+        assert len(prepared.views["x"]) == 8 and len(prepared.views["xprime"]) == 16
+        assert not torch.equal(prepared.views["x"], prepared.views["xprime"][:8])
+        assert prepared.teacher["xprime/mixed/labels"].shape == (16, 10)
+        trainer.optimize(prepared, 0, 0)
+        rows.append(dict(zip(trainer.metric_names, trainer.totals_M.tolist(), strict=True)))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+    assert rows[0]["images"] == 8 and rows[0]["mixed_ce"] > 0 and rows[0]["kd_xprime"] > 0
+    assert rows[0]["pick_ratio"] / 8 > 1
+
+
+def test_a_second_crop_needs_something_random():
+    words = ("augment.xprime=cropflip", "augment.crop=none", "augment.flip=false")
+    with pytest.raises(UserError, match="cropflip would be x again"):
+        trainer_of(*words)
+    assert trainer_of(*words[:2], "augment.flip=true").views.xprime == "cropflip"
+
+
+def trainer_of(*words):
+    """Of a recipe that picks."""
     recipe = load_recipe(
         "quickstart",
         overrides=[
-            *("data.name=synthetic", "data.train_limit=64", "batch_size=16", "compile=off"),
-            *("precision=fp32", "student.width=0.5", "augment.xprime=cutmix"),
-            *("losses.kd.views=x,xprime", "augment.pick.criterion=kl"),
+            *("data.name=synthetic", "data.train_limit=64", "compile=off", "precision=fp32"),
+            *("augment.xprime=cutmix", "losses.kd.views=x,xprime", "augment.pick.criterion=kl"),
+            *words,
         ],
     )
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    trainer = fastkd.run.stage_builder(recipe, data, teacher, session)(None)
+    return fastkd.run.stage_builder(recipe, data, teacher, session)(None)
+
+
+def test_a_whole_step_costs_what_its_definition_says():
+    """Forward passes of a step: the student on x, pool and x', the teacher on x and pool only."""
+    trainer = trainer_of("batch_size=16", "student.width=0.5")
     seen = {"student": [], "teacher": []}
     for name, net in (("student", trainer.student), ("teacher", trainer.teacher.model)):
         first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))

@@ -1,10 +1,12 @@
-"""What makes the second view x' of a batch: the draw of CutMix or mixup for one step.
+"""What makes the second view x' of a batch: the draw of CutMix, mixup or Cutout for one step.
 
 One draw for the whole batch, from (seed, epoch, step) alone, so x' does not depend on the number
-of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2, and
-its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around a uniform
-centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by any
-permutation.
+of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2 and
+appendix C, and its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around
+a uniform centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by
+any permutation. Cutout gives the mean colour to a square of a quarter of the side, 8 of 32 or 56 of
+224 pixels, the same one in all images; the original (DeVries and Taylor 2017, arXiv:1708.04552)
+draws one for each.
 """
 
 import math
@@ -15,7 +17,9 @@ import numpy as np
 
 from fastkd.data.draws import as_integers, as_permutation, as_uniforms, step_words
 
-__all__ = ["MixDraw", "cut_box", "draw_mix"]
+__all__ = ["MIXES", "MixDraw", "cut_box", "draw_mix"]
+
+MIXES = ("cutmix", "mixup", "cutout")
 
 
 @dataclass(frozen=True)
@@ -23,20 +27,31 @@ class MixDraw:
     """What one step does to its batch."""
 
     lam: float
-    """Share of the image that stays (before the box is clipped)."""
+    """Share of the image that stays (before the box is clipped); 1 for Cutout, which takes pixels
+    but no share of the label."""
     box: tuple[int, int, int, int] | None
-    """top, bottom, left, right in pixels for CutMix; None for mixup."""
-    partner_N: np.ndarray
-    """int64: sample n of the global batch is mixed with sample partner_N[n]."""
+    """top, bottom, left, right in pixels for CutMix and Cutout; None for mixup."""
+    partner_N: np.ndarray | None
+    """int64: sample n of the global batch is mixed with sample partner_N[n]; None for Cutout."""
+
+    def stays(self, side: int) -> float:
+        """The image's own share of its label: what the box, as clipped, leaves of it; or lam."""
+        if self.box is None or self.partner_N is None:
+            return self.lam
+        top, bottom, left, right = self.box
+        return 1.0 - (bottom - top) * (right - left) / side**2
 
 
 def draw_mix(
     kind: str, *, seed: int, epoch: int, step: int, num: int, side: int, number: int = 0
 ) -> MixDraw:
     """The draw of one step for a global batch of `num` square images; `number` counts several."""
-    if kind not in ("cutmix", "mixup"):
-        raise ValueError(f"x' is made by cutmix or mixup, got {kind!r}")
+    if kind not in MIXES:
+        raise ValueError(f"x' is made by {', '.join(MIXES)}, got {kind!r}")
     words = step_words(seed, epoch, step, number, 0, 3)
+    row, column = as_integers(words[1:], side).tolist()
+    if kind == "cutout":
+        return MixDraw(1.0, _box(side, side // 4 // 2, row, column), None)
     lam = float(as_uniforms(words[0]))
     permutations = (
         as_permutation(step_words(seed, epoch, step, number, attempt, num)) for attempt in count(1)
@@ -44,13 +59,15 @@ def draw_mix(
     if kind == "mixup":
         return MixDraw(lam, None, next(permutations))
     partner_N = next(p for p in permutations if num == 1 or (p != np.arange(num)).all())
-    row, column = as_integers(words[1:], side).tolist()
     return MixDraw(lam, cut_box(side, lam, row, column), partner_N)
 
 
 def cut_box(side: int, lam: float, row: int, column: int) -> tuple[int, int, int, int]:
     """top, bottom, left, right of the box that leaves `lam`, around a pixel, within the image."""
-    half = int(side * math.sqrt(1.0 - lam)) // 2
+    return _box(side, int(side * math.sqrt(1.0 - lam)) // 2, row, column)
+
+
+def _box(side: int, half: int, row: int, column: int) -> tuple[int, int, int, int]:
     edges = (row - half, row + half, column - half, column + half)
     top, bottom, left, right = (min(max(edge, 0), side) for edge in edges)
     return top, bottom, left, right

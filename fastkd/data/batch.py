@@ -18,7 +18,8 @@ IGNORED = -1.0
 class Batch(NamedTuple):
     """One rank's part of one global batch, on the training device.
 
-    images_NCHW  floating, normalised, channels-last in memory unless the loader was told otherwise
+    images_NCHW  floating, normalised, channels-last in memory unless the loader was told otherwise.
+                 A loader that also shows x' (`PlannedLoader.showing`) has it below, N rows a time
     labels_N     int64 class ids; of images with several labels float32 [N, C]: 1 where a class is
                  there, 0 where not, IGNORED where that is not known
     index_N      int64 stable sample ids: the position in the source's canonical order, the same in

@@ -61,15 +61,21 @@ def resize_center_crop(image: Image.Image, resize: int, size: int) -> Image.Imag
 
 
 def random_resized_crop(
-    image: Image.Image, size: int, seed: int, epoch: int, sample: int, flip: bool
+    image: Image.Image,
+    size: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+    flip: bool,
+    appearance: int = 0,
 ) -> Image.Image:
     """Random area (8 to 100 %), aspect (3/4 to 4/3, log-uniform) and place, to size x size; flip.
 
     Up to ten attempts, then the largest central crop within the aspect range: the procedure of
     torchvision's RandomResizedCrop (Szegedy et al. 2015, arXiv:1409.4842, section 6), but every
-    draw is a function of (seed, epoch, sample).
+    draw is a function of (seed, epoch, sample) and of which appearance of the sample it is.
     """
-    uniforms = sample_uniforms(seed, epoch, sample, UNIFORMS_PER_CROP)
+    uniforms = sample_uniforms(seed, epoch, sample, UNIFORMS_PER_CROP, appearance)
     left, top, width, height = _crop_box(image.size, uniforms)
     # Crop before resizing: resize(box=...) would let the filter look at pixels outside the crop.
     crop = image.crop((left, top, left + width, top + height))

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = [
     "MIRROR",
     "ORDER",
+    "POLICY",
     "SHIFT_LEFT",
     "SHIFT_TOP",
     "as_integers",
@@ -26,12 +27,17 @@ __all__ = [
 ]
 
 # A stream per purpose: adding one never changes what the others draw.
-ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX = range(6)
+ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX, POLICY = range(7)
 
 
 def _raw(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=key)
     return np.random.Philox(sequence).random_raw(count)
+
+
+def _again(appearance: int) -> tuple[int, ...]:
+    # Nothing is added to the key of x, whose draws were there before those of other views.
+    return (appearance,) if appearance else ()
 
 
 def as_integers(words: np.ndarray, high: int) -> np.ndarray:
@@ -62,14 +68,21 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return order_N
 
 
-def integer_table(seed: int, epoch: int, stream: int, num_samples: int, high: int) -> np.ndarray:
-    """One integer in 0..high-1 for each sample id, int64 [N]."""
-    return as_integers(_raw(seed, (epoch, stream), num_samples), high)
+def integer_table(
+    seed: int, epoch: int, stream: int, num_samples: int, high: int, appearance: int = 0
+) -> np.ndarray:
+    """One integer in 0..high-1 for each sample id, int64 [N].
+
+    A sample that is shown several times in an epoch draws anew for each appearance.
+    """
+    return as_integers(_raw(seed, (epoch, stream, *_again(appearance)), num_samples), high)
 
 
-def sample_uniforms(seed: int, epoch: int, sample: int, count: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1) that belong to one sample in one epoch."""
-    return as_uniforms(_raw(seed, (epoch, RESIZED_CROP, sample), count))
+def sample_uniforms(
+    seed: int, epoch: int, sample: int, count: int, appearance: int = 0
+) -> np.ndarray:
+    """`count` float64 numbers in [0, 1) that belong to one sample's appearance in one epoch."""
+    return as_uniforms(_raw(seed, (epoch, RESIZED_CROP, sample, *_again(appearance)), count))
 
 
 def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: int) -> np.ndarray:

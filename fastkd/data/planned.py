@@ -1,13 +1,16 @@
 """What the resident and the torch loader have in common: the plan and the labels."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastkd.data.batch import Batch
+from fastkd.data.picture_views import PictureView
 from fastkd.data.plan import BatchPlan
 from fastkd.data.tables import to_device
 
@@ -25,6 +28,7 @@ class PlannedLoader(ABC):
         self._device = device
         self._labels_N = torch.from_numpy(labels_N)
         self._device_labels_N = to_device(labels_N, device)
+        self._second: PictureView | None = None
 
     @property
     def num_samples(self) -> int:
@@ -67,6 +71,16 @@ class PlannedLoader(ABC):
         """Where this rank's part lies within the global batch of a step."""
         part, start = self._plan.part(step), step * self._plan.batch_size
         return slice(part.start - start, part.stop - start)
+
+    def showing(self, kind: str, times: int = 1) -> Self:
+        """The same loader, whose batches also have `times` second views of every picture.
+
+        kind: one of `fastkd.data.picture_views.PICTURE_VIEWS`. They stand below the images of
+        the batch: all first ones, all second ones, and so on.
+        """
+        shown = copy.copy(self)
+        shown._second = PictureView(kind, times, self._plan.seed, self._plan.num_samples)
+        return shown
 
     @abstractmethod
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:

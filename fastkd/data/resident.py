@@ -8,6 +8,7 @@ CPU stays in the memory-mapped cache file, whose pages all ranks of a host share
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.image_set import ImageSet
 from fastkd.data.normalization import Channels
+from fastkd.data.picture_views import PictureView
 from fastkd.data.plan import BatchPlan
 from fastkd.data.planned import PlannedLoader
 from fastkd.data.tables import GeometryTables, to_device
@@ -80,20 +82,38 @@ class ResidentLoader(PlannedLoader):
         except ValueError as error:
             raise UserError(f"{images.name}: {error}") from error
         self._normalize = Normalizer(mean, std, dtype, channels_last)
+        # A policy works on the host, on which the pictures are anyway.
+        self._host_images_NHWC = torch.from_numpy(images.images_NHWC)
+        self._host_tables = GeometryTables(geometry, seed, len(images), torch.device("cpu"))
 
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
-        index_N = index_N.to(self._device, non_blocking=True)
-        top_N, left_N, flip_N = self._tables.of(epoch, index_N)
-        crops_NHWC = gather_crops(
-            self._padded_NPPC, index_N, top_N, left_N, flip_N, self._crop_size
-        )
-        return self._normalize(crops_NHWC)
+        return self._normalize(self._crops(index_N.to(self._device, non_blocking=True), epoch))
+
+    def _crops(self, index_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
+        """uint8 [N, H, W, 3] on the device."""
+        drawn = self._tables.of(epoch, index_N, appearance)
+        return gather_crops(self._padded_NPPC, index_N, *drawn, self._crop_size)
 
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
-        order_N = to_device(self._plan.order(epoch), self._device)
+        order = self._plan.order(epoch)
+        order_N = to_device(order, self._device)
         for part in parts:
             index_N = order_N[part]
-            yield Batch(
-                self.fetch(index_N, epoch), self._device_labels_N.index_select(0, index_N), index_N
-            )
+            images_NCHW = self.fetch(index_N, epoch)
+            if self._second:
+                more_NHWC = self._second_views(self._second, order[part], index_N, epoch)
+                images_NCHW = torch.cat([images_NCHW, self._normalize(more_NHWC)])
+            labels_N = self._device_labels_N.index_select(0, index_N)
+            yield Batch(images_NCHW, labels_N, index_N)
+
+    def _second_views(
+        self, second: PictureView, ids_N: np.ndarray, index_N: Tensor, epoch: int
+    ) -> Tensor:
+        """uint8 on the device; the sample ids come from the host too, where a policy draws."""
+        if second.is_crop:
+            return torch.cat([self._crops(index_N, epoch, k) for k in second.appearances])
+        host_N = torch.from_numpy(ids_N)
+        pictures_NHWC = self._host_images_NHWC.index_select(0, host_N)
+        crops_NHWC = self._host_tables.crop(pictures_NHWC, host_N, epoch)
+        return to_device(second.of(crops_NHWC, ids_N, epoch).numpy(), self._device)

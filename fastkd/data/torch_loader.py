@@ -7,21 +7,23 @@ starting in mid-epoch decodes nothing earlier.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.data.batch import Batch
 from fastkd.data.decode import random_resized_crop, resize_center_crop
-from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
+from fastkd.data.geometry import Geometry, Normalizer
 from fastkd.data.image_set import ImageSource
 from fastkd.data.normalization import Channels
+from fastkd.data.picture_views import PictureView
 from fastkd.data.plan import BatchPlan
 from fastkd.data.planned import PlannedLoader
 from fastkd.data.tables import GeometryTables
@@ -34,7 +36,8 @@ Crop = Literal["pad", "resized", "none"]
 _EVAL_RESIZE = 256 / 224
 
 _Key = tuple[int, np.ndarray]
-_Pixels = tuple[Tensor, Tensor]
+# Pictures, sample ids, and where there are any, second views that are finished on the host.
+_Pixels = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -47,32 +50,59 @@ class _View:
     flip: bool
     seed: int
 
-    def pixels(self, source: ImageSource, sample: int, epoch: int) -> np.ndarray:
+    def pixels(
+        self, source: ImageSource, sample: int, epoch: int, appearances: Sequence[int] = (0,)
+    ) -> list[np.ndarray]:
+        """One picture for each appearance; decoded once."""
         image = source.image(sample)
+        return [np.asarray(self._cut(image, sample, epoch, k)) for k in appearances]
+
+    def _cut(self, image: Image.Image, sample: int, epoch: int, appearance: int) -> Image.Image:
         if self.crop != "resized":
-            image = resize_center_crop(image, self.size, self.size)
-        elif self.train:
-            image = random_resized_crop(image, self.size, self.seed, epoch, sample, self.flip)
-        else:
-            image = resize_center_crop(image, round(self.size * _EVAL_RESIZE), self.size)
-        return np.asarray(image)
+            return resize_center_crop(image, self.size, self.size)
+        if self.train:
+            return random_resized_crop(
+                image, self.size, self.seed, epoch, sample, self.flip, appearance
+            )
+        return resize_center_crop(image, round(self.size * _EVAL_RESIZE), self.size)
 
 
 class _Pictures(Dataset[_Pixels | str]):
     """Whole batches by (epoch, sample ids)."""
 
-    def __init__(self, source: ImageSource, view: _View) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        view: _View,
+        second: PictureView | None,
+        tables: GeometryTables,
+    ) -> None:
         self._source = source
         self._view = view
+        self._second = second
+        self._tables = tables
 
     def __getitem__(self, key: _Key) -> _Pixels | str:
         epoch, index_B = key
+        appearances = [0]
+        if self._second and self._second.is_crop and self._view.crop == "resized":
+            appearances += self._second.appearances
         try:
-            pictures = [self._view.pixels(self._source, int(n), epoch) for n in index_B]
+            shown = [self._view.pixels(self._source, int(n), epoch, appearances) for n in index_B]
         except UserError as error:
             # Returned, not raised: the DataLoader would wrap the sentence in a worker's traceback.
             return str(error)
-        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(index_B)
+        ids_B = torch.from_numpy(index_B)
+        if self._second is None:
+            return torch.from_numpy(np.stack([picture for (picture,) in shown])), ids_B
+        # By appearance, then by sample.
+        pictures = [picture for each in zip(*shown, strict=True) for picture in each]
+        stacked_NHWC = torch.from_numpy(np.stack(pictures))
+        pictures_BHWC, more_BHWC = stacked_NHWC[: len(index_B)], stacked_NHWC[len(index_B) :]
+        if not self._second.is_crop:
+            crops_BHWC = self._tables.crop(pictures_BHWC, ids_B, epoch)
+            more_BHWC = self._second.of(crops_BHWC, index_B, epoch)
+        return pictures_BHWC, ids_B, more_BHWC
 
 
 class _Keys(Sampler[_Key]):
@@ -149,23 +179,35 @@ class TorchLoader(PlannedLoader):
                 f"{source.name}: reflect padding of {geometry.padding} pixels needs images larger "
                 f"than that, got {image_size}; use less padding or zero padding"
             )
-        self._size = image_size
         self._source = source
         self._view = _View(image_size, crop, train, geometry.flip, seed)
         self._geometry = Geometry() if crop == "resized" else geometry
         self._tables = GeometryTables(self._geometry, seed, plan.num_samples, device)
         self._normalize = Normalizer(mean, std, dtype, channels_last)
-        self._keys = _Keys()
+        self._workers = workers
         self._threads: ThreadPoolExecutor | None = None
+        self._hire()
+
+    def _hire(self) -> None:
+        """Workers for the views that this loader shows; they start with the first batch."""
+        plan = self._plan
+        host = GeometryTables(self._geometry, plan.seed, plan.num_samples, torch.device("cpu"))
+        self._keys = _Keys()
         self._loader: DataLoader[_Pixels | str] = DataLoader(
-            _Pictures(source, self._view),
+            _Pictures(self._source, self._view, self._second, host),
             batch_size=None,
             sampler=self._keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
             worker_init_fn=_start_worker,
         )
+
+    def showing(self, kind: str, times: int = 1) -> Self:
+        """See `PlannedLoader.showing`; the new loader has workers of its own."""
+        shown = super().showing(kind, times)
+        shown._hire()
+        return shown
 
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches.
@@ -175,10 +217,11 @@ class TorchLoader(PlannedLoader):
         if self._threads is None:
             self._threads = ThreadPoolExecutor()
         pictures = self._threads.map(
-            lambda sample: self._view.pixels(self._source, sample, epoch), index_N.tolist()
+            lambda sample: self._view.pixels(self._source, sample, epoch)[0], index_N.tolist()
         )
-        pixels_NHWC = torch.from_numpy(np.stack(list(pictures))).to(self._device)
-        return self._augment(pixels_NHWC, index_N.to(self._device), epoch)
+        pictures_NHWC = torch.from_numpy(np.stack(list(pictures))).to(self._device)
+        crops_NHWC = self._tables.crop(pictures_NHWC, index_N.to(self._device), epoch)
+        return self._normalize(crops_NHWC)
 
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         order_N = self._plan.order(epoch)
@@ -186,17 +229,12 @@ class TorchLoader(PlannedLoader):
         for pixels in self._loader:
             if isinstance(pixels, str):
                 raise UserError(pixels)
-            images_NHWC, index_N = (part.to(self._device, non_blocking=True) for part in pixels)
-            images_NCHW = self._augment(images_NHWC, index_N, epoch)
-            yield Batch(images_NCHW, self._device_labels_N.index_select(0, index_N), index_N)
-
-    def _augment(self, pixels_NHWC: Tensor, index_N: Tensor, epoch: int) -> Tensor:
-        """Padded crop and flip (where the recipe has them) and normalisation, on the device."""
-        if self._geometry != Geometry():
-            top_N, left_N, flip_N = self._tables.of(epoch, index_N)
-            padded_NPPC = pad_images(pixels_NHWC, self._geometry)
-            position_N = torch.arange(len(padded_NPPC), device=self._device)
-            pixels_NHWC = gather_crops(
-                padded_NPPC, position_N, top_N, left_N, flip_N, (self._size, self._size)
+            pictures_NHWC, index_N, *more = (
+                part.to(self._device, non_blocking=True) for part in pixels
             )
-        return self._normalize(pixels_NHWC)
+            appearances = [0]
+            if self._second and self._second.is_crop and self._view.crop != "resized":
+                appearances += self._second.appearances
+            crops = [self._tables.crop(pictures_NHWC, index_N, epoch, k) for k in appearances]
+            images_NCHW = self._normalize(torch.cat([*crops, *more]) if self._second else crops[0])
+            yield Batch(images_NCHW, self._device_labels_N.index_select(0, index_N), index_N)

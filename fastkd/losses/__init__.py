@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.losses.kd import KLDivLoss as KLDivLoss
     from fastkd.losses.logits import KD as KD
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
+    from fastkd.losses.logits import MixedCE as MixedCE
     from fastkd.losses.logits import SoftCE as SoftCE
     from fastkd.losses.meal import Discriminator as Discriminator
     from fastkd.losses.multilabel import BinaryCrossEntropy as BinaryCrossEntropy
@@ -50,6 +51,7 @@ _HOME = {
     "KDLoss": "kd",
     "KLDivLoss": "kd",
     "LossTerm": "term",
+    "MixedCE": "logits",
     "NST": "nst",
     "PKT": "relations",
     "RKD": "relations",
@@ -84,6 +86,7 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "LossTerm",
+    "MixedCE",
     "ReviewKD",
     "SimKD",
     "SoftCE",

@@ -21,6 +21,8 @@ __all__ = [
     "CrossEntropy",
     "CrossEntropyConfig",
     "KDConfig",
+    "MixedCE",
+    "MixedCEConfig",
     "SoftCE",
     "SoftCEConfig",
     "standardize",
@@ -73,14 +75,18 @@ class KD(LossTerm):
     ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
     not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
 
+    xprime_target: what is imitated on x': "teacher", what it says to x' (TLmixup, TLCutMix), or
+    "mixed_logits", its logits of the two images, mixed like their pixels, which is what the
+    released code of the data augmentation paper calls plain CutMix and mixup.
+
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
     distiller_zoo/KD.py. standardize: Sun et al. 2024, arXiv:2403.01427, section 4;
     sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py.
     Needs: the logits of both networks on every view of `views`, and the labels.
     Weight: 0.9, and ce_weight 0.1, RepDistiller's.
     Tests: tests/ops/test_kd_loss.py, oracle kd_loss_oracle.json; tests/losses/test_logit_losses.py,
-    test_peer_losses.py, test_ranks.py, oracles logit_losses.json, peer_losses.json (the authors'
-    code).
+    test_peer_losses.py, test_mixed_targets.py, test_ranks.py, oracles logit_losses.json,
+    peer_losses.json (the authors' code).
     """
 
     def __init__(
@@ -91,10 +97,25 @@ class KD(LossTerm):
         temperature: float = 4.0,
         label_smoothing: float = 0.0,
         views: tuple[str, ...] = ("x",),
+        xprime_target: Literal["teacher", "mixed_logits"] = "teacher",
         standardize: bool = False,
         name: str = "kd",
     ) -> None:
-        needs = tuple(f"{view}/{net}/logits" for view in views for net in ("student", "teacher"))
+        targets = {view: f"{view}/teacher/logits" for view in views}
+        needs = tuple(need for view in views for need in (f"{view}/student/logits", targets[view]))
+        if xprime_target == "mixed_logits":
+            if "xprime" not in views:
+                raise ValueError(
+                    "xprime_target=mixed_logits is what is imitated on x', which views leaves out: "
+                    "give views x and xprime"
+                )
+            targets["xprime"] = "xprime/mixed/logits"
+            # They are mixed of what the teacher says to x.
+            needs = (
+                *(f"{view}/student/logits" for view in views),
+                *targets.values(),
+                *(() if "x" in views else ("x/teacher/logits",)),
+            )
         weights = {name if view == "x" else f"{name}_{view}": weight for view in views}
         if ce_weight:
             weights["ce"] = ce_weight
@@ -104,6 +125,7 @@ class KD(LossTerm):
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.views = views
+        self.targets = targets
         self.standardize = standardize
         self.ce_weight = ce_weight
         self.label_kind = "class" if ce_weight else None
@@ -113,7 +135,7 @@ class KD(LossTerm):
         parts = {}
         for view in self.views:
             student_NC = inputs.tensors[f"{view}/student/logits"]
-            teacher_NC = inputs.tensors[f"{view}/teacher/logits"]
+            teacher_NC = inputs.tensors[self.targets[view]]
             if self.standardize:
                 student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
             with_labels = view == "x" and self.ce_weight and not self.standardize
@@ -133,6 +155,32 @@ class KD(LossTerm):
                 logits_NC, inputs.labels_N, label_smoothing=self.label_smoothing
             )
         return TermOutput(parts)
+
+
+class MixedCE(LossTerm):
+    """Cross entropy of the student on x' with the labels of the images that x' is mixed of.
+
+        loss = mean over rows of stays * CE(x', y) + (1 - stays) * CE(x', y_partner)
+
+    `stays` is lambda of mixup, and for CutMix the share of pixels that the box, clipped to the
+    image, leaves. An x' of one image, as in Cutout, has its label. Beside KL on both views one
+    reading of the data augmentation paper's "KD+CutMix"; the other is KD's `xprime_target`.
+
+    Source: Zhang et al. 2018, arXiv:1710.09412, section 2; Yun et al. 2019, arXiv:1905.04899,
+    section 3.1; clovaai/CutMix-PyTorch train.py.
+    Needs: the student's logits on x' and the mixed labels.
+    Weight: 1, the references'; 0.9 beside KD, as in the data augmentation paper's code.
+    Tests: tests/losses/test_mixed_targets.py, tests/test_mix.py, tests/test_ddp.py.
+    """
+
+    def __init__(self, *, weight: float = 1.0, name: str = "mixed_ce") -> None:
+        super().__init__(name, ("xprime/student/logits", "xprime/mixed/labels"), {name: weight})
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """By linearity the cross entropy with the mixed one-hot rows; softmax in fp32."""
+        logits_NC, labels_NC = (inputs.tensors[need] for need in self.needs)
+        logits_NC = widened(logits_NC)
+        return TermOutput({self.name: F.cross_entropy(logits_NC, labels_NC.to(logits_NC.dtype))})
 
 
 class SoftCE(LossTerm):
@@ -193,12 +241,25 @@ class KDConfig(TermConfig):
     """Share of the hard target spread over all classes."""
     views: tuple[Literal["x", "xprime"], ...] = ("x",)
     """Views on which the student imitates the teacher."""
+    xprime_target: Literal["teacher", "mixed_logits"] = "teacher"
+    """On x': what the teacher says to it, or its logits of the two images, mixed like them."""
     standardize: bool = False
     """Take both logits of the KL to zero mean and unit deviation per sample first."""
 
     def build(self, name: str) -> LossTerm:
         """The term."""
         return KD(name=name, **self.model_dump())
+
+
+class MixedCEConfig(TermConfig):
+    """Keys of `losses.mixed_ce`."""
+
+    weight: PositiveFloat
+    """Factor in the total."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return MixedCE(weight=self.weight, name=name)
 
 
 class SoftCEConfig(TermConfig):

@@ -21,6 +21,7 @@ _TERMS = {
     "bce": ("fastkd.losses.multilabel", "BinaryCrossEntropyConfig"),
     "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
     "kd": ("fastkd.losses.logits", "KDConfig"),
+    "mixed_ce": ("fastkd.losses.logits", "MixedCEConfig"),
     "at": ("fastkd.losses.features", "ATConfig"),
     "cc": ("fastkd.losses.relations", "CCConfig"),
     "crd": ("fastkd.losses.crd", "CRDConfig"),
@@ -126,5 +127,5 @@ def check_needs(
                 raise ValueError(f"losses.{term.name} asks for the view {need.view!r}: x or xprime")
             if need.view == "xprime" and xprime == "none":
                 raise ValueError(
-                    f"losses.{term.name} needs the view x': set augment.xprime=cutmix or mixup"
+                    f"losses.{term.name} needs the view x': set augment.xprime=cutmix or another"
                 )

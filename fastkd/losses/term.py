@@ -23,13 +23,16 @@ __all__ = [
     "widened",
 ]
 
-Nets = ("student", "teacher")
+Nets = ("student", "teacher", "mixed")
+_MIXED_TAPS = ("labels", "logits")
 
 
 class Need(NamedTuple):
     """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
 
     `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
+    `xprime/mixed/labels` and `xprime/mixed/logits` come from no network: the labels (as one-hot
+    rows, fp32) and the teacher's logits of the images that x' is mixed of, mixed like their pixels.
     """
 
     view: str
@@ -44,6 +47,11 @@ class Need(NamedTuple):
             raise ValueError(
                 f"a need is spelled view/net/tap with net student or teacher, such as "
                 f"x/student/stage3; got {text!r}"
+            )
+        if parts[1] == "mixed" and (parts[0] != "xprime" or parts[2] not in _MIXED_TAPS):
+            raise ValueError(
+                f"what x' has of its images is xprime/mixed/labels or xprime/mixed/logits; "
+                f"got {text!r}"
             )
         return cls(*parts)
 

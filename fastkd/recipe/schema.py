@@ -96,10 +96,23 @@ class AugmentConfig(Section):
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the images."""
-    xprime: Literal["none", "cutmix", "mixup"] = "none"
-    """The second view x' of every batch, made from x (one draw for the whole batch)."""
+    xprime: Literal[
+        "none", "cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment"
+    ] = "none"
+    """The second view x' of every batch: made from x by one draw for the whole batch (the first
+    three), or from the picture of x by a draw for each (the last three)."""
     pick: PickConfig | None = None
     """Choose x' from a pool of them."""
+
+    @model_validator(mode="after")
+    def _crops_differ(self) -> "AugmentConfig":
+        crops = self.crop == "resized" or (self.crop == "pad" and self.padding > 0)
+        if self.xprime == "cropflip" and not (crops or self.flip):
+            raise ValueError(
+                "augment.xprime=cropflip would be x again, which is neither cut out nor flipped "
+                "at random: set augment.padding or augment.flip=true"
+            )
+        return self
 
 
 class OptimConfig(Section):

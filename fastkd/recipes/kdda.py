@@ -102,6 +102,9 @@ FOR_IMAGENET = {
     "optim.weight_decay": "PyTorch's ImageNet example; no script was released",
     "data.drop_last": "not said; kept as on CIFAR",
 }
+FOR_CUTOUT = {
+    "augment.xprime": f"{CODE}: x' beside x, one square for the batch, its side a quarter of theirs"
+}
 FOR_LIGHT_STUDENTS = {"optim.lr": f"{REPDISTILLER}; the paper has 0.05 for all"}
 FOR_AUXILIARY = {
     "losses.kd.weight": "RepDistiller's CRD+KD script: weight 1 beside another loss",
@@ -174,7 +177,9 @@ def _distilled(dataset: str, teacher: str, student: str, method: str, epochs: in
         description=f"{teacher} teaches {student} on {dataset} by {method}"
         + ("" if epochs is None else f", {epochs} epochs"),
         keys=keys,
-        sources=_sources(dataset, student) | (FOR_AUXILIARY if beside else {}),
+        sources=_sources(dataset, student)
+        | (FOR_AUXILIARY if beside else {})
+        | (FOR_CUTOUT if view == "cutout" else {}),
         note=note,
         mode="paper",
     )

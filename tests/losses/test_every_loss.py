@@ -51,6 +51,11 @@ PROOFS = {
         "ops/test_kd_loss.py::test_error_against_float64_is_at_most_twice_eager",
         f"{JOINED}[kd]",
     ),
+    "mixed_ce": Proof(
+        "losses/test_mixed_targets.py::test_labels_of_both_images",
+        "losses/test_mixed_targets.py::test_labels_of_both_images",
+        "test_ddp.py::test_gradients_are_those_of_one_process[gradients, mixed targets]",
+    ),
     "soft_ce": Proof(f"{GRADIENT}[soft_ce]", f"{GRADIENT}[soft_ce]", f"{JOINED}[soft_ce]"),
     "dkd": Proof(f"{LOGITS}[dkd_a1_b8_T4]", f"{GRADIENT}[dkd]", f"{JOINED}[dkd]"),
     "dist": Proof(f"{PEERS}::test_specified_parts_of_dist", f"{GRADIENT}[dist]", f"{JOINED}[dist]"),

@@ -102,6 +102,33 @@ def test_no_loss_without_its_weight(name: str) -> None:
         recipe({name: {key: value for key, value in KEYS[name][1].items() if key != "weight"}})
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"mixed_ce": {"weight": 0.3}},
+        {
+            "kd": {
+                **{"weight": 1, "ce_weight": 0.1, "views": ["xprime"]},
+                "xprime_target": "mixed_logits",
+            }
+        },
+    ],
+    ids=["mixed_ce", "mixed_logits"],
+)
+def test_mixed_targets_need_a_second_view(losses: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"needs the view x': set augment\.xprime"):
+        recipe(losses)
+    for kind in ("cutmix", "mixup", "cutout", "randaugment"):
+        (term,) = build_terms(recipe(losses, [f"augment.xprime={kind}"]).losses)
+        assert any("xprime/mixed/" in need for need in term.needs)
+
+
+def test_a_target_on_a_view_that_is_not_used_is_refused() -> None:
+    keys = {"weight": 1.0, "ce_weight": 0, "xprime_target": "mixed_logits"}
+    with pytest.raises(UserError, match="which views leaves out: give views x and xprime"):
+        recipe({"kd": keys}, ["augment.xprime=cutmix"])
+
+
 @pytest.mark.parametrize("name", ["soft_ce", "dist", "discriminator"])
 def test_other_view(name: str) -> None:
     with pytest.raises(UserError, match=r"needs the view x': set augment\.xprime"):

@@ -31,6 +31,7 @@ RICH = (
     *("optim.clip_norm=1.0", "losses.kd.label_smoothing=0.1"),
 )
 PICKED = ("augment.pick.criterion=kl", "augment.pick.images=16")
+SECOND_VIEWS = (*PICKED, "augment.xprime=randaugment", "losses.mixed_ce.weight=1")
 # A teacher, two baselines and the student, 4 steps each.
 STAGED = ("teacher.train=true", "teacher.weights=null", "baseline.lrs=0.05,0.1", "epochs=1")
 COMPILED = ("compile=on", "epochs=1", "augment.xprime=none", "losses.kd.views=x")
@@ -184,6 +185,9 @@ SCENARIOS: dict[str, Scenario] = {
     "headless on two ranks": Scenario(HEADLESS, (), 2),
     "picked on two ranks, before step 6": Scenario(
         (*UNEVEN, *PICKED), (partial(before_step, 6),), 2
+    ),
+    "second views on two ranks, before step 6": Scenario(
+        (*UNEVEN, *SECOND_VIEWS), (partial(before_step, 6),), 2
     ),
     "two ranks, inside save 2": Scenario(UNEVEN, (partial(inside_save, 2),), 2),
     **{

@@ -6,7 +6,7 @@ Writes FILE, a torch.save of what every case left on every rank; tests/test_ddp.
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tiny
 import torch
@@ -22,7 +22,7 @@ from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World, same_on_all_ranks
 from fastkd.ensemble import TeacherNet
-from fastkd.losses.logits import KD, CrossEntropy
+from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.losses.term import LossTerm
 from fastkd.models import create_model
 from fastkd.precision import Precision
@@ -100,10 +100,14 @@ def make(
     )
 
 
-def gradients(world: World, *, accumulate: int) -> dict[str, Any]:
+def gradients(
+    world: World, *, accumulate: int, target: Literal["teacher", "mixed_logits"] = "teacher"
+) -> dict[str, Any]:
     """The gradient that every step applies, with views that mix samples of both ranks."""
     torch.manual_seed(0)
-    terms: list[LossTerm] = [KD(views=("x", "xprime"))]
+    terms: list[LossTerm] = [KD(views=("x", "xprime"), xprime_target=target)]
+    if target == "mixed_logits":
+        terms.append(MixedCE())
     trainer = make(world, Plain(), terms, accumulate=accumulate, xprime="cutmix")
     seen: list[Tensor] = []
     judge = trainer.guard.judge
@@ -213,6 +217,7 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     "gradients": lambda world: gradients(world, accumulate=1),
     # More micro-batches than a rank has images in the partial batch, 5 or 4.
     "gradients, accumulated": lambda world: gradients(world, accumulate=8),
+    "gradients, mixed targets": lambda world: gradients(world, accumulate=8, target="mixed_logits"),
     "bad step": bad_step,
     "learning": learning,
     "foreign": foreign,

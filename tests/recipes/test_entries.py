@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastkd.errors import UserError
+from fastkd.losses.registry import build_terms
 from fastkd.models.registry import model_options
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
@@ -183,6 +184,29 @@ def test_pick_differs_between_text_and_code_in_the_partial_batch_only():
     text, code = dict(keys_of(name)), dict(keys_of(f"{name}:released"))
     assert (text.pop("augment.pick.share"), code.pop("augment.pick.images")) == (0.5, 64)
     assert text == code
+
+
+def test_hard_label_cutmix_is_read_in_two_ways():
+    name = "kdda/cifar100/vgg13--vgg8/cutmix"
+    text, code = find_entry(name).build(), find_entry(f"{name}:released").build()
+    assert (text.augment.xprime, code.augment.xprime) == ("cutmix", "cutmix")
+    needs = [[need for term in build_terms(r.losses) for need in term.needs] for r in (text, code)]
+    assert "xprime/mixed/labels" in needs[0] and "xprime/teacher/logits" in needs[0]
+    assert "xprime/mixed/logits" in needs[1] and "xprime/teacher/logits" not in needs[1]
+    weights = [
+        {k: v for t in build_terms(r.losses) for k, v in t.weights.items()} for r in (text, code)
+    ]
+    assert weights[0] == weights[1] | {"mixed_ce": 0.9}
+    assert weights[1] == {"ce": 0.1, "kd": 0.9, "kd_xprime": 0.9}
+
+
+def test_rows_of_the_data_augmentation_paper_lack_no_view_and_no_loss():
+    lacks = {n for name, e in all_recipes().items() if name.startswith("kdda/") for n in missing(e)}
+    assert lacks <= {"data.name=tiny_imagenet"}
+    cutout = find_entry("kdda/cifar100/vgg13--vgg8/cutout")
+    assert cutout.build().augment.xprime == "cutout"
+    assert "augment.xprime" in cutout.silent
+    assert "augment.xprime" not in find_entry("kdda/cifar100/vgg13--vgg8/tlcutmix").silent
 
 
 @pytest.mark.parametrize(

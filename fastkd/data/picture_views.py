@@ -1,0 +1,97 @@
+"""Second views x' that are made of the picture, before it is normalised, and not of x or a partner.
+
+Sits inside the loaders, which alone have the pictures: uint8 crop -> [here] -> normalise -> x'.
+    cropflip     another crop and flip of the same picture, drawn like those of x
+    randaugment  RandAugment of the crop that x shows (Cubuk et al. 2019, arXiv:1909.13719), with
+                 torchvision's 2 operations of magnitude 9
+    autoaugment  AutoAugment's policy for CIFAR-10 on that crop (Cubuk et al. 2018,
+                 arXiv:1805.09501)
+The operations are those of torchvision.transforms.v2. They draw from torch's global generator, so
+it is seeded for every image, from (seed, epoch, sample id, number of the view), and put back. A
+policy works on the host, image by image; for fast steps data.backend=torch has workers do it.
+
+KD on views stronger than crop and flip is the subject of "Understanding the Success of KD: A Data
+Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch by one
+draw, and pixels that it recovers from the normalised x; here every image has a draw of its own.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.data.draws import POLICY, integer_table
+
+__all__ = ["PICTURE_VIEWS", "PictureView"]
+
+PICTURE_VIEWS = ("cropflip", "randaugment", "autoaugment")
+
+
+@dataclass(frozen=True)
+class PictureView:
+    """So many views of one kind of every picture.
+
+    kind         one of PICTURE_VIEWS
+    times        how many, each with draws of its own
+    num_samples  of the split, over all ranks
+
+    Raises:
+        ValueError: another kind, or less than one view.
+    """
+
+    kind: str
+    times: int
+    seed: int
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in PICTURE_VIEWS or self.times < 1:
+            raise ValueError(
+                f"{self.times} views {self.kind!r}: expected 1 or more of "
+                f"{', '.join(PICTURE_VIEWS)}"
+            )
+
+    @property
+    def is_crop(self) -> bool:
+        """Whether the view is another crop of the picture, which the loader cuts."""
+        return self.kind == "cropflip"
+
+    @property
+    def appearances(self) -> range:
+        """Their numbers; x is appearance 0 of its picture."""
+        return range(1, self.times + 1)
+
+    def of(self, crops_BHWC: Tensor, index_B: np.ndarray, epoch: int) -> Tensor:
+        """All views of some crops by the policy, uint8 on the host, one below the other."""
+        policy = _policy(self.kind)
+        # As torchvision wants them, and without a copy.
+        crops_BCHW = crops_BHWC.permute(0, 3, 1, 2)
+        made_BHWC = crops_BHWC.new_empty(self.times * len(crops_BHWC), *crops_BHWC.shape[1:])
+        row = 0
+        with torch.random.fork_rng(devices=[]):
+            for appearance in self.appearances:
+                seeds_N = _seeds(self.seed, epoch, appearance, self.num_samples)
+                for crop_CHW, seed in zip(crops_BCHW, seeds_N[index_B].tolist(), strict=True):
+                    # Not torch.manual_seed, which would seed the GPUs as well.
+                    torch.default_generator.manual_seed(seed)
+                    made_BHWC[row] = policy(crop_CHW).permute(1, 2, 0)
+                    row += 1
+        return made_BHWC
+
+
+@functools.cache
+def _policy(kind: str) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    if kind == "randaugment":
+        return v2.RandAugment()
+    return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+
+
+@functools.lru_cache(maxsize=8)
+def _seeds(seed: int, epoch: int, appearance: int, num_samples: int) -> np.ndarray:
+    """By sample id, int64 [N]; 32 bits, all that torch's generator on the CPU takes."""
+    return integer_table(seed, epoch, POLICY, num_samples, 1 << 32, appearance)

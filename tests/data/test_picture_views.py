@@ -1,0 +1,146 @@
+"""Second views of a picture: torchvision's, one seed per image, alike on any backend and ranks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as v2
+from PIL import Image
+
+from fastkd.data import Batch, ImageSet, ResidentLoader, TorchLoader
+from fastkd.data.decode import random_resized_crop
+from fastkd.data.draws import MIRROR, POLICY, SHIFT_LEFT, SHIFT_TOP, integer_table
+from fastkd.data.geometry import Geometry
+from fastkd.data.picture_views import PICTURE_VIEWS, PictureView
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+SEED, EPOCH, NUM, SIDE = 5, 3, 23, 12
+
+
+def picture_set(side: int = SIDE) -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM, side, side, 3), np.uint8)
+    return ImageSet("set/train", pixels, np.arange(NUM) % 4, ("a", "b", "c", "d"))
+
+
+def loader(backend: str = "resident", **changes: Any) -> Any:
+    options: dict[str, Any] = {"batch_size": 10, "seed": SEED, "train": True, "drop_last": False}
+    options |= {"geometry": Geometry(padding=2, flip=True), "mean": MEAN, "std": STD}
+    options |= {"device": "cpu"} | changes
+    if backend == "resident":
+        return ResidentLoader(picture_set(), **options)
+    return TorchLoader(picture_set(), **{"image_size": SIDE, "crop": "pad"} | options)
+
+
+def cut(sample: int, appearance: int) -> torch.Tensor:
+    """The padded crop of one appearance, uint8 [3, H, W], by torchvision."""
+    top, left, flip = (
+        integer_table(SEED, EPOCH, stream, NUM, high, appearance)[sample]
+        for stream, high in ((SHIFT_TOP, 5), (SHIFT_LEFT, 5), (MIRROR, 2))
+    )
+    picture = torch.from_numpy(picture_set().images_NHWC[sample]).permute(2, 0, 1)
+    crop = v2.functional.crop(v2.functional.pad(picture, [2]), top, left, SIDE, SIDE)
+    return v2.functional.horizontal_flip(crop) if flip else crop
+
+
+def expected(kind: str, sample: int, appearance: int) -> torch.Tensor:
+    """One view of one picture, normalised, made with torchvision's transforms alone."""
+    if kind == "cropflip":
+        view = cut(sample, appearance)
+    else:
+        policies = {
+            "randaugment": v2.RandAugment(),
+            "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+        }
+        torch.manual_seed(integer_table(SEED, EPOCH, POLICY, NUM, 2**32, appearance)[sample])
+        view = policies[kind](cut(sample, 0))
+    return v2.functional.normalize(v2.functional.to_dtype(view, scale=True), MEAN, STD)
+
+
+@pytest.mark.parametrize("backend", ["resident", "torch"])
+@pytest.mark.parametrize("kind", PICTURE_VIEWS)
+def test_each_view_is_torchvisions_of_its_own_draw(kind: str, backend: str) -> None:
+    plain = list(loader(backend).epoch(EPOCH))
+    batches = list(loader(backend).showing(kind, 2).epoch(EPOCH))
+    assert len(batches) == 3
+    changed = []
+    for batch, alone in zip(batches, plain, strict=True):
+        num = len(batch.labels_N)
+        assert batch.images_NCHW.shape == (3 * num, 3, SIDE, SIDE)
+        assert batch.images_NCHW.is_contiguous(memory_format=torch.channels_last)
+        x, *views = batch.images_NCHW.split(num)
+        assert torch.equal(x, alone.images_NCHW)
+        assert torch.equal(batch.index_N, alone.index_N)
+        assert torch.equal(batch.labels_N, alone.labels_N)
+        for appearance, view in enumerate(views, 1):
+            for image, shown, n in zip(view, x, batch.index_N.tolist(), strict=True):
+                assert torch.equal(image, expected(kind, n, appearance))
+                changed.append(not torch.equal(image, shown))
+    assert sum(changed) > len(changed) / 2
+
+
+def test_a_second_resized_crop_has_draws_of_its_own() -> None:
+    own = loader("torch", crop="resized", image_size=7).showing("cropflip", 2)
+    batch = next(own.epoch(EPOCH))
+    views = batch.images_NCHW.split(10)
+    for appearance, view in enumerate(views):
+        for image, n in zip(view, batch.index_N.tolist(), strict=True):
+            picture = Image.fromarray(picture_set().images_NHWC[n])
+            crop = random_resized_crop(picture, 7, SEED, EPOCH, n, True, appearance)
+            pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1)
+            scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+            assert torch.equal(image, v2.functional.normalize(scaled, MEAN, STD))
+    assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+
+
+def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
+    """All views of each sample id."""
+    return {
+        n: torch.stack(batch.images_NCHW.split(len(batch.index_N)))[:, row]
+        for batch in batches
+        for row, n in enumerate(batch.index_N.tolist())
+    }
+
+
+@pytest.mark.parametrize("kind", PICTURE_VIEWS)
+def test_ranks_and_workers_change_nothing(kind: str) -> None:
+    whole = by_sample(list(loader().showing(kind, 2).epoch(EPOCH)))
+    ranks = [loader(rank=rank, world_size=2).showing(kind, 2) for rank in range(2)]
+    parts = [batch for own in ranks for batch in own.epoch(EPOCH)]
+    workers = loader("torch", workers=2, crop="pad").showing(kind, 2).epoch(EPOCH)
+    for found in (by_sample(parts), by_sample(list(workers))):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[n], whole[n]) for n in whole)
+
+
+@pytest.mark.parametrize("kind", PICTURE_VIEWS)
+def test_an_epoch_that_starts_late_draws_the_same(kind: str) -> None:
+    whole = list(loader().showing(kind).epoch(EPOCH))
+    own = loader().showing(kind)
+    list(own.epoch(0))
+    (late,) = own.epoch(EPOCH, 2)
+    assert torch.equal(late.images_NCHW, whole[2].images_NCHW)
+    other = by_sample(list(own.epoch(EPOCH + 1)))
+    same = [torch.equal(views[1], other[n][1]) for n, views in by_sample(whole).items()]
+    assert sum(same) < len(same) / 3
+
+
+def test_the_random_numbers_of_others_go_on_where_they_were() -> None:
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    list(loader().showing("randaugment").epoch(0))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_loader_that_was_asked_still_shows_x_only() -> None:
+    own = loader()
+    own.showing("cropflip", 3)
+    assert next(own.epoch(0)).images_NCHW.shape[0] == 10
+
+
+def test_unknown_views_are_named() -> None:
+    with pytest.raises(ValueError, match="1 views 'blur': expected 1 or more of cropflip"):
+        loader().showing("blur")
+    with pytest.raises(ValueError, match="0 views 'cropflip'"):
+        PictureView("cropflip", 0, 0, 4)

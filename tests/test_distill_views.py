@@ -1,0 +1,85 @@
+"""`fastkd.distill` with a second view x' and a pick, on loaders and networks of the user's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastkd
+from fastkd.errors import UserError
+from fastkd.losses import KD
+from fastkd.recipe.schema import PickConfig
+
+QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def loader(num: int) -> DataLoader[Any]:
+    images_NCHW = torch.randn(num, 3, 8, 8, generator=torch.Generator().manual_seed(num))
+    return DataLoader(TensorDataset(images_NCHW, torch.arange(num) % 4), batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("xprime", "pick"),
+    [
+        ("cutmix", "kl"),
+        ("cutout", PickConfig(criterion="student_entropy", images=5, update_statistics=False)),
+        ("mixup", None),
+    ],
+    ids=["kl", "config", "none"],
+)
+def test_x_prime_can_be_picked_from_a_pool(xprime: Any, pick: Any) -> None:
+    student = network(2)
+    sizes: list[int] = []
+    student[0].register_forward_pre_hook(
+        lambda module, args: sizes.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    result = fastkd.distill(
+        *(student, network(1), loader(40), loader(12)),
+        epochs=1,
+        losses=[KD(views=("x", "xprime"))],
+        xprime=xprime,
+        pick=pick,
+        **QUIET,
+    )
+    (row,) = result.metrics["history"]
+    assert ("pick_ratio" in row) == (pick is not None)
+    if pick is not None:
+        assert row["pick_ratio"] > 1
+    # x, then what was chosen, of batches of 16, 16 and 8.
+    chosen = [5, 5] if isinstance(pick, PickConfig) else [16, 8]
+    assert sizes == [16, chosen[0], 16, chosen[0], 8, chosen[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"xprime": "cutmix", "pick": "loss"}, "pick='loss'; choose one of kl, teacher_entropy"),
+        ({"xprime": "cutmix", "pick": "kl", "losses": [KD()]}, "which no loss looks at"),
+        ({"xprime": "randaugment"}, "made of the pictures as they are stored, and a loader of"),
+        ({"xprime": "blur"}, "xprime='blur'; choose one of none, cutmix, mixup, cutout, cropflip"),
+    ],
+    ids=["criterion", "no loss", "picture view", "unknown view"],
+)
+def test_picks_and_views_that_cannot_be_are_refused(
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    options = {"losses": [KD(views=("x", "xprime"))]} | options
+    with pytest.raises(UserError, match=message):
+        fastkd.distill(
+            *(network(2), network(1), loader(40), loader(12)), epochs=1, **options, **QUIET
+        )
