@@ -60,7 +60,7 @@ class CrossEntropy(LossTerm):
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Softmax in fp32 whatever the autocast type."""
-        logits_NC = inputs.tensors["x/student/logits"].float()
+        logits_NC = widened(inputs.tensors["x/student/logits"])
         loss = F.cross_entropy(logits_NC, inputs.labels_N, label_smoothing=self.label_smoothing)
         return TermOutput({self.name: loss})
 
