@@ -175,6 +175,7 @@ class MixedCE(LossTerm):
 
     def __init__(self, *, weight: float = 1.0, name: str = "mixed_ce") -> None:
         super().__init__(name, ("xprime/student/logits", "xprime/mixed/labels"), {name: weight})
+        self.label_kind = "class"
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """By linearity the cross entropy with the mixed one-hot rows; softmax in fp32."""
