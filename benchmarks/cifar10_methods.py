@@ -2,8 +2,8 @@
 
     python benchmarks/cifar10_methods.py --data DIR/cifar10 --runs runs [--seeds 3] [--write]
 
-Every student sees the same 5,000 training images for 10 epochs; its teacher was trained once, on
-all 50,000, for 5. A broken run goes on where it was: give the command again. Rows are in the order
+Every student sees the same 5,000 training images for 10 epochs, its recipe's schedules shrunk to
+them; its teacher was trained once, on all 50,000, for 3. A broken run goes on where it was: give the command again. Rows are in the order
 of `METHODS`, never ranked: the table says which spreads lie apart from that of the student alone.
 """
 
@@ -20,7 +20,8 @@ from fastkd.report.run_folder import environment, find_finished
 from fastkd.run import Session, run_recipe
 
 ROOT = Path(__file__).parents[1]
-LESSON = ("data.train_limit=5000", "epochs=10", "batch_size=64", "eval_epochs=10")
+EPOCHS, TEACHER_EPOCHS = 10, 3
+LESSON = ("data.train_limit=5000", "batch_size=64", f"eval_epochs={EPOCHS}")
 QUARTER = ("student.width=0.25",)
 PAIR = "cifar10/resnet56--resnet20"
 PLAIN = "alignkd/cifar10/resnet18--plain18"
@@ -66,7 +67,8 @@ def main() -> None:
         teachers: dict[str, dict] = {}
         for seed in range(options.seeds):
             for name, (_, teacher, recipe, keys) in METHODS.items():
-                overrides = [*LESSON, f"seed={seed}", *keys, *given]
+                shrunk = f"epoch_factor={EPOCHS / load_recipe(recipe).epochs:.12g}"
+                overrides = [*LESSON, shrunk, f"seed={seed}", *keys, *given]
                 if teacher is not None:
                     if teacher not in teachers:
                         teachers[teacher] = taught(teacher, given, session)
@@ -99,7 +101,9 @@ def finished(recipe: Recipe, session: Session) -> dict:
 def taught(name: str, given: list[str], session: Session) -> dict:
     """A teacher of `TEACHERS`: its summary and where its weights are."""
     recipe, keys = TEACHERS[name]
-    lesson = load_recipe(recipe, overrides=["epochs=5", "batch_size=64", *keys, *given])
+    lesson = load_recipe(
+        recipe, overrides=[f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
+    )
     summary = finished(lesson, session)
     (folder,) = (session.root / lesson.name).glob(f"*-{lesson.digest()[:8]}")
     return summary | {"weights": folder / "best.safetensors"}
@@ -112,7 +116,7 @@ def table(facts: dict) -> str:
         for name in METHODS
     }
     machine = facts["environment"]
-    taught = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in facts["teachers"].items())
+    lessons = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in facts["teachers"].items())
     lines = [
         "# Methods on CIFAR-10, small enough for a CPU",
         "",
@@ -124,9 +128,10 @@ def table(facts: dict) -> str:
         f"{machine['time']}, {machine['cpu']['name']}, {machine['threads']} threads, torch "
         f"{machine['torch']}, fastkd {machine['fastkd']}.",
         "",
-        "Every student sees the same 5,000 training images (JPEG, quality 75) for 10 epochs of "
-        "batches of 64, each method with the keys of its recipe; accuracy of the last epoch on the "
-        f"10,000 test images. The teachers saw all 50,000 for 5 epochs: {taught}. This is a small "
+        f"Every student sees the same 5,000 training images (JPEG, quality 75) for {EPOCHS} epochs "
+        "of batches of 64, each method with the keys of its recipe and its schedules shrunk to "
+        "them; accuracy of the last epoch on the 10,000 test images. The teachers saw all 50,000 "
+        f"for {TEACHER_EPOCHS} epochs: {lessons}. This is a small "
         "fraction of the published budgets: it shows that every method learns here, not which one "
         "is best there.",
         "",
