@@ -3,8 +3,9 @@
     python benchmarks/cifar10_methods.py --data DIR/cifar10 --runs runs [--seeds 3] [--write]
 
 Every student sees the same 5,000 training images for 10 epochs, its recipe's schedules shrunk to
-them; its teacher was trained once, on all 50,000, for 3. A broken run goes on where it was: give the command again. Rows are in the order
-of `METHODS`, never ranked: the table says which spreads lie apart from that of the student alone.
+them; its teacher was trained once, on all 50,000, for 3. A broken run goes on where it was: give
+the command again. Rows are in the order of `METHODS`, never ranked: the table says which spreads
+lie apart from that of the student alone.
 """
 
 import argparse
