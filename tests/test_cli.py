@@ -92,7 +92,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
         (
             ["xyz"],
-            "there is no command 'xyz': choose train, eval, models, cheapen, recipes, doctor",
+            "there is no command 'xyz': choose train, eval, models, cheapen, recipes, losses, doctor",
         ),
         (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),
@@ -335,7 +335,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
         raise KeyboardInterrupt
 
     if stage == "teacher":
-        monkeypatch.setattr(fastkd.networks, "_accuracy", interrupted)
+        monkeypatch.setattr(fastkd.networks, "evaluate", interrupted)
     else:
         monkeypatch.setattr(Trainer, "summary", interrupted)
     said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")
