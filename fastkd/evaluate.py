@@ -110,10 +110,11 @@ def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str,
         return {"samples": 0}
     logits_NC, targets_NC = rows.double().cpu().chunk(2, 1)
     known_NC = targets_NC != IGNORED
-    if not bool((known_NC <= ((targets_NC == 0) | (targets_NC == 1))).all()):
+    wrong = targets_NC[known_NC & (targets_NC != 0) & (targets_NC != 1)]
+    if len(wrong):
         raise UserError(
             "mAP wants labels of 0, 1 and -1 (unknown), and the validation labels hold others, "
-            f"such as {targets_NC[(targets_NC != 0) & (targets_NC != 1)][0].item():g}"
+            f"such as {wrong[0].item():g}"
         )
     positives_C = (targets_NC == 1).sum(0)
     judged_C = positives_C > 0

@@ -248,6 +248,14 @@ def test_labels_that_do_not_fit_are_refused():
         fastkd.distill(student, None, ids, ids, epochs=1, losses=losses, **QUICK)
 
 
+def test_labels_of_no_known_kind_are_named():
+    """Not an unknown one, which may stand before them."""
+    scores, targets = example(6, 3)
+    targets[0, 0], targets[5, 2] = -1, 0.5
+    with pytest.raises(UserError, match=r"hold others, such as 0\.5$"):
+        evaluate(read, Scores(scores, targets, 3), FP32, ALONE, multilabel=True)
+
+
 def test_the_closing_table_is_headed_by_the_metric():
     from rich.console import Console
 
