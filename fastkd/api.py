@@ -254,13 +254,14 @@ def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
 
 
 def _labels(loader: Any, num_samples: int, wants_ids: str | None) -> Tensor:
-    """Labels by sample id; only losses that keep state per sample look at them."""
+    """Labels by sample id for losses that keep state per sample; zeros where there is none."""
+    if wants_ids is None:
+        # What a data set calls its targets may be anything: torchvision's VOC has file names there.
+        return torch.zeros(num_samples, dtype=torch.int64)
     targets = getattr(getattr(loader, "dataset", None), "targets", None)
-    if targets is not None:
-        return torch.as_tensor(targets)
-    if wants_ids:
+    if targets is None:
         raise UserError(
             f"the loss {wants_ids} needs the label of every training sample: give the loader's "
             f"dataset an attribute `targets`, a list of labels by sample id"
         )
-    return torch.zeros(num_samples, dtype=torch.int64)
+    return torch.as_tensor(targets)

@@ -256,6 +256,21 @@ def test_labels_of_no_known_kind_are_named():
         evaluate(read, Scores(scores, targets, 3), FP32, ALONE, multilabel=True)
 
 
+class Annotated(TensorDataset):
+    """Calls the files of its annotations targets, as torchvision's VOC data sets do."""
+
+    targets = ("000005.xml", "000007.xml")
+
+
+def test_what_a_data_set_calls_targets_is_its_own_affair():
+    images, labels = torch.randn(8, 3, 16, 16), torch.ones(8, SHAPES)
+    loader = DataLoader(Annotated(images, labels), 4)
+    student = fastkd.create_model("resnet8", SHAPES, width=0.5)
+    losses = [BinaryCrossEntropy()]
+    result = fastkd.distill(student, None, loader, loader, epochs=1, losses=losses, **QUICK)
+    assert result.metrics["map_last"] == 1
+
+
 def test_the_closing_table_is_headed_by_the_metric():
     from rich.console import Console
 
