@@ -129,6 +129,14 @@ def test_a_recipe_bears_its_name_and_survives_its_file(name, tmp_path):
         assert again.digest() == recipe.digest()
 
 
+def test_an_entry_of_a_list_is_set_by_its_number():
+    first, second, _ = quickstart().optim.milestones
+    assert quickstart("optim.milestones.2=0.9").optim.milestones == (first, second, 0.9)
+    assert quickstart("optim.milestones.3=0.95").optim.milestones[3:] == (0.95,)
+    said = mistake("optim.milestones.9=0.95")
+    assert "holds optim.milestones.0, " in said and "optim.milestones.3 would add to it" in said
+
+
 def test_every_key_says_what_it_means():
     recipe = quickstart("losses.at.weight=1", "losses.at.pairs={stage1: stage1}")
     lines = annotated_yaml(recipe).splitlines()

@@ -218,21 +218,26 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         new: Any = [] if any(part.isdigit() for part in sections[depth + 1 : depth + 2]) else {}
         node = _step_into(node, section, new, key, ".".join(sections[:depth]))
     if isinstance(node, list):
-        _step_into(node, last, {}, key, ".".join(sections))
-        node[int(last)] = value
+        _check_number(node, last, key, ".".join(sections))
+        node[int(last) : int(last) + 1] = [value]
     else:
         node[last] = value
+
+
+def _check_number(node: list[Any], number: str, key: str, at: str) -> None:
+    """UserError unless it is that of an entry of the list, or of the next one."""
+    if not number.isdigit() or int(number) > len(node):
+        entries = ", ".join(f"{at}.{index}" for index in range(len(node))) or "nothing"
+        raise UserError(
+            f"unknown key {key}: {at} is a list that holds {entries}; {at}.{len(node)} would add "
+            f"to it"
+        )
 
 
 def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
     """What `section` names in a mapping or a list, `new` where there is nothing yet."""
     if isinstance(node, list):
-        if not section.isdigit() or int(section) > len(node):
-            entries = ", ".join(f"{at}.{number}" for number in range(len(node))) or "nothing"
-            raise UserError(
-                f"unknown key {key}: {at} is a list that holds {entries}; "
-                f"{at}.{len(node)} would add to it"
-            )
+        _check_number(node, section, key, at)
         node += [new] * (int(section) == len(node))
         found = node[int(section)]
     else:
