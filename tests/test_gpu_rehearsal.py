@@ -58,6 +58,19 @@ def test_a_part_is_ended_with_its_children_when_its_time_is_up(gpu, tmp_path: Pa
     assert not mark.exists()
 
 
+@pytest.mark.slow
+def test_every_training_trains_its_teacher(tmp_path: Path) -> None:
+    """One that an earlier run had trained would be missing in the rate of an epoch."""
+    words = [sys.executable, PROGRAM, "--rehearse", "--part", "4", "--out", tmp_path / "out"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = (tmp_path / "out" / "gpu_training_rehearsal.jsonl").read_text().splitlines()
+    runs = [found["run"] for found in map(json.loads, lines) if found["kind"] == "row"]
+    assert runs[0] == "run"
+    assert runs[1].startswith("runs/teachers/resnet8-")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_was_found_short_is_listed_over_all_parts(gpu, tmp_path: Path) -> None:
     assert gpu.shortfalls(tmp_path).endswith("  nothing")
     findings = [{"kind": "row", "text": "a"}, {"kind": "short", "text": "b; found 0.5"}]

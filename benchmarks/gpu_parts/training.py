@@ -49,23 +49,27 @@ def run(job: Job) -> None:
             train(job, Path(folder) / "final", final, keep=True)
 
 
-def train(job: Job, out: Path, keys: list[str], *, keep: bool = False) -> None:
-    """`fastkd train` in a process of its own; with `keep` its summary becomes rows."""
-    command = [sys.executable, "-m", "fastkd.train", RECIPE, *keys, f"out={out}"]
+def train(job: Job, place: Path, keys: list[str], *, keep: bool = False) -> None:
+    """`fastkd train` in a process and a folder of its own; with `keep` its summaries become rows.
+
+    A teacher is trained once per working directory: in a new one it is trained again.
+    """
+    command = [sys.executable, "-m", "fastkd.train", RECIPE, *keys, "out=run"]
+    place.mkdir()
     start = time.monotonic()
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=max(20.0, job.seconds_left())
+        command, cwd=place, capture_output=True, text=True, timeout=max(20.0, job.seconds_left())
     )
     wall = time.monotonic() - start
     if done.returncode != 0:
         raise RuntimeError((done.stdout + done.stderr)[-1500:])
     if not keep:
         return
-    for file in sorted(out.rglob("summary.json")):
+    for file in sorted(place.rglob("summary.json")):
         summary: dict[str, Any] = json.loads(file.read_text())
         wanted = ("epochs", "accuracy_last", "accuracy_best", "images_per_s", "data_wait",
                   "train_seconds", "skipped_steps")  # fmt: skip
         cells = {key: summary[key] for key in wanted if key in summary}
-        job.record.row("training", run=str(file.parent.relative_to(out)), **cells)
+        job.record.row("training", run=str(file.parent.relative_to(place)), **cells)
     job.record.note(f"whole program {wall:.0f} s: {' '.join(command[1:])}")
     job.record.note(done.stdout.strip()[-1500:])
