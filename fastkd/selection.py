@@ -7,6 +7,7 @@ is as in its authors' released code (Good-DA-in-KD): the student scores in train
 batch norm statistics see the pool.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,8 +70,15 @@ class Pick(nn.Module):
                 criterion=self.criterion,
                 temperature=self.temperature,
             )
-            index_K = select_hardest(scores_P, self.images, ratio=self.share).index
+            index_K = select_hardest(scores_P, self.num_chosen(len(scores_P))).index
             return Picked(index_K, scores_P[index_K].mean() / scores_P.mean())
+
+    def num_chosen(self, num: int) -> int:
+        """Of a pool of `num` images, whatever their scores."""
+        if self.share is None:
+            return min(self.images or num, num)
+        # As `select_hardest` counts: 0.1 of 30 are 3, though the product is above that.
+        return math.ceil(self.share * num - 1e-9)
 
     def _logits(self, pool_PCHW: Tensor) -> Tensor:
         with self.precision.autocast():

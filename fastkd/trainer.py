@@ -34,7 +34,7 @@ from fastkd.precision import Precision
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
-from fastkd.selection import Picked
+from fastkd.selection import Pick
 from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.teacher import run_ahead
 from fastkd.weights import save_weights
@@ -93,7 +93,7 @@ class Trainer:
         loader: TrainLoader,
         val_loader: EvalLoader,
         views: ViewMaker,
-        pick: Callable[[Tensor, Tensor], Picked] | None = None,
+        pick: Pick | None = None,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         precision: Precision,
@@ -182,16 +182,16 @@ class Trainer:
         done_M: list[Tensor] = []
         commits: list[Callable[[Tensor], None]] = []
         loss = torch.zeros((), device=self.world.device)
-        ratio: list[Tensor] = []
+        rows, ratio = prepared.global_size // self.world.size, list[Tensor]()
         if self.pick is not None:  # compiled, it has no truth value
             # Here and not with the views: the student scores with its weights of this step.
             picked = self.pick(prepared.views["xprime"], prepared.teacher["xprime/teacher/logits"])
             prepared = prepared.chosen("xprime", picked.index_K)
-            ratio = [picked.ratio]
+            rows, ratio = min(rows, self.pick.num_chosen(rows * self.views.pool)), [picked.ratio]
         # As many on every rank, or terms and batch norms that gather over the ranks would wait for
-        # ever; a partial batch may have fewer images than the recipe wants micro-batches.
-        parts = min(self.plan.accumulate, prepared.global_size // self.world.size)
-        micros = list(prepared.split(parts))
+        # ever; a partial batch, or what is picked, may be fewer images than the recipe wants
+        # micro-batches.
+        micros = list(prepared.split(min(self.plan.accumulate, rows)))
         for number, micro in enumerate(micros, 1):
             share = len(micro.batch.labels_N) * self.world.size / micro.global_size
             with self._no_sync(unless=number == len(micros)):

@@ -1,5 +1,6 @@
 """`fastkd.distill` with a second view x' and a pick, on loaders and networks of the user's own."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -62,6 +63,30 @@ def test_x_prime_can_be_picked_from_a_pool(xprime: Any, pick: Any) -> None:
     # x, then what was chosen, of batches of 16, 16 and 8.
     chosen = [5, 5] if isinstance(pick, PickConfig) else [16, 8]
     assert sizes == [16, chosen[0], 16, chosen[0], 8, chosen[1]]
+
+
+@pytest.mark.parametrize("size", [{"images": 3}, {"share": 0.05}], ids=str)
+def test_fewer_picked_than_micro_batches_make_fewer_micro_batches(size: dict[str, Any]) -> None:
+    """One without an image would have no mean: the step would be skipped."""
+    student, rows = network(2), []
+    student[0].register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    result = fastkd.distill(
+        *(student, network(1), loader(40), loader(12)),
+        epochs=1,
+        losses=[KD(views=("x", "xprime"))],
+        xprime="cutmix",
+        pick=PickConfig(**size),
+        accumulate=4,
+        **QUIET,
+    )
+    assert result.metrics["skipped_steps"] == 0
+    # x and x' of each micro-batch, of batches of 16, 16 and 8.
+    chosen = [[6, 1, 5, 1, 5, 1]] * 2 + [[3, 1, 3, 1, 2, 1]]
+    if "share" in size:
+        chosen = [[8, 1, 8, 1]] * 2 + [[8, 1]]
+    assert rows == list(itertools.chain(*chosen))
 
 
 @pytest.mark.parametrize(
