@@ -394,6 +394,12 @@ def test_a_teacher_trained_here_has_no_view_of_its_own(key):
     assert f"teacher.{name} is for finished weights" in mistake(f"teacher.{key}", *std)
 
 
+def test_a_milestone_in_the_first_epoch_of_a_teacher_is_no_share_of_its_run():
+    words = ("epochs=40", "teacher.epochs=10", "optim.milestones=2,30")
+    lesson = quickstart("optim.schedule=multistep", *words).as_teacher()
+    assert lesson.scaled_optim().milestones == (0.5, 7.5)
+
+
 def test_the_schedule_of_a_teacher_follows_its_length():
     recipe = quickstart(
         *("optim.schedule=multistep", "epochs=40", "teacher.epochs=20", "optim.warmup_epochs=4"),

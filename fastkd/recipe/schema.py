@@ -303,8 +303,12 @@ class Recipe(Section):
         share = epochs / self.epochs
         optim = {
             "lr": teacher.lr or self.optim.lr,
-            # In epochs, like the milestones from 1 up: they shrink and grow with the run.
-            "milestones": tuple(m * share if m >= 1 else m for m in self.optim.milestones),
+            # In epochs, like the milestones from 1 up: they shrink and grow with the run, and what
+            # falls into its first epoch is said as a share of the run, as all below 1 are.
+            "milestones": tuple(
+                m if m < 1 else m * share if m * share >= 1 else m / self.epochs
+                for m in self.optim.milestones
+            ),
             "warmup_epochs": self.optim.warmup_epochs * share,
         }
         return self.without_teacher(f"teacher/{self.data.name}/{teacher.name}").replace(
