@@ -234,6 +234,10 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
             "losses.kd.views=x,xprime",
             "losses.kd needs the view x': set augment.xprime=cutmix or another",
         ),
+        (
+            "augment.xprime=cutmix",
+            "augment.xprime=cutmix would make a view x' that no loss looks at: set losses.kd.views",
+        ),
         ("losses.ce.weight=1", "the losses kd and ce both report a part called 'ce': drop one"),
         (
             "data.root=DIR",

@@ -105,13 +105,19 @@ def check_needs(
     frozen: bool = False,
 ) -> None:
     """ValueError where a term lacks its net or view in the recipe, or a pick lacks a term."""
-    needs = [text for term in build_terms(losses) for text in term.needs]
+    terms = build_terms(losses)
+    needs = [text for term in terms for text in term.needs]
     if picks and "xprime/teacher/logits" not in needs:
         raise ValueError(
             "augment.pick chooses x' by what the teacher says to it, which no loss looks at: set "
             "augment.xprime=cutmix losses.kd.views=x,xprime"
         )
-    for term in build_terms(losses):
+    if xprime != "none" and not any(text.startswith("xprime/") for text in needs):
+        raise ValueError(
+            f"augment.xprime={xprime} would make a view x' that no loss looks at: set "
+            f"losses.kd.views=x,xprime, or leave it away (augment.xprime=none)"
+        )
+    for term in terms:
         parsed = [Need.parse(text) for text in term.needs]
         taps = [need.tap for need in parsed if need.net == "student"]
         if frozen and "logits" not in taps:
