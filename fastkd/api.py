@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.augment import XPRIMES
-from fastkd.build import Engine, TeacherNet, build_trainer, decide
+from fastkd.build import Engine, build_trainer, decide
 from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.distributed import on_main, open_world
+from fastkd.ensemble import TeacherNet
 from fastkd.errors import UserError
 from fastkd.folders import occupied, tidy
 from fastkd.losses.logits import KD

@@ -91,8 +91,6 @@ def load_net(
     options = config.options()
     # A teacher that was trained here has learned its head by now.
     new_head = config.new_head and weights == config.weights
-    if weights is not None and Path(weights).is_dir():
-        weights = str(Path(weights) / "best.safetensors")
     classes = len(data.classes)
     if class_map is not None:
         classes = _own_classes(config.name, weights, classes)
