@@ -108,7 +108,8 @@ def distill(
     ):
         if value not in choices:
             raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
-    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher or ())
+    several = isinstance(teacher, nn.ModuleList | Sequence)
+    teachers = list(teacher) if several else [] if teacher is None else [teacher]
     terms = list(losses) if losses is not None else [KD()]
     if not teachers and any("/teacher/" in need for term in terms for need in term.needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")

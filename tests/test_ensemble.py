@@ -414,6 +414,16 @@ def test_a_resumed_distill_wants_as_many_teachers_as_before(tmp_path: Path) -> N
         )
 
 
+def test_a_module_list_of_teachers_is_a_list_of_teachers() -> None:
+    nets = [create_model("resnet8", 10, width=width) for width in (0.5, 1)]
+    totals = []
+    for teacher in (nets, nn.ModuleList(nets)):
+        torch.manual_seed(1)
+        result = distill(create_model("resnet8", 10, width=0.25), teacher)
+        totals.append(result.metrics["history"][-1]["train_kd"])
+    assert totals[0] == totals[1]
+
+
 def test_no_teacher_is_still_no_teacher() -> None:
     student = create_model("resnet8", 10, width=0.25)
     with pytest.raises(UserError, match="a loss needs a teacher but teacher is None"):
