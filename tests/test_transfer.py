@@ -174,6 +174,7 @@ def test_images_normalised_otherwise_are_noted(place, train):
     ("words", "sentence"),
     [
         (["student.new_head=true"], "replaces the classifier of a trained network: set weights="),
+        (["student.frozen=backbone"], "frozen=backbone keeps the layers of a trained network: set"),
         (["student.weights=base"], "student.new_head=true"),
         (
             [*START, "student.frozen=backbone", "losses.at.weight=1", "teacher.weights=base",

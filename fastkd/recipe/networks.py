@@ -46,10 +46,13 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_body(self) -> "StudentConfig":
-        if self.new_head and not (self.weights or self.pretrained):
+        if (self.new_head or self.frozen) and not (self.weights or self.pretrained):
+            what = "new_head=true replaces the classifier"
+            if not self.new_head:
+                what = "frozen=backbone keeps the layers"
             raise ValueError(
-                "new_head=true replaces the classifier of a trained network: set weights=FILE or a "
-                "run folder, or (timm and torchvision) pretrained=true beside it"
+                f"{what} of a trained network: set weights=FILE or a run folder, or (timm and "
+                f"torchvision) pretrained=true beside it"
             )
         return self
 
