@@ -47,11 +47,16 @@ def main() -> int:
     out = (asked.out or HERE / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
+    sys.path.insert(0, str(HERE))
+    assets = import_module("gpu_parts.assets")
     if asked.assets:
-        sys.path.insert(0, str(HERE))
-        wheels = import_module("gpu_parts.assets").unpacked_wheels(asked.assets)
+        wheels = assets.unpacked_wheels(asked.assets)
+        sys.path += wheels
         paths = [*wheels, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if lacks := assets.lacking(HERE.parent):
+        # Some parts may do without.
+        print(f"== MISSING, put wheels into --assets: {' '.join(lacks)}", flush=True)
     if asked.rehearse:
         environment |= {"FASTKD_REHEARSE": "1", "TRITON_INTERPRET": "1"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
