@@ -109,13 +109,14 @@ def child(asked: argparse.Namespace) -> int:
 
 def shortfalls(out: Path) -> str:
     """What the parts found wanting, of all result files in the folder."""
-    lines = []
+    lines: dict[str, list[str]] = {"failed": [], "missing": [], "short": []}
     for file in sorted(out.glob("gpu_*.jsonl")):
         for line in file.read_text().splitlines():
             found = json.loads(line)
-            if found["kind"] in ("short", "failed", "missing"):
-                lines.append(f"  {file.stem}: {found['kind']}: {found['text']}")
-    return "\n".join(["== short of a bar, failed or not run:", *(lines or ["  nothing"])])
+            if found["kind"] in lines:
+                lines[found["kind"]].append(f"  {file.stem}: {found['kind']}: {found['text']}")
+    told = [text for kind in lines.values() for text in kind] or ["  nothing"]
+    return "\n".join(["== short of a bar, failed or not run:", *told])
 
 
 if __name__ == "__main__":

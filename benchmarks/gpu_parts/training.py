@@ -63,17 +63,16 @@ def run(job: Job) -> None:
 
 def train(job: Job, out: Path, keys: list[str]) -> dict[str, dict[str, Any]]:
     """`fastkd train` in a process of its own; the summary of each network it trained."""
-    command = [sys.executable, "-m", "fastkd.train", RECIPE, *keys, f"out={out}"]
+    command = [sys.executable, "-m", "fastkd.train", RECIPE, *keys, "out=student"]
+    out.mkdir()
     done = subprocess.run(
-        command, env={**os.environ, "FASTKD_CACHE": str(UNPACKED / "cache")}, text=True,
+        # In a folder of its own: where teachers are shared, the next run would find this one's.
+        command, cwd=out, env={**os.environ, "FASTKD_CACHE": str(UNPACKED / "cache")}, text=True,
         capture_output=True, timeout=max(20.0, job.seconds_left()),
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError((done.stdout + done.stderr)[-1500:])
-    found = {
-        str(file.parent.relative_to(out)): json.loads(file.read_text())
-        for file in sorted(out.rglob("summary.json"))
-    }
-    if not found:
-        raise RuntimeError(f"no summary.json: {done.stdout[-1500:]}")
-    return {"student" if stage == "." else stage: summary for stage, summary in found.items()}
+    found = [json.loads(file.read_text()) for file in sorted(out.rglob("summary.json"))]
+    if len(found) != 2:
+        raise RuntimeError(f"{len(found)} networks were trained, not 2: {done.stdout[-1500:]}")
+    return {summary["recipe"]: summary for summary in found}
