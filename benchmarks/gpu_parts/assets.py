@@ -41,7 +41,7 @@ def unpacked_wheels(assets: Path) -> list[str]:
 def lacking(root: Path) -> list[str]:
     """Packages that pyproject.toml or the pass wants and no folder of sys.path has."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = [re.split(r"[^\w-]", line)[0] for line in project["dependencies"]]
+    wanted = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]]
     return [name for name in (*wanted, "fastkd", "triton", "pytest") if not is_installed(name)]
 
 
