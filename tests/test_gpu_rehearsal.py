@@ -60,7 +60,6 @@ def test_a_part_is_ended_with_its_children_when_its_time_is_up(gpu, tmp_path: Pa
     assert not mark.exists()
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 def test_every_training_trains_its_teacher(tmp_path: Path) -> None:
     """One that an earlier run had trained would be missing in the rate of an epoch."""
@@ -69,17 +68,15 @@ def test_every_training_trains_its_teacher(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (tmp_path / "out" / "gpu_training_rehearsal.jsonl").read_text().splitlines()
     runs = [found["run"] for found in map(json.loads, lines) if found["kind"] == "row"]
-    assert runs[0] == "run"
-    assert runs[1].startswith("runs/teachers/resnet8-")
+    teacher, student = runs
+    assert teacher.startswith("teacher/")
+    assert student == "cifar10/resnet56--resnet20/kd"
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_was_found_short_is_listed_over_all_parts(gpu, tmp_path: Path) -> None:
-=======
 def test_what_was_found_wanting_is_listed_over_all_parts_failures_first(
     gpu, tmp_path: Path
 ) -> None:
->>>>>>> 477b44d (Tests of the GPU pass's assets and list of findings; two suites of the proof at once on two cores)
     assert gpu.shortfalls(tmp_path).endswith("  nothing")
     found = {"ops": [("row", "a"), ("short", "b; found 0.5")], "proof": [("failed", "c")]}
     for part, findings in found.items():

@@ -35,8 +35,8 @@ def run(job: Job) -> None:
     """Kernels first: whatever else runs stands on them."""
     where = "cpu" if job.rehearse else "cuda"
     # Compiling the matrix takes longer than running it: as many at once as half the cores allow.
-    at_once = max(2, (os.cpu_count() or 2) // 2)
-    os.environ.setdefault("OMP_NUM_THREADS", "1" if job.rehearse else "2")
+    at_once = max(1, (os.cpu_count() or 2) // 2)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
     with ThreadPoolExecutor(at_once) as pool:
         waiting = []
         for op, files in ops_and_files().items():
