@@ -10,6 +10,7 @@ A case whose result is off fails before any clock starts.
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def eager_mix(
     """As most training loops spell it."""
     x = images
     if images.dtype == torch.uint8:
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (MEAN, STD))
+        mean, std = statistics_on(x.device)
         x = x.float().mul_(1.0 / 255).sub_(mean).div_(std).to(dtype)
     if kind == "normalise":
         return x
@@ -44,6 +45,13 @@ def eager_mix(
     mixed = x.clone()
     mixed[:, :, y0:y1, x0:x1] = 0 if kind == "cutout" else x[partner, :, y0:y1, x0:x1]
     return mixed
+
+
+@cache
+def statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, put there once."""
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (MEAN, STD))
+    return mean, std
 
 
 def sides_of(

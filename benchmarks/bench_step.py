@@ -10,7 +10,7 @@ loss must agree before anything is timed. Both sides of a ratio alternate in one
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -49,7 +49,7 @@ class Setting:
     def __init__(
         self,
         student: str = "wrn_16_2",
-        teacher: str = "wrn_40_2",
+        teachers: tuple[str, ...] = ("wrn_40_2",),
         *,
         batch: int = BATCH,
         classes: int = CLASSES,
@@ -61,7 +61,8 @@ class Setting:
         self.world = World(0, 0, 1, device, None)
         self.device, self.classes, self.side, self.steps = device, classes, side, steps
         self.student = create_model(student, classes).to(device)
-        self.teacher = create_model(teacher, classes).to(device).eval().requires_grad_(False)
+        nets = [create_model(name, classes).to(device) for name in teachers]
+        self.teacher = (nets[0] if len(nets) == 1 else Together(nets)).eval().requires_grad_(False)
         self.images = torch.randn(batch, 3, side, side, device=device)
         self.labels = torch.randint(0, classes, (batch,), device=device)
 
@@ -70,6 +71,17 @@ class Setting:
         student, teacher = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
         moved = [net.to(memory_format=layout) for net in (student, teacher)]
         return *moved, self.images.contiguous(memory_format=layout)
+
+
+class Together(nn.Module):
+    """Several teachers as one network, for loops that know one: logits of the mean probability."""
+
+    def __init__(self, nets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([net(images).float().softmax(1) for net in self.nets]).mean(0).log()
 
 
 def plain_loop(setting: Setting) -> Step:
@@ -143,12 +155,13 @@ def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step
 
 def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
+    first, *others = teacher.nets if isinstance(teacher, Together) else [teacher]
     batches = [(images, setting.labels)] * setting.steps
     loader = loader or ForeignLoader(batches, setting.world, 0, True)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teacher=TeacherNet(teacher),
+        teacher=TeacherNet(first, ensemble=tuple(map(TeacherNet, others))),
         terms=[KD()],
         optim=OptimConfig(schedule="constant"),
         engine=engine,

@@ -47,11 +47,16 @@ def main() -> int:
     out = (asked.out or HERE / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
+    sys.path.insert(0, str(HERE))
+    assets = import_module("gpu_parts.assets")
     if asked.assets:
-        sys.path.insert(0, str(HERE))
-        wheels = import_module("gpu_parts.assets").unpacked_wheels(asked.assets)
+        wheels = assets.unpacked_wheels(asked.assets)
+        sys.path += wheels
         paths = [*wheels, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if lacks := assets.lacking(HERE.parent):
+        # Some parts may do without.
+        print(f"== MISSING, put wheels into --assets: {' '.join(lacks)}", flush=True)
     if asked.rehearse:
         environment |= {"FASTKD_REHEARSE": "1", "TRITON_INTERPRET": "1"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -104,13 +109,14 @@ def child(asked: argparse.Namespace) -> int:
 
 def shortfalls(out: Path) -> str:
     """What the parts found wanting, of all result files in the folder."""
-    lines = []
+    lines: dict[str, list[str]] = {"failed": [], "missing": [], "short": []}
     for file in sorted(out.glob("gpu_*.jsonl")):
         for line in file.read_text().splitlines():
             found = json.loads(line)
-            if found["kind"] in ("short", "failed", "missing"):
-                lines.append(f"  {file.stem}: {found['kind']}: {found['text']}")
-    return "\n".join(["== short of a bar, failed or not run:", *(lines or ["  nothing"])])
+            if found["kind"] in lines:
+                lines[found["kind"]].append(f"  {file.stem}: {found['kind']}: {found['text']}")
+    told = [text for kind in lines.values() for text in kind] or ["  nothing"]
+    return "\n".join(["== short of a bar, failed or not run:", *told])
 
 
 if __name__ == "__main__":

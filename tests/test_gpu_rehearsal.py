@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -66,14 +68,42 @@ def test_every_training_trains_its_teacher(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (tmp_path / "out" / "gpu_training_rehearsal.jsonl").read_text().splitlines()
     runs = [found["run"] for found in map(json.loads, lines) if found["kind"] == "row"]
-    assert runs[0] == "run"
-    assert runs[1].startswith("runs/teachers/resnet8-")
+    teacher, student = runs
+    assert teacher.startswith("teacher/")
+    assert student == "cifar10/resnet56--resnet20/kd"
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_was_found_short_is_listed_over_all_parts(gpu, tmp_path: Path) -> None:
+def test_what_was_found_wanting_is_listed_over_all_parts_failures_first(
+    gpu, tmp_path: Path
+) -> None:
     assert gpu.shortfalls(tmp_path).endswith("  nothing")
-    findings = [{"kind": "row", "text": "a"}, {"kind": "short", "text": "b; found 0.5"}]
-    lines = "".join(json.dumps(finding) + "\n" for finding in findings)
-    (tmp_path / "gpu_ops_x.jsonl").write_text(lines)
-    assert gpu.shortfalls(tmp_path).splitlines()[1:] == ["  gpu_ops_x: short: b; found 0.5"]
+    found = {"ops": [("row", "a"), ("short", "b; found 0.5")], "proof": [("failed", "c")]}
+    for part, findings in found.items():
+        lines = [json.dumps({"kind": kind, "text": text}) + "\n" for kind, text in findings]
+        (tmp_path / f"gpu_{part}_x.jsonl").write_text("".join(lines))
+    assert gpu.shortfalls(tmp_path).splitlines()[1:] == [
+        "  gpu_proof_x: failed: c",
+        "  gpu_ops_x: short: b; found 0.5",
+    ]
+
+
+def test_only_missing_packages_are_taken_from_the_wheels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    assets = import_module("gpu_parts.assets")
+    monkeypatch.setattr(assets, "UNPACKED", tmp_path / "unpacked")
+    assert assets.unpacked_wheels(tmp_path) == []
+    for name in ("pytest", "not_there_at_all"):
+        with zipfile.ZipFile(tmp_path / f"{name}-99.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+    (site,) = assets.unpacked_wheels(tmp_path)
+    assert [path.name for path in Path(site).iterdir()] == ["not_there_at_all"]
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    wanted = '["pytest>=8", "not-there_at.all>=2"]'
+    (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = {wanted}\n")
+    assert import_module("gpu_parts.assets").lacking(tmp_path) == ["not-there_at.all"]

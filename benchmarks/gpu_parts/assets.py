@@ -5,29 +5,53 @@ checkouts, cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder 
 """
 
 import importlib
+import re
+import shutil
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["load_mdistiller_kd", "unpacked_cifar10", "unpacked_wheels"]
+__all__ = ["UNPACKED", "lacking", "load_mdistiller_kd", "unpacked_cifar10", "unpacked_wheels"]
 
 UNPACKED = Path(tempfile.gettempdir()) / "fastkd-gpu"
 
 
 def unpacked_wheels(assets: Path) -> list[str]:
-    """Folders for PYTHONPATH: unpacked, because Triton reads the source of its kernels."""
-    wheels = sorted(assets.glob("*.whl"))
-    if not wheels:
-        return []
+    """Folders for PYTHONPATH: unpacked, because Triton reads the source of its kernels.
+
+    What is installed here stays what it is: the wheels' versions need not fit together with it.
+    """
     site = UNPACKED / "wheels"
-    for wheel in wheels:
+    shutil.rmtree(site, ignore_errors=True)
+    for wheel in sorted(assets.glob("*.whl")):
+        if is_installed(wheel.name.partition("-")[0]):
+            continue
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    return [str(site)]
+        print(f"== taken from the assets: {wheel.name}", flush=True)
+    return [str(site)] if site.exists() else []
+
+
+def lacking(root: Path) -> list[str]:
+    """Packages that pyproject.toml or the pass wants and no folder of sys.path has."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]]
+    return [name for name in (*wanted, "fastkd", "triton", "pytest") if not is_installed(name)]
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package of this name can be imported from sys.path, by what pip wrote down."""
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def unpacked_cifar10(assets: Path | None) -> Path | None:
