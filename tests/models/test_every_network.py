@@ -3,8 +3,8 @@
 Backward pass, tracing as one graph, export, channels-last, bf16. By default one build of each form
 of a family; its other depths and widths, which repeat the same blocks, with `-m slow`.
 
-Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of each
-family (`SMALLEST`), all others with `-m slow`.
+Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of
+each family (`SMALLEST`), all others with `-m slow`.
 """
 
 import copy
