@@ -32,8 +32,9 @@ class Plan(NamedTuple):
 
 def plan(channels: int, pixels: int, by_pixel: bool, warps: int = 4) -> Plan:
     """Tile for `warps` warps or fewer; lanes run along the axis that is contiguous."""
-    # Four or two 16-byte loads of bf16; sums along the lanes (channels-last) need registers too.
-    tile = warps * 32 * (32 if by_pixel else 16)
+    # Four or two 16-byte loads of bf16; sums along the lanes (channels-last) need registers too,
+    # and so do the addresses of rows that no such load fits.
+    tile = warps * 32 * (32 if by_pixel and pixels % 8 == 0 else 16)
     width, height = (pixels, channels) if by_pixel else (channels, pixels)
     # 16 deep: what a lane adds up in a row stays short, and with it the rounding error.
     width = min(tile // 16, triton.next_power_of_2(width))
