@@ -24,7 +24,7 @@ from fastkd import count, create_model
 from fastkd.build import Engine, build_trainer
 from fastkd.data.foreign import ForeignLoader
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
@@ -61,7 +61,7 @@ def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),
-        teacher=TeacherNet(copy.deepcopy(teacher)),
+        teacher=LoadedNet(copy.deepcopy(teacher)),
         terms=[KD(views=("x",) if side == "kd" else ("x", "xprime"))],
         optim=OptimConfig(schedule="constant", lr=0.01),
         engine=engine,

@@ -29,7 +29,7 @@ from fastkd.data.batch import TrainLoader
 from fastkd.data.foreign import ForeignLoader
 from fastkd.data.geometry import Geometry
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig
@@ -161,7 +161,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teacher=TeacherNet(first, ensemble=tuple(map(TeacherNet, others))),
+        teacher=LoadedNet(first, ensemble=tuple(map(LoadedNet, others))),
         terms=[KD()],
         optim=OptimConfig(schedule="constant"),
         engine=engine,

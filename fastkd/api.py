@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from fastkd.augment import XPRIMES
 from fastkd.build import Engine, build_trainer, decide
 from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.distributed import on_main, open_world
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.folders import occupied, tidy
 from fastkd.losses.logits import KD
@@ -123,6 +124,13 @@ def distill(
             "pick chooses x' by what the teacher says to it, which no loss looks at: give "
             "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
         )
+    if xprime != "none" and not any(
+        need.startswith("xprime/") for term in terms for need in term.needs
+    ):
+        raise UserError(
+            f"xprime={xprime!r} would make a view x' that no loss looks at: give "
+            f"losses=[KD(views=('x', 'xprime'))], or leave it away"
+        )
     settings = optim or OptimConfig(schedule="cosine")
     milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
     changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
@@ -160,9 +168,15 @@ def distill(
             Plan(
                 stage="distill",
                 digest=_digest(
-                    [(term.name, term.needs, sorted(term.weights.items())) for term in terms],
+                    [
+                        (term.name, term.needs, sorted(term.weights.items()), _settings(term))
+                        for term in terms
+                    ],
                     settings.model_dump(),
-                    [(name, tuple(p.shape)) for name, p in student.named_parameters()],
+                    [
+                        (name, tuple(p.shape), p.requires_grad)
+                        for name, p in student.named_parameters()
+                    ],
                     [[tuple(p.shape) for p in each.parameters()] for each in teachers],
                     (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
                     train.steps_per_epoch,
@@ -201,9 +215,9 @@ def distill(
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
 
 
-def _teacher(teachers: Sequence[nn.Module]) -> TeacherNet | None:
+def _teacher(teachers: Sequence[nn.Module]) -> LoadedNet | None:
     names = [getattr(model, "fastkd_name", type(model).__name__) for model in teachers]
-    nets = [TeacherNet(model, name=name) for model, name in zip(teachers, names, strict=True)]
+    nets = [LoadedNet(model, name=name) for model, name in zip(teachers, names, strict=True)]
     return replace(nets[0], ensemble=tuple(nets[1:])) if nets else None
 
 
@@ -233,6 +247,13 @@ def _pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
             f"distill: pick={pick!r}; choose one of {', '.join(criteria)}, or give a PickConfig"
         )
     return PickConfig(criterion=pick)
+
+
+def _settings(term: LossTerm) -> list[tuple[str, str]]:
+    """What its user set: temperature, views, ...; nothing that changes as it works."""
+    plain = (bool, int, float, str, tuple, type(None))
+    given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
+    return [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
 
 
 def _digest(*facts: Any) -> str:

@@ -18,7 +18,7 @@ from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.planned import PlannedLoader
 from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
-from fastkd.ensemble import Ensemble, TeacherNet, bind_teacher, check_ensemble_needs
+from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
@@ -90,7 +90,7 @@ def build_trainer(
     plan: Plan,
     *,
     student: nn.Module,
-    teacher: TeacherNet | None,
+    teacher: LoadedNet | None,
     terms: Sequence[LossTerm],
     optim: OptimConfig,
     engine: Engine,
@@ -262,15 +262,26 @@ def _shapes(
     probe: Tensor,
     precision: Precision,
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of every need without the batch axis, from one forward pass on zeros."""
+    """Shape of every need without the batch axis, from one forward pass on zeros.
+
+    UserError for a term that would teach the student nothing.
+    """
     found: dict[str, Tensor] = {}
     wanted = needed_taps(terms, "student")
     tapped = Tapped(student, tuple(dict.fromkeys(tap for taps in wanted.values() for tap in taps)))
-    with torch.no_grad(), evaluating(student), precision.autocast():
+    with torch.enable_grad(), evaluating(student), precision.autocast():
         features = tapped(probe)
     tapped.remove()
     for view, taps in wanted.items():
         found |= {f"{view}/student/{tap}": features[tap] for tap in taps}
+    for term in terms:
+        own = [need for need in term.needs if "/student/" in need]
+        if own and not any(found[need].requires_grad for need in own):
+            raise UserError(
+                f"the loss {term.name} looks at {', '.join(own)} of the student, where only frozen "
+                f"layers come before: it would teach nothing. Take it away, or let those layers "
+                f"train (requires_grad_)"
+            )
     if teacher is not None:
         # Not through its compiled form, which this batch size would only cost a compilation.
         features = teacher.features(probe)

@@ -17,12 +17,12 @@ from fastkd.losses.term import LossTerm, Need
 from fastkd.precision import Precision, resolve_precision
 from fastkd.teacher import MEAN_LOGITS, Normalization, Teacher
 
-__all__ = ["Ensemble", "TeacherNet", "bind_teacher", "check_ensemble_needs"]
+__all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]
 
 
 @dataclass(frozen=True)
-class TeacherNet:
-    """A loaded teacher before it is tied to the taps and views of a run."""
+class LoadedNet:
+    """A network as it was loaded: a teacher before it is tied to taps and views, or a student."""
 
     model: nn.Module
     normalization: Normalization | None = None
@@ -34,11 +34,11 @@ class TeacherNet:
     """Its own; None: that of the run."""
     compiled: bool | None = None
     """Likewise."""
-    ensemble: tuple["TeacherNet", ...] = ()
+    ensemble: tuple["LoadedNet", ...] = ()
     """Further teachers that answer together with this one."""
 
     @property
-    def members(self) -> "tuple[TeacherNet, ...]":
+    def members(self) -> "tuple[LoadedNet, ...]":
         """This one alone and the further ones."""
         return (replace(self, ensemble=()), *self.ensemble)
 
@@ -99,7 +99,7 @@ class Ensemble:
 
 
 def bind_teacher(
-    net: TeacherNet,
+    net: LoadedNet,
     taps: Mapping[str, tuple[str, ...]],
     *,
     precision: Precision,
@@ -112,7 +112,7 @@ def bind_teacher(
 ) -> Teacher | Ensemble:
     """One teacher or the ensemble; arguments as of `Teacher`, a member's own choices go before."""
 
-    def bind(one: TeacherNet, taps: Mapping[str, tuple[str, ...]]) -> Teacher:
+    def bind(one: LoadedNet, taps: Mapping[str, tuple[str, ...]]) -> Teacher:
         return Teacher(
             one.model,
             taps,
@@ -136,7 +136,7 @@ def bind_teacher(
     return Ensemble(members, taps)
 
 
-def check_ensemble_needs(net: TeacherNet, terms: Iterable[LossTerm]) -> None:
+def check_ensemble_needs(net: LoadedNet, terms: Iterable[LossTerm]) -> None:
     """UserError where a loss wants of an ensemble what only one network has."""
     if not net.ensemble:
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastkd.data import DataPair
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet, bind_teacher
+from fastkd.ensemble import LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.layout import memory_format
@@ -21,7 +21,6 @@ from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
-from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
 from fastkd.teacher import Normalization
 from fastkd.weights import load_weights
@@ -29,7 +28,7 @@ from fastkd.weights import load_weights
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 
 
-def load_teacher(config: TeacherConfig | None, data: DataPair) -> TeacherNet | None:
+def load_teacher(config: TeacherConfig | None, data: DataPair) -> LoadedNet | None:
     """The recipe's teachers, with their weights unless these are still to be trained."""
     if config is None:
         return None
@@ -37,38 +36,42 @@ def load_teacher(config: TeacherConfig | None, data: DataPair) -> TeacherNet | N
 
 
 def prove_teacher(
-    recipe: Recipe,
+    config: TeacherConfig | None,
     data: DataPair,
     world: World,
     console: Console,
-    train: Callable[[Recipe], tuple[Path, dict[str, Any]]],
-) -> tuple[TeacherNet | None, dict[str, Any] | None]:
+    train: Callable[[MemberConfig], tuple[Path, dict[str, Any]]],
+    *,
+    precision: str,
+    channels_last: bool,
+) -> tuple[LoadedNet | None, dict[str, Any] | None]:
     """The recipe's teachers, trained first where they ask for that, each better than chance.
 
-    train: trains a teacher's own recipe; its run folder and summary.
+    train: trains one of them; its run folder and summary.
+    precision, channels_last: those of the run, for teachers that have no type of their own.
     Returns also the facts for summary.json: name, accuracy, size; of several those of all together
     and, as `members`, of each. UserError for one below `min_accuracy`.
     """
-    if recipe.teacher is None:
+    if config is None:
         return None, None
     nets, facts = [], []
-    for key, config in recipe.teacher.members().items():
-        weights, lesson = config.weights, {}
-        if config.trains:
-            path, summary = train(recipe.as_teacher(config))
+    for key, one in config.members().items():
+        weights, lesson = one.weights, {}
+        if one.trains:
+            path, summary = train(one)
             weights, lesson = str(path / "best.safetensors"), {"training": summary}
-        net = load_net(config, data, weights, key)
-        found = _evaluated(net, recipe, data, world)
+        net = load_net(one, data, weights, key)
+        found = _evaluated(net, data, world, precision, channels_last)
         metric = headline(found)
-        console.note(f"teacher {config.name}: {HEADLINES[metric]} {found[metric]:.2%}")
-        _check_quality(key, config, found, data)
+        console.note(f"teacher {one.name}: {HEADLINES[metric]} {found[metric]:.2%}")
+        _check_quality(key, one, found, data)
         nets.append(net)
-        own = {"name": config.name, metric: found[metric]}
+        own = {"name": one.name, metric: found[metric]}
         facts.append(own | size(net.model, data) | lesson)
     together = _joined(nets)
     if len(nets) == 1:
         return together, facts[0]
-    found = _evaluated(together, recipe, data, world)
+    found = _evaluated(together, data, world, precision, channels_last)
     metric = headline(found)
     console.note(f"the {len(nets)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
     return together, {
@@ -81,7 +84,7 @@ def prove_teacher(
 
 def load_net(
     config: StudentConfig, data: DataPair, weights: str | None, key: str = "student"
-) -> TeacherNet:
+) -> LoadedNet:
     """Build a network of the data's class count and fill it from a file or a run folder.
 
     key: where it stands in the recipe, for messages.
@@ -113,16 +116,16 @@ def load_net(
         )
     normalization = getattr(model, "normalization", None)
     if own is None:
-        return TeacherNet(model, normalization)
+        return LoadedNet(model, normalization)
     if own.mean and own.std:
         normalization = (own.mean, own.std)
     compiled = None if own.compile is None else own.compile == "on"
-    return TeacherNet(
+    return LoadedNet(
         model, normalization, own.resolution, class_map, own.name, own.precision, compiled
     )
 
 
-def start_of(config: StudentConfig, net: TeacherNet, data: DataPair) -> list[str]:
+def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]:
     """What the student starts from, in sentences: loaded, new, frozen, normalised how."""
     source = config.weights or ("pretrained weights" if config.pretrained else None)
     model: Any = net.model
@@ -163,21 +166,21 @@ def _close(one: Normalization, other: Normalization) -> bool:
     return all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
-def _joined(nets: list[TeacherNet]) -> TeacherNet:
+def _joined(nets: list[LoadedNet]) -> LoadedNet:
     return replace(nets[0], ensemble=tuple(nets[1:]))
 
 
-def _evaluated(net: TeacherNet, recipe: Recipe, data: DataPair, world: World) -> dict[str, float]:
-    precision = resolve_precision(recipe.precision, world.device)
-    if net.precision:
-        precision = resolve_precision(net.precision, world.device)
+def _evaluated(
+    net: LoadedNet, data: DataPair, world: World, of_run: str, channels_last: bool
+) -> dict[str, float]:
+    precision = resolve_precision(net.precision or of_run, world.device)
     teacher = bind_teacher(
         net,
         {},
         precision=precision,
         device=world.device,
         data_normalization=(data.mean, data.std),
-        layout=memory_format(recipe.channels_last, world.device, net.model),
+        layout=memory_format(channels_last, world.device, net.model),
         # To the digit what its own training reported.
         fold_batch_norm=False,
     )

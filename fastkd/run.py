@@ -7,7 +7,6 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastkd.build import Engine, build_trainer, decide
 from fastkd.checkpoint import load_checkpoint
 from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, on_main
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
@@ -65,7 +64,10 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     try:
         with occupied(folder.path, session.world), tidy(folder, session.root, session.world):
             teacher, teacher_summary = prove_teacher(
-                recipe, data, session.world, session.console, partial(_teach, data, session)
+                *(recipe.teacher, data, session.world, session.console),
+                train=lambda member: _teach(data, session, recipe.as_teacher(member)),
+                precision=recipe.precision,
+                channels_last=recipe.channels_last,
             )
             alone = [
                 _train(
@@ -126,7 +128,7 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
 
 
 def stage_builder(
-    recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session
+    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session
 ) -> Callable[[RunFolder | None], Trainer]:
     """A function that builds the recipe's own training, in a folder or without one."""
 
@@ -197,7 +199,7 @@ def stage_builder(
 
 
 def _train(
-    recipe: Recipe, data: DataPair, teacher: TeacherNet | None, session: Session, path: Path
+    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session, path: Path
 ) -> dict[str, Any]:
     """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
 

@@ -33,6 +33,11 @@ def loader(num: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images_NCHW, torch.arange(num) % 4), batch_size=16)
 
 
+def trained(module: nn.Module) -> bool:
+    """In a pass of a training step, not of an evaluation or a pick."""
+    return module.training and torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("xprime", "pick"),
     [
@@ -46,7 +51,7 @@ def test_x_prime_can_be_picked_from_a_pool(xprime: Any, pick: Any) -> None:
     student = network(2)
     sizes: list[int] = []
     student[0].register_forward_pre_hook(
-        lambda module, args: sizes.append(len(args[0])) if torch.is_grad_enabled() else None
+        lambda module, args: sizes.append(len(args[0])) if trained(module) else None
     )
     result = fastkd.distill(
         *(student, network(1), loader(40), loader(12)),
@@ -70,7 +75,7 @@ def test_fewer_picked_than_micro_batches_make_fewer_micro_batches(size: dict[str
     """One without an image would have no mean: the step would be skipped."""
     student, rows = network(2), []
     student[0].register_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0])) if torch.is_grad_enabled() else None
+        lambda module, args: rows.append(len(args[0])) if trained(module) else None
     )
     result = fastkd.distill(
         *(student, network(1), loader(40), loader(12)),
@@ -95,9 +100,10 @@ def test_fewer_picked_than_micro_batches_make_fewer_micro_batches(size: dict[str
         ({"xprime": "cutmix", "pick": "loss"}, "pick='loss'; choose one of kl, teacher_entropy"),
         ({"xprime": "cutmix", "pick": "kl", "losses": [KD()]}, "which no loss looks at"),
         ({"xprime": "randaugment"}, "made of the pictures as they are stored, and a loader of"),
+        ({"xprime": "cutout", "losses": [KD()]}, "would make a view x' that no loss looks at"),
         ({"xprime": "blur"}, "xprime='blur'; choose one of none, cutmix, mixup, cutout, cropflip"),
     ],
-    ids=["criterion", "no loss", "picture view", "unknown view"],
+    ids=["criterion", "no loss", "picture view", "nobody looks", "unknown view"],
 )
 def test_picks_and_views_that_cannot_be_are_refused(
     options: dict[str, Any],

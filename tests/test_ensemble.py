@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 import fastkd.teacher
-from fastkd.ensemble import Ensemble, TeacherNet, bind_teacher
+from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
@@ -41,9 +41,9 @@ class Told(nn.Module):
         return self.logits_NC
 
 
-def bound(*nets: TeacherNet, taps: Any = None, **options: Any) -> Teacher | Ensemble:
+def bound(*nets: LoadedNet, taps: Any = None, **options: Any) -> Teacher | Ensemble:
     first, *others = nets
-    net = TeacherNet(**{**vars(first), "ensemble": tuple(others)})
+    net = LoadedNet(**{**vars(first), "ensemble": tuple(others)})
     options = {"precision": FP32, "device": CPU, "data_normalization": DATA} | options
     return bind_teacher(net, taps or {"x": ()}, **options)
 
@@ -52,7 +52,7 @@ def bound(*nets: TeacherNet, taps: Any = None, **options: Any) -> Teacher | Ense
 @pytest.mark.parametrize("size", [1.0, 300.0])
 def test_it_says_the_mean_probability_and_the_mean_logits(members: int, size: float) -> None:
     each = [size * torch.randn(5, 7) for _ in range(members)]
-    made = bound(*(TeacherNet(Told(z)) for z in each), taps={"x": ("mean_logits",), "xprime": ()})
+    made = bound(*(LoadedNet(Told(z)) for z in each), taps={"x": ("mean_logits",), "xprime": ()})
     found = made({"x": torch.rand(5, 3, 4, 4), "xprime": torch.rand(5, 3, 4, 4)})
     assert set(found) == {"x/teacher/logits", "x/teacher/mean_logits", "xprime/teacher/logits"}
     powers = [torch.exp(z.double() - z.double().amax(1, True)) for z in each]
@@ -77,7 +77,7 @@ def test_it_says_the_mean_probability_and_the_mean_logits(members: int, size: fl
 def test_another_temperature_softens_the_mean() -> None:
     """p^(1/T) of the mean, not the mean of p^(1/T): what the docstring says of `kd` at T = 4."""
     each = [3 * torch.randn(6, 5) for _ in range(2)]
-    logits_NC = bound(*(TeacherNet(Told(z)) for z in each)).logits(torch.rand(6, 3, 2, 2)).double()
+    logits_NC = bound(*(LoadedNet(Told(z)) for z in each)).logits(torch.rand(6, 3, 2, 2)).double()
     mean_NC = sum(F.softmax(z.double(), 1) for z in each) / 2
     powers_NC = mean_NC**0.25
     torch.testing.assert_close(
@@ -88,15 +88,15 @@ def test_another_temperature_softens_the_mean() -> None:
 
 
 def test_of_one_teacher_the_mean_is_what_it_says() -> None:
-    made = bound(TeacherNet(Told(torch.randn(4, 3))), taps={"x": ("mean_logits",)})
+    made = bound(LoadedNet(Told(torch.randn(4, 3))), taps={"x": ("mean_logits",)})
     assert isinstance(made, Teacher)
     found = made({"x": torch.rand(4, 3, 2, 2)})
     assert found["x/teacher/mean_logits"] is found["x/teacher/logits"]
     # Nothing but logits is tapped, so batch norm may still be folded.
-    assert bound(TeacherNet(create_model("resnet8", 3)), taps={"x": ("mean_logits",)}).folded
+    assert bound(LoadedNet(create_model("resnet8", 3)), taps={"x": ("mean_logits",)}).folded
 
 
-def by_hand(net: TeacherNet, images_NCHW: Tensor) -> Tensor:
+def by_hand(net: LoadedNet, images_NCHW: Tensor) -> Tensor:
     """Probabilities [N, C] in float64 of one member on images as the data normalises them."""
     (mean, std), (own_mean, own_std) = (
         [torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in each]
@@ -116,9 +116,9 @@ def by_hand(net: TeacherNet, images_NCHW: Tensor) -> Tensor:
 
 def test_each_member_has_its_own_normalisation_resolution_and_class_order() -> None:
     nets = [
-        TeacherNet(create_model("resnet8", 5, width=0.5)),
-        TeacherNet(create_model("timm:test_efficientnet", 9), OWN, 24, (8, 0, 3, 1, 7)),
-        TeacherNet(create_model("wrn_10_1", 5), DATA, 8, (4, 3, 2, 1, 0)),
+        LoadedNet(create_model("resnet8", 5, width=0.5)),
+        LoadedNet(create_model("timm:test_efficientnet", 9), OWN, 24, (8, 0, 3, 1, 7)),
+        LoadedNet(create_model("wrn_10_1", 5), DATA, 8, (4, 3, 2, 1, 0)),
     ]
     images_NCHW = torch.randn(3, 3, 16, 16)
     expected_NC = sum(by_hand(net, images_NCHW) for net in nets) / 3
@@ -137,9 +137,9 @@ def test_each_member_has_its_own_type_and_compiler(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fastkd.teacher, "compile_unit", noting)
     models = [Told(torch.randn(2, 3)) for _ in range(3)]
     nets = [
-        TeacherNet(models[0]),
-        TeacherNet(models[1], precision="fp32", compiled=False, resolution=6),
-        TeacherNet(models[2], precision="bf16", normalization=OWN),
+        LoadedNet(models[0]),
+        LoadedNet(models[1], precision="fp32", compiled=False, resolution=6),
+        LoadedNet(models[2], precision="bf16", normalization=OWN),
     ]
     made = bound(*nets, precision=Precision("bf16", "cpu"), compiled=True)
     made({"x": torch.rand(2, 3, 4, 4).bfloat16()})
@@ -151,9 +151,9 @@ def test_each_member_has_its_own_type_and_compiler(monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_compiled_members_say_the_same() -> None:
     nets = [
-        TeacherNet(create_model("resnet8", 10)),
-        TeacherNet(create_model("wrn_10_1", 10), OWN, 12, precision="bf16"),
-        TeacherNet(create_model("resnet8", 10), compiled=False),
+        LoadedNet(create_model("resnet8", 10)),
+        LoadedNet(create_model("wrn_10_1", 10), OWN, 12, precision="bf16"),
+        LoadedNet(create_model("resnet8", 10), compiled=False),
     ]
     images_NCHW = torch.randn(4, 3, 16, 16)
     made = bound(*nets, taps={"x": ("mean_logits",)}, compiled=True)
@@ -165,11 +165,11 @@ def test_compiled_members_say_the_same() -> None:
 def test_a_teacher_in_fp32_beside_a_student_in_bf16_is_as_exact_as_alone() -> None:
     model = create_model("resnet8", 10, width=0.5)
     images_NCHW = torch.randn(4, 3, 16, 16).bfloat16()
-    own = bound(TeacherNet(model, precision="fp32"), precision=Precision("bf16", "cpu"))
-    alone = bound(TeacherNet(model))
+    own = bound(LoadedNet(model, precision="fp32"), precision=Precision("bf16", "cpu"))
+    alone = bound(LoadedNet(model))
     assert torch.equal(own.logits(images_NCHW), alone.logits(images_NCHW.float()))
     with pytest.raises(UserError, match="precision=fp16 needs a GPU"):
-        bound(TeacherNet(model, precision="fp16"))
+        bound(LoadedNet(model, precision="fp16"))
 
 
 # Keys: what a recipe may say of further teachers, by file and by the command line.

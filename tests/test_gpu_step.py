@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastkd import create_model
-from fastkd.build import Engine, TeacherNet, build_trainer
+from fastkd.build import Engine, LoadedNet, build_trainer
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.geometry import Geometry
 from fastkd.distributed import World
@@ -58,7 +58,7 @@ def trainer(
     return build_trainer(
         Plan(stage="gpu", digest="", seed=0, epochs=3),
         student=create_model("wrn_10_1", CLASSES),
-        teacher=TeacherNet(create_model("wrn_16_1", CLASSES)),
+        teacher=LoadedNet(create_model("wrn_16_1", CLASSES)),
         terms=terms,
         optim=OptimConfig(lr=0.01),
         engine=Engine(chosen, compiled=compiled),

@@ -18,7 +18,7 @@ from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses import (
     CC,
@@ -115,7 +115,7 @@ def build(
     return build_trainer(
         plan,
         student=create_model("resnet8", CLASSES, width=0.5),
-        teacher=TeacherNet(create_model("resnet8", CLASSES, width=0.5)),
+        teacher=LoadedNet(create_model("resnet8", CLASSES, width=0.5)),
         terms=terms,
         optim=OptimConfig(lr=0.05, schedule="constant"),
         engine=Engine(Precision(precision, "cpu"), compiled=False, ema=ema),

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastkd.data import open_data
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.models import create_model
 from fastkd.models.rewrite_fusing import fuse
 from fastkd.precision import Precision, resolve_precision
@@ -237,7 +237,7 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
     model = net()
-    made = stage_builder(recipe, data, TeacherNet(model), session)(RunFolder(tmp_path))
+    made = stage_builder(recipe, data, LoadedNet(model), session)(RunFolder(tmp_path))
     before = [parameter.clone() for parameter in model.parameters()]
     made.fit()
     assert all(map(torch.equal, before, model.parameters()))

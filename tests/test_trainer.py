@@ -24,7 +24,7 @@ from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.errors import RunFailed
 from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy
@@ -92,7 +92,7 @@ def make(
     return build_trainer(
         Plan(stage="test", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
         student=net,
-        teacher=TeacherNet(create_model(teacher, 10, width=0.5)) if teacher else None,
+        teacher=LoadedNet(create_model(teacher, 10, width=0.5)) if teacher else None,
         terms=terms or [CrossEntropy()],
         optim=OptimConfig.model_validate({"lr": 0.05, "schedule": "constant"} | (optim or {})),
         engine=Engine(Precision("fp32", "cpu"), compiled, ema=ema, max_skips=max_skips),

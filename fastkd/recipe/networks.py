@@ -38,7 +38,7 @@ class StudentConfig(Section):
     weights: str | None = None
     """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
     pretrained: bool = False
-    """Download the published weights of a timm or torchvision network."""
+    """Download the published weights of a timm or torchvision network; weights=... goes before."""
     new_head: bool = False
     """Take all but the classifier from these weights; the classifier is as initialised."""
     frozen: Literal["backbone"] | None = None
@@ -127,8 +127,11 @@ class TeacherConfig(MemberConfig):
     @model_validator(mode="after")
     def _different(self) -> "TeacherConfig":
         seen: dict[str, str] = {}
+        # How it computes, and what is asked of it, does not make it another teacher.
+        aside = {"ensemble", "min_accuracy", "precision", "compile"}
         for key, one in self.members().items():
-            same = seen.setdefault(repr(one.model_dump(exclude={"ensemble"})), key)
+            unread = set() if one.trains else {"train", "epochs", "lr"}
+            same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)
             if same != key:
                 raise ValueError(
                     f"{key} is {same} once more ({one.name}, the same weights): an ensemble wants "

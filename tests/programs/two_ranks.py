@@ -21,7 +21,7 @@ from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World, same_on_all_ranks
-from fastkd.ensemble import TeacherNet
+from fastkd.ensemble import LoadedNet
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.losses.term import LossTerm
 from fastkd.models import create_model
@@ -83,7 +83,7 @@ def make(
     return build_trainer(
         Plan(stage="two ranks", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
         student=student,
-        teacher=TeacherNet(create_model("resnet8", 10, width=0.5)),
+        teacher=LoadedNet(create_model("resnet8", 10, width=0.5)),
         terms=terms,
         optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
         engine=Engine(Precision("fp32", "cpu"), compiled=False, ema=ema),

@@ -1,0 +1,151 @@
+"""What `fastkd.distill` refuses, in one sentence and before it writes anything."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import fastkd
+from fastkd.errors import UserError
+from fastkd.losses import AT, KD, CrossEntropy
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput
+
+QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
+
+
+def network(num_classes: int = 4) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+
+
+def images(num: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(num, 3, 8, 8), torch.arange(num) % 4
+
+
+LOADER = DataLoader(TensorDataset(*images(20)), batch_size=8)
+
+
+def distill(
+    teacher: Any = None, train: Any = LOADER, val: Any = LOADER, student: Any = None, **options: Any
+) -> Any:
+    return fastkd.distill(student or network(), teacher, train, val, epochs=1, **QUIET | options)
+
+
+class Counts(LossTerm):
+    """Wants to know which image is which."""
+
+    def __init__(self) -> None:
+        super().__init__("counts", ("x/student/logits",), {"counts": 1.0})
+        self.uses_index = True
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        return TermOutput({"counts": inputs.tensors["x/student/logits"].mean()})
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return zip(*images(20), strict=True)
+
+
+class Labelled(TensorDataset):
+    targets = images(20)[1]
+
+
+FLAT = DataLoader(TensorDataset(torch.zeros(20, 5), torch.zeros(20).long()), batch_size=16)
+XPRIME = {"losses": [KD(views=("x", "xprime"))]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": [KD()]}, "teacher is None"),
+        (
+            {"teacher": network(7), "losses": [KD()]},
+            r"the teacher gives logits of shape \(7,\).*4 classes",
+        ),
+        ({"teacher": network(), **XPRIME}, "give xprime='cutmix'"),
+        ({"losses": [Counts()]}, r"the loss counts needs the label.*`targets`"),
+        (
+            {"losses": [Counts()], "train": DataLoader(Labelled(*images(20)), batch_size=8)},
+            r"counts .*yield \(images, labels, sample ids\)",
+        ),
+        (
+            {"teacher": network(), "losses": [AT(pairs={"logit": "2"})]},
+            "unknown tap 'logit'.*nearest: logits",
+        ),
+        ({"train": FLAT, "val": FLAT}, r"\[N, C, H, W\].* got \[16, 5\]"),
+        ({"train": (batch for batch in LOADER)}, "needs a length"),
+        ({"train": DataLoader(Stream(), batch_size=4)}, "needs a length"),
+        ({"train": iter(LOADER)}, "can be read only once"),
+        ({"val": []}, "val_loader needs a length above 0"),
+        ({"val": [{"image": images(8)[0]}]}, "must yield .*, got dict"),
+        ({"val": [(torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long())]}, "floating point"),
+        ({"precision": "bf32"}, "precision='bf32'; choose one of auto, bf16"),
+        ({"compile": "yes"}, "compile='yes'; choose one of auto, on, off"),
+        ({"resume": True}, "resume=True needs out="),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"losses": [CrossEntropy()]} | options
+    if "resume" not in options:
+        given["out"] = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        distill(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_written_is_not_overwritten(tmp_path: Path) -> None:
+    first = distill(losses=[CrossEntropy()], out=tmp_path / "run")
+    assert first.run_dir == tmp_path / "run"
+    with pytest.raises(UserError, match="exists and is not empty"):
+        distill(losses=[CrossEntropy()], out=tmp_path / "run")
+    with pytest.raises(UserError, match="there is no run folder"):
+        distill(losses=[CrossEntropy()], out=tmp_path / "other", resume=True)
+
+
+def finished(out: Path, *losses: LossTerm, frozen: bool = False, resume: bool = False) -> Any:
+    student = network()
+    student[0].requires_grad_(not frozen)  # type: ignore[index]
+    return distill(network(), student=student, losses=losses, out=out, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("losses", "frozen"),
+    [
+        ([KD(temperature=2.0)], False),
+        ([KD(label_smoothing=0.1)], False),
+        ([KD(standardize=True)], False),
+        ([KD()], True),
+    ],
+    ids=["temperature", "smoothing", "standardize", "frozen"],
+)
+def test_a_run_does_not_go_on_as_another(
+    losses: Sequence[LossTerm], frozen: bool, tmp_path: Path
+) -> None:
+    finished(tmp_path, KD())
+    finished(tmp_path, KD(), resume=True)
+    with pytest.raises(UserError, match="another recipe"):
+        finished(tmp_path, *losses, frozen=frozen, resume=True)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["layers before the tap", "whole student"])
+def test_a_loss_that_could_teach_nothing_is_refused(whole: bool) -> None:
+    """Without a word such a run would end with the student it began with."""
+    student = network()
+    student[: 6 if whole else 2].requires_grad_(False)  # type: ignore[index]
+    losses = [CrossEntropy()] if whole else [CrossEntropy(), AT(pairs={"2": "2"})]
+    looks = "ce looks at x/student/logits" if whole else "at looks at x/student/2"
+    with pytest.raises(UserError, match=f"{looks} of the student, where only frozen"):
+        distill(network(), student=student, losses=losses)
