@@ -19,7 +19,6 @@ from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
 from fastkd.precision import Precision
-from fastkd.recipe.loading import annotated_yaml, load_recipe
 from fastkd.teacher import Teacher
 from fastkd.weights import describe, save_weights
 
@@ -170,99 +169,6 @@ def test_a_teacher_in_fp32_beside_a_student_in_bf16_is_as_exact_as_alone() -> No
     assert torch.equal(own.logits(images_NCHW), alone.logits(images_NCHW.float()))
     with pytest.raises(UserError, match="precision=fp16 needs a GPU"):
         bound(LoadedNet(model, precision="fp16"))
-
-
-# Keys: what a recipe may say of further teachers, by file and by the command line.
-
-READY = ("teacher.train=false", "teacher.weights=a.pt")
-SECOND = ("teacher.ensemble.0.name=resnet8", "teacher.ensemble.0.weights=b.pt")
-
-
-def ensemble_of(*keys: str) -> Any:
-    recipe = load_recipe("quickstart", overrides=[*READY, *keys])
-    assert recipe.teacher is not None
-    return recipe
-
-
-def test_members_are_added_and_changed_by_their_number(tmp_path: Path) -> None:
-    recipe = ensemble_of(*SECOND, "teacher.ensemble.1.name=timm:resnet18.tv_in1k",
-                         "teacher.ensemble.1.pretrained=true",
-                         "teacher.ensemble.0.precision=fp32", "teacher.ensemble.0.compile=off",
-                         "teacher.ensemble.0.class_map=3")  # fmt: skip
-    first, second = recipe.teacher.ensemble
-    assert (first.name, first.weights, first.precision) == ("resnet8", "b.pt", "fp32")
-    assert (first.compile, first.class_map) == ("off", (3,))
-    assert (second.name, second.pretrained) == ("timm:resnet18.tv_in1k", True)
-    # A saved recipe comes back as it was, and can be changed in the same way.
-    (tmp_path / "config.yaml").write_text(annotated_yaml(recipe))
-    again = load_recipe(None, config=tmp_path / "config.yaml")
-    assert again == recipe
-    assert again.digest() == recipe.digest()
-    other = load_recipe(
-        None, config=tmp_path / "config.yaml", overrides=["teacher.ensemble.1.resolution=64"]
-    )
-    assert other.teacher.ensemble[1].resolution == 64
-    assert other.digest() != recipe.digest() != ensemble_of().digest()
-    assert ensemble_of(*SECOND, "teacher.ensemble=").teacher.ensemble == ()
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            (*SECOND, "teacher.ensemble.0.wieghts=c.pt"),
-            "unknown key teacher.ensemble.0.wieghts, did you mean teacher.ensemble.0.weights?",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.1.name=resnet14", "teacher.ensemble.1.wieghts=c.pt"),
-            "unknown key teacher.ensemble.1.wieghts, did you mean teacher.ensemble.1.weights?",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.2.name=resnet8"),
-            "unknown key teacher.ensemble.2.name: teacher.ensemble is a list that holds "
-            "teacher.ensemble.0; teacher.ensemble.1 would add to it",
-        ),
-        (
-            ("teacher.ensemble.name=resnet8",),
-            "teacher.ensemble is a list that holds nothing; teacher.ensemble.0 would add to it",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.0.width=0"),
-            "teacher.ensemble.0.width=0: expected a number above 0, or null",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.0.precision=bf61"),
-            "teacher.ensemble.0.precision=bf61: expected one of bf16, fp16, fp32, or null; did",
-        ),
-        (
-            ("teacher.ensemble.0.weights=b.pt",),
-            "teacher.ensemble.0.name is missing and has no default: set it, text",
-        ),
-        (
-            SECOND[:1],
-            "the teacher resnet8 has no weights: set teacher.ensemble.0.weights=FILE or a run",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.0.std=1,1,1"),
-            "teacher.ensemble.0.mean and teacher.ensemble.0.std come together",
-        ),
-        (
-            (*SECOND, "teacher.ensemble.0.ensemble.0.name=resnet8"),
-            "unknown key teacher.ensemble.0.ensemble, did you mean teacher.ensemble?",
-        ),
-        (("teacher.ensemble=resnet8",), "teacher.ensemble=resnet8: expected a list such as [{na"),
-        (
-            (*SECOND, "teacher.name=resnet8", "teacher.weights=b.pt", "teacher.epochs=null",
-             "teacher.lr=null"),
-            "teacher.ensemble.0 is teacher once more (resnet8, the same weights): an ensemble "
-            "wants another network or other weights",
-        ),
-    ],
-)  # fmt: skip
-def test_mistakes_name_the_member(keys: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        ensemble_of(*keys)
-    assert message in str(caught.value)
 
 
 # Runs.

@@ -91,7 +91,7 @@ def _policy(kind: str) -> Callable[[Tensor], Tensor]:
     return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _seeds(seed: int, epoch: int, appearance: int, num_samples: int) -> np.ndarray:
     """By sample id, int64 [N]; 32 bits, all that torch's generator on the CPU takes."""
     return integer_table(seed, epoch, POLICY, num_samples, 1 << 32, appearance)

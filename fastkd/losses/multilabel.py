@@ -35,8 +35,8 @@ class BinaryCrossEntropy(LossTerm):
 
     s is the sigmoid, z the student's logits. The mean is that of `nn.BCEWithLogitsLoss`, over
     images and classes; unknown labels (-1) count neither in the sum nor in the divisor, which under
-    several processes is that of each rank's own rows, as is usual for an ignored label. MEAL V2
-    fine-tunes so on VOC 2007. Part: `<name>`.
+    several processes, or with accumulate, is that of each rank's or micro-batch's own rows, as is
+    usual for an ignored label. MEAL V2 fine-tunes so on VOC 2007. Part: `<name>`.
 
     Source: `torch.nn.BCEWithLogitsLoss`; Shen and Savvides 2020, arXiv:2009.08453, appendix.
     Needs: the student's logits on x, and labels [N, C].
