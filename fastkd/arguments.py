@@ -42,6 +42,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{_see(message, self.prog)}")
 
 
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return int(text)
+
+
 def _near(word: str, words: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else f": choose {', '.join(words)}"
@@ -116,6 +122,13 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         default=[],
         metavar="'key=a;b;c'",
         help="one run for each value, then a table; repeat it for all combinations",
+    )
+    train.add_argument(
+        "--jobs",
+        type=_jobs,
+        default=1,
+        metavar="N",
+        help="so many runs of a sweep at a time: each on a GPU of its own, or a share of the CPU",
     )
 
     evaluate = commands.add_parser(

@@ -67,6 +67,8 @@ def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Any:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.jobs > 1 and not options.sweep:
+        raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
     if options.sweep:
         from fastkd.sweep import check_sweep, combinations
 
@@ -110,7 +112,8 @@ def _train(options: argparse.Namespace) -> int:
         if sweep:
             from fastkd.sweep import run_sweep
 
-            return run_sweep({key: settled(one) for key, one in sweep.items()}, session)
+            settled_sweep = {key: settled(one) for key, one in sweep.items()}
+            return run_sweep(settled_sweep, session, jobs=options.jobs)
         recipe = settled(recipe)
         if options.dry_run:
             from fastkd.rehearsal import dry_run

@@ -1,18 +1,24 @@
-"""`--sweep key=a;b;c`: the same recipe once for every value, one run after another, then a table.
+"""`--sweep key=a;b;c`: the same recipe once for every value, then a table.
 
 Each combination is a run of its own with its own folder, so a sweep that was broken off goes on
 when the same command is given again: what is finished is found by its digest and not repeated.
+The runs follow each other in this process, or go side by side in processes of their own
+(`sweep_jobs`). Over seeds the table ends with mean and standard deviation.
 """
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
+from fastkd.metrics import headline
 from fastkd.recipe.schema import Recipe
+from fastkd.report.paper import paper_row
 from fastkd.report.run_folder import find_finished
 from fastkd.run import Session, run_recipe
+from fastkd.sweep_jobs import GO_ON, run_jobs
 
 __all__ = ["check_sweep", "combinations", "run_sweep"]
 
@@ -50,36 +56,77 @@ def check_sweep(recipes: Mapping[Choice, Recipe]) -> None:
         seen[digest] = choice
 
 
-def run_sweep(recipes: Mapping[Choice, Recipe], session: Session) -> int:
+def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int = 1) -> int:
     """Run what is not finished yet, print the table; the exit code, 1 where a run failed.
 
-    On one process a failed run (such as one that diverged) does not stop the others.
+    jobs: so many runs at a time. On one process a failed run (such as one that diverged) does not
+    stop the others.
     """
-    rows: list[dict[str, Any]] = []
-    failed = 0
+    if jobs > 1 and session.world.size > 1:
+        raise UserError(
+            "--jobs starts processes of its own and is not for torchrun; leave one away"
+        )
+    found: dict[Choice, dict[str, Any]] = {}
+    wanted: dict[str, Recipe] = {}
     for number, (choice, recipe) in enumerate(recipes.items(), 1):
-        name = " ".join(choice)
+        name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
         summary = on_main(session.world, lambda recipe=recipe: _finished(recipe, session))
         if summary is not None:
-            session.console.note(f"sweep {number}/{len(recipes)}: {name}, finished before")
+            session.console.note(f"{name}, finished before")
+            found[choice] = summary
+        elif jobs > 1:
+            wanted[name] = recipe
         else:
-            session.console.note(f"sweep {number}/{len(recipes)}: {name}")
-            try:
-                summary = run_recipe(recipe, session, resume="auto")
-            except RunFailed as error:
-                if session.world.size > 1:
-                    raise
-                session.console.note(f"failed: {error}")
-                summary, failed = {"note": "failed"}, failed + 1
-            except Interrupted as stopped:
-                raise Interrupted(
-                    f"{stopped} (this run alone; the whole sweep goes on with its own command)",
-                    stopped.exit_code,
-                ) from None
-        rows.append({"note": "", **summary, "run": name})
-    session.console.comparison(rows)
-    return 1 if failed else 0
+            session.console.note(name)
+            found[choice] = _run(recipe, session)
+    if wanted:
+        run_jobs(wanted, session, jobs)
+    for choice in recipes.keys() - found.keys():
+        found[choice] = _finished(recipes[choice], session) or {"note": "failed"}
+    rows = [{"note": "", **found[choice], "run": " ".join(choice)} for choice in recipes]
+    session.console.comparison(rows + _over_seeds(recipes, found))
+    return 1 if any(row["note"] == "failed" for row in rows) else 0
+
+
+def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
+    try:
+        return run_recipe(recipe, session, resume="auto")
+    except RunFailed as error:
+        if session.world.size > 1:
+            raise
+        session.console.note(f"failed: {error}")
+        return {"note": "failed"}
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped} (this run alone; {GO_ON})", stopped.exit_code) from None
 
 
 def _finished(recipe: Recipe, session: Session) -> dict[str, Any] | None:
     return find_finished(session.root, recipe.name, recipe.digest())
+
+
+def _over_seeds(
+    recipes: Mapping[Choice, Recipe], found: Mapping[Choice, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for all runs that differ in the seed alone: mean, sample standard deviation, paper."""
+    groups: dict[Choice, list[Choice]] = {}
+    for choice in recipes:
+        rest = tuple(override for override in choice if not override.startswith("seed="))
+        if rest != choice and headline(found[choice]) + "_last" in found[choice]:
+            groups.setdefault(rest, []).append(choice)
+    rows: list[dict[str, Any]] = []
+    for rest, choices in groups.items():
+        if len(choices) < 2:
+            continue
+        runs = [found[choice] for choice in choices]
+        metric = headline(runs[0])
+        row: dict[str, Any] = {"run": " ".join((*rest, f"mean of {len(runs)}"))}
+        stds = []
+        for key in (f"{metric}_last", f"{metric}_best"):
+            values = [run[key] for run in runs]
+            row[key] = statistics.mean(values)
+            stds.append(f"{100 * statistics.stdev(values):.2f}")
+        rows.append(row | {"note": f"std {', '.join(stds)}"})
+        paper = paper_row(recipes[choices[0]], row)
+        if paper and paper.row:
+            rows.append(paper.row)
+    return rows

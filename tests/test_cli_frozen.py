@@ -8,7 +8,7 @@ from fastkd.losses.registry import term_names
 from fastkd.recipe.loading import valid_keys
 
 OPTIONS = {
-    "train": {"--config", "--dry-run", "--print-config", "--resume", "--sweep"},
+    "train": {"--config", "--dry-run", "--jobs", "--print-config", "--resume", "--sweep"},
     "eval": {"--weights"},
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},

@@ -1,13 +1,22 @@
 """A sweep is one run per combination, goes on where it was broken off, and ends with one table."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 import fastkd.data.synthetic
 import fastkd.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
+from fastkd.report.console import Console
 from fastkd.sweep import combinations
+from fastkd.sweep_jobs import environments
 
 KEYS = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
@@ -64,6 +73,12 @@ def test_a_misspelled_sweep_is_refused(sweeps, sentence):
         ([*SWEEP, "--dry-run"], "--sweep and --dry-run exclude each other"),
         ([*SWEEP, "--resume", "auto"], "--sweep and --resume exclude each other"),
         ([*SWEEP, "--print-config"], "--sweep and --print-config exclude each other"),
+        (
+            ["--jobs", "2"],
+            "--jobs is for the runs of a --sweep; several GPUs for one run: tor",
+        ),
+        ([*SWEEP, "--jobs", "0"], "argument --jobs: 0: expected a whole number above 0. See"),
+        ([*SWEEP, "--jobs", "two"], "argument --jobs: two: expected a whole number above 0. See"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -82,7 +97,7 @@ def accuracies(tmp_path):
 def table(said):
     """Rows of the last table: swept values, accuracy last, accuracy best."""
     lines = said.out[said.out.rindex("\nrun ") :].splitlines()
-    rows = [line.split() for line in lines if "=" in line]
+    rows = [line.split() for line in lines if "=" in line and "mean of" not in line]
     return [(" ".join(w for w in row if "=" in w), *[w for w in row if "%" in w]) for row in rows]
 
 
@@ -133,3 +148,121 @@ def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatc
     rows = table(said)
     assert rows[0] == ("optim.lr=0.1",)
     assert len(rows[1]) == 3
+
+
+def means(said):
+    """Rows over seeds: what they share, mean of the last and best epoch, then the deviations."""
+    row = r"^(.*?mean of \d) +([\d.]+)% +([\d.]+)% .*std ([\d.]+), ([\d.]+)"
+    return [(name, *map(float, numbers)) for name, *numbers in re.findall(row, said.out, re.M)]
+
+
+def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monkeypatch):
+    accuracies = {(0.1, 0): 0.5, (0.1, 1): 0.56, (0.1, 2): 0.53, (0.2, 0): 0.4, (0.2, 1): 0.44}
+
+    def run(recipe, session, **options):
+        if (recipe.optim.lr, recipe.seed) not in accuracies:
+            raise RunFailed("it diverged")
+        share = accuracies[recipe.optim.lr, recipe.seed]
+        return {"accuracy_last": share, "accuracy_best": share + 0.1, "history": []}
+
+    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    said = command("train", *KEYS, "--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1;2")
+    # A run that failed is missing from its mean; the deviation is that of a sample.
+    assert said.code == 1
+    assert means(said) == [
+        ("optim.lr=0.1 mean of 3", 53.0, 63.0, 3.0, 3.0),
+        ("optim.lr=0.2 mean of 2", 42.0, 52.0, 2.83, 2.83),
+    ]
+    assert means(command("train", *KEYS, "--sweep", "optim.lr=0.1;0.2")) == []
+
+
+def test_the_mean_over_seeds_stands_beside_the_papers(command, monkeypatch, tmp_path):
+    def run(recipe, session, **options):
+        share = 0.9 + recipe.seed / 100
+        return {"accuracy_last": share, "accuracy_best": share, "history": []}
+
+    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    name = "alignkd/cifar100/resnet18--plain18/alignkd"
+    said = command("train", name, "data.root=.", "--sweep", "seed=0;2")
+    assert means(said) == [("mean of 2", 91.0, 91.0, 1.41, 1.41)]
+    assert re.search(r"^paper, Table \d", said.out[said.out.index("mean of 2") :], re.M)
+
+
+def test_a_run_that_was_broken_off_goes_on_where_it_was(command, tmp_path, monkeypatch):
+    """Not only is what is finished not repeated: the second run goes on in its second epoch."""
+    original = Console.epoch
+
+    def epoch(self, row, epochs):
+        original(self, row, epochs)
+        if len(list(tmp_path.glob("runs/quickstart/*"))) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ("train", *KEYS, "epochs=2", "save_steps=1", "--sweep", "student.block=S;G:2;G:4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "epoch", epoch)
+        said = command(*words)
+    assert said.code == 130
+    assert said.err.endswith("the whole sweep goes on with its own command)\n")
+    again = command(*words)
+    assert (again.code, again.err) == (0, "")
+    assert "sweep 1/3: student.block=S, finished before\n" in again.out
+    assert re.search(r"sweep 2/3: student.block=G:2\n.*\nresum.* epoch [12]", again.out)
+    assert [row[0] for row in table(again)] == [f"student.block={b}" for b in ("S", "G:2", "G:4")]
+    assert len(list((tmp_path / "runs/quickstart").iterdir())) == 3
+
+
+def test_runs_go_side_by_side(command, tmp_path):
+    """One of them diverges, which does not stop the others."""
+    words = ("--sweep", "optim.lr=0.1;1e30;0.2", "--jobs", "2")
+    said = command("train", *KEYS, "max_skips=1", "epochs=2", *words)
+    assert said.code == 1
+    rows = table(said)
+    assert [row[0] for row in rows] == ["optim.lr=0.1", "optim.lr=1e30", "optim.lr=0.2"]
+    assert [len(row) for row in rows] == [3, 1, 3]
+    assert sorted([rows[0][1], rows[2][1]]) == accuracies(tmp_path)
+    assert "sweep 2/3: optim.lr=1e30: failed: fastkd: " in said.out
+    logs = list((tmp_path / "runs/quickstart").glob("sweep-*.log"))
+    assert len(logs) == 3
+    machines = (json.loads(file.read_text()) for file in tmp_path.rglob("environment.json"))
+    share = max(1, torch.get_num_threads() // 2)
+    assert [machine["threads"] for machine in machines] == [share] * 3
+
+
+def test_a_mistake_that_a_process_finds_is_told_once(command, tmp_path):
+    words = ("data.name=folder", "data.root=none", "--sweep", "seed=0;1", "--jobs", "2")
+    said = command("train", *KEYS[3:], "student.name=resnet8", *words)
+    assert said.code == 2
+    assert said.err.startswith("fastkd: data.root=none is not a folder")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
+    words = [*KEYS, "epochs=500", "--sweep", "seed=0;1;2", "--jobs", "2"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "fastkd.train", *words], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/quickstart/*/last.pt"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    sweep.send_signal(signal.SIGINT)
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert said.decode().splitlines()[-1] == (
+        "fastkd: stopped, 2 runs are saved; the whole sweep goes on with its own command"
+    )
+    logs = [file.read_text() for file in tmp_path.glob("runs/quickstart/sweep-*.log")]
+    assert len(logs) == 2
+    assert all("the state is saved" in log for log in logs)
+
+
+def test_each_job_has_a_gpu_of_its_own(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environments(cuda, 2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    with pytest.raises(UserError, match="--jobs=4: this machine shows 3 GPUs"):
+        environments(cuda, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab12")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments(cuda, 2)] == ["5", "GPU-ab12"]

@@ -1,0 +1,114 @@
+"""The runs of a sweep side by side, each in a process of its own; `sweep` says which.
+
+Every process is `fastkd train --config FILE --resume auto` with one GPU, or with its share of the
+threads, and writes what it says into a log beside the run folders.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastkd.errors import Interrupted, UserError
+from fastkd.interrupt import StopSignal
+from fastkd.recipe.loading import recipe_to_yaml
+from fastkd.recipe.schema import Recipe
+from fastkd.run import Session
+
+__all__ = ["GO_ON", "environments", "run_jobs"]
+
+GO_ON = "the whole sweep goes on with its own command"
+_LOOK_AGAIN_S = 0.2
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    place: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None:
+    """Run every recipe, `jobs` at a time. A run that fails does not stop the others.
+
+    recipes: by the name that is printed.
+
+    Raises:
+        UserError: more jobs than GPUs, or the first mistake that a process found.
+        Interrupted: Ctrl-C or SIGTERM, after all processes have saved their state.
+    """
+    places = environments(session.world.device, jobs)
+    free, waiting = list(range(jobs)), dict(recipes)
+    running: list[_Job] = []
+    with tempfile.TemporaryDirectory() as configs, StopSignal() as stop:
+        try:
+            while (waiting or running) and not stop.code:
+                while waiting and free:
+                    name = next(iter(waiting))
+                    place = free.pop(0)
+                    job = _start(name, waiting.pop(name), session, place, places[place], configs)
+                    session.console.note(f"{name}, job {place + 1}, {job.log}")
+                    running.append(job)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    free.append(job.place)
+                    code = job.process.returncode
+                    if code == UserError.exit_code:
+                        raise UserError(job.last_line().removeprefix("fastkd: "))
+                    session.console.note(
+                        f"{job.name}: " + (f"failed: {job.last_line()}" if code else "done")
+                    )
+                time.sleep(_LOOK_AGAIN_S)
+        finally:
+            # They save their state, as they do for Ctrl-C.
+            for job in running:
+                job.process.send_signal(signal.SIGINT)
+            for job in running:
+                job.process.wait()
+    if stop.code:
+        raise Interrupted(f"stopped, {len(running)} runs are saved; {GO_ON}", stop.code)
+
+
+def _start(
+    name: str, recipe: Recipe, session: Session, place: int, own: dict[str, str], configs: str
+) -> _Job:
+    digest = recipe.digest()[:8]
+    config = Path(configs) / f"{digest}.yaml"
+    config.write_text(recipe_to_yaml(recipe))
+    log = session.root / recipe.name / f"sweep-{digest}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fastkd.train", "--config", str(config), "--resume", "auto"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | own,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            # A Ctrl-C on the terminal reaches this process only, which passes it on once.
+            start_new_session=True,
+        )
+    return _Job(name, place, log, process)
+
+
+def environments(device: torch.device, jobs: int) -> list[dict[str, str]]:
+    """What each job's environment has of its own: a GPU, or its share of the threads."""
+    if device.type == "cpu":
+        return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if jobs > len(gpus):
+        raise UserError(f"--jobs={jobs}: this machine shows {len(gpus)} GPUs, one for each job")
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
