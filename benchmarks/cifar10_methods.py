@@ -23,8 +23,8 @@ from fastkd.run import Session, run_recipe
 ROOT = Path(__file__).parents[1]
 EPOCHS, TEACHER_EPOCHS = 10, 3
 LESSON = ("data.train_limit=5000", "batch_size=64", f"eval_epochs={EPOCHS}")
-# Stages 2 to 4 at a quarter, and ImageNet's stem less its pooling: what the paper's text says, and a
-# quarter of the cost of the recipes' stem.
+# Stages 2 to 4 at a quarter, and ImageNet's stem less its pooling: what the paper's text says, and
+# a quarter of the cost of the recipes' stem.
 QUARTER = ("student.width=0.25", "student.stem=imagenet-nopool")
 PAIR = "cifar10/resnet56--resnet20"
 PLAIN = "alignkd/cifar10/resnet18--plain18"

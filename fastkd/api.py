@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastkd.augment import XPRIMES
@@ -22,10 +23,12 @@ from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.distributed import on_main, open_world
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
+from fastkd.evaluate import evaluating
 from fastkd.folders import occupied, tidy
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
 from fastkd.models.taps import remove_taps
+from fastkd.recipe.mistakes import explain
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
@@ -75,7 +78,9 @@ def distill(
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
     Args:
-        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place.
+        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place, all of
+            it in training mode but what `fastkd.models.head.freeze_backbone` froze. Parameters that
+            require no gradient stay as they are.
         teacher: likewise, frozen here (evaluation mode, no gradients); None to train on labels.
             It sees exactly the images that the student sees. A list of networks teaches by the
             mean of their probabilities (`fastkd.ensemble.Ensemble`).
@@ -109,6 +114,13 @@ def distill(
     ):
         if value not in choices:
             raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
+    for name, number in (("epochs", epochs), ("accumulate", accumulate)):
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"distill: {name}={number!r}; expected a whole number above 0")
+    if ema is not None and not 0 <= ema < 1:
+        raise UserError(f"distill: ema={ema!r}; expected a decay from 0 to below 1, or None")
+    if losses is not None and not losses:
+        raise UserError("losses=[] would train nothing: leave it away for KD, or give a loss")
     several = isinstance(teacher, nn.ModuleList | Sequence)
     teachers = list(teacher) if several else [] if teacher is None else [teacher]
     terms = list(losses) if losses is not None else [KD()]
@@ -134,11 +146,15 @@ def distill(
     settings = optim or OptimConfig(schedule="cosine")
     milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
     changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
-    settings = OptimConfig.model_validate(settings.model_dump() | changes)
+    try:
+        settings = OptimConfig.model_validate(settings.model_dump() | changes)
+    except ValidationError as error:
+        mistakes = explain(error, OptimConfig, settings.model_dump() | changes, ())
+        raise UserError(f"distill: {'; '.join(mistakes)}") from None
     with ExitStack() as stack:
         world = stack.enter_context(open_world(device))
         for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
-            check_loader(name, loader, world)
+            check_loader(name, loader, world, exact=name == "val_loader")
         # The caller's random numbers go on where they were.
         stack.enter_context(
             torch.random.fork_rng([world.device] if world.device.type == "cuda" else [])
@@ -158,8 +174,11 @@ def distill(
             teachers=[each.to(world.device) for each in teachers],
             terms=terms,
             image_shape=image_shape,
-            images=train.num_samples * epochs,
+            # Of a loader that has no data set to count: as large batches as those of validation.
+            images=(train.num_samples or train.steps_per_epoch * val.batch_size * world.size)
+            * epochs,
         )
+        train.num_classes = val.num_classes = classes = _num_classes(student, image, label)
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
         # Whatever happens, the networks are the user's and keep none of our hooks.
@@ -169,7 +188,7 @@ def distill(
                 stage="distill",
                 digest=_digest(
                     [
-                        (term.name, term.needs, sorted(term.weights.items()), _settings(term))
+                        (term.name, term.needs, sorted(term.weights.items()), settings_of(term))
                         for term in terms
                     ],
                     settings.model_dump(),
@@ -194,7 +213,7 @@ def distill(
             loader=train,
             val_loader=val,
             image_shape=image_shape,
-            num_classes=_num_classes(student, image, label),
+            num_classes=classes,
             multilabel=multilabel,
             train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
             normalization=((0.0,) * 3, (1.0,) * 3),
@@ -249,11 +268,12 @@ def _pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
     return PickConfig(criterion=pick)
 
 
-def _settings(term: LossTerm) -> list[tuple[str, str]]:
-    """What its user set: temperature, views, ...; nothing that changes as it works."""
+def settings_of(term: LossTerm) -> list[tuple[str, str]]:
+    """Its class and what its user set: temperature, form, ...; nothing that changes as it works."""
     plain = (bool, int, float, str, tuple, type(None))
     given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
-    return [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
+    found = [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
+    return [("class", type(term).__qualname__), *found]
 
 
 def _digest(*facts: Any) -> str:
@@ -261,10 +281,8 @@ def _digest(*facts: Any) -> str:
 
 
 def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
-    training = student.training
-    with torch.no_grad():
-        logits = student.eval()(image)
-    student.train(training)
+    with torch.no_grad(), evaluating(student):
+        logits = student(image)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError("the student must return logits [N, classes] as one tensor")
     if label.dim() == 2 and label.shape[1] != logits.shape[1]:

@@ -340,3 +340,40 @@ def test_labels_of_any_whole_number_type_will_do(val_loader: DataLoader[Any]) ->
         small(2), None, batches, batches, epochs=1, losses=[CrossEntropy()], **QUIET
     )
     assert 0 <= result.metrics["accuracy_last"] <= 1
+
+
+class Plain:
+    """A loader that is no DataLoader and has no data set to count."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("kind", [Plain, lambda loader: loader], ids=["plain", "DataLoader"])
+def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any],
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def worth(mode: str, *, images: float, **rest: Any) -> bool:
+        asked.append(images)
+        return False
+
+    monkeypatch.setattr("fastkd.build.worth_compiling", worth)
+    fastkd.distill(
+        *(small(2), None, kind(train_loader), val_loader),
+        epochs=3,
+        losses=[CrossEntropy()],
+        **QUIET | {"compile": "auto"},
+    )
+    # 120 images, or 8 batches as large as those of validation.
+    assert asked == [3 * 8 * 16 if kind is Plain else 3 * 120]

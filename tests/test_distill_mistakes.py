@@ -1,15 +1,20 @@
 """What `fastkd.distill` refuses, in one sentence and before it writes anything."""
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import fastkd
+import fastkd.losses
+from fastkd.api import settings_of
+from fastkd.data.foreign import check_loader
+from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
@@ -38,7 +43,8 @@ LOADER = DataLoader(TensorDataset(*images(20)), batch_size=8)
 def distill(
     teacher: Any = None, train: Any = LOADER, val: Any = LOADER, student: Any = None, **options: Any
 ) -> Any:
-    return fastkd.distill(student or network(), teacher, train, val, epochs=1, **QUIET | options)
+    given = {"epochs": 1} | QUIET | options
+    return fastkd.distill(student or network(), teacher, train, val, **given)
 
 
 class Counts(LossTerm):
@@ -93,6 +99,16 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"precision": "bf32"}, "precision='bf32'; choose one of auto, bf16"),
         ({"compile": "yes"}, "compile='yes'; choose one of auto, on, off"),
         ({"resume": True}, "resume=True needs out="),
+        ({"accumulate": 0}, "accumulate=0; expected a whole number above 0"),
+        ({"accumulate": 2.5}, "accumulate=2.5; expected a whole number above 0"),
+        ({"epochs": 0}, "epochs=0; expected a whole number above 0"),
+        ({"ema": 1.5}, "ema=1.5; expected a decay from 0 to below 1"),
+        ({"lr": -1.0}, "distill: lr=-1.0: expected a number above 0"),
+        ({"losses": []}, r"losses=\[\] would train nothing"),
+        ({"train": [(images(8)[0], torch.rand(8))]}, r"labels must be .*\[8\] of torch.float32"),
+        ({"train": [(images(8)[0], [0] * 8)]}, "labels must be .*; got list: make it a tensor"),
+        ({"train": [(images(8)[0], torch.arange(8))]}, "label 4 is no class of a network with 4"),
+        ({"val": [(images(8)[0], torch.arange(8) - 1)]}, "label -1 is no class of a network wi"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
@@ -113,6 +129,25 @@ def test_what_was_written_is_not_overwritten(tmp_path: Path) -> None:
         distill(losses=[CrossEntropy()], out=tmp_path / "run")
     with pytest.raises(UserError, match="there is no run folder"):
         distill(losses=[CrossEntropy()], out=tmp_path / "other", resume=True)
+
+
+def shared(dataset: Any, sampler: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=4, sampler=sampler)
+
+
+def test_ranks_count_every_validation_image_once() -> None:
+    world = World(1, 1, 2, torch.device("cpu"), None)
+    eleven, twelve = (TensorDataset(*images(num)) for num in (11, 12))
+    padded, even = (DistributedSampler(data, 2, 1) for data in (eleven, twelve))
+    check_loader("val_loader", shared(twelve, even), world, exact=True)
+    check_loader("val_loader", shared(eleven, range(1, 11, 2)), world, exact=True)
+    check_loader("train_loader", shared(eleven, padded), world)
+    with pytest.raises(UserError, match=r"twice or not at all: .* of 11: pass sampler=range\(1, "):
+        check_loader("val_loader", shared(eleven, padded), world, exact=True)
+    with pytest.raises(UserError, match=r"gives each of the 2 processes all.*sampler=range\(1, "):
+        check_loader("val_loader", LOADER, world, exact=True)
+    with pytest.raises(UserError, match=r"all images: pass sampler=.*DistributedSampler"):
+        check_loader("train_loader", LOADER, world)
 
 
 def finished(out: Path, *losses: LossTerm, frozen: bool = False, resume: bool = False) -> Any:
@@ -149,3 +184,42 @@ def test_a_loss_that_could_teach_nothing_is_refused(whole: bool) -> None:
     looks = "ce looks at x/student/logits" if whole else "at looks at x/student/2"
     with pytest.raises(UserError, match=f"{looks} of the student, where only frozen"):
         distill(network(), student=student, losses=losses)
+
+
+NEEDS_A_VALUE: dict[str, Any] = {"pairs": {"a": "b"}, "stages": ("stage1", "stage2")}
+
+
+def other(value: Any) -> Any:
+    """A value that differs, of the same kind; shares stay below 1."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else 0.7 * value + 0.01
+
+
+TERMS = [
+    kind
+    for name in fastkd.losses.__all__
+    if isinstance(kind := getattr(fastkd.losses, name), type)
+    and issubclass(kind, LossTerm)
+    and kind is not LossTerm
+]
+
+
+@pytest.mark.parametrize("loss", TERMS, ids=lambda loss: loss.__name__)
+def test_each_setting_of_a_loss_makes_another_run(loss: Any) -> None:
+    """Or a run would go on with another temperature than it began with."""
+    wanted = signature(loss).parameters
+    given = {name: NEEDS_A_VALUE[name] for name in wanted if name in NEEDS_A_VALUE}
+
+    def facts(**changed: Any) -> Any:
+        term = loss(**given | changed)
+        return term.name, term.needs, sorted(term.weights.items()), settings_of(term)
+
+    numbers = [
+        (name, parameter.default)
+        for name, parameter in wanted.items()
+        if isinstance(parameter.default, bool | int | float)
+    ]
+    assert numbers
+    for name, value in numbers:
+        assert facts(**{name: other(value)}) != facts(), name

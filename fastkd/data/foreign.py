@@ -10,13 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from fastkd.data.batch import Batch
 from fastkd.distributed import World
 from fastkd.errors import UserError
 
 __all__ = ["ForeignLoader", "LoaderItem", "check_loader"]
+
+IGNORED = -100
+"""The label of an image that teaches and counts nothing, as in torch."""
 
 LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -44,7 +47,10 @@ class ForeignLoader:
         self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
         self.multilabel: bool | None = None
         """Which of the two is expected; None: either."""
-        self._batch_size = 0
+        self.num_classes: int | None = None
+        """Of class ids, which are then checked where they come from the host."""
+        self.batch_size = 0
+        """Of the batch that was yielded last, on this rank."""
         # Sizes are compared on the host: through NCCL they would wait for the device.
         self._ranks: Any = dist.new_group(backend="gloo") if world.size > 1 else None
 
@@ -54,6 +60,7 @@ class ForeignLoader:
         if item is None:
             raise UserError("a loader yields nothing: its first batch is missing")
         images, labels, _ = self._parts(item)
+        self.batch_size = len(labels)
         return images[:1], labels[:1]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -84,7 +91,7 @@ class ForeignLoader:
                     f"the loss {self.wants_ids} keeps state per sample: make the training loader "
                     f"yield (images, labels, sample ids)"
                 )
-            self._batch_size = len(labels)
+            self.batch_size = len(labels)
             if ids is None:
                 ids = torch.full((len(labels),), -1, device=self.device)
             yield Batch(images, labels, ids.to(self.device, non_blocking=True))
@@ -96,9 +103,9 @@ class ForeignLoader:
             UserError: the ranks have batches of different sizes, over which they could not average.
         """
         if self._ranks is None:
-            return self._batch_size
+            return self.batch_size
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
-        dist.all_gather(sizes, torch.tensor([self._batch_size]), group=self._ranks)
+        dist.all_gather(sizes, torch.tensor([self.batch_size]), group=self._ranks)
         found = [int(size) for size in sizes]
         if min(found) != max(found):
             raise UserError(
@@ -126,6 +133,7 @@ class ForeignLoader:
                 f"them, got {what}"
             )
         images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+        self._check_labels(labels)
         multilabel = labels.dim() == 2
         if self.multilabel not in (None, multilabel):
             kinds = {True: "[N, classes], several per image", False: "[N], one class id per image"}
@@ -137,9 +145,30 @@ class ForeignLoader:
         labels = labels.to(self.device, dtype, non_blocking=True)
         return images, labels, ids[0] if ids else None
 
+    def _check_labels(self, labels: Any) -> None:
+        wanted = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
+        if not isinstance(labels, Tensor):
+            raise UserError(f"{wanted}; got {type(labels).__name__}: make it a tensor")
+        if labels.dim() not in (1, 2) or (labels.dim() == 1 and labels.is_floating_point()):
+            raise UserError(f"{wanted}; got {list(labels.shape)} of {labels.dtype}")
+        # On the device it would be waited for.
+        if self.num_classes is None or labels.dim() == 2 or labels.device.type != "cpu":
+            return
+        wrong = labels[(labels >= self.num_classes) | ((labels < 0) & (labels != IGNORED))]
+        if wrong.numel():
+            raise UserError(
+                f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
+                f"numbered from 0 (and {IGNORED}: none): build it with more classes, or renumber"
+            )
 
-def check_loader(name: str, loader: Iterable[LoaderItem], world: World) -> None:
-    """UserError for a loader that has no length, can be read only once, or is not shared out."""
+
+def check_loader(
+    name: str, loader: Iterable[LoaderItem], world: World, *, exact: bool = False
+) -> None:
+    """UserError for a loader that has no length, can be read only once, or is not shared out.
+
+    exact: the ranks together must see every image once, as in an evaluation.
+    """
     wanted = "a torch DataLoader over a map-style data set"
     try:
         if not isinstance(loader, Sized) or not len(loader):
@@ -148,11 +177,22 @@ def check_loader(name: str, loader: Iterable[LoaderItem], world: World) -> None:
         raise UserError(f"{name} needs a length above 0: {wanted}") from None
     if isinstance(loader, Iterator):
         raise UserError(f"{name} can be read only once, and an epoch is not enough: {wanted}")
-    whole = isinstance(loader, DataLoader) and isinstance(
-        loader.sampler, RandomSampler | SequentialSampler
-    )
-    if whole and world.size > 1:
+    if world.size == 1 or not isinstance(loader, DataLoader):
+        return
+    shares = "sampler=torch.utils.data.DistributedSampler(dataset)"
+    if exact:
+        shares = (
+            f"sampler=range({world.rank}, len(dataset), {world.size}), its rank and their number,"
+        )
+    if isinstance(loader.sampler, RandomSampler | SequentialSampler):
         raise UserError(
-            f"{name} gives each of the {world.size} processes all images: pass "
-            f"sampler=torch.utils.data.DistributedSampler(dataset) to the DataLoader"
+            f"{name} gives each of the {world.size} processes all images: pass {shares} to the "
+            f"DataLoader"
+        )
+    rest = len(loader.dataset) % world.size  # type: ignore[arg-type]
+    if exact and isinstance(loader.sampler, DistributedSampler) and rest:
+        raise UserError(
+            f"{name} counts some images twice or not at all: its DistributedSampler gives each of "
+            f"the {world.size} processes equally many of {len(loader.dataset)}: "  # type: ignore[arg-type]
+            f"pass {shares} instead"
         )

@@ -98,6 +98,7 @@ class JointRD(LossTerm):
         )
         self.stages, self.form = tuple(stages), form
         self.compares_maps = form == "released" or feature == "map"
+        self.eta_epochs, self.eta_end = eta_epochs, eta_end
         self.eta = cosine_decay(eta_epochs, eta_end)
 
     def bind(self, context: BindContext) -> None:
@@ -234,6 +235,7 @@ class StageMSE(PairTerm):
     ) -> None:
         super().__init__(name, pairs, weight)
         self.reduction = reduction
+        self.eta_epochs, self.eta_end = eta_epochs, eta_end
         self.eta = cosine_decay(eta_epochs, eta_end)
 
     def bind(self, context: BindContext) -> None:

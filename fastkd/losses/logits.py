@@ -208,6 +208,7 @@ class SoftCE(LossTerm):
         name: str = "soft_ce",
     ) -> None:
         super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        self.temperature = temperature
         self.loss = KDLoss.preset("meal_v2", temperature=temperature)
 
     def forward(self, inputs: TermInputs) -> TermOutput:
