@@ -45,7 +45,11 @@ METHODS: dict[str, tuple[str, str | None, str, tuple[str, ...]]] = {
     ),
     "resnet20, AT": (ALONE, "resnet56", f"{PAIR}/at", ()),
     "resnet20, DKD": (ALONE, "resnet56", f"{PAIR}/dkd", ()),
-    "resnet20, CRD": (ALONE, "resnet56", f"{PAIR}/crd", ()),
+    "resnet20, CRD": (
+        *(ALONE, "resnet56", f"{PAIR}/crd"),
+        # The recipe's 16,384 are more than 5,000 images have of other classes.
+        ("losses.crd.negatives=4096",),
+    ),
     "resnet20-G(4), AT": (ALONE, "resnet56", f"{PAIR}/at", ("student.block=G:4",)),
     PLAIN_ALONE: (PLAIN_ALONE, None, "alignkd/cifar10/plain18/scratch", QUARTER),
     "plain18 x0.25, AlignKD": (
