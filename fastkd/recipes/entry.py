@@ -6,6 +6,7 @@ recipe may ask for what does not exist yet (`fastkd.recipes.missing` finds that)
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastkd.recipes.published import Published
@@ -52,10 +53,29 @@ class Entry:
             nested({"name": self.name, "description": self.description, **self.keys})
         )
 
-    def in_mode(self, mode: Mode, keys: Mapping[str, Any], note: str) -> "Entry":
-        """The same row by the other of paper and released code, called `name:mode`."""
-        name = f"{self.name}:{mode}"
-        return replace(self, name=name, mode=mode, keys=keys, note=note, row=self.name)
+    def in_mode(
+        self,
+        mode: Mode,
+        keys: Mapping[str, Any],
+        note: str,
+        sources: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Entry":
+        """The same row by the other of paper and released code, called `name:mode`.
+
+        A source is lost with the value it was of: `sources` has those of the keys that differ, and
+        none where they are from the paper.
+        """
+        same = {key for key, value in keys.items() if self.keys.get(key, ...) == value}
+        kept = {key: source for key, source in self.sources.items() if key in same}
+        return replace(
+            self,
+            name=f"{self.name}:{mode}",
+            mode=mode,
+            keys=keys,
+            note=note,
+            sources={**kept, **sources},
+            row=self.name,
+        )
 
 
 def by_cell(cells: Iterable[Published], describe: Callable[[Published], Entry]) -> dict[str, Entry]:

@@ -88,14 +88,20 @@ SOURCES = {
     "augment.crop": CODE,
     "optim.momentum": REPDISTILLER,
     "optim.weight_decay": REPDISTILLER,
+    "teacher.lr": "the paper has one rate for all, and says none of teachers",
+    "teacher.epochs": "not said of longer runs; one teacher, of the usual schedule, for all",
     "losses.kd.views": f"{CODE}: the KL of x' has full weight, it is not averaged with that of x",
     "losses.at.weight": REPDISTILLER,
+    "losses.at.pairs": f"{REPDISTILLER}: every stage",
     "losses.cc.weight": REPDISTILLER,
     "losses.sp.weight": REPDISTILLER,
+    "losses.sp.pairs": f"{REPDISTILLER}: the last stage",
     "losses.pkt.weight": REPDISTILLER,
     "losses.vid.weight": REPDISTILLER,
+    "losses.vid.pairs": f"{REPDISTILLER}: every stage",
     "losses.crd.weight": REPDISTILLER,
-    "losses.mixed_ce.weight": f"{CODE}: it has the weight of the KL",
+    "losses.mixed_ce.weight": "the text has a naive combination, no weight; here that of the KL",
+    "augment.pick.pool": f"{CODE}: mix_n_run; the text has only how many are picked of how many",
     "augment.pick.update_statistics": f"{CODE}: scoring moves the student's batch norm statistics",
 }
 FOR_IMAGENET = {
@@ -228,6 +234,7 @@ def _released(entry: Entry) -> Iterator[Entry]:
             keys | {"augment.pick.images": 64},
             "The code picks 64 images of any pool, so that nothing is left out of the partial "
             f"batch at the end of an epoch. {entry.note}",
+            {"augment.pick.images": f"{CODE}: a constant, where the text has half of the pool"},
         )
     if "losses.mixed_ce.weight" in keys:
         del keys["losses.mixed_ce.weight"]
@@ -236,4 +243,5 @@ def _released(entry: Entry) -> Iterator[Entry]:
             keys | {"losses.kd.xprime_target": "mixed_logits"},
             "The code's reading of plain CutMix: the student imitates on x' the teacher's logits "
             f"of the two images, mixed like the pixels. {entry.note}",
+            {"losses.kd.xprime_target": f"{CODE}, run without its flag for the teacher's labels"},
         )

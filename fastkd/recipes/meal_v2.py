@@ -70,7 +70,6 @@ SOURCES = {
     "optim.momentum": CODE,
     "losses.soft_ce.weight": CODE,
     "losses.discriminator.weight": CODE,
-    "losses.discriminator.last_relu": CODE,
     "losses.discriminator.lr_rule": f"{CODE}: its rate is the student's, as the authors say of all "
     "published models",
 }
@@ -155,16 +154,19 @@ def _of(cell: Published) -> Entry:
 
 def _released(entry: Entry) -> Entry:
     """The rate falls an epoch later; other commands than that of ResNet-50 at 224 run 200."""
-    keys = {**entry.keys, "losses.discriminator.last_relu": True}
-    milestones = [epoch + 1 for epoch in keys["optim.milestones"][-1:]]
-    keys["optim.milestones"] = [*keys["optim.milestones"][:-1], *milestones]
-    if keys["data.image_size"] == 380 or "resnet50" not in keys["student.name"]:
-        keys["epochs"] = 200
+    *before, last = entry.keys["optim.milestones"]
+    changed: dict[str, Any] = {
+        "losses.discriminator.last_relu": True,
+        "optim.milestones": [*before, last + 1],
+    }
+    if entry.keys["data.image_size"] == 380 or "resnet50" not in entry.keys["student.name"]:
+        changed["epochs"] = 200
     return entry.in_mode(
         "released",
-        keys,
+        {**entry.keys, **changed},
         "The code has 101 epochs at the first rate, clips the discriminator's outputs at 0, and "
         "its commands for 380 pixels and for small networks train 200 epochs.",
+        dict.fromkeys(changed, CODE),
     )
 
 

@@ -81,6 +81,7 @@ SOURCES: dict[str, dict[str, str]] = {
         "losses.kd.weight": f"{CODE}: 2 alpha / number of classes, alpha = 0.9",
     },
     "imagenet": {
+        "data.image_size": "not said; the multiply-adds of table 3 are those of 224 pixels",
         "data.mean": "torchvision's, like the teacher",
         "data.std": "torchvision's, like the teacher",
         "data.drop_last": "not said",

@@ -43,22 +43,6 @@ def test_every_runnable_recipe_is_valid():
     assert all(recipe.name == name and recipe.description for name, recipe in built.items())
 
 
-def test_every_remark_is_about_a_key_that_a_recipe_has():
-    by_sources = {}
-    for entry in all_recipes().values():
-        paper = entry.name.split("/")[0]
-        by_sources.setdefault(paper, set()).update(entry.sources)
-        assert set(entry.silent) <= set(entry.keys)
-    for paper, remarks in by_sources.items():
-        used = {
-            key
-            for name, entry in all_recipes().items()
-            if name.startswith(f"{paper}/")
-            for key in entry.silent
-        }
-        assert remarks == used, paper
-
-
 def test_rows_of_the_papers_keep_the_partial_batch():
     for name, entry in all_recipes().items():
         if name.startswith(("moonshine/cifar", *PAPERS[1:])):
