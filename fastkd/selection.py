@@ -4,7 +4,8 @@ Flow: `augment` makes x and a pool of x', CutMix (or mixup) of one batch several
 teacher sees both -> [here] -> the step on x and the chosen x'. "Understanding the Success of
 Knowledge Distillation: A Data Augmentation Perspective", section 3.2; what the paper does not tell
 is as in its authors' released code (Good-DA-in-KD): the student scores in training mode, and its
-batch norm statistics see the pool.
+batch norm statistics see the pool. Under DDP every process picks from the pool of its own share of
+the batch, and `ratio` is that of its pool: the chosen images are not those of one process.
 """
 
 import math

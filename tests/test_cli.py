@@ -103,7 +103,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["train", "mine.yaml"], "mine.yaml is a file: fastkd train --config mine.yaml"),
         (["train", "quikstart"], "there is no recipe 'quikstart'. Nearest: quickstart."),
         (["train", "epoch=3"], "unknown key epoch, did you mean epochs?"),
-        (["recipes", "nope*"], "no recipe matches 'nope*'; patterns are those of a shell, such as"),
+        (["recipes", "nope*"], "no recipe matches 'nope*'; expected a part of a name, such as"),
         (["recipes", "quickstart", "cifar10/*"], "one pattern at a time, in quotes for the shell;"),
         (["recipes", "show"], "expected one name: fastkd recipes show NAME"),
         (["recipes", "show", "quikstart"], "there is no recipe 'quikstart'. Nearest: quickstart."),

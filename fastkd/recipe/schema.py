@@ -69,7 +69,8 @@ class DataConfig(Section):
 
 
 class PickConfig(Section):
-    """Which x' of a pool are used (`fastkd.selection`)."""
+    """Which x' of a pool are used (`fastkd.selection`); every process has a pool of its own share
+    of the batch and picks from that."""
 
     criterion: Literal["kl", "teacher_entropy", "student_entropy"] = "kl"
     """What makes an image hard."""

@@ -1,10 +1,12 @@
 """CIFAR recipes in RepDistiller's setting: the CRD benchmark, and the losses that came after it.
 
-Source: "Contrastive Representation Distillation" (arXiv:1910.10699), tables 1, 2 and 6, and its
-released code: 240 epochs, batch 64, SGD of 0.05 (0.01 for MobileNets and ShuffleNets), 0.1 CE +
+Setting: "Contrastive Representation Distillation" (arXiv:1910.10699) and its released code
+(RepDistiller): 240 epochs, batch 64, SGD of 0.05 (0.01 for MobileNets and ShuffleNets), 0.1 CE +
 0.9 KD at T = 4, one weight per loss for all pairs. The teacher is trained first in the same setting
 unless teacher.weights names a checkpoint. On CIFAR-100 normalisation and the partial batch are
 theirs too. CIFAR-10, which has no published numbers, keeps the defaults of fastkd for both.
+Numbers: the two tables of RepDistiller's README; CRD+KD is not among them and is quoted from a
+public derivative of that repository. The later losses' are those of their authors' READMEs.
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,7 +5,7 @@ The overview needs neither torch nor the schema. A list asks the registries what
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,20 +44,29 @@ def overview() -> Iterator[str]:
 def matching(pattern: str) -> list[Entry]:
     """The entries whose names match a shell pattern; UserError where there is none.
 
-    The other mode of a row is among them only where the pattern ends in `:paper` or `:released`.
+    Without a wildcard: the recipe of that name, or else those below it (`kdda`), or else those that
+    have it as a part of their path (`tlcutmix`). The other mode of a row is among them only where
+    the pattern ends in `:paper` or `:released`.
     """
-    found = [
-        entry
+    rows = {
+        name: entry
         for name, entry in all_recipes().items()
-        if fnmatch.fnmatchcase(name, pattern)
-        and (entry.row is None or pattern.endswith(f":{entry.mode}"))
-    ]
-    if not found:
-        raise UserError(
-            f"no recipe matches {pattern!r}; patterns are those of a shell, such as "
-            "'kdda/*' or '*resnet20/kd*', and `fastkd recipes` shows what there is"
-        )
-    return found
+        if entry.row is None or pattern.endswith(f":{entry.mode}")
+    }
+    word = pattern.strip("/")
+    ways: tuple[Callable[[str], bool], ...] = (
+        lambda name: fnmatch.fnmatchcase(name, pattern),
+        lambda name: name.startswith(f"{word}/"),
+        lambda name: f"/{word}/" in f"/{name}/",
+    )
+    for matches in ways:
+        if found := [entry for name, entry in rows.items() if matches(name)]:
+            return found
+    raise UserError(
+        f"no recipe matches {pattern!r}; expected a part of a name, such as kdda or "
+        "resnet56--resnet20, or a pattern of the shell, such as '*resnet20/kd*'; "
+        "`fastkd recipes` shows what there is"
+    )
 
 
 def listing(entries: Sequence[Entry]) -> Iterator[str]:
@@ -85,7 +94,7 @@ def details(entry: Entry) -> Iterator[str]:
     if lacks := missing(entry):
         yield f"\nnot runnable, needs {', '.join(lacks)}"
     else:
-        yield f"\nfastkd train {entry.name}{_root(entry)}"
+        yield f"\nfastkd train {entry.name}{_files(entry)}"
     if entry.published:
         yield f"\n{papers()[entry.published[0].paper]['title']}"
     for cell in entry.published:
@@ -146,8 +155,10 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _root(entry: Entry) -> str:
-    return "" if entry.keys["data.name"] in ("digits", "synthetic") else " data.root=DIR"
+def _files(entry: Entry) -> str:
+    """What only the reader knows: where the data lie, and weights that the recipe starts from."""
+    root = "" if entry.keys["data.name"] in ("digits", "synthetic") else " data.root=DIR"
+    return root + " student.weights=FILE" * ("student.weights" in entry.keys)
 
 
 def _text(value: Any) -> str:

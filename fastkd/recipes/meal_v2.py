@@ -98,6 +98,10 @@ TRANSFER_SOURCES = {
     "student.weights": "the file of the authors' release",
 }
 WEIGHTS = "MEALV2_ResNet50_224.pth"
+RELEASE = (
+    f" student.weights=FILE is {WEIGHTS} of the authors' release v1.0.0 at "
+    "github.com/szq0214/MEAL-V2, or any other with the keys of timm's resnet50."
+)
 FOLDERS = {
     "cifar10": "data.root is CIFAR-10 as image files; the paper enlarges them without saying how.",
     "cub200": "data.root is CUB-200-2011 as folders: train/ (5,994 images) and test/ (5,794), one "
@@ -197,6 +201,8 @@ def _transfer(cell: Published) -> Entry:
         description=f"resnet50 ({backbone or 'random'} weights) on {dataset}, {how.lower()}",
         keys=keys,
         sources=TRANSFER_SOURCES,
-        note=FOLDERS[dataset] + (FROZEN if frozen else ""),
+        note=FOLDERS[dataset]
+        + (RELEASE if backbone == "MEAL V2" else "")
+        + (FROZEN if frozen else ""),
         mode="paper",
     )

@@ -7,6 +7,7 @@ overridden are named instead of a comparison.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastkd.recipe.schema import Recipe
@@ -96,6 +97,9 @@ def _changed(recipe: Recipe, published: Recipe) -> list[str]:
     found = []
     for key in {**there, **here}:
         one, other = here.get(key), there.get(key)
+        if key == "student.weights" and one and other:
+            # The same file, wherever it lies.
+            one, other = Path(one).name, Path(other).name
         if one != other and re.sub(r"^teacher\.ensemble\.\d+", "teacher", key) not in _NO_MATTER:
             found.append(f"{key}={one} (there {other})")
     return found

@@ -296,6 +296,16 @@ def test_a_run_with_other_keys_is_not():
     )
 
 
+def test_weights_that_a_row_starts_from_may_lie_anywhere():
+    row = "transfer/cub200/resnet50-meal_v2/linear"
+    free = ["data.root=x", "student.weights=/far/away/MEALV2_ResNet50_224.pth"]
+    assert paper_row(load_recipe(row, overrides=free), SUMMARY).facts["changed"] == []
+    other = paper_row(load_recipe(row, overrides=["student.weights=/far/other.pth"]), SUMMARY)
+    assert other.facts["changed"] == [
+        "student.weights=other.pth (there MEALV2_ResNet50_224.pth)",
+    ]
+
+
 def test_errors_and_best_epochs_are_compared_as_the_paper_has_them():
     at = paper_row(load_recipe("moonshine/cifar10/wrn_40_1/scratch"), SUMMARY)
     assert at.row.pop("accuracy_last") == pytest.approx(0.9352)

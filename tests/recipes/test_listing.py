@@ -1,5 +1,6 @@
 """`fastkd recipes`: overview, list and one recipe, as a stranger reads them."""
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -70,6 +71,54 @@ def test_one_recipe_in_full(command):
     assert "0.0005" in lines["optim.weight_decay"]
     assert lines["optim.weight_decay"].endswith("not from the paper: RepDistiller's code")
     assert lines["losses.kd.views"].split()[1] == "x,xprime"
+
+
+@pytest.mark.parametrize(
+    ("word", "pattern"),
+    [
+        ("kdda", "kdda/*"),
+        ("moonshine/", "moonshine/*"),
+        ("kdda/cifar100", "kdda/cifar100/*"),
+        ("cifar10", "cifar10/*"),
+        ("cifar10/resnet20", "cifar10/resnet20"),
+        ("resnet56--resnet20", "*/resnet56--resnet20/*"),
+        ("tlcutmix", "*/tlcutmix"),
+        ("tlcutmix-pick@960:released", "*/tlcutmix-pick@960:released"),
+    ],
+)
+def test_a_word_lists_what_is_below_it_or_has_it_in_its_path(command, word, pattern):
+    said = command("recipes", word)
+    assert (said.code, said.out) == (0, command("recipes", pattern).out)
+    names = [line.split()[0] for line in said.out.splitlines()[:-2]]
+    assert names == [
+        name
+        for name, entry in all_recipes().items()
+        if fnmatch.fnmatchcase(name, pattern) and (entry.row is None or ":" in word)
+    ]
+
+
+@pytest.mark.parametrize("word", ["kdd", "cut", "kdda/tlcutmix", "*nothing*", ""])
+def test_a_word_that_is_in_no_path_is_refused(command, word):
+    said = command("recipes", word)
+    assert said.code == 2
+    assert f"no recipe matches {word!r}; expected a part of a name, such as kdda" in said.err
+
+
+def test_the_printed_command_asks_for_every_file_of_the_reader(command):
+    """Data that are not made here, and weights whose file does not come with fastkd."""
+    shown = 0
+    for name in ("quickstart", ROW, *(n for n in all_recipes() if n.startswith("transfer/"))):
+        said, entry = command("recipes", "show", name).out, find_entry(name)
+        words = [name]
+        words += ["data.root=DIR"] if name != "quickstart" else []
+        if "-meal_v2/" in name:
+            words.append("student.weights=FILE")
+            assert "student.weights=FILE is MEALV2_ResNet50_224.pth of the authors' release" in said
+        assert ("student.weights" in entry.keys) == (words[-1] == "student.weights=FILE")
+        printed = [line.split() for line in said.splitlines() if line.startswith("fastkd train")]
+        assert printed == ([] if missing(entry) else [["fastkd", "train", *words]])
+        shown += len(printed)
+    assert shown == 2 + 15
 
 
 @pytest.mark.parametrize(
