@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 import fastkd
+from fastkd.data.cifar import LAYOUTS
 from fastkd.data.synthetic import make_synthetic
 from fastkd.models.registry import model_from_file
 from fastkd.trainer import Trainer
@@ -52,14 +53,32 @@ def make_folders(root: Path, classes: int, train: int, val: int) -> None:
                 picture.save(root / split / f"class{label}" / f"{number}.png")
 
 
+def make_archive(root: Path, per_file: int) -> None:
+    """CIFAR-10 in its authors' binary layout, of drawn pictures."""
+    layout = LAYOUTS["cifar10"]
+    folder = root / layout.binary_dir
+    folder.mkdir(parents=True)
+    for split, files in (("train", layout.binary_train), ("val", layout.binary_val)):
+        drawn = make_synthetic(split)
+        planes = drawn.images_NHWC.transpose(0, 3, 1, 2).reshape(len(drawn), -1)
+        records = np.hstack([drawn.labels_N[:, None].astype(np.uint8), planes])
+        for number, file in enumerate(files):
+            part = records[per_file * number : per_file * (number + 1)]
+            (folder / file).write_bytes(part.tobytes())
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """`ten/` and `five/`, folders of classes, and `base/`, a resnet20 distilled on the ten."""
+    """Ten and five classes in folders, CIFAR's archive, and a resnet20 distilled on the ten.
+
+    They lie in `ten/`, `five/`, `archive/` and `base/`.
+    """
     from fastkd.cli import main
 
     folder = tmp_path_factory.mktemp("transfer")
     make_folders(folder / "ten", 10, 20, 4)
     make_folders(folder / "five", 5, 20, 8)
+    make_archive(folder / "archive", 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("FASTKD_CACHE", str(folder / "cache"))
@@ -117,6 +136,16 @@ def test_a_linear_probe(place, train):
     ):
         assert model.num_classes == 5
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_linear_probe_on_cifar_s_archive(place, train):
+    words = ("data.name=cifar10", "data.root=archive", "optim.lr=0.1")
+    said = train(*ALONE, *START, "student.frozen=backbone", *words, "out=cifar-probe")
+    assert said.code == 0, said.err
+    assert "only fc (10 classes) is trained" in said.out
+    assert moved(place, "cifar-probe") == set()
+    losses = losses_of(place, "cifar-probe")
+    assert losses[-1] < losses[0]
 
 
 def test_a_fine_tune_moves_everything(place, train):
@@ -195,21 +224,26 @@ def test_what_does_not_fit_is_said(place, train, words, sentence):
     assert sentence in " ".join(said.err.split())
 
 
-def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch):
-    """The keys of the paper's row, on the five classes, with a smaller network."""
+@pytest.mark.parametrize(
+    ("dataset", "root", "classes"), [("cub200", "five", 5), ("cifar10", "archive", 10)]
+)
+def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch, dataset, root, classes):
+    """The keys of the paper's row, with a smaller network; CIFAR's archive is enlarged."""
     monkeypatch.chdir(place)
     torch.manual_seed(1)
     others = fastkd.create_model("torchvision:resnet18", 1000)
     torch.save({"state_dict": nn.DataParallel(others).state_dict()}, place / "released.pth")
     said = command(
-        "train", "transfer/cub200/resnet50-meal_v2/linear", "data.root=five", "out=named",
-        "student.name=timm:resnet18", "student.weights=released.pth", "data.image_size=32",
+        "train", f"transfer/{dataset}/resnet50-meal_v2/linear", f"data.root={root}",
+        f"out=named-{root}",
+        "student.name=timm:resnet18", "student.weights=released.pth", "data.image_size=40",
         "data.train_limit=40", "batch_size=16", "epochs=1", "device=cpu", "compile=off",
         "precision=fp32", "data.workers=0",
     )  # fmt: skip
     assert said.code == 0, said.err
-    assert "tensors from released.pth; new: fc (5 classes)" in said.out
-    last = torch.load(place / "named/last.pt", weights_only=True)["student"]
+    assert "tensors from released.pth; new: fc (" in said.out
+    assert f"only fc ({classes} classes) is trained" in said.out
+    last = torch.load(place / f"named-{root}/last.pt", weights_only=True)["student"]
     for key, value in others.state_dict().items():
         assert torch.equal(last[key], value) or key.startswith("fc."), key
 

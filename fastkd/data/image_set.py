@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from fastkd.data.decode import resize_center_crop
 from fastkd.errors import UserError
 
 __all__ = ["ImageSet", "ImageSource", "check_limit", "stratified_positions"]
@@ -83,6 +84,14 @@ class ImageSet:
         return ImageSet(
             self.name, self.images_NHWC[positions], self.labels_N[positions], self.classes
         )
+
+    def resized(self, size: int) -> "ImageSet":
+        """The same pictures as size x size pixels, as a folder's are resized."""
+        if self.images_NHWC.shape[1:3] == (size, size):
+            return self
+        pictures = (self.image(sample) for sample in range(len(self)))
+        resized = [np.asarray(resize_center_crop(picture, size, size)) for picture in pictures]
+        return ImageSet(self.name, np.stack(resized), self.labels_N, self.classes)
 
 
 def stratified_positions(labels_N: np.ndarray, limit: int) -> np.ndarray:

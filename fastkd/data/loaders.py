@@ -147,10 +147,10 @@ def _square_size(
     source: ImageSet | FolderIndex, name: str, image_size: int | None, crop: Crop
 ) -> int:
     """Side of the images that come out, in pixels."""
-    if isinstance(source, ImageSet):
-        return source.images_NHWC.shape[1]
     if image_size is not None:
         return image_size
+    if isinstance(source, ImageSet):
+        return source.images_NHWC.shape[1]
     if name in LAYOUTS:
         return 32
     if crop == "resized":

@@ -40,8 +40,8 @@ def open_split(
     name        digits, cifar10, cifar100, folder or synthetic
     root        where cifar10, cifar100 and folder lie; the others need none
     split       "train" or "val" (a folder called test/ serves as val)
-    image_size  pixels; folders: short side resized to it, centre cropped. None: as stored
-                (digits 16, CIFAR 32, synthetic 32, folders: all images must agree)
+    image_size  pixels; short side resized to it, centre cropped (digits: 16 only). None: as stored
+                (CIFAR 32, synthetic 32, folders: all images must agree)
     download    fetch a CIFAR set that is not below root; nothing is downloaded otherwise
     limit       a stratified subset of this many images, same everywhere; ids count within it
     progress    called with (done, total) while a folder is decoded; None: a bar on stderr
@@ -63,9 +63,9 @@ def decode_source(
 ) -> ImageSet:
     """What `open_source` found, in memory; a folder comes from the cache, see `cache`."""
     if isinstance(source, ImageSet):
-        return source
+        return source.resized(image_size or source.images_NHWC.shape[1])
     is_cifar = source.name.split("/")[0] in LAYOUTS
-    size = _CIFAR_SIZE if is_cifar else image_size
+    size = image_size or (_CIFAR_SIZE if is_cifar else None)
     images = decoded_images(source, size, cache_dir, progress)
     return ImageSet(source.name, images, source.labels_N, source.classes)
 
@@ -100,7 +100,11 @@ def _find(
     download: bool,
 ) -> ImageSet | FolderIndex:
     if name == "digits":
-        _check_fixed_size(name, DIGITS_SIZE, image_size)
+        if image_size not in (None, DIGITS_SIZE):
+            raise UserError(
+                f"data.image_size={image_size}, but digits comes as {DIGITS_SIZE}x{DIGITS_SIZE}; "
+                f"leave it out or set {DIGITS_SIZE}"
+            )
         return load_digits(split)
     if name == "synthetic":
         return make_synthetic(split, image_size or 32)
@@ -109,7 +113,6 @@ def _find(
     folder = Path(root).expanduser()
     if name == "folder":
         return _find_folder(folder, split)
-    _check_fixed_size(name, _CIFAR_SIZE, image_size)
     return _find_cifar(name, folder, split, download)
 
 
@@ -153,11 +156,3 @@ def _find_cifar(name: str, root: Path, split: str, download: bool) -> ImageSet |
             "set data.root, or data.download=true to fetch it"
         )
     return load_cifar(name, *archive, split)
-
-
-def _check_fixed_size(name: str, size: int, image_size: int | None) -> None:
-    if image_size not in (None, size):
-        raise UserError(
-            f"data.image_size={image_size}, but {name} comes as {size}x{size}; "
-            f"leave it out or set {size}"
-        )

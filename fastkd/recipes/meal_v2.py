@@ -103,7 +103,7 @@ RELEASE = (
     "github.com/szq0214/MEAL-V2, or any other with the keys of timm's resnet50."
 )
 FOLDERS = {
-    "cifar10": "data.root is CIFAR-10 as image files; the paper enlarges them without saying how.",
+    "cifar10": "The paper enlarges the images without saying how; here bilinearly.",
     "cub200": "data.root is CUB-200-2011 as folders: train/ (5,994 images) and test/ (5,794), one "
     "folder a class.",
     "birdsnap": "data.root is Birdsnap as folders: train/ (47,386 images) and test/ (2,443), one "
@@ -183,7 +183,7 @@ def _transfer(cell: Published) -> Entry:
         TRANSFER_SETTING
         | labels
         | {
-            "data.name": "voc2007" if dataset == "voc2007" else "folder",
+            "data.name": dataset if dataset in ("voc2007", "cifar10") else "folder",
             "optim.lr": 0.1 if frozen else 0.01,
             "student.name": "timm:resnet50.ram_in1k",
         }

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from fastkd.data import FolderIndex, open_source, open_split
+from fastkd.data import FolderIndex, open_data, open_source, open_split
 from fastkd.data.cifar import LAYOUTS
 from fastkd.errors import UserError
 
@@ -105,6 +107,30 @@ def test_original_layouts(tmp_path, name, kind, place):
                 images.images_NHWC[..., channel].reshape(len(planes), 1024),
                 planes[:, 1024 * channel : 1024 * (channel + 1)],
             )
+
+
+@pytest.mark.parametrize("layout", ["binary", "folder"])
+@pytest.mark.parametrize("size", [48, 20])
+def test_cifar_in_another_size_is_resized_by_every_loader(tmp_path, make_folder, layout, size):
+    """Against torch's antialiased bilinear; Pillow's rounds between its two passes."""
+    if layout == "folder":
+        make_folder(classes=tuple(class_names("cifar10")), size=(32, 32))
+    else:
+        write_archive("cifar10", tmp_path / "set", layout)
+    root = tmp_path / "set"
+    plain = torch.from_numpy(open_split("cifar10", root).images_NHWC).permute(0, 3, 1, 2).double()
+    expected = F.interpolate(plain, size, mode="bilinear", antialias=True)
+    plainly = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "shuffle": False, "crop": "none"}
+    found = []
+    for backend in ("resident", "torch"):
+        pair = open_data(
+            name="cifar10", root=root, image_size=size, backend=backend, workers=0,
+            batch_size=len(plain), drop_last=False, **plainly,
+        )  # fmt: skip
+        assert (pair.image_size, pair.backend) == (size, backend)
+        found.append(next(pair.train.epoch(0)).images_NCHW)
+    assert torch.equal(*found)
+    assert (found[0].double() * 255 - expected).abs().max() <= 1.01
 
 
 def test_names_fall_back_to_numbers_without_a_meta_file(tmp_path):
