@@ -22,7 +22,7 @@ __all__ = ["as_data", "details", "listing", "matching", "overview"]
 _PAPERS = {"cifar": "crd"}
 _BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
 HOW_TO_GO_ON = """\
-fastkd recipes PATTERN            list them with the papers' numbers: 'kdda/cifar100/*/kd*'
+fastkd recipes PATTERN            list them with the papers' numbers: kdda, 'kdda/cifar100/*/kd*'
 fastkd recipes show NAME          keys, the paper's number, and what our text of the paper lacks
 fastkd train NAME data.root=DIR   run one"""
 
