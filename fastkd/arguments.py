@@ -186,7 +186,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         nargs="*",
         default=[],
         metavar="PATTERN | show NAME",
-        help="shell pattern, e.g. 'kdda/*/kd', or the word show and a name",
+        help="part of a name (kdda), shell pattern ('kdda/*/kd'), or the word show and a name",
     )
     recipes.add_argument("--json", action="store_true", help="machine-readable")
 
