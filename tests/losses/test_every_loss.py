@@ -68,6 +68,21 @@ PROOFS = {
         name: Proof(*(f"{test}[{name}]" for test in RELATIONS))
         for name in ("sp", "pkt", "cc", "rkd")
     },
+    "ab": Proof(
+        "losses/test_hints.py::test_released_values_of_ab",
+        "losses/test_hints.py::test_ab_is_the_squared_distance_to_the_boundary",
+        f"{JOINED}[ab]",
+    ),
+    "fsp": Proof(
+        "losses/test_fsp.py::test_released_values",
+        "losses/test_fsp.py::test_value_and_gradient_are_the_formula",
+        f"{JOINED}[fsp]",
+    ),
+    "ft": Proof(
+        "losses/test_factors.py::test_released_value",
+        "losses/test_factors.py::test_values_and_gradients_are_the_formulas",
+        f"{APART}[ft]",
+    ),
     "fitnet": Proof(
         "losses/test_hints.py::test_released_value_of_fitnet",
         "losses/test_hints.py::test_fitnet_connects_every_size",

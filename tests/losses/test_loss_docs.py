@@ -56,7 +56,7 @@ def test_every_link_leads_somewhere() -> None:
 def test_a_loss_names_its_origin_and_its_proof(name: str) -> None:
     entry = entry_of(name)
     assert isinstance(config_class(name)(**required(name)).build(name), entry.term)
-    assert name == "ce" or re.search(r"arXiv:\d{4}\.\d{4,5}|NeurIPS|AlignKD", entry.source)
+    assert name == "ce" or re.search(r"arXiv:\d{4}\.\d{4,5}|NeurIPS|CVPR|AlignKD", entry.source)
     of_torch = "`torch.nn." in entry.source
     assert of_torch or re.search(r"[\w-]+/[\w-]+(@\w+)? [\w/-]+\.py", entry.source)
     texts = {path: (ROOT / path).read_text() for path in entry.tests}
@@ -82,6 +82,8 @@ def test_weight_and_keys_are_those_of_the_class(name: str) -> None:
 def required(name: str) -> dict[str, object]:
     """Values for the keys that a recipe must give."""
     values = {"weight": 1.0, "ce_weight": 0.1, "pairs": {"stage1": "stage1"}}
+    if name == "fsp":
+        values["pairs"] = {"stage1": "stage1", "stage2": "stage2"}
     fields = config_class(name).model_fields
     return {key: values[key] for key, field in fields.items() if field.is_required()}
 
