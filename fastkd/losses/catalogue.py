@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from fastkd.losses.registry import config_class, term_names
+from fastkd.losses.registry import ALIASES, config_class, term_names
 from fastkd.losses.term import LossTerm
 
 __all__ = ["FIELDS", "CatalogueEntry", "Key", "catalogue", "entry_of"]
@@ -46,6 +46,8 @@ class CatalogueEntry:
     tests: tuple[str, ...]
     """Paths from the root of the repository: tests, then oracles."""
     keys: tuple[Key, ...]
+    aliases: tuple[str, ...]
+    """What others call it, or it with a key: `fastkd losses ALIAS` leads here."""
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -77,6 +79,11 @@ def entry_of(name: str) -> CatalogueEntry:
                 key, "" if field.is_required() else _spelled(field.default), field.description or ""
             )
             for key, field in config.model_fields.items()
+        ),
+        aliases=tuple(
+            alias
+            for alias, means in ALIASES.items()
+            if name in (one.partition(".")[0] for one in means)
         ),
     )
 
