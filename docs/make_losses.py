@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-from fastkd.losses.catalogue import CatalogueEntry, catalogue
+from fastkd.losses.catalogue import PATH, CatalogueEntry, catalogue
 from fastkd.losses.registry import ALIASES
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def section(entry: CatalogueEntry) -> str:
             f"- Needs: {entry.needs}",
             f"- Weight: {entry.weight}",
             *([f"- Also called: {_names(entry)}"] if entry.aliases else []),
-            f"- Tests and oracles: {', '.join(_link(path) for path in entry.tests)}",
+            f"- Tests and oracles: {_proof(entry)}",
             "",
             f"| key: `losses.{entry.name}.` | default | meaning |",
             "|---|---|---|",
@@ -89,8 +89,15 @@ def _default(spelled: str) -> str:
     return f"`{spelled}`" if spelled else "the recipe says"
 
 
-def _link(path: str) -> str:
-    return f"[{path.rpartition('/')[2]}](../{path})"
+def _proof(entry: CatalogueEntry) -> str:
+    """The text with its paths as links."""
+    paths = iter(entry.tests)
+
+    def link(_: re.Match[str]) -> str:
+        path = next(paths)
+        return f"[{path.rpartition('/')[2]}](../{path})"
+
+    return re.sub(PATH, link, entry.proof)
 
 
 def _linked(source: str) -> str:
