@@ -36,10 +36,11 @@ class FT(PairTerm):
     ones, each with a leaky ReLU of slope 0.1; the translator's have batch norms, so no bias.
     Parts: `<name>` and `<name>_reconstruction`, of weight 1, which trains only the paraphraser.
 
-    The authors and the reference train the paraphraser for 30 epochs before the student and then
+    Its authors train the paraphraser before the student (30 epochs in the reference) and then
     freeze it. fastkd has no such first stage: here both learn side by side, and the target moves
     until the paraphraser has settled, so published numbers of FT are not its. The paraphraser has a
-    fifth of the student's learning rate, which is 0.01 beside 0.05 as in that first stage.
+    fifth of the student's learning rate: 0.01 beside 0.05, which the reference's first stage takes
+    for ResNets and wide ResNets.
 
     Source: Kim et al. 2018, arXiv:1802.04977; HobbitLong/RepDistiller distiller_zoo/FT.py, the
     modules in HobbitLong/RepDistiller models/util.py, the first stage in HobbitLong/RepDistiller

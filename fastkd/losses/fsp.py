@@ -29,7 +29,7 @@ class FSP(PairTerm):
     maps is average-pooled to the smaller; student and teacher may differ in size. Nothing of its
     own is trained.
 
-    The authors and the reference train the student's body with this loss alone for 30 epochs and
+    Its authors train the student's body with this loss alone first (30 epochs in the reference) and
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of FSP are not its.
 

@@ -114,7 +114,7 @@ class AB(PairTerm):
     batch norm, the convolution that of `FitNet`; between maps of one shape there is none. 0.003 is
     the reference's.
 
-    The authors and the reference train the student's body with this loss alone for 30 epochs and
+    Its authors train the student's body with this loss alone first (30 epochs in the reference) and
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of AB are not its.
 
