@@ -7,7 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-from fastkd.losses.catalogue import CatalogueEntry, catalogue
+from fastkd.losses.catalogue import PATH, CatalogueEntry, catalogue
+from fastkd.losses.registry import ALIASES
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "losses.md"
@@ -16,8 +17,9 @@ HEAD = """# Losses
 <!-- Made by docs/make_losses.py from the docstrings and recipe keys in fastkd/losses. -->
 
 Every loss of a recipe by its name in it: `losses.NAME.weight=..` switches it on, and
-`fastkd losses NAME` prints the same on a terminal. Formulas, sources and tests are those of the
-docstring. All sums are fp32 or wider; T is the temperature; no gradient goes to the teacher.
+`fastkd losses NAME` prints the same on a terminal, also for a name in use elsewhere ("Also
+called"). Formulas, sources and tests are those of the docstring. All sums are fp32 or wider; T is
+the temperature; no gradient goes to the teacher.
 """
 
 
@@ -53,7 +55,8 @@ def section(entry: CatalogueEntry) -> str:
             f"- Source: {_linked(entry.source)}",
             f"- Needs: {entry.needs}",
             f"- Weight: {entry.weight}",
-            f"- Tests and oracles: {', '.join(_link(path) for path in entry.tests)}",
+            *([f"- Also called: {_names(entry)}"] if entry.aliases else []),
+            f"- Tests and oracles: {_proof(entry)}",
             "",
             f"| key: `losses.{entry.name}.` | default | meaning |",
             "|---|---|---|",
@@ -61,6 +64,19 @@ def section(entry: CatalogueEntry) -> str:
             "",
         ]
     )
+
+
+def _names(entry: CatalogueEntry) -> str:
+    """Aliases in code, each with the key that it also asks for."""
+    keys = {alias: ALIASES[alias] for alias in entry.aliases}
+    return ", ".join(
+        f"`{alias}`" if means == (entry.name,) else f"`{alias}` ({_written(means)})"
+        for alias, means in keys.items()
+    )
+
+
+def _written(means: tuple[str, ...]) -> str:
+    return " and ".join(f"`losses.{one}`" for one in means)
 
 
 def _note(note: str) -> str:
@@ -73,8 +89,15 @@ def _default(spelled: str) -> str:
     return f"`{spelled}`" if spelled else "the recipe says"
 
 
-def _link(path: str) -> str:
-    return f"[{path.rpartition('/')[2]}](../{path})"
+def _proof(entry: CatalogueEntry) -> str:
+    """The text with its paths as links."""
+    paths = iter(entry.tests)
+
+    def link(_: re.Match[str]) -> str:
+        path = next(paths)
+        return f"[{path.rpartition('/')[2]}](../{path})"
+
+    return re.sub(PATH, link, entry.proof)
 
 
 def _linked(source: str) -> str:

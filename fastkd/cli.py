@@ -252,18 +252,25 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _losses(options: argparse.Namespace) -> None:
     from fastkd.losses.catalogue import catalogue, entry_of
+    from fastkd.losses.registry import ALIASES
 
     if options.name is None:
         for entry in catalogue():
             print(f"{entry.name:<15}{entry.summary}")
         return
+    name = options.name.removeprefix("losses.")
+    means = ALIASES.get(name, (name,))
     try:
-        entry = entry_of(options.name.removeprefix("losses."))
+        entries = [entry_of(one.partition(".")[0]) for one in means]
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(f"fastkd.losses.{entry.term.__name__}\n\n{inspect.getdoc(entry.term)}\n")
-    for key in entry.keys:
-        print(f"losses.{entry.name}.{key.name}={key.default}  # {' '.join(key.meaning.split())}")
+    if name in ALIASES:
+        print(f"{name} is {' and '.join(f'losses.{one}' for one in means)}\n")
+    for entry in entries:
+        print(f"fastkd.losses.{entry.term.__name__}\n\n{inspect.getdoc(entry.term)}\n")
+        for key in entry.keys:
+            meaning = " ".join(key.meaning.split())
+            print(f"losses.{entry.name}.{key.name}={key.default}  # {meaning}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -46,11 +46,14 @@ losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
 losses.kd.xprime_target losses.kd.standardize
 losses.mixed_ce.weight
+losses.ab.weight losses.ab.pairs losses.ab.margin
 losses.at.weight losses.at.pairs losses.at.form
 losses.cc.weight losses.cc.pairs losses.cc.gather losses.cc.dim
 losses.crd.weight losses.crd.pairs losses.crd.dim losses.crd.negatives losses.crd.temperature
 losses.crd.momentum
 losses.fitnet.weight losses.fitnet.pairs
+losses.fsp.weight losses.fsp.pairs
+losses.ft.weight losses.ft.pairs losses.ft.rate
 losses.nst.weight losses.nst.pairs
 losses.pkt.weight losses.pkt.pairs losses.pkt.gather
 losses.rkd.weight losses.rkd.pairs losses.rkd.gather losses.rkd.distance_weight

@@ -21,10 +21,13 @@ from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses import (
+    AB,
     CC,
     CRD,
     DIST,
     DKD,
+    FSP,
+    FT,
     KD,
     NST,
     PKT,
@@ -73,6 +76,9 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "cc": CC,
     "crd": lambda: CRD(dim=16, negatives=12),
     "fitnet": lambda: FitNet({"stage1": "stage2", "stage2": "stage2", "stage3": "stage2"}),
+    "ab": lambda: AB({"stage1:preact": "stage1:preact", "stage2:preact": "stage3:preact"}),
+    "fsp": lambda: FSP({tap: tap for tap in ("stem", *STAGES)}),
+    "ft": lambda: FT({"stage3": "stage2"}),
     "nst": lambda: NST(FEATURE_PAIRS),
     "pkt": PKT,
     "rkd": RKD,

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from fastkd.losses.crd import CRD as CRD
     from fastkd.losses.dist import DIST as DIST
     from fastkd.losses.dkd import DKD as DKD
+    from fastkd.losses.factors import FT as FT
     from fastkd.losses.features import AT as AT
+    from fastkd.losses.fsp import FSP as FSP
+    from fastkd.losses.hints import AB as AB
     from fastkd.losses.hints import VID as VID
     from fastkd.losses.hints import FitNet as FitNet
     from fastkd.losses.jointrd import JointRD as JointRD
@@ -36,12 +39,15 @@ if TYPE_CHECKING:
     from fastkd.losses.term import TermOutput as TermOutput
 
 _HOME = {
+    "AB": "hints",
     "AT": "features",
     "BinaryCrossEntropy": "multilabel",
     "BindContext": "term",
     "CC": "relations",
     "CRD": "crd",
     "CrossEntropy": "logits",
+    "FSP": "fsp",
+    "FT": "factors",
     "FitNet": "hints",
     "DIST": "dist",
     "DKD": "dkd",
@@ -66,11 +72,14 @@ _HOME = {
 }
 
 __all__ = [
+    "AB",
     "AT",
     "CC",
     "CRD",
     "DIST",
     "DKD",
+    "FSP",
+    "FT",
     "KD",
     "NST",
     "PKT",

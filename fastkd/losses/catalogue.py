@@ -9,13 +9,16 @@ import re
 import sys
 from dataclasses import dataclass
 
-from fastkd.losses.registry import config_class, term_names
+from fastkd.losses.registry import ALIASES, config_class, term_names
 from fastkd.losses.term import LossTerm
 
-__all__ = ["FIELDS", "CatalogueEntry", "Key", "catalogue", "entry_of"]
+__all__ = ["FIELDS", "PATH", "CatalogueEntry", "Key", "catalogue", "entry_of"]
 
 FIELDS = ("Source", "Needs", "Weight", "Tests")
 """Last paragraph of a term's docstring, each at the beginning of a line, in this order."""
+
+PATH = r"[\w/]+\.(?:py|json)"
+"""A file in the text behind `Tests:`."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,13 @@ class CatalogueEntry:
     source: str
     needs: str
     weight: str
+    proof: str
+    """Text behind `Tests:`: tests and oracles, or that no number was released."""
     tests: tuple[str, ...]
-    """Paths from the root of the repository: tests, then oracles."""
+    """Its paths from the root of the repository: tests, then oracles."""
     keys: tuple[Key, ...]
+    aliases: tuple[str, ...]
+    """What others call it, or it with a key: `fastkd losses ALIAS` leads here."""
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -71,12 +78,18 @@ def entry_of(name: str) -> CatalogueEntry:
         source=source,
         needs=needs,
         weight=weight,
+        proof=tests,
         tests=_paths(tests),
         keys=tuple(
             Key(
                 key, "" if field.is_required() else _spelled(field.default), field.description or ""
             )
             for key, field in config.model_fields.items()
+        ),
+        aliases=tuple(
+            alias
+            for alias, means in ALIASES.items()
+            if name in (one.partition(".")[0] for one in means)
         ),
     )
 
@@ -95,7 +108,7 @@ def _paths(tests: str) -> tuple[str, ...]:
     """Of `tests/losses/test_a.py, test_b.py; oracle c.json (..)`; a bare name is in the folder
     before it."""
     found, folder = [], ""
-    for path in re.findall(r"[\w/]+\.(?:py|json)", tests):
+    for path in re.findall(PATH, tests):
         before, slash, name = path.rpartition("/")
         folder = before + slash if slash else folder
         found.append(folder + name)

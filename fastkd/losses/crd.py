@@ -33,10 +33,13 @@ class CRD(PairTerm):
     as they were; then a good step moves the rows of its batch: normalise(momentum * old + (1 -
     momentum) * v).
 
-    Ranks hold the same banks and Z, made of the rows of all ranks: value and update are those of
-    one process with the joined batch, but that each rank draws negatives of its own. With
-    accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step holds several
-    N x M matrices: it multiplies with the whole bank and picks from the products.
+    With several ranks always joined: they hold the same banks and Z, made of the rows of all ranks,
+    and value and update are those of one process with the joined batch, but that each rank draws
+    negatives of its own. There is no gather=false: rows are compared with the bank, not with each
+    other, so with given banks and Z the loss of a rank's rows is the same either way, while banks
+    written by one rank alone would part, and a checkpoint, which keeps one copy, could not resume
+    the others. With accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step
+    holds several N x M matrices: it multiplies with the whole bank and picks from the products.
 
     Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; HobbitLong/RepDistiller crd/memory.py and
     HobbitLong/RepDistiller crd/criterion.py.

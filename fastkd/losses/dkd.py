@@ -27,10 +27,12 @@ class DKD(LossTerm):
         NCKD = T^2 KL(q_teacher || q_student),  q = softmax at T over the other classes
         loss = warmup * mean over rows of (alpha TCKD + beta NCKD)
 
-    Defaults are mdistiller's for resnet32x4 teachers on CIFAR-100; beta is 6 for vgg13 and wrn_40_2
-    teachers, 2 for resnet56 and resnet110, on ImageNet T is 1, beta 0.5 and the warm-up 1 epoch.
-    `standardize` takes both logits to zero mean and unit deviation first (arXiv:2403.01427, there
-    with T 2 and a weight of 9).
+    Defaults are mdistiller's on CIFAR-100, where beta is 8 for resnet32x4 teachers, resnet50 to
+    MobileNetV2 and wrn_40_2 to ShuffleNetV1, but 6 for vgg13 teachers and wrn_40_2 to another wide
+    ResNet, and 2 for resnet56 and resnet110 teachers. On ImageNet T is 1 and the warm-up 1 epoch,
+    with beta 0.5 for ResNet-34 to ResNet-18 and 2 for ResNet-50 to MobileNetV1. `standardize` takes
+    both logits to zero mean and unit deviation first (arXiv:2403.01427, there with T 2 and a weight
+    of 9).
 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3; megvii-research/mdistiller
     mdistiller/distillers/DKD.py.

@@ -1,13 +1,14 @@
 """Hints: the student's maps predict the teacher's through a connector trained with them.
 
-FitNet (one convolution, mean square) and VID (a small network and a trained variance).
+FitNet (one convolution, mean square), VID (a small network and a trained variance) and AB (the
+signs of the teacher's neurons).
 """
 
 import math
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from fastkd.errors import UserError
 from fastkd.losses.pairs import PairConfig, PairTerm, Shape, pool_alike
 from fastkd.losses.term import BindContext, LossTerm, autocast_like, widened
 
-__all__ = ["VID", "FitNet", "FitNetConfig", "VIDConfig"]
+__all__ = ["AB", "VID", "ABConfig", "FitNet", "FitNetConfig", "VIDConfig"]
 
 
 class FitNet(PairTerm):
@@ -33,7 +34,7 @@ class FitNet(PairTerm):
     HobbitLong/RepDistiller models/util.py.
     Needs: pairs of taps on x, maps; in the reference stage2.
     Weight: 100, the reference's.
-    Tests: tests/losses/test_hints.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -44,24 +45,8 @@ class FitNet(PairTerm):
     def bind(self, context: BindContext) -> None:
         """Make the connectors; UserError where no convolution of the list fits."""
         self.connectors = nn.ModuleList(
-            nn.Sequential(self._convolution(*pair), nn.BatchNorm2d(pair[1][0]), nn.ReLU())
+            nn.Sequential(*_resizing(self.name, *pair), nn.ReLU())
             for pair in self.map_shapes(context)
-        )
-
-    def _convolution(self, student: Shape, teacher: Shape) -> nn.Module:
-        channels = (student[0], teacher[0])
-        sizes = list(zip(student[1:], teacher[1:], strict=True))
-        if all(s == 2 * t for s, t in sizes):
-            return nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
-        if all(2 * s == t for s, t in sizes):
-            return nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
-        if all(s >= t for s, t in sizes):
-            (height, width) = (1 + s - t for s, t in sizes)
-            return nn.Conv2d(*channels, (height, width), bias=False)
-        raise UserError(
-            f"losses.{self.name} cannot bring a student's map of {student[1]}x{student[2]} to the "
-            f"teacher's {teacher[1]}x{teacher[2]}: pair taps where the student's is at least as "
-            f"large, or exactly half as large"
         )
 
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
@@ -84,7 +69,7 @@ class VID(PairTerm):
     distiller_zoo/VID.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_hints.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -118,6 +103,77 @@ class VID(PairTerm):
         return 0.5 * (error_NCHW / variance_C11 + variance_C11.log()).mean()
 
 
+class AB(PairTerm):
+    """Activation boundaries: the student's neurons take the signs of the teacher's, by a margin.
+
+        sign = 1 where teacher > 0, else -1
+        loss = 0.003 sum over pairs i < n of 2^(i - n + 1) mean over images of
+               sum of max(0, margin - sign * connector(student))^2
+
+    `pairs` go from the shallowest to the deepest, whose factor is 1. connector = convolution and
+    batch norm, the convolution that of `FitNet`; between maps of one shape there is none. 0.003 is
+    the reference's.
+
+    Its authors train the student's body with this loss alone first (30 epochs in the reference) and
+    then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
+    losses from the first step to the last, so published numbers of AB are not its.
+
+    Source: Heo et al. 2019, arXiv:1811.03233; HobbitLong/RepDistiller distiller_zoo/AB.py, its
+    first stage in HobbitLong/RepDistiller helper/pretrain.py.
+    Needs: pairs of taps on x, maps; in the reference all stages before their activation
+    (stage1:preact, ..) of both networks.
+    Weight: 1, the reference's.
+    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        *,
+        weight: float = 1.0,
+        margin: float = 1.0,
+        name: str = "ab",
+    ) -> None:
+        super().__init__(name, pairs, weight)
+        self.margin = margin
+
+    def bind(self, context: BindContext) -> None:
+        """Make the connectors; UserError where no convolution of `FitNet`'s list fits."""
+        self.connectors = nn.ModuleList(
+            nn.Identity() if student == teacher else _resizing(self.name, student, teacher)
+            for student, teacher in self.map_shapes(context)
+        )
+
+    def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """As the class says."""
+        with autocast_like(student):
+            student_NCHW = widened(self.connectors[number](student))
+        short_NCHW = self.margin - torch.where(teacher > 0, student_NCHW, -student_NCHW)
+        factor = 0.003 * 2.0 ** (number + 1 - len(self.connectors))
+        return factor * F.relu(short_NCHW).square().sum((1, 2, 3)).mean()
+
+
+def _resizing(name: str, student: Shape, teacher: Shape) -> nn.Sequential:
+    """Convolution and batch norm from one shape to the other; UserError where none of them fits."""
+    channels = (student[0], teacher[0])
+    sizes = list(zip(student[1:], teacher[1:], strict=True))
+    convolution: nn.Module
+    if all(s == 2 * t for s, t in sizes):
+        convolution = nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
+    elif all(2 * s == t for s, t in sizes):
+        convolution = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
+    elif all(s >= t for s, t in sizes):
+        height, width = (1 + s - t for s, t in sizes)
+        convolution = nn.Conv2d(*channels, (height, width), bias=False)
+    else:
+        raise UserError(
+            f"losses.{name} cannot bring a student's map of {student[1]}x{student[2]} to the "
+            f"teacher's {teacher[1]}x{teacher[2]}: pair taps where the student's is at least as "
+            f"large, or exactly half as large"
+        )
+    return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]))
+
+
 class FitNetConfig(PairConfig):
     """Keys of `losses.fitnet`; RepDistiller's weight is 100, on stage2."""
 
@@ -135,3 +191,14 @@ class VIDConfig(PairConfig):
     def build(self, name: str) -> LossTerm:
         """The term."""
         return VID(name=name, **self.model_dump())
+
+
+class ABConfig(PairConfig):
+    """Keys of `losses.ab`; RepDistiller's weight is 1, on all stages before their activation."""
+
+    margin: PositiveFloat = 1.0
+    """By how much a neuron must be on its side of 0."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return AB(name=name, **self.model_dump())

@@ -220,7 +220,8 @@ class StageMSE(PairTerm):
     leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
     Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
     Weight: 1, the paper's.
-    Tests: tests/losses/test_map_losses.py, test_ranks.py.
+    Tests: tests/losses/test_map_losses.py, test_ranks.py; no released number, the
+    formula is the oracle.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The discriminator of MEAL V2 as a term of a recipe; its similarity loss is `SoftCE` at T = 1.
 
-Shen and Savvides 2020, arXiv:2009.08453, section 3.
+Shen and Savvides 2020, arXiv:2009.08453, section 5.
 """
 
 from itertools import pairwise
@@ -42,7 +42,7 @@ class Discriminator(LossTerm):
     it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
     it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
 
-    Source: Shen and Savvides 2020, arXiv:2009.08453, section 3; szq0214/MEAL-V2
+    Source: Shen and Savvides 2020, arXiv:2009.08453, section 5, Eq. 4 and 5; szq0214/MEAL-V2
     models/discriminator.py and szq0214/MEAL-V2 loss.py.
     Needs: the student's logits and the teachers' mean logits on `view`.
     Weight: 1, the reference's.

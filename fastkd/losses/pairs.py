@@ -1,6 +1,6 @@
 """Base of the losses that compare a tensor of the student with one of the teacher, pair by pair.
 
-`losses.relations`, `losses.hints`, `losses.nst`, `losses.crd` and `losses.jointrd` build on it.
+`losses.relations`, `hints`, `nst`, `fsp`, `factors`, `crd` and `jointrd` build on it.
 """
 
 from collections.abc import Mapping
@@ -61,11 +61,14 @@ class PairTerm(LossTerm):
                 )
         return self.shapes(context)
 
+    def features(self, inputs: TermInputs) -> list[tuple[Tensor, Tensor]]:
+        """Per pair the tensors of student and teacher."""
+        features = [inputs.tensors[need] for need in self.needs]
+        return list(zip(features[::2], features[1::2], strict=True))
+
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
-        features = [inputs.tensors[need] for need in self.needs]
-        pairs = zip(features[::2], features[1::2], strict=True)
-        losses = [self.compare(number, *pair) for number, pair in enumerate(pairs)]
+        losses = [self.compare(number, *pair) for number, pair in enumerate(self.features(inputs))]
         return TermOutput({self.name: torch.stack(losses).sum()})
 
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:

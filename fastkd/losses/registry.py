@@ -14,7 +14,7 @@ from fastkd.losses.term import LossTerm, Need, check_names
 from fastkd.recipe.mistakes import explain
 from fastkd.recipe.section import Section
 
-__all__ = ["build_terms", "check_needs", "term_names", "typed_config"]
+__all__ = ["ALIASES", "build_terms", "called", "check_needs", "term_names", "typed_config"]
 
 # name -> (module, config class); the config's `build()` makes the term.
 _TERMS = {
@@ -22,10 +22,13 @@ _TERMS = {
     "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
     "kd": ("fastkd.losses.logits", "KDConfig"),
     "mixed_ce": ("fastkd.losses.logits", "MixedCEConfig"),
+    "ab": ("fastkd.losses.hints", "ABConfig"),
     "at": ("fastkd.losses.features", "ATConfig"),
     "cc": ("fastkd.losses.relations", "CCConfig"),
     "crd": ("fastkd.losses.crd", "CRDConfig"),
     "fitnet": ("fastkd.losses.hints", "FitNetConfig"),
+    "fsp": ("fastkd.losses.fsp", "FSPConfig"),
+    "ft": ("fastkd.losses.factors", "FTConfig"),
     "nst": ("fastkd.losses.nst", "NSTConfig"),
     "pkt": ("fastkd.losses.relations", "PKTConfig"),
     "rkd": ("fastkd.losses.relations", "RKDConfig"),
@@ -40,6 +43,25 @@ _TERMS = {
     "stage_mse": ("fastkd.losses.jointrd", "StageMSEConfig"),
     "discriminator": ("fastkd.losses.meal", "DiscriminatorConfig"),
 }
+
+_STANDARDIZED, _MEAL = ("kd.standardize=true",), ("soft_ce", "discriminator")
+ALIASES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("abound", "activation_boundaries"), ("ab",)),
+    **dict.fromkeys(("attention", "attention_transfer"), ("at",)),
+    "correlation": ("cc",),
+    "cross_entropy": ("ce",),
+    **dict.fromkeys(("factor", "factor_transfer", "paraphraser"), ("ft",)),
+    **dict.fromkeys(("hint", "hints"), ("fitnet",)),
+    **dict.fromkeys(("hinton", "kl", "kl_div", "softmax_kl", "soft_target"), ("kd",)),
+    **dict.fromkeys(
+        ("lskd", "logit_standardisation", "logit_standardization", "standardize"), _STANDARDIZED
+    ),
+    **dict.fromkeys(("meal", "meal_v2"), _MEAL),
+    "alignkd": ("stage_mse",),
+    "residual_distillation": ("jointrd",),
+    "similarity": ("sp",),
+}
+"""What other packages and papers call a loss -> what a recipe writes behind `losses.`."""
 
 
 class TermConfig(Section):
@@ -59,11 +81,23 @@ def term_names() -> list[str]:
     return sorted(_TERMS)
 
 
+def called(name: str) -> tuple[str, ...]:
+    """What a recipe writes for a loss of another name, spelling or case; () where none is like it.
+
+    An entry is a loss, or a loss with a key: `kd.standardize=true`.
+    """
+    plain = name.lower().replace("-", "_")
+    if plain in _TERMS:
+        return (plain,)
+    # Only the name itself may be an alias: a misspelled one is as likely a misspelled loss.
+    return ALIASES.get(plain) or tuple(difflib.get_close_matches(plain, _TERMS, n=1))
+
+
 def config_class(name: str) -> type[TermConfig]:
-    """The config class of a loss name; ValueError names the nearest one."""
+    """The config class of a loss name; ValueError names what it is called here, or the nearest."""
     if name not in _TERMS:
-        near = difflib.get_close_matches(name, _TERMS, n=1)
-        hint = f", did you mean losses.{near[0]}?" if near else "."
+        near = " and ".join(f"losses.{one}" for one in called(name))
+        hint = f", did you mean {near}?" if near else "."
         raise ValueError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
     module, attribute = _TERMS[name]
     return getattr(import_module(module), attribute)

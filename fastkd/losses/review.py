@@ -41,8 +41,8 @@ class ReviewKD(LossTerm):
     beside it.
 
     Weights of the reference: 5 for wide ResNets, resnet8x4 and ShuffleNetV1, 8 for ShuffleNetV2,
-    0.6 for resnet20, 1 for resnet32 and on ImageNet. A batch of one image is refused by the batch
-    norms of the fusion.
+    0.6 for resnet20, 1 for resnet32; on ImageNet 1 for ResNet-34 to ResNet-18 and 8 for ResNet-50
+    to MobileNetV1. A batch of one image is refused by the batch norms of the fusion.
 
     Source: Chen et al. 2021, arXiv:2104.09044, section 3; dvlab-research/ReviewKD
     CIFAR-100/model/reviewkd.py and megvii-research/mdistiller mdistiller/distillers/ReviewKD.py,

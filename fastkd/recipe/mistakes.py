@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -24,6 +24,8 @@ _BOUNDS = (
     (Lt, "lt", "below"),
     (Le, "le", "at most"),
 )
+
+_SIZES = ((MinLen, "min_length", "at least"), (MaxLen, "max_length", "at most"))
 
 _ENTRY = r"(?<=\.)\d+(?=\.)"
 
@@ -99,7 +101,14 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is tuple:
         return f"a list joined by commas, each {_words(inner[0])}"
     if origin is dict or origin is Mapping:
-        return "a mapping such as {name: value}"
+        sizes = [
+            f"{word} {getattr(limit, name)}"
+            for kind, name, word in _SIZES
+            for limit in metadata
+            if isinstance(limit, kind)
+        ]
+        few = f" with {' and '.join(sizes)} entries" if sizes else ""
+        return f"a mapping such as {{name: value}}{few}"
     bounds = [
         f"{word} {getattr(limit, name):g}"
         for kind, name, word in _BOUNDS

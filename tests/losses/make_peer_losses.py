@@ -40,13 +40,19 @@ def load(path: str, **stubs: types.ModuleType) -> Any:
     return module
 
 
+def entries(gradient: Tensor) -> dict[int, float]:
+    """Place -> value at six places from the first to the last, at all of a smaller one."""
+    flat = gradient.flatten()
+    return {k: flat[k].item() for k in (place * (len(flat) - 1) // 5 for place in range(6))}
+
+
 def measured(loss: Tensor, leaves: Iterable[Tensor], **more: Tensor) -> dict[str, Any]:
-    """The loss and, per input, the norm and the first element of its gradient."""
+    """The loss and, per input, the norm and some entries of its gradient."""
     gradients = torch.autograd.grad(loss, list(leaves))
     return {
         "loss": loss.item(),
         "grad_norm": [gradient.norm().item() for gradient in gradients],
-        "grad_first": [gradient.flatten()[0].item() for gradient in gradients],
+        "grad_entries": [entries(gradient) for gradient in gradients],
         **{key: value.detach().flatten()[:6].tolist() for key, value in more.items()},
     }
 

@@ -1,7 +1,8 @@
 """Every registered loss has numbers of its authors, a gradient in float64, and a test on two ranks.
 
-PROOFS says where. A loss without a row, and a row whose test is gone, fail here. Losses whose
-source prints or releases no number have what their paper's formula gives.
+PROOFS says where. A loss without a row, a row whose test is gone, and a docstring whose `Tests:`
+does not lead there fail here. Losses whose source prints or releases no number have what their
+paper's formula gives, and say so.
 """
 
 import ast
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fastkd.losses.catalogue import entry_of
 from fastkd.losses.registry import term_names
 
 TESTS = Path(__file__).parents[1]
@@ -68,6 +70,21 @@ PROOFS = {
         name: Proof(*(f"{test}[{name}]" for test in RELATIONS))
         for name in ("sp", "pkt", "cc", "rkd")
     },
+    "ab": Proof(
+        "losses/test_hints.py::test_released_values_of_ab",
+        "losses/test_hints.py::test_ab_is_the_squared_distance_to_the_boundary",
+        f"{JOINED}[ab]",
+    ),
+    "fsp": Proof(
+        "losses/test_fsp.py::test_released_values",
+        "losses/test_fsp.py::test_value_and_gradient_are_the_formula",
+        f"{JOINED}[fsp]",
+    ),
+    "ft": Proof(
+        "losses/test_factors.py::test_released_value",
+        "losses/test_factors.py::test_values_and_gradients_are_the_formulas",
+        f"{APART}[ft]",
+    ),
     "fitnet": Proof(
         "losses/test_hints.py::test_released_value_of_fitnet",
         "losses/test_hints.py::test_fitnet_connects_every_size",
@@ -128,3 +145,12 @@ def test_the_proofs_of_a_loss_exist(name: str) -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         assert not case or case.removesuffix("]") in words, proof
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_the_docstring_leads_to_the_proofs_and_to_released_numbers(name: str) -> None:
+    entry = entry_of(name)
+    files = {f"tests/{proof.partition('::')[0]}" for proof in PROOFS[name]}
+    assert files - set(entry.tests) == set()
+    released = any(path.endswith(".json") for path in entry.tests)
+    assert released != ("no released number" in entry.proof)

@@ -1,4 +1,4 @@
-"""FitNet and VID: the released values, the formulas in float64, connectors of every size."""
+"""FitNet, VID and AB: the released values, the formulas in float64, connectors of every size."""
 
 import json
 import math
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.losses import VID, FitNet
-from fastkd.testing import bind_pair, sines
+from fastkd.losses import AB, VID, FitNet
+from fastkd.losses.term import LossTerm
+from fastkd.testing import bind_pair, bind_term, call_term, sines
 
 ORACLE = json.loads((Path(__file__).parent / "feature_oracle.json").read_text())["values"]
 PAIR = {"stage2": "stage2"}
@@ -42,8 +43,22 @@ def test_released_value_of_fitnet() -> None:
     assert term(inputs).parts["fitnet"].item() == pytest.approx(ORACLE["hint_mse"], rel=1e-6)
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_released_values_of_ab(level: int) -> None:
+    shapes = ((8, 6, 8, 8), (8, 6, 4, 4))
+    term = AB({"stage1": "stage1", "stage2": "stage2"})
+    maps = [sines(shapes[k], 28 + k + 2 * net, 2) for k in (0, 1) for net in (0, 1)]
+    # The other level beyond the margin on the teacher's side, where it costs nothing.
+    maps[2 * (1 - level)] = torch.where(maps[2 * (1 - level) + 1] > 0, 3.0, -3.0).double()
+    tensors = dict(zip(term.needs, maps, strict=True))
+    bind_term(term, tensors)
+    assert list(term.parameters()) == []
+    got = call_term(term, tensors).parts["ab"].item()
+    assert got == pytest.approx(ORACLE[f"ab_level{level}_of2"], rel=1e-6)
+
+
 def check_value_and_gradients(
-    term: VID | FitNet, student: Tensor, got: Tensor, expected: Tensor
+    term: LossTerm, student: Tensor, got: Tensor, expected: Tensor
 ) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
     leaves = [student, *term.parameters()]
@@ -111,8 +126,39 @@ def test_fitnet_connects_every_size(
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 10, 6), (5, 5, 3)])
+def test_ab_is_the_squared_distance_to_the_boundary(shape: tuple[int, ...]) -> None:
+    student = (2 * torch.randn(3, *shape, dtype=torch.float64)).requires_grad_()
+    teacher = torch.randn(3, 5, 5, 3, dtype=torch.float64)
+    teacher[0, 0, 0] = 0  # counts as not active
+    term = AB(PAIR, margin=0.7)
+    inputs = bind_pair(term, student, teacher)
+    term.double()
+    moved = student
+    if shape != teacher.shape[1:]:
+        convolution, norm = term.connectors[0]
+        moved = convolution(student)
+        mean, variance = moved.mean((0, 2, 3)), moved.var((0, 2, 3), unbiased=False)
+        moved = (moved - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+        moved = moved * norm.weight[:, None, None] + norm.bias[:, None, None]
+    # As the reference writes it: four cases, of which two cost nothing.
+    off = (moved > -0.7) & (teacher <= 0)
+    on = (moved <= 0.7) & (teacher > 0)
+    total = ((moved + 0.7) ** 2)[off].sum() + ((moved - 0.7) ** 2)[on].sum()
+    check_value_and_gradients(term, student, term(inputs).parts["ab"], total / len(student) * 0.003)
+
+
+def test_ab_halves_the_weight_of_each_pair_before_the_last() -> None:
+    student, teacher = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 5, 4).double()
+    term, alone = AB({f"stage{k}": f"stage{k}" for k in (1, 2, 3)}), AB(PAIR)
+    tensors = dict(zip(term.needs, 3 * (student, teacher), strict=True))
+    bind_term(term, tensors)
+    one = alone(bind_pair(alone, student, teacher)).parts["ab"]
+    torch.testing.assert_close(call_term(term, tensors).parts["ab"], 1.75 * one)
+
+
 def test_connectors_run_in_the_type_of_the_features_and_sum_in_fp32() -> None:
-    for term in (VID(PAIR), FitNet(PAIR)):
+    for term in (VID(PAIR), FitNet(PAIR), AB(PAIR)):
         student, teacher = torch.randn(3, 4, 6, 6).bfloat16(), torch.randn(3, 5, 3, 3).bfloat16()
         got = term(bind_pair(term, student, teacher)).parts[term.name]
         assert got.dtype == torch.float32
@@ -122,5 +168,7 @@ def test_connectors_run_in_the_type_of_the_features_and_sum_in_fp32() -> None:
 def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(UserError, match="a student's map of 4x4 to the teacher's 6x6"):
         bind_pair(FitNet(PAIR), torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 6, 6))
+    with pytest.raises(UserError, match=r"losses.ab cannot bring a student's map of 4x4 to the"):
+        bind_pair(AB(PAIR), torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 6, 6))
     with pytest.raises(UserError, match=r"but x/teacher/stage2 is \[5\] per image"):
         bind_pair(VID(PAIR), torch.zeros(2, 3, 4, 4), torch.zeros(2, 5))

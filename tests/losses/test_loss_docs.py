@@ -14,7 +14,7 @@ import pytest
 
 from fastkd.cli import main
 from fastkd.losses.catalogue import FIELDS, catalogue, entry_of
-from fastkd.losses.registry import config_class, term_names
+from fastkd.losses.registry import ALIASES, called, config_class, term_names
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "losses.md"
@@ -56,7 +56,7 @@ def test_every_link_leads_somewhere() -> None:
 def test_a_loss_names_its_origin_and_its_proof(name: str) -> None:
     entry = entry_of(name)
     assert isinstance(config_class(name)(**required(name)).build(name), entry.term)
-    assert name == "ce" or re.search(r"arXiv:\d{4}\.\d{4,5}|NeurIPS|AlignKD", entry.source)
+    assert name == "ce" or re.search(r"arXiv:\d{4}\.\d{4,5}|NeurIPS|CVPR|AlignKD", entry.source)
     of_torch = "`torch.nn." in entry.source
     assert of_torch or re.search(r"[\w-]+/[\w-]+(@\w+)? [\w/-]+\.py", entry.source)
     texts = {path: (ROOT / path).read_text() for path in entry.tests}
@@ -82,6 +82,8 @@ def test_weight_and_keys_are_those_of_the_class(name: str) -> None:
 def required(name: str) -> dict[str, object]:
     """Values for the keys that a recipe must give."""
     values = {"weight": 1.0, "ce_weight": 0.1, "pairs": {"stage1": "stage1"}}
+    if name == "fsp":
+        values["pairs"] = {"stage1": "stage1", "stage2": "stage2"}
     fields = config_class(name).model_fields
     return {key: values[key] for key, field in fields.items() if field.is_required()}
 
@@ -105,3 +107,39 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "losses.sp.gather=true  # Compare the samples" in shown
     assert main(["losses", "kdd"]) == 2
     assert "did you mean losses.kd?" in capsys.readouterr().err
+
+
+def test_other_names_lead_to_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text()
+    for alias, means in ALIASES.items():
+        assert alias not in term_names()
+        assert called(alias) == means
+        for one in means:
+            loss, _, key = one.partition(".")
+            assert loss in term_names()
+            assert not key or key.partition("=")[0] in config_class(loss).model_fields
+            assert f"`{alias}`" in page.partition(f"\n## {loss}\n")[2].partition("\n## ")[0]
+    assert main(["losses", "lskd"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("lskd is losses.kd.standardize=true\n\nfastkd.losses.KD\n")
+    assert main(["losses", "meal"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nfastkd.losses.SoftCE\n" in shown
+    assert "\nfastkd.losses.Discriminator\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("lskd", "losses.kd.standardize=true"),
+        ("Logit-Standardisation", "losses.kd.standardize=true"),
+        ("hint", "losses.fitnet"),
+        ("hinton", "losses.kd"),
+        ("factor", "losses.ft"),
+        ("meal", "losses.soft_ce and losses.discriminator"),
+        ("DKD", "losses.dkd"),
+    ],
+)
+def test_a_recipe_with_another_name_is_told(name: str, means: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"no loss {name!r}, did you mean {means}? ")):
+        config_class(name)

@@ -1,4 +1,4 @@
-"""Recipe keys of the losses on logits and of the papers' own: what they build, what they refuse."""
+"""Recipe keys of the losses with keys of their own: what they build, what they refuse."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +37,26 @@ KEYS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
             t.needs == ("x/student/stage1", "x/teacher/stage2:preact")
             and (t.max_width, t.warmup_epochs) == (64, 1)
         ),
+    ),
+    "ab": (
+        "AB",
+        {"pairs": {"stage1:preact": "stage2:preact"}, "margin": 2.0},
+        lambda t: (
+            t.needs == ("x/student/stage1:preact", "x/teacher/stage2:preact") and t.margin == 2
+        ),
+    ),
+    "fsp": (
+        "FSP",
+        {"pairs": {"stem": "stem", "stage2": "stage2", "stage1": "stage1"}},
+        # In the order given: consecutive taps belong together.
+        lambda t: (
+            [need.rpartition("/")[2] for need in t.needs[::2]] == ["stem", "stage2", "stage1"]
+        ),
+    ),
+    "ft": (
+        "FT",
+        {"pairs": {"stage3": "stage3"}, "rate": 0.25},
+        lambda t: t.rate == 0.25 and t.weights["ft_reconstruction"] == 1,
     ),
     "simkd": (
         "SimKD",
@@ -142,6 +162,8 @@ def test_other_view(name: str) -> None:
 def test_wrong_values_are_named() -> None:
     with pytest.raises(UserError, match="2 taps in student, 1 in teacher: name as many of each"):
         recipe({"reviewkd": {"weight": 1, "student": ["stage1", "stage2"], "teacher": ["stage1"]}})
+    with pytest.raises(UserError, match=r"losses\.fsp\.pairs=.*at least 2 entries"):
+        recipe({"fsp": {"weight": 1.0, "pairs": {"stage1": "stage1"}}})
     with pytest.raises(UserError, match=r"losses\.jointrd\.form=text: .*paper.*released"):
         recipe({"jointrd": {"weight": 1.0, "form": "text"}})
     with pytest.raises(UserError, match=r"losses\.dkd\.warmup_epoch\b.*warmup_epochs"):

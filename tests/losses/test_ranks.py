@@ -17,9 +17,9 @@ import torch
 PROGRAM = Path(__file__).parents[1] / "programs" / "rank_losses.py"
 JOINED = (
     *("ce", "bce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
-    *("stage_mse", "jointrd", "discriminator"),
+    *("stage_mse", "jointrd", "discriminator", "ab", "fsp"),
 )
-APART = ("dist_apart", "fitnet", "reviewkd", "simkd", "jointrd_released")
+APART = (*("dist_apart", "fitnet", "ft", "ab_connected", "reviewkd", "simkd", "jointrd_released"),)
 
 
 @pytest.fixture(scope="module")

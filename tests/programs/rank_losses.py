@@ -17,9 +17,12 @@ from two_ranks import make
 
 from fastkd.distributed import World, same_on_all_ranks
 from fastkd.losses import (
+    AB,
     AT,
     DIST,
     DKD,
+    FSP,
+    FT,
     KD,
     NST,
     VID,
@@ -52,6 +55,10 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "jointrd": lambda: JointRD(STAGES),
     "discriminator": lambda: Discriminator(),
     "at": lambda: AT({"stage1": "stage1", "stage3": "stage2"}),
+    "ab": lambda: AB({"stage1:preact": "stage1:preact", "stage3": "stage3"}),
+    "ab_connected": lambda: AB({"stage1": "stage2"}, name="ab_connected"),
+    "fsp": lambda: FSP({"stage1": "stage1", "stage2": "stage2", "stage3": "stage3"}),
+    "ft": lambda: FT({"stage3": "stage2"}),
     "nst": lambda: NST({"stage1": "stage2"}),
     "vid": lambda: VID({"stage2": "stage2"}),
     "fitnet": lambda: FitNet({"stage2": "stage2"}),

@@ -1,0 +1,88 @@
+"""FSP: how a network's channels go together from one tap to the next.
+
+Shape suffixes: N images, A and B channels of a tap and of the next one, P = H * W pixels.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.errors import UserError
+from fastkd.losses.pairs import PairConfig, PairTerm, pool_alike
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+
+__all__ = ["FSP", "FSPConfig"]
+
+
+class FSP(PairTerm):
+    """Flow of the solution procedure: products of the channels of two consecutive taps.
+
+        G_ab = mean over pixels of (channel a of a tap) * (channel b of the next tap)
+        loss = sum over consecutive taps of mean over images, a and b of (G_student - G_teacher)^2
+
+    `pairs` name the taps in the order in which the networks compute them, at least two; each tap of
+    the student has as many channels as its partner. Inside a network the larger of two consecutive
+    maps is average-pooled to the smaller; student and teacher may differ in size. Nothing of its
+    own is trained.
+
+    Its authors train the student's body with this loss alone first (30 epochs in the reference) and
+    then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
+    losses from the first step to the last, so published numbers of FSP are not its.
+
+    Source: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017; HobbitLong/RepDistiller
+    distiller_zoo/FSP.py, its first stage in HobbitLong/RepDistiller helper/pretrain.py.
+    Needs: two or more pairs of taps on x, maps; in the reference the stem and all stages.
+    Weight: 50, which the reference's script passes and its code, with this loss alone, ignores.
+    Tests: tests/losses/test_fsp.py, test_ranks.py; oracle feature_oracle.json.
+    """
+
+    def __init__(
+        self, pairs: Mapping[str, str], *, weight: float = 50.0, name: str = "fsp"
+    ) -> None:
+        if len(pairs) < 2:
+            raise ValueError(
+                f"{name} compares what lies between taps: give two or more pairs, in the order of "
+                f"the networks; got {dict(pairs)}"
+            )
+        super().__init__(name, pairs, weight)
+
+    def bind(self, context: BindContext) -> None:
+        """Refuse taps that are no feature maps, and pairs of different numbers of channels."""
+        for number, (student, teacher) in enumerate(self.map_shapes(context)):
+            if student[0] != teacher[0]:
+                ours, theirs = self.needs[2 * number : 2 * number + 2]
+                raise UserError(
+                    f"losses.{self.name} compares channel by channel, but {ours} has {student[0]} "
+                    f"channels and {theirs} has {teacher[0]}: pair taps of as many, or take "
+                    f"losses.fitnet, losses.vid or losses.at, which bridge other widths"
+                )
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        """Sum over consecutive taps."""
+        students, teachers = zip(*self.features(inputs), strict=True)
+        flows = (map(_flow, *zip(*pairwise(maps), strict=True)) for maps in (students, teachers))
+        losses = [F.mse_loss(*pair) for pair in zip(*flows, strict=True)]
+        return TermOutput({self.name: torch.stack(losses).sum()})
+
+
+def _flow(map_NAHW: Tensor, next_NBHW: Tensor) -> Tensor:
+    """G of the class, [N, A, B], in fp32 or fp64."""
+    maps = pool_alike(widened(map_NAHW), widened(next_NBHW))
+    map_NAP, next_NBP = (m.flatten(2) for m in maps)
+    return map_NAP @ next_NBP.mT / map_NAP.shape[2]
+
+
+class FSPConfig(PairConfig):
+    """Keys of `losses.fsp`; RepDistiller names a weight of 50, on the stem and all stages."""
+
+    pairs: dict[str, str] = Field(min_length=2)
+    """Tap of the student: tap of the teacher, from the first to the last, e.g. {stem: stem,
+    stage1: stage1, stage2: stage2}."""
+
+    def build(self, name: str) -> LossTerm:
+        """The term."""
+        return FSP(name=name, **self.model_dump())
