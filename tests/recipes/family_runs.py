@@ -43,6 +43,8 @@ from fastkd.weights import describe, save_weights
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.json"
 DATA = os.environ.get("FASTKD_TEST_DATA")
 STEPS, BATCH, GOLDEN_STEPS = 30, 16, 5
+# At a recipe's own rate: rounding decides from the third step on.
+OWN_STEPS = 2
 
 Numbers = dict[str, float]
 
@@ -52,6 +54,7 @@ FAMILIES = {
     for name, (recipe, networks) in _TABLE["families"].items()
 }
 ALL = ("device=cpu", "precision=fp32", f"batch_size={BATCH}", "data.drop_last=true")
+SCHEDULED = {"name", "schedule", "milestones", "gamma", "warmup_epochs", "clip_norm"}
 # What those that have it need for batches of 16 of 480 images.
 FEW = {"crd": ("losses.crd.negatives=64",), "pick": (f"augment.pick.images={BATCH}",)}
 
@@ -60,6 +63,8 @@ FEW = {"crd": ("losses.crd.negatives=64",), "pick": (f"augment.pick.images={BATC
 class Run:
     """What 30 steps of a family left."""
 
+    asked: dict[str, Any]
+    """How the recipe is to be trained, each group of parameters as its optimizer has it."""
     parts: dict[str, dict[str, float]]
     """Per part of the loss, in the first step: its value, and the norm of the gradient that it,
     with its weight, has on the student."""
@@ -109,12 +114,13 @@ class Workplace:
         """Those of a network that answers like a trained one: batch norms that have seen the
         images, and logits with a spread of 3 over them."""
         classes = max(getattr(config, "class_map", None) or (9,)) + 1
-        words = [config.name, *(f"{key}-{value}" for key, value in config.options().items())]
+        options = config.options()
+        words = [config.name, str(classes), *(f"{key}-{value}" for key, value in options.items())]
         path = self.folder / (re.sub(r"\W+", "-", "-".join(words)) + ".safetensors")
         if path.exists():
             return path
         torch.manual_seed(7)
-        model = create_model(config.name, classes, **config.options())
+        model = create_model(config.name, classes, **options)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0
@@ -142,9 +148,11 @@ class Workplace:
         """30 steps, made once."""
         if name not in self.runs:
             trainer = self.trainer(name, "compile=off")
+            # Asked first: a schedule writes its momentum over that of the recipe.
+            wanted = asked(name, trainer)
             parts, slopes = measured(trainer), slopes_of(trainer)
             steps = list(taken(trainer, trainer.prepare(0)))
-            self.runs[name] = Run(parts, steps, trainer.guard.counts()[1])
+            self.runs[name] = Run(wanted, parts, steps, trainer.guard.counts()[1])
             self.starts[name] = steps[0]["loss"], slopes[0]
         return self.runs[name]
 
@@ -159,11 +167,26 @@ class Workplace:
 
     def gentle(self, name: str, *words: str) -> Trainer:
         """The same at a rate at which the first step, along the gradient, takes about 0.2 % of the
-        total away; at the recipes' own rates rounding decides from the third step on."""
+        total away, so that rounding never decides."""
         loss, slope = self.start(name)
         lr = 0.002 * loss / slope
         constant = ("optim.schedule=constant", "optim.weight_decay=0")
         return self.trainer(name, f"optim.lr={lr}", *constant, *(words or ("compile=off",)))
+
+
+def asked(name: str, trainer: Trainer) -> dict[str, Any]:
+    """Length and batch as the named recipe has them: those of the row are small."""
+    recipe = load_recipe(FAMILIES[name][0])
+    return {
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "optim": recipe.optim.model_dump(mode="json", include=SCHEDULED),
+        "groups": [
+            {"tensors": len(group["params"]), "lr": group["base_lr"]}
+            | {key: group[key] for key in ("momentum", "nesterov", "weight_decay")}
+            for group in trainer.optimizer.param_groups
+        ],
+    }
 
 
 def taken(trainer: Trainer, batches: Iterable[Prepared], advance: int = 1) -> Iterator[Numbers]:
@@ -239,10 +262,11 @@ def at_work(folder: Path) -> Iterator[Workplace]:
 
 
 def recorded(workplace: Workplace, name: str) -> dict[str, Any]:
-    """What is golden."""
-    trainer = workplace.gentle(name)
+    """What is golden: `totals` are those of the recipe's own rate, `steps` of a gentle one."""
+    run, trainer = workplace.run(name), workplace.gentle(name)
     steps = list(taken(trainer, islice(trainer.prepare(0), GOLDEN_STEPS)))
-    return {"parts": workplace.run(name).parts, "steps": steps}
+    totals = [step["loss"] for step in run.steps[:OWN_STEPS]]
+    return {"asked": run.asked, "totals": totals, "parts": run.parts, "steps": steps}
 
 
 def main(names: list[str]) -> None:

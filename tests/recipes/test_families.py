@@ -37,6 +37,10 @@ from family_runs import (
 # ONEDNN_MAX_CPU_ISA) 2.6e-5; two threads in place of one 1e-4 of a loss, and 3e-2 of the norm of a
 # gradient where ReLUs stand at 0. All here runs on one thread.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 0.1
+# At the recipes' own rates, whose steps are large, two threads change the second total by at most
+# 9e-5, but of six families by up to 1.1e-3, and of the ResNet-18 without shortcuts by 8e-2.
+UNSTEADY = dict.fromkeys(("at-G:4", "at-G:N:8", "at-G:N", "at-BG:2:4", "rkd", "jointrd"), 1e-2)
+UNSTEADY["no-shortcuts-G"] = 0.2
 CHOICES = (
     *("augment.xprime", "augment.pick.criterion", "losses.jointrd.form", "losses.kd.standardize"),
     *("losses.dkd.standardize", "losses.kd.xprime_target", "student.frozen", "student.new_head"),
@@ -85,10 +89,18 @@ def test_nothing_that_recipes_use_is_without_a_family() -> None:
     assert {feature: name for feature, name in asked.items() if feature not in covered} == {}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recipes_ask_for_their_golden_training(workplace: Workplace, name: str) -> None:
+    """Rates, decay and schedule stand there as they are: 30 steps cannot tell all of them."""
+    assert workplace.run(name).asked == json.loads(GOLDEN.read_text())[name]["asked"]
+
+
 @pytest.mark.skipif(not DATA, reason="FASTKD_TEST_DATA is not set (folder with cifar10/ in it)")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
     golden, found = json.loads(GOLDEN.read_text())[name], recorded(workplace, name)
+    own = UNSTEADY.get(name, TOLERANCE)
+    assert found["totals"] == pytest.approx(golden["totals"], rel=own)
     assert found["parts"].keys() == golden["parts"].keys()
     for part, numbers in golden["parts"].items():
         value, gradient = (found["parts"][part][key] for key in ("value", "gradient"))
