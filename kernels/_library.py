@@ -6,6 +6,7 @@ then picks the backend. Where a device has none, the op's plain torch reference 
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -42,7 +43,6 @@ LIBRARY = torch.library.Library("fastkd", "DEF")
 # How the C++ core is told what a tensor's elements are: `Storage` in csrc/softmax.h.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# The core's C interface carries no version of its own: library and sources are built together.
 _CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
 
 
@@ -66,6 +66,11 @@ def core() -> Core | str:
         )
     try:
         library = ctypes.CDLL(str(_CORE_FILE))
+        if not _built_from_these_sources(library):
+            return (
+                "C++ core not used: libfastkd_cpu.so was built from other sources than these. Run "
+                "`pip install -e .` again"
+            )
         library.fastkd_isas.restype = ctypes.c_char_p
         isas = tuple(library.fastkd_isas().decode().split())
         runtime, name = _openmp_of_torch()
@@ -73,6 +78,25 @@ def core() -> Core | str:
     except (OSError, AttributeError) as error:
         return f"C++ core not usable: {error}. Run `pip install -e .` again"
     return Core(library, isas, name)
+
+
+def _built_from_these_sources(library: ctypes.CDLL) -> bool:
+    """Whether the C++ files beside this one, if there are any, are those that CMake compiled.
+
+    An update of a checkout changes the sources and leaves the library, and a call would pack its
+    arguments as the old library does not read them. CMakeLists.txt takes the same digest.
+    """
+    folder = _CORE_FILE.parent
+    found = (file for kind in ("*.cpp", "*.h") for file in folder.rglob(kind))
+    files = sorted(file.relative_to(folder).as_posix() for file in found)
+    if not files:
+        return True
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files]
+    library_digest = getattr(library, "fastkd_sources", None)
+    if library_digest is None:
+        return False
+    library_digest.restype = ctypes.c_char_p
+    return library_digest().decode() == hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @functools.cache

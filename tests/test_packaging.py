@@ -1,10 +1,10 @@
 """Installing fastkd: with and without a compiler, twice, from sdist; and what importing costs."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -60,6 +60,9 @@ def build_wheel(checkout: Path, out: Path, **environment: str) -> list[str]:
 
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+NEEDS_CORE = pytest.mark.skipif(
+    bool(os.environ.get("FASTKD_NO_CPP")) or not HAS_COMPILER, reason="installed without the core"
+)
 
 
 @pytest.mark.skipif(not HAS_COMPILER or not shutil.which("cmake"), reason="needs C++ and CMake")
@@ -96,27 +99,49 @@ def test_a_broken_compiler_is_reported_and_builds_without_the_core(
     assert not any(n.endswith(".so") for n in names)
 
 
-def test_status_says_why_the_reference_runs(checkout: Path, tmp_path: Path) -> None:
-    """The copy has no library: its kernels answer from plain torch and say so."""
-    package = tmp_path / "site" / "fastkd"
+def kd_backend(checkout: Path, folder: Path, core: Path | None = None) -> str:
+    """What a copy of the checkout in `folder` says runs kd_loss, which it also calls."""
+    package = folder / "fastkd"
     shutil.copytree(checkout / "fastkd", package)
     shutil.copytree(checkout / "kernels", package / "kernels")
+    if core is not None:
+        shutil.copy(core, package / "kernels")
     code = (
-        "import torch, fastkd.kernels as k; assert 'site' in k.__file__, k.__file__; "
+        f"import torch, fastkd.kernels as k; assert {folder.name!r} in k.__file__, k.__file__; "
         "s = torch.randn(4, 10, requires_grad=True); "
         "k.kd_loss_mean(s, torch.randn(4, 10)).backward(); "
         "print(k.status()['kd_loss']['cpu'])"
     )
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
     # -S and no .pth files: an editable install of the tree under test must not answer.
-    paths = os.pathsep.join([str(package.parent), sysconfig.get_paths()["purelib"]])
-    done = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=paths)
+    paths = os.pathsep.join([str(package.parent), str(Path(torch.origin).parents[1])])
+    done = run(sys.executable, "-S", "-c", code, cwd=folder, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("reference (C++ core not built: libfastkd_cpu.so is missing")
+    return done.stdout
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("FASTKD_NO_CPP")) or not HAS_COMPILER, reason="installed without the core"
-)
+def test_status_says_why_the_reference_runs(checkout: Path, tmp_path: Path) -> None:
+    """The copy has no library: its kernels answer from plain torch and say so."""
+    runs = kd_backend(checkout, tmp_path / "bare")
+    assert runs.startswith("reference (C++ core not built: libfastkd_cpu.so is missing")
+
+
+@NEEDS_CORE
+def test_a_core_of_other_sources_is_not_used(checkout: Path, tmp_path: Path) -> None:
+    """As after `git pull` in an editable install: the sources have changed, the library has not."""
+    import fastkd.kernels
+
+    core = Path(fastkd.kernels.__file__).with_name("libfastkd_cpu.so")
+    assert kd_backend(checkout, tmp_path / "same", core).startswith("c++ (")
+    with (checkout / "kernels/kd_loss/args.h").open("a") as file:
+        file.write("// one more argument\n")
+    runs = kd_backend(checkout, tmp_path / "other", core)
+    assert runs.startswith("reference (C++ core not used: libfastkd_cpu.so was built from other")
+    assert "`pip install -e .`" in runs
+
+
+@NEEDS_CORE
 def test_the_core_is_built_in_this_environment(tmp_path: Path) -> None:
     """Where a compiler exists, falling back to the reference in silence is a failure."""
     out = python("import fastkd.kernels as k; print(k.status()['kd_loss']['cpu'])", tmp_path)

@@ -42,6 +42,9 @@ void* scratch(std::size_t bytes) {
 
 #define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
 
+// Digest of all C++ sources: Python uses no library that was built from others than it finds.
+FASTKD_EXPORT const char* fastkd_sources() { return FASTKD_SOURCES; }
+
 // Hands over the OpenMP runtime that torch has loaded already. A second one would bring a second
 // pool of spinning threads, and the two would fight for the cores.
 FASTKD_EXPORT void fastkd_use_openmp(void* gomp_parallel) {
