@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.data.batch import IGNORED, Batch
+from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.distributed import World, all_reduce_sum, gather_rows
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
@@ -54,7 +54,8 @@ def evaluate(
     forward: images [N, 3, H, W] -> logits [N, C], in evaluation mode already.
     multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].
 
-    One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy).
+    One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy), of the
+    samples with a label: a negative class id is none.
     Several labels: `map`, the mean over classes of the area under the steps of precision over
     recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
     unknown labels; `loss` (mean binary cross entropy); `chance`, the mAP that scores which know
@@ -63,7 +64,7 @@ def evaluate(
     answers = _answers(forward, loader, precision)
     found = _ranked(answers, world) if multilabel else _counted(answers, world)
     if not found["samples"]:
-        raise ValueError("there is no validation sample to evaluate on")
+        raise ValueError("there is no validation sample to evaluate on, or none has a label")
     return found
 
 
@@ -81,12 +82,14 @@ def _answers(
 def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for logits_NC, labels_N in answers:
+        labels_N = torch.where(labels_N < 0, NO_LABEL, labels_N)
         top = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
         hits = top == labels_N[:, None]
         sums[0] += hits[:, 0].sum()
         sums[1] += hits.any(1).sum()
-        sums[2] += F.cross_entropy(logits_NC, labels_N, reduction="sum").double()
-        sums[3] += len(labels_N)
+        loss = F.cross_entropy(logits_NC, labels_N, ignore_index=NO_LABEL, reduction="sum")
+        sums[2] += loss.double()
+        sums[3] += (labels_N != NO_LABEL).sum()
     if world.size > 1:
         all_reduce_sum(sums)
     correct, correct5, loss, count = sums.tolist()

@@ -70,7 +70,9 @@ class StepOutput(NamedTuple):
     loss: Tensor
     """0-dim, fp32, with gradient: the weighted sum over all parts."""
     metrics_M: Tensor
-    """Detached fp32 vector in the order of `DistillStep.metric_names`: sums over the batch."""
+    """Detached fp32 vector in the order of `DistillStep.metric_names`: sums over the batch, the
+    parts times `images`. Images labelled -100 are counted among `images` and never `correct`: each
+    batch's part weighs as its images do, not as its labels do."""
     carry: dict[str, dict[str, Tensor]]
     """Per term, what its `commit` wants back."""
 

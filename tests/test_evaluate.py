@@ -98,6 +98,28 @@ def test_fewer_than_five_classes_are_all_in_the_top_five():
     assert found == pytest.approx(truth(model, 11, 3), rel=1e-6)
 
 
+def test_samples_without_a_label_are_not_wrong_answers():
+    model = linear()
+    (batch,) = loader(9, 9).epoch(0)
+    labels_N = batch.labels_N.clone()
+    labels_N[[2, 3, 7]], labels_N[8] = -100, -1
+
+    class Some:
+        def epoch(self, epoch, start_step=0):
+            yield batch._replace(labels_N=labels_N)
+
+    class Labelled:
+        def epoch(self, epoch, start_step=0):
+            yield type(batch)(*(tensor[labels_N >= 0] for tensor in batch))
+
+    found = evaluate(model, Some(), FP32, world())
+    assert found["samples"] == 5
+    assert found == pytest.approx(evaluate(model, Labelled(), FP32, world()), rel=1e-6)
+    labels_N.fill_(-100)
+    with pytest.raises(ValueError, match="none has a label"):
+        evaluate(model, Some(), FP32, world())
+
+
 def test_sums_are_exact_where_float32_would_not_be():
     class Many:
         def epoch(self, epoch, start_step=0):

@@ -9,10 +9,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-__all__ = ["IGNORED", "Batch", "Loader", "TrainLoader"]
+__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "TrainLoader"]
 
 IGNORED = -1.0
 """In labels [N, C]: not known, counts in no loss and no metric."""
+NO_LABEL = -100
+"""In class ids [N], as in torch: counts in no cross entropy, no KL on x and no accuracy."""
 
 
 class Batch(NamedTuple):

@@ -11,7 +11,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd.data.batch import NO_LABEL
 from fastkd.kernels import kd_loss
+from fastkd.kernels.kd_loss import rows_that_count
 from fastkd.losses.kd import KDLoss
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
@@ -40,12 +42,26 @@ def standardize(logits_NC: Tensor) -> Tensor:
     return centred_NC / (z_NC.std(1, keepdim=True) + 1e-7)
 
 
+def labelled_ce(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross entropy in fp32 of the rows with a label; 0 where there are none."""
+    total = F.cross_entropy(
+        widened(logits_NC),
+        labels_N,
+        label_smoothing=label_smoothing,
+        ignore_index=NO_LABEL,
+        reduction="sum",
+    )
+    return total / (labels_N != NO_LABEL).sum().clamp_min(1)
+
+
 class CrossEntropy(LossTerm):
     """Cross entropy of the student with the labels.
 
         loss = -mean over rows of log p_student[label],  p = softmax(logits)
 
-    With `label_smoothing` e the label counts 1 - e and every class e / C more. Part: `<name>`.
+    With `label_smoothing` e the label counts 1 - e and every class e / C more. Rows labelled -100
+    count neither in the sum nor in the divisor, which under several processes, or with accumulate,
+    is that of each rank's or micro-batch's own rows. Part: `<name>`.
 
     Source: `torch.nn.functional.cross_entropy`.
     Needs: the student's logits on x, and the labels.
@@ -61,8 +77,8 @@ class CrossEntropy(LossTerm):
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Softmax in fp32 whatever the autocast type."""
-        logits_NC = widened(inputs.tensors["x/student/logits"])
-        loss = F.cross_entropy(logits_NC, inputs.labels_N, label_smoothing=self.label_smoothing)
+        logits_NC = inputs.tensors["x/student/logits"]
+        loss = labelled_ce(logits_NC, inputs.labels_N, self.label_smoothing)
         return TermOutput({self.name: loss})
 
 
@@ -75,6 +91,8 @@ class KD(LossTerm):
     Parts: `<name>` (x), `<name>_xprime` (x', full weight, not averaged with x) and `ce` where
     ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
     not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
+    On x, rows labelled -100 count as in `KDLoss`: neither in a sum nor in the divisor, which under
+    several processes, or with accumulate, is that of each rank's or micro-batch's own rows.
 
     xprime_target: what is imitated on x': "teacher", what it says to x' (TLmixup, TLCutMix), or
     "mixed_logits", its logits of the two images, mixed like their pixels, which is what the
@@ -134,27 +152,33 @@ class KD(LossTerm):
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Means over the rows of each view."""
         parts = {}
+        labels_N = inputs.labels_N
         for view in self.views:
             student_NC = inputs.tensors[f"{view}/student/logits"]
             teacher_NC = inputs.tensors[self.targets[view]]
             if self.standardize:
                 student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
             with_labels = view == "x" and self.ce_weight and not self.standardize
+            counts_N = None
+            # Several labels per image, [N, C], have no row to ignore.
+            if view == "x" and not labels_N.is_floating_point():
+                counts_N = rows_that_count(labels_N, labels_N, None, NO_LABEL)
             kd_N, ce_N, _ = kd_loss(
                 student_NC,
                 teacher_NC,
-                inputs.labels_N if with_labels else None,
+                labels_N if with_labels else None,
                 temperature=self.temperature,
                 label_smoothing=self.label_smoothing,
+                ignore_index=NO_LABEL,
+                mask=None if with_labels else counts_N,
             )
-            parts[self.name if view == "x" else f"{self.name}_{view}"] = kd_N.mean()
+            rows = len(kd_N) if counts_N is None else counts_N.sum().clamp_min(1)
+            parts[self.name if view == "x" else f"{self.name}_{view}"] = kd_N.sum() / rows
             if with_labels:
-                parts["ce"] = ce_N.mean()
+                parts["ce"] = ce_N.sum() / rows
         if self.ce_weight and "ce" not in parts:
-            logits_NC = widened(inputs.tensors["x/student/logits"])
-            parts["ce"] = F.cross_entropy(
-                logits_NC, inputs.labels_N, label_smoothing=self.label_smoothing
-            )
+            logits_NC = inputs.tensors["x/student/logits"]
+            parts["ce"] = labelled_ce(logits_NC, labels_N, self.label_smoothing)
         return TermOutput(parts)
 
 

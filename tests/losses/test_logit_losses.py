@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.errors import UserError
-from fastkd.losses import DIST, DKD, KD, Discriminator, SoftCE
+from fastkd.losses import DIST, DKD, KD, CrossEntropy, Discriminator, KDLoss, SoftCE
 from fastkd.losses.dkd import decoupled_rows
 from fastkd.losses.logits import standardize
 from fastkd.losses.term import LossTerm
@@ -154,6 +154,48 @@ def test_dist_with_a_class_that_nobody_gives_a_chance() -> None:
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient_NC).all()
     assert (gradient_NC[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("ce_weight", [0.1, 0.0])
+@pytest.mark.parametrize("standardized", [False, True])
+def test_rows_without_a_label_count_neither_in_a_sum_nor_in_the_divisor(
+    standardized: bool, ce_weight: float
+) -> None:
+    student_NC, (teacher_NC,), labels_N = kd_case((7, 5), torch.float32, 1)
+    labels_N[[1, 4, 6]] = -100
+    kept = labels_N >= 0
+    term = KD(ce_weight=ce_weight, temperature=2, standardize=standardized)
+
+    def truth(leaf_NC: Tensor) -> Tensor:
+        few = leaf_NC[kept].double(), teacher_NC[kept].double()
+        ce = F.nll_loss(few[0].log_softmax(1), labels_N[kept])
+        s_NC, t_NC = map(standardize, few) if standardized else few
+        return ce_weight * ce + 0.9 * 4 * kl((t_NC / 2).softmax(1), (s_NC / 2).softmax(1))
+
+    leaf_NC = student_NC.clone().requires_grad_()
+    found, expected = total(term, inputs(leaf_NC, teacher_NC), labels_N), truth(leaf_NC)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(-0.37 * loss, leaf_NC)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    assert not gradients[0][~kept].any()
+    if not standardized:
+        drop_in = KDLoss(temperature=2, ce_weight=ce_weight, kd_weight=0.9)
+        assert drop_in(student_NC, teacher_NC, labels_N).item() == pytest.approx(found.item())
+
+    nobody = total(term, inputs(leaf_NC, teacher_NC), torch.full_like(labels_N, -100))
+    assert nobody.item() == 0
+    assert not torch.autograd.grad(nobody, leaf_NC)[0].any()
+
+
+def test_cross_entropy_is_the_mean_of_the_labelled_rows() -> None:
+    logits_NC, _, labels_N = kd_case((6, 4), torch.float32, 1)
+    labels_N[[0, 5]] = -100
+    tensors = {"x/student/logits": logits_NC}
+    few_NC = logits_NC[1:5].double().log_softmax(1)
+    smoothed = -0.8 * few_NC.gather(1, labels_N[1:5, None]).mean() - 0.2 * few_NC.mean()
+    found = total(CrossEntropy(label_smoothing=0.2), tensors, labels_N)
+    assert found.item() == pytest.approx(smoothed.item(), rel=1e-6)
+    assert total(CrossEntropy(), tensors, torch.full_like(labels_N, -100)).item() == 0
 
 
 def test_standardized_logits_have_no_size_and_no_offset() -> None:
