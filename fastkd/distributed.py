@@ -8,7 +8,7 @@ caller has already; with a single process there is none and every function here 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
@@ -33,6 +33,7 @@ __all__ = [
     "same_on_all_ranks",
     "split_evenly",
     "sync_buffers",
+    "unsynchronised",
     "wrap_ddp",
 ]
 
@@ -276,6 +277,11 @@ def wrap_ddp(
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+def unsynchronised(step: nn.Module) -> AbstractContextManager[Any]:
+    """A block whose gradients of a step from `wrap_ddp` stay on their rank, for a later sum."""
+    return step.no_sync() if isinstance(step, DistributedDataParallel) else nullcontext()
 
 
 def same_on_all_ranks(module: nn.Module) -> bool:

@@ -31,12 +31,16 @@ class Prepared(NamedTuple):
     views: dict[str, Tensor]
     teacher: dict[str, Tensor]
     global_size: int
-    rows_of_ranks: tuple[int, ...]
-    """How many rows of this (micro-)batch each rank has."""
+    rows_of_ranks: dict[str, tuple[int, ...]]
+    """How many rows of each view of this (micro-)batch each rank has."""
 
-    def chosen(self, view: str, index_K: Tensor) -> "Prepared":
-        """The same batch with these rows of one view and of what the teacher says to it."""
+    def chosen(self, view: str, index_K: Tensor, rows_of_ranks: tuple[int, ...]) -> "Prepared":
+        """The same batch with these rows of one view and of what the teacher says to it.
+
+        rows_of_ranks: how many are chosen on each rank.
+        """
         return self._replace(
+            rows_of_ranks=self.rows_of_ranks | {view: rows_of_ranks},
             views=self.views | {view: self.views[view][index_K]},
             teacher={
                 need: tensor[index_K] if need.startswith(f"{view}/") else tensor
@@ -60,7 +64,10 @@ class Prepared(NamedTuple):
                 {name: share(view, part) for name, view in self.views.items()},
                 {need: share(tensor, part) for need, tensor in self.teacher.items()},
                 self.global_size,
-                tuple(split_evenly(num, parts)[part] for num in self.rows_of_ranks),
+                {
+                    name: tuple(split_evenly(num, parts)[part] for num in rows)
+                    for name, rows in self.rows_of_ranks.items()
+                },
             )
 
 
@@ -90,6 +97,12 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
     return {view: tuple(taps) for view, taps in wanted.items()}
 
 
+def _view_joined(term: LossTerm) -> str:
+    """The view whose rows on every rank the term is told: its only one, else x."""
+    views = {Need.parse(text).view for text in term.needs}
+    return views.pop() if len(views) == 1 else "x"
+
+
 class DistillStep(nn.Module):
     """Student and terms as one module: its parameters are exactly those that are trained."""
 
@@ -112,6 +125,7 @@ class DistillStep(nn.Module):
         needs = [Need.parse(text) for term in self._terms() for text in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
+        self.joins = {term.name: _view_joined(term) for term in self._terms()}
         self.part_names = [part for term in self._terms() for part in term.weights]
         # A student that no loss shows the images themselves is not shown them for the count either:
         # its batch norms would see them. mAP of several labels is no sum over batches.
@@ -135,7 +149,7 @@ class DistillStep(nn.Module):
         index_N: Tensor,
         teacher: Mapping[str, Tensor],
         schedule: Mapping[str, Mapping[str, Tensor]],
-        rows_of_ranks: tuple[int, ...] = (),
+        rows_of_ranks: Mapping[str, tuple[int, ...]] | None = None,
     ) -> StepOutput:
         """views: [N, 3, H, W] by name; teacher: as in `Prepared`; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
@@ -153,7 +167,8 @@ class DistillStep(nn.Module):
         for term in self._terms():
             wanted = {need: tensors[need] for need in term.needs}
             scheduled = schedule.get(term.name, {})
-            output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows_of_ranks))
+            rows = rows_of_ranks.get(self.joins[term.name], ()) if rows_of_ranks else ()
+            output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows))
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
                 values[part] = output.parts[part]

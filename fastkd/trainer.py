@@ -6,7 +6,7 @@ device in one place only, `_fetch`.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.augment import ViewMaker
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
-from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers
+from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
 from fastkd.ema import EMA
 from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
@@ -169,7 +168,7 @@ class Trainer:
             num = self.loader.global_size(step)
             rows_of_ranks = split_evenly(num, self.world.size)
             teacher |= self.views.mixed(batch, teacher, epoch, step, rows_of_ranks)
-            yield Prepared(batch, views, teacher, num, rows_of_ranks)
+            yield Prepared(batch, views, teacher, num, dict.fromkeys(views, rows_of_ranks))
             step += 1
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
@@ -186,15 +185,17 @@ class Trainer:
         if self.pick is not None:  # compiled, it has no truth value
             # Here and not with the views: the student scores with its weights of this step.
             picked = self.pick(prepared.views["xprime"], prepared.teacher["xprime/teacher/logits"])
-            prepared = prepared.chosen("xprime", picked.index_K)
-            rows, ratio = min(rows, self.pick.num_chosen(rows * self.views.pool)), [picked.ratio]
+            pools = [num * self.views.pool for num in prepared.rows_of_ranks["x"]]
+            chosen = tuple(self.pick.num_chosen(num) for num in pools)
+            prepared = prepared.chosen("xprime", picked.index_K, chosen)
+            rows, ratio = min(rows, *chosen), [picked.ratio]
         # As many on every rank, or terms and batch norms that gather over the ranks would wait for
         # ever; a partial batch, or what is picked, may be fewer images than the recipe wants
         # micro-batches.
         micros = list(prepared.split(min(self.plan.accumulate, rows)))
         for number, micro in enumerate(micros, 1):
             share = len(micro.batch.labels_N) * self.world.size / micro.global_size
-            with self._no_sync(unless=number == len(micros)):
+            with nullcontext() if number == len(micros) else unsynchronised(self.runner):
                 out: StepOutput = self.runner(
                     micro.views,
                     micro.batch.labels_N,
@@ -236,11 +237,6 @@ class Trainer:
             for term in self.terms
             if term.name in out.carry
         ]
-
-    def _no_sync(self, *, unless: bool) -> AbstractContextManager[Any]:
-        if unless or not isinstance(self.runner, DistributedDataParallel):
-            return nullcontext()
-        return self.runner.no_sync()
 
     def _scheduled(self, epoch: float) -> dict[str, dict[str, Tensor]]:
         return scheduled_values(self.terms, epoch / self.plan.epoch_factor, self.world.device)

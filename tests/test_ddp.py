@@ -87,6 +87,26 @@ def test_accumulation_changes_no_gradient(inside: dict[str, Any]) -> None:
     )
 
 
+# A quarter, rounded up, of 16 images on each of two ranks, in the last batch of 10 and of 8; in one
+# process of 32 and of 18.
+CHOSEN: dict[str, dict[str, list[tuple[int, ...]]]] = {
+    "picked": {"one": [(8,)] * 3 + [(5,)], "two": [(4, 4)] * 3 + [(3, 2)]},
+    "picked, accumulated": {
+        "one": [(4,), (4,)] * 3 + [(3,), (2,)],
+        "two": [(2, 2), (2, 2)] * 3 + [(2, 1), (1, 1)],
+    },
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_rows_that_were_picked_are_joined_over_the_ranks(inside: dict[str, Any], case: str) -> None:
+    for world, expected in CHOSEN[case].items():
+        for rank, found in enumerate(each[case] for each in inside[world]):
+            assert found["rows"] == [(rows, rows[rank]) for rows in expected]
+            assert found["loss"] > 0
+            assert found["same"]
+
+
 def test_a_nan_on_one_rank_leaves_everything_on_both_ranks(inside: dict[str, Any]) -> None:
     for found in (found["bad step"] for found in inside["two"]):
         first, second, third, _ = found["states"]

@@ -168,10 +168,10 @@ def test_a_chosen_view_takes_its_rows_of_the_teacher_along():
         {"x": x, "xprime": made},
         {"x/teacher/logits": torch.randn(4, 5), "xprime/teacher/logits": torch.randn(8, 5)},
         4,
-        (4,),
+        {"x": (4,), "xprime": (8,)},
     )
     index = torch.tensor([7, 0, 3])
-    found = whole.chosen("xprime", index)
+    found = whole.chosen("xprime", index, (3,))
     assert torch.equal(found.views["x"], x)
     assert torch.equal(found.views["xprime"], made[index])
     assert torch.equal(found.teacher["x/teacher/logits"], whole.teacher["x/teacher/logits"])
@@ -180,6 +180,10 @@ def test_a_chosen_view_takes_its_rows_of_the_teacher_along():
     parts = list(found.split(2))
     assert [len(part.views["x"]) for part in parts] == [2, 2]
     assert [len(part.views["xprime"]) for part in parts] == [2, 1]
+    assert [part.rows_of_ranks for part in parts] == [
+        {"x": (2,), "xprime": (2,)},
+        {"x": (2,), "xprime": (1,)},
+    ]
 
 
 def test_a_compiled_pick_is_trained_with(monkeypatch):

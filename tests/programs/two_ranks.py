@@ -22,11 +22,12 @@ from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World, same_on_all_ranks
 from fastkd.ensemble import LoadedNet
+from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
-from fastkd.losses.term import LossTerm
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model
 from fastkd.precision import Precision
-from fastkd.recipe.schema import OptimConfig
+from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.trainer import Plan, Trainer
 
@@ -73,6 +74,7 @@ def make(
     ema: float | None = None,
     xprime: str = "none",
     lr: float = 0.05,
+    pick: PickConfig | None = None,
 ) -> Trainer:
     """A trainer on batches of 16, the last partial; 49 validation images."""
     options: Any = {
@@ -94,6 +96,7 @@ def make(
         train_labels_N=train.labels_N,
         normalization=((0.5,) * 3, (0.25,) * 3),
         xprime=xprime,
+        pick=pick,
         world=world,
         folder=None,
         console=Console(enabled=False),
@@ -189,6 +192,27 @@ def learning(world: World) -> dict[str, Any]:
     }
 
 
+def picked(world: World, **options: Any) -> dict[str, Any]:
+    """A loss that joins the rows of the ranks, on a view of which each rank keeps a part."""
+    torch.manual_seed(0)
+    term = DIST(view="xprime")
+    seen: list[tuple[tuple[int, ...], int]] = []
+    whole = term.forward
+
+    def noting(inputs: TermInputs) -> TermOutput:
+        seen.append((inputs.rows_of_ranks, len(inputs.tensors["xprime/student/logits"])))
+        return whole(inputs)
+
+    term.forward = noting
+    trainer = make(world, Plain(), [CrossEntropy(), term], xprime="cutmix", **options)
+    trainer.fit()
+    return {
+        "rows": seen,
+        "loss": trainer.history[0]["train_dist"],
+        "same": same_on_all_ranks(trainer.student),
+    }
+
+
 def foreign(world: World) -> dict[str, Any]:
     """fastkd.distill with loaders of torch, one per rank, that share the images evenly."""
     whole = images("train", 64)
@@ -218,6 +242,10 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     # More micro-batches than a rank has images in the partial batch, 5 or 4.
     "gradients, accumulated": lambda world: gradients(world, accumulate=8),
     "gradients, mixed targets": lambda world: gradients(world, accumulate=8, target="mixed_logits"),
+    "picked": lambda world: picked(world, pick=PickConfig(pool=2, share=0.25)),
+    "picked, accumulated": lambda world: picked(
+        world, pick=PickConfig(pool=2, share=0.25), accumulate=2
+    ),
     "bad step": bad_step,
     "learning": learning,
     "foreign": foreign,
