@@ -145,7 +145,8 @@ def build_trainer(
     # One network has stages, a head and a last norm; several have no such thing in common.
     alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
     stages = alone.stages if alone and alone.has_stages else None
-    head = _head(alone.model, teacher.class_map) if alone and teacher else None
+    # Of the network as it was loaded: the bound one may be folded, and held in the type of the run.
+    head = _head(teacher.model, teacher.class_map, device) if alone and teacher else None
     norm = _last_norm(teacher.model) if alone and teacher else None
     for term in terms:
         term.bind(
@@ -322,7 +323,9 @@ def _check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
             )
 
 
-def _head(model: nn.Module, class_map: tuple[int, ...] | None) -> nn.Linear | None:
+def _head(
+    model: nn.Module, class_map: tuple[int, ...] | None, device: torch.device
+) -> nn.Linear | None:
     """A copy of the last linear layer, which the classifiers of zoo, timm and torchvision end in.
 
     Its outputs are in the class order of the data.
@@ -330,7 +333,7 @@ def _head(model: nn.Module, class_map: tuple[int, ...] | None) -> nn.Linear | No
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears:
         return None
-    head = copy.deepcopy(linears[-1])
+    head = copy.deepcopy(linears[-1]).to(device)
     if class_map is not None:
         rows = list(class_map)
         head.weight = nn.Parameter(head.weight[rows], requires_grad=False)

@@ -16,6 +16,7 @@ from fastkd.build import _head
 from fastkd.errors import UserError
 from fastkd.evaluate_saved import evaluate_run
 from fastkd.losses import SimKD
+from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
 from fastkd.report.run_folder import RunFolder
@@ -116,10 +117,47 @@ def test_networks_of_others(tmp_path: Path) -> None:
         model_from_file(tmp_path / "run")
 
 
+class Noting(LossTerm):
+    """KL on the logits, which alone lets the teacher be folded and held in the run's type."""
+
+    def __init__(self) -> None:
+        super().__init__("noting", ("x/student/logits", "x/teacher/logits"), {"noting": 1.0})
+        self.seen: list[BindContext] = []
+
+    def bind(self, context: BindContext) -> None:
+        self.seen.append(context)
+
+    def forward(self, inputs: TermInputs) -> TermOutput:
+        student_NC, teacher_NC = (inputs.tensors[need] for need in self.needs)
+        return TermOutput({"noting": (student_NC - teacher_NC).square().mean()})
+
+
+def test_a_term_gets_the_head_and_the_norm_as_they_were_loaded() -> None:
+    loader = DataLoader(TensorDataset(*tensors(16, 1)), batch_size=16)
+    torch.manual_seed(2)
+    teacher = create_model("resnet8", 10)
+    weight_CD = teacher.get_submodule("fc").weight.detach().clone()
+    term = Noting()
+    fastkd.distill(
+        *(create_model("resnet8", 10), teacher, loader, loader),
+        epochs=1,
+        losses=[term],
+        precision="bf16",
+        device="cpu",
+        compile="off",
+        quiet=True,
+    )
+    (context,) = term.seen
+    assert context.teacher_head is not None and context.teacher_norm is not None
+    assert torch.equal(context.teacher_head.weight, weight_CD)
+    assert context.teacher_head.weight.dtype == torch.float32
+    assert context.teacher_norm.weight.dtype == torch.float32
+
+
 def test_the_classifier_is_in_the_class_order_of_the_data() -> None:
     teacher = create_model("resnet8", 10)
     features_ND = torch.rand(3, 64)
-    head = _head(teacher, (7, 0, 2))
+    head = _head(teacher, (7, 0, 2), torch.device("cpu"))
     assert head is not None
     expected_NC = teacher.get_submodule("fc")(features_ND)[:, [7, 0, 2]]
     torch.testing.assert_close(head(features_ND), expected_NC)
