@@ -73,7 +73,8 @@ def hardness(
         are never negative, and "kl" is exactly 0 for equal logits.
 
     Raises:
-        ValueError: a missing input, shapes or dtypes that do not fit, T <= 0, unknown criterion.
+        ValueError: a missing input, shapes, dtypes or devices that do not fit, T <= 0, unknown
+            criterion.
     """
     if not temperature > 0:
         raise ValueError(f"hardness: got temperature={temperature}; expected a number above 0")
@@ -179,6 +180,13 @@ def _inputs(
             f"hardness: got {needs[0]} logits {list(logits.shape)} of {logits.dtype}; expected "
             "floating point [N, C] or [..., C] with at least 2 classes, which come last"
         )
+    for name in needs[1:]:
+        if (other := given[name]) is not None and other.device != logits.device:
+            what = "labels" if name == "labels" else f"{name} logits"
+            raise ValueError(
+                f"hardness: {what} are on {other.device} but {needs[0]} logits are on "
+                f"{logits.device}; move them there"
+            )
     if kind == "entropy":
         return kind, logits, None, None
     if kind == "kl":

@@ -71,8 +71,8 @@ def kd_loss(
         equal logits. Gradients flow from kd and ce to the student, in the student's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, fewer than 2 classes, T <= 0, more than 4
-            teachers, swapped arguments, and on the CPU a label that is no class.
+        ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more
+            than 4 teachers, swapped arguments, and on the CPU a label that is no class.
     """
     inputs = prepare(student, teacher, labels, temperature, label_smoothing, ignore_index,
                       class_dim, weights, mask, check)  # fmt: skip

@@ -113,6 +113,13 @@ def prepare(
     mask = _per_row("mask", mask, rows)
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"kd_loss: mask is {mask.dtype}; expected torch.bool")
+    given = [("labels are", labels), ("weights are", weights), ("mask is", mask)]
+    for name, x in (*(("teacher logits are", t) for t in teachers), *given):
+        if x is not None and x.device != student.device:
+            raise ValueError(
+                f"kd_loss: {name} on {x.device} but student logits are on {student.device}; "
+                "move them there"
+            )
     if check:
         _check_values(student, teachers, labels, ignore_index, class_dim)
     return Inputs(student, teachers, labels, weights, mask, float(temperature),

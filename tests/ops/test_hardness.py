@@ -270,6 +270,18 @@ BAD = {
         dict(student=torch.randn(4, 10), labels=torch.zeros(5).long(), criterion="margin"),
         r"got labels \[5\] of torch.int64; expected one class index per row.*logits \[4, 10\]",
     ),
+    "teacher's device": (
+        dict(student=torch.randn(4, 10), teacher=torch.empty(4, 10, device="meta")),
+        "teacher logits are on meta but student logits are on cpu; move them there",
+    ),
+    "labels' device": (
+        dict(
+            student=torch.empty(4, 10, device="meta"),
+            labels=torch.zeros(4).long(),
+            criterion="margin",
+        ),
+        "labels are on cpu but student logits are on meta; move them there",
+    ),
     "soft labels": (
         dict(student=torch.randn(4, 10), labels=torch.rand(4), criterion="cross_entropy"),
         "torch.float32; expected one class index",

@@ -197,6 +197,24 @@ BAD = {
     "mask dtype": (lambda: kd_loss(torch.randn(4, 10), mask=torch.ones(4)), "expected torch.bool"),
     "weights shape": (lambda: kd_loss(torch.randn(4, 10), weights=torch.ones(3)), r"\[3\]"),
     "class dim": (lambda: kd_loss(torch.randn(4, 10, 3, 3), class_dim=2), "class_dim=2"),
+    "teacher's device": (
+        lambda: kd_loss(
+            torch.randn(4, 10), [torch.randn(4, 10), torch.empty(4, 10, device="meta")]
+        ),
+        "teacher logits are on meta but student logits are on cpu; move them there",
+    ),
+    "labels' device": (
+        lambda: kd_loss(torch.randn(4, 10), None, torch.empty(4, device="meta").long()),
+        "labels are on meta but student logits are on cpu; move them there",
+    ),
+    "weights' device": (
+        lambda: kd_loss(torch.randn(4, 10), weights=torch.empty(4, device="meta")),
+        "weights are on meta",
+    ),
+    "mask's device": (
+        lambda: kd_loss(torch.randn(4, 10), mask=torch.empty(4, device="meta").bool()),
+        "mask is on meta",
+    ),
     "impl": (lambda: kd_loss(torch.randn(4, 10), impl="cuda"), "impl='cuda'"),
     "probabilities": (
         lambda: kd_loss(torch.randn(4, 10).softmax(1), check=True),
