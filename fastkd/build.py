@@ -158,8 +158,6 @@ def build_trainer(
                 teacher_stages=stages,
                 teacher_head=head,
                 teacher_norm=norm,
-                world_size=world.size,
-                rank=world.rank,
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)

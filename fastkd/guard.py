@@ -63,8 +63,6 @@ class Guard:
         self.max_skips = max_skips
         self.world_size = world_size
         device = optimizer.param_groups[0]["params"][0].device
-        self.grad_norm = torch.zeros((), device=device)
-        """Norm of all gradients before clipping, 0-dim fp32 on the device, of the last `judge`."""
         # Consecutive bad steps, all bad steps, longest series of bad steps.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._host_branches = device.type == "cpu"
@@ -92,15 +90,15 @@ class Guard:
         so that their global norm is at most that. A norm that overflows fp32 counts as bad.
         """
         gradients = list(grads)
-        self.grad_norm = get_total_norm(gradients).to(losses.device)
-        ok = torch.isfinite(losses.detach()) & torch.isfinite(self.grad_norm)
+        norm = get_total_norm(gradients).to(losses.device)
+        ok = torch.isfinite(losses.detach()) & torch.isfinite(norm)
         if self.world_size > 1:
             num_bad = (~ok).float()
             dist.all_reduce(num_bad)
             ok = num_bad == 0
         if clip_norm is not None and gradients:
             # As torch.nn.utils.clip_grad_norm_, which would compute the norm a second time.
-            scale = torch.clamp(clip_norm / (self.grad_norm + 1e-6), max=1.0)
+            scale = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, scale)
         return ok
 

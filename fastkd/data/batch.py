@@ -64,11 +64,6 @@ class Loader(TrainLoader, Protocol):
         ...
 
     @property
-    def num_classes(self) -> int:
-        """Classes in the class list of the data set."""
-        ...
-
-    @property
     def labels_N(self) -> Tensor:
         """The int64 label of every sample id, on the CPU."""
         ...

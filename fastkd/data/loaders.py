@@ -17,7 +17,6 @@ from fastkd.data.folder import FolderIndex
 from fastkd.data.geometry import Geometry
 from fastkd.data.image_set import ImageSet
 from fastkd.data.normalization import Channels, normalization
-from fastkd.data.progress import Progress
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.sources import decode_source, open_source
 from fastkd.data.torch_loader import Crop, TorchLoader
@@ -74,9 +73,6 @@ def open_data(
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = True,
-    shuffle: bool = True,
-    progress: Progress | None = None,
-    cache_dir: str | PathLike[str] | None = None,
 ) -> DataPair:
     """Open a data set for training and evaluation; sources are described in `open_split`.
 
@@ -131,10 +127,9 @@ def open_data(
             "rank": rank,
             "world_size": world_size,
             "drop_last": drop_last,
-            "shuffle": shuffle,
         }
         if backend == "resident":
-            images = decode_source(source, image_size, cache_dir, progress)
+            images = decode_source(source, image_size)
             return ResidentLoader(images, **common)
         return TorchLoader(source, image_size=size, crop=crop, workers=workers, **common)
 

@@ -20,11 +20,8 @@ __all__ = ["PlannedLoader"]
 class PlannedLoader(ABC):
     """The part of the protocol `fastkd.data.batch.Loader` that follows from a BatchPlan."""
 
-    def __init__(
-        self, plan: BatchPlan, labels_N: np.ndarray, num_classes: int, device: torch.device
-    ) -> None:
+    def __init__(self, plan: BatchPlan, labels_N: np.ndarray, device: torch.device) -> None:
         self._plan = plan
-        self._num_classes = num_classes
         self._device = device
         self._labels_N = torch.from_numpy(labels_N)
         self._device_labels_N = to_device(labels_N, device)
@@ -34,11 +31,6 @@ class PlannedLoader(ABC):
     def num_samples(self) -> int:
         """Samples in the split, over all ranks."""
         return self._plan.num_samples
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the data set."""
-        return self._num_classes
 
     @property
     def steps_per_epoch(self) -> int:

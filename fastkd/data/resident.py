@@ -72,7 +72,7 @@ class ResidentLoader(PlannedLoader):
             rank=rank,
             world_size=world_size,
         )
-        super().__init__(plan, images.labels_N, len(images.classes), device)
+        super().__init__(plan, images.labels_N, device)
         geometry = geometry if train and geometry is not None else Geometry()
         self._tables = GeometryTables(geometry, seed, len(images), device)
         self._crop_size = images.images_NHWC.shape[1:3]

@@ -58,8 +58,8 @@ def open_split(
 def decode_source(
     source: ImageSet | FolderIndex,
     image_size: int | None,
-    cache_dir: str | PathLike[str] | None,
-    progress: Progress | None,
+    cache_dir: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> ImageSet:
     """What `open_source` found, in memory; a folder comes from the cache, see `cache`."""
     if isinstance(source, ImageSet):

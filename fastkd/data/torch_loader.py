@@ -172,7 +172,7 @@ class TorchLoader(PlannedLoader):
             rank=rank,
             world_size=world_size,
         )
-        super().__init__(plan, source.labels_N, len(source.classes), device)
+        super().__init__(plan, source.labels_N, device)
         geometry = geometry if train and geometry is not None else Geometry()
         if geometry.mode == "reflect" and geometry.padding >= image_size:
             raise UserError(

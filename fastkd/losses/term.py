@@ -104,8 +104,6 @@ class BindContext:
     """The teacher's frozen classifier, its outputs in the class order of the data (SimKD)."""
     teacher_norm: nn.BatchNorm2d | None = None
     """The teacher's last batch norm that is not in a shortcut (JointRD)."""
-    world_size: int = 1
-    rank: int = 0
 
 
 def autocast_like(features: Tensor) -> AbstractContextManager[Any]:
