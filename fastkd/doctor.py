@@ -132,12 +132,10 @@ def _triton() -> Part:
 
 
 def _dali() -> Part:
-    used_for = "large image folders; not used by this version yet"
+    used_for = "large image folders in later versions"
+    idle = "nothing of fastkd uses it yet: torch workers do the job"
     version, problem = _probe("nvidia.dali", lambda module: module.__version__)
-    if problem:
-        advice = f'{problem}; pip install "fastkd[dali]" (CUDA 13) or "fastkd[dali-cuda12]"'
-        return Part("DALI", "", False, used_for, f"{advice}; torch workers do the job")
-    return Part("DALI", version, False, used_for, "torch workers do the job")
+    return Part("DALI", version, False, used_for, f"{problem}; {idle}" if problem else idle)
 
 
 def _apex() -> Part:

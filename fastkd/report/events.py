@@ -19,7 +19,7 @@ def check_tensorboard() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "tensorboard=true needs the package tensorboard, which is not installed: "
-            'pip install "fastkd[logging]", or leave the key away'
+            "pip install tensorboard, or leave the key away"
         )
 
 
