@@ -25,6 +25,7 @@ from fastkd.guard import Guard
 from fastkd.layout import memory_format
 from fastkd.losses.term import BindContext, LossTerm
 from fastkd.models.counting import count
+from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped
 from fastkd.optim import build_optimizer, spare_norms
 from fastkd.precision import Precision, resolve_precision
@@ -34,7 +35,7 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
 from fastkd.selection import Pick
 from fastkd.step import DistillStep, needed_taps
-from fastkd.teacher import Normalization, Teacher
+from fastkd.teacher import Teacher
 from fastkd.trainer import Plan, Trainer
 
 __all__ = ["Engine", "build_trainer", "decide"]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need
+from fastkd.models.hub import Normalization
 from fastkd.precision import Precision, resolve_precision
-from fastkd.teacher import MEAN_LOGITS, Normalization, Teacher
+from fastkd.teacher import MEAN_LOGITS, Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]
 

@@ -18,11 +18,11 @@ from fastkd.layout import memory_format
 from fastkd.metrics import HEADLINES, headline
 from fastkd.models import count, create_model
 from fastkd.models.head import freeze_backbone
+from fastkd.models.hub import Normalization
 from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.report.console import Console
-from fastkd.teacher import Normalization
 from fastkd.weights import load_weights
 
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastkd.compiling import compile_unit
 from fastkd.errors import UserError
+from fastkd.models.hub import Normalization
 from fastkd.models.rewrite_fusing import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.precision import Precision
@@ -23,7 +24,6 @@ __all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]
 MEAN_LOGITS = "mean_logits"
 """A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 T = TypeVar("T")
 
 

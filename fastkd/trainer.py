@@ -1,7 +1,9 @@
 """The training loop: batches -> step -> update -> metrics -> checkpoint.
 
-It owns nothing that it can be handed; `fastkd.build` makes the parts. The host waits for the
-device in one place only, `_fetch`.
+It owns nothing that it can be handed; `fastkd.build` makes the parts. Within an epoch's steps the
+host waits for the device in `_fetch` only, apart from the ranks' vote on a stop beside it (on CPUs
+in every step), saves in mid-epoch (`save_steps`) and optimizers that cannot skip a bad step on the
+device (guard.py: LAMB, apex). Between epochs `_end_epoch` and `save` wait.
 """
 
 import time
@@ -242,7 +244,7 @@ class Trainer:
         return scheduled_values(self.terms, epoch / self.plan.epoch_factor, self.world.device)
 
     def _fetch(self) -> None:
-        """The one place where the host waits for the device: counters, then running means."""
+        """Waits for the device, now and then within an epoch: counters, then running means."""
         self.guard.check()
         values = dict(zip(self.metric_names, self.totals_M.tolist(), strict=True))
         images = max(values["images"], 1.0)

@@ -42,7 +42,7 @@ from fastkd.losses import (
     SoftCE,
     StageMSE,
 )
-from fastkd.losses.term import LossTerm
+from fastkd.losses.term import LossTerm, Need
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.precision import Precision
@@ -229,6 +229,12 @@ def test_all_terms_together_resume_where_they_stopped(tmp_path: Path) -> None:
     assert [row["train_loss"] for row in whole.history] == (
         [row["train_loss"] for row in second.history]
     )
+
+
+@pytest.mark.parametrize("text", ["x/studnt/logits", "logits", "x/student/", "/teacher/stage1"])
+def test_a_need_that_is_none_is_told_the_nets(text: str) -> None:
+    with pytest.raises(ValueError, match="net one of student, teacher, mixed.*got '" + text):
+        Need.parse(text)
 
 
 def test_schedules_stretch_with_the_epochs() -> None:

@@ -23,7 +23,7 @@ __all__ = [
     "widened",
 ]
 
-Nets = ("student", "teacher", "mixed")
+_NETS = ("student", "teacher", "mixed")
 _MIXED_TAPS = ("labels", "logits")
 
 
@@ -43,9 +43,9 @@ class Need(NamedTuple):
     def parse(cls, text: str) -> "Need":
         """Split a need; ValueError shows the form."""
         parts = text.split("/", 2)
-        if len(parts) != 3 or parts[1] not in Nets or not parts[0] or not parts[2]:
+        if len(parts) != 3 or parts[1] not in _NETS or not parts[0] or not parts[2]:
             raise ValueError(
-                f"a need is spelled view/net/tap with net student or teacher, such as "
+                f"a need is spelled view/net/tap with net one of {', '.join(_NETS)}, such as "
                 f"x/student/stage3; got {text!r}"
             )
         if parts[1] == "mixed" and (parts[0] != "xprime" or parts[2] not in _MIXED_TAPS):
