@@ -12,14 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from fastkd.data.batch import Batch
+from fastkd.data.batch import NO_LABEL, Batch
 from fastkd.distributed import World
 from fastkd.errors import UserError
 
 __all__ = ["ForeignLoader", "LoaderItem", "check_loader"]
-
-IGNORED = -100
-"""The label of an image that teaches and counts nothing, as in torch."""
 
 LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -154,11 +151,11 @@ class ForeignLoader:
         # On the device it would be waited for.
         if self.num_classes is None or labels.dim() == 2 or labels.device.type != "cpu":
             return
-        wrong = labels[(labels >= self.num_classes) | ((labels < 0) & (labels != IGNORED))]
+        wrong = labels[(labels >= self.num_classes) | ((labels < 0) & (labels != NO_LABEL))]
         if wrong.numel():
             raise UserError(
                 f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
-                f"numbered from 0 (and {IGNORED}: none): build it with more classes, or renumber"
+                f"numbered from 0 (and {NO_LABEL}: none): build it with more classes, or renumber"
             )
 
 
