@@ -349,3 +349,17 @@ def test_weights_held_in_bf16_give_the_logits_of_autocast(name):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = fuse(model)(images.contiguous(memory_format=torch.channels_last))
     assert torch.equal(held({"x": images})["x/teacher/logits"], expected)
+
+
+def test_a_pool_passes_in_batches_as_large_as_x():
+    """Each image is answered by itself, so what comes out is that of one pass, taps included."""
+    model = net()
+    whole = teacher(model, {"x": ("logits", "stage3"), "xprime": ("logits", "stage3")})
+    x_NCHW, pool_PCHW = torch.randn(6, 3, 32, 32), torch.randn(15, 3, 32, 32)
+    sizes = []
+    whole.unit.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = whole({"x": x_NCHW, "xprime": pool_PCHW})
+    assert sizes == [6, 6, 6, 3]
+    expected = whole.features(pool_PCHW)
+    for tap in ("logits", "stage3"):
+        torch.testing.assert_close(found[f"xprime/teacher/{tap}"], expected[tap])
