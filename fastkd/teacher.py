@@ -89,7 +89,7 @@ class Teacher:
     def __call__(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors keyed `view/teacher/tap`, without gradient."""
         out: dict[str, Tensor] = {}
-        rows = min(map(len, views.values()))
+        rows = len(views["x"])
         # no_grad, not inference_mode: inference tensors cannot enter a differentiated loss.
         with torch.no_grad():
             for view, taps in self.taps.items():
