@@ -114,8 +114,10 @@ def _distance(student_NFHW: Tensor, teacher_NFHW: Tensor) -> Tensor:
     """Mean absolute difference of the factors' attention maps at the smaller size."""
     sizes = (student_NFHW.shape[2:], teacher_NFHW.shape[2:])
     height, width = (min(sides) for sides in zip(*sizes, strict=True))
-    maps = (attention_map(f, size=(height, width)) for f in (student_NFHW, teacher_NFHW))
-    return F.l1_loss(*maps)
+    student, teacher = (
+        attention_map(factor, size=(height, width)) for factor in (student_NFHW, teacher_NFHW)
+    )
+    return F.l1_loss(student, teacher)
 
 
 class FTConfig(PairConfig):
