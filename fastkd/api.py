@@ -179,6 +179,9 @@ def distill(
             * epochs,
         )
         train.num_classes = val.num_classes = classes = _num_classes(student, image, label)
+        train.needs_labels = next(
+            (t.name for t in terms if t.label_kind and not t.takes_no_label), None
+        )
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
         # Whatever happens, the networks are the user's and keep none of our hooks.

@@ -258,7 +258,7 @@ def _losses(options: argparse.Namespace) -> None:
         for entry in catalogue():
             print(f"{entry.name:<15}{entry.summary}")
         return
-    name = options.name.removeprefix("losses.")
+    name = options.name.removeprefix("losses.").lower().replace("-", "_")
     means = ALIASES.get(name, (name,))
     try:
         entries = [entry_of(one.partition(".")[0]) for one in means]

@@ -49,6 +49,7 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
         UserError: more jobs than GPUs, or the first mistake that a process found.
         Interrupted: Ctrl-C or SIGTERM, after all processes have saved their state.
     """
+    jobs = min(jobs, len(recipes))
     places = environments(session.world.device, jobs)
     free, waiting = list(range(jobs)), dict(recipes)
     running: list[_Job] = []
@@ -65,11 +66,11 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
                     running.remove(job)
                     free.append(job.place)
                     code = job.process.returncode
+                    said = job.last_line().removeprefix("fastkd: ")
                     if code == UserError.exit_code:
-                        raise UserError(job.last_line().removeprefix("fastkd: "))
-                    session.console.note(
-                        f"{job.name}: " + (f"failed: {job.last_line()}" if code else "done")
-                    )
+                        raise UserError(f"{job.name}: {said}")
+                    ended = f"failed (exit code {code}): {said}" if code else "done"
+                    session.console.note(f"{job.name}: {ended}")
                 time.sleep(_LOOK_AGAIN_S)
         finally:
             # They save their state, as they do for Ctrl-C.
@@ -78,7 +79,7 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
             for job in running:
                 job.process.wait()
     if stop.code:
-        raise Interrupted(f"stopped, {len(running)} runs are saved; {GO_ON}", stop.code)
+        raise Interrupted(f"stopped with {len(running)} runs under way; {GO_ON}", stop.code)
 
 
 def _start(
@@ -104,11 +105,12 @@ def _start(
 
 
 def environments(device: torch.device, jobs: int) -> list[dict[str, str]]:
-    """What each job's environment has of its own: a GPU, or its share of the threads."""
+    """What each job's environment has of its own: its share of the threads, and a GPU."""
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     if device.type == "cpu":
-        return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
+        return [threads] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
     if jobs > len(gpus):
         raise UserError(f"--jobs={jobs}: this machine shows {len(gpus)} GPUs, one for each job")
-    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+    return [threads | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]

@@ -100,8 +100,8 @@ class Teacher:
     def _in_pieces(self, images_NCHW: Tensor, rows: int) -> dict[str, Tensor]:
         """All taps; on a CPU the pool of a pick passes in batches as large as x.
 
-        Twice as large ones fall out of its caches (5 to 13 % slower, bf16, ResNets), and would be
-        compiled once more.
+        Twice as large ones fall out of its caches (benchmarks/bench_pick.py with ResNet-50), and
+        would be compiled once more.
         """
         if images_NCHW.device.type != "cpu" or len(images_NCHW) == rows:
             return self.forward(images_NCHW)

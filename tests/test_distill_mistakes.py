@@ -16,7 +16,7 @@ from fastkd.api import settings_of
 from fastkd.data.foreign import check_loader
 from fastkd.distributed import World
 from fastkd.errors import UserError
-from fastkd.losses import AT, CRD, KD, CrossEntropy
+from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
@@ -109,6 +109,11 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"train": [(images(8)[0], [0] * 8)]}, "labels must be .*; got list: make it a tensor"),
         ({"train": [(images(8)[0], torch.arange(8))]}, "label 4 is no class of a network with 4"),
         ({"val": [(images(8)[0], torch.arange(8) - 1)]}, "label -1 is no class of a network wi"),
+        (
+            {"train": [(images(8)[0], torch.full((8,), -100))], "teacher": network(),
+             "losses": [KD(), DKD()]},
+            "the loss dkd needs the class of every image, and some are labelled -100",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
@@ -142,9 +147,15 @@ def test_ranks_count_every_validation_image_once() -> None:
     check_loader("val_loader", shared(twelve, even), world, exact=True)
     check_loader("val_loader", shared(eleven, range(1, 11, 2)), world, exact=True)
     check_loader("train_loader", shared(eleven, padded), world)
-    with pytest.raises(UserError, match=r"twice or not at all: .* of 11: pass sampler=range\(1, "):
+    mine = DataLoader(eleven, batch_sampler=[[1, 3, 5], [7, 9]])  # type: ignore[arg-type]
+    check_loader("train_loader", mine, world)
+    with pytest.raises(
+        UserError, match=r"twice or not at all: .* of 11: pass sampler=range\(rank, "
+    ):
         check_loader("val_loader", shared(eleven, padded), world, exact=True)
-    with pytest.raises(UserError, match=r"gives each of the 2 processes all.*sampler=range\(1, "):
+    with pytest.raises(
+        UserError, match=r"gives each of the 2 processes all.*sampler=range\(rank, "
+    ):
         check_loader("val_loader", LOADER, world, exact=True)
     with pytest.raises(UserError, match=r"all images: pass sampler=.*DistributedSampler"):
         check_loader("train_loader", LOADER, world)
@@ -224,3 +235,11 @@ def test_each_setting_of_a_loss_makes_another_run(loss: Any) -> None:
     assert numbers
     for name, value in numbers:
         assert facts(**{name: other(value)}) != facts(), name
+
+
+def test_labels_of_any_width_are_compared_as_numbers() -> None:
+    """260 classes are 4 to a uint8."""
+    labels = torch.tensor([9, 200, 0, 0], dtype=torch.uint8)
+    found = [(torch.randn(4, 3, 8, 8), labels)]
+    options = {"student": network(260), "losses": [CrossEntropy()]}
+    assert distill(None, found, found, **options).metrics["skipped_steps"] == 0

@@ -138,7 +138,7 @@ def test_ignored_buffers_are_left_to_their_owner():
         Guard(net, optimizer, max_skips=3, ignore_buffers=["bank", "body.1.mean"])
 
 
-def test_norm_and_clipping_equal_torch():
+def test_clipping_equals_torch():
     net, optimizer, guard = make()
     twin, twin_optimizer, twin_guard = make()
     train_step(twin, twin_optimizer, twin_guard)

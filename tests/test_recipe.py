@@ -270,3 +270,13 @@ def test_the_schedule_of_a_teacher_follows_its_length():
     assert lesson.optim.milestones == (0.25, 15, 17.5)
     assert lesson.optim.warmup_epochs == 2
     assert "optim.warmup_epochs=50 does not fit into epochs=40" in mistake("optim.warmup_epochs=50")
+
+
+@pytest.mark.parametrize("loss", ["fsp", "ab"])
+def test_the_order_of_pairs_makes_another_run(loss):
+    """FSP compares neighbours, AB weighs the later levels more."""
+    one, other = (
+        quickstart(f"losses.{loss}.weight=1", f"losses.{loss}.pairs={{{a}: {a}, {b}: {b}}}")
+        for a, b in (("stage1", "stage2"), ("stage2", "stage1"))
+    )
+    assert one.digest() != other.digest()

@@ -220,7 +220,11 @@ def test_runs_go_side_by_side(command, tmp_path):
     assert [row[0] for row in rows] == ["optim.lr=0.1", "optim.lr=1e30", "optim.lr=0.2"]
     assert [len(row) for row in rows] == [3, 1, 3]
     assert sorted([rows[0][1], rows[2][1]]) == accuracies(tmp_path)
-    assert "sweep 2/3: optim.lr=1e30: failed: fastkd: " in said.out
+    assert "sweep 2/3: optim.lr=1e30: failed (exit code 1): " in said.out
+    # Two at once, the third on the first free place.
+    first, second, third = (said.out.index(f"optim.lr={lr}, job") for lr in ("0.1", "1e30", "0.2"))
+    ends = [said.out.index(text) for text in ("optim.lr=0.1: done", "optim.lr=1e30: failed")]
+    assert max(first, second) < min(ends) < third
     logs = list((tmp_path / "runs/quickstart").glob("sweep-*.log"))
     assert len(logs) == 3
     machines = (json.loads(file.read_text()) for file in tmp_path.rglob("environment.json"))
@@ -232,7 +236,8 @@ def test_a_mistake_that_a_process_finds_is_told_once(command, tmp_path):
     words = ("data.name=folder", "data.root=none", "--sweep", "seed=0;1", "--jobs", "2")
     said = command("train", *KEYS[3:], "student.name=resnet8", *words)
     assert said.code == 2
-    assert said.err.startswith("fastkd: data.root=none is not a folder")
+    assert said.err.startswith("fastkd: sweep ")
+    assert ": data.root=none is not a folder" in said.err
     assert said.err.count("\n") == 1
 
 
@@ -250,7 +255,7 @@ def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     assert said.decode().splitlines()[-1] == (
-        "fastkd: stopped, 2 runs are saved; the whole sweep goes on with its own command"
+        "fastkd: stopped with 2 runs under way; the whole sweep goes on with its own command"
     )
     logs = [file.read_text() for file in tmp_path.glob("runs/quickstart/sweep-*.log")]
     assert len(logs) == 2
@@ -261,7 +266,9 @@ def test_each_job_has_a_gpu_of_its_own(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert environments(cuda, 2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments(cuda, 2)] == ["0", "1"]
+    share = str(max(1, torch.get_num_threads() // 2))
+    assert {place["OMP_NUM_THREADS"] for place in environments(cuda, 2)} == {share}
     with pytest.raises(UserError, match="--jobs=4: this machine shows 3 GPUs"):
         environments(cuda, 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab12")

@@ -14,7 +14,7 @@ __all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "TrainLoader"]
 IGNORED = -1.0
 """In labels [N, C]: not known, counts in no loss and no metric."""
 NO_LABEL = -100
-"""In class ids [N], as in torch: counts in no cross entropy, no KL on x and no accuracy."""
+"""In class ids [N], as in torch: unknown; counts in no accuracy, not in KD on x, not in CE."""
 
 
 class Batch(NamedTuple):

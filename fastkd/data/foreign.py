@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from fastkd.data.batch import NO_LABEL, Batch
 from fastkd.distributed import World
@@ -46,6 +52,8 @@ class ForeignLoader:
         """Which of the two is expected; None: either."""
         self.num_classes: int | None = None
         """Of class ids, which are then checked where they come from the host."""
+        self.needs_labels: str | None = None
+        """A loss that cannot do with images of unknown class."""
         self.batch_size = 0
         """Of the batch that was yielded last, on this rank."""
         # Sizes are compared on the host: through NCCL they would wait for the device.
@@ -151,7 +159,14 @@ class ForeignLoader:
         # On the device it would be waited for.
         if self.num_classes is None or labels.dim() == 2 or labels.device.type != "cpu":
             return
-        wrong = labels[(labels >= self.num_classes) | ((labels < 0) & (labels != NO_LABEL))]
+        labels = labels.long()  # 260 is 4 to a uint8
+        unlabelled = labels == NO_LABEL
+        if self.needs_labels and unlabelled.any():
+            raise UserError(
+                f"the loss {self.needs_labels} needs the class of every image, and some are "
+                f"labelled {NO_LABEL} (none): take them away, or use KD or CrossEntropy"
+            )
+        wrong = labels[((labels < 0) | (labels >= self.num_classes)) & ~unlabelled]
         if wrong.numel():
             raise UserError(
                 f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
@@ -178,18 +193,18 @@ def check_loader(
         return
     shares = "sampler=torch.utils.data.DistributedSampler(dataset)"
     if exact:
-        shares = (
-            f"sampler=range({world.rank}, len(dataset), {world.size}), its rank and their number,"
-        )
-    if isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        shares = "sampler=range(rank, len(dataset), world_size)"
+    # Beside a batch sampler, which may well share out, a DataLoader has a sampler it does not ask.
+    own = type(loader.batch_sampler) is not BatchSampler and loader.batch_sampler is not None
+    if not own and isinstance(loader.sampler, RandomSampler | SequentialSampler):
         raise UserError(
             f"{name} gives each of the {world.size} processes all images: pass {shares} to the "
             f"DataLoader"
         )
-    rest = len(loader.dataset) % world.size  # type: ignore[arg-type]
-    if exact and isinstance(loader.sampler, DistributedSampler) and rest:
-        raise UserError(
-            f"{name} counts some images twice or not at all: its DistributedSampler gives each of "
-            f"the {world.size} processes equally many of {len(loader.dataset)}: "  # type: ignore[arg-type]
-            f"pass {shares} instead"
-        )
+    if exact and isinstance(loader.sampler, DistributedSampler):
+        images = len(loader.sampler.dataset)  # type: ignore[arg-type]
+        if images % world.size:
+            raise UserError(
+                f"{name} counts some images twice or not at all: its DistributedSampler gives each "
+                f"of the {world.size} processes equally many of {images}: pass {shares} instead"
+            )

@@ -70,6 +70,8 @@ class CrossEntropy(LossTerm):
     test_ranks.py; oracle logit_losses.json.
     """
 
+    takes_no_label = True
+
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, name: str = "ce"):
         super().__init__(name, ("x/student/logits",), {name: weight})
         self.label_kind = "class"
@@ -107,6 +109,8 @@ class KD(LossTerm):
     test_peer_losses.py, test_mixed_targets.py, test_ranks.py, oracles logit_losses.json,
     peer_losses.json (the authors' code).
     """
+
+    takes_no_label = True
 
     def __init__(
         self,

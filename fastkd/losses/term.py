@@ -138,6 +138,8 @@ class LossTerm(nn.Module):
     ranks."""
     label_kind: Literal["class", "multi"] | None = None
     """Which labels the term reads: class ids [N], or [N, C]; None where it reads none."""
+    takes_no_label: bool = False
+    """Whether it can do with class ids of -100, images of unknown class."""
     uses_index: bool = False
     """True where the term keeps state per sample id, so that every batch must carry real ids."""
 

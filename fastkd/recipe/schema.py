@@ -284,6 +284,10 @@ class Recipe(Section):
         keys = self.model_dump(mode="json", exclude=without)
         if self.data.root is not None:
             keys["data"]["root"] = os.path.abspath(os.path.expanduser(self.data.root))
+        # FSP and AB compare neighbours: the order of the pairs is part of the loss.
+        for loss in keys["losses"].values():
+            if "pairs" in loss:
+                loss["pairs"] = list(loss["pairs"].items())
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "Recipe":

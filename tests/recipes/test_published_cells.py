@@ -175,7 +175,7 @@ def alignkd(accuracy, _):
 def crd(_, oracle):
     source, found = oracle["crd_benchmark"], {}
     for table, kind in (("1", "same"), ("2", "diff")):
-        # Three methods that fastkd does not have.
+        # Three methods whose published numbers come from a first stage that fastkd lacks.
         rows = {row: values for row, values in source[kind].items() if row not in LEFT_OUT}
         rows |= {role: source[f"{role}_{kind}"] for role in ("teacher", "student")}
         found |= grid(table, source[f"{kind}_cols"], rows)
