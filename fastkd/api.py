@@ -124,21 +124,19 @@ def distill(
     several = isinstance(teacher, nn.ModuleList | Sequence)
     teachers = list(teacher) if several else [] if teacher is None else [teacher]
     terms = list(losses) if losses is not None else [KD()]
-    if not teachers and any("/teacher/" in need for term in terms for need in term.needs):
+    needs = {need for term in terms for need in term.needs}
+    sees_xprime = any(need.startswith("xprime/") for need in needs)
+    if not teachers and any("/teacher/" in need for need in needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
-    if xprime == "none" and any(
-        need.startswith("xprime/") for term in terms for need in term.needs
-    ):
+    if xprime == "none" and sees_xprime:
         raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
     picking = _pick_config(pick)
-    if picking and not any("xprime/teacher/logits" in term.needs for term in terms):
+    if picking and "xprime/teacher/logits" not in needs:
         raise UserError(
             "pick chooses x' by what the teacher says to it, which no loss looks at: give "
             "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
         )
-    if xprime != "none" and not any(
-        need.startswith("xprime/") for term in terms for need in term.needs
-    ):
+    if xprime != "none" and not sees_xprime:
         raise UserError(
             f"xprime={xprime!r} would make a view x' that no loss looks at: give "
             f"losses=[KD(views=('x', 'xprime'))], or leave it away"
@@ -146,10 +144,11 @@ def distill(
     settings = optim or OptimConfig(schedule="cosine")
     milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
     changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
+    keys = settings.model_dump() | changes
     try:
-        settings = OptimConfig.model_validate(settings.model_dump() | changes)
+        settings = OptimConfig.model_validate(keys)
     except ValidationError as error:
-        mistakes = explain(error, OptimConfig, settings.model_dump() | changes, ())
+        mistakes = explain(error, OptimConfig, keys, ())
         raise UserError(f"distill: {'; '.join(mistakes)}") from None
     with ExitStack() as stack:
         world = stack.enter_context(open_world(device))

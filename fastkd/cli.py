@@ -252,13 +252,13 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _losses(options: argparse.Namespace) -> None:
     from fastkd.losses.catalogue import catalogue, entry_of
-    from fastkd.losses.registry import ALIASES
+    from fastkd.losses.registry import ALIASES, plain
 
     if options.name is None:
         for entry in catalogue():
             print(f"{entry.name:<15}{entry.summary}")
         return
-    name = options.name.removeprefix("losses.").lower().replace("-", "_")
+    name = plain(options.name.removeprefix("losses."))
     means = ALIASES.get(name, (name,))
     try:
         entries = [entry_of(one.partition(".")[0]) for one in means]

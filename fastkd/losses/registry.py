@@ -14,7 +14,15 @@ from fastkd.losses.term import LossTerm, Need, check_names
 from fastkd.recipe.mistakes import explain
 from fastkd.recipe.section import Section
 
-__all__ = ["ALIASES", "build_terms", "called", "check_needs", "term_names", "typed_config"]
+__all__ = [
+    "ALIASES",
+    "build_terms",
+    "called",
+    "check_needs",
+    "plain",
+    "term_names",
+    "typed_config",
+]
 
 # name -> (module, config class); the config's `build()` makes the term.
 _TERMS = {
@@ -81,16 +89,21 @@ def term_names() -> list[str]:
     return sorted(_TERMS)
 
 
+def plain(name: str) -> str:
+    """A loss name as it is spelled here: `LS-KD` and `ls_kd` are one."""
+    return name.lower().replace("-", "_")
+
+
 def called(name: str) -> tuple[str, ...]:
     """What a recipe writes for a loss of another name, spelling or case; () where none is like it.
 
     An entry is a loss, or a loss with a key: `kd.standardize=true`.
     """
-    plain = name.lower().replace("-", "_")
-    if plain in _TERMS:
-        return (plain,)
+    name = plain(name)
+    if name in _TERMS:
+        return (name,)
     # Only the name itself may be an alias: a misspelled one is as likely a misspelled loss.
-    return ALIASES.get(plain) or tuple(difflib.get_close_matches(plain, _TERMS, n=1))
+    return ALIASES.get(name) or tuple(difflib.get_close_matches(name, _TERMS, n=1))
 
 
 def config_class(name: str) -> type[TermConfig]:
