@@ -26,8 +26,8 @@ examples:
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
 `fastkd train RECIPE --print-config` shows every key, its value and its meaning.
-exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C
-and 143 for SIGTERM.
+exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
+143 for SIGTERM and 129 for a closed terminal.
 """
 
 

@@ -25,7 +25,7 @@ class RunFailed(FastKDError):
 
 
 class Interrupted(FastKDError):
-    """Ctrl-C (130) or SIGTERM (143), after the state was saved."""
+    """Ctrl-C (130), SIGTERM (143) or a closed terminal (129), after the state was saved."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -47,7 +47,7 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
 
     Raises:
         UserError: more jobs than GPUs, or the first mistake that a process found.
-        Interrupted: Ctrl-C or SIGTERM, after all processes have ended.
+        Interrupted: Ctrl-C, SIGTERM or a closed terminal, after all processes have ended.
     """
     jobs = min(jobs, len(recipes))
     places = environments(session.world.device, jobs)

@@ -121,7 +121,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch; the summary of the run.
 
-        Interrupted after Ctrl-C or SIGTERM (state saved), RunFailed after too many bad steps.
+        Interrupted after Ctrl-C, SIGTERM or a closed terminal (state saved), RunFailed after too
+        many bad steps.
         """
         self.console.stage(self.plan.stage)
         with StopSignal() as stop:

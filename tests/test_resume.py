@@ -1,8 +1,8 @@
 """SIGKILL at every step of a run, inside saves and between files: the resumed run is the same run.
 
-So it is after Ctrl-C and SIGTERM, which save first. The processes that end early are children of
-programs/killed_runs.py, which says where each of them does. The tiny recipe has 2 epochs of 4
-batches, the last of which is partial, and saves after every step.
+So it is after Ctrl-C, SIGTERM and a closed terminal, which save first. The processes that end early
+are children of programs/killed_runs.py, which says where each of them does. The tiny recipe has 2
+epochs of 4 batches, the last of which is partial, and saves after every step.
 """
 
 import json
@@ -52,6 +52,7 @@ STAGED = {
 STOPPED = {
     "stopped by SIGINT in step 1": (signal.SIGINT, 0, 2),
     "stopped by SIGINT in step 3": (signal.SIGINT, 1, 0),
+    "stopped by SIGHUP in step 5": (signal.SIGHUP, 1, 2),
     "stopped by SIGTERM in step 6": (signal.SIGTERM, 1, 3),
 }
 COMPILED: dict[str, tuple[int, int] | None] = {
@@ -141,6 +142,29 @@ def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any]) -> None
     assert "resumed teacher/synthetic/resnet8 after its last epoch, 1" in found["log"]
     assert len(found["fetched"][0]) == 3 * STEPS
     assert found["different"] == []
+
+
+TERMINAL = """
+import os, pty, sys
+run, terminal = pty.fork()
+if not run:
+    os.execv(sys.executable, [sys.executable, "-m", "fastkd.train", *sys.argv[1:]])
+while not os.path.exists("run/last.pt"):
+    os.read(terminal, 1 << 16)
+os.close(terminal)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+"""
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
+    words = (
+        *("data.name=synthetic", "data.train_limit=64", "batch_size=16", "student.name=resnet8"),
+        *("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="),
+        *("epochs=1000", "save_steps=1", "device=cpu", "compile=off", "out=run"),
+    )
+    run = subprocess.run([sys.executable, "-c", TERMINAL, *words], cwd=tmp_path, timeout=120)
+    # Not -1, a death by the signal; nor 1, a write to what is no longer there.
+    assert run.returncode == 128 + signal.SIGHUP
 
 
 def test_a_killed_compiled_run_ends_bit_identical(tmp_path: Path) -> None:

@@ -124,9 +124,15 @@ def before_summary() -> None:
 
 
 def stopped_in_step(number: int, which: signal.Signals, only_rank: str | None = None) -> None:
-    """No death: Ctrl-C or a batch system's SIGTERM reaches the process during a step."""
+    """No death: Ctrl-C, a batch system's SIGTERM or a closed terminal is told during a step."""
+
+    def ask(*_: Any) -> None:
+        # A closing terminal and its shell both tell.
+        for _ in range(2 if which == signal.SIGHUP else 1):
+            os.kill(os.getpid(), which)
+
     if only_rank in (None, os.environ.get("RANK")):
-        tiny.at_call(Trainer, "optimize", number, lambda *_: os.kill(os.getpid(), which))
+        tiny.at_call(Trainer, "optimize", number, ask)
 
 
 def see_no_checkpoint() -> None:
@@ -194,7 +200,12 @@ SCENARIOS: dict[str, Scenario] = {
         f"stopped by {which.name} in step {step}": Scenario(
             ("save_steps=null",), (partial(stopped_in_step, step, which),)
         )
-        for step, which in ((1, signal.SIGINT), (3, signal.SIGINT), (6, signal.SIGTERM))
+        for step, which in (
+            (1, signal.SIGINT),
+            (3, signal.SIGINT),
+            (5, signal.SIGHUP),
+            (6, signal.SIGTERM),
+        )
     },
     "stopped in the teacher's last step": Scenario(
         STAGED, (partial(stopped_in_step, 3, signal.SIGINT),)
