@@ -10,7 +10,6 @@ changes a private copy instead of the file (or crashing the process, as it would
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -18,7 +17,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 
 from fastkd.data.decode import resize_center_crop
 from fastkd.data.folder import FolderIndex
+from fastkd.data.lock import locked
 from fastkd.data.progress import Progress, show_progress
 from fastkd.errors import UserError
 
@@ -93,7 +92,7 @@ def decoded_images(
         images = _read_valid(folder / stem, record)
         if images is not None:
             return images
-        with _lock(folder / f"{stem}.lock"):
+        with locked(folder / f"{stem}.lock"):
             images = _read_valid(folder / stem, record)
             if images is None:
                 _build(index, folder, stem, record, image_size, progress)
@@ -192,14 +191,6 @@ def _chunks(shape: list[int]) -> Iterator[tuple[int, int]]:
     step = min(1024, max(1, per_chunk // _RUN) * _RUN)
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait for and hold an exclusive lock; the kernel releases it when the process dies."""
-    with open(path, "a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _explain(error: OSError, folder: Path, record: dict[str, Any]) -> UserError:

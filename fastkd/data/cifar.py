@@ -7,6 +7,7 @@ Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. Pixels are stored as 1,024
 """
 
 import pickle
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastkd.data.image_set import ImageSet
+from fastkd.data.lock import locked
 from fastkd.errors import UserError
 
 __all__ = ["LAYOUTS", "CifarLayout", "download_cifar", "find_archive", "load_cifar"]
@@ -116,16 +118,28 @@ def load_cifar(name: str, folder: Path, binary: bool, split: str) -> ImageSet:
 
 
 def download_cifar(name: str, root: Path) -> None:
-    """Fetch and unpack the python distribution below `root` with torchvision's own downloader."""
+    """Fetch and unpack the python distribution below `root` with torchvision's own downloader.
+
+    One process does it, others that ask meanwhile wait; the folder appears when it is complete.
+
+    Raises:
+        UserError: no network, a wrong checksum, or a folder that cannot be written.
+    """
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import download_and_extract_archive
 
-    source = CIFAR10 if name == "cifar10" else CIFAR100
+    source, folder = (CIFAR10 if name == "cifar10" else CIFAR100), LAYOUTS[name].python_dir
     try:
-        # Not CIFAR10(download=True): its constructor goes on to unpickle with the plain pickle.
-        download_and_extract_archive(
-            source.url, str(root), filename=source.filename, md5=source.tgz_md5
-        )
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f".{name}.lock"):
+            if find_archive(name, [root]):
+                return
+            with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as unpacked:
+                # Not CIFAR10(download=True), which goes on to unpickle with the plain pickle.
+                download_and_extract_archive(
+                    source.url, str(root), unpacked, filename=source.filename, md5=source.tgz_md5
+                )
+                (Path(unpacked) / folder).rename(root / folder)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{name} could not be downloaded from {source.url} to {root}: {error}; "

@@ -1,8 +1,10 @@
 """CIFAR archives generated in their exact layouts, damaged ones, and pickles with an agenda."""
 
+import multiprocessing
 import os
 import pickle
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -262,9 +264,9 @@ def test_not_found_says_what_was_looked_for(tmp_path):
 def test_download_happens_only_when_asked_for_and_needed(tmp_path, monkeypatch):
     calls = []
 
-    def fake(url, root, filename, md5):
+    def fake(url, root, extract_root, filename, md5):
         calls.append((url, md5))
-        write_archive("cifar100", Path(root), "python2")
+        write_archive("cifar100", Path(extract_root), "python2")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fake)
     with pytest.raises(UserError, match="was not found"):
@@ -273,6 +275,34 @@ def test_download_happens_only_when_asked_for_and_needed(tmp_path, monkeypatch):
     assert len(open_split("cifar100", tmp_path, download=True)) == PER_FILE
     assert len(open_split("cifar100", tmp_path, download=True)) == PER_FILE
     assert [md5 for _, md5 in calls] == ["eb9058c3a382ffc7106e4002c42a8d85"]
+
+
+def test_processes_that_start_together_download_once_and_read_whole_files(tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+
+    def slow(_url, root, extract_root, filename, md5):
+        with open(calls, "a") as stream:
+            stream.write("called\n")
+        write_archive("cifar10", Path(extract_root), "python3")
+        time.sleep(0.5)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", slow)
+
+    def read(number):
+        time.sleep(0.15 * number)
+        os._exit(len(open_split("cifar10", tmp_path / "set", download=True)) != 5 * PER_FILE)
+
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=read, args=(number,)) for number in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert calls.read_text() == "called\n"
+    assert [entry.name for entry in (tmp_path / "set").iterdir() if entry.is_dir()] == [
+        "cifar-10-batches-py"
+    ]
 
 
 def test_failed_download_is_a_user_error(tmp_path, monkeypatch):
