@@ -27,7 +27,8 @@ examples:
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
 `fastkd train RECIPE --print-config` shows every key, its value and its meaning.
 exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
-143 for SIGTERM and 129 for a closed terminal.
+143 for SIGTERM and 129 for a closed terminal. torchrun ends with its own code,
+1 whenever a process of it failed.
 """
 
 

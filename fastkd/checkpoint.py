@@ -22,8 +22,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically; RunFailed when the disk is full."""
     try:
         with atomic_path(path) as beside, beside.open("wb") as file:
-            # A Python file: its errors are OSErrors, those of torch's own writer are not.
-            torch.save(state | {"format": FORMAT}, file)
+            try:
+                torch.save(state | {"format": FORMAT}, file)
+            except RuntimeError as error:
+                # On the way out of an OSError torch's zip writer fails with a complaint of its own.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
     except RunFailed as error:
         raise RunFailed(
             f"{error}. The previous checkpoint is intact: free some space and go on with "

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        code = COMMANDS[options.command](options) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = COMMANDS[options.command](options) or 0
         sys.stdout.flush()
         return code
     except FastKDError as error:
-        _complain(str(error))
+        _complain(str(error), every_rank=not error.shared)
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -41,9 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _complain(text: str) -> None:
-    # Under torchrun every rank comes to the same end; one of them says it.
-    if os.environ.get("RANK", "0") == "0":
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any
+) -> None:
+    """Those of fastkd itself in a plain sentence, others as Python shows them."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        _complain(f"note: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
+def _complain(text: str, *, every_rank: bool = False) -> None:
+    if every_rank or os.environ.get("RANK", "0") == "0":
         print(f"fastkd: {text}", file=sys.stderr)
 
 

@@ -128,6 +128,9 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     """`init_world` and `close_world` around a block; an exception in it frees the other ranks.
 
     A process group that the caller has made is used and stays open.
+
+    Raises:
+        RunFailed: over gloo, another process ended in the middle of a collective.
     """
     owned = not dist.is_initialized()
     world = init_world(device, timeout_s=timeout_s)
@@ -135,6 +138,13 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     try:
         yield world
         failed = False
+    except RuntimeError as error:
+        # What gloo says where the connection to another process breaks off.
+        if "gloo/transport" not in str(error):
+            raise
+        raise RunFailed(
+            "another process of this run has ended, so this one cannot go on; what it said is above"
+        ) from error
     finally:
         if owned:
             close_world(failed=failed)

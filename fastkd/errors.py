@@ -7,9 +7,16 @@ __all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]
 
 
 class FastKDError(Exception):
-    """Base of all errors whose message is meant for the user as it stands."""
+    """Base of all errors whose message is meant for the user as it stands.
+
+    shared: every rank comes to the same end, and one of them says it. False: it met this rank only.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, shared: bool = True) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
 class UserError(FastKDError):

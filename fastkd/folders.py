@@ -42,6 +42,10 @@ def choose_folder(
         if found is None:
             console.note(f"no unfinished run of {recipe.name} with these keys: starting anew")
     elif resume is not None:
+        if out is not None and out.resolve() != Path(resume).resolve():
+            raise UserError(
+                f"--resume {resume} goes on in that folder, out={out} names another: leave one out"
+            )
         found = RunFolder.open(Path(resume))
     if found is None:
         return _new(recipe, out, root), False
@@ -137,5 +141,5 @@ def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
 
 def _describe(recipe: Recipe, folder: RunFolder) -> None:
     # Without `out`: given back with --config the recipe makes a new run, not one in this folder.
-    folder.write_text("config.yaml", recipe_to_yaml(recipe.replace(out=None)))
+    folder.write_text("config.yaml", recipe_to_yaml(recipe.replace(out=None).absolute()))
     folder.write_json("environment.json", environment())

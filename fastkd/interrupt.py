@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,16 +14,20 @@ from fastkd.distributed import World, all_reduce_sum
 __all__ = ["StopSignal"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SAME_WISH_S = 1.0
 
 
 class StopSignal:
     """The signals become a flag that the loop reads between steps; a second one is final.
 
+    What follows within a second is the same wish: torchrun passes on what the terminal has already
+    told all its processes, a closing terminal tells by its shell and by itself.
     SIGHUP comes when the terminal is closed; under `nohup` the run outlives that, as it should.
     """
 
     def __init__(self) -> None:
         self.code = 0
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -40,22 +45,28 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        if number == signal.SIGHUP:
-            # A closing terminal tells twice, by its shell and by itself: that is no second wish.
-            signal.signal(number, signal.SIG_IGN)
-            _leave_terminal()
-        else:
+        now = time.monotonic()
+        if self.code and now - self._asked_at > _SAME_WISH_S and number != signal.SIGHUP:
             signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
+        if not self.code:
+            self.code, self._asked_at = 128 + number, now
+        if number == signal.SIGHUP:
+            _leave_terminal()
 
     def agreed(self, world: World) -> bool:
         """True on all ranks, with the same `code`, as soon as one of them was asked to stop."""
-        if world.size > 1:
-            codes = [128 + number for number in _SIGNALS]
-            asked = torch.tensor([self.code == code for code in codes], device=world.device).int()
-            votes = all_reduce_sum(asked).tolist()
-            self.code = max((c for c, num in zip(codes, votes, strict=True) if num), default=0)
-        return bool(self.code)
+        if world.size == 1:
+            return bool(self.code)
+        codes = [128 + number for number in _SIGNALS]
+        asked = torch.tensor([self.code == code for code in codes], device=world.device).int()
+        votes = all_reduce_sum(asked).tolist()
+        decided = max((c for c, num in zip(codes, votes, strict=True) if num), default=0)
+        # A signal that came during the vote stays for the next one.
+        if decided:
+            self.code = decided
+        return bool(decided)
 
 
 def _leave_terminal() -> None:

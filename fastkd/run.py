@@ -94,7 +94,9 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     except Interrupted as stopped:
         raise Interrupted(f"{stopped} {go_on}", stopped.exit_code) from None
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. {go_on}", 130) from None
+        # Where another rank failed first, the folder may be gone.
+        advice = f" {go_on}" if folder.path.exists() else ""
+        raise Interrupted(f"stopped.{advice}", 130) from None
     return summary
 
 

@@ -2,17 +2,18 @@
 
 Used by the registry, the teacher and the checkpoint. Nothing that is read can run code: safetensors
 holds no code, and `.pt`/`.pth` goes through torch's restricted unpickler, which here admits, beyond
-tensors, argparse namespaces and numpy numbers, strings and arrays, and of which only the tensors
-are kept.
+tensors, argparse namespaces, paths, sets and numpy numbers, strings and arrays, and of which only
+the tensors are kept.
 """
 
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -212,8 +213,12 @@ def _read_pickle(path: Path) -> Any:
     known = torch.serialization.get_safe_globals()
     # Entries the user has admitted stay; safe_globals would take them away on leaving.
     admitted = [entry for entry in _admitted() if entry not in known]
+    warned: list[warnings.WarningMessage] = []
     try:
-        with torch.serialization.safe_globals(admitted):
+        with (
+            torch.serialization.safe_globals(admitted),
+            warnings.catch_warnings(record=True, action="always") as warned,
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
         match = re.search(r"GLOBAL (\S+)", str(error))
@@ -223,16 +228,26 @@ def _read_pickle(path: Path) -> Any:
                 "could run code; where it was written, save the tensors only: "
                 "torch.save(model.state_dict(), FILE)"
             ) from error
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        protocol = re.search(r"pickle protocol (\d+)", " ".join(str(one.message) for one in warned))
+        if protocol and "Unsupported operand" in str(error):
+            raise UserError(
+                f"{path}: written with pickle protocol {protocol[1]}, which torch's safe loader "
+                "cannot read; where it was written, save it again without pickle_protocol="
+            ) from error
+        # Before its reason torch advises to load the file unsafely.
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+        reason = next(iter(reason.splitlines()), type(error).__name__)
         raise UserError(f"{path}: damaged, or not a PyTorch checkpoint ({reason[:200]})") from error
 
 
 def _admitted() -> list[Any]:
-    """What training scripts store: argparse's namespace, numpy's numbers, strings and arrays."""
+    """What training scripts store beside tensors, none of which can run code."""
     rebuild_scalar = np.float64(0).__reduce__()[0]
     rebuild_array = np.empty(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"}
-    admitted: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *dtypes]
+    admitted: list[Any] = [argparse.Namespace, set, frozenset, np.ndarray, np.dtype, *dtypes]
+    # Python 3.13 has moved the class.
+    admitted += [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
         admitted += [
             (rebuild_scalar, f"{module}.scalar"),
@@ -364,8 +379,9 @@ def _hint(
     if only_head:
         classes = len(state[wrong[0]])
         return (
-            f". The class counts differ: build the network with num_classes={classes}, or leave "
-            "its classifier as initialised: new_head=True, in a recipe student.new_head=true"
+            f". The class counts differ: build the network with num_classes={classes}. In a recipe "
+            "student.new_head=true (new_head=True) takes all but the classifier, and a teacher "
+            "needs teacher.class_map: which of its outputs the classes of the data are"
         )
     if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 import fastkd.data.synthetic
 import fastkd.report.run_folder
+import fastkd.trainer
 from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
@@ -101,6 +104,34 @@ def test_a_corrupt_image_found_late_keeps_what_was_achieved(command, images, tmp
     assert (tmp_path / "run/last.pt").exists()
 
 
+def test_an_evaluation_does_not_read_the_training_images(command, images, tmp_path):
+    root, keys = images
+    assert command("train", *keys, "out=run").code == 0
+    (root / "train/dog/3.png").write_bytes(b"no picture")
+    cached = tmp_path.parent / f"{tmp_path.name}-cache"
+    shutil.rmtree(cached)
+    said = command("eval", "run")
+    assert said.code == 0
+    assert "folder/train" not in said.err
+
+
+def test_a_run_goes_on_from_another_working_folder(command, images, tmp_path, monkeypatch):
+    root, keys = images
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/data").symlink_to(root)
+    keys = [key if not key.startswith("data.root=") else "data.root=data" for key in keys]
+    monkeypatch.setattr(fastkd.trainer.Trainer, "summary", lambda _: signal.raise_signal(2))
+    assert command("train", *keys, "out=run").code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    said = command("train", "--resume", "here/run", "out=run")
+    assert said.code == 2
+    sentence = "--resume here/run goes on in that folder, out=run names another: leave one out"
+    assert said.err.splitlines()[-1] == f"fastkd: {sentence}"
+    assert command("train", "--resume", "here/run").code == 0
+
+
 def test_too_few_images(expect_refusal):
     expect_refusal(
         "batch_size=65, but synthetic/train has 64 images: not one full batch",
@@ -112,7 +143,7 @@ def test_more_processes_than_images():
     recipe = load_recipe("quickstart", overrides=[*ALONE, *SYNTHETIC])
     world = World(0, 0, 65, torch.device("cpu"), "gloo")
     with pytest.raises(UserError, match=r"^65 processes, but synthetic/train has 64 images"):
-        open_recipe_data(recipe, Session(world, Console(enabled=False), None))
+        _ = open_recipe_data(recipe, Session(world, Console(enabled=False), None)).train
 
 
 def test_an_unknown_student_is_found_before_the_teacher_is_trained(expect_refusal):
@@ -154,6 +185,8 @@ def test_a_mapped_teacher_keeps_its_own_classes(command, tmp_path):
 def test_a_checkpoint_of_another_network_or_of_none(expect_refusal, tmp_path):
     save_teacher(tmp_path / "teacher.safetensors")
     keys = ["train", *NET, *SYNTHETIC, *TEACHER, "teacher.weights=teacher.safetensors"]
+    depth = "wrn_15_2: the depth of a wide residual network is 6n + 4, got 15"
+    expect_refusal(depth, *keys, "student.name=wrn_15_2")
     said = expect_refusal(
         "teacher.safetensors does not fit wrn_10_1 with 10 classes: ",
         *(*keys, "teacher.name=wrn_10_1", "teacher.width=null"),
@@ -268,7 +301,8 @@ def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, t
     def save(path, state):
         saves.append(path)
         if len(saves) == 2:
-            monkeypatch.setattr(fastkd.report.run_folder.os, "fsync", full_disk(after=0))
+            # Where torch's own writer meets it, and not the last flush.
+            path.with_name(f".{path.name}.tmp").symlink_to("/dev/full")
         original(path, state)
 
     monkeypatch.setattr(fastkd.trainer, "save_checkpoint", save)

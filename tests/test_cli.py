@@ -388,3 +388,10 @@ def test_the_version_is_the_packages(capsys):
         fastkd.cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"fastkd {fastkd.__version__}\n"
+
+
+def test_a_warning_of_fastkd_is_a_sentence(command):
+    said = command("cheapen", "wrn_10_1", "G4")
+    assert said.code == 0
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("fastkd: note: block 'G4' is read as a column of")

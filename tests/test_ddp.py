@@ -265,6 +265,7 @@ def torchrun(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -287,6 +288,15 @@ def test_more_processes_than_images_is_one_sentence(inside: dict[str, Any]) -> N
     assert not found["left"]
 
 
+def test_what_only_one_rank_meets_it_says_itself(inside: dict[str, Any]) -> None:
+    found = inside["damaged"]
+    assert found["codes"] == [1, 2], found["log"]
+    said = found["log"].splitlines()
+    assert [line for line in said if found["broken"] in line and line.startswith("fastkd: ")]
+    assert any(line.startswith("fastkd: another process of this run has ended") for line in said)
+    assert "Traceback" not in found["log"]
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     arguments = [*recipe(tmp_path, epochs=60), "out=run"]
@@ -296,7 +306,8 @@ def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         assert run.poll() is None, run.communicate()
         time.sleep(0.2)
-    run.send_signal(signal.SIGINT)
+    # As a terminal does: to torchrun and its processes at once, and torchrun passes it on again.
+    os.killpg(run.pid, signal.SIGINT)
     _, complaints = run.communicate(timeout=120)
     stopped = re.findall(r"stopped at epoch (\d+), step (\d+); the state is saved.", complaints)
     assert len(stopped) == 1

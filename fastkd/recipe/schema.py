@@ -281,14 +281,27 @@ class Recipe(Section):
             ("out", "description", "save_steps", "tensorboard", "max_skips"), True
         )
         without["data"] = {"workers", "download"}
-        keys = self.model_dump(mode="json", exclude=without)
-        if self.data.root is not None:
-            keys["data"]["root"] = os.path.abspath(os.path.expanduser(self.data.root))
+        keys = self.absolute().model_dump(mode="json", exclude=without)
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
             if "pairs" in loss:
                 loss["pairs"] = list(loss["pairs"].items())
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    def absolute(self) -> "Recipe":
+        """The same recipe with paths that mean the same in every working folder."""
+
+        def net(config: Any) -> Any:
+            return config.model_copy(update={"weights": _absolute(config.weights)})
+
+        teacher = self.teacher
+        if teacher:
+            others = tuple(net(one) for one in teacher.ensemble)
+            teacher = net(teacher).model_copy(update={"ensemble": others})
+        data = self.data.model_copy(update={"root": _absolute(self.data.root)})
+        return self.model_copy(
+            update={"data": data, "student": net(self.student), "teacher": teacher}
+        )
 
     def replace(self, **changes: Any) -> "Recipe":
         """A validated copy with other values of some top-level keys."""
@@ -335,6 +348,10 @@ class Recipe(Section):
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 def _plain(value: Section | dict[str, Any]) -> dict[str, Any]:

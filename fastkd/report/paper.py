@@ -101,6 +101,7 @@ def _changed(recipe: Recipe, published: Recipe) -> list[str]:
             # The same file, wherever it lies.
             one, other = Path(one).name, Path(other).name
         if one != other and re.sub(r"^teacher\.ensemble\.\d+", "teacher", key) not in _NO_MATTER:
+            one, other = ("null" if value is None else value for value in (one, other))
             found.append(f"{key}={one} (there {other})")
     return found
 

@@ -1,6 +1,8 @@
 """The torch-workers loader: the same protocol and, with padded crops, the same bytes."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,22 @@ def test_corrupt_image_is_one_sentence_that_names_it(make_folder, workers):
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot decode the image"):
         loader(source).fetch(torch.tensor([6]), 0)
+
+
+AT_EXIT = """
+import sys, torch
+from fastkd.data import TorchLoader, open_source
+kept = TorchLoader(open_source("folder", sys.argv[1]), image_size=16, crop="resized", batch_size=5,
+                   seed=2, train=True, mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu", workers=2)
+epoch = kept.epoch(0)
+next(epoch)
+"""
+
+
+def test_a_loader_that_lives_to_the_end_of_the_program_ends_quietly(make_folder):
+    command = [sys.executable, "-c", AT_EXIT, str(make_folder())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_images_in_memory_can_be_cut_at_random_too():

@@ -52,7 +52,7 @@ CRD = (*UNEVEN, "losses.crd.weight=0.8", "losses.crd.negatives=20", "losses.crd.
 # Two teachers of unlike size, normalisation and resolution, the losses of MEAL V2, no labels.
 MEAL_V2 = (
     *UNEVEN,
-    *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.weights=other.safetensors"),
+    *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.weights=../other.safetensors"),
     *("teacher.ensemble.0.mean=0.5,0.5,0.5", "teacher.ensemble.0.std=0.25,0.25,0.25"),
     *("teacher.ensemble.0.resolution=12", "teacher.ensemble.0.min_accuracy=0"),
     *("losses.kd=null", "losses.soft_ce.weight=1", "losses.discriminator.weight=1"),

@@ -50,7 +50,7 @@ RECIPE: dict[str, Any] = {
     "teacher": {
         "name": "resnet8",
         "width": 0.5,
-        "weights": "teacher.safetensors",
+        "weights": "../teacher.safetensors",
         "min_accuracy": 0,
     },
     "optim": {"lr": 0.05, "schedule": "cosine"},
@@ -59,7 +59,11 @@ RECIPE: dict[str, Any] = {
 
 
 def prepare(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Path:
-    """A working folder with recipe.yaml and two teachers' weights, and few validation images."""
+    """A working folder with recipe.yaml and few validation images.
+
+    Two teachers' weights lie beside it: where they lie is part of a recipe's digest, and runs in
+    several folders are compared.
+    """
     # The last batch of 16 has one image: a second rank has none to evaluate there.
     fastkd.data.synthetic.NUM_IMAGES["val"] = 49
     fastkd.report.plots.plot_curves = lambda *_: None  # a second each, and nothing reads them
@@ -67,9 +71,9 @@ def prepare(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe)))
     torch.manual_seed(7)
     teacher = create_model("resnet8", 10, width=0.5)
-    save_weights(folder / "teacher.safetensors", teacher, describe(teacher))
+    save_weights(folder.parent / "teacher.safetensors", teacher, describe(teacher))
     other = create_model("wrn_10_1", 10)
-    save_weights(folder / "other.safetensors", other, describe(other))
+    save_weights(folder.parent / "other.safetensors", other, describe(other))
     return folder
 
 

@@ -3,6 +3,7 @@
 Writes FILE, a torch.save of what every case left on every rank; tests/test_ddp.py starts it.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -18,7 +20,9 @@ from fastkd.api import distill
 from fastkd.build import Engine, build_trainer
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
+from fastkd.data.plan import BatchPlan
 from fastkd.data.resident import ResidentLoader
+from fastkd.data.sources import open_source
 from fastkd.data.synthetic import make_synthetic
 from fastkd.distributed import World, same_on_all_ranks
 from fastkd.ensemble import LoadedNet
@@ -252,21 +256,43 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
 }
 
 
-def too_many(folder: Path) -> dict[str, Any]:
-    """Three ranks for two images: exit codes, what they said, what they left."""
+def refused(folder: Path, ranks: int, *words: str) -> dict[str, Any]:
+    """Exit codes of a training on the labels alone, what it said, what it left."""
     tiny.prepare(folder)
-    words = ("data.train_limit=2", "batch_size=3", "teacher=null", "losses.kd=null")
-    words += ("losses.ce.weight=1", "augment.xprime=none")
+    alone = ("teacher=null", "losses.kd=null", "losses.ce.weight=1", "augment.xprime=none")
 
     def job() -> int:
-        return tiny.command(folder, "train", "--config", "recipe.yaml", *words)
+        return tiny.command(folder, "train", "--config", "recipe.yaml", *alone, *words)
 
     log = folder / "log.txt"
-    codes = tiny.forked(*tiny.as_ranks(3, job), log=log)
+    codes = tiny.forked(*tiny.as_ranks(ranks, job), log=log)
     return {"codes": codes, "log": log.read_text(), "left": (folder / "runs").exists()}
+
+
+def too_many(folder: Path) -> dict[str, Any]:
+    """Three ranks for two images."""
+    return refused(folder, 3, "data.train_limit=2", "batch_size=3")
+
+
+def damaged(folder: Path) -> dict[str, Any]:
+    """An image that only the second rank decodes, and cannot."""
+    root = folder.with_suffix(".images")
+    for split, name, number in itertools.product(("train", "val"), ("cat", "dog"), range(8)):
+        place = root / split / name / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place)
+    index = open_source("folder", root)
+    plan = BatchPlan(index.name, 16, 4, 0, train=True, drop_last=False, rank=1, world_size=2)
+    broken = Path(index.path(int(plan.order(0)[plan.part(0)][0])))
+    broken.write_bytes(broken.read_bytes()[:50])
+    words = ("data.name=folder", f"data.root={root}", "data.backend=torch", "data.workers=0")
+    found = refused(folder, 2, *words, "data.train_limit=null", "batch_size=4")
+    return found | {"broken": str(broken)}
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]).absolute()
     found = tiny.in_both_worlds(target, CASES)
-    torch.save({**found, "too many": too_many(target.with_suffix(".many"))}, target)
+    found["too many"] = too_many(target.with_suffix(".many"))
+    found["damaged"] = damaged(target.with_suffix(".damaged"))
+    torch.save(found, target)

@@ -1,0 +1,72 @@
+"""Signals that ask a run to stop: none is lost in a vote, and an echo is no second wish."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import fastkd.interrupt
+from fastkd.distributed import World
+from fastkd.interrupt import StopSignal
+
+ALONE = World(0, 0, 1, torch.device("cpu"), None)
+TWO = World(0, 0, 2, torch.device("cpu"), "gloo")
+
+
+def test_a_signal_that_comes_during_the_vote_counts_in_the_next(monkeypatch):
+    coming = [signal.SIGTERM]
+
+    def vote(asked):
+        votes = asked.clone()
+        if coming:
+            os.kill(os.getpid(), coming.pop())
+        return votes
+
+    monkeypatch.setattr(fastkd.interrupt, "all_reduce_sum", vote)
+    with StopSignal() as stop:
+        # The other rank has heard of nothing: this one must not stop by itself.
+        assert not stop.agreed(TWO)
+        assert stop.agreed(TWO)
+        assert stop.code == 143
+
+
+def test_the_other_ranks_signal_is_this_ones_too(monkeypatch):
+    monkeypatch.setattr(fastkd.interrupt, "all_reduce_sum", torch.ones_like)
+    with StopSignal() as stop:
+        assert stop.agreed(TWO)
+        assert stop.code == 143  # of several the most urgent
+
+
+def test_an_echo_is_the_same_wish_and_a_later_signal_is_final(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(fastkd.interrupt.time, "monotonic", lambda: clock[0])
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 0.9
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(ALONE)
+        assert stop.code == 130
+        clock[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_nohup_a_closed_terminal_is_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed(ALONE)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_handlers_from_before_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with StopSignal():
+        pass
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert after == before
