@@ -93,8 +93,8 @@ def open_data(
     workers     decoding processes of the torch backend, per rank and split
 
     Raises:
-        UserError: data missing or damaged, training would have no step, more processes than
-            images, a backend that cannot do this crop.
+        UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
+            it is first asked for, also that it would have no step or fewer images than processes.
     """
     if backend not in ("auto", "resident", "torch"):
         raise UserError(f"data.backend={backend!r}; choose auto, resident or torch")

@@ -90,7 +90,7 @@ def test_evaluation_is_not_augmented():
 )
 def test_impossible_requests(changes, message):
     with pytest.raises(UserError, match=message):
-        open_data(**({"name": "digits", "batch_size": 64} | changes))
+        _ = open_data(**({"name": "digits", "batch_size": 64} | changes)).train
 
 
 def test_random_areas_of_a_folder_need_a_size(make_folder):
