@@ -151,6 +151,9 @@ def test_an_unknown_student_is_found_before_the_teacher_is_trained(expect_refusa
     expect_refusal("unknown network 'resnet21'; nearest:", *words, "student.name=resnet21")
     taps = "losses.at={weight: 1, pairs: {stage7: stage1}}"
     expect_refusal("unknown tap 'stage7'; nearest:", *words, taps)
+    # What a loss says when it is bound to the networks.
+    raw = ["teacher.name=wrn_10_1", "student.name=resnet8", "losses.simkd.weight=1"]
+    expect_refusal("losses.simkd reuses the teacher's classifier right behind", *words, *raw)
 
 
 def save_teacher(path, num_classes=10, normalization=None, **options):

@@ -118,12 +118,14 @@ def stages(network: str) -> int:
     return 4 if network.startswith(FOUR_STAGES) else 3
 
 
-def auxiliary(loss: str, student: str, teacher_tap: str = "stage{}") -> dict[str, Any]:
-    """Weight and taps of a loss beside CE or KD. teacher_tap: what the teacher calls stage {}."""
+def auxiliary(loss: str, student: str, *, torchvision: bool = False) -> dict[str, Any]:
+    """Weight and taps of a loss beside CE or KD. torchvision: the teacher is one of theirs."""
     weight, where = AUXILIARY[loss]
     last = stages(student)
     numbers = {"second": [2], "last": [last], "all": range(1, last + 1), None: []}[where]
-    pairs = {f"stage{n}": teacher_tap.format(n) for n in numbers}
+    pairs = {f"stage{n}": f"layer{n}" if torchvision else f"stage{n}" for n in numbers}
+    if torchvision and where is None:
+        pairs = {"pooled": "avgpool"}
     return {f"losses.{loss}.weight": weight} | ({f"losses.{loss}.pairs": pairs} if pairs else {})
 
 
@@ -166,8 +168,12 @@ def _methods(teacher: str, student: str) -> dict[str, dict[str, Any]]:
     methods["tlmixup"] = on_both | {"augment.xprime": "mixup"}
     methods["dkd"] = ce | {"losses.dkd.weight": 1.0, "losses.dkd.beta": _beta(teacher, student)}
     methods["dist"] = ce | {"losses.dist.weight": 2.0, "losses.dist.temperature": 4.0}
-    methods["simkd"] = {"losses.simkd.weight": 1.0} | {
-        f"losses.simkd.{network}": f"stage{stages(student)}" for network in ("student", "teacher")
+    last = f"stage{stages(student)}"
+    methods["simkd"] = {
+        "losses.simkd.weight": 1.0,
+        "losses.simkd.student": last,
+        # What a wide ResNet pools; its last stage is a raw sum.
+        "losses.simkd.teacher": f"{last}:preact" if teacher.startswith("wrn") else last,
     }
     if student in REVIEW:
         methods["reviewkd"] = ce | {"losses.reviewkd.weight": REVIEW[student]}

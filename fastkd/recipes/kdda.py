@@ -100,6 +100,7 @@ SOURCES = {
     "losses.vid.weight": REPDISTILLER,
     "losses.vid.pairs": f"{REPDISTILLER}: every stage",
     "losses.crd.weight": REPDISTILLER,
+    "losses.crd.pairs": f"{REPDISTILLER}: the pooled features",
     "losses.mixed_ce.weight": "the text has a naive combination, no weight; here that of the KL",
     "augment.pick.pool": f"{CODE}: mix_n_run; the text has only how many are picked of how many",
     "augment.pick.update_statistics": f"{CODE}: scoring moves the student's batch norm statistics",
@@ -154,10 +155,9 @@ def _alone(dataset: str, network: str) -> Entry:
 def _distilled(dataset: str, teacher: str, student: str, method: str, epochs: int | None) -> Entry:
     *beside, view = method.split("+")
     keys = SETTINGS[dataset] | _student(dataset, student)
-    teacher_tap, note = "stage{}", ""
+    note = ""
     if dataset == "imagenet":
         keys |= {"teacher.name": f"torchvision:{teacher}", "teacher.pretrained": True}
-        teacher_tap = "layer{}"
     else:
         keys |= teacher_keys(teacher, student)
     if dataset == "cifar100":
@@ -176,7 +176,7 @@ def _distilled(dataset: str, teacher: str, student: str, method: str, epochs: in
         if beside:
             keys |= {"losses.kd.weight": 1.0, "losses.kd.ce_weight": 1.0}
     for loss in beside:
-        keys |= auxiliary(loss, student, teacher_tap)
+        keys |= auxiliary(loss, student, torchvision=dataset == "imagenet")
     suffix = "" if epochs is None else f"@{epochs}"
     return Entry(
         name=f"kdda/{dataset}/{teacher}--{student}/{method}{suffix}",
