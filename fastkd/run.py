@@ -217,6 +217,9 @@ def _train(
         if finished is not None:
             session.console.note(f"{recipe.name}: finished before, {path}")
             return finished
+        if data.seed != recipe.seed:
+            # A teacher's own seed also decides the order in which it sees the images.
+            data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
             trainer = stage_builder(recipe, data, teacher, session)(folder)
             _go_on(trainer, folder, session)

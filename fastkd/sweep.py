@@ -83,8 +83,10 @@ def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int =
         run_jobs(wanted, session, jobs)
     for choice in recipes.keys() - found.keys():
         found[choice] = _finished(recipes[choice], session) or {"note": "failed"}
-    rows = [{"note": "", **found[choice], "run": " ".join(choice)} for choice in recipes]
+    rows = [_row(choice, found[choice]) for choice in recipes]
     session.console.comparison(rows + _over_seeds(recipes, found))
+    if note := _different_teachers(recipes):
+        session.console.note(note)
     return 1 if any(row["note"] == "failed" for row in rows) else 0
 
 
@@ -102,6 +104,59 @@ def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
 
 def _finished(recipe: Recipe, session: Session) -> dict[str, Any] | None:
     return find_finished(session.root, recipe.name, recipe.digest())
+
+
+def _row(choice: Choice, summary: Mapping[str, Any]) -> dict[str, Any]:
+    teacher = summary.get("teacher") or {}
+    return {
+        "note": "",
+        **summary,
+        "run": " ".join(choice),
+        "of_teacher": teacher.get(headline(summary)),
+    }
+
+
+def _different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
+    """A sentence where a key of the student has also made other teachers; else nothing."""
+    lessons = {
+        choice: {
+            key: recipe.as_teacher(one)
+            for key, one in recipe.teacher.members().items()
+            if one.trains
+        }
+        for choice, recipe in recipes.items()
+        if recipe.teacher
+    }
+    digests = {
+        choice: tuple(one.digest() for one in taught.values()) for choice, taught in lessons.items()
+    }
+    guilty = []
+    for place, override in enumerate(next(iter(recipes))):
+        # What runs imitate that differ in this key alone.
+        groups: dict[Choice, set[tuple[str, ...]]] = {}
+        for choice, taught in digests.items():
+            groups.setdefault(choice[:place] + choice[place + 1 :], set()).add(taught)
+        key = override.partition("=")[0]
+        if key.split(".")[0] != "teacher" and any(len(group) > 1 for group in groups.values()):
+            guilty.append(key)
+    if not guilty:
+        return ""
+    cure = "teacher.weights=RUN, the folder of a trained one"
+    if {*guilty} <= {"seed", "optim.lr", "epochs"}:
+        first = next(taught for taught in lessons.values() if taught)
+        held = {
+            member: {
+                "seed": f"seed={one.seed}",
+                "optim.lr": f"lr={one.optim.lr:g}",
+                "epochs": f"epochs={one.epochs}",
+            }
+            for member, one in first.items()
+        }
+        cure = " ".join(f"{member}.{own[key]}" for member, own in held.items() for key in guilty)
+    return (
+        f"note: these runs imitate {len(set(digests.values()))} different teachers: a teacher is "
+        f"trained with the {' and '.join(guilty)} of its run. To hold one: {cure}"
+    )
 
 
 def _over_seeds(
@@ -125,6 +180,8 @@ def _over_seeds(
             values = [run[key] for run in runs]
             row[key] = statistics.mean(values)
             stds.append(f"{100 * statistics.stdev(values):.2f}")
+        teachers = [accuracy for run in runs if (accuracy := _row((), run)["of_teacher"])]
+        row["of_teacher"] = statistics.mean(teachers) if teachers else None
         rows.append(row | {"note": f"std {', '.join(stds)}"})
         paper = paper_row(recipes[choices[0]], row)
         if paper and paper.row:

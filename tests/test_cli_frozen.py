@@ -29,15 +29,16 @@ student.name student.width student.block student.shortcuts student.stem student.
 student.weights student.pretrained student.new_head student.frozen
 teacher.name teacher.width teacher.block teacher.shortcuts teacher.stem teacher.dropout
 teacher.weights teacher.pretrained teacher.new_head teacher.frozen teacher.train teacher.epochs
-teacher.lr teacher.resolution teacher.mean teacher.std teacher.class_map teacher.min_accuracy
-teacher.precision teacher.compile teacher.ensemble
+teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.class_map
+teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
 teacher.ensemble.0.weights teacher.ensemble.0.pretrained teacher.ensemble.0.new_head
 teacher.ensemble.0.frozen teacher.ensemble.0.train
-teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.resolution
-teacher.ensemble.0.mean teacher.ensemble.0.std teacher.ensemble.0.class_map
-teacher.ensemble.0.min_accuracy teacher.ensemble.0.precision teacher.ensemble.0.compile
+teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.seed
+teacher.ensemble.0.resolution teacher.ensemble.0.mean teacher.ensemble.0.std
+teacher.ensemble.0.class_map teacher.ensemble.0.min_accuracy teacher.ensemble.0.precision
+teacher.ensemble.0.compile
 optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.decay_norms
 optim.schedule optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm
 baseline.lrs

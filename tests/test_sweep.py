@@ -14,9 +14,11 @@ import torch
 import fastkd.data.synthetic
 import fastkd.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
+from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
-from fastkd.sweep import combinations
+from fastkd.sweep import _different_teachers, combinations
 from fastkd.sweep_jobs import environments
+from fastkd.weights import load_weights
 
 KEYS = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
@@ -174,6 +176,76 @@ def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monk
         ("optim.lr=0.2 mean of 2", 42.0, 52.0, 2.83, 2.83),
     ]
     assert means(command("train", *KEYS, "--sweep", "optim.lr=0.1;0.2")) == []
+
+
+TAUGHT = [
+    *(*KEYS[:9], "baseline.lrs=", "teacher.name=resnet8", "teacher.width=0.25"),
+    *("teacher.epochs=1", "teacher.min_accuracy=0"),
+]
+
+
+def test_a_sweep_says_that_its_runs_have_different_teachers(command, tmp_path):
+    said = command("train", *TAUGHT, "teacher.lr=0.1", "--sweep", "seed=0;1")
+    assert (said.code, said.err) == (0, "")
+    assert len(list((tmp_path / "runs/teachers").iterdir())) == 2
+    reached = [
+        json.loads(file.read_text())["teacher"]["accuracy"]
+        for file in tmp_path.glob("runs/quickstart/*/summary.json")
+    ]
+    rows = [row for row in table(said) if row[1:]]
+    assert sorted(row[3] for row in rows) == sorted(f"{one:.2%}" for one in reached)
+    (mean,) = (line for line in said.out.splitlines() if line.startswith("mean of 2"))
+    assert re.findall(r"[\d.]+%", mean)[2] == f"{sum(reached) / 2:.2%}"
+    assert said.out.splitlines()[-1] == (
+        "note: these runs imitate 2 different teachers: a teacher is trained with the seed of its "
+        "run. To hold one: teacher.seed=0"
+    )
+    # One of them is the first run's: what is there is used.
+    held = command("train", *TAUGHT, "teacher.lr=0.1", "teacher.seed=0", "--sweep", "seed=0;1")
+    assert "different teachers" not in held.out
+    assert len(list((tmp_path / "runs/teachers").iterdir())) == 2
+
+
+def test_a_teacher_s_seed_decides_all_of_its_training(command, tmp_path):
+    """Also the order in which it sees the images, which a run's own seed decides for the run."""
+    for seed in (1, 2):
+        words = ("teacher.seed=7", "teacher.lr=0.1", f"seed={seed}", f"out=run{seed}")
+        assert command("train", *TAUGHT, *words).code == 0
+        (tmp_path / "runs/teachers").rename(tmp_path / f"teachers{seed}")
+    one, two = (load_weights(next(tmp_path.glob(f"teachers{s}/*")))[0] for s in (1, 2))
+    assert one and all(torch.equal(one[key], two[key]) for key in one)
+    assert command("train", *TAUGHT, "teacher.lr=0.1", "seed=2", "out=other").code == 0
+    other, _ = load_weights(next(tmp_path.glob("runs/teachers/*")))
+    assert not torch.equal(other["conv1.weight"], one["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("words", "axes", "end"),
+    [
+        (("teacher.lr=null",), ("seed=0;1", "optim.lr=0.05;0.1"), "imitate 4 different teachers: "
+         "a teacher is trained with the seed and optim.lr of its run. To hold one: teacher.seed=0 "
+         "teacher.lr=0.05"),
+        (("teacher.seed=3", "teacher.lr=0.2"), ("seed=0;1", "optim.lr=0.05;0.1"), ""),
+        (("teacher.seed=3",), ("seed=0;1", "epochs=1;2"), ""),
+        (("teacher.epochs=null",), ("epochs=1;2",), "To hold one: teacher.epochs=1"),
+        ((), ("batch_size=16;32",), "To hold one: teacher.weights=RUN, the folder of a trained"),
+        (
+            ("teacher.ensemble.0.name=vgg8", "teacher.ensemble.0.train=true"), ("seed=1;2",),
+            "imitate 2 different teachers: a teacher is trained with the seed of its run. To hold "
+            "one: teacher.seed=1 teacher.ensemble.0.seed=1",
+        ),
+        (("teacher.weights=t.pt",), ("seed=0;1", "batch_size=16;32"), ""),
+        ((), ("teacher.lr=0.1;0.2", "student.block=S;G:2"), ""),
+        (("teacher=null", "losses.kd=null", "losses.ce.weight=1"), ("seed=0;1",), ""),
+    ],
+)  # fmt: skip
+def test_the_keys_that_hold_a_teacher_are_named(words, axes, end):
+    recipes = {
+        choice: load_recipe("quickstart", overrides=[*TAUGHT, *words, *choice])
+        for choice in combinations(axes)
+    }
+    note = _different_teachers(recipes)
+    assert end in note and bool(end) == bool(note)
 
 
 def test_the_mean_over_seeds_stands_beside_the_papers(command, monkeypatch, tmp_path):

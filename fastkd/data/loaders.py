@@ -35,6 +35,7 @@ class DataPair:
 
     mean, std   per channel, units of 0..1, as applied        image_size  pixels, square
     name        of the data set                               backend     "resident" or "torch"
+    seed        of order and augmentation
 
     The training images are read when `train` is first asked for: an evaluation does without them.
     """
@@ -47,6 +48,7 @@ class DataPair:
     image_size: int
     name: str
     backend: str
+    seed: int = 0
 
     @cached_property
     def train(self) -> Loader:
@@ -144,7 +146,7 @@ def open_data(
 
     shown = loader(val, False)
     return DataPair(
-        lambda: loader(train, True), shown, train.classes, mean, std, size, name, backend
+        lambda: loader(train, True), shown, train.classes, mean, std, size, name, backend, seed
     )
 
 

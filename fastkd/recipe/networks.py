@@ -86,6 +86,9 @@ class MemberConfig(StudentConfig):
     """Length of that training; by default that of the student."""
     lr: PositiveFloat | None = None
     """Learning rate of that training; by default that of the student."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of that training; by default that of the run. Set, it makes runs of several seeds share
+    one teacher."""
     resolution: PositiveInt | None = None
     """Side in pixels the teacher wants its images; by default that of the student's."""
     mean: tuple[float, float, float] | None = None
@@ -130,7 +133,7 @@ class TeacherConfig(MemberConfig):
         # How it computes, and what is asked of it, does not make it another teacher.
         aside = {"ensemble", "min_accuracy", "precision", "compile"}
         for key, one in self.members().items():
-            unread = set() if one.trains else {"train", "epochs", "lr"}
+            unread = set() if one.trains else {"train", "epochs", "lr", "seed"}
             same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)
             if same != key:
                 raise ValueError(

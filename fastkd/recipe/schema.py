@@ -331,6 +331,7 @@ class Recipe(Section):
         }
         return self.without_teacher(f"teacher/{self.data.name}/{teacher.name}").replace(
             epochs=epochs,
+            seed=self.seed if teacher.seed is None else teacher.seed,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
             optim=self.optim.model_copy(update=optim),
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),

@@ -161,9 +161,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
     evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
     what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` stands in for
-    `accuracy` where a row has it.
+    `accuracy` where a row has it. With `of_teacher`, that of the run's teacher, there is a column
+    more.
     """
     metric = next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
+
+    taught = any(row.get("of_teacher") is not None for row in rows)
 
     def number(header: str) -> Column:
         return Column(header, justify="right", vertical="top", no_wrap=True)
@@ -172,6 +175,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         Column("\nrun", overflow="fold", min_width=17),
         number(f"{HEADLINES[metric]}\nlast"),
         number("\nbest"),
+        *([number("of its\nteacher")] if taught else []),
         number("\nparams"),
         number("\nMACs"),
         number("images\nper s"),
@@ -189,6 +193,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row.get("run", "")),
             _percent(last),
             _percent(row.get(f"{metric}_best")),
+            *([_percent(row.get("of_teacher"))] if taught else []),
             _quantity(row.get("params")),
             _quantity(row.get("macs")),
             "" if speed is None else f"{speed:,.0f}",

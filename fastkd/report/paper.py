@@ -26,7 +26,7 @@ _NO_MATTER = (
     *("data.root", "data.backend", "data.download", "data.workers"),
     # A teacher from a file, as the papers have it, in place of one that is trained first.
     *("teacher.weights", "teacher.train", "teacher.mean", "teacher.std", "teacher.class_map"),
-    *("teacher.min_accuracy", "teacher.precision", "teacher.compile"),
+    *("teacher.seed", "teacher.min_accuracy", "teacher.precision", "teacher.compile"),
 )
 
 
