@@ -11,9 +11,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.metrics import headline
+from fastkd.models.registry import create_model, model_options
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
 from fastkd.report.run_folder import find_finished
@@ -60,13 +63,50 @@ def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int =
     """Run what is not finished yet, print the table; the exit code, 1 where a run failed.
 
     jobs: so many runs at a time. On one process a failed run (such as one that diverged) does not
-    stop the others.
+    stop the others; a run's UserError ends the sweep, with the table of what is finished.
     """
     if jobs > 1 and session.world.size > 1:
         raise UserError(
             "--jobs starts processes of its own and is not for torchrun; leave one away"
         )
+    _check_networks(recipes)
     found: dict[Choice, dict[str, Any]] = {}
+    try:
+        _run_all(recipes, session, jobs, found)
+    except UserError:
+        _fill_in(recipes, session, found, "not run")
+        if any(len(summary) > 1 for summary in found.values()):
+            _report(recipes, session, found)
+        raise
+    _fill_in(recipes, session, found, "failed")
+    _report(recipes, session, found)
+    return 1 if any(summary == {"note": "failed"} for summary in found.values()) else 0
+
+
+def _check_networks(recipes: Mapping[Choice, Recipe]) -> None:
+    """UserError for a network that cannot be built; those of the zoo are, without memory."""
+    seen = set()
+    for choice, recipe in recipes.items():
+        for net in (recipe.student, *(recipe.teacher.members().values() if recipe.teacher else ())):
+            if (key := repr((net.name, net.options()))) in seen:
+                continue
+            seen.add(key)
+            if ":" in net.name and model_options(net.name) is not None:
+                continue
+            try:
+                with torch.device("meta"):
+                    create_model(net.name, 10, **net.options())
+            except UserError as error:
+                raise UserError(f"--sweep: {' '.join(choice)}: {error}") from None
+
+
+def _run_all(
+    recipes: Mapping[Choice, Recipe],
+    session: Session,
+    jobs: int,
+    found: dict[Choice, dict[str, Any]],
+) -> None:
+    """Summaries into `found`, as they come; those of other processes stay in their folders."""
     wanted: dict[str, Recipe] = {}
     for number, (choice, recipe) in enumerate(recipes.items(), 1):
         name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
@@ -81,13 +121,26 @@ def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int =
             found[choice] = _run(recipe, session)
     if wanted:
         run_jobs(wanted, session, jobs)
+
+
+def _fill_in(
+    recipes: Mapping[Choice, Recipe],
+    session: Session,
+    found: dict[Choice, dict[str, Any]],
+    otherwise: str,
+) -> None:
+    """The summaries that other processes have written, a note in place of those that are not."""
     for choice in recipes.keys() - found.keys():
-        found[choice] = _finished(recipes[choice], session) or {"note": "failed"}
+        found[choice] = _finished(recipes[choice], session) or {"note": otherwise}
+
+
+def _report(
+    recipes: Mapping[Choice, Recipe], session: Session, found: Mapping[Choice, dict[str, Any]]
+) -> None:
     rows = [_row(choice, found[choice]) for choice in recipes]
     session.console.comparison(rows + _over_seeds(recipes, found))
     if note := _different_teachers(recipes):
         session.console.note(note)
-    return 1 if any(row["note"] == "failed" for row in rows) else 0
 
 
 def _run(recipe: Recipe, session: Session) -> dict[str, Any]:

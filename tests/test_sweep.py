@@ -70,6 +70,18 @@ def test_a_misspelled_sweep_is_refused(sweeps, sentence):
         (["--sweep", "optim.lr=0.1;fast"], "optim.lr=fast: expected a number above 0"),
         (["--sweep", "optim.lr=0.1;0.10"], "--sweep: optim.lr=0.1 and optim.lr=0.10 are the same"),
         (["--sweep", "data.workers=0;2"], "--sweep: data.workers=0 and data.workers=2 are the sa"),
+        (
+            ["--sweep", "student.name=resnet8;nonet"],
+            "--sweep: student.name=nonet: unknown network 'nonet'; nearest:",
+        ),
+        (
+            ["--sweep", "student.name=resnet8;timm:nonet"],
+            "--sweep: student.name=timm:nonet: timm has no network 'nonet'; nearest",
+        ),
+        (
+            ["--sweep", "student.stem=null;cifar"],
+            "--sweep: student.stem=cifar: resnet8 ",
+        ),
         (["--sweep", "device=cpu;auto"], "--sweep cannot change device or deterministic"),
         ([*SWEEP, "out=run"], "a sweep makes a run folder for each value: leave out= away"),
         ([*SWEEP, "--dry-run"], "--sweep and --dry-run exclude each other"),
@@ -150,6 +162,28 @@ def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatc
     rows = table(said)
     assert rows[0] == ("optim.lr=0.1",)
     assert len(rows[1]) == 3
+
+
+@pytest.mark.parametrize("jobs", [(), pytest.param(("--jobs", "2"), marks=pytest.mark.slow)])
+def test_a_mistake_in_a_later_run_leaves_the_table_of_those_before(command, tmp_path, jobs):
+    taps = "losses.at.pairs={stage1: stage1};{stage1: stage3};{stage1: stage9}"
+    at = ("teacher.name=resnet8", "teacher.train=true", "teacher.min_accuracy=0", "epochs=1")
+    words = [*KEYS[:9], "baseline.lrs=", *at, "losses.at.weight=1", "--sweep", taps]
+    if jobs:
+        # Of several at a time the sound ones may not have ended yet.
+        sound = command("train", *words[:-1], "losses.at.pairs={stage1: stage1};{stage1: stage3}")
+        assert sound.code == 0
+    said = command("train", *words, *jobs)
+    assert said.code == 2
+    assert "unknown tap 'stage9'" in said.err
+    lines = said.out[said.out.rindex("\nrun ") :].split("losses.at.pairs=")[1:]
+    assert len(lines) == 3
+    assert ["%" in line for line in lines] == [True, True, False]
+    assert "not run" in lines[2]
+    if not jobs:
+        nothing = command("train", *words[:-1], "losses.at.pairs={stage1: stage8};{stage1: stage9}")
+        assert nothing.code == 2
+        assert "\nrun " not in nothing.out
 
 
 def means(said):
