@@ -3,16 +3,22 @@
 Each combination is a run of its own with its own folder, so a sweep that was broken off goes on
 when the same command is given again: what is finished is found by its digest and not repeated.
 The runs follow each other in this process, or go side by side in processes of their own
-(`sweep_jobs`). Over seeds the table ends with mean and standard deviation.
+(`sweep_jobs`). Over seeds the table ends with mean and standard deviation; its rows of single runs
+are also in a CSV file beside the run folders.
 """
 
+import csv
+import hashlib
+import io
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd.atomic import atomic_path
 from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.metrics import headline
@@ -139,6 +145,8 @@ def _report(
 ) -> None:
     rows = [_row(choice, found[choice]) for choice in recipes]
     session.console.comparison(rows + _over_seeds(recipes, found))
+    if session.world.is_main:
+        session.console.note(f"table {_write_csv(recipes, rows, session.root)}")
     if note := _different_teachers(recipes):
         session.console.note(note)
 
@@ -157,6 +165,29 @@ def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
 
 def _finished(recipe: Recipe, session: Session) -> dict[str, Any] | None:
     return find_finished(session.root, recipe.name, recipe.digest())
+
+
+def _write_csv(
+    recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]], root: Path
+) -> Path:
+    """A line for each run beside the folders of the runs: swept keys, digest, results."""
+    metric = next((name for row in rows if (name := headline(row)) != "accuracy"), "accuracy")
+    results = (f"{metric}_last", f"{metric}_best", "best_epoch", "of_teacher", "params", "macs")
+    lines = []
+    for (choice, recipe), row in zip(recipes.items(), rows, strict=True):
+        keys = dict(override.split("=", 1) for override in choice)
+        kept = {key: row.get(key) for key in (*results, "images_per_s", "note")}
+        lines.append(keys | {"digest": recipe.digest()} | kept)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    of_all = hashlib.sha256(" ".join(line["digest"] for line in lines).encode()).hexdigest()
+    target = root / next(iter(recipes.values())).name / f"sweep-{of_all[:8]}.csv"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as beside:
+        beside.write_text(text.getvalue(), encoding="utf-8")
+    return target
 
 
 def _row(choice: Choice, summary: Mapping[str, Any]) -> dict[str, Any]:

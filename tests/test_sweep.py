@@ -1,5 +1,6 @@
 """A sweep is one run per combination, goes on where it was broken off, and ends with one table."""
 
+import csv
 import json
 import os
 import re
@@ -103,6 +104,10 @@ def test_a_wrong_sweep_is_found_before_its_first_run(command, tmp_path, words, s
     assert not any(tmp_path.iterdir())
 
 
+def runs_in(tmp_path):
+    return [path for path in (tmp_path / "runs/quickstart").iterdir() if path.is_dir()]
+
+
 def accuracies(tmp_path):
     found = (json.loads(file.read_text()) for file in tmp_path.rglob("summary.json"))
     return sorted(f"{run['accuracy_last']:.2%}" for run in found)
@@ -118,11 +123,20 @@ def table(said):
 def test_a_sweep_runs_every_combination_and_ends_with_a_table(command, tmp_path):
     said = command("train", *KEYS, *SWEEP)
     assert (said.code, said.err) == (0, "")
-    assert len(list((tmp_path / "runs/quickstart").iterdir())) == 4
+    assert len(runs_in(tmp_path)) == 4
     rows = table(said)
     names = [" ".join(choice) for choice in combinations(SWEEP[1::2])]
     assert [row[0] for row in rows] == names
     assert sorted(row[1] for row in rows) == accuracies(tmp_path)
+    (file,) = (tmp_path / "runs/quickstart").glob("sweep-*.csv")
+    assert f"\ntable {file.relative_to(tmp_path)}\n" in said.out
+    lines = list(csv.DictReader(file.open()))
+    assert [" ".join(f"{k}={line[k]}" for k in ("optim.lr", "seed")) for line in lines] == names
+    for line in lines:
+        (run,) = (tmp_path / "runs/quickstart").glob(f"*-{line['digest'][:8]}/summary.json")
+        summary = json.loads(run.read_text())
+        for key in ("accuracy_last", "accuracy_best", "best_epoch", "params", "macs"):
+            assert float(line[key]) == summary[key]
 
 
 def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypatch):
@@ -144,7 +158,7 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
     assert runs == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 0), (0.2, 1)]
     assert "sweep 2/4: optim.lr=0.1 seed=1, finished before\n" in again.out
     assert len(table(again)) == 4
-    assert len(list((tmp_path / "runs/quickstart").iterdir())) == 4
+    assert len(runs_in(tmp_path)) == 4
 
 
 def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatch):
@@ -161,6 +175,10 @@ def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatc
     assert "failed: it diverged" in said.out
     rows = table(said)
     assert rows[0] == ("optim.lr=0.1",)
+    (file,) = (tmp_path / "runs/quickstart").glob("sweep-*.csv")
+    failed, done = csv.DictReader(file.open())
+    assert (failed["note"], failed["accuracy_last"]) == ("failed", "")
+    assert (done["note"], done["optim.lr"]) == ("", "0.2")
     assert len(rows[1]) == 3
 
 
@@ -314,7 +332,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(command, tmp_path, monke
     assert "sweep 1/3: student.block=S, finished before\n" in again.out
     assert re.search(r"sweep 2/3: student.block=G:2\n.*\nresum.* epoch [12]", again.out)
     assert [row[0] for row in table(again)] == [f"student.block={b}" for b in ("S", "G:2", "G:4")]
-    assert len(list((tmp_path / "runs/quickstart").iterdir())) == 3
+    assert len(runs_in(tmp_path)) == 3
 
 
 def test_runs_go_side_by_side(command, tmp_path):
