@@ -21,6 +21,7 @@ SETTING: dict[str, Any] = {
     "data.drop_last": False,
     "optim.lr": 0.1,
     "optim.momentum": 0.9,
+    "optim.nesterov": False,
     "optim.weight_decay": 5e-4,
     "optim.schedule": "onecycle",
 }
@@ -77,6 +78,7 @@ SOURCES = {
     "augment.padding": "not said; JointRD's code",
     "augment.crop": "not said",
     "optim.momentum": "not said; OneCycle takes it through 0.95, 0.85 and back",
+    "optim.nesterov": "not said; the authors of JointRD have it",
     "optim.weight_decay": "not said; JointRD's code",
     "losses.kd.temperature": "no temperature is named",
     "losses.stage_mse.reduction": "the text has `mse` only, of the stages' outputs",

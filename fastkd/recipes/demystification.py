@@ -36,6 +36,7 @@ SETTING: dict[str, Any] = {
     "optim.lr": 0.1,
     "optim.momentum": 0.9,
     "optim.weight_decay": 5e-4,
+    "optim.warmup_epochs": 0,
 }
 STEPS: dict[str, Any] = {"optim.milestones": [60, 120, 160], "optim.gamma": 0.2}
 EVERY_EPOCH: dict[str, Any] = {"optim.schedule": "exponential", "optim.gamma": 0.98}
@@ -51,9 +52,11 @@ SOURCES = {
     "optim.lr": LEAD,
     "optim.momentum": LEAD,
     "optim.weight_decay": LEAD,
+    "optim.warmup_epochs": "our text has no warm-up; Teacher-free KD's code has one epoch of it",
     "optim.milestones": f"{LEAD}; the text has three drops",
     "optim.gamma": f"{LEAD}; MobileNet-V2: that of its own paper, applied after every epoch",
-    "losses.kd.weight": f"{LEAD}: alpha 0.6, for MobileNet-V2 0.95, divided by the 100 classes",
+    "losses.kd.weight": f"{LEAD}: alpha 0.6 (there of ResNet-18), for MobileNet-V2 0.95, "
+    "divided by the 100 classes",
     "losses.kd.ce_weight": f"{LEAD}: 1 - alpha",
     "losses.kd.temperature": LEAD,
 }

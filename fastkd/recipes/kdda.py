@@ -108,6 +108,8 @@ SOURCES = {
 FOR_IMAGENET = {
     "optim.weight_decay": "PyTorch's ImageNet example; no script was released",
     "data.drop_last": "not said; kept as on CIFAR",
+    "data.mean": "torchvision's, like the teacher",
+    "data.std": "torchvision's, like the teacher",
 }
 FOR_CUTOUT = {
     "augment.xprime": f"{CODE}: x' beside x, one square for the batch, its side a quarter of theirs"

@@ -62,6 +62,23 @@ def test_each_setting_has_its_own_normalisation(name, std):
     assert find_recipe(name).data.std == std
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("demystification/cifar100/resnet18-R-G8/scratch", "optim.warmup_epochs", 0, "one epoch"),
+        ("demystification/cifar100/mobilenetv2-R-G8--NR-g8/kd", "optim.warmup_epochs", 0, "one ep"),
+        ("alignkd/cifar10/resnet18--plain18/alignkd", "optim.nesterov", False, "JointRD have it"),
+        ("alignkd/cifar10/plain18/scratch", "optim.nesterov", False, "JointRD have it"),
+        ("kdda/imagenet/resnet34--resnet18/kd", "data.mean", [0.485, 0.456, 0.406], "torchvision"),
+    ],
+)
+def test_what_the_cited_code_does_otherwise_is_said(name, key, value, said):
+    """A row that takes its rates from a code and not its warm-up names both."""
+    entry = find_entry(name)
+    assert entry.keys[key] == value
+    assert said in entry.silent[key]
+
+
 # The schedule section of the oracle of the data augmentation paper.
 KDDA_SCHEDULES = [
     ("kdda/cifar100/wrn_40_2--wrn_16_2/kd", 240, (150, 180, 210), 0.05),
