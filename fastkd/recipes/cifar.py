@@ -102,6 +102,13 @@ STANDARDIZED = {
 }
 
 
+SETTING = "Setting of CRD (arXiv:1910.10699) and its code, RepDistiller."
+OF_CIFAR10 = (
+    f"{SETTING} Theirs is CIFAR-100: normalisation and partial batch are fastkd's defaults."
+)
+NOTES = {"cifar10": OF_CIFAR10, "cifar100": SETTING}
+
+
 def student_keys(student: str) -> dict[str, Any]:
     """Its name, and the learning rate where RepDistiller has another one for it."""
     return {"student.name": student, **({"optim.lr": 0.01} if student in LIGHT else {})}
@@ -142,6 +149,7 @@ def _combinations() -> Iterator[Entry]:
                 name=f"{dataset}/{network}",
                 description=f"{network} on {dataset}, no teacher",
                 keys=SCHEDULE | DATA[dataset] | student_keys(network) | {"losses.ce.weight": 1.0},
+                note=NOTES[dataset],
             )
         for teacher, student in pairs:
             for method, keys in _methods(teacher, student).items():
@@ -153,6 +161,7 @@ def _combinations() -> Iterator[Entry]:
                     | student_keys(student)
                     | teacher_keys(teacher, student)
                     | keys,
+                    note=NOTES[dataset],
                 )
 
 

@@ -87,6 +87,7 @@ def listing(entries: Sequence[Entry]) -> Iterator[str]:
 
 def details(entry: Entry) -> Iterator[str]:
     """Lines: what will run, what the paper printed, and what is not from the paper."""
+    from fastkd.losses.catalogue import entry_of
     from fastkd.recipes.missing import missing
 
     yield entry.name
@@ -97,6 +98,8 @@ def details(entry: Entry) -> Iterator[str]:
         yield f"\nfastkd train {entry.name}{_files(entry)}"
     if entry.published:
         yield f"\n{papers()[entry.published[0].paper]['title']}"
+    else:
+        yield "\nno published number"
     for cell in entry.published:
         epoch = f", {cell.epoch} epoch" if cell.epoch else ""
         yield f"  {cell}  ({cell.place}, {cell.row}, {cell.column}{epoch})"
@@ -104,12 +107,17 @@ def details(entry: Entry) -> Iterator[str]:
     if entry.note:
         yield f"\n{entry.note}"
     yield "\nkeys, all others at their defaults (fastkd train NAME --print-config)"
-    width = max(map(len, entry.keys))
-    for key, value in entry.keys.items():
-        line = f"  {key:<{width}}  {_text(value)}"
-        if key in entry.silent:
-            line = f"{line:<{width + 26}}  not from the paper: {entry.silent[key]}"
-        yield line
+    defaults = _defaults(entry)
+    width = max(map(len, (*entry.keys, *defaults)))
+    remarks = {key: f"not from the paper: {source}" for key, source in entry.silent.items()}
+    shown = {key: _text(value) for key, value in entry.keys.items()} | defaults
+    for key, value in shown.items():
+        line = f"  {key:<{width}}  {value}"
+        remark = "default" if key in defaults else remarks.get(key)
+        yield f"{line:<{width + 26}}  {remark}" if remark else line
+    yield "\nlosses, each in full: fastkd losses NAME"
+    for loss in _losses(entry):
+        yield f"  {loss}: {entry_of(loss).source}"
 
 
 def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -124,11 +132,32 @@ def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             "published": [asdict(cell) for cell in entry.published],
             "needs": missing(entry),
             "keys": dict(entry.keys),
+            "loss_defaults": _defaults(entry),
             "not_from_the_paper": entry.silent,
             "note": entry.note,
         }
         for entry in entries
     ]
+
+
+def _losses(entry: Entry) -> list[str]:
+    """Those of this version of fastkd that the recipe has, in its order."""
+    from fastkd.losses.registry import term_names
+
+    found = dict.fromkeys(key.split(".")[1] for key in entry.keys if key.startswith("losses."))
+    return [loss for loss in found if loss in term_names()]
+
+
+def _defaults(entry: Entry) -> dict[str, str]:
+    """Keys of the recipe's losses that it leaves at their defaults: no number stays unseen."""
+    from fastkd.losses.catalogue import entry_of
+
+    keys = {
+        f"losses.{loss}.{key.name}": key.default
+        for loss in _losses(entry)
+        for key in entry_of(loss).keys
+    }
+    return {key: default for key, default in keys.items() if key not in entry.keys}
 
 
 def _group(entry: Entry) -> str:

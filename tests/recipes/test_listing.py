@@ -74,6 +74,42 @@ def test_one_recipe_in_full(command):
 
 
 @pytest.mark.parametrize(
+    ("name", "defaults", "sources"),
+    [
+        (
+            "cifar100/wrn_40_2--wrn_16_2/dkd",
+            {"alpha": "1.0", "temperature": "4.0", "warmup_epochs": "20.0", "standardize": "false"},
+            {"ce": "torch.nn", "dkd": "arXiv:2203.08679"},
+        ),
+        (
+            "cifar10/resnet32x4--resnet8x4/reviewkd",
+            {"max_width": "512", "warmup_epochs": "20.0"},
+            {"reviewkd": "arXiv:2104.09044"},
+        ),
+        (
+            "cifar100/wrn_40_2--shufflenetv1/simkd",
+            {"factor": "2"},
+            {"simkd": "arXiv:2203.14001"},
+        ),
+        ("cifar10/resnet56--resnet20/dist", {"gather": "true"}, {"dist": "arXiv:2205.10536"}),
+    ],
+)
+def test_every_number_of_a_loss_is_shown_with_its_source(command, name, defaults, sources):
+    said = command("recipes", "show", name).out
+    assert "\nSetting of CRD (arXiv:1910.10699) and its code, RepDistiller." in said
+    assert ("\nno published number\n" in said) == (not find_entry(name).published)
+    lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line[:2] == "  "}
+    loss = name.rpartition("/")[2]
+    for key, value in defaults.items():
+        assert lines[f"losses.{loss}.{key}"] == [value, "default"]
+    recipe = find_entry(name).build()
+    for used, keys in recipe.losses.items():
+        assert {f"losses.{used}.{key}" for key in type(keys).model_fields} <= lines.keys()
+    for used, source in sources.items():
+        assert source in " ".join(lines[f"{used}:"])
+
+
+@pytest.mark.parametrize(
     ("word", "pattern"),
     [
         ("kdda", "kdda/*"),
