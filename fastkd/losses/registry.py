@@ -16,6 +16,7 @@ from fastkd.recipe.section import Section
 
 __all__ = [
     "ALIASES",
+    "NO_LOSSES",
     "build_terms",
     "called",
     "check_needs",
@@ -71,6 +72,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """What other packages and papers call a loss -> what a recipe writes behind `losses.`."""
 
+_VIEWS = {"tlcutmix": "cutmix", "tlmixup": "mixup"} | {
+    view: view for view in ("cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment")
+}
+NO_LOSSES = {
+    **{
+        name: f"augment.xprime={view} losses.kd.views=x,xprime, a second view of the images"
+        for name, view in _VIEWS.items()
+    },
+    "pick": "augment.pick.criterion=kl, a choice among the views of augment.xprime=cutmix",
+    "label_smoothing": "losses.ce.label_smoothing=0.1 or losses.kd.label_smoothing=0.1, a key",
+}
+"""What people look for among the losses and is none -> what a recipe writes."""
+
 
 class TermConfig(Section):
     """Base of the recipe keys of one loss term."""
@@ -109,6 +123,8 @@ def called(name: str) -> tuple[str, ...]:
 def config_class(name: str) -> type[TermConfig]:
     """The config class of a loss name; ValueError names what it is called here, or the nearest."""
     if name not in _TERMS:
+        if plain(name) in NO_LOSSES:
+            raise ValueError(f"{name} is no loss but {NO_LOSSES[plain(name)]}")
         near = " and ".join(f"losses.{one}" for one in called(name))
         hint = f", did you mean {near}?" if near else "."
         raise ValueError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")

@@ -13,8 +13,10 @@ from types import ModuleType
 import pytest
 
 from fastkd.cli import main
+from fastkd.errors import UserError
 from fastkd.losses.catalogue import FIELDS, catalogue, entry_of
-from fastkd.losses.registry import ALIASES, called, config_class, term_names
+from fastkd.losses.registry import ALIASES, NO_LOSSES, called, config_class, plain, term_names
+from fastkd.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "losses.md"
@@ -126,6 +128,25 @@ def test_other_names_lead_to_the_loss(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "\nfastkd.losses.SoftCE\n" in shown
     assert "\nfastkd.losses.Discriminator\n" in shown
+
+
+@pytest.mark.parametrize("name", [*NO_LOSSES, "TLCutMix", "label-smoothing"])
+def test_what_is_no_loss_is_told_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["losses", name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastkd: {plain(name)} is no loss but ")
+    keys = [word.rstrip(",") for word in said.split() if "=" in word]
+    assert keys
+    given = ["augment.xprime=cutmix", "losses.kd.views=x,xprime"]
+    given += ["losses.kd.ce_weight=0", "losses.ce.weight=1", "augment.flip=true"]
+    load_recipe("quickstart", overrides=[*given, *keys])
+    with pytest.raises(UserError, match=f"{name} is no loss but "):
+        load_recipe("quickstart", overrides=[f"losses.{name}.weight=1"])
+
+
+def test_a_view_by_the_paper_s_name_is_told_its_own() -> None:
+    with pytest.raises(UserError, match="did you mean cutmix"):
+        load_recipe("quickstart", overrides=["augment.xprime=tlcutmix"])
 
 
 @pytest.mark.parametrize(
