@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import inspect
 import json
 import os
 import re
@@ -279,7 +278,7 @@ def _losses(options: argparse.Namespace) -> None:
     if name in ALIASES:
         print(f"{name} is {' and '.join(f'losses.{one}' for one in means)}\n")
     for entry in entries:
-        print(f"fastkd.losses.{entry.term.__name__}\n\n{inspect.getdoc(entry.term)}\n")
+        print(f"fastkd.losses.{entry.term.__name__}\n\n{entry.text}\n")
         for key in entry.keys:
             meaning = " ".join(key.meaning.split())
             print(f"losses.{entry.name}.{key.name}={key.default}  # {meaning}")

@@ -7,6 +7,7 @@ last), and its recipe keys. `fastkd losses NAME` and docs/make_losses.py print i
 import inspect
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from fastkd.losses.registry import ALIASES, config_class, term_names
@@ -47,12 +48,19 @@ class CatalogueEntry:
     needs: str
     weight: str
     proof: str
-    """Text behind `Tests:`: tests and oracles, or that no number was released."""
+    """Text behind `Tests:`: tests and oracles, or that no number was released; paths in full."""
     tests: tuple[str, ...]
     """Its paths from the root of the repository: tests, then oracles."""
     keys: tuple[Key, ...]
     aliases: tuple[str, ...]
     """What others call it, or it with a key: `fastkd losses ALIAS` leads here."""
+
+    @property
+    def text(self) -> str:
+        """The docstring, with the paths of its tests and oracles in full."""
+        doc = inspect.getdoc(self.term) or ""
+        before = doc[: doc.rindex("\nTests:") + 1]
+        return before + textwrap.fill(f"Tests: {self.proof}", 96, break_long_words=False)
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -67,6 +75,8 @@ def entry_of(name: str) -> CatalogueEntry:
     text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
     summary, formula, *notes = text.split("\n\n")
     source, needs, weight, tests = (" ".join(field.split()) for field in fields)
+    paths = _paths(tests)
+    in_full = iter(paths)
     if not formula.startswith("    "):
         raise ValueError(f"the docstring of {term.__name__} has no indented formula behind its sum")
     return CatalogueEntry(
@@ -78,8 +88,8 @@ def entry_of(name: str) -> CatalogueEntry:
         source=source,
         needs=needs,
         weight=weight,
-        proof=tests,
-        tests=_paths(tests),
+        proof=re.sub(PATH, lambda _: next(in_full), tests),
+        tests=paths,
         keys=tuple(
             Key(
                 key, "" if field.is_required() else _spelled(field.default), field.description or ""

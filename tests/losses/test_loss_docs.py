@@ -69,6 +69,22 @@ def test_a_loss_names_its_origin_and_its_proof(name: str) -> None:
 
 
 @names
+def test_the_command_names_proofs_by_their_path(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["losses", name]) == 0
+    shown = capsys.readouterr().out
+    proof = shown.partition("\nTests: ")[2].partition("\n\n")[0]
+    paths = re.findall(r"[\w./-]+\.(?:py|json)", proof)
+    assert paths and all("/" in path and (ROOT / path).is_file() for path in paths)
+    assert tuple(paths) == entry_of(name).tests
+    word = {"at": "attention", "soft_ce": "meal_v2"}.get(name, name)
+    for oracle in (path for path in paths if path.endswith(".json")):
+        text = f"{Path(oracle).name} {(ROOT / oracle).read_text()}"
+        assert re.search(rf"(?<![A-Za-z]){word}(?![A-Za-z])", text), f"{oracle} has no {word}"
+
+
+@names
 def test_weight_and_keys_are_those_of_the_class(name: str) -> None:
     entry = entry_of(name)
     arguments = inspect.signature(entry.term).parameters
