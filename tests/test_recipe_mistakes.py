@@ -156,3 +156,13 @@ def test_a_missing_file_and_an_unknown_recipe_are_named(tmp_path):
     assert mistake(config=tmp_path / "no.yaml").endswith("no.yaml: No such file or directory")
     with pytest.raises(UserError, match=r"no recipe 'quikstart'\. Nearest: quickstart\."):
         load_recipe("quikstart")
+
+
+@pytest.mark.parametrize("name", ["transfer/cifar10/resnet50-meal_v2/linear", "cifar10/resnet20"])
+def test_the_keys_of_a_teacher_need_one(name):
+    with pytest.raises(UserError) as caught:
+        load_recipe(name, overrides=["teacher.epochs=1", "teacher.lr=0.1"])
+    assert str(caught.value).startswith(f"teacher.epochs, teacher.lr: {name} has no teacher; ")
+    named = ["teacher.name=resnet20", "teacher.train=true", "losses.kd.weight=1"]
+    with_one = load_recipe(name, overrides=[*named, "losses.kd.ce_weight=0", "teacher.epochs=1"])
+    assert with_one.teacher.epochs == 1

@@ -61,6 +61,13 @@ def load_recipe(
     for text in overrides:
         key, value = parse_override(text)
         _set(values, key, value)
+    teacher = values.get("teacher")
+    if isinstance(teacher, Mapping) and teacher and "name" not in teacher:
+        given = ", ".join(f"teacher.{key}" for key in teacher)
+        raise UserError(
+            f"{given}: {name or config or 'the recipe'} has no teacher; leave it away, or name one "
+            f"by teacher.name and give it something to teach by, such as losses.kd.weight"
+        )
     return _validate(values)
 
 
