@@ -63,7 +63,7 @@ def prove_teacher(
         net = load_net(one, data, weights, key)
         found = _evaluated(net, data, world, precision, channels_last)
         metric = headline(found)
-        console.note(f"teacher {one.name}: {HEADLINES[metric]} {found[metric]:.2%}")
+        console.note(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
         nets.append(net)
         own = {"name": one.name, metric: found[metric]}

@@ -39,6 +39,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         stages[name] = times * found["projected_seconds"]
     teacher = load_teacher(recipe.teacher, data)
     teachers = teacher.members if teacher else ()
+    members = recipe.teacher.members().values() if recipe.teacher else ()
     trainer = stage_builder(recipe, data, teacher, session)(None)
     found = rehearse(trainer)
     stages["student distilled" if teacher else "student"] = found.pop("projected_seconds")
@@ -52,8 +53,11 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "image": image_shape,
         "classes": len(data.classes),
         "backend": data.backend,
-        "student": f"{recipe.student.name}: {count(trainer.student, image_shape)}",
-        "teacher": "; ".join(f"{one.name}: {count(one.model, image_shape)}" for one in teachers)
+        "student": f"{recipe.student.label}: {count(trainer.student, image_shape)}",
+        "teacher": "; ".join(
+            f"{keys.label}: {count(one.model, image_shape)}"
+            for keys, one in zip(members, teachers, strict=True)
+        )
         or "none",
         "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
         **trainer.plan.decisions,
@@ -73,7 +77,7 @@ def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe,
         lesson = recipe.as_teacher(one)
         summary = teacher_folder(lesson, session) / "summary.json"
         if not on_main(session.world, summary.exists):
-            stages.append((f"{key} {one.name}", lesson, 1))
+            stages.append((f"{key} {one.label}", lesson, 1))
     if rates := recipe.baseline.lrs:
         alone = recipe.without_teacher(f"{recipe.name}/alone", rates[0])
         times = len(rates)

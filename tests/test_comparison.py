@@ -45,6 +45,14 @@ def line_of(lines, start):
     return found
 
 
+def test_networks_are_named_with_their_blocks(finish):
+    lines, _ = finish(ROW, "data.root=x", "student.block=G:4", "teacher.block=B:2")
+    assert line_of(lines, "student distilled").split()[2] == "70.31%"
+    text = " ".join(line.split("  ")[0].strip() for line in lines)
+    assert "teacher resnet56 B(2)" in text
+    assert "student distilled G(4)" in text
+
+
 def test_the_papers_number_stands_beside_ours(finish):
     lines, saved = finish(ROW, "data.root=x")
     assert line_of(lines, "student distilled").split()[2:4] == ["70.31%", "70.62%"]

@@ -33,6 +33,14 @@ def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
+def test_networks_are_named_with_their_blocks(command):
+    blocks = ("student.block=G:4", "teacher.block=S-2x2")
+    said = command("train", "--dry-run", *TINY, *TAUGHT, *blocks)
+    assert re.search(r"^  student +resnet8 G\(4\): ", said.out, re.MULTILINE)
+    assert re.search(r"^  teacher +resnet8 S-2x2: ", said.out, re.MULTILINE)
+    assert "of training: teacher resnet8 S-2x2 " in said.out
+
+
 def test_a_dry_run_projects_every_stage_that_is_still_to_be_trained(command, monkeypatch, tmp_path):
     clock = itertools.count()
     # Every look at this clock is a second later than the one before.

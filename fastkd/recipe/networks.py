@@ -70,6 +70,11 @@ class StudentConfig(Section):
         except UserError as error:
             raise ValueError(str(error)) from None
 
+    @property
+    def label(self) -> str:
+        """For people: `wrn_40_2 G(4)`, where the block is not left to the network."""
+        return f"{self.name} {self.block}" if self.block else self.name
+
     def options(self) -> dict[str, Any]:
         """Those of `create_model` that are set."""
         chosen = {name: getattr(self, name) for name in NETWORK_OPTIONS}

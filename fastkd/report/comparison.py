@@ -23,9 +23,11 @@ def finish_report(
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
-    for one in teacher.get("members", [teacher]) if teacher else []:
+    keys = recipe.teacher.members().values() if recipe.teacher else ()
+    facts = teacher.get("members", [teacher]) if teacher else []
+    for net, one in zip(keys, facts, strict=True):
         lesson = one.get("training")
-        rows.append({"run": f"teacher {one['name']}", "note": "", **(lesson or {}), **one})
+        rows.append({"run": f"teacher {net.label}", "note": "", **(lesson or {}), **one})
         if lesson:
             curves[rows[-1]["run"]] = lesson["history"]
     if teacher and "members" in teacher:
@@ -37,7 +39,8 @@ def finish_report(
         )
         curves["student alone"] = alone["history"]
     kind = "student distilled" if teacher else "student"
-    rows.append({"run": kind, **summary, "note": f"lr {recipe.optim.lr:g}"})
+    run = f"{kind} {recipe.student.block}" if recipe.student.block else kind
+    rows.append({"run": run, **summary, "note": f"lr {recipe.optim.lr:g}"})
     curves[kind] = summary["history"]
     paper = paper_row(recipe, summary)
     if paper:
