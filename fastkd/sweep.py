@@ -202,44 +202,22 @@ def _row(choice: Choice, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
     """A sentence where a key of the student has also made other teachers; else nothing."""
-    lessons = {
-        choice: {
-            key: recipe.as_teacher(one)
-            for key, one in recipe.teacher.members().items()
+    swept = [override.partition("=")[0] for override in next(iter(recipes))]
+    taught = {
+        tuple(
+            recipe.as_teacher(one).digest()
+            for one in recipe.teacher.members().values()
             if one.trains
-        }
-        for choice, recipe in recipes.items()
+        )
+        for recipe in recipes.values()
         if recipe.teacher
     }
-    digests = {
-        choice: tuple(one.digest() for one in taught.values()) for choice, taught in lessons.items()
-    }
-    guilty = []
-    for place, override in enumerate(next(iter(recipes))):
-        # What runs imitate that differ in this key alone.
-        groups: dict[Choice, set[tuple[str, ...]]] = {}
-        for choice, taught in digests.items():
-            groups.setdefault(choice[:place] + choice[place + 1 :], set()).add(taught)
-        key = override.partition("=")[0]
-        if key.split(".")[0] != "teacher" and any(len(group) > 1 for group in groups.values()):
-            guilty.append(key)
-    if not guilty:
+    if len(taught) < 2 or any(key.startswith("teacher.") for key in swept):
         return ""
-    cure = "teacher.weights=RUN, the folder of a trained one"
-    if {*guilty} <= {"seed", "optim.lr", "epochs"}:
-        first = next(taught for taught in lessons.values() if taught)
-        held = {
-            member: {
-                "seed": f"seed={one.seed}",
-                "optim.lr": f"lr={one.optim.lr:g}",
-                "epochs": f"epochs={one.epochs}",
-            }
-            for member, one in first.items()
-        }
-        cure = " ".join(f"{member}.{own[key]}" for member, own in held.items() for key in guilty)
     return (
-        f"note: these runs imitate {len(set(digests.values()))} different teachers: a teacher is "
-        f"trained with the {' and '.join(guilty)} of its run. To hold one: {cure}"
+        f"note: these runs imitate {len(taught)} different teachers, each trained as its run is: "
+        "with its seed, rate, epochs and batches. teacher.seed, teacher.lr and teacher.epochs hold "
+        "one, or teacher.weights=RUN, the folder of a trained one"
     )
 
 
