@@ -137,10 +137,18 @@ class Guard:
         if longest > self.max_skips:
             raise RunFailed(
                 f"{longest} steps in a row had a loss or a gradient that was not finite (at most "
-                f"{self.max_skips} are skipped; {total} so far in this run). The weights are those "
-                "of the last good step. Lower optim.lr, clip the gradients, or use precision=fp32"
+                f"{self.max_skips} are skipped; {total} so far in this run). None of them changed "
+                "the weights. Lower optim.lr, clip the gradients, or use precision=fp32"
             )
         return consecutive, total
+
+    def never_good(self) -> RunFailed:
+        """What to say where not one step of a run was good, alike on all ranks."""
+        return RunFailed(
+            f"nothing was learned: every step ({self.counts()[1]}) had a loss or a gradient that was "
+            "not finite. Look for NaN in the images, the labels and the networks' weights, lower "
+            "optim.lr, or use precision=fp32"
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counters; the saved buffers live for one step only."""

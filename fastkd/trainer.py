@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Trainer:
         """Train to the last epoch; the summary of the run.
 
         Interrupted after Ctrl-C, SIGTERM or a closed terminal (state saved), RunFailed after too
-        many bad steps.
+        many bad steps, or where not one was good.
         """
         self.console.stage(self.plan.stage)
         with StopSignal() as stop:
@@ -248,7 +249,7 @@ class Trainer:
         """Waits for the device, now and then within an epoch: counters, then running means."""
         self.guard.check()
         values = dict(zip(self.metric_names, self.totals_M.tolist(), strict=True))
-        images = max(values["images"], 1.0)
+        images = values["images"]
         done = images * self.world.size / max(self.progress.epoch_s, 1e-9)
         self.console.progress(
             epoch=self.progress.epoch,
@@ -257,7 +258,7 @@ class Trainer:
             steps=self.loader.steps_per_epoch,
             images_per_s=done,
             data_wait=self.progress.wait_s / max(self.progress.epoch_s, 1e-9),
-            loss=values["loss"] / images,
+            loss=values["loss"] / (images or torch.nan),
         )
 
     def _end_epoch(self) -> None:
@@ -277,7 +278,7 @@ class Trainer:
         row: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **{f"train_{name}": value / max(images, 1.0) for name, value in values.items()},
+            **{f"train_{name}": value / (images or torch.nan) for name, value in values.items()},
             "images_per_s": images / max(progress.epoch_s, 1e-9),
             "data_wait": progress.wait_s / max(progress.epoch_s, 1e-9),
             "seconds": progress.epoch_s,
@@ -288,6 +289,8 @@ class Trainer:
         if self.pick is not None:
             row["pick_ratio"] = row.pop("train_pick_ratio")
         last = progress.epoch + 1 == self.plan.epochs
+        if last and not any(one["images_per_s"] for one in (*self.history, row)):
+            raise self.guard.never_good()
         better = False
         if last or (progress.epoch + 1) % self.plan.eval_epochs == 0:
             kept, multilabel = self.kept(), self.step.multilabel
@@ -325,15 +328,13 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         """Last and best headline metric and the rates of the run; for summary.json."""
         metric = headline(self.history[-1])
-        rates = sorted(row["images_per_s"] for row in self.history)
-        waits = sorted(row["data_wait"] for row in self.history)
         return {
             "epochs": self.plan.epochs,
             f"{metric}_last": self.history[-1][f"val_{metric}"],
             f"{metric}_best": self.progress.best,
             "best_epoch": self.progress.best_epoch,
-            "images_per_s": rates[len(rates) // 2],
-            "data_wait": waits[len(waits) // 2],
+            "images_per_s": median_high(row["images_per_s"] for row in self.history),
+            "data_wait": median_high(row["data_wait"] for row in self.history),
             "train_seconds": sum(row["seconds"] for row in self.history),
             "skipped_steps": self.history[-1]["skipped"],
         }
@@ -393,7 +394,5 @@ class Trainer:
         where = f"at epoch {self.progress.epoch + 1}, step {self.progress.step}"
         if self.progress.epoch == self.plan.epochs:
             where = "after the last epoch"
-        kept = (
-            "the state is saved." if self.folder else "nothing was saved, there is no run folder."
-        )
-        raise Interrupted(f"{self.plan.stage} stopped {where}; {kept}", stop.code or 130)
+        kept = "the state is saved" if self.folder else "nothing was saved, there is no run folder"
+        raise Interrupted(f"{self.plan.stage} stopped {where}; {kept}.", stop.code or 130)

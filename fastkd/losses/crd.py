@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from fastkd.distributed import join_rows
 from fastkd.errors import UserError
 from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like, widened
+from fastkd.losses.term import (
+    BindContext,
+    LossTerm,
+    TermInputs,
+    TermOutput,
+    autocast_like,
+    check_numbers,
+    widened,
+)
 
 __all__ = ["CRD", "CRDConfig"]
 
@@ -72,6 +80,8 @@ class CRD(PairTerm):
         if len(pairs) != 1:
             raise ValueError(f"{name} has one bank per network: give one pair, got {dict(pairs)}")
         super().__init__(name, pairs, weight)
+        check_numbers(name, above=0, dim=dim, negatives=negatives, temperature=temperature)
+        check_numbers(name, least=0, most=1, momentum=momentum)
         self.dim, self.negatives = dim, negatives
         self.temperature, self.momentum = temperature, momentum
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.distributed import join_rows
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
 
 __all__ = ["DIST", "DISTConfig", "between_rows"]
 
@@ -49,6 +49,7 @@ class DIST(LossTerm):
         name: str = "dist",
     ) -> None:
         super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        check_numbers(name, above=0, temperature=temperature)
         self.temperature = temperature
         self.gather = gather
 

@@ -14,7 +14,14 @@ from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
 from fastkd.losses.logits import standardize
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.term import (
+    BindContext,
+    LossTerm,
+    TermInputs,
+    TermOutput,
+    check_numbers,
+    widened,
+)
 from fastkd.losses.weight_schedules import linear_warmup
 
 __all__ = ["DKD", "DKDConfig", "decoupled_rows"]
@@ -56,6 +63,8 @@ class DKD(LossTerm):
         name: str = "dkd",
     ) -> None:
         super().__init__(name, ("x/student/logits", "x/teacher/logits"), {name: weight})
+        check_numbers(name, above=0, temperature=temperature)
+        check_numbers(name, least=0, alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.warmup_epochs = warmup_epochs
         self.standardize = standardize

@@ -16,6 +16,7 @@ from fastkd.losses.term import (
     TermInputs,
     TermOutput,
     autocast_like,
+    check_numbers,
     widened,
 )
 
@@ -59,6 +60,7 @@ class FT(PairTerm):
         name: str = "ft",
     ) -> None:
         super().__init__(name, pairs, weight)
+        check_numbers(name, above=0, most=1, rate=rate)
         self.reconstruction = f"{name}_reconstruction"
         self.weights[self.reconstruction] = 1.0
         self.rate = rate

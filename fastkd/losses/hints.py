@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastkd.errors import UserError
 from fastkd.losses.pairs import PairConfig, PairTerm, Shape, pool_alike
-from fastkd.losses.term import BindContext, LossTerm, autocast_like, widened
+from fastkd.losses.term import BindContext, LossTerm, autocast_like, check_numbers, widened
 
 __all__ = ["AB", "VID", "ABConfig", "FitNet", "FitNetConfig", "VIDConfig"]
 
@@ -81,6 +81,7 @@ class VID(PairTerm):
         name: str = "vid",
     ) -> None:
         super().__init__(name, pairs, weight)
+        check_numbers(name, above=1e-5, variance=variance)
         self.variance = variance
 
     def bind(self, context: BindContext) -> None:
@@ -135,6 +136,7 @@ class AB(PairTerm):
         name: str = "ab",
     ) -> None:
         super().__init__(name, pairs, weight)
+        check_numbers(name, above=0, margin=margin)
         self.margin = margin
 
     def bind(self, context: BindContext) -> None:

@@ -24,6 +24,7 @@ from fastkd.losses.term import (
     TermInputs,
     TermOutput,
     autocast_like,
+    check_numbers,
     widened,
 )
 from fastkd.losses.weight_schedules import cosine_decay
@@ -84,6 +85,8 @@ class JointRD(LossTerm):
     ) -> None:
         if len(stages) < 2:
             raise ValueError(f"JointRD joins at least two stages, got stages={stages}")
+        check_numbers(name, weight=weight, feature_weight=feature_weight)
+        _check_eta(name, eta_epochs, eta_end)
         *early, last = stages
         if form == "released":
             self.tap = own = f"{last}:preact"
@@ -200,6 +203,11 @@ def expected_negative(norm: nn.BatchNorm2d) -> Tensor:
     return margin_C.to(norm.weight.dtype)[:, None, None]
 
 
+def _check_eta(name: str, eta_epochs: float, eta_end: float) -> None:
+    check_numbers(name, least=0, eta_epochs=eta_epochs)
+    check_numbers(name, least=0, most=1, eta_end=eta_end)
+
+
 def _connector(channels: int) -> nn.Sequential:
     conv = nn.Conv2d(channels, channels, 1, bias=False)
     nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
@@ -235,6 +243,7 @@ class StageMSE(PairTerm):
         name: str = "stage_mse",
     ) -> None:
         super().__init__(name, pairs, weight)
+        _check_eta(name, eta_epochs, eta_end)
         self.reduction = reduction
         self.eta_epochs, self.eta_end = eta_epochs, eta_end
         self.eta = cosine_decay(eta_epochs, eta_end)

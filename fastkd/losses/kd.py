@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.kernels.kd_loss import rows_that_count
+from fastkd.losses.term import check_numbers
 
 __all__ = ["KDLoss", "KLDivLoss", "Preset"]
 
@@ -82,6 +83,10 @@ class KDLoss(nn.Module):
         check: bool = False,
     ) -> None:
         super().__init__()
+        check_numbers("KDLoss", above=0, temperature=temperature)
+        check_numbers("KDLoss", least=0, most=1, label_smoothing=label_smoothing)
+        given = {"alpha": alpha, "ce_weight": ce_weight, "kd_weight": kd_weight}
+        check_numbers("KDLoss", **{name: one for name, one in given.items() if one is not None})
         if not 0 <= alpha <= 1:
             raise ValueError(
                 f"KDLoss: got alpha={alpha}; expected 0 to 1. For weights that do not sum to 1 "

@@ -16,7 +16,7 @@ from fastkd.kernels import kd_loss
 from fastkd.kernels.kd_loss import rows_that_count
 from fastkd.losses.kd import KDLoss
 from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
 
 __all__ = [
     "KD",
@@ -74,6 +74,7 @@ class CrossEntropy(LossTerm):
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, name: str = "ce"):
         super().__init__(name, ("x/student/logits",), {name: weight})
+        check_numbers(name, least=0, most=1, label_smoothing=label_smoothing)
         self.label_kind = "class"
         self.label_smoothing = label_smoothing
 
@@ -124,6 +125,7 @@ class KD(LossTerm):
         standardize: bool = False,
         name: str = "kd",
     ) -> None:
+        check_numbers(name, ce_weight=ce_weight)
         targets = {view: f"{view}/teacher/logits" for view in views}
         needs = tuple(need for view in views for need in (f"{view}/student/logits", targets[view]))
         if xprime_target == "mixed_logits":
@@ -145,6 +147,8 @@ class KD(LossTerm):
             if "x" not in views:
                 needs += ("x/student/logits",)
         super().__init__(name, needs, weights)
+        check_numbers(name, above=0, temperature=temperature)
+        check_numbers(name, least=0, most=1, label_smoothing=label_smoothing)
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.views = views
@@ -238,6 +242,7 @@ class SoftCE(LossTerm):
         name: str = "soft_ce",
     ) -> None:
         super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
+        check_numbers(name, above=0, temperature=temperature)
         self.temperature = temperature
         self.loss = KDLoss.preset("meal_v2", temperature=temperature)
 

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from fastkd.distributed import join_rows
 from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.term import (
+    BindContext,
+    LossTerm,
+    TermInputs,
+    TermOutput,
+    check_numbers,
+    widened,
+)
 
 __all__ = ["CC", "PKT", "RKD", "SP", "CCConfig", "PKTConfig", "RKDConfig", "SPConfig"]
 
@@ -144,6 +151,7 @@ class CC(Relation):
         name: str = "cc",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
+        check_numbers(name, above=0, dim=dim)
         self.dim = dim
 
     def bind(self, context: BindContext) -> None:
@@ -186,6 +194,7 @@ class RKD(Relation):
         name: str = "rkd",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
+        check_numbers(name, least=0, distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastkd.losses.term import (
     TermInputs,
     TermOutput,
     autocast_like,
+    check_numbers,
     widened,
 )
 from fastkd.losses.weight_schedules import linear_warmup
@@ -71,6 +72,8 @@ class ReviewKD(LossTerm):
         student_needs = [f"x/student/{tap}" for tap in student]
         teacher_needs = [f"x/teacher/{tap}" for tap in teacher]
         super().__init__(name, (*student_needs, *teacher_needs), {name: weight})
+        check_numbers(name, above=0, max_width=max_width)
+        check_numbers(name, least=0, warmup_epochs=warmup_epochs)
         self.levels = list(zip(student_needs, teacher_needs, strict=True))[::-1]
         self.max_width = max_width
         self.warmup_epochs = warmup_epochs

@@ -18,6 +18,7 @@ from fastkd.losses.term import (
     TermInputs,
     TermOutput,
     autocast_like,
+    check_numbers,
     widened,
 )
 from fastkd.models.reused_head import Projector, ReusedHead, pooled_to
@@ -56,6 +57,7 @@ class SimKD(LossTerm):
         name: str = "simkd",
     ) -> None:
         super().__init__(name, (f"x/student/{student}", f"x/teacher/{teacher}"), {name: weight})
+        check_numbers(name, above=0, factor=factor)
         self.student, self.teacher, self.factor = student, teacher, factor
 
     def bind(self, context: BindContext) -> None:

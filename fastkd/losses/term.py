@@ -4,9 +4,11 @@
 their weights. A term never sees the trainer, the recipe or another term.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "TermOutput",
     "autocast_like",
     "check_names",
+    "check_numbers",
     "widened",
 ]
 
@@ -147,6 +150,8 @@ class LossTerm(nn.Module):
         super().__init__()
         for need in needs:
             Need.parse(need)
+        for part, weight in weights.items():
+            check_numbers(name, **{"weight" if part == name else f"the weight of {part}": weight})
         self.name = name
         self.needs = needs
         self.weights = weights
@@ -179,6 +184,30 @@ class LossTerm(nn.Module):
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Scalars of this batch; see `TermOutput`."""
         raise TypeError(f"{type(self).__name__} must define forward(inputs) -> TermOutput")
+
+
+def check_numbers(
+    owner: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    **numbers: object,
+) -> None:
+    """Refuse arguments of a loss with which every step would be a bad one, when it is built.
+
+    TypeError for what is no number, ValueError for one that is not finite or out of the bounds.
+    """
+    bounds = ((above, "above"), (least, "of at least"), (most, "at most"))
+    words = [f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound)]
+    expected = " ".join(["a finite number", " and ".join(words)]).strip()
+    for name, value in numbers.items():
+        message = f"{owner}: got {name}={value!r}; expected {expected}"
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(message)
+        number = float(value)
+        if not math.isfinite(number) or number <= above or not least <= number <= most:
+            raise ValueError(message)
 
 
 def check_names(terms: Iterable[LossTerm]) -> None:

@@ -56,6 +56,8 @@ def explain(
             found[f"{key} is missing and has no default: set it, {allowed(field)}"] = None
         else:
             wanted = "text" if field is None else allowed(field)
+            if mistake["type"] == "finite_number":
+                wanted = wanted.replace("a number", "a finite number")
             value = _at(values, path)
             found[f"{key}={_shown(value)}: expected {wanted}{_near(value, field)}"] = None
     return list(found)

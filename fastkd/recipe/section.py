@@ -20,7 +20,11 @@ class Section(BaseModel):
     """One group of recipe keys. Attribute docstrings become the help text of a key."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     @field_validator("*", mode="before")

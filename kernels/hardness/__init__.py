@@ -76,8 +76,10 @@ def hardness(
         ValueError: a missing input, shapes, dtypes or devices that do not fit, T <= 0, unknown
             criterion.
     """
-    if not temperature > 0:
-        raise ValueError(f"hardness: got temperature={temperature}; expected a number above 0")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"hardness: got temperature={temperature}; expected a finite number above 0"
+        )
     kind, logits, teacher, labels = _inputs(student, teacher, labels, criterion)
     tensors = [x for x in (logits, teacher, labels) if x is not None]
     score = _implementation("hardness", tensors, impl)

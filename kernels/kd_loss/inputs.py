@@ -91,8 +91,10 @@ def prepare(
                 "kd_loss: the teacher's logits require grad and the student's do not; the order is "
                 "kd_loss(student, teacher, labels). Swap them, or detach both"
             )
-    if not temperature > 0:
-        raise ValueError(f"kd_loss: got temperature={temperature}; expected a number above 0")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"kd_loss: got temperature={temperature}; expected a finite number above 0"
+        )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"kd_loss: got label_smoothing={label_smoothing}; expected 0 to 1")
     rows = student.shape[:-1] if class_dim == -1 else student.shape[:1] + student.shape[2:]

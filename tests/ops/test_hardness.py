@@ -288,7 +288,11 @@ BAD = {
     ),
     "temperature": (
         dict(student=torch.randn(4, 10), teacher=torch.randn(4, 10), temperature=0.0),
-        r"temperature=0.0; expected a number above 0",
+        r"temperature=0.0; expected a finite number above 0",
+    ),
+    "infinite temperature": (
+        dict(student=torch.randn(4, 10), teacher=torch.randn(4, 10), temperature=float("inf")),
+        r"temperature=inf; expected a finite number above 0",
     ),
     "impl": (dict(student=torch.randn(4, 10), teacher=torch.randn(4, 10), impl="cuda"), "'cuda'"),
 }

@@ -1,0 +1,64 @@
+"""Arguments with which a loss could only fail are refused where it is built, not in the run."""
+
+from inspect import signature
+from typing import Any
+
+import pytest
+
+import fastkd.losses
+from fastkd.losses import CRD, KDLoss
+from fastkd.losses.term import LossTerm
+
+NAN, INF = float("nan"), float("inf")
+
+LOSSES = [
+    kind
+    for name in fastkd.losses.__all__
+    if isinstance(kind := getattr(fastkd.losses, name), type)
+    and (issubclass(kind, LossTerm) or kind is KDLoss)
+    and kind is not LossTerm
+]
+
+
+def numbers(loss: Any) -> list[str]:
+    """Its arguments that are numbers."""
+    given = signature(loss).parameters
+    kinds = {name: type(one.default) for name, one in given.items()}
+    found = [name for name, kind in kinds.items() if kind in (int, float)]
+    return [*found, "ce_weight", "kd_weight"] if loss is KDLoss else found
+
+
+PLACES = ("ignore_index", "class_dim")
+CASES = [(loss, name) for loss in LOSSES for name in numbers(loss) if name not in PLACES]
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"), CASES, ids=[f"{loss.__name__}.{name}" for loss, name in CASES]
+)
+def test_every_number_of_a_loss_must_be_a_finite_one(loss: Any, name: str) -> None:
+    given: dict[str, Any] = {}
+    if "pairs" in signature(loss).parameters:
+        given["pairs"] = {"a": "b"} if loss is CRD else {"a": "b", "c": "d"}
+    assert loss(**given | {name: 1})
+    for wrong in (NAN, INF, -INF):
+        with pytest.raises(ValueError, match=f"{name}={wrong}; expected a finite number"):
+            loss(**given | {name: wrong})
+    for unfit in ("4", True, [1.0]):
+        with pytest.raises(TypeError, match=rf"{name}=.*; expected a finite number"):
+            loss(**given | {name: unfit})
+
+
+COOLED = [loss for loss in LOSSES if "temperature" in signature(loss).parameters]
+
+
+@pytest.mark.parametrize("loss", COOLED, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("wrong", [0, -1.0])
+def test_a_temperature_is_above_0(loss: Any, wrong: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature={wrong}; expected a finite number above 0"):
+        loss(temperature=wrong)
+    with pytest.raises(TypeError, match="temperature=None; expected a finite number above 0"):
+        loss(temperature=None)
+
+
+def test_there_are_losses_with_a_temperature() -> None:
+    assert {loss.__name__ for loss in COOLED} == {"KDLoss", "KD", "SoftCE", "DKD", "DIST", "CRD"}
