@@ -26,7 +26,7 @@ from fastkd.layout import memory_format
 from fastkd.losses.term import BindContext, LossTerm
 from fastkd.models.counting import count
 from fastkd.models.hub import Normalization
-from fastkd.models.taps import Tapped
+from fastkd.models.taps import Tapped, pooled_taps
 from fastkd.optim import build_optimizer, spare_norms
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
@@ -159,6 +159,7 @@ def build_trainer(
                 teacher_stages=stages,
                 teacher_head=head,
                 teacher_norm=norm,
+                teacher_pooled=lambda: _pooled(teacher, image_shape, device),
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
@@ -322,6 +323,24 @@ def _check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
             )
 
 
+def _last_linear(model: nn.Module) -> nn.Linear | None:
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def _pooled(
+    teacher: LoadedNet | None, image_shape: tuple[int, int, int], device: torch.device
+) -> tuple[str, ...]:
+    """The teacher's taps that its classifier pools, found with two images of noise."""
+    classifier = _last_linear(teacher.model) if teacher else None
+    if teacher is None or classifier is None:
+        return ()
+    channels, *size = image_shape
+    size = [teacher.resolution] * 2 if teacher.resolution else size
+    noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    return pooled_taps(teacher.model, classifier, noise.to(device, classifier.weight.dtype))
+
+
 def _head(
     model: nn.Module, class_map: tuple[int, ...] | None, device: torch.device
 ) -> nn.Linear | None:
@@ -329,10 +348,10 @@ def _head(
 
     Its outputs are in the class order of the data.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linears:
+    last = _last_linear(model)
+    if last is None:
         return None
-    head = copy.deepcopy(linears[-1]).to(device)
+    head = copy.deepcopy(last).to(device)
     if class_map is not None:
         rows = list(class_map)
         head.weight = nn.Parameter(head.weight[rows], requires_grad=False)

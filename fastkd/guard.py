@@ -145,8 +145,8 @@ class Guard:
     def never_good(self) -> RunFailed:
         """What to say where not one step of a run was good, alike on all ranks."""
         return RunFailed(
-            f"nothing was learned: every step ({self.counts()[1]}) had a loss or a gradient that was "
-            "not finite. Look for NaN in the images, the labels and the networks' weights, lower "
+            f"nothing was learned: every step ({self.counts()[1]}) had a loss or a gradient "
+            "that was not finite. Look for NaN in the images and the networks' weights, lower "
             "optim.lr, or use precision=fp32"
         )
 

@@ -3,8 +3,6 @@
 Chen et al. 2022, arXiv:2203.14001.
 """
 
-import math
-
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
@@ -82,26 +80,25 @@ class SimKD(LossTerm):
                 f"losses.{self.name}.factor={self.factor} leaves no channels of the teacher's "
                 f"{teacher[0]}: use a smaller one"
             )
-        self._check_pooled(context, head, teacher)
+        self._check_pooled(context)
         self.projector = Projector(student[0], teacher[0], self.factor)
         self.size = teacher[1:]
         # In a tuple: the teacher's layer is neither trained nor saved with the term.
         self._head = (head,)
 
-    def _check_pooled(self, context: BindContext, head: nn.Linear, shape: tuple[int, ...]) -> None:
+    def _check_pooled(self, context: BindContext) -> None:
         """UserError where more than pooling lies between the tap and the classifier."""
-        if context.teacher_stages is None or ":" in self.teacher:
+        pooled = None if context.teacher_pooled is None else context.teacher_pooled()
+        if pooled is None or self.teacher in pooled:
             return
-        # Of both signs: pooling keeps them, a ReLU would not.
-        ramp_NCHW = torch.linspace(-1, 1, 2 * math.prod(shape)).view(2, *shape).to(head.weight)
-        with torch.no_grad():
-            behind_NC = context.teacher_stages(ramp_NCHW, self.teacher, ("logits",))["logits"]
-            if not torch.allclose(behind_NC, head(ramp_NCHW.mean((2, 3))), rtol=1e-2, atol=1e-3):
-                raise UserError(
-                    f"losses.{self.name} reuses the teacher's classifier right behind the pooled "
-                    f"{self.teacher}, but this teacher does more in between (a wide ResNet "
-                    f"normalises): set losses.{self.name}.teacher={self.teacher}:preact"
-                )
+        cure = "none of its taps is nothing but pooled before it: take another teacher"
+        if pooled:
+            cure = f"set losses.{self.name}.teacher={pooled[0]}, which it pools"
+        raise UserError(
+            f"losses.{self.name} reuses the teacher's classifier right behind the pooled "
+            f"{self.teacher}, but this teacher does more in between, such as a batch norm or a "
+            f"ReLU: {cure}"
+        )
 
     def forward(self, inputs: TermInputs) -> TermOutput:
         """The training accuracy is that of the projected map."""

@@ -107,6 +107,8 @@ class BindContext:
     """The teacher's frozen classifier, its outputs in the class order of the data (SimKD)."""
     teacher_norm: nn.BatchNorm2d | None = None
     """The teacher's last batch norm that is not in a shortcut (JointRD)."""
+    teacher_pooled: Callable[[], tuple[str, ...]] | None = None
+    """The teacher's taps that are nothing but pooled before its classifier (SimKD)."""
 
 
 def autocast_like(features: Tensor) -> AbstractContextManager[Any]:

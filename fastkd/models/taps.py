@@ -8,6 +8,7 @@ of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
 """
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 
-__all__ = ["Tapped", "ZooNetwork", "available_taps", "remove_taps"]
+__all__ = ["Tapped", "ZooNetwork", "available_taps", "pooled_taps", "remove_taps"]
 
 
 class ZooNetwork(nn.Module):
@@ -80,6 +81,52 @@ def available_taps(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, ZooNetwork):
         return model.tap_names
     return (*(path for path, _ in model.named_modules() if path), "logits")
+
+
+def pooled_taps(model: nn.Module, classifier: nn.Module, images_NCHW: Tensor) -> tuple[str, ...]:
+    """Taps whose mean over the pixels is all that `classifier` gets to make the logits of.
+
+    Found by one forward pass of a network in evaluation mode, the largest maps first. A `:preact`
+    tap is rectified before the mean.
+    """
+    found: dict[str, tuple[int, Tensor]] = {}
+    got: list[Any] = []
+
+    def note(tap: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) and value else value
+        if isinstance(value, Tensor) and value.dim() == 4:
+            map_NCHW = value.relu() if tap.endswith(":preact") else value
+            # At once: a later layer may write over it.
+            found[tap] = (-map_NCHW[0, 0].numel(), map_NCHW.float().mean((2, 3)))
+
+    zoo = isinstance(model, ZooNetwork)
+    handles = [classifier.register_forward_hook(lambda _, args, out: got.extend((args[0], out)))]
+    for path, module in () if zoo else model.named_modules():
+        hook = functools.partial(lambda tap, _, __, output: note(tap, output), path)
+        handles += [module.register_forward_hook(hook)] if path else []
+    try:
+        with torch.no_grad():
+            if isinstance(model, ZooNetwork):
+                features = model.forward_taps(images_NCHW, model.tap_names)
+                logits = features["logits"]
+                for tap, value in features.items():
+                    note(tap, value)
+            else:
+                logits = _first_tensor(model(images_NCHW), "the model")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(got) != 2 or not _near(got[1], logits):
+        return ()
+    taps = [tap for tap, (_, mean_ND) in found.items() if _near(mean_ND, got[0])]
+    return tuple(sorted(taps, key=lambda tap: (found[tap][0], tap.count("."))))
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Of one shape and alike to a hundredth, which rounding to bf16 keeps."""
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).float().norm() <= 1e-2 * other.float().norm())
 
 
 class Tapped(nn.Module):

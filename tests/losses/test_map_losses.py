@@ -1,6 +1,7 @@
 """Losses on maps: JointRD, stage MSE, ReviewKD and SimKD against formulas in float64; messages."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastkd.losses.jointrd import expected_negative
 from fastkd.losses.review import context_loss
 from fastkd.losses.term import LossTerm
 from fastkd.models import create_model
+from fastkd.models.taps import pooled_taps
 from fastkd.teacher import freeze
 from fastkd.testing import bind_term, call_term, fill_with_sines, sines
 
@@ -225,6 +227,12 @@ def test_simkd_says_what_does_not_fit() -> None:
         bind_term(SimKD(student="pooled"), vector, teacher_head=nn.Linear(6, 10))
 
 
+def known_of(teacher: Any) -> dict[str, Any]:
+    images_NCHW = torch.randn(2, 3, 16, 16)
+    pooled = partial(pooled_taps, teacher, teacher.fc, images_NCHW)
+    return {"teacher_head": teacher.fc, "teacher_pooled": pooled}
+
+
 def test_simkd_refuses_the_raw_sum_of_a_wide_resnet() -> None:
     teacher: Any = freeze(create_model("wrn_10_1", 10))
     tensors = {
@@ -232,11 +240,10 @@ def test_simkd_refuses_the_raw_sum_of_a_wide_resnet() -> None:
         "x/teacher/stage3": torch.zeros(2, 64, 4, 4),
         "x/teacher/stage3:preact": torch.zeros(2, 64, 4, 4),
     }
-    known = {"teacher_stages": teacher.forward_from, "teacher_head": teacher.fc}
+    known = known_of(teacher)
     with pytest.raises(UserError, match=r"set losses\.simkd\.teacher=stage3:preact"):
         bind_term(SimKD(), tensors, **known)
     bind_term(SimKD(teacher="stage3:preact"), tensors, **known)
     # A CIFAR ResNet pools its stage3 as it is.
     plain: Any = freeze(create_model("resnet8", 10))
-    known = {"teacher_stages": plain.forward_from, "teacher_head": plain.fc}
-    bind_term(SimKD(), tensors, **known)
+    bind_term(SimKD(), tensors, **known_of(plain))

@@ -117,6 +117,60 @@ def test_networks_of_others(tmp_path: Path) -> None:
         model_from_file(tmp_path / "run")
 
 
+class Normalised(nn.Module):
+    """In pre-activation style: BN and ReLU between the last block and the pooling."""
+
+    def __init__(self, *, module: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.block1 = nn.Conv2d(3, 6, 3, 2, 1)
+        self.block2 = nn.Conv2d(6, 6, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.act = nn.ReLU() if module else None
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(6, 4))
+        self(torch.randn(32, 3, 8, 8))  # running statistics of its own
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        normed_NCHW = self.norm(self.block2(self.block1(images_NCHW)))
+        active_NCHW = normed_NCHW.relu() if self.act is None else self.act(normed_NCHW)
+        return self.classifier(active_NCHW.mean((2, 3)))
+
+
+def distilled(student: nn.Module, teacher: nn.Module, tap: str, own: str = "stage3") -> nn.Module:
+    loader = DataLoader(TensorDataset(*tensors(16, 1)), batch_size=16)
+    return fastkd.distill(
+        *(student, teacher, loader, loader),
+        epochs=1,
+        losses=[SimKD(student=own, teacher=tap)],
+        precision="fp32",
+        device="cpu",
+        compile="off",
+        quiet=True,
+    ).student
+
+
+def test_a_classifier_is_reused_only_right_behind_the_pooled_map() -> None:
+    """A head on the raw sum would be another one, which no run could notice."""
+    teacher = Normalised(module=True)
+    for tap in ("block2", "norm"):
+        with pytest.raises(UserError, match=r"does more in between.*simkd\.teacher=act, which it"):
+            distilled(foreign(1, 4), teacher, tap, "0")
+    assert not any(module._forward_hooks for module in teacher.modules())
+    distilled(foreign(1, 4), teacher, "act", "0")
+    with pytest.raises(UserError, match=r"none of its taps is nothing but pooled"):
+        distilled(foreign(1, 4), Normalised(module=False), "norm", "0")
+
+
+def test_a_wide_resnet_and_a_resnet_as_they_are() -> None:
+    student, wide = create_model("resnet8", 4, width=0.25), create_model("wrn_10_1", 4)
+    wide(torch.randn(32, 3, 8, 8))
+    with pytest.raises(UserError, match=r"simkd\.teacher=stage3:preact, which it pools"):
+        distilled(student, wide, "stage3")
+    kept = distilled(student, wide, "stage3:preact").eval()
+    assert isinstance(kept, ReusedHead)
+    distilled(create_model("resnet8", 4, width=0.25), create_model("resnet8", 4), "stage3")
+
+
 class Noting(LossTerm):
     """KL on the logits, which alone lets the teacher be folded and held in the run's type."""
 

@@ -1,13 +1,14 @@
 """Every runnable recipe's losses accept its networks, as a run asks before it trains a teacher."""
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 
-from fastkd.build import _head, _last_norm
+from fastkd.build import _head, _last_norm, _pooled
+from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses.registry import build_terms
 from fastkd.losses.term import BindContext, Need
@@ -89,6 +90,9 @@ def refused(recipe: Recipe) -> str:
                     "teacher_stages": model.forward_from,
                     "teacher_head": _head(model, None, torch.device("cpu")),
                     "teacher_norm": _last_norm(model),
+                    "teacher_pooled": partial(
+                        _pooled, LoadedNet(model), (3, side, side), torch.device("cpu")
+                    ),
                 }
             labels_N = torch.arange(20_000) % 10
             term.bind(
