@@ -217,7 +217,7 @@ def distill(
             image_shape=image_shape,
             num_classes=classes,
             multilabel=multilabel,
-            train_labels_N=_labels(train_loader, train.num_samples, wants_ids),
+            train_labels_N=train.labels_by_id(),
             normalization=((0.0,) * 3, (1.0,) * 3),
             xprime=xprime,
             pick=picking,
@@ -294,17 +294,3 @@ def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
             f"per image, are labels [N]"
         )
     return logits.shape[1]
-
-
-def _labels(loader: Any, num_samples: int, wants_ids: str | None) -> Tensor:
-    """Labels by sample id for losses that keep state per sample; zeros where there is none."""
-    if wants_ids is None:
-        # What a data set calls its targets may be anything: torchvision's VOC has file names there.
-        return torch.zeros(num_samples, dtype=torch.int64)
-    targets = getattr(getattr(loader, "dataset", None), "targets", None)
-    if targets is None:
-        raise UserError(
-            f"the loss {wants_ids} needs the label of every training sample: give the loader's "
-            f"dataset an attribute `targets`, a list of labels by sample id"
-        )
-    return torch.as_tensor(targets)

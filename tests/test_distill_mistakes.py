@@ -67,6 +67,21 @@ class Labelled(TensorDataset):
     targets = images(20)[1]
 
 
+class Numbered(TensorDataset):
+    """Yields an id with every image; what it calls targets, and the ids, may be wrong."""
+
+    def __init__(self, targets: Any = Labelled.targets, step: int = 1, first: int = 0) -> None:
+        super().__init__(*images(20), torch.arange(20) * step + first)
+        self.targets = targets
+
+
+def numbered(*wrong: Any) -> dict[str, Any]:
+    """A loss with a bank, and a data set with such targets and ids, in order."""
+    train = DataLoader(Numbered(*wrong), batch_size=8)
+    crd = CRD(pairs={"4": "4"}, negatives=5, dim=4)
+    return {"teacher": network(), "train": train, "losses": [CrossEntropy(), crd]}
+
+
 FLAT = DataLoader(TensorDataset(torch.zeros(20, 5), torch.zeros(20).long()), batch_size=16)
 XPRIME = {"losses": [KD(views=("x", "xprime"))]}
 
@@ -85,6 +100,20 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
             {"losses": [Counts()], "train": DataLoader(Labelled(*images(20)), batch_size=8)},
             r"counts .*yield \(images, labels, sample ids\)",
         ),
+        (numbered(Labelled.targets, 1, 4), "crd keeps state for 20 .* the sample id 20: yield"),
+        (numbered(Labelled.targets, 2), "the sample 2 comes with the label 1, .* say 2"),
+        (numbered(Labelled.targets, 1, -1), "crd keeps state for 20 samples.* the sample id -1"),
+        (numbered(Labelled.targets[:18]), "crd keeps state for 18 samples.* the sample id 18: "),
+        (
+            numbered((Labelled.targets + 1) % 4),
+            r"sample 0 comes with the label 0, but the dataset's `targets`.* crd goes, say 1: make",
+        ),
+        # One wrong label, in the last batch.
+        (numbered([*range(4)] * 4 + [0, 1, 2, 0]), "the sample 19 comes with the label 3"),
+        (numbered(Labelled.targets, 0.5), "sample ids must be whole numbers.* of torch.float32"),
+        (numbered(Labelled.targets * 2), "crd needs the label of .*the label 4 is no class of a"),
+        (numbered(["a cat"] * 20), "crd needs the label of every training sample.*str"),
+        (numbered(torch.zeros(20, 4)), r"as it yields them; it has \[20, 4\]"),
         (
             {"teacher": network(), "losses": [AT(pairs={"logit": "2"})]},
             "unknown tap 'logit'.*nearest: logits",

@@ -54,6 +54,8 @@ class ForeignLoader:
         """Of class ids, which are then checked where they come from the host."""
         self.needs_labels: str | None = None
         """A loss that cannot do with images of unknown class."""
+        self._targets_M: Tensor | None = None
+        self._compared = False
         self.batch_size = 0
         """Of the batch that was yielded last, on this rank."""
         # Sizes are compared on the host: through NCCL they would wait for the device.
@@ -67,6 +69,31 @@ class ForeignLoader:
         images, labels, _ = self._parts(item)
         self.batch_size = len(labels)
         return images[:1], labels[:1]
+
+    def labels_by_id(self) -> Tensor:
+        """The data set's `targets` where a loss wants ids, then also compared with every batch.
+
+        Zeros where none does: what a data set calls its targets may be anything, in torchvision's
+        VOC they are file names. UserError where they are no labels.
+        """
+        if self.wants_ids is None:
+            return torch.zeros(self.num_samples, dtype=torch.int64)
+        wanted = (
+            f"the loss {self.wants_ids} needs the label of every training sample: give the "
+            f"loader's dataset an attribute `targets`, a list of labels by sample id"
+        )
+        targets = getattr(getattr(self.items, "dataset", None), "targets", None)
+        if targets is None:
+            raise UserError(wanted)
+        try:
+            targets_M = torch.as_tensor(targets).cpu()
+            self._check_labels(targets_M)
+        except (TypeError, ValueError, RuntimeError, UserError) as error:
+            raise UserError(f"{wanted}; in what it has, {error}") from None
+        if targets_M.dim() != 1 + bool(self.multilabel):
+            raise UserError(f"{wanted} as it yields them; it has {list(targets_M.shape)}")
+        self._targets_M = targets_M if self.multilabel else targets_M.long()
+        return self._targets_M
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches on the device; those before `start_step` are drawn and thrown away."""
@@ -96,6 +123,8 @@ class ForeignLoader:
                     f"the loss {self.wants_ids} keeps state per sample: make the training loader "
                     f"yield (images, labels, sample ids)"
                 )
+            if self.wants_ids:
+                self._check_ids(ids, item[1])
             self.batch_size = len(labels)
             if ids is None:
                 ids = torch.full((len(labels),), -1, device=self.device)
@@ -149,6 +178,34 @@ class ForeignLoader:
         dtype = torch.float32 if multilabel else torch.int64
         labels = labels.to(self.device, dtype, non_blocking=True)
         return images, labels, ids[0] if ids else None
+
+    def _check_ids(self, ids: Any, labels: Tensor) -> None:
+        """UserError for ids of no sample, and for a label that is not the one the loss knows."""
+        if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
+            got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids)
+            raise UserError(f"sample ids must be whole numbers [N], one per image; got {got}")
+        on_host = ids.device.type == labels.device.type == "cpu"
+        # What is on a GPU already is waited for once, not in every step.
+        if self._targets_M is None or (self._compared and not on_host):
+            return
+        self._compared = True
+        ids_N, labels_N, num = ids.cpu().long(), labels.cpu(), len(self._targets_M)
+        wrong_N = (ids_N < 0) | (ids_N >= num)
+        if wrong_N.any():
+            raise UserError(
+                f"the loss {self.wants_ids} keeps state for {num} samples, as many as the loader's "
+                f"dataset has `targets`, but a batch has the sample id {int(ids_N[wrong_N][0])}: "
+                f"yield as id the position of the image in `targets`"
+            )
+        known_N = self._targets_M[ids_N]
+        wrong_N = (known_N != labels_N).view(len(ids_N), -1).any(1)
+        if wrong_N.any():
+            raise UserError(
+                f"the sample {int(ids_N[wrong_N][0])} comes with the label "
+                f"{labels_N[wrong_N][0].tolist()}, but the dataset's `targets`, by which the loss "
+                f"{self.wants_ids} goes, say {known_N[wrong_N][0].tolist()}: make `targets` and "
+                f"the ids what the loader yields (a target_transform changes only the labels)"
+            )
 
     def _check_labels(self, labels: Any) -> None:
         wanted = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
