@@ -25,9 +25,10 @@ from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluating
 from fastkd.folders import occupied, tidy
+from fastkd.losses.kd import KDLoss
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
-from fastkd.models.taps import remove_taps
+from fastkd.models.taps import check_network, remove_taps
 from fastkd.recipe.mistakes import explain
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
@@ -119,11 +120,12 @@ def distill(
             raise UserError(f"distill: {name}={number!r}; expected a whole number above 0")
     if ema is not None and not 0 <= ema < 1:
         raise UserError(f"distill: ema={ema!r}; expected a decay from 0 to below 1, or None")
-    if losses is not None and not losses:
-        raise UserError("losses=[] would train nothing: leave it away for KD, or give a loss")
-    several = isinstance(teacher, nn.ModuleList | Sequence)
-    teachers = list(teacher) if several else [] if teacher is None else [teacher]
-    terms = list(losses) if losses is not None else [KD()]
+    given: Any = teacher  # a name, too, is a sequence
+    several = isinstance(given, nn.ModuleList | Sequence) and not isinstance(given, str)
+    teachers: list[Any] = list(given) if several else [] if given is None else [given]
+    for name, model in (("student", student), *(("teacher", each) for each in teachers)):
+        check_network(f"distill: {name}", model)
+    terms = [KD()] if losses is None else _terms(losses)
     needs = {need for term in terms for need in term.needs}
     sees_xprime = any(need.startswith("xprime/") for need in needs)
     if not teachers and any("/teacher/" in need for need in needs):
@@ -234,6 +236,36 @@ def distill(
         metrics = trainer.fit() | {"history": trainer.history}
         on_main(world, lambda: folder.finish(metrics) if folder else None)
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
+
+
+def _terms(losses: object) -> list[LossTerm]:
+    """The losses as they were given; UserError where they are no list of LossTerms."""
+    if isinstance(losses, nn.Module | type) or not isinstance(losses, Iterable):
+        raise UserError(f"distill: losses={_called(losses)}; expected a list, such as [KD()]")
+    terms = list[LossTerm]()
+    for term in losses:
+        if isinstance(term, KDLoss):
+            raise UserError(
+                "distill: KDLoss is a function of logits, for a training loop of your own; as one "
+                "of losses=[..] the same loss is KD(temperature=.., weight=.., ce_weight=..)"
+            )
+        if isinstance(term, type) and issubclass(term, LossTerm):
+            raise UserError(f"distill: losses=[{term.__name__}] has a class; call it, as in [KD()]")
+        if not isinstance(term, LossTerm):
+            raise UserError(
+                f"distill: losses has {_called(term)}; expected LossTerms, such as KD() or "
+                f"AT(pairs=..), or a class of your own derived from fastkd.losses.LossTerm"
+            )
+        terms.append(term)
+    if not terms:
+        raise UserError("losses=[] would train nothing: leave it away for KD, or give a loss")
+    return terms
+
+
+def _called(given: object) -> str:
+    if isinstance(given, nn.Module):
+        return f"{type(given).__name__}(..)"
+    return given.__name__ if isinstance(given, type) else repr(given)
 
 
 def _teacher(teachers: Sequence[nn.Module]) -> LoadedNet | None:

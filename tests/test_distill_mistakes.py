@@ -16,7 +16,7 @@ from fastkd.api import settings_of
 from fastkd.data.foreign import check_loader
 from fastkd.distributed import World
 from fastkd.errors import UserError
-from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy
+from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, KDLoss
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
@@ -133,6 +133,14 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"epochs": 0}, "epochs=0; expected a whole number above 0"),
         ({"ema": 1.5}, "ema=1.5; expected a decay from 0 to below 1"),
         ({"lr": -1.0}, "distill: lr=-1.0: expected a number above 0"),
+        ({"losses": [KDLoss()]}, r"KDLoss is a function of logits.* the same loss is KD\(temp"),
+        ({"losses": [KD]}, r"losses=\[KD\] has a class; call it, as in \[KD\(\)\]"),
+        ({"losses": KD()}, r"losses=KD\(..\); expected a list, such as \[KD\(\)\]"),
+        ({"losses": KD}, r"losses=KD; expected a list, such as \[KD\(\)\]"),
+        ({"losses": [nn.CrossEntropyLoss()]}, r"losses has CrossEntropyLoss\(..\); expected Loss"),
+        ({"losses": ["kd"]}, "losses has 'kd'; expected LossTerms, such as"),
+        ({"student": "resnet8"}, "student: got 'resnet8'; expected a network.*create_model"),
+        ({"teacher": "resnet8"}, "teacher: got 'resnet8'; expected a network.*create_model"),
         ({"losses": []}, r"losses=\[\] would train nothing"),
         ({"train": [(images(8)[0], torch.rand(8))]}, r"labels must be .*\[8\] of torch.float32"),
         ({"train": [(images(8)[0], [0] * 8)]}, "labels must be .*; got list: make it a tensor"),

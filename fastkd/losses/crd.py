@@ -77,9 +77,9 @@ class CRD(PairTerm):
         momentum: float = 0.5,
         name: str = "crd",
     ) -> None:
+        super().__init__(name, pairs, weight)
         if len(pairs) != 1:
             raise ValueError(f"{name} has one bank per network: give one pair, got {dict(pairs)}")
-        super().__init__(name, pairs, weight)
         check_numbers(name, above=0, dim=dim, negatives=negatives, temperature=temperature)
         check_numbers(name, least=0, most=1, momentum=momentum)
         self.dim, self.negatives = dim, negatives

@@ -43,12 +43,12 @@ class FSP(PairTerm):
     def __init__(
         self, pairs: Mapping[str, str], *, weight: float = 50.0, name: str = "fsp"
     ) -> None:
+        super().__init__(name, pairs, weight)
         if len(pairs) < 2:
             raise ValueError(
                 f"{name} compares what lies between taps: give two or more pairs, in the order of "
                 f"the networks; got {dict(pairs)}"
             )
-        super().__init__(name, pairs, weight)
 
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps, and pairs of different numbers of channels."""

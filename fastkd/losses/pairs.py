@@ -41,6 +41,11 @@ class PairTerm(LossTerm):
     """
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float) -> None:
+        if not isinstance(pairs, Mapping):
+            raise TypeError(
+                f"{name}: got pairs={pairs!r}; expected a mapping from taps of the student to taps "
+                f"of the teacher, such as {{'stage2': 'stage2'}}"
+            )
         if not pairs:
             raise ValueError(f"{name} needs at least one pair, e.g. pairs={{'stage2': 'stage2'}}")
         needs = [need for s, t in pairs.items() for need in (f"x/student/{s}", f"x/teacher/{t}")]

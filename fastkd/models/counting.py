@@ -18,7 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastkd.errors import UserError
 from fastkd.models.counting_rules import PLAIN, rule_for
+from fastkd.models.taps import check_network
 
 __all__ = ["Count", "count"]
 
@@ -60,12 +62,13 @@ def count(
     without dropout masks; it differs a little between devices, whose operators keep different
     statistics. The training flag of every submodule is put back afterwards and no running
     statistic moves. An error of the network (an image too small, a wrong number of channels) comes
-    through as it is. Raises UserError for an unknown rule, and for `moonshine` on a network for
-    which it was not defined.
+    through as it is. Raises UserError for an unknown rule, for `moonshine` on a network for which
+    it was not defined, and for channels at the end of `input_shape`.
     """
     # Imported here because this module of torch imports Triton where it is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
+    check_network("count", model)
     counting = PLAIN if rule is None else rule_for(rule, model)
     first = next(model.parameters(), None)
     image: dict[str, Any] = {
@@ -90,6 +93,9 @@ def count(
             output = functional_call(model, trained, (torch.zeros(**image),))
             training_bytes = training.now
             del output
+    except RuntimeError as error:
+        _refuse_channels_last(model, input_shape, error)
+        raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
         for module, flag in modes.items():
@@ -109,6 +115,21 @@ def count(
         training_bytes=training_bytes,
         inference_bytes=inference.peak,
     )
+
+
+def _refuse_channels_last(
+    model: nn.Module, input_shape: Sequence[int], error: RuntimeError
+) -> None:
+    """UserError where the shape has its channels behind and the network wants them in front."""
+    conv = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
+    if conv is None or len(input_shape) != 3 or input_shape[0] == conv.in_channels:
+        return
+    height, width, channels = input_shape
+    if channels == conv.in_channels:
+        raise UserError(
+            f"count: got input_shape={tuple(input_shape)}; expected the channels in front, "
+            f"{(channels, height, width)}"
+        ) from error
 
 
 class _LiveBytes(TorchDispatchMode):

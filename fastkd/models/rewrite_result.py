@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.errors import UserError
+from fastkd.models.taps import check_network
 
 __all__ = ["RewriteReport", "copied", "finish", "grouped"]
 
@@ -36,7 +37,8 @@ class RewriteReport:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. UserError where the network holds something that cannot be copied."""
+    """A deep copy. UserError for what is no network, or holds something that cannot be copied."""
+    check_network("model", model)
     try:
         return copy.deepcopy(model)
     except Exception as error:

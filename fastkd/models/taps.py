@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 
-__all__ = ["Tapped", "ZooNetwork", "available_taps", "pooled_taps", "remove_taps"]
+__all__ = ["Tapped", "ZooNetwork", "available_taps", "check_network", "pooled_taps", "remove_taps"]
 
 
 class ZooNetwork(nn.Module):
@@ -74,6 +74,16 @@ class ZooNetwork(nn.Module):
                 return found
         name, order = min(missing), ", ".join(self.tap_names)
         raise UserError(f"no tap {name!r} behind {after!r}; the order is {order}")
+
+
+def check_network(owner: str, model: object) -> None:
+    """UserError for anything but a network, most of all for the name of one."""
+    if not isinstance(model, nn.Module):
+        made = "build it first" if isinstance(model, str) else "such as one"
+        raise UserError(
+            f"{owner}: got {model!r}; expected a network (nn.Module), {made} by "
+            f"fastkd.create_model(NAME, num_classes=..)"
+        )
 
 
 def available_taps(model: nn.Module) -> tuple[str, ...]:

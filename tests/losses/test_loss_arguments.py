@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import fastkd.losses
-from fastkd.losses import CRD, KDLoss
+from fastkd.losses import AT, CRD, FSP, KDLoss
 from fastkd.losses.term import LossTerm
 
 NAN, INF = float("nan"), float("inf")
@@ -46,6 +46,13 @@ def test_every_number_of_a_loss_must_be_a_finite_one(loss: Any, name: str) -> No
     for unfit in ("4", True, [1.0]):
         with pytest.raises(TypeError, match=rf"{name}=.*; expected a finite number"):
             loss(**given | {name: unfit})
+
+
+@pytest.mark.parametrize("loss", [AT, CRD, FSP], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("pairs", [["b1"], ["b1", "b2"], "b1", ("b1", "b2")])
+def test_pairs_are_a_mapping(loss: Any, pairs: Any) -> None:
+    with pytest.raises(TypeError, match=r"pairs=.*b1.*; expected a mapping from taps of the stud"):
+        loss(pairs=pairs)
 
 
 COOLED = [loss for loss in LOSSES if "temperature" in signature(loss).parameters]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from fastkd.models import count, create_model
+from fastkd.errors import UserError
+from fastkd.models import cheapen, count, create_model, fuse, remove_shortcuts
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,20 @@ def test_torchvision_publishes_the_same_numbers(name: str) -> None:
     size = count(model, (3, 224, 224))
     assert size.params == published["num_params"]
     assert round(size.macs / 1e9, 3) == published["_ops"]
+
+
+def test_channels_stand_in_front() -> None:
+    model = create_model("resnet8", 10)
+    with pytest.raises(UserError, match=r"\(32, 30, 3\); .*in front, \(3, 32, 30\)"):
+        count(model, (32, 30, 3))
+    with pytest.raises(RuntimeError):  # another mistake comes through
+        count(model, (4, 32, 32))
+
+
+def test_a_name_is_no_network() -> None:
+    for refuses in (count, fuse, remove_shortcuts, lambda name: cheapen(name, "G(4)")):
+        with pytest.raises(UserError, match=r"got 'resnet8'; expected a network .*create_model"):
+            refuses("resnet8")  # type: ignore[arg-type]
 
 
 def test_shared_weights_count_once_and_their_work_twice() -> None:
