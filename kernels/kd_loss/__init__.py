@@ -68,7 +68,9 @@ def kd_loss(
     Returns:
         KDRows of fp32 tensors (fp64 if an input is), computed in that precision from the inputs as
         they are. kd is never negative; with one teacher, kd and its gradient are exactly 0 for
-        equal logits. Gradients flow from kd and ce to the student, in the student's dtype.
+        equal logits. Gradients flow from kd and ce to the student, in the student's dtype. Where
+        the student rules a class out (a logit of -inf) that the teacher does not, kd is infinite
+        and its gradient is not: the gradient is right, kd is inf, NaN or about 1e30, by `impl`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more

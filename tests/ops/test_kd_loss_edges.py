@@ -149,6 +149,31 @@ def test_classes_masked_with_minus_infinity(impl: str, shape) -> None:
     assert (grad[:, 7:] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 10), (4, 40)], ids=shape_id)
+@pytest.mark.parametrize("num_teachers", [1, 2])
+def test_a_class_only_the_student_rules_out(impl: str, shape, num_teachers: int) -> None:
+    """KL is infinite by its formula, its gradient T (p_s - p_t) is not: README, "Infinity"."""
+    student, teachers, _ = kd_case(shape, torch.float32, 0)
+    teachers = (teachers * 2)[:num_teachers]
+    student[1, 3] = -math.inf
+    student.requires_grad_()
+    kd = kd_loss(student, teachers, temperature=4.0, impl=impl).kd
+    (grad,) = torch.autograd.grad(0.5 * kd.sum(), student)
+    p_s = (student.detach().double() / 4).softmax(1)
+    p_t = torch.stack([(t.double() / 4).softmax(1) for t in teachers]).mean(0)
+    assert torch.allclose(grad.double(), 0.5 * 4 * (p_s - p_t), rtol=1e-4, atol=1e-6)
+    truth = 16 * (p_t * (p_t.log() - p_s.log())).sum(1)
+    assert truth[1] == math.inf
+    rest = [0, 2, 3]
+    assert torch.allclose(kd[rest].double(), truth[rest], rtol=1e-4)
+    # Infinity, NaN or, in C++, what its floor of -1e30 makes of it: never a plausible number.
+    if impl == "cpp":
+        expected = 16 * p_t[1, 3].item() * 1e30 / 4
+        assert kd[1].item() == pytest.approx(expected, rel=1e-3)
+    else:
+        assert not kd[1].isfinite()
+
+
 def test_large_logits_do_not_overflow(impl: str) -> None:
     student = torch.tensor([[1e4, 0.0, -1e4], [3e38, -3e38, 0.0]])
     kd, ce, _ = kd_loss(student, student.flip(1) / 2, torch.tensor([0, 1]), impl=impl)
