@@ -63,8 +63,8 @@ class KDLoss(nn.Module):
         ignore_index: rows with this label count neither in a term nor in the divisor.
         reduction: "mean" over rows, "sum", or "none" (one value per row, 0 where ignored).
         class_dim: 1 as in `nn.CrossEntropyLoss` ([N, C] or [N, C, H, W]), or -1 for [..., C].
-        check: look at the values too (labels in range, logits that are no probabilities); this
-            waits for the device, use it while debugging.
+        check: look at the values too (labels in range or probabilities, logits that are no
+            probabilities); this waits for the device, use it while debugging.
     """
 
     def __init__(

@@ -105,6 +105,11 @@ def prepare(
                 f"of the logits, {_shape(student)} (or class indices as int64)"
             )
     elif labels is not None:
+        if labels.dtype == torch.bool:
+            raise ValueError(
+                "kd_loss: labels are torch.bool; expected class indices (int64), one per row, or "
+                f"probabilities of the logits' shape {_shape(student)}"
+            )
         if labels.shape != rows:
             raise ValueError(
                 f"kd_loss: labels are {_shape(labels)}; expected {list(rows)}, one class index per "
@@ -123,7 +128,7 @@ def prepare(
                 "move them there"
             )
     if check:
-        _check_values(student, teachers, labels, ignore_index, class_dim)
+        _check_values(student, teachers, labels, mask, ignore_index, class_dim)
     return Inputs(student, teachers, labels, weights, mask, float(temperature),
                   float(label_smoothing), ignore_index, class_dim)  # fmt: skip
 
@@ -143,6 +148,7 @@ def _check_values(
     student: Tensor,
     teachers: list[Tensor],
     labels: Tensor | None,
+    mask: Tensor | None,
     ignore_index: int,
     class_dim: int,
 ) -> None:
@@ -153,7 +159,17 @@ def _check_values(
                 f"kd_loss: the {name}'s rows are positive and sum to 1: these are probabilities; "
                 "expected raw logits (before softmax)"
             )
-    if labels is not None and not labels.is_floating_point():
+    if labels is not None and labels.is_floating_point():
+        sums, least = labels.detach().float().sum(class_dim), labels.detach().amin(class_dim)
+        # As wide as what rounding to bf16 leaves; a NaN is no probability either.
+        wrong = ~((sums - 1).abs() < 1e-2) | ~(least >= 0)
+        wrong = wrong if mask is None else wrong & mask
+        if bool(wrong.any().item()):
+            raise ValueError(
+                f"kd_loss: labels are no probabilities: of a row the sum is {sums[wrong][0]:g} and "
+                f"the least {least[wrong][0]:g}; expected each row to be positive with the sum 1"
+            )
+    elif labels is not None:
         classes = student.shape[class_dim]
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
         if bool(wrong.any().item()):

@@ -249,7 +249,36 @@ BAD = {
         lambda: kd_loss(torch.randn(4, 10), None, torch.tensor([0, 1, 10, 2]), check=True),
         "label 10 is no class",
     ),
+    "bool labels": (
+        lambda: kd_loss(torch.randn(4, 10), None, torch.ones(4, dtype=torch.bool)),
+        "labels are torch.bool; expected class indices",
+    ),
+    "labels' sum": (
+        lambda: kd_loss(torch.randn(4, 10), None, 1.02 * torch.rand(4, 10).softmax(1), check=True),
+        "labels are no probabilities: of a row the sum is 1.02",
+    ),
+    "negative labels": (
+        lambda: kd_loss(torch.randn(1, 3), None, torch.tensor([[1.5, -0.5, 0.0]]), check=True),
+        "of a row the sum is 1 and the least -0.5",
+    ),
+    "infinite temperature": (
+        lambda: kd_loss(torch.randn(4, 10), temperature=math.inf),
+        "temperature=inf; expected a finite number above 0",
+    ),
 }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_probabilities_pass_the_check(dtype: torch.dtype, class_dim: int) -> None:
+    """As far as rounding moves their sum; a row that is masked may hold anything."""
+    logits = torch.randn(3, 1000, 2) if class_dim == 1 else torch.randn(3, 2, 1000)
+    soft = (3 * torch.randn_like(logits)).softmax(class_dim).to(dtype)
+    mask = torch.tensor([True, True, False])
+    soft[2] = math.nan
+    kd_loss(logits, None, soft, mask=mask, class_dim=class_dim, check=True)
+    with pytest.raises(ValueError, match="the sum is nan"):
+        kd_loss(logits, None, soft, class_dim=class_dim, check=True)
 
 
 @pytest.mark.parametrize("name", BAD)
