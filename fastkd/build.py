@@ -34,7 +34,7 @@ from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
 from fastkd.selection import Pick
-from fastkd.step import DistillStep, needed_taps
+from fastkd.step import DistillStep, needed_taps, refuse_unknown_taps
 from fastkd.teacher import Teacher
 from fastkd.trainer import Plan, Trainer
 
@@ -127,8 +127,11 @@ def build_trainer(
     ema = EMA(student, engine.ema) if engine.ema else None
 
     bound_teacher = None
-    if teacher is not None and needed_taps(terms, "teacher"):
+    if teacher is not None:
         check_ensemble_needs(teacher, terms)
+    nets = {"student": student} | ({"teacher": teacher.model} if teacher else {})
+    refuse_unknown_taps(terms, nets)
+    if teacher is not None and needed_taps(terms, "teacher"):
         bound_teacher = bind_teacher(
             teacher,
             needed_taps(terms, "teacher"),

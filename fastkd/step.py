@@ -6,6 +6,7 @@ where weights are applied. Nothing here asks the host for a number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from fastkd.data.batch import Batch
 from fastkd.distributed import split_evenly
+from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
-from fastkd.models.taps import Tapped
+from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.precision import Precision
+from fastkd.teacher import MEAN_LOGITS
 
-__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps"]
+__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_unknown_taps"]
 
 
 class Prepared(NamedTuple):
@@ -95,6 +98,30 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
     if net == "student" and not wanted:
         wanted["x"] = ["logits"]
     return {view: tuple(taps) for view, taps in wanted.items()}
+
+
+def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]) -> None:
+    """UserError where a loss looks at a tap that its network lacks, often one nobody wrote."""
+    for term in terms:
+        teacher = nets.get("teacher")
+        if term.uses_stages and teacher is not None and not isinstance(teacher, ZooNetwork):
+            raise UserError(
+                f"losses.{term.name} sends the student's features through the teacher's stages, "
+                f"which only networks of the zoo expose, and {type(teacher).__name__} is not one: "
+                f"take one as teacher, or another loss"
+            )
+        for _, net, tap in map(Need.parse, term.needs):
+            if net not in nets or tap == MEAN_LOGITS:
+                continue
+            try:
+                check_taps((tap,), nets[net])
+            except UserError as error:
+                given, cure = signature(type(term)).parameters, ""
+                for key in ("pairs", "stages", net):
+                    if key in given:
+                        cure = f". Name another by {type(term).__name__}({key}=..), in a recipe "
+                        cure += f"losses.{term.name}.{key}"
+                raise UserError(f"the loss {term.name}, of the {net}: {error}{cure}") from None
 
 
 def _view_joined(term: LossTerm) -> str:

@@ -150,7 +150,7 @@ def test_an_unknown_student_is_found_before_the_teacher_is_trained(expect_refusa
     words = ["train", *SYNTHETIC, "teacher.name=resnet8", "baseline.lrs="]
     expect_refusal("unknown network 'resnet21'; nearest:", *words, "student.name=resnet21")
     taps = "losses.at={weight: 1, pairs: {stage7: stage1}}"
-    expect_refusal("unknown tap 'stage7'; nearest:", *words, taps)
+    expect_refusal("the loss at, of the student: unknown tap 'stage7'; nearest:", *words, taps)
     # What a loss says when it is bound to the networks.
     raw = ["teacher.name=wrn_10_1", "student.name=resnet8", "losses.simkd.weight=1"]
     expect_refusal("losses.simkd reuses the teacher's classifier right behind", *words, *raw)

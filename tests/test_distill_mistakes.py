@@ -16,7 +16,7 @@ from fastkd.api import settings_of
 from fastkd.data.foreign import check_loader
 from fastkd.distributed import World
 from fastkd.errors import UserError
-from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, KDLoss
+from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, JointRD, KDLoss, ReviewKD, SimKD
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
@@ -117,6 +117,23 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         (
             {"teacher": network(), "losses": [AT(pairs={"logit": "2"})]},
             "unknown tap 'logit'.*nearest: logits",
+        ),
+        (
+            numbered() | {"losses": [CRD()]},
+            r"the loss crd, of the student: unknown tap 'pooled'.* Name another by CRD\(pairs=..\)"
+            r", in a recipe losses.crd.pairs$",
+        ),
+        (
+            {"teacher": network(), "losses": [ReviewKD(student=("1", "2"), teacher=("1", "no"))]},
+            r"the loss reviewkd, of the teacher: unknown tap 'no'.*Name .* ReviewKD\(teacher=..\)",
+        ),
+        (
+            {"teacher": network(), "losses": [SimKD()]},
+            r"the loss simkd, of the student: unknown tap 'stage3'.* by SimKD\(student=..\)",
+        ),
+        (
+            {"teacher": network(), "losses": [JointRD()]},
+            "jointrd sends .* only networks of the zoo expose, and Sequential is not one",
         ),
         ({"train": FLAT, "val": FLAT}, r"\[N, C, H, W\].* got \[16, 5\]"),
         ({"train": (batch for batch in LOADER)}, "needs a length"),

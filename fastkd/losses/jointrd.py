@@ -69,6 +69,7 @@ class JointRD(LossTerm):
     """
 
     label_kind = "class"
+    uses_stages = True
     margin_C11: Tensor
 
     def __init__(

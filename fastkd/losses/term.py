@@ -148,6 +148,9 @@ class LossTerm(nn.Module):
     uses_index: bool = False
     """True where the term keeps state per sample id, so that every batch must carry real ids."""
 
+    uses_stages: bool = False
+    """True where the term runs the teacher's stages, which only networks of the zoo expose."""
+
     def __init__(self, name: str, needs: tuple[str, ...], weights: dict[str, float]) -> None:
         super().__init__()
         for need in needs:

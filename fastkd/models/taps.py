@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 
-__all__ = ["Tapped", "ZooNetwork", "available_taps", "check_network", "pooled_taps", "remove_taps"]
+__all__ = [
+    "Tapped",
+    "ZooNetwork",
+    "available_taps",
+    "check_network",
+    "check_taps",
+    "pooled_taps",
+    "remove_taps",
+]
 
 
 class ZooNetwork(nn.Module):
@@ -156,7 +164,7 @@ class Tapped(nn.Module):
             raise TypeError(f"taps must be a list of names, got {taps!r}; write [{taps!r}]")
         self.model = model
         self.taps = tuple(dict.fromkeys(taps))
-        _check_names(self.taps, model)
+        check_taps(self.taps, model)
         self._catch = None if isinstance(model, ZooNetwork) else _Catch()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if self._catch is not None:
@@ -250,7 +258,8 @@ def _first_tensor(output: Any, owner: str) -> Tensor:
     return value
 
 
-def _check_names(taps: Sequence[str], model: nn.Module) -> None:
+def check_taps(taps: Sequence[str], model: nn.Module) -> None:
+    """UserError for a name that `Tapped(model, ..)` does not accept, with the nearest ones."""
     names = available_taps(model)
     for tap in taps:
         if tap not in names:
