@@ -7,6 +7,7 @@ Hinton et al. 2015, arXiv:1503.02531. Packages weight and average these two term
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -204,11 +205,16 @@ class KDLoss(nn.Module):
             return self.temperature**2 * torch.special.entr(p / len(teachers)).sum(self.class_dim)
 
     def extra_repr(self) -> str:
-        """Arguments as `print` shows them."""
+        """As `print` shows it: temperature and weights, then what is not as it is by default."""
+        given = signature(type(self)).parameters
+        weights = ("temperature", "alpha", "ce_weight", "kd_weight")
+        others = {name: getattr(self, name) for name in given if name not in weights}
+        changed = [
+            f", {name}={one!r}" for name, one in others.items() if one != given[name].default
+        ]
         return (
-            f"temperature={self.temperature}, ce_weight={self.ce_weight:g}, "
-            f"kd_weight={self.kd_weight:g}, per_class={self.per_class}, "
-            f"reduction={self.reduction!r}"
+            f"temperature={self.temperature:g}, ce_weight={self.ce_weight:g}, "
+            f"kd_weight={self.kd_weight:g}{''.join(changed)}"
         )
 
 

@@ -166,3 +166,26 @@ def test_a_preset_takes_weights_and_not_alpha() -> None:
     assert KDLoss.preset("repdistiller", kd_weight=0.5).kd_weight == 0.5
     with pytest.raises(ValueError, match="expected ce_weight and kd_weight"):
         KDLoss.preset("repdistiller", alpha=0.5)
+
+
+def test_what_is_not_by_default_is_printed() -> None:
+    def printed(loss: KDLoss) -> str:
+        return repr(loss).removeprefix("KDLoss(").removesuffix(")")
+
+    assert printed(KDLoss()) == "temperature=4, ce_weight=0.1, kd_weight=0.9"
+    assert printed(KDLoss.preset("meal_v2")) == (
+        "temperature=1, ce_weight=0, kd_weight=1, keep_teacher_entropy=True"
+    )
+    unusual = KDLoss(
+        temperature=2.5,
+        per_class=True,
+        label_smoothing=0.1,
+        ignore_index=255,
+        reduction="sum",
+        class_dim=-1,
+        check=True,
+    )
+    assert printed(unusual) == (
+        "temperature=2.5, ce_weight=0.1, kd_weight=0.9, per_class=True, label_smoothing=0.1, "
+        "ignore_index=255, reduction='sum', class_dim=-1, check=True"
+    )
