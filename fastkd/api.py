@@ -125,6 +125,14 @@ def distill(
     teachers: list[Any] = list(given) if several else [] if given is None else [given]
     for name, model in (("student", student), *(("teacher", each) for each in teachers)):
         check_network(f"distill: {name}", model)
+    trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
+    for each in teachers:
+        if each is student or not trained.isdisjoint(each.parameters()):
+            what = "are one object" if each is student else "share layers that are to be trained"
+            raise UserError(
+                f"distill: student and teacher {what}, and the teacher is frozen: give it a copy "
+                f"of its own, copy.deepcopy(model)"
+            )
     terms = [KD()] if losses is None else _terms(losses)
     needs = {need for term in terms for need in term.needs}
     sees_xprime = any(need.startswith("xprime/") for need in needs)

@@ -240,6 +240,20 @@ def test_a_run_does_not_go_on_as_another(
         finished(tmp_path, *losses, frozen=frozen, resume=True)
 
 
+def test_a_network_does_not_teach_itself() -> None:
+    student = network()
+    for teacher in (student, [network(), student]):
+        with pytest.raises(UserError, match=r"student and teacher are one object, .*deepcopy"):
+            distill(teacher, student=student)
+    body = nn.Sequential(*network(4)[:5])  # type: ignore[index]
+    one, other = (nn.Sequential(body, nn.Linear(8, 4)) for _ in range(2))
+    with pytest.raises(UserError, match="student and teacher share layers that are to be trained"):
+        distill(one, student=other)
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    body.requires_grad_(False)
+    assert distill(one, student=other).metrics["skipped_steps"] == 0
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["layers before the tap", "whole student"])
 def test_a_loss_that_could_teach_nothing_is_refused(whole: bool) -> None:
     """Without a word such a run would end with the student it began with."""
