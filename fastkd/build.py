@@ -116,6 +116,12 @@ def build_trainer(
             f"ema averages the student, but the loss {changed} keeps layers of its own behind it, "
             "which would not be averaged: set ema=null"
         )
+    logits = [t.name for t in terms if any("/student/logits" in need for need in t.needs)]
+    if changed and logits:
+        console.note(
+            f"the loss {changed} gives the student another classifier in the end: that of its own, "
+            f"which {', '.join(logits)} trains, is not kept (losses.{logits[0]}=null leaves it out)"
+        )
     layout = memory_format(engine.channels_last, device, student)
     if engine.sync_bn and device.type == "cpu":
         raise UserError("sync_bn=true needs GPUs: torch synchronises batch norm over NCCL only")

@@ -15,7 +15,7 @@ import fastkd
 from fastkd.build import _head
 from fastkd.errors import UserError
 from fastkd.evaluate_saved import evaluate_run
-from fastkd.losses import SimKD
+from fastkd.losses import KD, SimKD
 from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
@@ -71,6 +71,19 @@ def test_a_finished_run_is_evaluated_and_rebuilt(
     assert "simkd:resnet8" in said.err
     with pytest.raises(UserError, match="comes out of a training with the SimKD loss"):
         create_model("simkd:resnet8", 10)
+
+
+@pytest.mark.parametrize("losses", [[SimKD()], [SimKD(), KD()]], ids=["alone", "beside KD"])
+def test_a_loss_on_the_classifier_that_goes_is_noted(
+    losses: list[LossTerm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KD teaches the student's body, too, but the classifier that it trains is replaced."""
+    loader = DataLoader(TensorDataset(*tensors(16, 1)), batch_size=16)
+    student, teacher = create_model("resnet8", 4, width=0.25), create_model("resnet8", 4)
+    options: dict[str, Any] = {"precision": "fp32", "device": "cpu", "compile": "off"}
+    fastkd.distill(student, teacher, loader, loader, epochs=1, losses=losses, **options)
+    said = "that of its own, which kd trains, is not kept (losses.kd=null leaves it out)"
+    assert capsys.readouterr().out.count(said) == len(losses) - 1
 
 
 def tensors(num: int, seed: int) -> tuple[Tensor, Tensor]:
