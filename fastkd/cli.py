@@ -1,6 +1,7 @@
 """What the `fastkd` command does, and with which exit code; its words are in `fastkd.arguments`."""
 
 import argparse
+import atexit
 import errno
 import json
 import os
@@ -8,8 +9,9 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastkd.arguments import parse
 from fastkd.errors import FastKDError, UserError
@@ -18,7 +20,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command; the exit code. One of several ranks ends its process after an error."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with warnings.catch_warnings():
@@ -29,10 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastKDError as error:
         _complain(str(error), every_rank=not error.shared)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Of many ranks that end early, one aborts now and then as Python takes gloo apart.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+            _leave(error.exit_code)
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -46,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+
+
+def _leave(code: int) -> NoReturn:
+    """End this rank: as Python takes gloo apart after an error, a rank aborts now and then."""
+    atexit._run_exitfuncs()  # loaders send their workers home
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _show_warning(

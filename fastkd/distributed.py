@@ -90,7 +90,8 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
             raise UserError(
                 f"process {local_rank} of this host has no GPU: torchrun started more processes "
                 f"than the {torch.cuda.device_count()} GPUs that torch sees; lower "
-                "--nproc-per-node or use device=cpu"
+                "--nproc-per-node or use device=cpu",
+                shared=False,
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
@@ -107,7 +108,8 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         )
     except (RuntimeError, ValueError) as error:
         raise RunFailed(
-            f"process {rank} of {size} could not join the others within {timeout_s:.0f} s: {error}"
+            f"process {rank} of {size} could not join the others within {timeout_s:.0f} s: {error}",
+            shared=False,
         ) from error
     return World(rank, local_rank, size, chosen, backend)
 
@@ -130,7 +132,7 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     A process group that the caller has made is used and stays open.
 
     Raises:
-        RunFailed: over gloo, another process ended in the middle of a collective.
+        RunFailed: over gloo, another process ended or hung in the middle of a collective.
     """
     owned = not dist.is_initialized()
     world = init_world(device, timeout_s=timeout_s)
@@ -139,11 +141,11 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         yield world
         failed = False
     except RuntimeError as error:
-        # What gloo says where the connection to another process breaks off.
+        # So gloo begins where another process does not answer; NCCL ends this one by itself.
         if "gloo/transport" not in str(error):
             raise
         raise RunFailed(
-            "another process of this run has ended, so this one cannot go on; what it said is above"
+            f"another process of this run has ended or hangs, so this one cannot go on ({error})"
         ) from error
     finally:
         if owned:

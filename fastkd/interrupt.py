@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -65,15 +66,18 @@ class StopSignal:
         decided = max((c for c, num in zip(codes, votes, strict=True) if num), default=0)
         # A signal that came during the vote stays for the next one.
         if decided:
+            # Told by another rank, this one may yet get its own echo.
+            self._asked_at = self._asked_at if self.code else time.monotonic()
             self.code = decided
         return bool(decided)
 
 
 def _leave_terminal() -> None:
     """What is still said goes nowhere: a write to a closed terminal is an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):
-        # isatty would already say no.
-        if stat.S_ISCHR(os.fstat(fd).st_mode):
-            os.dup2(nowhere, fd)
-    os.close(nowhere)
+        # Closed by a daemon's start, there is nothing to leave; isatty would already say no.
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(fd).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, fd)
+                os.close(nowhere)

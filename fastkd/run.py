@@ -6,7 +6,7 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     """
     data = open_recipe_data(recipe, session)
     # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    trial = replace(session, console=Console(enabled=False))
+    stage_builder(recipe, data, load_teacher(recipe.teacher, data), trial)(None)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )

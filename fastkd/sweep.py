@@ -191,13 +191,16 @@ def _write_csv(
 
 
 def _row(choice: Choice, summary: Mapping[str, Any]) -> dict[str, Any]:
-    teacher = summary.get("teacher") or {}
     return {
         "note": "",
         **summary,
         "run": " ".join(choice),
-        "of_teacher": teacher.get(headline(summary)),
+        "of_teacher": _of_teacher(summary),
     }
+
+
+def _of_teacher(summary: Mapping[str, Any]) -> float | None:
+    return (summary.get("teacher") or {}).get(headline(summary))
 
 
 def _different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
@@ -242,7 +245,7 @@ def _over_seeds(
             values = [run[key] for run in runs]
             row[key] = statistics.mean(values)
             stds.append(f"{100 * statistics.stdev(values):.2f}")
-        teachers = [accuracy for run in runs if (accuracy := _row((), run)["of_teacher"])]
+        teachers = [one for run in runs if (one := _of_teacher(run)) is not None]
         row["of_teacher"] = statistics.mean(teachers) if teachers else None
         rows.append(row | {"note": f"std {', '.join(stds)}"})
         paper = paper_row(recipes[choices[0]], row)

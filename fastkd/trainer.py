@@ -289,6 +289,7 @@ class Trainer:
         if self.pick is not None:
             row["pick_ratio"] = row.pop("train_pick_ratio")
         last = progress.epoch + 1 == self.plan.epochs
+        # Images of bad steps do not count.
         if last and not any(one["images_per_s"] for one in (*self.history, row)):
             raise self.guard.never_good()
         better = False

@@ -213,12 +213,9 @@ def _read_pickle(path: Path) -> Any:
     known = torch.serialization.get_safe_globals()
     # Entries the user has admitted stay; safe_globals would take them away on leaving.
     admitted = [entry for entry in _admitted() if entry not in known]
-    warned: list[warnings.WarningMessage] = []
     try:
-        with (
-            torch.serialization.safe_globals(admitted),
-            warnings.catch_warnings(record=True, action="always") as warned,
-        ):
+        with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
         match = re.search(r"GLOBAL (\S+)", str(error))
@@ -228,11 +225,11 @@ def _read_pickle(path: Path) -> Any:
                 "could run code; where it was written, save the tensors only: "
                 "torch.save(model.state_dict(), FILE)"
             ) from error
-        protocol = re.search(r"pickle protocol (\d+)", " ".join(str(one.message) for one in warned))
-        if protocol and "Unsupported operand" in str(error):
+        # FRAME, with which pickles of protocol 4 and 5 begin.
+        if "Unsupported operand 149" in str(error):
             raise UserError(
-                f"{path}: written with pickle protocol {protocol[1]}, which torch's safe loader "
-                "cannot read; where it was written, save it again without pickle_protocol="
+                f"{path}: written with pickle protocol 4 or 5, which torch's safe loader cannot "
+                "read; where it was written, save it again without pickle_protocol="
             ) from error
         # Before its reason torch advises to load the file unsafely.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)

@@ -294,8 +294,9 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"process 2 .* more processes than the 2 GPUs"):
+    with pytest.raises(UserError, match=r"process 2 .* more processes than the 2 GPUs") as caught:
         init_world("auto")
+    assert not caught.value.shared  # rank 0 has one, and would say nothing
 
 
 def test_ranks_that_do_not_come_are_reported(monkeypatch):

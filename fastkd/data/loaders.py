@@ -37,7 +37,8 @@ class DataPair:
     name        of the data set                               backend     "resident" or "torch"
     seed        of order and augmentation
 
-    The training images are read when `train` is first asked for: an evaluation does without them.
+    The training images are decoded, and on their device, when `train` is first asked for: an
+    evaluation does without.
     """
 
     open_train: Callable[[], Loader]
@@ -48,7 +49,7 @@ class DataPair:
     image_size: int
     name: str
     backend: str
-    seed: int = 0
+    seed: int
 
     @cached_property
     def train(self) -> Loader:

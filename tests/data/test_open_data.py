@@ -93,6 +93,13 @@ def test_impossible_requests(changes, message):
         _ = open_data(**({"name": "digits", "batch_size": 64} | changes)).train
 
 
+def test_what_hinders_training_does_not_hinder_an_evaluation():
+    pair = open_data(name="digits", batch_size=512)
+    assert pair.val.num_samples == sum(len(batch.index_N) for batch in pair.val.epoch(0))
+    with pytest.raises(UserError, match="batch_size=512"):
+        _ = pair.train
+
+
 def test_random_areas_of_a_folder_need_a_size(make_folder):
     with pytest.raises(UserError, match=r"crop=resized needs data\.image_size"):
         open_data(name="folder", root=make_folder(), batch_size=4, crop="resized")

@@ -64,6 +64,10 @@ def test_a_finished_run_is_evaluated_and_rebuilt(
     pooled_ND = kept.projector(stage3_NCHW).mean((2, 3))
     expected_NC = pooled_ND @ state["fc.weight"].T + state["fc.bias"]
     torch.testing.assert_close(kept(images_NCHW), expected_NC)
+    # Beside it a loss on the classifier that is not kept; the run builds its training twice.
+    said = command("train", "--config", "recipe.yaml", "losses.kd.weight=1",
+                   "losses.kd.ce_weight=0", "epochs=1", "out=kd")  # fmt: skip
+    assert said.out.count("losses.kd=null leaves it out") == 1
     # The same file under the student's name says what it is.
     said = command("eval", "resnet8", "--weights", "run/best.safetensors", "data.name=synthetic",
                    "data.image_size=8", "student.width=0.25")  # fmt: skip

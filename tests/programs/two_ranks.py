@@ -285,7 +285,7 @@ def damaged(folder: Path) -> dict[str, Any]:
     plan = BatchPlan(index.name, 16, 4, 0, train=True, drop_last=False, rank=1, world_size=2)
     broken = Path(index.path(int(plan.order(0)[plan.part(0)][0])))
     broken.write_bytes(broken.read_bytes()[:50])
-    words = ("data.name=folder", f"data.root={root}", "data.backend=torch", "data.workers=0")
+    words = ("data.name=folder", f"data.root={root}", "data.backend=torch", "data.workers=1")
     found = refused(folder, 2, *words, "data.train_limit=null", "batch_size=4")
     return found | {"broken": str(broken)}
 
