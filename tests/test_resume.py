@@ -145,7 +145,8 @@ def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any]) -> None
 
 
 TERMINAL = """
-import os, pty, sys
+import os, pty, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may have used nohup
 run, terminal = pty.fork()
 if not run:
     os.execv(sys.executable, [sys.executable, "-m", "fastkd.train", *sys.argv[1:]])
