@@ -3,10 +3,10 @@
 The evaluation decides which one it is; trainer, report and screen only look it up here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEADLINES", "headline", "of_epoch"]
+__all__ = ["HEADLINES", "headline", "headline_of", "of_epoch"]
 
 HEADLINES = {"accuracy": "accuracy", "map": "mAP"}
 """Key of an evaluation, and with `_last` and `_best` of a summary -> how it is printed. All are
@@ -23,6 +23,11 @@ def headline(found: Mapping[str, Any]) -> str:
         (name for name in HEADLINES if any(form.format(name) in found for form in forms)),
         "accuracy",
     )
+
+
+def headline_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The one that a table has: that of its first row with another than `accuracy`, else that."""
+    return next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
 
 
 def of_epoch(found: Mapping[str, float]) -> dict[str, float]:

@@ -7,9 +7,7 @@ The runs follow each other in this process, or go side by side in processes of t
 are also in a CSV file beside the run folders.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,11 +19,11 @@ import torch
 from fastkd.atomic import atomic_path
 from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
-from fastkd.metrics import headline
+from fastkd.metrics import headline, headline_of
 from fastkd.models.registry import create_model, model_options
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
-from fastkd.report.run_folder import find_finished
+from fastkd.report.run_folder import csv_text, find_finished
 from fastkd.run import Session, run_recipe
 from fastkd.sweep_jobs import GO_ON, run_jobs
 
@@ -171,22 +169,18 @@ def _write_csv(
     recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]], root: Path
 ) -> Path:
     """A line for each run beside the folders of the runs: swept keys, digest, results."""
-    metric = next((name for row in rows if (name := headline(row)) != "accuracy"), "accuracy")
+    metric = headline_of(rows)
     results = (f"{metric}_last", f"{metric}_best", "best_epoch", "of_teacher", "params", "macs")
     lines = []
     for (choice, recipe), row in zip(recipes.items(), rows, strict=True):
         keys = dict(override.split("=", 1) for override in choice)
         kept = {key: row.get(key) for key in (*results, "images_per_s", "note")}
         lines.append(keys | {"digest": recipe.digest()} | kept)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
     of_all = hashlib.sha256(" ".join(line["digest"] for line in lines).encode()).hexdigest()
     target = root / next(iter(recipes.values())).name / f"sweep-{of_all[:8]}.csv"
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as beside:
-        beside.write_text(text.getvalue(), encoding="utf-8")
+        beside.write_text(csv_text(lines), encoding="utf-8")
     return target
 
 

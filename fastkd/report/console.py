@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Column, Table
 
-from fastkd.metrics import HEADLINES, headline
+from fastkd.metrics import HEADLINES, headline_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -164,8 +164,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     `accuracy` where a row has it. With `of_teacher`, that of the run's teacher, there is a column
     more.
     """
-    metric = next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
-
+    metric = headline_of(rows)
     taught = any(row.get("of_teacher") is not None for row in rows)
 
     def number(header: str) -> Column:

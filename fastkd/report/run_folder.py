@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fastkd.atomic import atomic_path, explain_full_disk
 from fastkd.errors import UserError
 from fastkd.report.events import Events
 
-__all__ = ["RunFolder", "environment", "find_finished", "find_resumable"]
+__all__ = ["RunFolder", "csv_text", "environment", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 _DESCRIPTION = ("config.yaml", "environment.json")
@@ -135,14 +135,8 @@ class RunFolder:
         self.write_text("metrics.jsonl", text)
 
     def write_csv(self) -> Path:
-        """metrics.csv from metrics.jsonl; columns in the order in which rows bring them up."""
-        rows = self.metrics()
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return self.write_text("metrics.csv", text.getvalue())
+        """metrics.csv from metrics.jsonl."""
+        return self.write_text("metrics.csv", csv_text(self.metrics()))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write metrics.csv, then summary.json, whose presence says that the run is finished."""
@@ -182,6 +176,16 @@ def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
     unfinished = [path for path in candidates if not (path / "summary.json").exists()]
     return RunFolder.open(max(unfinished)) if unfinished else None
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header; columns in the order in which rows bring them up."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def find_finished(root: Path | str, recipe_name: str, digest: str) -> dict[str, Any] | None:
