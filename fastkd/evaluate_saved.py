@@ -18,8 +18,8 @@ from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
+from fastkd.storage.weights import load_weights
 from fastkd.teacher import Teacher
-from fastkd.weights import load_weights
 
 __all__ = ["evaluate_model", "evaluate_run"]
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastkd.checkpoint import load_checkpoint
 from fastkd.distributed import World, on_main
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.recipe.loading import load_recipe, recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment, find_resumable
+from fastkd.storage.checkpoint import load_checkpoint
 
 __all__ = ["choose_folder", "occupied", "stage_folder", "tidy"]
 

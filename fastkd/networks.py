@@ -23,7 +23,7 @@ from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.report.console import Console
-from fastkd.weights import load_weights
+from fastkd.storage.weights import load_weights
 
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 

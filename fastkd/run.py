@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fastkd.build import Engine, build_trainer, decide
-from fastkd.checkpoint import load_checkpoint
 from fastkd.data import DataPair, open_data
 from fastkd.distributed import World, on_main
 from fastkd.ensemble import LoadedNet
@@ -27,6 +26,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
+from fastkd.storage.checkpoint import load_checkpoint
 from fastkd.trainer import Plan, Trainer
 
 __all__ = [

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from fastkd.atomic import atomic_path
 from fastkd.distributed import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.metrics import headline, headline_of
@@ -25,6 +24,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
 from fastkd.report.run_folder import csv_text, find_finished
 from fastkd.run import Session, run_recipe
+from fastkd.storage.atomic import atomic_path
 from fastkd.sweep_jobs import GO_ON, run_jobs
 
 __all__ = ["check_sweep", "combinations", "run_sweep"]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.augment import ViewMaker
-from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
 from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
@@ -38,8 +37,9 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
 from fastkd.selection import Pick
 from fastkd.step import DistillStep, Prepared, StepOutput
+from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.storage.weights import save_weights
 from fastkd.teacher import run_ahead
-from fastkd.weights import save_weights
 
 __all__ = ["Plan", "Progress", "Trainer"]
 

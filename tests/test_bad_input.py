@@ -19,7 +19,7 @@ from fastkd.models import create_model
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
-from fastkd.weights import describe, save_weights
+from fastkd.storage.weights import describe, save_weights
 
 NET = ["student.name=resnet8", "student.width=0.5", "epochs=1", "compile=off", "device=cpu"]
 ALONE = [*NET, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]

@@ -311,7 +311,7 @@ def test_weights_of_a_file_without_description_take_their_options_from_keys(comm
 
 
 def test_eval_renormalises_for_the_network_unless_told(command, tmp_path, monkeypatch):
-    from fastkd.weights import describe, save_weights
+    from fastkd.storage.weights import describe, save_weights
 
     model = create_model("resnet8", 10, width=0.5)
     model.normalization = ((0.1, 0.2, 0.3), (0.9, 0.8, 0.7))

@@ -25,7 +25,7 @@ from fastkd.data.image_set import ImageSet
 from fastkd.data.plan import BatchPlan
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
-from fastkd.weights import load_weights
+from fastkd.storage.weights import load_weights
 
 PROGRAMS = Path(__file__).parent / "programs"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from fastkd.errors import Interrupted, UserError
 from fastkd.losses import AT, KD, CrossEntropy
 from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.recipe.schema import OptimConfig
-from fastkd.weights import load_weights
+from fastkd.storage.weights import load_weights
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
 

@@ -19,8 +19,8 @@ from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
 from fastkd.precision import Precision
+from fastkd.storage.weights import describe, save_weights
 from fastkd.teacher import Teacher
-from fastkd.weights import describe, save_weights
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")

@@ -163,7 +163,7 @@ def test_a_training_on_several_labels(tmp_path, difficult):
 
     # The best epoch lies on the disk under its own metric, and loads by its metadata.
     from fastkd.models.registry import model_from_file
-    from fastkd.weights import load_weights
+    from fastkd.storage.weights import load_weights
 
     best = model_from_file(tmp_path / "run")
     assert sklearn_map(*scores_of(best, val)) == pytest.approx(found["map_best"], rel=1e-6)

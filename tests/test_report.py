@@ -13,12 +13,12 @@ import time
 import pytest
 from rich.console import Console as RichConsole
 
-from fastkd.atomic import atomic_path
 from fastkd.errors import RunFailed, UserError
 from fastkd.report import console as console_module
 from fastkd.report.console import Console, comparison_table
 from fastkd.report.plots import plot_curves
 from fastkd.report.run_folder import RunFolder, environment, find_resumable
+from fastkd.storage.atomic import atomic_path
 
 DIGEST = "0123456789abcdef"
 

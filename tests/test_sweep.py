@@ -17,9 +17,9 @@ import fastkd.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
+from fastkd.storage.weights import load_weights
 from fastkd.sweep import _different_teachers, combinations
 from fastkd.sweep_jobs import environments
-from fastkd.weights import load_weights
 
 KEYS = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),

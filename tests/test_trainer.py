@@ -34,8 +34,8 @@ from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
+from fastkd.storage.weights import load_weights
 from fastkd.trainer import Plan, Trainer
-from fastkd.weights import load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"
 WIDTH = {"resnet8": {"width": 0.5}}

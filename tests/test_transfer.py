@@ -20,8 +20,8 @@ import fastkd
 from fastkd.data.cifar import LAYOUTS
 from fastkd.data.synthetic import make_synthetic
 from fastkd.models.registry import model_from_file
+from fastkd.storage.weights import load_weights
 from fastkd.trainer import Trainer
-from fastkd.weights import load_weights
 
 DATA = os.environ.get("FASTKD_TEST_DATA")
 PROGRAMS = Path(__file__).parent / "programs"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd.models import create_model
-from fastkd.weights import describe, load_weights, save_weights
+from fastkd.storage.weights import describe, load_weights, save_weights
 
 PAGE = (Path(__file__).parents[1] / "docs" / "transfer.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import create_model
-from fastkd.weights import load_weights, save_weights
+from fastkd.storage.weights import load_weights, save_weights
 
 
 def small() -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import RunFailed, UserError
 from fastkd.models import Tapped, create_model, model_from_file
-from fastkd.weights import describe, load_into, load_weights, save_weights
+from fastkd.storage.weights import describe, load_into, load_weights, save_weights
 
 
 def small() -> nn.Module:

@@ -35,7 +35,7 @@ from fastkd.models.block_grammar import parse_block
 from fastkd.models.head import class_layers
 from fastkd.models.rewrite import cheapen
 from fastkd.models.rewrite_shortcuts import remove_shortcuts
-from fastkd.weights import load_into, load_weights
+from fastkd.storage.weights import load_into, load_weights
 
 __all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]
 
@@ -60,7 +60,7 @@ def create_model(
         `torchvision:NAME`.
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
-    weights: a checkpoint that is loaded strictly (formats: `fastkd.weights.load_weights`).
+    weights: a checkpoint that is loaded strictly (formats: `fastkd.storage.weights.load_weights`).
     new_head: take all but the classifier from `weights` or the pretrained network, whatever their
         class count, and leave the classifier as it is initialised.
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
@@ -172,7 +172,7 @@ def model_from_file(path: str | PathLike[str]) -> nn.Module:
         raise UserError(
             f"{path}: the file does not name its network; build it with "
             "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "
-            "fastkd.weights.load_into"
+            "fastkd.storage.weights.load_into"
         )
     return create_model(facts.architecture, facts.num_classes, weights=path, **facts.options)
 
@@ -264,7 +264,8 @@ def _sign(
 
 
 class _Facts(NamedTuple):
-    """What the metadata of a weight file say of its network; see `fastkd.weights.describe`."""
+    """What the metadata of a weight file say of its network; see
+    `fastkd.storage.weights.describe`."""
 
     architecture: str | None
     num_classes: int | None

@@ -36,8 +36,8 @@ class ZooNetwork(nn.Module):
     key_maps: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
     """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
     of a name, up to a dot -> what stands there here, None where the tensor has no place here. The
-    first that matches counts; names that none matches are the same. `fastkd.weights.load_into`
-    finds out which repository it is."""
+    first that matches counts; names that none matches are the same.
+    `fastkd.storage.weights.load_into` finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.atomic import atomic_path
 from fastkd.metrics import HEADLINES, headline
+from fastkd.storage.atomic import atomic_path
 
 __all__ = ["plot_curves"]
 

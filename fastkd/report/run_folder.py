@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.atomic import atomic_path, explain_full_disk
 from fastkd.errors import UserError
 from fastkd.report.events import Events
+from fastkd.storage.atomic import atomic_path, explain_full_disk
 
 __all__ = ["RunFolder", "csv_text", "environment", "find_finished", "find_resumable"]
 

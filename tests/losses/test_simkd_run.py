@@ -20,7 +20,7 @@ from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
 from fastkd.report.run_folder import RunFolder
-from fastkd.weights import load_weights, save_weights
+from fastkd.storage.weights import load_weights, save_weights
 
 RECIPE: dict[str, Any] = {
     "name": "tiny/simkd",

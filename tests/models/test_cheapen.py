@@ -20,7 +20,7 @@ from fastkd.models import (
     remove_shortcuts,
 )
 from fastkd.models.blocks import Bottleneck, GroupedPointwise
-from fastkd.weights import save_weights
+from fastkd.storage.weights import save_weights
 
 REPLACED = {
     "timm:resnet34": 32,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastkd.errors import UserError
 from fastkd.models import Tapped, cheapen, create_model, remove_shortcuts
 from fastkd.models.erfnet import ResidualBlock1d
-from fastkd.weights import load_into
+from fastkd.storage.weights import load_into
 
 
 @pytest.mark.parametrize("depth", [18, 34])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastkd.errors import UserError
 from fastkd.models import Tapped, create_model
+from fastkd.storage.weights import load_into
 from fastkd.testing import fixed_state, hashed_values
-from fastkd.weights import load_into
 
 CASES = json.loads(Path(__file__).with_name("foreign_checkpoints.json").read_text())
 

@@ -11,7 +11,7 @@ from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
 from fastkd.precision import Precision
 from fastkd.step import DistillStep
-from fastkd.weights import describe, load_weights, save_weights
+from fastkd.storage.weights import describe, load_weights, save_weights
 
 HEADS = {
     "resnet20": ["fc"],

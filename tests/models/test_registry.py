@@ -179,7 +179,7 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, fastkd.models, fastkd.weights\n"
+        "import sys, fastkd.models, fastkd.storage.weights\n"
         "fastkd.models.create_model('resnet8', 10)\n"
         "print([m for m in ('timm', 'torchvision', 'triton', 'sklearn', 'matplotlib') "
         "if m in sys.modules])"

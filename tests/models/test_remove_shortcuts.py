@@ -18,7 +18,7 @@ from fastkd.models import (
     remove_shortcuts,
 )
 from fastkd.models.blocks import ResidualBlock
-from fastkd.weights import save_weights
+from fastkd.storage.weights import save_weights
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 

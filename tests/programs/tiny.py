@@ -31,7 +31,7 @@ from fastkd.data.resident import ResidentLoader
 from fastkd.distributed import World, open_world
 from fastkd.models import create_model
 from fastkd.report.run_folder import RunFolder
-from fastkd.weights import describe, load_weights, save_weights
+from fastkd.storage.weights import describe, load_weights, save_weights
 
 TIMING = ("images_per_s", "data_wait", "seconds", "epoch_s", "wait_s", "train_seconds", "finished")
 

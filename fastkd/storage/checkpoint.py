@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fastkd.atomic import atomic_path
 from fastkd.errors import RunFailed, UserError
+from fastkd.storage.atomic import atomic_path
 
 __all__ = ["FORMAT", "load_checkpoint", "save_checkpoint"]
 

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastkd.atomic import atomic_path
 from fastkd.errors import RunFailed, UserError
+from fastkd.storage.atomic import atomic_path
 
 __all__ = ["LoadReport", "describe", "load_into", "load_weights", "save_weights"]
 
