@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from fastkd import count, create_model
 from fastkd.build import Engine, build_trainer
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data.foreign import ForeignLoader
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
-from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.testing import interleave, step_macs

@@ -24,14 +24,14 @@ from torchvision import transforms
 
 from fastkd import create_model
 from fastkd.build import Engine, build_trainer
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.foreign import ForeignLoader
 from fastkd.data.geometry import Geometry
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
-from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.teacher import run_ahead

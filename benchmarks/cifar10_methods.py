@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from fastkd.distributed import open_world
+from fastkd.compute.ranks import open_world
 from fastkd.recipe import load_recipe
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console

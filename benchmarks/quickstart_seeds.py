@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastkd.distributed import open_world
+from fastkd.compute.ranks import open_world
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import environment

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastkd.augment import XPRIMES
 from fastkd.build import Engine, build_trainer, decide
+from fastkd.compute.ranks import on_main, open_world
 from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
-from fastkd.distributed import on_main, open_world
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluating

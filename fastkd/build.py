@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.augment import ViewMaker
-from fastkd.compiling import compile_unit, worth_compiling
+from fastkd.compute.compiling import compile_unit, worth_compiling
+from fastkd.compute.layout import memory_format
+from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.data.batch import Loader, TrainLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.planned import PlannedLoader
-from fastkd.distributed import World, wrap_ddp
 from fastkd.ema import EMA
 from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
-from fastkd.layout import memory_format
 from fastkd.losses.term import BindContext, LossTerm
 from fastkd.models.counting import count
 from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
 from fastkd.optim import build_optimizer, spare_norms
-from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder

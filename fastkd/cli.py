@@ -115,8 +115,8 @@ def _train(options: argparse.Namespace) -> int:
         check_tensorboard()
     import torch
 
-    from fastkd.distributed import open_world
-    from fastkd.precision import resolve_precision
+    from fastkd.compute.precision import resolve_precision
+    from fastkd.compute.ranks import open_world
     from fastkd.recipe.schema import Recipe
     from fastkd.report.console import Console
     from fastkd.run import Session, run_recipe

@@ -65,7 +65,7 @@ def cpu_facts() -> dict[str, Any]:
     """Name, cores, torch's threads, vector instructions, and whether bf16 is computed natively."""
     import torch
 
-    from fastkd.precision import computes_in_bf16
+    from fastkd.compute.precision import computes_in_bf16
 
     capabilities = torch.cpu.get_capabilities()
     return {

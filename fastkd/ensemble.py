@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need
 from fastkd.models.hub import Normalization
-from fastkd.precision import Precision, resolve_precision
 from fastkd.teacher import MEAN_LOGITS, Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World, all_reduce_sum, gather_rows
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
-from fastkd.distributed import World, all_reduce_sum, gather_rows
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
-from fastkd.precision import Precision
 
 __all__ = ["EvalLoader", "evaluate", "evaluating"]
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.compute.layout import memory_format
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
-from fastkd.distributed import open_world
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
-from fastkd.layout import memory_format
 from fastkd.models import count, create_model
 from fastkd.models.registry import model_from_file
-from fastkd.precision import resolve_precision
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console

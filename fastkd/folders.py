@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastkd.distributed import World, on_main
+from fastkd.compute.ranks import World, on_main
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.recipe.loading import load_recipe, recipe_to_yaml
 from fastkd.recipe.schema import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastkd.distributed import World, all_reduce_sum
+from fastkd.compute.ranks import World, all_reduce_sum
 
 __all__ = ["StopSignal"]
 

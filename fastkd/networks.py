@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastkd.compute.layout import memory_format
+from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data import DataPair
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
-from fastkd.layout import memory_format
 from fastkd.metrics import HEADLINES, headline
 from fastkd.models import count, create_model
 from fastkd.models.head import freeze_backbone
 from fastkd.models.hub import Normalization
 from fastkd.models.registry import classifier_paths
-from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.report.console import Console
 from fastkd.storage.weights import load_weights

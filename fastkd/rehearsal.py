@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd.distributed import on_main
+from fastkd.compute.ranks import on_main
 from fastkd.models import count
 from fastkd.networks import load_teacher
 from fastkd.recipe.schema import Recipe

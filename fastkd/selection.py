@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.compute.precision import Precision
 from fastkd.kernels import hardness, select_hardest
 from fastkd.models.taps import Tapped
-from fastkd.precision import Precision
 
 __all__ = ["Pick", "PickCriterion", "Picked"]
 

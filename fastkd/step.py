@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import split_evenly
 from fastkd.data.batch import Batch
-from fastkd.distributed import split_evenly
 from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
-from fastkd.precision import Precision
 from fastkd.teacher import MEAN_LOGITS
 
 __all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_unknown_taps"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastkd.distributed import on_main
+from fastkd.compute.ranks import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.metrics import headline, headline_of
 from fastkd.models.registry import create_model, model_options

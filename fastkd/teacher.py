@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.compiling import compile_unit
+from fastkd.compute.compiling import compile_unit
+from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
 from fastkd.models.hub import Normalization
 from fastkd.models.rewrite_fusing import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
-from fastkd.precision import Precision
 
 __all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]
 

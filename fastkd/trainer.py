@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.augment import ViewMaker
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
-from fastkd.distributed import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
 from fastkd.ema import EMA
 from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
@@ -31,7 +32,6 @@ from fastkd.losses.term import LossTerm
 from fastkd.losses.weight_schedules import scheduled_values
 from fastkd.metrics import headline, of_epoch
 from fastkd.optim import set_lr
-from fastkd.precision import Precision
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule

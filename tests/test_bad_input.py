@@ -13,7 +13,7 @@ from PIL import Image
 import fastkd.data.synthetic
 import fastkd.report.run_folder
 import fastkd.trainer
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.recipe.loading import load_recipe

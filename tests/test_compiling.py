@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastkd.build import decide
-from fastkd.compiling import (
+from fastkd.compute.compiling import (
     COMPILE_SECONDS,
     MACS_PER_SECOND,
     PAYS_FROM,

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 import fastkd
 import fastkd.losses
 from fastkd.api import settings_of
+from fastkd.compute.ranks import World
 from fastkd.data.foreign import check_loader
-from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, JointRD, KDLoss, ReviewKD, SimKD
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput

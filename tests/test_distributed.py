@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastkd.distributed import (
+from fastkd.compute.ranks import (
     all_reduce_sum,
     broadcast_object,
     close_world,
@@ -280,7 +280,7 @@ def test_unknown_ignored_buffer_is_named(tmp_path):
 
 
 def fake_world(size):
-    from fastkd.distributed import World
+    from fastkd.compute.ranks import World
 
     return World(rank=0, local_rank=0, size=size, device=torch.device("cpu"), backend="gloo")
 

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 import fastkd.teacher
+from fastkd.compute.precision import Precision
 from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
-from fastkd.precision import Precision
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teacher import Teacher
 

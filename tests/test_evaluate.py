@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastkd.evaluate
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
-from fastkd.distributed import World
 from fastkd.evaluate import evaluate, evaluating
-from fastkd.precision import Precision
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")

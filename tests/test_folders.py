@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastkd.folders
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.folders import occupied
 

@@ -13,13 +13,13 @@ from torch._dynamo.utils import counters
 
 from fastkd import create_model
 from fastkd.build import Engine, LoadedNet, build_trainer
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.geometry import Geometry
-from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.term import LossTerm
-from fastkd.precision import resolve_precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.teacher import run_ahead

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastkd.interrupt
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.interrupt import StopSignal
 
 ALONE = World(0, 0, 1, torch.device("cpu"), None)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.build import Engine, build_trainer
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses import (
@@ -45,7 +46,6 @@ from fastkd.losses import (
 from fastkd.losses.term import LossTerm, Need
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
-from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder

@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
-from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
 from fastkd.metrics import headline
-from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import comparison_table
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fastkd.compute.precision import Precision, computes_in_bf16, resolve_precision
 from fastkd.errors import UserError
-from fastkd.precision import Precision, computes_in_bf16, resolve_precision
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

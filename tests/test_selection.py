@@ -10,12 +10,12 @@ from torch import nn
 
 import fastkd.run
 from fastkd.augment import XPRIMES, ViewMaker
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
-from fastkd.distributed import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.networks import load_teacher
-from fastkd.precision import resolve_precision
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastkd.run
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.models import count, create_model
 from fastkd.networks import load_teacher
 from fastkd.recipe import load_recipe

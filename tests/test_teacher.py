@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data import open_data
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.models import create_model
 from fastkd.models.rewrite_fusing import fuse
-from fastkd.precision import Precision, resolve_precision
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 import fastkd.build
 from fastkd.build import Engine, build_trainer
 from fastkd.cli import main
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.synthetic import make_synthetic
-from fastkd.distributed import World
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import RunFailed
 from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model
-from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder

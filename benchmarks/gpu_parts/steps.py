@@ -24,7 +24,7 @@ from gpu_parts.record import Job
 from torch import Tensor, nn
 
 from fastkd.build import Engine
-from fastkd.precision import resolve_precision
+from fastkd.compute.precision import resolve_precision
 from fastkd.testing import captured, interleave, speedup
 
 __all__ = ["run"]

@@ -18,8 +18,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from fastkd.compute.ranks import World
 from fastkd.data.batch import NO_LABEL, Batch
-from fastkd.distributed import World
 from fastkd.errors import UserError
 
 __all__ = ["ForeignLoader", "LoaderItem", "check_loader"]

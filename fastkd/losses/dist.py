@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from fastkd.distributed import join_rows
+from fastkd.compute.ranks import join_rows
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
 

@@ -71,7 +71,7 @@ class TermInputs(NamedTuple):
     schedule: Mapping[str, Tensor]
     """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
     rows_of_ranks: tuple[int, ...] = ()
-    """Rows of this batch on every rank, for `fastkd.distributed.join_rows`: a term that compares
+    """Rows of this batch on every rank, for `fastkd.compute.ranks.join_rows`: a term that compares
     samples with each other may see those of all ranks. One entry, or none, in one process. They
     are those of the view that the term looks at, which a pick may have made fewer, and those of x
     where it looks at several."""

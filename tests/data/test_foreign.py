@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from fastkd.compute.ranks import World
 from fastkd.data.foreign import check_loader
-from fastkd.distributed import World
 from fastkd.errors import UserError
 
 DATA = TensorDataset(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))

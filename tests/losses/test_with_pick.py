@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.registry import term_names
 from fastkd.networks import load_teacher

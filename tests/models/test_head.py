@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
 from fastkd.losses import KD, CrossEntropy
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
-from fastkd.precision import Precision
 from fastkd.step import DistillStep
 from fastkd.storage.weights import describe, load_weights, save_weights
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gpu_step import epoch, mean_loss, trainer
 
-from fastkd.distributed import World, all_reduce_sum, same_on_all_ranks, sync_buffers
+from fastkd.compute.ranks import World, all_reduce_sum, same_on_all_ranks, sync_buffers
 
 RANKS_IN_NAME = 8
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from two_ranks import Plain, Poisoned, make
 
+from fastkd.compute.ranks import World, same_on_all_ranks, wrap_ddp
 from fastkd.data.batch import Batch
 from fastkd.data.resident import ResidentLoader
-from fastkd.distributed import World, same_on_all_ranks, wrap_ddp
 from fastkd.losses import CC, CRD, PKT, RKD, SP, LossTerm
 from fastkd.trainer import Trainer
 

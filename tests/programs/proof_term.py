@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from fastkd.distributed import join_rows
+from fastkd.compute.ranks import join_rows
 from fastkd.losses import registry
 from fastkd.losses.registry import TermConfig
 from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from two_ranks import make
 
-from fastkd.distributed import World, same_on_all_ranks
+from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.losses import (
     AB,
     AT,

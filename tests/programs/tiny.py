@@ -27,8 +27,8 @@ import fastkd.recipes
 import fastkd.report.plots
 import fastkd.run
 from fastkd.cli import main
+from fastkd.compute.ranks import World, open_world
 from fastkd.data.resident import ResidentLoader
-from fastkd.distributed import World, open_world
 from fastkd.models import create_model
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import describe, load_weights, save_weights

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fastkd.api import distill
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import open_world, same_on_all_ranks
 from fastkd.data.batch import Batch
-from fastkd.distributed import open_world, same_on_all_ranks
 from fastkd.evaluate import evaluate
 from fastkd.losses.multilabel import BinaryCrossEntropy
 from fastkd.models import create_model
 from fastkd.models.head import freeze_backbone
-from fastkd.precision import Precision
 
 
 class Share:

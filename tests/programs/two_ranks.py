@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import fastkd.trainer
 from fastkd.api import distill
 from fastkd.build import Engine, build_trainer
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.data.batch import Batch
 from fastkd.data.image_set import ImageSet
 from fastkd.data.plan import BatchPlan
 from fastkd.data.resident import ResidentLoader
 from fastkd.data.sources import open_source
 from fastkd.data.synthetic import make_synthetic
-from fastkd.distributed import World, same_on_all_ranks
 from fastkd.ensemble import LoadedNet
 from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model
-from fastkd.precision import Precision
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.trainer import Plan, Trainer

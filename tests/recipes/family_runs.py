@@ -27,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.models import create_model
 from fastkd.networks import load_teacher
 from fastkd.recipe.loading import load_recipe

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.distributed import World
+from fastkd.compute.ranks import World
 from fastkd.losses.term import TermInputs
 from fastkd.models import create_model
 from fastkd.networks import load_teacher
