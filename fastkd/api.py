@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastkd.augment import XPRIMES
 from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.ranks import on_main, open_world
+from fastkd.config.mistakes import explain
 from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
@@ -29,7 +30,6 @@ from fastkd.losses.kd import KDLoss
 from fastkd.losses.logits import KD
 from fastkd.losses.term import LossTerm
 from fastkd.models.taps import check_network, remove_taps
-from fastkd.recipe.mistakes import explain
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment

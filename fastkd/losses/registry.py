@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fastkd.config.mistakes import explain
+from fastkd.config.section import Section
 from fastkd.losses.term import LossTerm, Need, check_names
-from fastkd.recipe.mistakes import explain
-from fastkd.recipe.section import Section
 
 __all__ = [
     "ALIASES",

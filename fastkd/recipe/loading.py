@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fastkd.config.mistakes import entries_of, explain, section_of
 from fastkd.errors import UserError
-from fastkd.recipe.mistakes import entries_of, explain, section_of
 from fastkd.recipe.schema import Recipe
 
 __all__ = [

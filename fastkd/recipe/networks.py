@@ -11,8 +11,8 @@ from pydantic import (
     model_validator,
 )
 
+from fastkd.config.section import Deviations, Section, yaml_switch
 from fastkd.errors import UserError
-from fastkd.recipe.section import Deviations, Section, yaml_switch
 
 __all__ = ["NETWORK_OPTIONS", "MemberConfig", "StudentConfig", "TeacherConfig"]
 

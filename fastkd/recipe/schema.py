@@ -21,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from fastkd.config.section import Deviations, Section, yaml_switch
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
-from fastkd.recipe.section import Deviations, Section, yaml_switch
 
 __all__ = [
     "AugmentConfig",

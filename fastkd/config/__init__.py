@@ -1,0 +1,1 @@
+"""The ground under recipe and losses: typed sections, and mistakes in them as sentences."""
