@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def cpu_name() -> str:
     """The processor, its widest vectors (one name is sold in several generations), its cores."""
-    from fastkd.doctor import cpu_facts
+    from fastkd.cli.doctor import cpu_facts
 
     facts = cpu_facts()
     vectors = facts["instructions"].lower() + (" bf16" if facts["bf16"] else "")

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastkd.cli import main
+from fastkd.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """The three ways a fastkd program ends early, and the exit code of each.
 
-Every other module raises these; `fastkd.cli` turns them into one line on stderr and an exit code.
+Every other module raises these; `fastkd.cli.commands` turns them into one line on stderr and an
+exit code.
 """
 
 __all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]

@@ -51,7 +51,7 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Said]:
     """`fastkd WORDS` in this process, in the empty folder `tmp_path`, with a cache of its own."""
-    from fastkd.cli import main
+    from fastkd.cli.commands import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTKD_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))

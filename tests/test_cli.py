@@ -47,7 +47,7 @@ def loaded_after(code, tmp_path):
 def test_the_package_and_its_help_load_nothing_heavy(tmp_path):
     assert not loaded_after("import fastkd", tmp_path) & {*HEAVY, "pydantic", "rich"}
     help_only = """
-from fastkd.cli import main
+from fastkd.cli.commands import main
 try:
     main(["train", "--help"])
 except SystemExit as end:
@@ -56,7 +56,7 @@ except SystemExit as end:
 
 
 def test_printing_a_recipe_loads_torch_at_most(tmp_path):
-    code = 'from fastkd.cli import main; assert main(["train", "--print-config"]) == 0'
+    code = 'from fastkd.cli.commands import main; assert main(["train", "--print-config"]) == 0'
     assert not loaded_after(code, tmp_path) & {*HEAVY, "rich"} - {"torch", "numpy"}
 
 
@@ -144,7 +144,7 @@ def test_ctrl_c_before_anything_was_saved(command, monkeypatch):
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     code = """
 import os, sys
-from fastkd.cli import main
+from fastkd.cli.commands import main
 reading, writing = os.pipe()
 os.close(reading)
 os.dup2(writing, 1)
@@ -385,7 +385,7 @@ def test_a_run_folder_that_cannot_be_made_is_the_users_affair(command):
 
 def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as ended:
-        fastkd.cli.main(["--version"])
+        fastkd.cli.commands.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"fastkd {fastkd.__version__}\n"
 

@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from fastkd import doctor
-from fastkd.doctor import run_doctor
+from fastkd.cli import doctor
+from fastkd.cli.doctor import run_doctor
 
 
 def part(name, found=None):

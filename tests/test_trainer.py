@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastkd.build
 from fastkd.build import Engine, build_trainer
-from fastkd.cli import main
+from fastkd.cli.commands import main
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch

@@ -73,7 +73,7 @@ def place(tmp_path_factory):
 
     They lie in `ten/`, `five/`, `archive/` and `base/`.
     """
-    from fastkd.cli import main
+    from fastkd.cli.commands import main
 
     folder = tmp_path_factory.mktemp("transfer")
     make_folders(folder / "ten", 10, 20, 4)

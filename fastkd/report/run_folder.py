@@ -200,7 +200,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import fastkd
-    from fastkd.doctor import cpu_facts, gpu_facts, kernel_facts, version_of
+    from fastkd.cli.doctor import cpu_facts, gpu_facts, kernel_facts, version_of
 
     return {
         "fastkd": fastkd.__version__,

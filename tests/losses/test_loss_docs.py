@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from fastkd.cli import main
+from fastkd.cli.commands import main
 from fastkd.errors import UserError
 from fastkd.losses.catalogue import FIELDS, catalogue, entry_of
 from fastkd.losses.registry import ALIASES, NO_LOSSES, called, config_class, plain, term_names

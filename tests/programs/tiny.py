@@ -20,13 +20,13 @@ import torch._dynamo  # seconds that every child would spend again
 import torch.utils.flop_counter
 import yaml
 
+import fastkd.cli.doctor
 import fastkd.data.synthetic
-import fastkd.doctor
 import fastkd.losses.logits
 import fastkd.recipes
 import fastkd.report.plots
 import fastkd.run
-from fastkd.cli import main
+from fastkd.cli.commands import main
 from fastkd.compute.ranks import World, open_world
 from fastkd.data.resident import ResidentLoader
 from fastkd.models import create_model

@@ -29,7 +29,7 @@ def test_the_overview_counts_by_paper_and_data_set(command):
 def test_the_overview_loads_nothing_heavy(tmp_path):
     code = """
 import sys
-from fastkd.cli import main
+from fastkd.cli.commands import main
 assert main(["recipes"]) == 0
 heavy = "torch triton timm torchvision matplotlib sklearn numpy pydantic rich".split()
 assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)"""

@@ -1,4 +1,5 @@
-"""What the `fastkd` command does, and with which exit code; its words are in `fastkd.arguments`."""
+"""What the `fastkd` command does, and with which exit code; its words are in
+`fastkd.cli.arguments`."""
 
 import argparse
 import atexit
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkd.arguments import parse
+from fastkd.cli.arguments import parse
 from fastkd.errors import FastKDError, UserError
 
 __all__ = ["main"]
@@ -60,7 +61,7 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any
 ) -> None:
     """Those of fastkd itself in a plain sentence, others as Python shows them."""
-    if Path(filename).is_relative_to(Path(__file__).parent):
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         _complain(f"note: {message}")
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
@@ -298,7 +299,7 @@ def _losses(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from fastkd.doctor import run_doctor
+    from fastkd.cli.doctor import run_doctor
 
     found = run_doctor(json=options.json)
     print(json.dumps(found, indent=1) if options.json else found)

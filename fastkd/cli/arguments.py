@@ -1,7 +1,7 @@
 """The words and options of the `fastkd` command, and what is said about wrong ones.
 
-The only argparse of the package; `fastkd.cli` carries out what was asked for. Options are few on
-purpose: everything that decides a run is a recipe key, spelled key=value.
+The only argparse of the package; `fastkd.cli.commands` carries out what was asked for. Options are
+few on purpose: everything that decides a run is a recipe key, spelled key=value.
 """
 
 import argparse

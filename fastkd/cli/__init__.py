@@ -1,0 +1,1 @@
+"""The `fastkd` command: its words, and what each command does."""
