@@ -24,7 +24,7 @@ from fastkd import count, create_model
 from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
-from fastkd.data.foreign import ForeignLoader
+from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.recipe.schema import OptimConfig, PickConfig

@@ -28,8 +28,8 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
-from fastkd.data.foreign import ForeignLoader
 from fastkd.data.geometry import Geometry
+from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.recipe.schema import OptimConfig

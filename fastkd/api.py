@@ -21,7 +21,7 @@ from fastkd.augment import XPRIMES
 from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
-from fastkd.data.foreign import ForeignLoader, LoaderItem, check_loader
+from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluating

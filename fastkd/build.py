@@ -17,8 +17,8 @@ from fastkd.compute.layout import memory_format
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.data.batch import Loader, TrainLoader
+from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
-from fastkd.data.planned import PlannedLoader
 from fastkd.ema import EMA
 from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.errors import UserError

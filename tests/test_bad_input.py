@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 import fastkd.report.run_folder
 import fastkd.trainer
 from fastkd.compute.ranks import World
@@ -29,7 +29,7 @@ TEACHER = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.train=false", "
 
 @pytest.fixture(autouse=True)
 def _few_validation_images(monkeypatch):
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 import fastkd.networks
 from fastkd.models import count, create_model
 from fastkd.recipe.loading import load_recipe
@@ -26,7 +26,7 @@ HEAVY = ("torch", "triton", "nvidia", "timm", "torchvision", "matplotlib", "skle
 
 @pytest.fixture(autouse=True)
 def _few_validation_images(monkeypatch):
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
 
 
 def python(*words, **options):
@@ -343,7 +343,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
     assert said.err == "fastkd: stopped. Go on with: fastkd train --resume one\n"
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
     said = command("train", "--resume", "one")
     assert (said.code, said.err) == (0, "")
     assert (tmp_path / "one/summary.json").exists()

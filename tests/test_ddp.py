@@ -21,10 +21,10 @@ import yaml
 from fastkd.augment import ViewMaker
 from fastkd.augment.mix import draw_mix
 from fastkd.data.geometry import Geometry
-from fastkd.data.image_set import ImageSet
-from fastkd.data.plan import BatchPlan
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.storage.weights import load_weights
 
 PROGRAMS = Path(__file__).parent / "programs"

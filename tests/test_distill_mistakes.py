@@ -14,7 +14,7 @@ import fastkd
 import fastkd.losses
 from fastkd.api import settings_of
 from fastkd.compute.ranks import World
-from fastkd.data.foreign import check_loader
+from fastkd.data.loaders.foreign import check_loader
 from fastkd.errors import UserError
 from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, JointRD, KDLoss, ReviewKD, SimKD
 from fastkd.losses.term import LossTerm, TermInputs, TermOutput

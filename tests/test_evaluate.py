@@ -8,8 +8,8 @@ from torch.nn import functional as F
 import fastkd.evaluate
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
-from fastkd.data.image_set import ImageSet
-from fastkd.data.resident import ResidentLoader
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.sources.image_set import ImageSet
 from fastkd.evaluate import evaluate, evaluating
 
 CPU = torch.device("cpu")

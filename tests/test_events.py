@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 from fastkd.errors import UserError
 from fastkd.report.events import check_tensorboard
 from fastkd.report.run_folder import RunFolder
@@ -53,7 +53,7 @@ def test_the_check_passes_where_the_package_is(monkeypatch):
 
 @needs_tensorboard
 def test_every_stage_writes_its_epochs(command, tmp_path, monkeypatch):
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
     said = command("train", *KEYS, "epochs=2", "baseline.lrs=0.1", "out=run")
     assert said.code == 0
     for folder in ("run", "run/alone/lr-0.1"):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
-from fastkd.data.image_set import ImageSet
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses import (

@@ -8,9 +8,9 @@ from fastkd.augment import ViewMaker
 from fastkd.augment.mix import MixDraw, cut_box, draw_mix
 from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry
+from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.sources.synthetic import make_synthetic
 
 # Computed by the released code of the KD x data augmentation paper (utils of its CutMix).
 # side, lam, centre x, centre y -> x1, y1, x2, y2, share of the image that stays

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 
 TINY = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
@@ -17,7 +17,7 @@ TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teac
 
 @pytest.fixture(autouse=True)
 def _few_validation_images(monkeypatch):
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
 
 
 def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.data.plan import BatchPlan
+from fastkd.data.loaders.plan import BatchPlan
 
 PROGRAM = Path(__file__).parent / "programs" / "killed_runs.py"
 STEPS = 4

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 import fastkd.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.recipe.loading import load_recipe
@@ -31,7 +31,7 @@ SWEEP = ["--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1"]
 
 @pytest.fixture(autouse=True)
 def _few_validation_images(monkeypatch):
-    monkeypatch.setitem(fastkd.data.synthetic.NUM_IMAGES, "val", 50)
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
 
 
 def test_all_combinations_the_last_key_fastest():

@@ -22,9 +22,9 @@ from fastkd.cli.commands import main
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
-from fastkd.data.image_set import ImageSet
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.ensemble import LoadedNet
 from fastkd.errors import RunFailed
 from fastkd.losses.features import AT

@@ -17,8 +17,8 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 import fastkd
-from fastkd.data.cifar import LAYOUTS
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.sources.cifar import LAYOUTS
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.models.registry import model_from_file
 from fastkd.storage.weights import load_weights
 from fastkd.trainer import Trainer

@@ -6,13 +6,13 @@ sources -> ImageSet (digits, CIFAR, synthetic) or FolderIndex -> cache
 """
 
 from fastkd.data.batch import Batch, Loader
-from fastkd.data.folder import FolderIndex
-from fastkd.data.image_set import ImageSet
-from fastkd.data.loaders import DataPair, open_data
+from fastkd.data.loaders.open import DataPair, open_data
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.loaders.torch_loader import TorchLoader
 from fastkd.data.normalization import DATASETS, normalization
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.sources import open_source, open_split
-from fastkd.data.torch_loader import TorchLoader
+from fastkd.data.sources.by_name import open_source, open_split
+from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.sources.image_set import ImageSet
 
 __all__ = [
     "DATASETS",

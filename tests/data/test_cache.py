@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastkd.data import open_source, open_split
-from fastkd.data.cache import cache_folder, decoded_images
+from fastkd.data.sources.cache import cache_folder, decoded_images
 from fastkd.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastkd.data import FolderIndex, open_data, open_source, open_split
-from fastkd.data.cifar import LAYOUTS
+from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.errors import UserError
 
 PER_FILE = 6

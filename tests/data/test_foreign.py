@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fastkd.compute.ranks import World
-from fastkd.data.foreign import check_loader
+from fastkd.data.loaders.foreign import check_loader
 from fastkd.errors import UserError
 
 DATA = TensorDataset(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))

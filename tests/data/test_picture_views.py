@@ -9,10 +9,10 @@ import torchvision.transforms.v2 as v2
 from PIL import Image
 
 from fastkd.data import Batch, ImageSet, ResidentLoader, TorchLoader
-from fastkd.data.decode import random_resized_crop
 from fastkd.data.draws import MIRROR, POLICY, SHIFT_LEFT, SHIFT_TOP, integer_table
 from fastkd.data.geometry import Geometry
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureView
+from fastkd.data.sources.decode import random_resized_crop
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SEED, EPOCH, NUM, SIDE = 5, 3, 23, 12

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastkd.data.plan import BatchPlan
+from fastkd.data.loaders.plan import BatchPlan
 from fastkd.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
 from fastkd.data import DATASETS, ImageSet, normalization, open_split
-from fastkd.data.image_set import stratified_positions
+from fastkd.data.sources.image_set import stratified_positions
 from fastkd.errors import UserError
 
 

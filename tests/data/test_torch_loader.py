@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from fastkd.data import Batch, ResidentLoader, TorchLoader, open_source, open_split
-from fastkd.data.decode import UNIFORMS_PER_CROP, _crop_box, random_resized_crop
 from fastkd.data.draws import sample_uniforms
 from fastkd.data.geometry import Geometry
+from fastkd.data.sources.decode import UNIFORMS_PER_CROP, _crop_box, random_resized_crop
 from fastkd.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -16,7 +16,7 @@ from two_ranks import Plain, Poisoned, make
 
 from fastkd.compute.ranks import World, same_on_all_ranks, wrap_ddp
 from fastkd.data.batch import Batch
-from fastkd.data.resident import ResidentLoader
+from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.losses import CC, CRD, PKT, RKD, SP, LossTerm
 from fastkd.trainer import Trainer
 

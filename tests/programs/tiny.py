@@ -21,14 +21,14 @@ import torch.utils.flop_counter
 import yaml
 
 import fastkd.cli.doctor
-import fastkd.data.synthetic
+import fastkd.data.sources.synthetic
 import fastkd.losses.logits
 import fastkd.recipes
 import fastkd.report.plots
 import fastkd.run
 from fastkd.cli.commands import main
 from fastkd.compute.ranks import World, open_world
-from fastkd.data.resident import ResidentLoader
+from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.models import create_model
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import describe, load_weights, save_weights
@@ -65,7 +65,7 @@ def prepare(folder: Path, recipe: Mapping[str, Any] = RECIPE) -> Path:
     several folders are compared.
     """
     # The last batch of 16 has one image: a second rank has none to evaluate there.
-    fastkd.data.synthetic.NUM_IMAGES["val"] = 49
+    fastkd.data.sources.synthetic.NUM_IMAGES["val"] = 49
     fastkd.report.plots.plot_curves = lambda *_: None  # a second each, and nothing reads them
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe)))

@@ -21,11 +21,11 @@ from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.data.batch import Batch
-from fastkd.data.image_set import ImageSet
-from fastkd.data.plan import BatchPlan
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.sources import open_source
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.sources.by_name import open_source
+from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.ensemble import LoadedNet
 from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE

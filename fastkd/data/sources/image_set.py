@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from fastkd.data.decode import resize_center_crop
+from fastkd.data.sources.decode import resize_center_crop
 from fastkd.errors import UserError
 
 __all__ = ["ImageSet", "ImageSource", "check_limit", "stratified_positions"]

@@ -7,7 +7,7 @@ split, the other 1,497 the validation split; both are the same everywhere, for e
 
 import numpy as np
 
-from fastkd.data.image_set import ImageSet
+from fastkd.data.sources.image_set import ImageSet
 from fastkd.errors import UserError
 
 __all__ = ["IMAGE_SIZE", "TRAIN_PER_CLASS", "load_digits"]

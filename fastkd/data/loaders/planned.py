@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkd.data.batch import Batch
+from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.picture_views import PictureView
-from fastkd.data.plan import BatchPlan
 from fastkd.data.tables import to_device
 
 __all__ = ["PlannedLoader"]

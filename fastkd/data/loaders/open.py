@@ -13,15 +13,15 @@ from typing import Literal
 import torch
 
 from fastkd.data.batch import Loader
-from fastkd.data.cache import native_size
-from fastkd.data.cifar import LAYOUTS
-from fastkd.data.folder import FolderIndex
 from fastkd.data.geometry import Geometry
-from fastkd.data.image_set import ImageSet
+from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.loaders.torch_loader import Crop, TorchLoader
 from fastkd.data.normalization import Channels, normalization
-from fastkd.data.resident import ResidentLoader
-from fastkd.data.sources import decode_source, open_source
-from fastkd.data.torch_loader import Crop, TorchLoader
+from fastkd.data.sources.by_name import decode_source, open_source
+from fastkd.data.sources.cache import native_size
+from fastkd.data.sources.cifar import LAYOUTS
+from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.sources.image_set import ImageSet
 from fastkd.errors import UserError
 
 __all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "open_data"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.data.image_set import ImageSet
-from fastkd.data.lock import locked
+from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.lock import locked
 from fastkd.errors import UserError
 
 __all__ = ["LAYOUTS", "CifarLayout", "download_cifar", "find_archive", "load_cifar"]

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.data.decode import resize_center_crop
-from fastkd.data.folder import FolderIndex
-from fastkd.data.lock import locked
-from fastkd.data.progress import Progress, show_progress
+from fastkd.data.sources.decode import resize_center_crop
+from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.sources.lock import locked
+from fastkd.data.sources.progress import Progress, show_progress
 from fastkd.errors import UserError
 
 __all__ = ["cache_folder", "decoded_images", "native_size"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastkd.data.decode import open_rgb
+from fastkd.data.sources.decode import open_rgb
 from fastkd.errors import UserError
 
 __all__ = ["FolderIndex", "find_split_folders", "scan_folder"]

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data.cache import decoded_images
-from fastkd.data.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
-from fastkd.data.digits import IMAGE_SIZE as DIGITS_SIZE
-from fastkd.data.digits import load_digits
-from fastkd.data.folder import FolderIndex, find_split_folders, scan_folder
-from fastkd.data.image_set import ImageSet, check_limit, stratified_positions
 from fastkd.data.normalization import normalization
-from fastkd.data.progress import Progress
-from fastkd.data.synthetic import make_synthetic
+from fastkd.data.sources.cache import decoded_images
+from fastkd.data.sources.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
+from fastkd.data.sources.digits import IMAGE_SIZE as DIGITS_SIZE
+from fastkd.data.sources.digits import load_digits
+from fastkd.data.sources.folder import FolderIndex, find_split_folders, scan_folder
+from fastkd.data.sources.image_set import ImageSet, check_limit, stratified_positions
+from fastkd.data.sources.progress import Progress
+from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
 
 __all__ = ["decode_source", "open_source", "open_split"]

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastkd.data.batch import Batch
-from fastkd.data.decode import random_resized_crop, resize_center_crop
 from fastkd.data.geometry import Geometry, Normalizer
-from fastkd.data.image_set import ImageSource
+from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.normalization import Channels
 from fastkd.data.picture_views import PictureView
-from fastkd.data.plan import BatchPlan
-from fastkd.data.planned import PlannedLoader
+from fastkd.data.sources.decode import random_resized_crop, resize_center_crop
+from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import GeometryTables
 from fastkd.errors import UserError
 

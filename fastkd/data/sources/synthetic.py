@@ -6,7 +6,7 @@ does not fall points at the code, not at the data.
 
 import numpy as np
 
-from fastkd.data.image_set import ImageSet
+from fastkd.data.sources.image_set import ImageSet
 from fastkd.errors import UserError
 
 __all__ = ["NUM_CLASSES", "NUM_IMAGES", "make_synthetic"]
