@@ -17,7 +17,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fastkd.augment import XPRIMES
+from fastkd.augment.pick import PickCriterion
+from fastkd.augment.views import XPRIMES
 from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
@@ -33,7 +34,6 @@ from fastkd.models.taps import check_network, remove_taps
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
-from fastkd.selection import PickCriterion
 from fastkd.trainer import Plan
 
 __all__ = ["Result", "distill"]

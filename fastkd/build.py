@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.augment import ViewMaker
+from fastkd.augment.pick import Pick
+from fastkd.augment.views import ViewMaker
 from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
 from fastkd.compute.precision import Precision, resolve_precision
@@ -33,7 +34,6 @@ from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
-from fastkd.selection import Pick
 from fastkd.step import DistillStep, needed_taps, refuse_unknown_taps
 from fastkd.teacher import Teacher
 from fastkd.trainer import Plan, Trainer

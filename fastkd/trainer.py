@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.augment import ViewMaker
+from fastkd.augment.pick import Pick
+from fastkd.augment.views import ViewMaker
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
 from fastkd.data.batch import TrainLoader
@@ -35,7 +36,6 @@ from fastkd.optim import set_lr
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
-from fastkd.selection import Pick
 from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights

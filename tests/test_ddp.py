@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from fastkd.augment import ViewMaker
 from fastkd.augment.mix import draw_mix
+from fastkd.augment.views import ViewMaker
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.loaders.resident import ResidentLoader

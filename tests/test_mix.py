@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.augment import ViewMaker
 from fastkd.augment.mix import MixDraw, cut_box, draw_mix
+from fastkd.augment.views import ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.resident import ResidentLoader

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fastkd.run
-from fastkd.augment import XPRIMES, ViewMaker
+from fastkd.augment.pick import Pick
+from fastkd.augment.views import XPRIMES, ViewMaker
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
@@ -19,7 +20,6 @@ from fastkd.networks import load_teacher
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
-from fastkd.selection import Pick
 from fastkd.step import Prepared
 from fastkd.testing import sines
 

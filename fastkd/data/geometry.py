@@ -1,6 +1,7 @@
 """Crop, flip and normalise whole batches of uint8 images where they live, CPU or GPU.
 
-What the loaders make their view x of stored images with; `fastkd.augment` makes x' of x. Nothing
+What the loaders make their view x of stored images with; `fastkd.augment.views` makes x' of x.
+Nothing
 here draws a random number (`fastkd.data.draws` does) and nothing synchronises with the host.
 
 Formula per image n with corner (top, left) in the padded image and flip f:

@@ -69,8 +69,8 @@ class DataConfig(Section):
 
 
 class PickConfig(Section):
-    """Which x' of a pool are used (`fastkd.selection`); every process has a pool of its own share
-    of the batch and picks from that."""
+    """Which x' of a pool are used (`fastkd.augment.pick`); every process has a pool of its own
+    share of the batch and picks from that."""
 
     criterion: Literal["kl", "teacher_entropy", "student_entropy"] = "kl"
     """What makes an image hard."""
@@ -87,7 +87,7 @@ class PickConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What happens to a training image (`fastkd.augment`); others are only normalised."""
+    """What happens to a training image (`fastkd.augment.views`); others are only normalised."""
 
     crop: Literal["pad", "resized", "none"] = "pad"
     """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""

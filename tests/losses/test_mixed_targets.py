@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.augment import ViewMaker
 from fastkd.augment.mix import draw_mix
+from fastkd.augment.views import ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.losses import KD, MixedCE
 from fastkd.losses.term import Need
