@@ -26,7 +26,7 @@ from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
 from fastkd.losses.term import BindContext, LossTerm
-from fastkd.models.counting import count
+from fastkd.models.counting.count import count
 from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
 from fastkd.optim import build_optimizer, spare_norms

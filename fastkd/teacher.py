@@ -16,7 +16,7 @@ from fastkd.compute.compiling import compile_unit
 from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
 from fastkd.models.hub import Normalization
-from fastkd.models.rewrite_fusing import fuse
+from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 
 __all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]

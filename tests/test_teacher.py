@@ -11,7 +11,7 @@ from fastkd.compute.ranks import World
 from fastkd.data import open_data
 from fastkd.ensemble import LoadedNet
 from fastkd.models import create_model
-from fastkd.models.rewrite_fusing import fuse
+from fastkd.models.rewrite.fuse import fuse
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder

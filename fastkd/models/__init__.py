@@ -1,10 +1,10 @@
 """Networks: the zoo, timm and torchvision by name, their taps and cost, and how to rewrite them."""
 
-from fastkd.models.counting import Count, count
+from fastkd.models.counting.count import Count, count
 from fastkd.models.registry import create_model, list_models, model_from_file
-from fastkd.models.rewrite import cheapen
-from fastkd.models.rewrite_fusing import fuse
-from fastkd.models.rewrite_shortcuts import remove_shortcuts
+from fastkd.models.rewrite.cheapen import cheapen
+from fastkd.models.rewrite.fuse import fuse
+from fastkd.models.rewrite.shortcuts import remove_shortcuts
 from fastkd.models.taps import Tapped, available_taps
 
 __all__ = [

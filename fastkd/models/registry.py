@@ -31,10 +31,10 @@ from fastkd.models import (
     vgg,
     wrn,
 )
-from fastkd.models.block_grammar import parse_block
+from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.head import class_layers
-from fastkd.models.rewrite import cheapen
-from fastkd.models.rewrite_shortcuts import remove_shortcuts
+from fastkd.models.rewrite.cheapen import cheapen
+from fastkd.models.rewrite.shortcuts import remove_shortcuts
 from fastkd.storage.weights import load_into, load_weights
 
 __all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]

@@ -61,7 +61,7 @@ class StudentConfig(Section):
     def _canonical(cls, value: object) -> object:
         if value is None:
             return None
-        from fastkd.models.block_grammar import parse_block
+        from fastkd.models.blocks.grammar import parse_block
 
         # The comma of BG(2,4) makes a list of an override.
         text = ",".join(map(str, value)) if isinstance(value, list) else value

@@ -4,7 +4,7 @@ import pytest
 
 from fastkd.errors import UserError
 from fastkd.models import create_model
-from fastkd.models.block_grammar import Block, parse_block
+from fastkd.models.blocks.grammar import Block, parse_block
 
 CANONICAL = {
     "S": Block(kind="S"),

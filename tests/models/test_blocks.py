@@ -16,10 +16,10 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import Tapped, cheapen, count, create_model
-from fastkd.models.block_grammar import parse_block
-from fastkd.models.blocks import GroupedPointwise, PaddedShortcut, init_convs, substitute
-from fastkd.models.resnet import BasicBlock
-from fastkd.models.wrn import PreactBlock
+from fastkd.models.blocks.grammar import parse_block
+from fastkd.models.blocks.layers import GroupedPointwise, PaddedShortcut, init_convs, substitute
+from fastkd.models.zoo.resnet import BasicBlock
+from fastkd.models.zoo.wrn import PreactBlock
 
 MOONSHINE = json.loads(Path(__file__).with_name("moonshine_oracle.json").read_text())
 

@@ -19,7 +19,7 @@ from fastkd.models import (
     model_from_file,
     remove_shortcuts,
 )
-from fastkd.models.blocks import Bottleneck, GroupedPointwise
+from fastkd.models.blocks.layers import Bottleneck, GroupedPointwise
 from fastkd.storage.weights import save_weights
 
 REPLACED = {

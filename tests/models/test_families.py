@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models import Tapped, cheapen, create_model, remove_shortcuts
-from fastkd.models.erfnet import ResidualBlock1d
+from fastkd.models.zoo.erfnet import ResidualBlock1d
 from fastkd.storage.weights import load_into
 
 

@@ -17,7 +17,7 @@ from fastkd.models import (
     model_from_file,
     remove_shortcuts,
 )
-from fastkd.models.blocks import ResidualBlock
+from fastkd.models.blocks.layers import ResidualBlock
 from fastkd.storage.weights import save_weights
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))

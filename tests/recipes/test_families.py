@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.models.block_grammar import parse_block
+from fastkd.models.blocks.grammar import parse_block
 from fastkd.recipe.loading import parse_override
 from fastkd.recipes import all_recipes
 from fastkd.recipes.missing import missing

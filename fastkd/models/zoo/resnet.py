@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
-from fastkd.models.staged import StagedNetwork, make_stage
+from fastkd.models.blocks.layers import (
+    ResidualBlock,
+    Shortcuts,
+    init_convs,
+    make_shortcut,
+    substitute,
+)
+from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "BasicBlock", "CifarResNet", "build"]
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import PaddedShortcut, ResidualBlock
-from fastkd.models.rewrite_exact import reserved_block
-from fastkd.models.rewrite_result import RewriteReport, copied, finish
+from fastkd.models.blocks.layers import PaddedShortcut, ResidualBlock
+from fastkd.models.rewrite.exact import reserved_block
+from fastkd.models.rewrite.result import RewriteReport, copied, finish
 
 __all__ = ["remove_shortcuts"]
 

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import Shortcuts, init_convs
-from fastkd.models.resnet import BasicBlock
-from fastkd.models.staged import StagedNetwork, make_stage
+from fastkd.models.blocks.layers import Shortcuts, init_convs
+from fastkd.models.zoo.resnet import BasicBlock
+from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
 __all__ = ["KEY_MAPS", "NAMES", "PATTERN", "ResNet18", "build"]
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastkd.errors import UserError
-from fastkd.models.block_grammar import Block, parse_block
-from fastkd.models.blocks import ResidualBlock, init_convs, substitute
-from fastkd.models.rewrite_result import RewriteReport, copied, finish, grouped
-from fastkd.models.rewrite_style import StyleFinder
+from fastkd.models.blocks.grammar import Block, parse_block
+from fastkd.models.blocks.layers import ResidualBlock, init_convs, substitute
+from fastkd.models.rewrite.result import RewriteReport, copied, finish, grouped
+from fastkd.models.rewrite.style import StyleFinder
 
 __all__ = ["cheapen"]
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastkd.errors import UserError
-from fastkd.models.counting_rules import PLAIN, rule_for
+from fastkd.models.counting.rules import PLAIN, rule_for
 from fastkd.models.taps import check_network
 
 __all__ = ["Count", "count"]
@@ -55,7 +55,7 @@ def count(
     """Count by two forward passes of a zero image of `input_shape` (C, H, W) in evaluation mode.
 
     rule: `moonshine`, `demystification` or `kdda`: `params` and `macs` are then what that paper's
-        tables print (`fastkd.models.counting_rules`). None: all parameters, true MACs.
+        tables print (`fastkd.models.counting.rules`). None: all parameters, true MACs.
 
     The passes run eagerly on the model's device, the second with gradients, as if every parameter
     were trained. The memory is that of the tensors, without the workspace of an algorithm and

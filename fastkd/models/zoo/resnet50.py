@@ -14,9 +14,15 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
-from fastkd.models.resnet18 import KEY_MAPS
-from fastkd.models.staged import StagedNetwork, make_stage
+from fastkd.models.blocks.layers import (
+    ResidualBlock,
+    Shortcuts,
+    init_convs,
+    make_shortcut,
+    substitute,
+)
+from fastkd.models.zoo.resnet18 import KEY_MAPS
+from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "Bottleneck", "CifarResNet50", "build"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.staged import StagedNetwork, make_stage
+from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "ShuffleNetV1", "Unit", "build"]
 

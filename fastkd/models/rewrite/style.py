@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.models.blocks import Style
+from fastkd.models.blocks.layers import Style
 
 __all__ = ["StyleFinder"]
 

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import Bottleneck, GroupedPointwise
-from fastkd.models.erfnet import ERFNet
-from fastkd.models.resnet18 import ResNet18
-from fastkd.models.wrn import WideResNet
+from fastkd.models.blocks.layers import Bottleneck, GroupedPointwise
+from fastkd.models.zoo.erfnet import ERFNet
+from fastkd.models.zoo.resnet18 import ResNet18
+from fastkd.models.zoo.wrn import WideResNet
 
 __all__ = ["PLAIN", "RULES", "Rule", "rule_for"]
 

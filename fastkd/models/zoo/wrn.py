@@ -17,9 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut, substitute
-from fastkd.models.staged import make_stage
+from fastkd.models.blocks.layers import (
+    ResidualBlock,
+    Shortcuts,
+    init_convs,
+    make_shortcut,
+    substitute,
+)
 from fastkd.models.taps import ZooNetwork
+from fastkd.models.zoo.staged import make_stage
 
 __all__ = ["NAMES", "PATTERN", "PreactBlock", "WideResNet", "build"]
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.block_grammar import Block
-from fastkd.models.blocks import (
+from fastkd.models.blocks.grammar import Block
+from fastkd.models.blocks.layers import (
     ResidualBlock,
     Shortcuts,
     Style,

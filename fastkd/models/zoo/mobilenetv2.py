@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks import ResidualBlock, Shortcuts, init_convs, make_shortcut
-from fastkd.models.staged import StagedNetwork, make_stage
+from fastkd.models.blocks.layers import ResidualBlock, Shortcuts, init_convs, make_shortcut
+from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
 __all__ = ["NAMES", "PATTERN", "InvertedResidual", "MobileNetV2", "build"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.staged import StagedNetwork
+from fastkd.models.zoo.staged import StagedNetwork
 
 __all__ = ["NAMES", "PATTERN", "DownUnit", "ShuffleNetV2", "SplitUnit", "build"]
 

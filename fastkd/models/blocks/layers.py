@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.models.block_grammar import Block, parse_block
+from fastkd.models.blocks.grammar import Block, parse_block
 
 __all__ = [
     "PAPER_STYLE",

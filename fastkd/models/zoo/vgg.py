@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.blocks import init_convs
-from fastkd.models.staged import StagedNetwork
+from fastkd.models.blocks.layers import init_convs
+from fastkd.models.zoo.staged import StagedNetwork
 
 __all__ = ["NAMES", "PATTERN", "VGG", "build"]
 

@@ -1,0 +1,1 @@
+"""Cheap substitutes for a 3x3 convolution: their names, and their layers."""
