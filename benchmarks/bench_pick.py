@@ -25,10 +25,10 @@ from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
-from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
+from fastkd.teachers.ensemble import LoadedNet
 from fastkd.testing import interleave, step_macs
 from fastkd.trainer import Plan, Trainer
 

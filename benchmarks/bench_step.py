@@ -30,11 +30,11 @@ from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
-from fastkd.ensemble import LoadedNet
 from fastkd.losses import KD
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
-from fastkd.teacher import run_ahead
+from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import interleave, speedup
 from fastkd.trainer import Plan, Trainer
 

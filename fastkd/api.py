@@ -23,7 +23,6 @@ from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
-from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluating
 from fastkd.folders import occupied, tidy
@@ -34,6 +33,7 @@ from fastkd.models.taps import check_network, remove_taps
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
+from fastkd.teachers.ensemble import LoadedNet
 from fastkd.trainer import Plan
 
 __all__ = ["Result", "distill"]
@@ -84,7 +84,7 @@ def distill(
             require no gradient stay as they are.
         teacher: likewise, frozen here (evaluation mode, no gradients); None to train on labels.
             It sees exactly the images that the student sees. A list of networks teaches by the
-            mean of their probabilities (`fastkd.ensemble.Ensemble`).
+            mean of their probabilities (`fastkd.teachers.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
             epoch, a sampler's `set_epoch` is called. Sized (`len`).
         val_loader: likewise; every sample once. Labels are class ids [N], or [N, classes] of 0 and

@@ -21,7 +21,6 @@ from fastkd.data.batch import Loader, TrainLoader
 from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.ema import EMA
-from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
@@ -35,7 +34,8 @@ from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.schedules import Schedule
 from fastkd.step import DistillStep, needed_taps, refuse_unknown_taps
-from fastkd.teacher import Teacher
+from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
+from fastkd.teachers.teacher import Teacher
 from fastkd.trainer import Plan, Trainer
 
 __all__ = ["Engine", "build_trainer", "decide"]

@@ -19,7 +19,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.storage.weights import load_weights
-from fastkd.teacher import Teacher
+from fastkd.teachers.teacher import Teacher
 
 __all__ = ["evaluate_model", "evaluate_run"]
 

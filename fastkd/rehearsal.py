@@ -14,7 +14,6 @@ import torch
 
 from fastkd.compute.ranks import on_main
 from fastkd.models import count
-from fastkd.networks import load_teacher
 from fastkd.recipe.schema import Recipe
 from fastkd.report.console import duration
 from fastkd.run import (
@@ -24,6 +23,7 @@ from fastkd.run import (
     teacher_folder,
 )
 from fastkd.step import Prepared
+from fastkd.teachers.loading import load_teacher
 from fastkd.trainer import Trainer
 
 __all__ = ["dry_run", "rehearse"]

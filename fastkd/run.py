@@ -16,17 +16,17 @@ from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
-from fastkd.ensemble import LoadedNet
 from fastkd.errors import Interrupted
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.registry import build_terms
 from fastkd.metrics import headline
-from fastkd.networks import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint
+from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.trainer import Plan, Trainer
 
 __all__ = [

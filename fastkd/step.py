@@ -19,7 +19,7 @@ from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
-from fastkd.teacher import MEAN_LOGITS
+from fastkd.teachers.teacher import MEAN_LOGITS
 
 __all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_unknown_taps"]
 

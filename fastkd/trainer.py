@@ -39,7 +39,7 @@ from fastkd.schedules import Schedule
 from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
-from fastkd.teacher import run_ahead
+from fastkd.teachers.teacher import run_ahead
 
 __all__ = ["Plan", "Progress", "Trainer"]
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import fastkd.data.sources.synthetic
-import fastkd.networks
+import fastkd.teachers.loading
 from fastkd.models import count, create_model
 from fastkd.recipe.loading import load_recipe
 from fastkd.trainer import Trainer
@@ -335,7 +335,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
         raise KeyboardInterrupt
 
     if stage == "teacher":
-        monkeypatch.setattr(fastkd.networks, "evaluate", interrupted)
+        monkeypatch.setattr(fastkd.teachers.loading, "evaluate", interrupted)
     else:
         monkeypatch.setattr(Trainer, "summary", interrupted)
     said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
-import fastkd.teacher
+import fastkd.teachers.teacher
 from fastkd.compute.precision import Precision
-from fastkd.ensemble import Ensemble, LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
 from fastkd.storage.weights import describe, save_weights
-from fastkd.teacher import Teacher
+from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher
+from fastkd.teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")
@@ -133,7 +133,7 @@ def test_each_member_has_its_own_type_and_compiler(monkeypatch: pytest.MonkeyPat
         asked.append(enabled)
         return unit
 
-    monkeypatch.setattr(fastkd.teacher, "compile_unit", noting)
+    monkeypatch.setattr(fastkd.teachers.teacher, "compile_unit", noting)
     models = [Told(torch.randn(2, 3)) for _ in range(3)]
     nets = [
         LoadedNet(models[0]),

@@ -22,7 +22,7 @@ from fastkd.losses import KD
 from fastkd.losses.term import LossTerm
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
-from fastkd.teacher import run_ahead
+from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import no_host_sync
 from fastkd.trainer import Plan, Trainer
 

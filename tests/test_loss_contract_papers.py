@@ -19,7 +19,6 @@ from fastkd.compute.ranks import World
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
-from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses import (
     AB,
@@ -50,6 +49,7 @@ from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.step import Prepared
+from fastkd.teachers.ensemble import LoadedNet
 from fastkd.trainer import Plan, Trainer
 
 CLASSES = 10

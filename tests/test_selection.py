@@ -16,11 +16,11 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
 from fastkd.models import create_model
-from fastkd.networks import load_teacher
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.step import Prepared
+from fastkd.teachers.loading import load_teacher
 from fastkd.testing import sines
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastkd.run
 from fastkd.compute.ranks import World
 from fastkd.models import count, create_model
-from fastkd.networks import load_teacher
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
+from fastkd.teachers.loading import load_teacher
 from fastkd.testing import step_macs
 
 ORACLE = json.loads((Path(__file__).parent / "step_cost_oracle.json").read_text())["per_pair"]

@@ -9,14 +9,14 @@ from torch import nn
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
-from fastkd.ensemble import LoadedNet
 from fastkd.models import create_model
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.run import Session, open_recipe_data, stage_builder
-from fastkd.teacher import Teacher, freeze, run_ahead
+from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.teacher import Teacher, freeze, run_ahead
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")
@@ -282,7 +282,7 @@ def test_memory_of_an_item_is_taken_back_only_after_its_use(monkeypatch):
             log.append(f"{self.name} waits for item {event}")
 
     side, main = Stream("side"), Stream("main")
-    monkeypatch.setattr("fastkd.teacher._side_stream", lambda device: side)
+    monkeypatch.setattr("fastkd.teachers.teacher._side_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 

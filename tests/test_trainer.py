@@ -25,7 +25,6 @@ from fastkd.data.batch import Batch
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
-from fastkd.ensemble import LoadedNet
 from fastkd.errors import RunFailed
 from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy
@@ -35,6 +34,7 @@ from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
+from fastkd.teachers.ensemble import LoadedNet
 from fastkd.trainer import Plan, Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"

@@ -82,7 +82,7 @@ class StudentConfig(Section):
 
 
 class MemberConfig(StudentConfig):
-    """One frozen network that is imitated, by itself or with others (`fastkd.teacher`)."""
+    """One frozen network that is imitated, by itself or with others (`fastkd.teachers.teacher`)."""
 
     train: bool = False
     """Train the teacher first with this recipe's data and optimizer, once, and keep it; not where
@@ -116,7 +116,8 @@ class MemberConfig(StudentConfig):
 
 
 class TeacherConfig(MemberConfig):
-    """The frozen network, or networks, that are imitated (`fastkd.teacher`, `fastkd.ensemble`)."""
+    """The frozen network, or networks, that are imitated (`fastkd.teachers.teacher`,
+    `fastkd.teachers.ensemble`)."""
 
     ensemble: tuple[MemberConfig, ...] = ()
     """Further teachers with keys of their own; the student imitates the mean probability."""

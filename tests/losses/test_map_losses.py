@@ -17,7 +17,7 @@ from fastkd.losses.review import context_loss
 from fastkd.losses.term import LossTerm
 from fastkd.models import create_model
 from fastkd.models.taps import pooled_taps
-from fastkd.teacher import freeze
+from fastkd.teachers.teacher import freeze
 from fastkd.testing import bind_term, call_term, fill_with_sines, sines
 
 PEER = json.loads((Path(__file__).parent / "peer_losses.json").read_text())["jointrd_total"]

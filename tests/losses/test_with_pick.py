@@ -18,10 +18,10 @@ import fastkd
 from fastkd.compute.ranks import World
 from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.registry import term_names
-from fastkd.networks import load_teacher
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data, stage_builder
+from fastkd.teachers.loading import load_teacher
 
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
 STAGES = {f"stage{k}": f"stage{k}" for k in (1, 2, 3)}

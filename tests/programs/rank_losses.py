@@ -38,7 +38,7 @@ from fastkd.losses import (
     StageMSE,
 )
 from fastkd.models import create_model
-from fastkd.teacher import freeze
+from fastkd.teachers.teacher import freeze
 from fastkd.testing import bind_term, call_term, sines
 
 STAGES = ("stage1", "stage2", "stage3")

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from fastkd.compute.ranks import World
 from fastkd.models import create_model
-from fastkd.networks import load_teacher
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
@@ -38,6 +37,7 @@ from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.step import Prepared, StepOutput
 from fastkd.storage.weights import describe, save_weights
+from fastkd.teachers.loading import load_teacher
 from fastkd.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.json"

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastkd.build import _head, _last_norm, _pooled
-from fastkd.ensemble import LoadedNet
 from fastkd.errors import UserError
 from fastkd.losses.registry import build_terms
 from fastkd.losses.term import BindContext, Need
@@ -18,7 +17,8 @@ from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes import all_recipes
 from fastkd.recipes.missing import missing
-from fastkd.teacher import MEAN_LOGITS
+from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.teacher import MEAN_LOGITS
 
 SIDES = {"digits": 16, "folder": 64}
 

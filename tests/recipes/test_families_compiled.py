@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 import fastkd.build
-import fastkd.teacher
+import fastkd.teachers.teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_runs import FAMILIES, Workplace, at_work, taken
@@ -60,7 +60,7 @@ def test_the_compiler_traces_what_runs(
         return torch.compile(unit, backend="aot_eager", dynamic=False, fullgraph=True)
 
     monkeypatch.setattr(fastkd.build, "compile_unit", traced)
-    monkeypatch.setattr(fastkd.teacher, "compile_unit", traced)
+    monkeypatch.setattr(fastkd.teachers.teacher, "compile_unit", traced)
     compare_compiled(workplace, name)
 
 

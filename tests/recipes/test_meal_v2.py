@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from fastkd.compute.ranks import World
 from fastkd.losses.term import TermInputs
 from fastkd.models import create_model
-from fastkd.networks import load_teacher
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipes import all_recipes, find_entry
 from fastkd.recipes.missing import missing
@@ -32,6 +31,7 @@ from fastkd.report.paper import paper_row
 from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.step import Prepared
 from fastkd.storage.weights import describe, save_weights
+from fastkd.teachers.loading import load_teacher
 from fastkd.trainer import Trainer
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"

@@ -13,7 +13,6 @@ from fastkd.compute.layout import memory_format
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair
-from fastkd.ensemble import LoadedNet, bind_teacher
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.metrics import HEADLINES, headline
@@ -24,6 +23,7 @@ from fastkd.models.registry import classifier_paths
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.report.console import Console
 from fastkd.storage.weights import load_weights
+from fastkd.teachers.ensemble import LoadedNet, bind_teacher
 
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 

@@ -16,7 +16,7 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.errors import UserError
 from fastkd.losses.term import LossTerm, Need
 from fastkd.models.hub import Normalization
-from fastkd.teacher import MEAN_LOGITS, Teacher
+from fastkd.teachers.teacher import MEAN_LOGITS, Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]
 
