@@ -131,4 +131,4 @@ def bench_kd_loss_geomean(table, benchmark) -> None:
         blank = dict.fromkeys(table.rows[0], "")
         table.rows.append({**blank, "shape": "geomean", "dtype": dtype, **means})
         benchmark.extra_info[dtype] = means
-    benchmark.pedantic(import_module, args=("fastkd.losses.kd",), rounds=1)
+    benchmark.pedantic(import_module, args=("fastkd.losses.drop_in",), rounds=1)

@@ -7,8 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-from fastkd.losses.catalogue import PATH, CatalogueEntry, catalogue
-from fastkd.losses.registry import ALIASES
+from fastkd.losses.base.catalogue import PATH, CatalogueEntry, catalogue
+from fastkd.losses.base.registry import ALIASES
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "losses.md"

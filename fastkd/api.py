@@ -26,9 +26,9 @@ from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluating
 from fastkd.folders import occupied, tidy
-from fastkd.losses.kd import KDLoss
+from fastkd.losses.base.term import LossTerm
+from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
-from fastkd.losses.term import LossTerm
 from fastkd.models.taps import check_network, remove_taps
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console

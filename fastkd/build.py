@@ -24,7 +24,7 @@ from fastkd.ema import EMA
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
 from fastkd.guard import Guard
-from fastkd.losses.term import BindContext, LossTerm
+from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
 from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps

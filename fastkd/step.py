@@ -16,7 +16,7 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import split_evenly
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
-from fastkd.losses.term import LossTerm, Need, TermInputs, check_names
+from fastkd.losses.base.term import LossTerm, Need, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.teachers.teacher import MEAN_LOGITS

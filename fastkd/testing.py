@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = [
     "assert_as_accurate",

@@ -29,8 +29,8 @@ from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.guard import Guard
 from fastkd.interrupt import StopSignal
-from fastkd.losses.term import LossTerm
-from fastkd.losses.weight_schedules import scheduled_values
+from fastkd.losses.base.schedules import scheduled_values
+from fastkd.losses.base.term import LossTerm
 from fastkd.metrics import headline, of_epoch
 from fastkd.optim import set_lr
 from fastkd.report.console import Console

@@ -4,7 +4,7 @@ A variation of a run is a recipe or a key. An option is only for what does not d
 """
 
 from fastkd.cli.arguments import parsers
-from fastkd.losses.registry import term_names
+from fastkd.losses.base.registry import term_names
 from fastkd.recipe.loading import valid_keys
 
 OPTIONS = {

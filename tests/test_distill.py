@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fastkd
 from fastkd.errors import Interrupted, UserError
 from fastkd.losses import AT, KD, CrossEntropy
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.recipe.schema import OptimConfig
 from fastkd.storage.weights import load_weights
 

@@ -17,7 +17,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import check_loader
 from fastkd.errors import UserError
 from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, JointRD, KDLoss, ReviewKD, SimKD
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
 

@@ -19,7 +19,7 @@ from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 from fastkd.losses import KD
-from fastkd.losses.term import LossTerm
+from fastkd.losses.base.term import LossTerm
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.teachers.teacher import run_ahead

@@ -42,7 +42,7 @@ from fastkd.losses import (
     SoftCE,
     StageMSE,
 )
-from fastkd.losses.term import LossTerm, Need
+from fastkd.losses.base.term import LossTerm, Need
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.recipe.schema import OptimConfig

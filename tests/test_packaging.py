@@ -173,7 +173,7 @@ def test_import_is_light(tmp_path: Path) -> None:
     )
     assert python(code, tmp_path) == "[]"
     kernels = (
-        "import sys, fastkd.kernels, fastkd.losses.kd; "
+        "import sys, fastkd.kernels, fastkd.losses.drop_in; "
         "heavy = {'triton', 'timm', 'matplotlib', 'sklearn', 'nvidia.dali'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

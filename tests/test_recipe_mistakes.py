@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fastkd.errors import UserError
-from fastkd.losses.registry import term_names
+from fastkd.losses.base.registry import term_names
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
 

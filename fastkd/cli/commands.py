@@ -276,8 +276,8 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _losses(options: argparse.Namespace) -> None:
-    from fastkd.losses.catalogue import catalogue, entry_of
-    from fastkd.losses.registry import ALIASES, plain
+    from fastkd.losses.base.catalogue import catalogue, entry_of
+    from fastkd.losses.base.registry import ALIASES, plain
 
     if options.name is None:
         for entry in catalogue():

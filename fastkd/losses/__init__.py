@@ -7,9 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.losses.base.term import BindContext as BindContext
+    from fastkd.losses.base.term import LossTerm as LossTerm
+    from fastkd.losses.base.term import TermInputs as TermInputs
+    from fastkd.losses.base.term import TermOutput as TermOutput
     from fastkd.losses.crd import CRD as CRD
     from fastkd.losses.dist import DIST as DIST
     from fastkd.losses.dkd import DKD as DKD
+    from fastkd.losses.drop_in import KDLoss as KDLoss
+    from fastkd.losses.drop_in import KLDivLoss as KLDivLoss
     from fastkd.losses.factors import FT as FT
     from fastkd.losses.features import AT as AT
     from fastkd.losses.fsp import FSP as FSP
@@ -18,8 +24,6 @@ if TYPE_CHECKING:
     from fastkd.losses.hints import FitNet as FitNet
     from fastkd.losses.jointrd import JointRD as JointRD
     from fastkd.losses.jointrd import StageMSE as StageMSE
-    from fastkd.losses.kd import KDLoss as KDLoss
-    from fastkd.losses.kd import KLDivLoss as KLDivLoss
     from fastkd.losses.logits import KD as KD
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
     from fastkd.losses.logits import MixedCE as MixedCE
@@ -33,16 +37,12 @@ if TYPE_CHECKING:
     from fastkd.losses.relations import SP as SP
     from fastkd.losses.review import ReviewKD as ReviewKD
     from fastkd.losses.simkd import SimKD as SimKD
-    from fastkd.losses.term import BindContext as BindContext
-    from fastkd.losses.term import LossTerm as LossTerm
-    from fastkd.losses.term import TermInputs as TermInputs
-    from fastkd.losses.term import TermOutput as TermOutput
 
 _HOME = {
     "AB": "hints",
     "AT": "features",
     "BinaryCrossEntropy": "multilabel",
-    "BindContext": "term",
+    "BindContext": "base.term",
     "CC": "relations",
     "CRD": "crd",
     "CrossEntropy": "logits",
@@ -54,9 +54,9 @@ _HOME = {
     "Discriminator": "meal",
     "JointRD": "jointrd",
     "KD": "logits",
-    "KDLoss": "kd",
-    "KLDivLoss": "kd",
-    "LossTerm": "term",
+    "KDLoss": "drop_in",
+    "KLDivLoss": "drop_in",
+    "LossTerm": "base.term",
     "MixedCE": "logits",
     "NST": "nst",
     "PKT": "relations",
@@ -66,8 +66,8 @@ _HOME = {
     "SimKD": "simkd",
     "SoftCE": "logits",
     "StageMSE": "jointrd",
-    "TermInputs": "term",
-    "TermOutput": "term",
+    "TermInputs": "base.term",
+    "TermOutput": "base.term",
     "VID": "hints",
 }
 

@@ -10,8 +10,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
 
 __all__ = ["DIST", "DISTConfig", "between_rows"]
 

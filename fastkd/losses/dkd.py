@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
-from fastkd.losses.logits import standardize
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import (
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.schedules import linear_warmup
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,
@@ -22,7 +22,7 @@ from fastkd.losses.term import (
     check_numbers,
     widened,
 )
-from fastkd.losses.weight_schedules import linear_warmup
+from fastkd.losses.logits import standardize
 
 __all__ = ["DKD", "DKDConfig", "decoupled_rows"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.kernels import attention_map
-from fastkd.losses.pairs import PairConfig, PairTerm
-from fastkd.losses.term import (
+from fastkd.losses.base.pairs import PairConfig, PairTerm
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fastkd.kernels import AttentionForm, attention_loss
-from fastkd.losses.pairs import PairConfig, PairTerm
-from fastkd.losses.term import BindContext, LossTerm
+from fastkd.losses.base.pairs import PairConfig, PairTerm
+from fastkd.losses.base.term import BindContext, LossTerm
 
 __all__ = ["AT", "ATConfig"]
 

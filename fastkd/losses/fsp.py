@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.pairs import PairConfig, PairTerm, pool_alike
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.pairs import PairConfig, PairTerm, pool_alike
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, widened
 
 __all__ = ["FSP", "FSPConfig"]
 

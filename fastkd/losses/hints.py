@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.pairs import PairConfig, PairTerm, Shape, pool_alike
-from fastkd.losses.term import BindContext, LossTerm, autocast_like, check_numbers, widened
+from fastkd.losses.base.pairs import PairConfig, PairTerm, Shape, pool_alike
+from fastkd.losses.base.term import BindContext, LossTerm, autocast_like, check_numbers, widened
 
 __all__ = ["AB", "VID", "ABConfig", "FitNet", "FitNetConfig", "VIDConfig"]
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.pairs import PairConfig, PairTerm
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import (
+from fastkd.losses.base.pairs import PairConfig, PairTerm
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.schedules import cosine_decay
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,
@@ -27,7 +28,6 @@ from fastkd.losses.term import (
     check_numbers,
     widened,
 )
-from fastkd.losses.weight_schedules import cosine_decay
 
 __all__ = [
     "JointRD",

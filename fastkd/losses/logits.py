@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from fastkd.data.batch import NO_LABEL
 from fastkd.kernels import kd_loss
 from fastkd.kernels.kd_loss import rows_that_count
-from fastkd.losses.kd import KDLoss
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
+from fastkd.losses.drop_in import KDLoss
 
 __all__ = [
     "KD",

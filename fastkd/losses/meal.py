@@ -11,8 +11,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, widened
 
 __all__ = ["Discriminator", "DiscriminatorConfig"]
 

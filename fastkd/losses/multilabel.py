@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.data.batch import IGNORED
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, widened
 
 __all__ = ["BinaryCrossEntropy", "BinaryCrossEntropyConfig", "known_bce"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.losses.pairs import PairConfig, PairTerm, pool_alike
-from fastkd.losses.term import BindContext, LossTerm, widened
+from fastkd.losses.base.pairs import PairConfig, PairTerm, pool_alike
+from fastkd.losses.base.term import BindContext, LossTerm, widened
 
 __all__ = ["NST", "NSTConfig"]
 

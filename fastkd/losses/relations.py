@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.term import (
+from fastkd.losses.base.pairs import POOLED, PairConfig, PairTerm
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,

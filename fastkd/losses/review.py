@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import (
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.schedules import linear_warmup
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,
@@ -21,7 +22,6 @@ from fastkd.losses.term import (
     check_numbers,
     widened,
 )
-from fastkd.losses.weight_schedules import linear_warmup
 
 __all__ = ["Fusion", "ReviewKD", "ReviewKDConfig", "context_loss"]
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import (
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import (
     BindContext,
     LossTerm,
     TermInputs,

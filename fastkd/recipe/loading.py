@@ -130,7 +130,7 @@ def annotated_yaml(recipe: Recipe) -> str:
 
 def valid_keys(losses: Iterable[str] = ()) -> list[str]:
     """All dotted keys, with those of the given losses."""
-    from fastkd.losses.registry import config_class
+    from fastkd.losses.base.registry import config_class
 
     keys = [key for key in _documented(Recipe, "") if key != "losses"]
     for loss in losses:
@@ -258,7 +258,7 @@ def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
 
 
 def _validate(values: dict[str, Any]) -> Recipe:
-    from fastkd.losses.registry import term_names
+    from fastkd.losses.base.registry import term_names
 
     try:
         return Recipe.model_validate(values)

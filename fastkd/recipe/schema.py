@@ -215,7 +215,7 @@ class Recipe(Section):
     @field_validator("losses", mode="before")
     @classmethod
     def _typed_losses(cls, value: object) -> object:
-        from fastkd.losses.registry import config_class, typed_config
+        from fastkd.losses.base.registry import config_class, typed_config
 
         if not isinstance(value, dict):
             return value
@@ -242,7 +242,7 @@ class Recipe(Section):
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} does not fit into "
                 f"epochs={self.epochs}"
             )
-        from fastkd.losses.registry import check_needs
+        from fastkd.losses.base.registry import check_needs
 
         check_needs(
             self.losses,

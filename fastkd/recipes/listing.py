@@ -87,7 +87,7 @@ def listing(entries: Sequence[Entry]) -> Iterator[str]:
 
 def details(entry: Entry) -> Iterator[str]:
     """Lines: what will run, what the paper printed, and what is not from the paper."""
-    from fastkd.losses.catalogue import entry_of
+    from fastkd.losses.base.catalogue import entry_of
     from fastkd.recipes.missing import missing
 
     yield entry.name
@@ -142,7 +142,7 @@ def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _losses(entry: Entry) -> list[str]:
     """Those of this version of fastkd that the recipe has, in its order."""
-    from fastkd.losses.registry import term_names
+    from fastkd.losses.base.registry import term_names
 
     found = dict.fromkeys(key.split(".")[1] for key in entry.keys if key.startswith("losses."))
     return [loss for loss in found if loss in term_names()]
@@ -150,7 +150,7 @@ def _losses(entry: Entry) -> list[str]:
 
 def _defaults(entry: Entry) -> dict[str, str]:
     """Keys of the recipe's losses that it leaves at their defaults: no number stays unseen."""
-    from fastkd.losses.catalogue import entry_of
+    from fastkd.losses.base.catalogue import entry_of
 
     keys = {
         f"losses.{loss}.{key.name}": key.default

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fastkd.losses.registry import config_class, term_names
+from fastkd.losses.base.registry import config_class, term_names
 from fastkd.models.registry import model_options
 from fastkd.recipe.loading import nested
 from fastkd.recipe.networks import NETWORK_OPTIONS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.errors import UserError
-from fastkd.losses.term import LossTerm, Need
+from fastkd.losses.base.term import LossTerm, Need
 from fastkd.models.hub import Normalization
 from fastkd.teachers.teacher import MEAN_LOGITS, Teacher
 

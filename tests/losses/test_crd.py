@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastkd.errors import UserError
 from fastkd.losses import CRD, BindContext
-from fastkd.losses.registry import typed_config
-from fastkd.losses.term import TermInputs, TermOutput
+from fastkd.losses.base.registry import typed_config
+from fastkd.losses.base.term import TermInputs, TermOutput
 from fastkd.testing import assert_as_accurate, bind_pair, sines
 
 ORACLE = json.loads((Path(__file__).parent / "feature_oracle.json").read_text())["values"]

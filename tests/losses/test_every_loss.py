@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fastkd.losses.catalogue import entry_of
-from fastkd.losses.registry import term_names
+from fastkd.losses.base.catalogue import entry_of
+from fastkd.losses.base.registry import term_names
 
 TESTS = Path(__file__).parents[1]
 

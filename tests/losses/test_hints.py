@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.losses import AB, VID, FitNet
-from fastkd.losses.term import LossTerm
+from fastkd.losses.base.term import LossTerm
 from fastkd.testing import bind_pair, bind_term, call_term, sines
 
 ORACLE = json.loads((Path(__file__).parent / "feature_oracle.json").read_text())["values"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastkd.errors import UserError
 from fastkd.losses import DIST, DKD, KD, CrossEntropy, Discriminator, KDLoss, SoftCE
+from fastkd.losses.base.schedules import cosine_decay, linear_warmup
+from fastkd.losses.base.term import LossTerm
 from fastkd.losses.dkd import decoupled_rows
 from fastkd.losses.logits import standardize
-from fastkd.losses.term import LossTerm
-from fastkd.losses.weight_schedules import cosine_decay, linear_warmup
 from fastkd.testing import assert_as_accurate, bind_term, call_term, kd_case, shape_id
 
 SHAPES = [(33, 101), (7, 3), (2, 1000)]

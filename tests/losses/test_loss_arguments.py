@@ -7,7 +7,7 @@ import pytest
 
 import fastkd.losses
 from fastkd.losses import AT, CRD, FSP, KDLoss
-from fastkd.losses.term import LossTerm
+from fastkd.losses.base.term import LossTerm
 
 NAN, INF = float("nan"), float("inf")
 

@@ -11,7 +11,7 @@ from fastkd.augment.mix import draw_mix
 from fastkd.augment.views import ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.losses import KD, MixedCE
-from fastkd.losses.term import Need
+from fastkd.losses.base.term import Need
 from fastkd.testing import call_term, sines
 
 SHAPE = (7, 11)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastkd.losses import CRD, DKD, KD, BinaryCrossEntropy, CrossEntropy, JointRD, TermInputs
-from fastkd.losses.registry import typed_config
+from fastkd.losses.base.registry import typed_config
 
 
 def truth(logits_NC, targets_NC):

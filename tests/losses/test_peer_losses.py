@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses import DIST, DKD, KD, CrossEntropy, Discriminator, ReviewKD, SimKD
+from fastkd.losses.base.schedules import cosine_decay
+from fastkd.losses.base.term import LossTerm
 from fastkd.losses.dist import between_rows
 from fastkd.losses.dkd import decoupled_rows
 from fastkd.losses.jointrd import expected_negative, partial_l2
 from fastkd.losses.review import context_loss
-from fastkd.losses.term import LossTerm
-from fastkd.losses.weight_schedules import cosine_decay
 from fastkd.testing import bind_term, call_term, fill_with_sines, sines
 
 HERE = Path(__file__).parent

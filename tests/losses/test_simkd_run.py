@@ -16,7 +16,7 @@ from fastkd.build import _head
 from fastkd.errors import UserError
 from fastkd.evaluate_saved import evaluate_run
 from fastkd.losses import KD, SimKD
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
 from fastkd.report.run_folder import RunFolder

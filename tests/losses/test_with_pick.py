@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 from fastkd.compute.ranks import World
 from fastkd.losses import KD, BinaryCrossEntropy
-from fastkd.losses.registry import term_names
+from fastkd.losses.base.registry import term_names
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data, stage_builder

@@ -14,9 +14,9 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses import registry
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like
+from fastkd.losses.base import registry
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like
 
 S_MAP, T_MAP = "x/student/stage2", "x/teacher/stage3:preact"
 S_ROW, T_ROW = "xprime/student/pooled", "xprime/teacher/logits"

@@ -26,9 +26,9 @@ from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.by_name import open_source
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
-from fastkd.losses.term import LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console

@@ -9,8 +9,8 @@ import torch
 
 from fastkd.build import _head, _last_norm, _pooled
 from fastkd.errors import UserError
-from fastkd.losses.registry import build_terms
-from fastkd.losses.term import BindContext, Need
+from fastkd.losses.base.registry import build_terms
+from fastkd.losses.base.term import BindContext, Need
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.recipe.networks import StudentConfig

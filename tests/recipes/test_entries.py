@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastkd.errors import UserError
-from fastkd.losses.registry import build_terms
+from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import model_options
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compute.ranks import World
-from fastkd.losses.term import TermInputs
+from fastkd.losses.base.term import TermInputs
 from fastkd.models import create_model
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipes import all_recipes, find_entry

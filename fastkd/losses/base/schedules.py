@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fastkd.losses.term import LossTerm
+from fastkd.losses.base.term import LossTerm
 
 __all__ = ["cosine_decay", "linear_warmup", "scheduled_values"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
-from fastkd.losses.registry import TermConfig
-from fastkd.losses.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = ["POOLED", "PairConfig", "PairTerm", "pool_alike"]
 

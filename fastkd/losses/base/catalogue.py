@@ -10,8 +10,8 @@ import sys
 import textwrap
 from dataclasses import dataclass
 
-from fastkd.losses.registry import ALIASES, config_class, term_names
-from fastkd.losses.term import LossTerm
+from fastkd.losses.base.registry import ALIASES, config_class, term_names
+from fastkd.losses.base.term import LossTerm
 
 __all__ = ["FIELDS", "PATH", "CatalogueEntry", "Key", "catalogue", "entry_of"]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fastkd.config.mistakes import explain
 from fastkd.config.section import Section
-from fastkd.losses.term import LossTerm, Need, check_names
+from fastkd.losses.base.term import LossTerm, Need, check_names
 
 __all__ = [
     "ALIASES",

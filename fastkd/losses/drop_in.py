@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.kernels.kd_loss import rows_that_count
-from fastkd.losses.term import check_numbers
+from fastkd.losses.base.term import check_numbers
 
 __all__ = ["KDLoss", "KLDivLoss", "Preset"]
 

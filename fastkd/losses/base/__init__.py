@@ -1,0 +1,1 @@
+"""What all losses share: the term, its needs, its schedules, the registry and its pages."""
