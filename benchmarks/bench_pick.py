@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import count, create_model
-from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
@@ -30,7 +29,8 @@ from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.testing import interleave, step_macs
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer
+from fastkd.training.trainer import Plan, Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 WORLD = World(0, 0, 1, torch.device("cpu"), None)

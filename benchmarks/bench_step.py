@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from fastkd import create_model
-from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
@@ -36,7 +35,8 @@ from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import interleave, speedup
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer
+from fastkd.training.trainer import Plan, Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 CPU = torch.device("cpu")

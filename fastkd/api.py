@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
-from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
@@ -34,7 +33,8 @@ from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder, environment
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.trainer import Plan
+from fastkd.training.build import Engine, build_trainer, decide
+from fastkd.training.trainer import Plan
 
 __all__ = ["Result", "distill"]
 

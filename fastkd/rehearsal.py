@@ -22,9 +22,9 @@ from fastkd.run import (
     stage_builder,
     teacher_folder,
 )
-from fastkd.step import Prepared
 from fastkd.teachers.loading import load_teacher
-from fastkd.trainer import Trainer
+from fastkd.training.step import Prepared
+from fastkd.training.trainer import Trainer
 
 __all__ = ["dry_run", "rehearse"]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fastkd.build import Engine, build_trainer, decide
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
@@ -27,7 +26,8 @@ from fastkd.report.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer, decide
+from fastkd.training.trainer import Plan, Trainer
 
 __all__ = [
     "Session",

@@ -12,7 +12,7 @@ from PIL import Image
 
 import fastkd.data.sources.synthetic
 import fastkd.report.run_folder
-import fastkd.trainer
+import fastkd.training.trainer
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
@@ -121,7 +121,9 @@ def test_a_run_goes_on_from_another_working_folder(command, images, tmp_path, mo
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here/data").symlink_to(root)
     keys = [key if not key.startswith("data.root=") else "data.root=data" for key in keys]
-    monkeypatch.setattr(fastkd.trainer.Trainer, "summary", lambda _: signal.raise_signal(2))
+    monkeypatch.setattr(
+        fastkd.training.trainer.Trainer, "summary", lambda _: signal.raise_signal(2)
+    )
     assert command("train", *keys, "out=run").code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -299,7 +301,7 @@ def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
 
 def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, tmp_path):
     saves = []
-    original = fastkd.trainer.save_checkpoint
+    original = fastkd.training.trainer.save_checkpoint
 
     def save(path, state):
         saves.append(path)
@@ -308,7 +310,7 @@ def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, t
             path.with_name(f".{path.name}.tmp").symlink_to("/dev/full")
         original(path, state)
 
-    monkeypatch.setattr(fastkd.trainer, "save_checkpoint", save)
+    monkeypatch.setattr(fastkd.training.trainer, "save_checkpoint", save)
     said = command("train", *ALONE, *SYNTHETIC, "epochs=2", "out=run")
     assert said.code == 1
     assert said.err.startswith(
@@ -346,6 +348,6 @@ def test_a_folder_with_someone_else_s_files_is_not_removed(command, tmp_path, mo
         (tmp_path / "run/notes.txt").write_text("mine")
         raise UserError("no")
 
-    monkeypatch.setattr(fastkd.trainer.Trainer, "fit", broken)
+    monkeypatch.setattr(fastkd.training.trainer.Trainer, "fit", broken)
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 2
     assert (tmp_path / "run/notes.txt").exists()

@@ -13,7 +13,7 @@ import fastkd.data.sources.synthetic
 import fastkd.teachers.loading
 from fastkd.models import count, create_model
 from fastkd.recipe.loading import load_recipe
-from fastkd.trainer import Trainer
+from fastkd.training.trainer import Trainer
 
 TINY = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.build import decide
 from fastkd.compute.compiling import (
     COMPILE_SECONDS,
     MACS_PER_SECOND,
@@ -17,6 +16,7 @@ from fastkd.compute.compiling import (
 )
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import count, create_model
+from fastkd.training.build import decide
 
 CPU = torch.device("cpu")
 

@@ -368,7 +368,7 @@ def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
         asked.append(images)
         return False
 
-    monkeypatch.setattr("fastkd.build.worth_compiling", worth)
+    monkeypatch.setattr("fastkd.training.build.worth_compiling", worth)
     fastkd.distill(
         *(small(2), None, kind(train_loader), val_loader),
         epochs=3,

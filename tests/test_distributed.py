@@ -30,8 +30,8 @@ from fastkd.compute.ranks import (
     wrap_ddp,
 )
 from fastkd.errors import RunFailed, UserError
-from fastkd.guard import Guard
-from fastkd.optim import build_optimizer
+from fastkd.training.guard import Guard
+from fastkd.training.optim import build_optimizer
 
 
 class Step(nn.Module):

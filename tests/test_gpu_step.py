@@ -12,7 +12,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastkd import create_model
-from fastkd.build import Engine, LoadedNet, build_trainer
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
@@ -24,7 +23,8 @@ from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import no_host_sync
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, LoadedNet, build_trainer
+from fastkd.training.trainer import Plan, Trainer
 
 pytestmark = pytest.mark.gpu
 CLASSES, BATCH, SIDE = 10, 16, 16

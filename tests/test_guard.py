@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.ema import EMA
 from fastkd.errors import RunFailed
-from fastkd.guard import Guard, keep_where_
-from fastkd.optim import build_optimizer
+from fastkd.training.ema import EMA
+from fastkd.training.guard import Guard, keep_where_
+from fastkd.training.optim import build_optimizer
 
 NAN, INF = float("nan"), float("inf")
 OPTIMIZERS = ["sgd", "adamw", "lamb"]

@@ -6,9 +6,9 @@ import signal
 import pytest
 import torch
 
-import fastkd.interrupt
+import fastkd.training.interrupt
 from fastkd.compute.ranks import World
-from fastkd.interrupt import StopSignal
+from fastkd.training.interrupt import StopSignal
 
 ALONE = World(0, 0, 1, torch.device("cpu"), None)
 TWO = World(0, 0, 2, torch.device("cpu"), "gloo")
@@ -23,7 +23,7 @@ def test_a_signal_that_comes_during_the_vote_counts_in_the_next(monkeypatch):
             os.kill(os.getpid(), coming.pop())
         return votes
 
-    monkeypatch.setattr(fastkd.interrupt, "all_reduce_sum", vote)
+    monkeypatch.setattr(fastkd.training.interrupt, "all_reduce_sum", vote)
     with StopSignal() as stop:
         # The other rank has heard of nothing: this one must not stop by itself.
         assert not stop.agreed(TWO)
@@ -32,7 +32,7 @@ def test_a_signal_that_comes_during_the_vote_counts_in_the_next(monkeypatch):
 
 
 def test_the_other_ranks_signal_is_this_ones_too(monkeypatch):
-    monkeypatch.setattr(fastkd.interrupt, "all_reduce_sum", torch.ones_like)
+    monkeypatch.setattr(fastkd.training.interrupt, "all_reduce_sum", torch.ones_like)
     with StopSignal() as stop:
         assert stop.agreed(TWO)
         assert stop.code == 143  # of several the most urgent
@@ -42,7 +42,7 @@ def test_the_other_ranks_signal_is_this_ones_too(monkeypatch):
 
 def test_an_echo_is_the_same_wish_and_a_later_signal_is_final(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(fastkd.interrupt.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(fastkd.training.interrupt.time, "monotonic", lambda: clock[0])
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += 0.9

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.resident import ResidentLoader
@@ -48,9 +47,10 @@ from fastkd.models.taps import Tapped
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
-from fastkd.step import Prepared
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer
+from fastkd.training.step import Prepared
+from fastkd.training.trainer import Plan, Trainer
 
 CLASSES = 10
 STAGES = ("stage1", "stage2", "stage3")

@@ -182,7 +182,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         )  # fmt: skip
 
     whole = run(2, tmp_path / "whole")
-    from fastkd.trainer import Trainer
+    from fastkd.training.trainer import Trainer
 
     original = Trainer._end_epoch
 

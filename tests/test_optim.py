@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.optim import apex_missing, build_optimizer, set_lr, skip_aware, spare_norms
+from fastkd.training.optim import apex_missing, build_optimizer, set_lr, skip_aware, spare_norms
 
 
 def make_net(seed=0):

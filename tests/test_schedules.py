@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fastkd.errors import UserError
-from fastkd.schedules import Schedule
+from fastkd.training.schedules import Schedule
 
 BASE_LR = 0.05
 

@@ -19,9 +19,9 @@ from fastkd.models import create_model
 from fastkd.recipe import load_recipe
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
-from fastkd.step import Prepared
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import sines
+from fastkd.training.step import Prepared
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -190,7 +190,7 @@ def test_a_compiled_pick_is_trained_with(monkeypatch):
     """A module that torch.compile has wrapped has a truth of its own, which is an error."""
     options = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
     monkeypatch.setattr(
-        "fastkd.build.compile_unit",
+        "fastkd.training.build.compile_unit",
         lambda unit, **_: torch.compile(unit, **options) if isinstance(unit, Pick) else unit,
     )
     torch._dynamo.reset()

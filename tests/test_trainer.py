@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-import fastkd.build
-from fastkd.build import Engine, build_trainer
+import fastkd.training.build
 from fastkd.cli.commands import main
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
@@ -35,7 +34,8 @@ from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer
+from fastkd.training.trainer import Plan, Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"
 WIDTH = {"resnet8": {"width": 0.5}}
@@ -345,7 +345,7 @@ def test_a_run_compiles_once_per_batch_shape(
         return torch.compile(unit, backend=counting, dynamic=False, fullgraph=True)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(fastkd.build, "compile_unit", compile_unit)
+    monkeypatch.setattr(fastkd.training.build, "compile_unit", compile_unit)
     terms: list[LossTerm] = [KD(views=("x", "xprime")), Scheduled()]
     trainer = make(
         "resnet8", terms, xprime="cutmix", num=30, drop_last=drop_last, epochs=3, ema=0.9

@@ -21,7 +21,7 @@ from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.models.registry import model_from_file
 from fastkd.storage.weights import load_weights
-from fastkd.trainer import Trainer
+from fastkd.training.trainer import Trainer
 
 DATA = os.environ.get("FASTKD_TEST_DATA")
 PROGRAMS = Path(__file__).parent / "programs"

@@ -23,9 +23,9 @@ from gpu_parts.clock import kernel_seconds, peak_bytes
 from gpu_parts.record import Job
 from torch import Tensor, nn
 
-from fastkd.build import Engine
 from fastkd.compute.precision import resolve_precision
 from fastkd.testing import captured, interleave, speedup
+from fastkd.training.build import Engine
 
 __all__ = ["run"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastkd.optim import apex_missing
+from fastkd.training.optim import apex_missing
 
 __all__ = ["Part", "cpu_facts", "gpu_facts", "kernel_facts", "run_doctor", "version_of"]
 

@@ -1,7 +1,7 @@
 """The classifier of a network: found by its shapes, replaced, or the only part that is trained.
 
 `fastkd.models.registry` uses it for new heads, `fastkd.teachers.loading` to freeze all but the
-head, and `fastkd.step` to keep what is frozen as it is in evaluation.
+head, and `fastkd.training.step` to keep what is frozen as it is in evaluation.
 """
 
 from collections.abc import Iterable

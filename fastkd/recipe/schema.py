@@ -117,7 +117,8 @@ class AugmentConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimizer and learning-rate schedule (`fastkd.optim`, `fastkd.schedules`)."""
+    """Optimizer and learning-rate schedule (`fastkd.training.optim`,
+    `fastkd.training.schedules`)."""
 
     name: Literal["sgd", "adamw", "lamb"] = "sgd"
     """Update rule."""

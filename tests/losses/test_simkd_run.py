@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
-from fastkd.build import _head
 from fastkd.errors import UserError
 from fastkd.evaluate_saved import evaluate_run
 from fastkd.losses import KD, SimKD
@@ -21,6 +20,7 @@ from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import load_weights, save_weights
+from fastkd.training.build import _head
 
 RECIPE: dict[str, Any] = {
     "name": "tiny/simkd",

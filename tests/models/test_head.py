@@ -10,8 +10,8 @@ from fastkd.errors import UserError
 from fastkd.losses import KD, CrossEntropy
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
-from fastkd.step import DistillStep
 from fastkd.storage.weights import describe, load_weights, save_weights
+from fastkd.training.step import DistillStep
 
 HEADS = {
     "resnet20": ["fc"],

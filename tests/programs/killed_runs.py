@@ -20,9 +20,9 @@ import tiny
 import torch
 
 import fastkd.report.run_folder
-import fastkd.trainer
+import fastkd.training.trainer
 from fastkd.report.run_folder import RunFolder
-from fastkd.trainer import Trainer
+from fastkd.training.trainer import Trainer
 
 # More of everything that has state: averaged weights, Adam's moments, micro-batches, a momentum
 # that is scheduled.
@@ -99,7 +99,7 @@ def before_rename(number: int) -> None:
 
 def before_best() -> None:
     """Die before the first best.safetensors."""
-    tiny.at_call(fastkd.trainer, "save_weights", 0, lambda *_: tiny.die())
+    tiny.at_call(fastkd.training.trainer, "save_weights", 0, lambda *_: tiny.die())
 
 
 def inside_row() -> None:

@@ -18,7 +18,7 @@ from fastkd.compute.ranks import World, same_on_all_ranks, wrap_ddp
 from fastkd.data.batch import Batch
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.losses import CC, CRD, PKT, RKD, SP, LossTerm
-from fastkd.trainer import Trainer
+from fastkd.training.trainer import Trainer
 
 PAIR = {"conv2": "pooled"}
 

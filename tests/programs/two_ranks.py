@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-import fastkd.trainer
+import fastkd.training.trainer
 from fastkd.api import distill
-from fastkd.build import Engine, build_trainer
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.data.batch import Batch
@@ -33,7 +32,8 @@ from fastkd.models import create_model
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.build import Engine, build_trainer
+from fastkd.training.trainer import Plan, Trainer
 
 
 class Plain(nn.Module):
@@ -179,15 +179,15 @@ def learning(world: World) -> dict[str, Any]:
 
     trainer.val_loader.epoch = noting
     found: list[dict[str, float]] = []
-    evaluate = fastkd.trainer.evaluate
+    evaluate = fastkd.training.trainer.evaluate
 
     def counting(*args: Any) -> dict[str, float]:
         found.append(evaluate(*args))
         return found[-1]
 
-    fastkd.trainer.evaluate = counting
+    fastkd.training.trainer.evaluate = counting
     trainer.fit()
-    fastkd.trainer.evaluate = evaluate
+    fastkd.training.trainer.evaluate = evaluate
     return {
         "evaluated": evaluated,
         "found": found,

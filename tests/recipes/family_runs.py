@@ -35,10 +35,10 @@ from fastkd.recipe.schema import Recipe
 from fastkd.recipes import all_recipes
 from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data, stage_builder
-from fastkd.step import Prepared, StepOutput
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
-from fastkd.trainer import Trainer
+from fastkd.training.step import Prepared, StepOutput
+from fastkd.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.json"
 DATA = os.environ.get("FASTKD_TEST_DATA")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastkd.build import _head, _last_norm, _pooled
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import build_terms
 from fastkd.losses.base.term import BindContext, Need
@@ -19,6 +18,7 @@ from fastkd.recipes import all_recipes
 from fastkd.recipes.missing import missing
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import MEAN_LOGITS
+from fastkd.training.build import _head, _last_norm, _pooled
 
 SIDES = {"digits": 16, "folder": 64}
 

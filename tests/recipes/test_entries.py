@@ -15,7 +15,7 @@ from fastkd.recipes import all_recipes, find_entry, find_recipe
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.missing import missing
 from fastkd.report.paper import paper_row
-from fastkd.schedules import Schedule
+from fastkd.training.schedules import Schedule
 
 PAPERS = ("moonshine", "demystification", "kdda", "meal_v2", "alignkd")
 PART = r"[A-Za-z0-9][\w.:@+\-]*"

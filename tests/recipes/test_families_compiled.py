@@ -19,8 +19,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-import fastkd.build
 import fastkd.teachers.teacher
+import fastkd.training.build
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_runs import FAMILIES, Workplace, at_work, taken
@@ -59,7 +59,7 @@ def test_the_compiler_traces_what_runs(
             return unit
         return torch.compile(unit, backend="aot_eager", dynamic=False, fullgraph=True)
 
-    monkeypatch.setattr(fastkd.build, "compile_unit", traced)
+    monkeypatch.setattr(fastkd.training.build, "compile_unit", traced)
     monkeypatch.setattr(fastkd.teachers.teacher, "compile_unit", traced)
     compare_compiled(workplace, name)
 

@@ -29,10 +29,10 @@ from fastkd.recipes.missing import missing
 from fastkd.report.console import Console
 from fastkd.report.paper import paper_row
 from fastkd.run import Session, open_recipe_data, stage_builder
-from fastkd.step import Prepared
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
-from fastkd.trainer import Trainer
+from fastkd.training.step import Prepared
+from fastkd.training.trainer import Trainer
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 DATA = os.environ.get("FASTKD_TEST_DATA")

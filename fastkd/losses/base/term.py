@@ -1,7 +1,7 @@
 """The contract of a loss: what it needs, what it returns, what it owns.
 
-`fastkd.step` collects what all terms need once, calls each, and adds up the named parts with
-their weights. A term never sees the trainer, the recipe or another term.
+`fastkd.training.step` collects what all terms need once, calls each, and adds up the named parts
+with their weights. A term never sees the trainer, the recipe or another term.
 """
 
 import math

@@ -20,23 +20,23 @@ from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.data.batch import Loader, TrainLoader
 from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
-from fastkd.ema import EMA
 from fastkd.errors import UserError
 from fastkd.evaluate import EvalLoader, evaluating
-from fastkd.guard import Guard
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
 from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
-from fastkd.optim import build_optimizer, spare_norms
 from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
-from fastkd.schedules import Schedule
-from fastkd.step import DistillStep, needed_taps, refuse_unknown_taps
 from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.teachers.teacher import Teacher
-from fastkd.trainer import Plan, Trainer
+from fastkd.training.ema import EMA
+from fastkd.training.guard import Guard
+from fastkd.training.optim import build_optimizer, spare_norms
+from fastkd.training.schedules import Schedule
+from fastkd.training.step import DistillStep, needed_taps, refuse_unknown_taps
+from fastkd.training.trainer import Plan, Trainer
 
 __all__ = ["Engine", "build_trainer", "decide"]
 

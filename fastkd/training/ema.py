@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastkd.guard import keep_where_, live_buffers
+from fastkd.training.guard import keep_where_, live_buffers
 
 __all__ = ["EMA"]
 

@@ -28,7 +28,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from fastkd.errors import RunFailed
-from fastkd.optim import skip_aware
+from fastkd.training.optim import skip_aware
 
 __all__ = ["Guard", "keep_where_", "live_buffers"]
 

@@ -1,6 +1,7 @@
 """The training loop: batches -> step -> update -> metrics -> checkpoint.
 
-It owns nothing that it can be handed; `fastkd.build` makes the parts. Within an epoch's steps the
+It owns nothing that it can be handed; `fastkd.training.build` makes the parts. Within an epoch's
+steps the
 host waits for the device in `_fetch` only, apart from the ranks' vote on a stop beside it (on CPUs
 in every step), saves in mid-epoch (`save_steps`) and optimizers that cannot skip a bad step on the
 device (guard.py: LAMB, apex). Between epochs `_end_epoch` and `save` wait.
@@ -24,22 +25,22 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
-from fastkd.ema import EMA
 from fastkd.errors import Interrupted
 from fastkd.evaluate import EvalLoader, evaluate, evaluating
-from fastkd.guard import Guard
-from fastkd.interrupt import StopSignal
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.metrics import headline, of_epoch
-from fastkd.optim import set_lr
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
-from fastkd.schedules import Schedule
-from fastkd.step import DistillStep, Prepared, StepOutput
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
 from fastkd.teachers.teacher import run_ahead
+from fastkd.training.ema import EMA
+from fastkd.training.guard import Guard
+from fastkd.training.interrupt import StopSignal
+from fastkd.training.optim import set_lr
+from fastkd.training.schedules import Schedule
+from fastkd.training.step import DistillStep, Prepared, StepOutput
 
 __all__ = ["Plan", "Progress", "Trainer"]
 

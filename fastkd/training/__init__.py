@@ -1,0 +1,1 @@
+"""What one optimizer step touches, and the loop around it."""
