@@ -23,7 +23,7 @@ from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.errors import UserError
-from fastkd.evaluate import evaluating
+from fastkd.evaluation.evaluate import evaluating
 from fastkd.folders import occupied, tidy
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss

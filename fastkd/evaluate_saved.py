@@ -11,7 +11,7 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
 from fastkd.errors import UserError
-from fastkd.evaluate import evaluate
+from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
 from fastkd.models.registry import model_from_file
 from fastkd.recipe.loading import load_recipe

@@ -16,9 +16,9 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
+from fastkd.evaluation.headline import headline
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.base.registry import build_terms
-from fastkd.metrics import headline
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.console import Console

@@ -18,7 +18,7 @@ import torch
 
 from fastkd.compute.ranks import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
-from fastkd.metrics import headline, headline_of
+from fastkd.evaluation.headline import headline, headline_of
 from fastkd.models.registry import create_model, model_options
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row

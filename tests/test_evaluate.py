@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import fastkd.evaluate
+import fastkd.evaluation.evaluate
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
-from fastkd.evaluate import evaluate, evaluating
+from fastkd.evaluation.evaluate import evaluate, evaluating
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")
@@ -59,7 +59,9 @@ def truth(model, num, classes=7):
 def over_ranks(model, num, batch_size, size, monkeypatch):
     """What each of `size` ranks finds when their sums are added up."""
     shares = []
-    monkeypatch.setattr(fastkd.evaluate, "all_reduce_sum", lambda sums: shares.append(sums.clone()))
+    monkeypatch.setattr(
+        fastkd.evaluation.evaluate, "all_reduce_sum", lambda sums: shares.append(sums.clone())
+    )
     for rank in range(size):
         # A rank without samples must not be an error before the sums are added.
         try:
@@ -67,7 +69,9 @@ def over_ranks(model, num, batch_size, size, monkeypatch):
         except ValueError:
             assert shares[-1][3] == 0
     total = torch.stack(shares).sum(0)
-    monkeypatch.setattr(fastkd.evaluate, "all_reduce_sum", lambda sums: sums.copy_(total))
+    monkeypatch.setattr(
+        fastkd.evaluation.evaluate, "all_reduce_sum", lambda sums: sums.copy_(total)
+    )
     return [
         evaluate(model, loader(num, batch_size, rank, size), FP32, world(rank, size))
         for rank in range(size)

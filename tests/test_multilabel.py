@@ -15,9 +15,9 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
-from fastkd.evaluate import evaluate
+from fastkd.evaluation.evaluate import evaluate
+from fastkd.evaluation.headline import headline
 from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
-from fastkd.metrics import headline
 from fastkd.recipe.schema import OptimConfig
 from fastkd.report.console import comparison_table
 

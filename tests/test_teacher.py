@@ -318,7 +318,7 @@ def test_on_a_gpu_one_item_is_made_ahead():
 def test_accuracy_through_a_teacher_is_that_of_the_network():
     data = open_data(name="synthetic", batch_size=50, image_size=16)
     model = net()
-    from fastkd.evaluate import evaluate
+    from fastkd.evaluation.evaluate import evaluate
 
     world = World(0, 0, 1, CPU, None)
     made = teacher(model, data_normalization=(data.mean, data.std))

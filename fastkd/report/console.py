@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Column, Table
 
-from fastkd.metrics import HEADLINES, headline_of
+from fastkd.evaluation.headline import HEADLINES, headline_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress

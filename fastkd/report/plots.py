@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.metrics import HEADLINES, headline
+from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["plot_curves"]

@@ -14,8 +14,8 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair
 from fastkd.errors import UserError
-from fastkd.evaluate import evaluate
-from fastkd.metrics import HEADLINES, headline
+from fastkd.evaluation.evaluate import evaluate
+from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import count, create_model
 from fastkd.models.head import freeze_backbone
 from fastkd.models.hub import Normalization

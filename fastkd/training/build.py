@@ -21,7 +21,7 @@ from fastkd.data.batch import Loader, TrainLoader
 from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.errors import UserError
-from fastkd.evaluate import EvalLoader, evaluating
+from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
 from fastkd.models.hub import Normalization

@@ -26,10 +26,10 @@ from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffe
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
 from fastkd.errors import Interrupted
-from fastkd.evaluate import EvalLoader, evaluate, evaluating
+from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
+from fastkd.evaluation.headline import headline, of_epoch
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
-from fastkd.metrics import headline, of_epoch
 from fastkd.report.console import Console
 from fastkd.report.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint

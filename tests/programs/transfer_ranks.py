@@ -16,7 +16,7 @@ from fastkd.api import distill
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import open_world, same_on_all_ranks
 from fastkd.data.batch import Batch
-from fastkd.evaluate import evaluate
+from fastkd.evaluation.evaluate import evaluate
 from fastkd.losses.multilabel import BinaryCrossEntropy
 from fastkd.models import create_model
 from fastkd.models.head import freeze_backbone

@@ -49,7 +49,8 @@ def evaluate(
     world: World,
     multilabel: bool = False,
 ) -> dict[str, float]:
-    """Metrics over all samples of all ranks, alike on every rank; `fastkd.metrics` names the main.
+    """Metrics over all samples of all ranks, alike on every rank; `fastkd.evaluation.headline`
+    names the main.
 
     forward: images [N, 3, H, W] -> logits [N, C], in evaluation mode already.
     multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].

@@ -1,0 +1,1 @@
+"""Exact metrics on the validation images."""
