@@ -25,8 +25,8 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
+from fastkd.output.console import Console
 from fastkd.recipe.schema import OptimConfig, PickConfig
-from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.testing import interleave, step_macs
 from fastkd.training.build import Engine, build_trainer

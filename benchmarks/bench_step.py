@@ -30,8 +30,8 @@ from fastkd.data.batch import TrainLoader
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
+from fastkd.output.console import Console
 from fastkd.recipe.schema import OptimConfig
-from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import interleave, speedup

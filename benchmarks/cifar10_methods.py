@@ -14,10 +14,10 @@ import statistics
 from pathlib import Path
 
 from fastkd.compute.ranks import open_world
+from fastkd.output.console import Console
+from fastkd.output.run_folder import environment, find_finished
 from fastkd.recipe import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.report.console import Console
-from fastkd.report.run_folder import environment, find_finished
 from fastkd.run import Session, run_recipe
 
 ROOT = Path(__file__).parents[1]

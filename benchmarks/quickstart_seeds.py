@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from fastkd.compute.ranks import open_world
+from fastkd.output.console import Console
+from fastkd.output.run_folder import environment
 from fastkd.recipe import load_recipe
-from fastkd.report.console import Console
-from fastkd.report.run_folder import environment
 from fastkd.run import Session, run_recipe
 
 RESULTS = Path(__file__).parent / "results"

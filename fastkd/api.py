@@ -29,9 +29,9 @@ from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
 from fastkd.models.taps import check_network, remove_taps
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder, environment
 from fastkd.recipe.schema import OptimConfig, PickConfig
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder, environment
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer, decide
 from fastkd.training.trainer import Plan

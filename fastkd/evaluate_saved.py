@@ -14,9 +14,9 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
 from fastkd.models.registry import model_from_file
+from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.teacher import Teacher

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import FastKDError, Interrupted, UserError
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder, environment, find_resumable
 from fastkd.recipe.loading import load_recipe, recipe_to_yaml
 from fastkd.recipe.schema import Recipe
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder, environment, find_resumable
 from fastkd.storage.checkpoint import load_checkpoint
 
 __all__ = ["choose_folder", "occupied", "stage_folder", "tidy"]

@@ -14,8 +14,8 @@ import torch
 
 from fastkd.compute.ranks import on_main
 from fastkd.models import count
+from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
-from fastkd.report.console import duration
 from fastkd.run import (
     Session,
     open_recipe_data,

@@ -19,10 +19,10 @@ from fastkd.errors import Interrupted
 from fastkd.evaluation.headline import headline
 from fastkd.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.base.registry import build_terms
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of

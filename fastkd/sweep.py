@@ -20,9 +20,9 @@ from fastkd.compute.ranks import on_main
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.evaluation.headline import headline, headline_of
 from fastkd.models.registry import create_model, model_options
+from fastkd.output.run_folder import csv_text, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
-from fastkd.report.run_folder import csv_text, find_finished
 from fastkd.run import Session, run_recipe
 from fastkd.storage.atomic import atomic_path
 from fastkd.sweep_jobs import GO_ON, run_jobs

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 import fastkd.data.sources.synthetic
-import fastkd.report.run_folder
+import fastkd.output.run_folder
 import fastkd.training.trainer
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
+from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
-from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.storage.weights import describe, save_weights
 
@@ -291,7 +291,7 @@ def full_disk(after):
 
 
 def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
-    monkeypatch.setattr(fastkd.report.run_folder.os, "fsync", full_disk(after=0))
+    monkeypatch.setattr(fastkd.output.run_folder.os, "fsync", full_disk(after=0))
     expect_refusal(
         "no space left on the disk: runs/quickstart/",
         *("train", *ALONE, *SYNTHETIC, "max_skips=3"),

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.loading import load_recipe
 from fastkd.report.comparison import finish_report
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 
 ROW = "kdda/cifar100/resnet56--resnet20/kd"
 RUN = {

@@ -7,8 +7,8 @@ import pytest
 
 import fastkd.data.sources.synthetic
 from fastkd.errors import UserError
-from fastkd.report.events import check_tensorboard
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.events import check_tensorboard
+from fastkd.output.run_folder import RunFolder
 
 KEYS = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),

@@ -19,8 +19,8 @@ from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
+from fastkd.output.console import Console
 from fastkd.recipe.schema import OptimConfig, PickConfig
-from fastkd.report.console import Console
 from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import no_host_sync
 from fastkd.training.build import Engine, LoadedNet, build_trainer

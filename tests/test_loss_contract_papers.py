@@ -44,9 +44,9 @@ from fastkd.losses import (
 from fastkd.losses.base.term import LossTerm, Need
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import OptimConfig
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.step import Prepared

@@ -18,8 +18,8 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import headline
 from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
+from fastkd.output.console import comparison_table
 from fastkd.recipe.schema import OptimConfig
-from fastkd.report.console import comparison_table
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console as RichConsole
 
 from fastkd.errors import RunFailed, UserError
-from fastkd.report import console as console_module
-from fastkd.report.console import Console, comparison_table
+from fastkd.output import console as console_module
+from fastkd.output.console import Console, comparison_table
+from fastkd.output.run_folder import RunFolder, environment, find_resumable
 from fastkd.report.plots import plot_curves
-from fastkd.report.run_folder import RunFolder, environment, find_resumable
 from fastkd.storage.atomic import atomic_path
 
 DIGEST = "0123456789abcdef"

@@ -16,8 +16,8 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
 from fastkd.models import create_model
+from fastkd.output.console import Console
 from fastkd.recipe import load_recipe
-from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import sines

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastkd.run
 from fastkd.compute.ranks import World
 from fastkd.models import count, create_model
+from fastkd.output.console import Console
 from fastkd.recipe import load_recipe
-from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import step_macs

@@ -15,8 +15,8 @@ import torch
 import fastkd.data.sources.synthetic
 import fastkd.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
+from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
-from fastkd.report.console import Console
 from fastkd.storage.weights import load_weights
 from fastkd.sweep import _different_teachers, combinations
 from fastkd.sweep_jobs import environments

@@ -11,9 +11,9 @@ from fastkd.compute.ranks import World
 from fastkd.data import open_data
 from fastkd.models import create_model
 from fastkd.models.rewrite.fuse import fuse
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.loading import load_recipe
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import Teacher, freeze, run_ahead

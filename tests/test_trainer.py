@@ -29,9 +29,9 @@ from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import create_model
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import OptimConfig
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer

@@ -111,15 +111,15 @@ def _train(options: argparse.Namespace) -> int:
         print(annotated_yaml(recipe), end="")
         return 0
     if recipe.tensorboard:
-        from fastkd.report.events import check_tensorboard
+        from fastkd.output.events import check_tensorboard
 
         check_tensorboard()
     import torch
 
     from fastkd.compute.precision import resolve_precision
     from fastkd.compute.ranks import open_world
+    from fastkd.output.console import Console
     from fastkd.recipe.schema import Recipe
-    from fastkd.report.console import Console
     from fastkd.run import Session, run_recipe
 
     if recipe.deterministic:
@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> None:
     from fastkd.evaluate_saved import evaluate_model, evaluate_run
-    from fastkd.report.console import Console
+    from fastkd.output.console import Console
 
     if options.weights:
         found = evaluate_model(options.what, options.weights, options.words)

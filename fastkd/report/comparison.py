@@ -7,11 +7,11 @@ last table on the screen.
 import time
 from typing import Any
 
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report import plots
-from fastkd.report.console import Console
 from fastkd.report.paper import paper_row
-from fastkd.report.run_folder import RunFolder
 
 __all__ = ["finish_report"]
 

@@ -20,8 +20,8 @@ from fastkd.models import count, create_model
 from fastkd.models.head import freeze_backbone
 from fastkd.models.hub import Normalization
 from fastkd.models.registry import classifier_paths
+from fastkd.output.console import Console
 from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
-from fastkd.report.console import Console
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.ensemble import LoadedNet, bind_teacher
 

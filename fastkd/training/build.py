@@ -26,9 +26,9 @@ from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
 from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import OptimConfig, PickConfig
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
 from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.teachers.teacher import Teacher
 from fastkd.training.ema import EMA

@@ -30,8 +30,8 @@ from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.evaluation.headline import headline, of_epoch
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
-from fastkd.report.console import Console
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
 from fastkd.teachers.teacher import run_ahead

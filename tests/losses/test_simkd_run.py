@@ -18,7 +18,7 @@ from fastkd.losses import KD, SimKD
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.run_folder import RunFolder
 from fastkd.storage.weights import load_weights, save_weights
 from fastkd.training.build import _head
 

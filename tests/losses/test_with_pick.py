@@ -18,8 +18,8 @@ import fastkd
 from fastkd.compute.ranks import World
 from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.base.registry import term_names
+from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
-from fastkd.report.console import Console
 from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.teachers.loading import load_teacher
 

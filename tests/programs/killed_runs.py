@@ -19,9 +19,9 @@ import proof_term
 import tiny
 import torch
 
-import fastkd.report.run_folder
+import fastkd.output.run_folder
 import fastkd.training.trainer
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.run_folder import RunFolder
 from fastkd.training.trainer import Trainer
 
 # More of everything that has state: averaged weights, Adam's moments, micro-batches, a momentum

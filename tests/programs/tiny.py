@@ -30,7 +30,7 @@ from fastkd.cli.commands import main
 from fastkd.compute.ranks import World, open_world
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.models import create_model
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.run_folder import RunFolder
 from fastkd.storage.weights import describe, load_weights, save_weights
 
 TIMING = ("images_per_s", "data_wait", "seconds", "epoch_s", "wait_s", "train_seconds", "finished")

@@ -29,8 +29,8 @@ from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.models import create_model
+from fastkd.output.console import Console
 from fastkd.recipe.schema import OptimConfig, PickConfig
-from fastkd.report.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.trainer import Plan, Trainer

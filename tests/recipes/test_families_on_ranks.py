@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.report.run_folder import RunFolder
+from fastkd.output.run_folder import RunFolder
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 # Scenario -> steps of the second epoch that were done, parts of the loss.

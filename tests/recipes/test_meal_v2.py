@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from fastkd.compute.ranks import World
 from fastkd.losses.base.term import TermInputs
 from fastkd.models import create_model
+from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipes import all_recipes, find_entry
 from fastkd.recipes.missing import missing
-from fastkd.report.console import Console
 from fastkd.report.paper import paper_row
 from fastkd.run import Session, open_recipe_data, stage_builder
 from fastkd.storage.weights import describe, save_weights

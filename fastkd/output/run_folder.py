@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.report.events import Events
+from fastkd.output.events import Events
 from fastkd.storage.atomic import atomic_path, explain_full_disk
 
 __all__ = ["RunFolder", "csv_text", "environment", "find_finished", "find_resumable"]
