@@ -18,7 +18,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import environment, find_finished
 from fastkd.recipe import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.run import Session, run_recipe
+from fastkd.runs.stages import Session, run_recipe
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, TEACHER_EPOCHS = 10, 3

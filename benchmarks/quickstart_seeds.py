@@ -17,7 +17,7 @@ from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
 from fastkd.output.run_folder import environment
 from fastkd.recipe import load_recipe
-from fastkd.run import Session, run_recipe
+from fastkd.runs.stages import Session, run_recipe
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,7 +24,6 @@ from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
-from fastkd.folders import occupied, tidy
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
@@ -32,6 +31,7 @@ from fastkd.models.taps import check_network, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, environment
 from fastkd.recipe.schema import OptimConfig, PickConfig
+from fastkd.runs.folders import occupied, tidy
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer, decide
 from fastkd.training.trainer import Plan

@@ -18,7 +18,7 @@ from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
-from fastkd.run import Session, open_recipe_data
+from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.weights import describe, save_weights
 
 NET = ["student.name=resnet8", "student.width=0.5", "epochs=1", "compile=off", "device=cpu"]

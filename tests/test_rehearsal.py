@@ -45,7 +45,7 @@ def test_a_dry_run_projects_every_stage_that_is_still_to_be_trained(command, mon
     clock = itertools.count()
     # Every look at this clock is a second later than the one before.
     ticking = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))
-    monkeypatch.setattr("fastkd.rehearsal.time", ticking)
+    monkeypatch.setattr("fastkd.runs.dry_run.time", ticking)
     words = [*TINY, *TAUGHT, "baseline.lrs=0.1,0.2"]
 
     def projected():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastkd.run
+import fastkd.runs.stages
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import XPRIMES, ViewMaker
 from fastkd.compute.precision import resolve_precision
@@ -18,7 +18,7 @@ from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.recipe import load_recipe
-from fastkd.run import Session, open_recipe_data
+from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import sines
 from fastkd.training.step import Prepared
@@ -243,7 +243,7 @@ def trainer_of(*words):
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    return fastkd.run.stage_builder(recipe, data, teacher, session)(None)
+    return fastkd.runs.stages.stage_builder(recipe, data, teacher, session)(None)
 
 
 def test_a_whole_step_costs_what_its_definition_says():

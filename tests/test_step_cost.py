@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastkd.run
+import fastkd.runs.stages
 from fastkd.compute.ranks import World
 from fastkd.models import count, create_model
 from fastkd.output.console import Console
 from fastkd.recipe import load_recipe
-from fastkd.run import Session, open_recipe_data
+from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import step_macs
 
@@ -64,7 +64,7 @@ def test_a_step_computes_what_the_arithmetic_says(method: str) -> None:
     session = Session(world, Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    trainer = fastkd.run.stage_builder(recipe, data, teacher, session)(None)
+    trainer = fastkd.runs.stages.stage_builder(recipe, data, teacher, session)(None)
     trainer.runner.train()
     with FlopCounterMode(display=False) as counter:
         trainer.optimize(next(trainer.prepare(0)), 0, 0)

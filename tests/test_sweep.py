@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import fastkd.data.sources.synthetic
-import fastkd.sweep
+import fastkd.runs.sweep.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
+from fastkd.runs.sweep.jobs import environments
+from fastkd.runs.sweep.sweep import _different_teachers, combinations
 from fastkd.storage.weights import load_weights
-from fastkd.sweep import _different_teachers, combinations
-from fastkd.sweep_jobs import environments
 
 KEYS = [
     *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
@@ -140,7 +140,7 @@ def test_a_sweep_runs_every_combination_and_ends_with_a_table(command, tmp_path)
 
 
 def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypatch):
-    original = fastkd.sweep.run_recipe
+    original = fastkd.runs.sweep.sweep.run_recipe
     runs = []
 
     def run(recipe, session, **options):
@@ -149,7 +149,7 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
             raise Interrupted("stopped.", 130)
         return original(recipe, session, **options)
 
-    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
     said = command("train", *KEYS, *SWEEP)
     assert said.code == 130
     assert said.err.endswith("the whole sweep goes on with its own command)\n")
@@ -162,14 +162,14 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
 
 
 def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatch):
-    original = fastkd.sweep.run_recipe
+    original = fastkd.runs.sweep.sweep.run_recipe
 
     def run(recipe, session, **options):
         if recipe.optim.lr == 0.1:
             raise RunFailed("it diverged")
         return original(recipe, session, **options)
 
-    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
     said = command("train", *KEYS, *SWEEP[:2])
     assert said.code == 1
     assert "failed: it diverged" in said.out
@@ -219,7 +219,7 @@ def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monk
         share = accuracies[recipe.optim.lr, recipe.seed]
         return {"accuracy_last": share, "accuracy_best": share + 0.1, "history": []}
 
-    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
     said = command("train", *KEYS, "--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1;2")
     # A run that failed is missing from its mean; the deviation is that of a sample.
     assert said.code == 1
@@ -297,7 +297,7 @@ def test_the_mean_over_seeds_stands_beside_the_papers(command, monkeypatch, tmp_
         share = 0.9 + recipe.seed / 100
         return {"accuracy_last": share, "accuracy_best": share, "history": []}
 
-    monkeypatch.setattr(fastkd.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
     name = "alignkd/cifar100/resnet18--plain18/alignkd"
     said = command("train", name, "data.root=.", "--sweep", "seed=0;2")
     assert means(said) == [("mean of 2", 91.0, 91.0, 1.41, 1.41)]

@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.jobs > 1 and not options.sweep:
         raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
     if options.sweep:
-        from fastkd.sweep import check_sweep, combinations
+        from fastkd.runs.sweep.sweep import check_sweep, combinations
 
         for flag in ("resume", "dry_run", "print_config"):
             if getattr(options, flag):
@@ -120,7 +120,7 @@ def _train(options: argparse.Namespace) -> int:
     from fastkd.compute.ranks import open_world
     from fastkd.output.console import Console
     from fastkd.recipe.schema import Recipe
-    from fastkd.run import Session, run_recipe
+    from fastkd.runs.stages import Session, run_recipe
 
     if recipe.deterministic:
         # cuBLAS repeats its results only with a fixed workspace, chosen before its first call.
@@ -135,13 +135,13 @@ def _train(options: argparse.Namespace) -> int:
             return recipe.replace(precision=name)
 
         if sweep:
-            from fastkd.sweep import run_sweep
+            from fastkd.runs.sweep.sweep import run_sweep
 
             settled_sweep = {key: settled(one) for key, one in sweep.items()}
             return run_sweep(settled_sweep, session, jobs=options.jobs)
         recipe = settled(recipe)
         if options.dry_run:
-            from fastkd.rehearsal import dry_run
+            from fastkd.runs.dry_run import dry_run
 
             found = dry_run(recipe, session)
             session.console.facts(f"dry run of {recipe.name}", found)
@@ -151,8 +151,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from fastkd.evaluate_saved import evaluate_model, evaluate_run
     from fastkd.output.console import Console
+    from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 
     if options.weights:
         found = evaluate_model(options.what, options.weights, options.words)

@@ -1,7 +1,7 @@
 """What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
 
 A recipe is data only. `fastkd.recipe.loading` makes one from a name, a YAML file and key=value
-overrides; `fastkd.run` hands each builder its own section and never the whole.
+overrides; `fastkd.runs.stages` hands each builder its own section and never the whole.
 """
 
 import hashlib

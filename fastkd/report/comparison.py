@@ -1,7 +1,7 @@
 """The end of a run: teacher, student alone and distilled student side by side, beside the paper.
 
-`fastkd.run` hands over the summaries of its stages; they become summary.json, curves.png and the
-last table on the screen.
+`fastkd.runs.stages` hands over the summaries of its stages; they become summary.json, curves.png
+and the last table on the screen.
 """
 
 import time

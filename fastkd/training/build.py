@@ -1,6 +1,7 @@
 """Makes a Trainer out of networks, loaders and recipe sections: the assembly between data and loop.
 
-Used by `fastkd.run` (recipes) and `fastkd.api` (people with their own networks and loaders).
+Used by `fastkd.runs.stages` (recipes) and `fastkd.api` (people with their own networks and
+loaders).
 """
 
 import copy

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 from fastkd.errors import UserError
-from fastkd.evaluate_saved import evaluate_run
 from fastkd.losses import KD, SimKD
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import ReusedHead
 from fastkd.output.run_folder import RunFolder
+from fastkd.runs.evaluate_saved import evaluate_run
 from fastkd.storage.weights import load_weights, save_weights
 from fastkd.training.build import _head
 

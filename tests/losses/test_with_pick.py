@@ -20,7 +20,7 @@ from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.base.registry import term_names
 from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
-from fastkd.run import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.teachers.loading import load_teacher
 
 WORLD = World(0, 0, 1, torch.device("cpu"), None)

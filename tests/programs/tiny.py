@@ -25,7 +25,7 @@ import fastkd.data.sources.synthetic
 import fastkd.losses.logits
 import fastkd.recipes
 import fastkd.report.plots
-import fastkd.run
+import fastkd.runs.stages
 from fastkd.cli.commands import main
 from fastkd.compute.ranks import World, open_world
 from fastkd.data.loaders.resident import ResidentLoader

@@ -34,7 +34,7 @@ from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes import all_recipes
-from fastkd.run import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared, StepOutput

@@ -28,7 +28,7 @@ from fastkd.recipe.loading import load_recipe
 from fastkd.recipes import all_recipes, find_entry
 from fastkd.recipes.missing import missing
 from fastkd.report.paper import paper_row
-from fastkd.run import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared

@@ -17,7 +17,7 @@ from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
 from fastkd.evaluation.headline import headline
-from fastkd.folders import choose_folder, occupied, stage_folder, tidy
+from fastkd.runs.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder

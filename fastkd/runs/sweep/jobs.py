@@ -19,7 +19,7 @@ import torch
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe.loading import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
-from fastkd.run import Session
+from fastkd.runs.stages import Session
 from fastkd.training.interrupt import StopSignal
 
 __all__ = ["GO_ON", "environments", "run_jobs"]

@@ -16,7 +16,7 @@ from fastkd.compute.ranks import on_main
 from fastkd.models import count
 from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
-from fastkd.run import (
+from fastkd.runs.stages import (
     Session,
     open_recipe_data,
     stage_builder,

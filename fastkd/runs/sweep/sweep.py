@@ -23,9 +23,9 @@ from fastkd.models.registry import create_model, model_options
 from fastkd.output.run_folder import csv_text, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
-from fastkd.run import Session, run_recipe
+from fastkd.runs.stages import Session, run_recipe
 from fastkd.storage.atomic import atomic_path
-from fastkd.sweep_jobs import GO_ON, run_jobs
+from fastkd.runs.sweep.jobs import GO_ON, run_jobs
 
 __all__ = ["check_sweep", "combinations", "run_sweep"]
 

@@ -17,7 +17,7 @@ from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
 from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.run import Session, open_recipe_data
+from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.teacher import Teacher
 
