@@ -18,23 +18,22 @@ import torch
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models import (
+from fastkd.models import hub, reused_head
+from fastkd.models.blocks.grammar import parse_block
+from fastkd.models.head import class_layers
+from fastkd.models.rewrite.cheapen import cheapen
+from fastkd.models.rewrite.shortcuts import remove_shortcuts
+from fastkd.models.zoo import (
     erfnet,
-    hub,
     mobilenetv2,
     resnet,
     resnet18,
     resnet50,
-    reused_head,
     shufflenetv1,
     shufflenetv2,
     vgg,
     wrn,
 )
-from fastkd.models.blocks.grammar import parse_block
-from fastkd.models.head import class_layers
-from fastkd.models.rewrite.cheapen import cheapen
-from fastkd.models.rewrite.shortcuts import remove_shortcuts
 from fastkd.storage.weights import load_into, load_weights
 
 __all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]
