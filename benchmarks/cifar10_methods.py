@@ -16,8 +16,8 @@ from pathlib import Path
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
 from fastkd.output.run_folder import environment, find_finished
-from fastkd.recipe import load_recipe
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, run_recipe
 
 ROOT = Path(__file__).parents[1]

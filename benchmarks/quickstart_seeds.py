@@ -16,7 +16,7 @@ from pathlib import Path
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
 from fastkd.output.run_folder import environment
-from fastkd.recipe import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, run_recipe
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.weights import describe, save_weights
 

@@ -12,7 +12,7 @@ import yaml
 import fastkd.data.sources.synthetic
 import fastkd.teachers.loading
 from fastkd.models import count, create_model
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.training.trainer import Trainer
 
 TINY = [

@@ -5,7 +5,7 @@ A variation of a run is a recipe or a key. An option is only for what does not d
 
 from fastkd.cli.arguments import parsers
 from fastkd.losses.base.registry import term_names
-from fastkd.recipe.loading import valid_keys
+from fastkd.recipe.printing import valid_keys
 
 OPTIONS = {
     "train": {"--config", "--dry-run", "--jobs", "--print-config", "--resume", "--sweep"},

@@ -7,7 +7,7 @@ import pytest
 
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.report.comparison import finish_report
 
 ROW = "kdda/cifar100/resnet56--resnet20/kd"

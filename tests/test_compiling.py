@@ -67,7 +67,7 @@ def test_the_work_of_a_run_decides():
 
 def test_the_recipes_decide_as_meant():
     """On a CPU the quickstart is too short, 240 epochs of CIFAR are not."""
-    from fastkd.recipes import find_recipe
+    from fastkd.recipes.loading import find_recipe
 
     for name, images, size, expected in (
         ("quickstart", 300, 16, False),

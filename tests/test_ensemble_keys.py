@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fastkd.errors import UserError
-from fastkd.recipe.loading import annotated_yaml, load_recipe
+from fastkd.recipe.printing import annotated_yaml
+from fastkd.recipes.loading import load_recipe
 
 READY = ("teacher.train=false", "teacher.weights=a.pt")
 SECOND = ("teacher.ensemble.0.name=resnet8", "teacher.ensemble.0.weights=b.pt")

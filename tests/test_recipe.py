@@ -8,15 +8,10 @@ import yaml
 from pydantic import ValidationError
 
 from fastkd.errors import UserError
-from fastkd.recipe.loading import (
-    annotated_yaml,
-    load_recipe,
-    parse_override,
-    recipe_to_yaml,
-    valid_keys,
-)
+from fastkd.recipe.overrides import parse_override
+from fastkd.recipe.printing import annotated_yaml, recipe_to_yaml, valid_keys
 from fastkd.recipe.schema import OptimConfig
-from fastkd.recipes import find_recipe
+from fastkd.recipes.loading import find_recipe, load_recipe
 
 
 def quickstart(*overrides, **options):

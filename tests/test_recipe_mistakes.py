@@ -6,8 +6,8 @@ import pytest
 
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
-from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.loading import load_recipe
 
 TOP = ", ".join([*(key for key in Recipe.model_fields if key != "losses"), "losses"])
 LOSSES = ", ".join(term_names())

@@ -17,7 +17,7 @@ from fastkd.data.batch import Batch
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.recipe import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import sines

@@ -13,7 +13,7 @@ import fastkd.runs.stages
 from fastkd.compute.ranks import World
 from fastkd.models import count, create_model
 from fastkd.output.console import Console
-from fastkd.recipe import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 from fastkd.testing import step_macs

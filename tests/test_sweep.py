@@ -16,7 +16,7 @@ import fastkd.data.sources.synthetic
 import fastkd.runs.sweep.sweep
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.console import Console
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.sweep.jobs import environments
 from fastkd.runs.sweep.sweep import _different_teachers, combinations
 from fastkd.storage.weights import load_weights

@@ -13,7 +13,7 @@ from fastkd.models import create_model
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import Teacher, freeze, run_ahead

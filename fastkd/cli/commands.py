@@ -74,7 +74,7 @@ def _complain(text: str, *, every_rank: bool = False) -> None:
 
 def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Any:
     """The recipe that the words name, `more` overrides last."""
-    from fastkd.recipe.loading import load_recipe
+    from fastkd.recipes.loading import load_recipe
 
     names = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
@@ -106,7 +106,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         sweep, recipe = {}, _recipe_of(options)
     if options.print_config:
-        from fastkd.recipe.loading import annotated_yaml
+        from fastkd.recipe.printing import annotated_yaml
 
         print(annotated_yaml(recipe), end="")
         return 0
@@ -253,7 +253,8 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from fastkd.recipes import find_entry, listing
+    from fastkd.recipes import listing
+    from fastkd.recipes.catalogue import find_entry
 
     words: list[str] = options.words
     if words[:1] == ["show"]:

@@ -1,6 +1,1 @@
-"""The recipe: typed schema of a run, and how it is read from a name, a file and overrides."""
-
-from fastkd.recipe.loading import load_recipe, recipe_to_yaml
-from fastkd.recipe.schema import Recipe
-
-__all__ = ["Recipe", "load_recipe", "recipe_to_yaml"]
+"""What a run is: the typed schema of its keys, and how they are written and printed."""

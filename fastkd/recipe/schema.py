@@ -1,6 +1,6 @@
 """What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
 
-A recipe is data only. `fastkd.recipe.loading` makes one from a name, a YAML file and key=value
+A recipe is data only. `fastkd.recipes.loading` makes one from a name, a YAML file and key=value
 overrides; `fastkd.runs.stages` hands each builder its own section and never the whole.
 """
 

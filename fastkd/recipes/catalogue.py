@@ -7,15 +7,11 @@ zoo names, `:released` or `:paper` behind them where paper and released code dif
 import difflib
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from fastkd.errors import UserError
 from fastkd.recipes.entry import Entry
 
-if TYPE_CHECKING:
-    from fastkd.recipe.schema import Recipe
-
-__all__ = ["all_recipes", "find_entry", "find_recipe", "recipes_by_module"]
+__all__ = ["all_recipes", "find_entry", "recipes_by_module"]
 
 _MODULES = ("quickstart", "cifar", "moonshine", "demystification", "kdda", "meal_v2", "alignkd")
 
@@ -45,16 +41,3 @@ def find_entry(name: str) -> Entry:
     near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     raise UserError(f"there is no recipe {name!r}.{hint} `fastkd recipes` lists all of them.")
-
-
-def find_recipe(name: str) -> "Recipe":
-    """Build a recipe by name; UserError names the nearest, or what it needs that does not exist."""
-    entry = find_entry(name)
-    from fastkd.recipes.missing import missing
-
-    if lacks := missing(entry):
-        raise UserError(
-            f"the recipe {name} needs what this version of fastkd does not have: "
-            f"{', '.join(lacks)}. `fastkd recipes show {name}` prints all of its keys"
-        )
-    return entry.build()

@@ -1,18 +1,16 @@
 """A named recipe before it is built: dotted keys as on a command line, and what its paper says.
 
-Keys are not validated before `build`, so that hundreds of recipes can be listed at once, and a
-recipe may ask for what does not exist yet (`fastkd.recipes.missing` finds that).
+Keys are not validated before `fastkd.recipes.loading.build`, so that hundreds of recipes can be
+listed at once, and a recipe may ask for what does not exist yet (`fastkd.recipes.missing` finds
+that).
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastkd.recipes.published import Published
-
-if TYPE_CHECKING:
-    from fastkd.recipe.schema import Recipe
 
 __all__ = ["Entry", "Mode", "by_cell"]
 
@@ -43,15 +41,6 @@ class Entry:
     def silent(self) -> dict[str, str]:
         """The keys of this recipe that are not from the paper, and where they are from."""
         return {key: self.sources[key] for key in self.keys if key in self.sources}
-
-    def build(self) -> "Recipe":
-        """The validated recipe; pydantic's ValidationError where a key does not exist (yet)."""
-        from fastkd.recipe.loading import nested
-        from fastkd.recipe.schema import Recipe
-
-        return Recipe.model_validate(
-            nested({"name": self.name, "description": self.description, **self.keys})
-        )
 
     def in_mode(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fastkd.errors import UserError
-from fastkd.recipes import all_recipes, recipes_by_module
+from fastkd.recipes.catalogue import all_recipes, recipes_by_module
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.published import papers
 

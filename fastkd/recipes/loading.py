@@ -1,6 +1,6 @@
 """Recipe from a name, a YAML file and key=value overrides, in this order of precedence.
 
-Every mistake becomes one sentence that names the nearest valid key or value (`mistakes`).
+Every mistake becomes one sentence that names the nearest valid key or value (`config.mistakes`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,20 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from fastkd.config.mistakes import entries_of, explain, section_of
+from fastkd.config.mistakes import explain
 from fastkd.errors import UserError
+from fastkd.losses.base.registry import term_names
+from fastkd.recipe.overrides import nested, parse_override, set_key, yaml_problem
+from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.catalogue import find_entry
+from fastkd.recipes.entry import Entry
+from fastkd.recipes.missing import missing
 
-__all__ = [
-    "annotated_yaml",
-    "load_recipe",
-    "nested",
-    "parse_override",
-    "recipe_to_yaml",
-    "valid_keys",
-]
+__all__ = ["build", "find_recipe", "load_recipe"]
+
+
+def find_recipe(name: str) -> Recipe:
+    """Build a recipe by name; UserError names the nearest, or what it needs that does not exist."""
+    entry = find_entry(name)
+    if lacks := missing(entry):
+        raise UserError(
+            f"the recipe {name} needs what this version of fastkd does not have: "
+            f"{', '.join(lacks)}. `fastkd recipes show {name}` prints all of its keys"
+        )
+    return build(entry)
+
+
+def build(entry: Entry) -> Recipe:
+    """The validated recipe; pydantic's ValidationError where a key does not exist (yet)."""
+    return Recipe.model_validate(
+        nested({"name": entry.name, "description": entry.description, **entry.keys})
+    )
 
 
 def load_recipe(
@@ -35,8 +52,6 @@ def load_recipe(
 
     values: keys to start from where there is neither a name nor a file.
     """
-    from fastkd.recipes import find_recipe
-
     values = dict(values or {})
     file_values = _read_yaml(Path(config)) if config is not None else {}
     if name is not None:
@@ -60,7 +75,7 @@ def load_recipe(
     _merge(values, file_values)
     for text in overrides:
         key, value = parse_override(text)
-        _set(values, key, value)
+        set_key(values, key, value)
     teacher = values.get("teacher")
     if isinstance(teacher, Mapping) and teacher and "name" not in teacher:
         given = ", ".join(f"teacher.{key}" for key in teacher)
@@ -78,93 +93,6 @@ def _is_whole(values: Mapping[str, Any]) -> bool:
     return has_data and "student" in values and "losses" in values
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """`optim.milestones=150,180` -> ("optim.milestones", [150, 180]); a comma makes a list."""
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise UserError(
-            f"expected key=value, got {text!r}: recipes come first, then overrides such as "
-            f"optim.lr=0.1 (fastkd recipes lists the recipes)"
-        )
-    try:
-        if "," in raw and raw[0] not in "[{":
-            return key, [yaml.safe_load(item) for item in raw.split(",")]
-        return key, yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise UserError(f"{text}: the value is not valid YAML ({_problem(error)})") from None
-
-
-def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """{"optim.lr": 0.1} -> {"optim": {"lr": 0.1}}."""
-    values: dict[str, Any] = {}
-    for key, value in keys.items():
-        _set(values, key, value)
-    return values
-
-
-def recipe_to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as a file that `--config` takes back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def annotated_yaml(recipe: Recipe) -> str:
-    """The same file with the meaning of every key behind its value, for reading."""
-    keys = _documented(Recipe, "")
-    for name, config in recipe.losses.items():
-        keys |= _documented(type(config), f"losses.{name}.")
-    absent = _optional_sections(Recipe, "")
-    lines: list[str] = []
-    path: list[str] = []
-    for line in recipe_to_yaml(recipe).splitlines():
-        name, colon, _ = line.strip().partition(":")
-        if colon and not line.lstrip().startswith("- "):
-            path[(len(line) - len(line.lstrip())) // 2 :] = [name]
-            key = ".".join(path)
-            meaning = (
-                absent.get(key) if line.endswith(": null") and key in absent else keys.get(key)
-            )
-            line = f"{line:<34}  # {meaning}" if meaning else line
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def valid_keys(losses: Iterable[str] = ()) -> list[str]:
-    """All dotted keys, with those of the given losses."""
-    from fastkd.losses.base.registry import config_class
-
-    keys = [key for key in _documented(Recipe, "") if key != "losses"]
-    for loss in losses:
-        keys += _documented(config_class(loss), f"losses.{loss}.")
-    return keys
-
-
-def _documented(section: type[BaseModel], prefix: str) -> dict[str, str]:
-    """Dotted key -> meaning."""
-    keys: dict[str, str] = {}
-    for name, field in section.model_fields.items():
-        inner, entries = section_of(field.annotation), entries_of(field.annotation)
-        if inner:
-            keys |= _documented(inner, f"{prefix}{name}.")
-        else:
-            keys[f"{prefix}{name}"] = " ".join((field.description or "").split())
-        if entries:
-            keys |= _documented(entries, f"{prefix}{name}.0.")
-    return keys
-
-
-def _optional_sections(section: type[BaseModel], prefix: str) -> dict[str, str]:
-    """Dotted key of each section that may be null -> meaning and the keys it would have."""
-    found: dict[str, str] = {}
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
-        if inner and field.default is None:
-            what = " ".join((field.description or inner.__doc__ or "").split())
-            found[f"{prefix}{name}"] = f"{what} Keys: {', '.join(inner.model_fields)}."
-        elif inner:
-            found |= _optional_sections(inner, f"{prefix}{name}.")
-    return found
-
-
 def _dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
@@ -178,7 +106,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark
+                    problem=f"the key {key.value} appears twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -190,7 +118,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe file {path} is not valid YAML ({_problem(error)})") from None
+        raise UserError(
+            f"the recipe file {path} is not valid YAML ({yaml_problem(error)})"
+        ) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(
@@ -198,14 +128,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{found if not isinstance(values, dict) else 'keys that are no text'}"
         )
     return values
-
-
-def _problem(error: Exception) -> str:
-    """What the YAML reader stumbled over, in one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
 
 
 def _merge(values: dict[str, Any], update: Mapping[str, Any]) -> None:
@@ -217,49 +139,7 @@ def _merge(values: dict[str, Any], update: Mapping[str, Any]) -> None:
             values[key] = value
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    node: Any = values
-    for depth, section in enumerate(sections):
-        # `ensemble.0.name`: a number between names is that of an entry of a list.
-        new: Any = [] if any(part.isdigit() for part in sections[depth + 1 : depth + 2]) else {}
-        node = _step_into(node, section, new, key, ".".join(sections[:depth]))
-    if isinstance(node, list):
-        _check_number(node, last, key, ".".join(sections))
-        node[int(last) : int(last) + 1] = [value]
-    else:
-        node[last] = value
-
-
-def _check_number(node: list[Any], number: str, key: str, at: str) -> None:
-    """UserError unless it is that of an entry of the list, or of the next one."""
-    if not number.isdigit() or int(number) > len(node):
-        entries = ", ".join(f"{at}.{index}" for index in range(len(node))) or "nothing"
-        raise UserError(
-            f"unknown key {key}: {at} is a list that holds {entries}; {at}.{len(node)} would add "
-            f"to it"
-        )
-
-
-def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
-    """What `section` names in a mapping or a list, `new` where there is nothing yet."""
-    if isinstance(node, list):
-        _check_number(node, section, key, at)
-        node += [new] * (int(section) == len(node))
-        found = node[int(section)]
-    else:
-        if node.get(section) is None:
-            node[section] = new
-        found = node[section]
-    if not isinstance(found, dict | list):
-        at = f"{at}.{section}" if at else section
-        raise UserError(f"unknown key {key}: {at} is a value and has no keys of its own")
-    return found
-
-
 def _validate(values: dict[str, Any]) -> Recipe:
-    from fastkd.losses.base.registry import term_names
-
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

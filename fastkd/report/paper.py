@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.recipe.schema import Recipe
-from fastkd.recipes import all_recipes
+from fastkd.recipes.catalogue import all_recipes
+from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
 from fastkd.recipes.published import Published
 
@@ -56,7 +57,7 @@ def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
         "value": cell.value,
         "std": cell.std,
         "place": cell.place,
-        "changed": _changed(recipe, entry.build()),
+        "changed": _changed(recipe, build(entry)),
     }
     if facts["changed"]:
         changed = ", ".join(facts["changed"])

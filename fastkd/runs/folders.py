@@ -15,7 +15,8 @@ from fastkd.compute.ranks import World, on_main
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, environment, find_resumable
-from fastkd.recipe.loading import load_recipe, recipe_to_yaml
+from fastkd.recipes.loading import load_recipe
+from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.storage.checkpoint import load_checkpoint
 

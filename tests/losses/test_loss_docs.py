@@ -16,7 +16,7 @@ from fastkd.cli.commands import main
 from fastkd.errors import UserError
 from fastkd.losses.base.catalogue import FIELDS, catalogue, entry_of
 from fastkd.losses.base.registry import ALIASES, NO_LOSSES, called, config_class, plain, term_names
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "losses.md"

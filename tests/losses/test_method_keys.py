@@ -8,7 +8,7 @@ import pytest
 import fastkd.losses
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import build_terms
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 
 # Name of the loss -> its class, and keys in another value than the default with what they set.
 KEYS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {

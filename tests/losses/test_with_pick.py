@@ -19,7 +19,7 @@ from fastkd.compute.ranks import World
 from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.base.registry import term_names
 from fastkd.output.console import Console
-from fastkd.recipe.loading import load_recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.teachers.loading import load_teacher
 

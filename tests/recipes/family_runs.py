@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from fastkd.compute.ranks import World
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
-from fastkd.recipes import all_recipes
+from fastkd.recipes.catalogue import all_recipes
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher

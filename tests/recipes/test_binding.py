@@ -14,7 +14,8 @@ from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
-from fastkd.recipes import all_recipes
+from fastkd.recipes.catalogue import all_recipes
+from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.teacher import MEAN_LOGITS
@@ -67,7 +68,7 @@ def kinds() -> Iterator[tuple[str, Recipe]]:
         ]
         if (text := " ".join(sorted(kind))) not in seen:
             seen.add(text)
-            yield name, entry.build()
+            yield name, build(entry)
 
 
 def refused(recipe: Recipe) -> str:
@@ -117,7 +118,7 @@ def test_every_loss_of_every_runnable_recipe_accepts_its_networks() -> None:
 
 @pytest.mark.parametrize("pair", ["wrn_40_2--wrn_16_2", "wrn_40_2--shufflenetv1"])
 def test_the_raw_sum_of_a_wide_resnet_is_seen_here(pair: str) -> None:
-    recipe = all_recipes()[f"cifar100/{pair}/simkd"].build()
+    recipe = build(all_recipes()[f"cifar100/{pair}/simkd"])
     raw = recipe.losses["simkd"].model_copy(update={"teacher": "stage3"})
     assert "set losses.simkd.teacher=stage3:preact" in refused(
         recipe.model_copy(update={"losses": {"simkd": raw}})

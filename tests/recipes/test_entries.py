@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import model_options
-from fastkd.recipe.loading import load_recipe
 from fastkd.recipe.schema import Recipe
-from fastkd.recipes import all_recipes, find_entry, find_recipe
+from fastkd.recipes.catalogue import all_recipes, find_entry
 from fastkd.recipes.entry import Entry
+from fastkd.recipes.loading import build, find_recipe, load_recipe
 from fastkd.recipes.missing import missing
 from fastkd.report.paper import paper_row
 from fastkd.training.schedules import Schedule
@@ -38,7 +38,7 @@ def test_names_have_the_parts_that_the_listing_counts_by():
 
 
 def test_every_runnable_recipe_is_valid():
-    built = {name: entry.build() for name, entry in all_recipes().items() if not missing(entry)}
+    built = {name: build(entry) for name, entry in all_recipes().items() if not missing(entry)}
     assert len(built) > 100
     assert all(recipe.name == name and recipe.description for name, recipe in built.items())
 
@@ -96,7 +96,7 @@ def schedule_of(keys, steps_per_epoch=1):
     optim = {key: value for key, value in keys.items() if key.startswith("optim.")}
     plain = {"data.name": "synthetic", "student.name": "resnet8", "losses.ce.weight": 1.0}
     entry = Entry(name="plain", description="", keys=plain | optim | {"epochs": keys["epochs"]})
-    recipe = entry.build()
+    recipe = build(entry)
     return recipe.optim.lr, Schedule(
         kind=recipe.optim.schedule,
         epochs=recipe.total_epochs,
@@ -158,9 +158,9 @@ def test_attention_has_the_same_share_whatever_the_number_of_layers():
 
 def test_a_teacher_is_trained_once_for_all_students_and_methods():
     names = ("vgg13--vgg8/kd", "vgg13--mobilenetv2_half/kd@960", "vgg13--vgg8/tlcutmix")
-    lessons = [find_entry(f"kdda/cifar100/{name}").build().as_teacher() for name in names]
+    lessons = [build(find_entry(f"kdda/cifar100/{name}")).as_teacher() for name in names]
     assert len({lesson.digest() for lesson in lessons}) == 1
-    alone = find_entry("kdda/cifar100/vgg13/scratch").build()
+    alone = build(find_entry("kdda/cifar100/vgg13/scratch"))
     assert without_name(alone) == without_name(lessons[0])
 
 
@@ -189,7 +189,7 @@ def test_pick_differs_between_text_and_code_in_the_partial_batch_only():
 
 def test_hard_label_cutmix_is_read_in_two_ways():
     name = "kdda/cifar100/vgg13--vgg8/cutmix"
-    text, code = find_entry(name).build(), find_entry(f"{name}:released").build()
+    text, code = build(find_entry(name)), build(find_entry(f"{name}:released"))
     assert (text.augment.xprime, code.augment.xprime) == ("cutmix", "cutmix")
     needs = [[need for term in build_terms(r.losses) for need in term.needs] for r in (text, code)]
     assert "xprime/mixed/labels" in needs[0] and "xprime/teacher/logits" in needs[0]
@@ -205,7 +205,7 @@ def test_rows_of_the_data_augmentation_paper_lack_no_view_and_no_loss():
     lacks = {n for name, e in all_recipes().items() if name.startswith("kdda/") for n in missing(e)}
     assert lacks <= {"data.name=tiny_imagenet"}
     cutout = find_entry("kdda/cifar100/vgg13--vgg8/cutout")
-    assert cutout.build().augment.xprime == "cutout"
+    assert build(cutout).augment.xprime == "cutout"
     assert "augment.xprime" in cutout.silent
     assert "augment.xprime" not in find_entry("kdda/cifar100/vgg13--vgg8/tlcutmix").silent
 
@@ -284,7 +284,7 @@ def test_a_value_out_of_range_is_no_gap_but_a_mistake():
 
 def test_a_recipe_that_needs_more_than_there_is_says_so(monkeypatch):
     entry = entry_of(losses__nothing__weight=1.0)
-    monkeypatch.setattr("fastkd.recipes.all_recipes", lambda: {"plain": entry})
+    monkeypatch.setattr("fastkd.recipes.catalogue.all_recipes", lambda: {"plain": entry})
     with pytest.raises(UserError, match=r"the recipe plain needs what .*: losses\.nothing\."):
         load_recipe("plain")
 
@@ -335,7 +335,7 @@ def test_a_best_epoch_is_compared_with_the_best(monkeypatch):
     printed = find_entry("cifar100/resnet56--resnet20/dkd").published
     entry = replace(entry_of(), published=printed)
     monkeypatch.setattr("fastkd.report.paper.all_recipes", lambda: {"plain": entry})
-    found = paper_row(entry.build(), SUMMARY)
+    found = paper_row(build(entry), SUMMARY)
     assert found.row == {"run": "paper, mdistiller README", "accuracy_best": 0.7197, "note": ""}
     assert found.text.endswith("here 70.62 in the best epoch, -1.35 points")
 
@@ -355,7 +355,7 @@ def test_transfer_lacks_only_the_reader_of_voc():
         losses = {key.split(".")[1] for key in entry.keys if key.startswith("losses.")}
         assert losses == ({"bce"} if data == "voc2007" else {"ce"})
         if data != "voc2007":
-            recipe = entry.build()
+            recipe = build(entry)
             assert recipe.student.frozen == ("backbone" if name.endswith("/linear") else None)
             assert recipe.student.new_head == ("-meal_v2/" in name)
             assert recipe.optim.lr == (0.1 if name.endswith("/linear") else 0.01)

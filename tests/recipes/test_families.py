@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from fastkd.models.blocks.grammar import parse_block
-from fastkd.recipe.loading import parse_override
-from fastkd.recipes import all_recipes
+from fastkd.recipe.overrides import parse_override
+from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.missing import missing
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from fastkd.recipes import all_recipes
+from fastkd.recipes.catalogue import all_recipes
 
 # What a row is about: data set, networks and their weights.
 ROW = re.compile(

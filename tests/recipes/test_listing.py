@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from fastkd.recipes import all_recipes, find_entry
+from fastkd.recipes.catalogue import all_recipes, find_entry
+from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
 
 ROW = "kdda/cifar100/wrn_40_2--wrn_16_2/tlcutmix"
@@ -102,7 +103,7 @@ def test_every_number_of_a_loss_is_shown_with_its_source(command, name, defaults
     loss = name.rpartition("/")[2]
     for key, value in defaults.items():
         assert lines[f"losses.{loss}.{key}"] == [value, "default"]
-    recipe = find_entry(name).build()
+    recipe = build(find_entry(name))
     for used, keys in recipe.losses.items():
         assert {f"losses.{used}.{key}" for key in type(keys).model_fields} <= lines.keys()
     for used, source in sources.items():

@@ -24,8 +24,8 @@ from fastkd.compute.ranks import World
 from fastkd.losses.base.term import TermInputs
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.recipe.loading import load_recipe
-from fastkd.recipes import all_recipes, find_entry
+from fastkd.recipes.catalogue import all_recipes, find_entry
+from fastkd.recipes.loading import build, load_recipe
 from fastkd.recipes.missing import missing
 from fastkd.report.paper import paper_row
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
@@ -68,7 +68,7 @@ def test_every_row_runs_given_the_images() -> None:
     assert len(RECIPES) == 22
     for name, entry in RECIPES.items():
         assert missing(entry) == ()
-        recipe = entry.build()
+        recipe = build(entry)
         assert len(recipe.teacher.members()) == 2, name
         assert set(recipe.losses) == {"soft_ce", "discriminator"}
         assert recipe.optim.weight_decay == 0
@@ -85,13 +85,13 @@ def test_pins_are_the_weights_that_the_paper_used(pin: str) -> None:
 
 
 def test_every_pin_is_one_of_them_and_all_are_used() -> None:
-    used = {one.name for entry in RECIPES.values() for one in pinned(entry.build())}
+    used = {one.name for entry in RECIPES.values() for one in pinned(build(entry))}
     assert used == {f"timm:{pin}" for pin in PINS}
 
 
 def test_teachers_get_images_of_the_size_they_were_trained_on() -> None:
     for entry in RECIPES.values():
-        recipe = entry.build()
+        recipe = build(entry)
         for one in recipe.teacher.members().values():
             wanted = timm.get_pretrained_cfg(one.name.removeprefix("timm:")).input_size[1]
             assert (one.resolution or recipe.data.image_size) == wanted

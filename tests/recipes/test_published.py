@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from fastkd.recipes import all_recipes
+from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.published import METRICS, cells, papers
 
 # Rows times columns, without the cells that the paper leaves empty or our text has lost.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastkd.errors import Interrupted, UserError
-from fastkd.recipe.loading import recipe_to_yaml
+from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session
 from fastkd.training.interrupt import StopSignal

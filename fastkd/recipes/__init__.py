@@ -1,0 +1,1 @@
+"""The named recipes: one module per paper or data set, and how one is loaded."""
