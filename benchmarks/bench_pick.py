@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import count, create_model
+from fastkd.augment.config import PickConfig
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
 from fastkd.output.console import Console
-from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.testing import interleave, step_macs
 from fastkd.training.build import Engine, build_trainer
+from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32

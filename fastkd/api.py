@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
 from fastkd.compute.ranks import on_main, open_world
@@ -30,10 +31,10 @@ from fastkd.losses.logits import KD
 from fastkd.models.taps import check_network, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, environment
-from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.runs.folders import occupied, tidy
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer, decide
+from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan
 
 __all__ = ["Result", "distill"]

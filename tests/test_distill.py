@@ -15,8 +15,8 @@ import fastkd
 from fastkd.errors import Interrupted, UserError
 from fastkd.losses import AT, KD, CrossEntropy
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
-from fastkd.recipe.schema import OptimConfig
 from fastkd.storage.weights import load_weights
+from fastkd.training.config import OptimConfig
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd.augment.config import PickConfig
 from fastkd.errors import UserError
 from fastkd.losses import KD
-from fastkd.recipe.schema import PickConfig
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
 

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastkd import create_model
+from fastkd.augment.config import PickConfig
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
@@ -20,10 +21,10 @@ from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
-from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import no_host_sync
 from fastkd.training.build import Engine, LoadedNet, build_trainer
+from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
 pytestmark = pytest.mark.gpu

@@ -46,9 +46,9 @@ from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import OptimConfig
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer
+from fastkd.training.config import OptimConfig
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Plan, Trainer
 

@@ -19,7 +19,7 @@ from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import headline
 from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
 from fastkd.output.console import comparison_table
-from fastkd.recipe.schema import OptimConfig
+from fastkd.training.config import OptimConfig
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")

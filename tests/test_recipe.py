@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from fastkd.errors import UserError
 from fastkd.recipe.overrides import parse_override
 from fastkd.recipe.printing import annotated_yaml, recipe_to_yaml, valid_keys
-from fastkd.recipe.schema import OptimConfig
 from fastkd.recipes.loading import find_recipe, load_recipe
+from fastkd.training.config import OptimConfig
 
 
 def quickstart(*overrides, **options):

@@ -140,7 +140,7 @@ def test_each_of_several_mistakes_has_its_own_sentence():
         ("- 1\n", "must hold keys such as `epochs: 30`, one a line; it holds a list"),
         ("1: 2\n", "it holds keys that are no text"),
         ("epoch: 3\n", "unknown key epoch, did you mean epochs?"),
-        ("optim:\n  lr: 1\n  lr: 2\n", "(line 3, column 3: the key lr stands there twice)"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "(line 3, column 3: the key lr appears twice)"),
     ],
     ids=["syntax", "binary", "empty", "list", "numbers", "unknown key", "twice"],
 )

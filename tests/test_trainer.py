@@ -31,10 +31,10 @@ from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import OptimConfig
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer
+from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"

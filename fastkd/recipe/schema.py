@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
@@ -21,129 +20,15 @@ from pydantic import (
     model_validator,
 )
 
-from fastkd.config.section import Deviations, Section, yaml_switch
-from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
+from fastkd.augment.config import AugmentConfig
+from fastkd.config.section import Section, yaml_switch
+from fastkd.data.config import DataConfig
+from fastkd.losses.base.registry import check_needs, config_class, typed_config
+from fastkd.models.config import StudentConfig
+from fastkd.teachers.config import MemberConfig, TeacherConfig
+from fastkd.training.config import OptimConfig
 
-__all__ = [
-    "AugmentConfig",
-    "BaselineConfig",
-    "DataConfig",
-    "OptimConfig",
-    "Recipe",
-]
-
-
-class DataConfig(Section):
-    """Where the images come from (`fastkd.data`)."""
-
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
-    """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
-    root: str | None = None
-    """Folder of the data set; digits and synthetic need none."""
-    backend: Literal["auto", "resident", "torch"] = "auto"
-    """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
-    image_size: PositiveInt | None = None
-    """Side in pixels after decoding; by default the data set's own."""
-    download: bool = False
-    """Fetch a missing CIFAR archive into root."""
-    train_limit: PositiveInt | None = None
-    """Use only this many training images, the same share of every class."""
-    workers: int = Field(default=2, ge=0)
-    """Decoding processes of the torch backend."""
-    mean: tuple[float, float, float] | None = None
-    """Channel means in 0..1; by default those of the data set."""
-    std: Deviations | None = None
-    """Channel standard deviations in 0..1; by default those of the data set."""
-    drop_last: bool = True
-    """Drop the partial batch at the end of an epoch; the papers keep it."""
-
-    @model_validator(mode="after")
-    def _reads_its_root(self) -> "DataConfig":
-        if self.root is not None and self.name in ("digits", "synthetic"):
-            raise ValueError(
-                f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
-                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it away "
-                f"(data.root=null)"
-            )
-        return self
-
-
-class PickConfig(Section):
-    """Which x' of a pool are used (`fastkd.augment.pick`); every process has a pool of its own
-    share of the batch and picks from that."""
-
-    criterion: Literal["kl", "teacher_entropy", "student_entropy"] = "kl"
-    """What makes an image hard."""
-    temperature: PositiveFloat = 4.0
-    """T of the criterion kl; that of the loss."""
-    pool: int = Field(default=2, ge=2)
-    """x' per image of the batch that are made and scored."""
-    share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the pool that is used."""
-    images: PositiveInt | None = None
-    """A constant number instead of a share, per process; of a smaller pool all."""
-    update_statistics: bool = True
-    """Whether the student's batch norm statistics see the pool, as in the released code."""
-
-
-class AugmentConfig(Section):
-    """What happens to a training image (`fastkd.augment.views`); others are only normalised."""
-
-    crop: Literal["pad", "resized", "none"] = "pad"
-    """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
-    padding: int = Field(default=4, ge=0)
-    """Pixels added on every side before the random crop."""
-    pad_mode: Literal["zero", "reflect"] = "zero"
-    """What the added pixels hold."""
-    flip: bool = True
-    """Mirror half of the images."""
-    xprime: Literal[
-        "none", "cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment"
-    ] = "none"
-    """The second view x' of every batch: made from x by one draw for the whole batch (the first
-    three), or from the picture of x by a draw for each (the last three)."""
-    pick: PickConfig | None = None
-    """Choose x' from a pool of them."""
-
-    @model_validator(mode="after")
-    def _crops_differ(self) -> "AugmentConfig":
-        crops = self.crop == "resized" or (self.crop == "pad" and self.padding > 0)
-        if self.xprime == "cropflip" and not (crops or self.flip):
-            raise ValueError(
-                "augment.xprime=cropflip would be x again, which is neither cut out nor flipped "
-                "at random: set augment.padding or augment.flip=true"
-            )
-        return self
-
-
-class OptimConfig(Section):
-    """Optimizer and learning-rate schedule (`fastkd.training.optim`,
-    `fastkd.training.schedules`)."""
-
-    name: Literal["sgd", "adamw", "lamb"] = "sgd"
-    """Update rule."""
-    impl: Literal["torch", "apex"] = "torch"
-    """Whose implementation."""
-    lr: PositiveFloat = 0.05
-    """Peak learning rate at the global batch size."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of SGD."""
-    nesterov: bool = False
-    """Nesterov's form of momentum."""
-    weight_decay: NonNegativeFloat = 5e-4
-    """Applied to every trained parameter, norms and biases included, as the papers do."""
-    decay_norms: bool = True
-    """false: no weight decay on norms and biases (all of one dimension), as timm has it."""
-    schedule: Literal["constant", "multistep", "exponential", "cosine", "onecycle"] = "multistep"
-    """Shape of the learning rate over the run."""
-    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""
-    gamma: PositiveFloat = 0.1
-    """Factor at each milestone; exponential: after every epoch."""
-    warmup_epochs: NonNegativeFloat = 0
-    """Length of the linear warm-up in epochs."""
-    clip_norm: PositiveFloat | None = None
-    """Largest global gradient norm."""
+__all__ = ["BaselineConfig", "Recipe"]
 
 
 class BaselineConfig(Section):
@@ -216,8 +101,6 @@ class Recipe(Section):
     @field_validator("losses", mode="before")
     @classmethod
     def _typed_losses(cls, value: object) -> object:
-        from fastkd.losses.base.registry import config_class, typed_config
-
         if not isinstance(value, dict):
             return value
         # A null takes a loss of the base recipe away; a misspelled one takes nothing away.
@@ -243,8 +126,6 @@ class Recipe(Section):
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} does not fit into "
                 f"epochs={self.epochs}"
             )
-        from fastkd.losses.base.registry import check_needs
-
         check_needs(
             self.losses,
             has_teacher=self.teacher is not None,

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fastkd.losses.base.registry import config_class, term_names
+from fastkd.models.config import NETWORK_OPTIONS
 from fastkd.models.registry import model_options
-from fastkd.recipe.networks import NETWORK_OPTIONS
 from fastkd.recipe.overrides import nested
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.entry import Entry

@@ -17,12 +17,13 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import count, create_model
+from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
 from fastkd.models.hub import Normalization
 from fastkd.models.registry import classifier_paths
 from fastkd.output.console import Console
-from fastkd.recipe.networks import MemberConfig, StudentConfig, TeacherConfig
 from fastkd.storage.weights import load_weights
+from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.teachers.ensemble import LoadedNet, bind_teacher
 
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.compiling import compile_unit, worth_compiling
@@ -29,9 +30,9 @@ from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
 from fastkd.teachers.teacher import Teacher
+from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
 from fastkd.training.guard import Guard
 from fastkd.training.optim import build_optimizer, spare_norms

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastkd.training.trainer
 from fastkd.api import distill
+from fastkd.augment.config import PickConfig
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.data.batch import Batch
@@ -30,9 +31,9 @@ from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.recipe.schema import OptimConfig, PickConfig
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer
+from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from fastkd.compute.ranks import World
 from fastkd.models import create_model
+from fastkd.models.config import StudentConfig
 from fastkd.output.console import Console
-from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import load_recipe

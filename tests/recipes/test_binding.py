@@ -11,8 +11,8 @@ from fastkd.errors import UserError
 from fastkd.losses.base.registry import build_terms
 from fastkd.losses.base.term import BindContext, Need
 from fastkd.models import create_model
+from fastkd.models.config import StudentConfig
 from fastkd.models.taps import Tapped
-from fastkd.recipe.networks import StudentConfig
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import build

@@ -1,0 +1,57 @@
+"""Keys of a recipe on images: where they come from, how they are cropped and flipped."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from fastkd.config.section import Deviations, Section
+
+__all__ = ["DataConfig", "GeometryConfig"]
+
+
+class DataConfig(Section):
+    """Where the images come from (`fastkd.data`)."""
+
+    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
+    root: str | None = None
+    """Folder of the data set; digits and synthetic need none."""
+    backend: Literal["auto", "resident", "torch"] = "auto"
+    """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
+    image_size: PositiveInt | None = None
+    """Side in pixels after decoding; by default the data set's own."""
+    download: bool = False
+    """Fetch a missing CIFAR archive into root."""
+    train_limit: PositiveInt | None = None
+    """Use only this many training images, the same share of every class."""
+    workers: int = Field(default=2, ge=0)
+    """Decoding processes of the torch backend."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means in 0..1; by default those of the data set."""
+    std: Deviations | None = None
+    """Channel standard deviations in 0..1; by default those of the data set."""
+    drop_last: bool = True
+    """Drop the partial batch at the end of an epoch; the papers keep it."""
+
+    @model_validator(mode="after")
+    def _reads_its_root(self) -> "DataConfig":
+        if self.root is not None and self.name in ("digits", "synthetic"):
+            raise ValueError(
+                f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
+                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it away "
+                f"(data.root=null)"
+            )
+        return self
+
+
+class GeometryConfig(Section):
+    """How a training image is cropped and flipped (`fastkd.data.geometry`)."""
+
+    crop: Literal["pad", "resized", "none"] = "pad"
+    """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
+    padding: int = Field(default=4, ge=0)
+    """Pixels added on every side before the random crop."""
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    """What the added pixels hold."""
+    flip: bool = True
+    """Mirror half of the images."""

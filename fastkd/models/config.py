@@ -1,0 +1,73 @@
+"""Keys of a recipe on one network: which, from which weights, what of it is trained."""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, field_validator, model_validator
+
+from fastkd.config.section import Section
+from fastkd.errors import UserError
+from fastkd.models.blocks.grammar import parse_block
+
+__all__ = ["NETWORK_OPTIONS", "StudentConfig"]
+
+NETWORK_OPTIONS = ("width", "block", "shortcuts", "stem", "dropout")
+"""Keys of student and teacher that are options of `fastkd.models.create_model`."""
+
+
+class StudentConfig(Section):
+    """The network that is trained (`fastkd.models`)."""
+
+    name: str
+    """Zoo name, timm:NAME or torchvision:NAME; `fastkd models` lists them."""
+    width: PositiveFloat | None = None
+    """Factor on all widths of a zoo residual network."""
+    block: str | None = None
+    """Cheap block instead of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
+    shortcuts: bool | Literal["pad", "projection"] | None = None
+    """false: none; projection: only where the shape changes; pad: there without weights."""
+    stem: str | None = None
+    """First layers of a ResNet-18 or 34: cifar, imagenet, or imagenet-nopool."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability inside the residual blocks of a WRN."""
+    weights: str | None = None
+    """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
+    pretrained: bool = False
+    """Download the published weights of a timm or torchvision network; weights=... goes before."""
+    new_head: bool = False
+    """Take all but the classifier from these weights; the classifier is as initialised."""
+    frozen: Literal["backbone"] | None = None
+    """backbone: train only the classifier; all else computes as in evaluation, batch norms too."""
+
+    @model_validator(mode="after")
+    def _has_a_body(self) -> "StudentConfig":
+        if (self.new_head or self.frozen) and not (self.weights or self.pretrained):
+            what = "new_head=true replaces the classifier"
+            if not self.new_head:
+                what = "frozen=backbone keeps the layers"
+            raise ValueError(
+                f"{what} of a trained network: set weights=FILE or a run folder, or (timm and "
+                f"torchvision) pretrained=true beside it"
+            )
+        return self
+
+    @field_validator("block", mode="before")
+    @classmethod
+    def _canonical(cls, value: object) -> object:
+        if value is None:
+            return None
+        # The comma of BG(2,4) makes a list of an override.
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        try:
+            return str(parse_block(text))  # type: ignore[arg-type]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def label(self) -> str:
+        """For people: `wrn_40_2 G(4)`, where the block is not left to the network."""
+        return f"{self.name} {self.block}" if self.block else self.name
+
+    def options(self) -> dict[str, Any]:
+        """Those of `create_model` that are set."""
+        chosen = {name: getattr(self, name) for name in NETWORK_OPTIONS}
+        return {name: value for name, value in chosen.items() if value is not None}

@@ -1,0 +1,39 @@
+"""Keys of a recipe on the optimizer and its schedule."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from fastkd.config.section import Section
+
+__all__ = ["OptimConfig"]
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule (`fastkd.training.optim`,
+    `fastkd.training.schedules`)."""
+
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """Update rule."""
+    impl: Literal["torch", "apex"] = "torch"
+    """Whose implementation."""
+    lr: PositiveFloat = 0.05
+    """Peak learning rate at the global batch size."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Applied to every trained parameter, norms and biases included, as the papers do."""
+    decay_norms: bool = True
+    """false: no weight decay on norms and biases (all of one dimension), as timm has it."""
+    schedule: Literal["constant", "multistep", "exponential", "cosine", "onecycle"] = "multistep"
+    """Shape of the learning rate over the run."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""
+    gamma: PositiveFloat = 0.1
+    """Factor at each milestone; exponential: after every epoch."""
+    warmup_epochs: NonNegativeFloat = 0
+    """Length of the linear warm-up in epochs."""
+    clip_norm: PositiveFloat | None = None
+    """Largest global gradient norm."""
