@@ -13,9 +13,10 @@ import json
 import statistics
 from pathlib import Path
 
+from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
-from fastkd.output.run_folder import environment, find_finished
+from fastkd.output.run_folder import find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, run_recipe

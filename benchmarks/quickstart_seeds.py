@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
-from fastkd.output.run_folder import environment
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, run_recipe
 

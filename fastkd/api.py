@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
+from fastkd.compute.machine import environment
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
@@ -30,8 +31,8 @@ from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
 from fastkd.models.taps import check_network, remove_taps
 from fastkd.output.console import Console
-from fastkd.output.run_folder import RunFolder, environment
-from fastkd.runs.folders import occupied, tidy
+from fastkd.output.occupancy import occupied, tidy
+from fastkd.output.run_folder import RunFolder
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.training.build import Engine, build_trainer, decide
 from fastkd.training.config import OptimConfig

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastkd.runs.folders
+import fastkd.output.occupancy
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
-from fastkd.runs.folders import occupied
+from fastkd.output.occupancy import occupied
 
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
 
@@ -38,7 +38,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_shared_stage_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkd.runs.folders, "_ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(fastkd.output.occupancy, "_ASK_AGAIN_S", 0.01)
     other, notes = lock(tmp_path / "teacher"), []
 
     def waiting() -> None:
@@ -52,7 +52,7 @@ def test_a_shared_stage_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_that_its_holder_took_away_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkd.runs.folders, "_ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(fastkd.output.occupancy, "_ASK_AGAIN_S", 0.01)
     path = tmp_path / "teacher"
     path.mkdir()
     original = fcntl.flock

@@ -13,10 +13,11 @@ import time
 import pytest
 from rich.console import Console as RichConsole
 
+from fastkd.compute.machine import environment
 from fastkd.errors import RunFailed, UserError
 from fastkd.output import console as console_module
 from fastkd.output.console import Console, comparison_table
-from fastkd.output.run_folder import RunFolder, environment, find_resumable
+from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.report.plots import plot_curves
 from fastkd.storage.atomic import atomic_path
 
@@ -131,7 +132,7 @@ def test_a_kill_inside_a_write_leaves_the_old_file(tmp_path):
     folder = create(tmp_path, out=tmp_path / "run")
     folder.write_text("summary.json", '{"old": true}')
     code = (
-        "import os, sys, signal; from fastkd.report import run_folder\n"
+        "import os, sys, signal; from fastkd.output import run_folder\n"
         "folder = run_folder.RunFolder(run_folder.Path(sys.argv[1]))\n"
         "run_folder.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "folder.write_json('summary.json', {'new': True})\n"

@@ -7,15 +7,15 @@ whatever an import may raise and reports it in place.
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastkd.compute.machine import cpu_facts, gpu_facts, in_words, kernel_facts, version_of
 from fastkd.training.optim import apex_missing
 
-__all__ = ["Part", "cpu_facts", "gpu_facts", "kernel_facts", "run_doctor", "version_of"]
+__all__ = ["Part", "run_doctor"]
 
 
 @dataclass(frozen=True)
@@ -51,55 +51,6 @@ def run_doctor(json: bool = False) -> str | dict[str, Any]:
         "parts": [asdict(part) for part in _parts()],
     }
     return found if json else _as_text(found)
-
-
-def version_of(name: str) -> str | None:
-    """Version of an installed distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_facts() -> dict[str, Any]:
-    """Name, cores, torch's threads, vector instructions, and whether bf16 is computed natively."""
-    import torch
-
-    from fastkd.compute.precision import computes_in_bf16
-
-    capabilities = torch.cpu.get_capabilities()
-    return {
-        "name": capabilities.get("cpu_name") or platform.processor() or "unknown",
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16": computes_in_bf16(torch.device("cpu")),
-    }
-
-
-def gpu_facts() -> list[dict[str, Any]]:
-    """Name, compute capability and memory of every CUDA device that torch sees."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        {
-            "name": gpu.name,
-            "capability": f"{gpu.major}.{gpu.minor}",
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-        }
-        for gpu in properties
-    ]
-
-
-def kernel_facts() -> dict[str, Any]:
-    """`fastkd.kernels.status()`, or the reason why it cannot be had."""
-    try:
-        return dict(importlib.import_module("fastkd.kernels").status())
-    except (Exception, SystemExit) as error:
-        return {"error": _in_words(error)}
 
 
 def _parts() -> list[Part]:
@@ -161,14 +112,9 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
         # A package that is there but lacks one of its own parts is broken, not missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return "", "not installed"
-        return "", f"broken: {_in_words(error)}"
+        return "", f"broken: {in_words(error)}"
     except (Exception, SystemExit) as error:
-        return "", f"broken: {_in_words(error)}"
-
-
-def _in_words(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        return "", f"broken: {in_words(error)}"
 
 
 def _as_text(found: Mapping[str, Any]) -> str:

@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from fastkd.errors import UserError
 from fastkd.output.events import Events
 from fastkd.storage.atomic import atomic_path, explain_full_disk
 
-__all__ = ["RunFolder", "csv_text", "environment", "find_finished", "find_resumable"]
+__all__ = ["RunFolder", "csv_text", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 _DESCRIPTION = ("config.yaml", "environment.json")
@@ -193,27 +192,6 @@ def find_finished(root: Path | str, recipe_name: str, digest: str) -> dict[str, 
     candidates = sorted((Path(root) / recipe_name).glob(f"*-{digest[:8]}"), reverse=True)
     summaries = (RunFolder(path).summary() for path in candidates)
     return next((found for found in summaries if found and found.get("digest") == digest), None)
-
-
-def environment() -> dict[str, Any]:
-    """What a reader of the results has to know of the machine and the software, for JSON."""
-    import torch
-
-    import fastkd
-    from fastkd.cli.doctor import cpu_facts, gpu_facts, kernel_facts, version_of
-
-    return {
-        "fastkd": fastkd.__version__,
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
-        "system": platform.platform(),
-        "cpu": cpu_facts(),
-        "gpus": gpu_facts(),
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "kernels": kernel_facts(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def _make_dated(parent: Path, digest: str) -> Path:

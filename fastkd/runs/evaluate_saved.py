@@ -15,8 +15,8 @@ from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
-from fastkd.recipes.loading import load_recipe
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.weights import load_weights
 from fastkd.teachers.teacher import Teacher

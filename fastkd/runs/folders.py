@@ -4,25 +4,18 @@ Flow: `run` asks here, on rank 0, once everything fits; a stage that fails befor
 anything leaves no folder behind.
 """
 
-import fcntl
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from fastkd.compute.ranks import World, on_main
-from fastkd.errors import FastKDError, Interrupted, UserError
+from fastkd.compute.machine import environment
+from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
-from fastkd.output.run_folder import RunFolder, environment, find_resumable
-from fastkd.recipes.loading import load_recipe
+from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.loading import load_recipe
 from fastkd.storage.checkpoint import load_checkpoint
 
-__all__ = ["choose_folder", "occupied", "stage_folder", "tidy"]
-
-_ASK_AGAIN_S = 2.0
+__all__ = ["choose_folder", "stage_folder"]
 
 
 def choose_folder(
@@ -74,45 +67,6 @@ def stage_folder(recipe: Recipe, path: Path) -> RunFolder:
     return _equipped(recipe, folder)
 
 
-@contextmanager
-def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep other processes out of a run folder; the system lets go when this one dies.
-
-    waiting: called once while another process has the folder, which is then waited for; None: that
-    is a UserError.
-    """
-    held: list[int] = []
-
-    def take() -> bool:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return False
-        except OSError:
-            pass  # a file system without locks: two runs in one folder are then the user's affair
-        held.append(handle)
-        # Its last holder may have taken it away before it let go.
-        return path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
-
-    asked = 0
-    while not on_main(world, take):
-        asked += 1
-        if waiting is None:
-            raise UserError(f"another process is at work in {path}; wait for it, or stop it first")
-        if asked == 1:
-            waiting()
-        # Asked anew each time, or the other ranks would run out of patience in a collective.
-        time.sleep(_ASK_AGAIN_S)
-    try:
-        yield
-    finally:
-        for handle in held:
-            os.close(handle)
-
-
 def _new(recipe: Recipe, out: Path | None, root: Path) -> RunFolder:
     folder = RunFolder.create(root, recipe.name, recipe.digest(), out=out)
     try:
@@ -125,19 +79,6 @@ def _new(recipe: Recipe, out: Path | None, root: Path) -> RunFolder:
 
 def _equipped(recipe: Recipe, folder: RunFolder) -> RunFolder:
     return folder.with_events() if recipe.tensorboard else folder
-
-
-@contextmanager
-def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
-    """Take the folder away again if the block fails with nothing in it to go on with."""
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        raise
-    except BaseException:
-        if world.is_main:
-            folder.discard(root)
-        raise
 
 
 def _describe(recipe: Recipe, folder: RunFolder) -> None:

@@ -17,12 +17,13 @@ from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
 from fastkd.evaluation.headline import headline
-from fastkd.runs.folders import choose_folder, occupied, stage_folder, tidy
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.console import Console
+from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
+from fastkd.runs.folders import choose_folder, stage_folder
 from fastkd.storage.checkpoint import load_checkpoint
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of

@@ -24,8 +24,8 @@ from fastkd.output.run_folder import csv_text, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
 from fastkd.runs.stages import Session, run_recipe
-from fastkd.storage.atomic import atomic_path
 from fastkd.runs.sweep.jobs import GO_ON, run_jobs
+from fastkd.storage.atomic import atomic_path
 
 __all__ = ["check_sweep", "combinations", "run_sweep"]
 

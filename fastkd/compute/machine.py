@@ -1,0 +1,85 @@
+"""What this machine and this installation are: processor, GPUs, versions, kernels.
+
+`fastkd doctor` prints these facts, and every run folder keeps them. A broken package must not break
+the report, so probes catch whatever an import may raise and report it in place.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import time
+from typing import Any
+
+import torch
+
+from fastkd.compute.precision import computes_in_bf16
+
+__all__ = ["cpu_facts", "environment", "gpu_facts", "in_words", "kernel_facts", "version_of"]
+
+
+def version_of(name: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_facts() -> dict[str, Any]:
+    """Name, cores, torch's threads, vector instructions, and whether bf16 is computed natively."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "name": capabilities.get("cpu_name") or platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16": computes_in_bf16(torch.device("cpu")),
+    }
+
+
+def gpu_facts() -> list[dict[str, Any]]:
+    """Name, compute capability and memory of every CUDA device that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+        }
+        for gpu in properties
+    ]
+
+
+def kernel_facts() -> dict[str, Any]:
+    """`fastkd.kernels.status()`, or the reason why it cannot be had."""
+    try:
+        return dict(importlib.import_module("fastkd.kernels").status())
+    except (Exception, SystemExit) as error:
+        return {"error": in_words(error)}
+
+
+def in_words(error: BaseException) -> str:
+    """Class and first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of the results has to know of the machine and the software, for JSON."""
+    import fastkd
+
+    return {
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("torch", "torchvision", "timm", "triton", "numpy")},
+        "system": platform.platform(),
+        "cpu": cpu_facts(),
+        "gpus": gpu_facts(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "kernels": kernel_facts(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,1 @@
+"""What knows a whole recipe: stages, folders, dry runs, saved runs, sweeps."""
