@@ -6,7 +6,7 @@ All pairs of the data augmentation paper's arithmetic on CIFAR-100 in the defaul
 the compiler; the first pair also in fp32, and compiled as a long run has it. The sides
 share weights and batch, and alternate in one process. Beside each ratio of times stands that of
 multiply-accumulates (forward 1, backward 2, the pool's teacher logits used again:
-`testing.step_macs`, held against a count of a real step in tests/test_step_cost.py).
+`testing.step_macs`, held against a count of a real step in tests/training/test_step_cost.py).
 
 The gate, before the clock: all sides have the same loss on x, and what pick imitates is what the
 formula in fp32 chooses from the same pool.

@@ -1,6 +1,6 @@
 """Writes docs/losses.md from the code: `python docs/make_losses.py`, after a change of a loss.
 
-tests/losses/test_loss_docs.py fails while the file differs from what this makes.
+tests/docs/test_loss_docs.py fails while the file differs from what this makes.
 """
 
 import inspect

@@ -23,8 +23,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Each in a process of its own, a folder without what stands before it.
 MARKED = (
     "tests/ops/test_cuda.py",
-    "tests/test_gpu_step.py",
-    "tests/test_gpu_ranks.py",
+    "tests/training/test_gpu_step.py",
+    "tests/training/test_gpu_ranks.py",
     "tests/ops",
     "tests/data",
     "tests",

@@ -31,8 +31,8 @@ class AT(PairTerm):
     utils.py and HobbitLong/RepDistiller distiller_zoo/AT.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1000, RepDistiller's.
-    Tests: tests/test_trainer.py, tests/losses/test_ranks.py, tests/ops/test_attention_map.py;
-    oracle attention_oracle.json.
+    Tests: tests/training/test_trainer.py, tests/losses/test_ranks.py,
+    tests/ops/test_attention_map.py; oracle attention_oracle.json.
     """
 
     def __init__(

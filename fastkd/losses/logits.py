@@ -66,8 +66,8 @@ class CrossEntropy(LossTerm):
     Source: `torch.nn.functional.cross_entropy`.
     Needs: the student's logits on x, and the labels.
     Weight: 1.
-    Tests: tests/test_trainer.py, tests/ops/test_kd_loss.py, tests/losses/test_peer_losses.py,
-    test_ranks.py; oracle logit_losses.json.
+    Tests: tests/training/test_trainer.py, tests/ops/test_kd_loss.py,
+    tests/losses/test_peer_losses.py, test_ranks.py; oracle logit_losses.json.
     """
 
     takes_no_label = True
@@ -203,8 +203,8 @@ class MixedCE(LossTerm):
     section 3.1; clovaai/CutMix-PyTorch train.py.
     Needs: the student's logits on x' and the mixed labels.
     Weight: 1, the references'; 0.9 beside KD, as in the data augmentation paper's code.
-    Tests: tests/losses/test_mixed_targets.py, tests/test_mix.py, tests/test_ddp.py; no released
-    number, the formula is the oracle.
+    Tests: tests/losses/test_mixed_targets.py, tests/augment/test_mix.py,
+    tests/training/test_two_ranks.py; no released number, the formula is the oracle.
     """
 
     def __init__(self, *, weight: float = 1.0, name: str = "mixed_ce") -> None:

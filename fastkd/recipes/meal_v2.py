@@ -7,7 +7,7 @@ code where it contradicts the text. Weights are pinned by timm's tags, as timm's
 come to mean other weights since. `transfer/` are the rows of table 6: a new head on the backbone
 (`student.new_head`), which is tuned with it or stays as it is (`student.frozen`). Table 7 is
 detection, which fastkd does not train; torchvision's RetinaNet takes a run's backbone
-(tests/test_transfer.py). Rows quoted from other papers are left out.
+(tests/runs/test_transfer.py). Rows quoted from other papers are left out.
 """
 
 from typing import Any

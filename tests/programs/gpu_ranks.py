@@ -1,7 +1,8 @@
 """KD steps as one rank of a group on a GPU: `gpu_ranks.py BACKEND DEVICE`.
 
 BACKEND is nccl, gloo or fake (eight ranks of which seven exist in name only: shapes and memory).
-The rank comes from torchrun's names. Prints a line of JSON; tests/test_gpu_ranks.py starts it.
+The rank comes from torchrun's names. Prints a line of JSON; tests/training/test_gpu_ranks.py
+starts it.
 """
 
 import json

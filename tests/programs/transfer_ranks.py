@@ -1,4 +1,5 @@
-"""mAP and a linear probe on two ranks: `transfer_ranks.py FILE`; tests/test_transfer.py starts it.
+"""mAP and a linear probe on two ranks: `transfer_ranks.py FILE`; tests/runs/test_transfer.py
+starts it.
 
 FILE becomes a torch.save of what every rank found.
 """

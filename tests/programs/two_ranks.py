@@ -1,6 +1,7 @@
 """One epoch on one process or on two ranks, looked at from inside: `two_ranks.py FILE`.
 
-Writes FILE, a torch.save of what every case left on every rank; tests/test_ddp.py starts it.
+Writes FILE, a torch.save of what every case left on every rank; tests/training/test_two_ranks.py
+starts it.
 """
 
 import itertools

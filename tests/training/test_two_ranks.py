@@ -27,7 +27,7 @@ from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.storage.weights import load_weights
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parents[1] / "programs"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # Where the resumed ranks go on: (epoch, step), both from 0.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastkd.models import create_model
 from fastkd.storage.weights import describe, load_weights, save_weights
 
-PAGE = (Path(__file__).parents[1] / "docs" / "transfer.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^fastkd (.*)$", PAGE, re.MULTILINE)
 SMALL = [

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-PROGRAM = Path(__file__).parent / "programs" / "killed_runs.py"
+PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 
 # Where the resumed run goes on: (epoch, step), both from 0.
 PROOF = {

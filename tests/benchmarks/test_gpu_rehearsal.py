@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 pytest.importorskip("triton")
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 OPS = {"kd_loss", "hardness", "attention", "mix"}
 
 

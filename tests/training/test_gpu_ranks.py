@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-PROGRAM = Path(__file__).parent / "programs" / "gpu_ranks.py"
+PROGRAM = Path(__file__).parents[1] / "programs" / "gpu_ranks.py"
 
 
 def run(backend: str, device: torch.device, ranks: int, compiled: bool) -> list[dict[str, Any]]:

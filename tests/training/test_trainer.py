@@ -1,7 +1,7 @@
 """The loop in one process: accumulation, average, bad steps, graphs, golden losses.
 
 This file is also the program that rewrites tests/golden/first_losses.json after a change of
-numerics that is meant: `python tests/test_trainer.py`.
+numerics that is meant: `python tests/training/test_trainer.py`.
 """
 
 import copy
@@ -37,7 +37,7 @@ from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
-GOLDEN = Path(__file__).parent / "golden" / "first_losses.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "first_losses.json"
 WIDTH = {"resnet8": {"width": 0.5}}
 
 Loss = Callable[[], list[LossTerm]]

@@ -24,7 +24,7 @@ from fastkd.storage.weights import load_weights
 from fastkd.training.trainer import Trainer
 
 DATA = os.environ.get("FASTKD_TEST_DATA")
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parents[1] / "programs"
 KEYS = [
     *("data.name=folder", "data.image_size=null", "epochs=3", "batch_size=20", "precision=fp32"),
     *("compile=off", "device=cpu", "baseline.lrs=", "augment.crop=none", "augment.padding=0"),

@@ -17,7 +17,7 @@ import pytest
 
 from fastkd.data.loaders.plan import BatchPlan
 
-PROGRAM = Path(__file__).parent / "programs" / "killed_runs.py"
+PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 STEPS = 4
 
 # Where the resumed process must go on: (epoch, step), both from 0; None: from the beginning.

@@ -1,6 +1,6 @@
 """Two processes over gloo: same decisions, same weights, and no rank left hanging.
 
-This file is also the program that the ranks run: `python test_distributed.py CASE FILE`.
+This file is also the program that the ranks run: `python test_ranks.py CASE FILE`.
 """
 
 import json

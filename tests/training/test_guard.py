@@ -1,7 +1,7 @@
 """A bad step changes nothing, on the host path and on the one without host reads; EMA with it.
 
 The device path runs here on CPU tensors: it is the same code, and the fused CPU kernels honour
-`found_inf` as the CUDA ones do. The case of one bad rank is in test_distributed.py.
+`found_inf` as the CUDA ones do. The case of one bad rank is in tests/compute/test_ranks.py.
 """
 
 import copy
