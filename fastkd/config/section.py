@@ -5,10 +5,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
 
-__all__ = ["Deviations", "Section", "yaml_switch"]
+__all__ = ["Channels", "Deviations", "Normalization", "Section", "yaml_switch"]
+
+Channels = tuple[float, float, float]
+"""Of the three channels, in 0..1."""
+
+Normalization = tuple[Channels, Channels]
+"""Channel means and channel standard deviations."""
 
 Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-"""Of the three channels, in 0..1."""
+"""Standard deviations of the three channels, in 0..1."""
 
 
 def yaml_switch(value: object) -> object:

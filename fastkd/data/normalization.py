@@ -5,13 +5,12 @@ CIFAR results use; those std values are means of per-image deviations, smaller t
 folder: ImageNet's, what pretrained models expect. digits: measured on its 300 training images.
 """
 
+from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 
-__all__ = ["DATASETS", "Channels", "normalization"]
+__all__ = ["DATASETS", "normalization"]
 
-Channels = tuple[float, float, float]
-
-DATASETS: dict[str, tuple[Channels, Channels]] = {
+DATASETS: dict[str, Normalization] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
     "digits": ((0.3063, 0.3063, 0.3063), (0.3191, 0.3191, 0.3191)),
@@ -20,7 +19,7 @@ DATASETS: dict[str, tuple[Channels, Channels]] = {
 }
 
 
-def normalization(name: str) -> tuple[Channels, Channels]:
+def normalization(name: str) -> Normalization:
     """(mean, std) of a data set by name.
 
     Raises:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
+from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models.head import class_layers
 
-__all__ = ["HUBS", "Built", "Normalization", "knows", "list_timm", "list_torchvision"]
+__all__ = ["HUBS", "Built", "knows", "list_timm", "list_torchvision"]
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, for images in [0, 1]."""
 
 

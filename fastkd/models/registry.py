@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
 from fastkd.models.blocks.grammar import parse_block
@@ -253,7 +254,7 @@ def _sign(
     name: str,
     options: dict[str, Any],
     num_classes: int,
-    normalization: hub.Normalization | None,
+    normalization: Normalization | None,
 ) -> None:
     signed: Any = model
     signed.fastkd_name = name
@@ -269,7 +270,7 @@ class _Facts(NamedTuple):
     architecture: str | None
     num_classes: int | None
     options: dict[str, Any]
-    normalization: hub.Normalization | None
+    normalization: Normalization | None
 
 
 def _read_facts(path: str | PathLike[str], metadata: Mapping[str, str]) -> _Facts:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm, Need
-from fastkd.models.hub import Normalization
 from fastkd.teachers.teacher import MEAN_LOGITS, Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]

@@ -12,6 +12,7 @@ from typing import Any
 from fastkd.compute.layout import memory_format
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
+from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
@@ -19,7 +20,6 @@ from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import count, create_model
 from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
-from fastkd.models.hub import Normalization
 from fastkd.models.registry import classifier_paths
 from fastkd.output.console import Console
 from fastkd.storage.weights import load_weights

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fastkd.compute.compiling import compile_unit
 from fastkd.compute.precision import Precision
+from fastkd.config.section import Normalization
 from fastkd.errors import UserError
-from fastkd.models.hub import Normalization
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 

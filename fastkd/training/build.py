@@ -19,6 +19,7 @@ from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World, wrap_ddp
+from fastkd.config.section import Normalization
 from fastkd.data.batch import Loader, TrainLoader
 from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
@@ -26,7 +27,6 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
-from fastkd.models.hub import Normalization
 from fastkd.models.taps import Tapped, pooled_taps
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder

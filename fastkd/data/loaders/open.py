@@ -12,11 +12,12 @@ from typing import Literal
 
 import torch
 
+from fastkd.config.section import Channels
 from fastkd.data.batch import Loader
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import Crop, TorchLoader
-from fastkd.data.normalization import Channels, normalization
+from fastkd.data.normalization import normalization
 from fastkd.data.sources.by_name import decode_source, open_source
 from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS

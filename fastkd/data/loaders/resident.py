@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.config.section import Channels
 from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.loaders.planned import PlannedLoader
-from fastkd.data.normalization import Channels
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.tables import GeometryTables, to_device

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastkd.config.section import Channels
 from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry, Normalizer
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.loaders.planned import PlannedLoader
-from fastkd.data.normalization import Channels
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.decode import random_resized_crop, resize_center_crop
 from fastkd.data.sources.image_set import ImageSource

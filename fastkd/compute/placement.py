@@ -1,0 +1,39 @@
+"""Where the tensors of a run live, and in which type and memory layout.
+
+Made once, when the world is open and `precision=auto` is decided; loaders, teachers and trainer
+read it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastkd.compute.layout import memory_format
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
+
+__all__ = ["Placement"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Ranks and device, autocast type, memory layout of images and feature maps."""
+
+    world: World
+    precision: Precision
+    channels_last: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return self.world.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the images that networks get."""
+        return self.precision.dtype
+
+    def layout(self, model: nn.Module) -> torch.memory_format:
+        """Memory layout for `model` and its images; channels-last but for what hangs in it."""
+        return memory_format(self.channels_last, self.device, model)

@@ -1,0 +1,24 @@
+"""What networks, losses and reports must know of a data set, whoever loads it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastkd.config.section import Normalization
+
+__all__ = ["Facts"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Shape of the images, classes, labels by sample id, normalisation."""
+
+    image_shape: tuple[int, int, int]
+    """[C, H, W] of the images that networks get."""
+    num_classes: int
+    labels_N: Tensor
+    """int64 labels of all training samples by sample id, on the CPU; [N, C] if `multilabel`."""
+    multilabel: bool
+    """Whether an image has several labels, and not one class id."""
+    normalization: Normalization
+    """Channel means and standard deviations in 0..1 that the loader has applied."""
