@@ -5,6 +5,7 @@ fixture `device` run on CPU tensors instead: every line that does not need the c
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 from fastkd.testing import poisoned_empty
+
+# A shell that starts pytest in the background hands down an ignored SIGINT, which Python keeps.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPS = Path(__file__).parent / "ops"
 REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_available()

@@ -65,6 +65,7 @@ NEEDS_CORE = pytest.mark.skipif(
 )
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(not HAS_COMPILER or not shutil.which("cmake"), reason="needs C++ and CMake")
 def test_wheel_holds_the_core_and_building_twice_works(checkout: Path, tmp_path: Path) -> None:
     for _ in range(2):

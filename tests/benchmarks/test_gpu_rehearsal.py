@@ -36,6 +36,7 @@ def test_without_a_gpu_it_says_how_to_go_on(tmp_path: Path) -> None:
     assert "use --rehearse" in done.stdout
 
 
+@pytest.mark.matrix
 def test_the_ops_are_rehearsed_on_interpreted_kernels(tmp_path: Path) -> None:
     words = [sys.executable, PROGRAM, "--rehearse", "--part", "2", "--out", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True)

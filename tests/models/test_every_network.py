@@ -4,10 +4,12 @@ Backward pass, tracing as one graph, export, channels-last, bf16. By default one
 of a family; its other depths and widths, which repeat the same blocks, with `-m slow`.
 
 Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of
-each family (`SMALLEST`), all others with `-m slow`.
+two families (`SMALLEST`), of the other families with `-m matrix`, all others with `-m slow`.
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -35,28 +37,38 @@ OTHERS = {
     "plain18-full": ("plain18", {}),
 }
 SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet8-narrow": ("resnet8", {"width": 0.25}),
-    "plain18-narrow": ("plain18", {"width": 0.25}),
     "wrn_10_1": ("wrn_10_1", {}),
     "vgg8": ("vgg8", {}),
+}
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet8-narrow": ("resnet8", {"width": 0.25}),
+    "plain18-narrow": ("plain18", {"width": 0.25}),
     "resnet50": ("resnet50", {}),
     "mobilenetv2_half": ("mobilenetv2_half", {}),
     "shufflenetv1": ("shufflenetv1", {}),
     "shufflenetv2": ("shufflenetv2", {}),
     "erfnet": ("erfnet", {}),
 }
+"""One network of each further family, whose compilation takes up to two minutes."""
 slow = pytest.mark.slow
 
 
-def builds(default: dict[str, Any], others: dict[str, Any]) -> pytest.MarkDecorator:
-    """Run a test on `default`, and with `-m slow` on those of `others` that are not among them."""
+def builds(
+    default: dict[str, Any],
+    others: dict[str, Any],
+    matrix: Mapping[str, Any] = MappingProxyType({}),
+) -> pytest.MarkDecorator:
+    """Run a test on `default`, with `-m matrix` on `matrix`, with `-m slow` on the `others`."""
     fast = [pytest.param(*build, id=form) for form, build in default.items()]
+    more = [
+        pytest.param(*build, id=form, marks=pytest.mark.matrix) for form, build in matrix.items()
+    ]
     rest = [
         pytest.param(*build, id=form, marks=slow)
         for form, build in others.items()
-        if form not in default
+        if form not in default and form not in matrix
     ]
-    return pytest.mark.parametrize(("name", "options"), [*fast, *rest])
+    return pytest.mark.parametrize(("name", "options"), [*fast, *more, *rest])
 
 
 networks = builds(FORMS, OTHERS)
@@ -154,7 +166,7 @@ def test_exports(name: str, options: dict[str, Any], side: int) -> None:
     torch.testing.assert_close(exported.module()(images), model(images))
 
 
-@builds(SMALLEST, FORMS | OTHERS)
+@builds(SMALLEST, FORMS | OTHERS, OTHER_FAMILIES)
 def test_a_training_step_compiles(name: str, options: dict[str, Any]) -> None:
     model = build(name, options)
     for module in model.modules():

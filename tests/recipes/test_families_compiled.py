@@ -28,6 +28,10 @@ from family_runs import FAMILIES, Workplace, at_work, taken
 COMPILED_STEPS, COMPILED_TOLERANCE = 3, 1e-4
 PART, PARTS = map(int, os.environ.get("FASTKD_SHARE", "1/1").split("/"))
 assert 1 <= PART <= PARTS, f"FASTKD_SHARE={PART}/{PARTS}: expected 1/{PARTS} to {PARTS}/{PARTS}"
+REPRESENTATIVE = frozenset(
+    ("kd", "at-G:4", "tlcutmix-pick", "crd+tlcutmix-pick", "simkd", "jointrd", "meal_v2-two")
+)
+"""One family for each way in which a step can differ; `-m matrix` has all others."""
 SHARE = list(FAMILIES)[PART - 1 :: PARTS]
 
 
@@ -50,7 +54,13 @@ def compare_compiled(workplace: Workplace, name: str) -> None:
         assert step == pytest.approx(expected, rel=COMPILED_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.matrix)
+        for name in FAMILIES
+    ],
+)
 def test_the_compiler_traces_what_runs(
     workplace: Workplace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

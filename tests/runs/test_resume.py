@@ -168,6 +168,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
     assert run.returncode == 128 + signal.SIGHUP
 
 
+@pytest.mark.matrix
 def test_a_killed_compiled_run_ends_bit_identical(tmp_path: Path) -> None:
     found = kill_and_resume(tmp_path, ["compiled student"])["compiled student"]
     assert found["codes"] == [[-9], [0]], found["log"]
