@@ -14,8 +14,18 @@ from fastkd.testing.baselines import (
     eager_hardness,
     eager_kd_loss,
     eager_kd_rows,
+    eager_step_rows,
+    freshly_compiled,
 )
-from fastkd.testing.clock import WARM_UP, Spread, interleave, speedup, spread, turns
+from fastkd.testing.clock import (
+    WARM_UP,
+    Spread,
+    forward_backward,
+    interleave,
+    speedup,
+    spread,
+    turns,
+)
 from fastkd.testing.cost import step_macs
 from fastkd.testing.device import captured, interpret_fma_as_fused, no_host_sync
 from fastkd.testing.inputs import (
@@ -49,8 +59,11 @@ __all__ = [
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
+    "eager_step_rows",
     "fill_with_sines",
     "fixed_state",
+    "forward_backward",
+    "freshly_compiled",
     "hashed_values",
     "interleave",
     "interpret_fma_as_fused",

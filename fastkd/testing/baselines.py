@@ -1,12 +1,21 @@
-"""Formulas in plain torch, as most training loops spell them: what the kernels are held against."""
+"""Formulas in plain torch, as most training loops spell them: what fastkd is held against."""
 
+import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["eager_attention_loss", "eager_hardness", "eager_kd_loss", "eager_kd_rows"]
+__all__ = [
+    "eager_attention_loss",
+    "eager_hardness",
+    "eager_kd_loss",
+    "eager_kd_rows",
+    "eager_step_rows",
+    "freshly_compiled",
+]
 
 
 def eager_kd_loss(
@@ -38,6 +47,30 @@ def eager_kd_rows(
     return kd, F.cross_entropy(student, labels, reduction="none")
 
 
+@torch.no_grad()
+def eager_step_rows(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    dtype: torch.dtype,
+    temperature: float = 4.0,
+) -> tuple[Tensor, Tensor]:
+    """(kd, ce) per image of a training step, which leaves both networks as they were.
+
+    dtype: float64 for the truth, otherwise what autocast computes in.
+    """
+    student, teacher = copy.deepcopy(student).train(), copy.deepcopy(teacher).eval()
+    if dtype == torch.float64:
+        logits, target = student.double()(images.double()), teacher.double()(images.double())
+    else:
+        images = images.float()
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits, target = student(images), teacher(images)
+        logits, target = logits.float(), target.float()
+    return eager_kd_rows(logits, [target], labels, temperature)
+
+
 def eager_hardness(
     student: Tensor, teacher: Tensor, labels: Tensor, criterion: str, temperature: float = 4.0
 ) -> Tensor:
@@ -63,3 +96,12 @@ def eager_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return F.normalize(x.pow(2).mean(1).flatten(1))
 
     return (attention(student) - attention(teacher)).pow(2).mean()
+
+
+def freshly_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile(dynamic=False)` with an empty cache.
+
+    With a full one (its recompile limit) torch.compile quietly runs eager code.
+    """
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)

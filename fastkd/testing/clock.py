@@ -6,8 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["WARM_UP", "Spread", "interleave", "speedup", "spread", "turns"]
+__all__ = [
+    "WARM_UP",
+    "Spread",
+    "forward_backward",
+    "interleave",
+    "speedup",
+    "spread",
+    "turns",
+]
 
 WARM_UP = 3
 """Turns that are not timed: compilation, caches, allocations."""
@@ -53,3 +62,16 @@ def interleave(sides: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, 
 def speedup(seconds: Mapping[str, Sequence[float]], over: str, of: str) -> Spread:
     """Spread of the paired ratios time(over) / time(of): above 1, `of` is faster."""
     return spread(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
+
+
+def forward_backward(
+    loss: Callable[..., Tensor], student: Tensor, *rest: Tensor
+) -> Callable[[], None]:
+    """A call computes `loss(student, *rest)` and its gradient at the student, and drops both."""
+    leaf = student.detach().requires_grad_()
+
+    def run() -> None:
+        loss(leaf, *rest).backward()
+        leaf.grad = None
+
+    return run

@@ -81,8 +81,8 @@ def assert_loss_as_accurate(
 ) -> None:
     """A scalar loss and its gradient at the student are as accurate as those of plain torch.
 
-    `fast(student, *rest)` gets the tensors as they are, `eager` copies of the floating-point ones in
-    fp32 and in float64. The loss may always be off by one unit in the last place.
+    `fast(student, *rest)` gets the tensors as they are, `eager` gets them in fp32 and in float64,
+    labels as they are. The loss may always be off by one unit in the last place.
     """
 
     def measured(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
