@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    pairs = config.getoption("--pairs")
+    pairs = pairs_of(config)
     if pairs < 1:
         raise pytest.UsageError(f"--pairs is {pairs}; it must be at least 1")
     if pairs < ENOUGH_PAIRS and config.getoption("--save-results"):
@@ -51,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
             f"--save-results needs --pairs {ENOUGH_PAIRS} or more, got {pairs}; "
             "leave out one of the two"
         )
+
+
+def pairs_of(config: pytest.Config) -> int:
+    return config.getoption("--pairs", ENOUGH_PAIRS)
 
 
 def cpu_name() -> str:
@@ -140,10 +144,10 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """Collects rows; prints them at the end of the module, and saves them with --save-results."""
     kept = Table(Path(request.path).stem.removeprefix("bench_"))
     yield kept
-    pairs = request.config.getoption("--pairs")
+    pairs = pairs_of(request.config)
     if pairs < ENOUGH_PAIRS:
-        kept.notes.append(f"A rehearsal: {pairs} pairs are too few to compare times.")
-    capture = request.config.pluginmanager.getplugin("capturemanager")
+        kept.notes.append(f"A rehearsal with --pairs {pairs}: too few to compare times.")
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n\n{kept.markdown()}\n")
     if request.config.getoption("--save-results") and kept.rows:
@@ -186,7 +190,7 @@ def race(benchmark: Any, table: Table, request: pytest.FixtureRequest) -> Callab
     def run(sides: Mapping[str, Callable[[], Any]], *, of: str = "fastkd", repeat: int = 1) -> Race:
         if benchmark.disabled:
             pytest.skip("the sides agree; --benchmark-disable reads no clock")
-        pairs = repeat * request.config.getoption("--pairs")
+        pairs = repeat * pairs_of(request.config)
         order = [*turns(sides, WARM_UP), *turns(sides, pairs)]
         upcoming = itertools.cycle(order)
 
@@ -218,8 +222,8 @@ def race(benchmark: Any, table: Table, request: pytest.FixtureRequest) -> Callab
 
 def list_sides(config: pytest.Config, mixed: Any, found: Race, of: str) -> None:
     """Replace pytest-benchmark's entry for all samples of a case by one for each side."""
-    listed = config.pluginmanager.getplugin("pytest-benchmark").benchmarks
-    listed.remove(mixed)
+    session: Any = config.pluginmanager.getplugin("pytest-benchmark")
+    session.benchmarks.remove(mixed)
     for side, samples in found.seconds.items():
         entry = copy.copy(mixed)
         entry.group = mixed.name
@@ -228,4 +232,4 @@ def list_sides(config: pytest.Config, mixed: Any, found: Race, of: str) -> None:
         entry.stats = type(mixed.stats)()
         for sample in samples:
             entry.update(sample)
-        listed.append(entry)
+        session.benchmarks.append(entry)
