@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pairs_of(config: pytest.Config) -> int:
-    return config.getoption("--pairs", ENOUGH_PAIRS)
+    return int(config.getoption("--pairs", ENOUGH_PAIRS))
 
 
 def cpu_name() -> str:
@@ -144,13 +144,15 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """Collects rows; prints them at the end of the module, and saves them with --save-results."""
     kept = Table(Path(request.path).stem.removeprefix("bench_"))
     yield kept
+    if not kept.rows:
+        return
     pairs = pairs_of(request.config)
     if pairs < ENOUGH_PAIRS:
         kept.notes.append(f"A rehearsal with --pairs {pairs}: too few to compare times.")
     capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n\n{kept.markdown()}\n")
-    if request.config.getoption("--save-results") and kept.rows:
+    if request.config.getoption("--save-results"):
         kept.save()
 
 
