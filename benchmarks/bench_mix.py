@@ -2,10 +2,9 @@
 
     pytest benchmarks/bench_mix.py [--pairs 20] [--save-results]
 
-Runs on the GPU when there is one. The ratios are medians (and 10th percentiles) of interleaved
-pairs. The eager side is the usual idiom, a clone and a slice with a box on the host; the compiled
-side is the reference with the box on the device, as a box on the host would compile anew each step.
-A case whose result is off fails before any clock starts.
+Runs on the GPU if there is one. The eager side is the usual idiom, a clone and a slice with the box
+on the host. The compiled side is the reference with the box on the device, as a box on the host
+would compile anew in every step. A case whose result is off fails before any clock starts.
 """
 
 import math
@@ -19,7 +18,7 @@ from fastkd.kernels._library import Impl
 from fastkd.kernels.mix.reference import mix_reference
 from torch import Tensor
 
-from fastkd.testing import interleave, speedup
+from fastkd.testing import assert_as_accurate, freshly_compiled, shape_id
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(128, 3, 32, 32), (64, 3, 224, 224)]
@@ -35,8 +34,9 @@ def eager_mix(
     """As most training loops spell it."""
     x = images
     if images.dtype == torch.uint8:
-        mean, std = statistics_on(x.device)
-        x = x.float().mul_(1.0 / 255).sub_(mean).div_(std).to(dtype)
+        wide = torch.promote_types(torch.float32, dtype)
+        mean, std = statistics_on(x.device, wide)
+        x = x.to(wide).mul_(1.0 / 255).sub_(mean).div_(std).to(dtype)
     if kind == "normalise":
         return x
     if kind == "mixup":
@@ -48,9 +48,9 @@ def eager_mix(
 
 
 @cache
-def statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, put there once."""
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (MEAN, STD))
+def statistics_on(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, moved to the device once."""
+    mean, std = (torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in (MEAN, STD))
     return mean, std
 
 
@@ -62,7 +62,7 @@ def sides_of(
     device: str,
     impl: Impl | None = None,
 ) -> tuple[dict[str, Callable[[], Tensor]], int]:
-    """The mixed batch of each side, the gate passed, and the bytes that have to move."""
+    """The mixed batch of each side, checked, and the bytes that have to move."""
     torch.manual_seed(0)
     side, bytes_in = shape[-1], source == "uint8"
     images = torch.randint(0, 256, shape, dtype=torch.uint8) if bytes_in else torch.randn(shape)
@@ -80,46 +80,40 @@ def sides_of(
             images, index, None, boxes, lam, mean or (), std or (), dtype, channels_last=True
         )
 
-    # A fresh cache: past its recompile limit torch.compile would quietly run eager code.
-    torch._dynamo.reset()
     sides = {
         "eager": lambda: eager_mix(images, kind, partner, box, dtype),
-        "compile": torch.compile(reference, dynamic=False),
+        "compile": freshly_compiled(reference),
         "fastkd": lambda: mix(
             images, index, boxes=boxes, lam=lam, mean=mean, std=std, dtype=dtype, impl=impl
         ),
     }
-    # The gate: the bits of the reference; the others round elsewhere.
-    want = reference()
-    assert torch.equal(sides["fastkd"](), want)
-    for name in ("eager", "compile"):
-        torch.testing.assert_close(sides[name]().float(), want.float(), rtol=0.02, atol=0.02)
-    return sides, want.numel() * (want.element_size() + images.element_size())
+
+    def eager_in(wide: torch.dtype) -> Tensor:
+        return eager_mix(images if bytes_in else images.to(wide), kind, partner, box, wide)
+
+    mixed = sides["fastkd"]()
+    assert torch.equal(mixed, reference())
+    eager, truth = eager_in(torch.float32).to(dtype), eager_in(torch.float64)
+    for name in ("compile", "fastkd"):
+        assert_as_accurate(f"{kind}, {name}", sides[name](), eager, truth)
+    return sides, mixed.numel() * (mixed.element_size() + images.element_size())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["uint8", "x"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def bench_mix(shape, source, kind, dtype, table, benchmark, request) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def bench_mix(shape, source, kind, dtype, table, race) -> None:
     """Channels-last in and out; source "x": images that are normalised already, in `dtype`."""
     if (source, kind) == ("x", "normalise"):
         pytest.skip("nothing to do")
     sides, moved_bytes = sides_of(shape, source, kind, dtype, DEVICE)
-    pairs = max(20, request.config.getoption("--pairs"))
-    seconds = interleave(sides, pairs * (10 if math.prod(shape) < 1 << 20 else 1))
-    over_eager, eager_p10 = speedup(seconds, "eager", "fastkd")
-    over_compile, compile_p10 = speedup(seconds, "compile", "fastkd")
-    row = {
-        "case": f"{kind} {'x'.join(map(str, shape))} from {source}",
-        "dtype": str(dtype).removeprefix("torch."),
-        **{f"{k} ms": 1e3 * sorted(v)[len(v) // 2] for k, v in seconds.items()},
-        "vs compile": over_compile,
-        "p10": compile_p10,
-        "vs eager": over_eager,
-        "p10 ": eager_p10,
-        "fastkd GB/s": moved_bytes / sorted(seconds["fastkd"])[len(seconds["fastkd"]) // 2] / 1e9,
-    }
-    table.rows.append(row)
-    benchmark.extra_info.update(row)
-    benchmark.pedantic(sides["fastkd"], rounds=3, warmup_rounds=1)
+    found = race(sides, repeat=10 if math.prod(shape) < 1 << 20 else 1)
+    table.rows.append(
+        {
+            "case": f"{kind} {shape_id(shape)} from {source}",
+            "dtype": str(dtype).removeprefix("torch."),
+            **found.cells(),
+            "fastkd GB/s": moved_bytes / found.ms("fastkd") / 1e6,
+        }
+    )

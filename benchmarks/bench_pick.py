@@ -3,32 +3,30 @@
     pytest benchmarks/bench_pick.py [--pairs 20] [-k wrn] [--save-results]
 
 All pairs of the data augmentation paper's arithmetic on CIFAR-100 in the default precision without
-the compiler; the first pair also in fp32, and compiled as a long run has it. The sides
-share weights and batch, and alternate in one process. Beside each ratio of times stands that of
-multiply-accumulates (forward 1, backward 2, the pool's teacher logits used again:
-`testing.step_macs`, held against a count of a real step in tests/training/test_step_cost.py).
+the compiler; the first pair also in fp32, and compiled as in a long run. The sides share weights
+and batch. Beside each ratio of times is the ratio of multiply-accumulates (forward 1, backward 2,
+the pool's teacher logits used again: `fastkd.testing.step_macs`).
 
-The gate, before the clock: all sides have the same loss on x, and what pick imitates is what the
-formula in fp32 chooses from the same pool.
+Checked before the clock starts: all sides have the loss of the formula on x, and pick imitates what
+the formula chooses from the same pool.
 """
 
 import copy
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd import count, create_model
 from fastkd.augment.config import PickConfig
 from fastkd.compute.precision import resolve_precision
-from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
+from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.output.console import Console
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.testing import interleave, step_macs
+from fastkd.testing import assert_mean_as_accurate, eager_step_rows, step_macs
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
@@ -55,7 +53,7 @@ SIDES = ("kd", "tlcutmix", "pick")
 
 
 def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine) -> Trainer:
-    """On one batch, which every epoch repeats."""
+    """A trainer on one batch, which every epoch repeats."""
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH,))
     loader = ForeignLoader([(images, labels)], WORLD, 0, True)
@@ -87,8 +85,6 @@ def step_of(trainer: Trainer) -> Callable[[], None]:
     def step() -> None:
         for prepared in trainer.prepare(0):
             trainer.optimize(prepared, 0, 0)
-        # The host must have seen the result: a CPU is done anyway, a GPU is waited for.
-        trainer.totals_M.sum().item()
 
     return step
 
@@ -100,35 +96,30 @@ def first_step(trainer: Trainer) -> dict[str, float]:
     return {name: value / values["images"] for name, value in values.items()}
 
 
-@torch.no_grad()
-def chosen_by_formula(pool: Tensor, student: nn.Module, teacher: nn.Module) -> tuple[float, float]:
-    """r of the paper's equation 4, and the KL of the student on what is chosen, in eager fp32."""
-
-    def divergence(images: Tensor) -> Tensor:
-        q, p = (net(images).div(4).log_softmax(1) for net in (teacher, student))
-        return (q.exp() * (q - p)).sum(1)
-
-    student, teacher = copy.deepcopy(student).train(), teacher.eval()
-    scores = divergence(pool)
-    hardest = scores.sort(descending=True).indices[: len(pool) // 2]
-    ratio = scores[hardest].mean() / scores.mean()
-    return ratio.item(), 16 * divergence(pool[hardest]).mean().item()
-
-
 def check(trainers: dict[str, Trainer], student: nn.Module, teacher: nn.Module) -> None:
-    """The gate of the module's docstring."""
+    """The checks of the module's docstring: what a first step reports against the formula."""
     pick = trainers["pick"]
-    pool = pick.views(next(pick.loader.epoch(0)), 0, 0)["xprime"].float()
+    batch = next(pick.loader.epoch(0))
+    views = pick.views(batch, 0, 0)
+    pool = views["xprime"]
     assert len(pool) == 2 * BATCH
     first = {side: first_step(trainer) for side, trainer in trainers.items()}
-    tolerance = 1e-4 if pick.precision.name == "fp32" else 3e-2
-    for side in SIDES:
-        for part in ("ce", "kd"):
-            assert first[side][part] == pytest.approx(first["kd"][part], rel=tolerance), side
-    ratio, loss = chosen_by_formula(pool, student, teacher)
-    assert ratio > 1
-    assert first["pick"]["pick_ratio"] == pytest.approx(ratio, rel=tolerance)
-    assert first["pick"]["kd_xprime"] == pytest.approx(loss, rel=2 * tolerance)
+
+    dtypes = (pick.precision.dtype, torch.float64)
+    nets = student, teacher
+    eager, truth = (eager_step_rows(*nets, views["x"], batch.labels_N, dtype) for dtype in dtypes)
+    for side, found in first.items():
+        for part, eager_N, truth_N in zip(("kd", "ce"), eager, truth, strict=True):
+            assert_mean_as_accurate(f"{side}, {part}", found[part], eager_N, truth_N)
+
+    eager_P, truth_P = (eager_step_rows(*nets, pool, None, dtype)[0] for dtype in dtypes)
+    hardest = truth_P.sort(descending=True).indices[: len(pool) // 2]
+    # r of the paper's equation 4.
+    eager_r, truth_r = (scores[hardest] / scores.mean() for scores in (eager_P, truth_P))
+    assert truth_r.mean() > 1
+    assert_mean_as_accurate("pick_ratio", first["pick"]["pick_ratio"], eager_r, truth_r)
+    eager_K, truth_K = (eager_step_rows(*nets, pool[hardest], None, dtype)[0] for dtype in dtypes)
+    assert_mean_as_accurate("kd_xprime", first["pick"]["kd_xprime"], eager_K, truth_K)
 
 
 @pytest.mark.parametrize(
@@ -136,34 +127,28 @@ def check(trainers: dict[str, Trainer], student: nn.Module, teacher: nn.Module) 
     CASES,
     ids=[f"{pair}, {p}, {'compiled' if c else 'eager'}" for pair, p, c in CASES],
 )
-def bench_pick(
-    pair: str, precision: str, compiled: bool, table, benchmark, request: pytest.FixtureRequest
-) -> None:
+def bench_pick(pair: str, precision: str, compiled: bool, table, race) -> None:
     torch.manual_seed(1)
     teacher, student = (create_model(name, CLASSES) for name in pair.split("--"))
     engine = Engine(resolve_precision(precision, WORLD.device), compiled)
     trainers = {side: trainer_of(side, student, teacher, engine) for side in SIDES}
     check(trainers, student, teacher)
-    steps = {side: step_of(trainer) for side, trainer in trainers.items()}
-    seconds = interleave(steps, request.config.getoption("--pairs"))
+    found = race({side: step_of(trainer) for side, trainer in trainers.items()}, of="kd")
     assert all(trainer.guard.counts() == (0, 0) for trainer in trainers.values())
     of_student, of_teacher = (count(net, (3, SIDE, SIDE)).macs for net in (student, teacher))
     macs = {side: step_macs(of_student, of_teacher, side) for side in SIDES}
-    how = f"{engine.precision.name}, {'compiled' if compiled else 'eager'}"
     for over, of in (("tlcutmix", "kd"), ("pick", "kd"), ("pick", "tlcutmix")):
-        ratios = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
-        median = statistics.median(ratios)
+        ratio, arithmetic = found.ratio(over, of), macs[over] / macs[of]
         table.rows.append(
             {
                 "pair": pair,
-                "how": how,
+                "how": f"{engine.precision.name}, {'compiled' if compiled else 'eager'}",
                 "ratio": f"{over} / {of}",
-                "ms": 1e3 * statistics.median(seconds[over]),
-                "time": median,
-                "p10": ratios[len(ratios) // 10],
-                "p90": ratios[-1 - len(ratios) // 10],
-                "arithmetic": macs[over] / macs[of],
-                "time / arithmetic": median / (macs[over] / macs[of]),
+                "ms": found.ms(over),
+                "time": ratio.median,
+                "p10": ratio.p10,
+                "p90": ratio.p90,
+                "arithmetic": arithmetic,
+                "time / arithmetic": ratio.median / arithmetic,
             }
         )
-    benchmark.pedantic(steps["pick"], rounds=1)

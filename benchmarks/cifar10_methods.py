@@ -1,16 +1,17 @@
-"""Methods side by side on real CIFAR-10 images, small enough for a CPU: one table into docs/.
+"""Methods side by side on real CIFAR-10 images, small enough for a CPU: one table in docs/.
 
     python benchmarks/cifar10_methods.py --data DIR/cifar10 --runs runs [--seeds 3] [--write]
 
-Every student sees the same 5,000 training images for 10 epochs, its recipe's schedules shrunk to
-them; its teacher was trained once, on all 50,000, for 3. A broken run goes on where it was: give
-the command again. Rows are in the order of `METHODS`, never ranked: the table says which spreads
-lie apart from that of the student alone.
+Every student sees the same 5,000 training images for 10 epochs, with its recipe's schedules shrunk
+to them; its teacher was trained once, on all 50,000, for 3. To resume an interrupted run, give the
+command again. Rows are in the order of `METHODS`, never ranked: the table says whose spread lies
+apart from the same student trained alone.
 """
 
 import argparse
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastkd.compute.machine import environment
@@ -24,8 +25,8 @@ from fastkd.runs.stages import Session, run_recipe
 ROOT = Path(__file__).parents[1]
 EPOCHS, TEACHER_EPOCHS = 10, 3
 LESSON = ("data.train_limit=5000", "batch_size=64", f"eval_epochs={EPOCHS}")
-# Stages 2 to 4 at a quarter, and ImageNet's stem less its pooling: what the paper's text says, and
-# a quarter of the cost of the recipes' stem.
+# Stages 2 to 4 at a quarter of the width, and ImageNet's stem without its pooling: as in the
+# paper's text, at a quarter of the cost of the recipes' stem.
 QUARTER = ("student.width=0.25", "student.stem=imagenet-nopool")
 PAIR = "cifar10/resnet56--resnet20"
 PLAIN = "alignkd/cifar10/resnet18--plain18"
@@ -34,28 +35,44 @@ TEACHERS = {
     "resnet56": ("cifar10/resnet56", ()),
     "resnet18 x0.25": ("alignkd/cifar10/resnet18/scratch", QUARTER),
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    recipe: str
+    keys: tuple[str, ...] = ()
+    teacher: str | None = None
+    """One of `TEACHERS`."""
+    alone: str | None = None
+    """The row it is compared with; None for a student that is trained alone."""
+
+
 ALONE, PLAIN_ALONE = "resnet20, alone", "plain18 x0.25, alone"
-# Row -> the row it is compared with, its teacher, recipe, further keys.
-METHODS: dict[str, tuple[str, str | None, str, tuple[str, ...]]] = {
-    ALONE: (ALONE, None, "cifar10/resnet20", ()),
-    "resnet20, KD": (ALONE, "resnet56", f"{PAIR}/kd", ()),
-    "resnet20, KD + TLCutMix": (ALONE, "resnet56", f"{PAIR}/tlcutmix", ()),
-    "resnet20, KD + TLCutMix + pick": (
-        *(ALONE, "resnet56", f"{PAIR}/tlcutmix"),
-        ("augment.pick.criterion=kl",),
-    ),
-    "resnet20, AT": (ALONE, "resnet56", f"{PAIR}/at", ()),
-    "resnet20, DKD": (ALONE, "resnet56", f"{PAIR}/dkd", ()),
-    "resnet20, CRD": (
-        *(ALONE, "resnet56", f"{PAIR}/crd"),
-        # The recipe's 16,384 are more than 5,000 images have of other classes.
-        ("losses.crd.negatives=4096",),
-    ),
-    "resnet20-G(4), AT": (ALONE, "resnet56", f"{PAIR}/at", ("student.block=G:4",)),
-    PLAIN_ALONE: (PLAIN_ALONE, None, "alignkd/cifar10/plain18/scratch", QUARTER),
-    "plain18 x0.25, AlignKD": (
-        *(PLAIN_ALONE, "resnet18 x0.25", f"{PLAIN}/alignkd"),
+
+
+def resnet20(loss: str, *keys: str) -> Method:
+    """A ResNet-20 taught by the ResNet-56."""
+    return Method(f"{PAIR}/{loss}", keys, teacher="resnet56", alone=ALONE)
+
+
+METHODS = {
+    ALONE: Method("cifar10/resnet20"),
+    "resnet20, KD": resnet20("kd"),
+    "resnet20, KD + TLCutMix": resnet20("tlcutmix"),
+    "resnet20, KD + TLCutMix + pick": resnet20("tlcutmix", "augment.pick.criterion=kl"),
+    "resnet20, AT": resnet20("at"),
+    "resnet20, DKD": resnet20("dkd"),
+    # The recipe's 16,384 negatives are more than 5,000 images have of other classes.
+    "resnet20, CRD": resnet20("crd", "losses.crd.negatives=4096"),
+    "resnet20-G(4), AT": resnet20("at", "student.block=G:4"),
+    PLAIN_ALONE: Method("alignkd/cifar10/plain18/scratch", QUARTER),
+    "plain18 x0.25, AlignKD": Method(
+        f"{PLAIN}/alignkd",
         (*QUARTER, "teacher.width=0.25", "teacher.stem=imagenet-nopool"),
+        teacher="resnet18 x0.25",
+        alone=PLAIN_ALONE,
     ),
 }
 
@@ -74,18 +91,24 @@ def main() -> None:
         session = Session(world, Console(enabled=True), options.runs)
         teachers: dict[str, dict] = {}
         for seed in range(options.seeds):
-            for name, (_, teacher, recipe, keys) in METHODS.items():
-                shrunk = f"epoch_factor={EPOCHS / load_recipe(recipe).epochs:.12g}"
-                overrides = [*LESSON, shrunk, f"seed={seed}", *keys, *given]
-                if teacher is not None:
-                    if teacher not in teachers:
-                        teachers[teacher] = taught(teacher, given, session)
-                    overrides.append(f"teacher.weights={teachers[teacher]['weights']}")
-                summary = finished(load_recipe(recipe, overrides=overrides), session)
-                row = {"method": name, "seed": seed, "accuracy": summary["accuracy_last"]}
-                row["images_per_s"] = summary["history"][-1]["images_per_s"]
-                rows.append(row | {"params": summary["params"], "macs": summary["macs"]})
-                print(json.dumps(rows[-1]), flush=True)
+            for name, method in METHODS.items():
+                shrunk = f"epoch_factor={EPOCHS / load_recipe(method.recipe).epochs:.12g}"
+                overrides = [*LESSON, shrunk, f"seed={seed}", *method.keys, *given]
+                if method.teacher is not None:
+                    if method.teacher not in teachers:
+                        teachers[method.teacher] = taught(method.teacher, given, session)
+                    overrides.append(f"teacher.weights={teachers[method.teacher]['weights']}")
+                summary = finished(load_recipe(method.recipe, overrides=overrides), session)
+                row = {
+                    "method": name,
+                    "seed": seed,
+                    "accuracy": summary["accuracy_last"],
+                    "images_per_s": summary["history"][-1]["images_per_s"],
+                    "params": summary["params"],
+                    "macs": summary["macs"],
+                }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     facts = {
         "command": f"python benchmarks/cifar10_methods.py --seeds {options.seeds}",
         "teachers": {name: summary["accuracy_last"] for name, summary in teachers.items()},
@@ -101,13 +124,13 @@ def main() -> None:
 
 
 def finished(recipe: Recipe, session: Session) -> dict:
-    """The summary of a run, made now unless it was made before."""
+    """The summary of a run, which is made now unless it exists."""
     before = find_finished(session.root, recipe.name, recipe.digest())
     return before or run_recipe(recipe, session, resume="auto")
 
 
 def taught(name: str, given: list[str], session: Session) -> dict:
-    """A teacher of `TEACHERS`: its summary and where its weights are."""
+    """The summary of a teacher of `TEACHERS`, with the path of its weights."""
     recipe, keys = TEACHERS[name]
     lesson = load_recipe(
         recipe, overrides=[f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
@@ -118,7 +141,7 @@ def taught(name: str, given: list[str], session: Session) -> dict:
 
 
 def table(facts: dict) -> str:
-    """What docs/ shows: mean and spread of every method, in the order of `METHODS`."""
+    """The page in docs/: mean and spread of every method, in the order of `METHODS`."""
     found = {
         name: [row["accuracy"] for row in facts["rows"] if row["method"] == name]
         for name in METHODS
@@ -148,8 +171,8 @@ def table(facts: dict) -> str:
         "| student, method | seeds | accuracy | std | against the student alone | gain per seed |",
         "|---|---|---|---|---|---|",
     ]
-    for name, (base, *_) in METHODS.items():
-        lines.append(_row(name, found[name], found[base], itself=name == base))
+    for name, method in METHODS.items():
+        lines.append(_row(name, found[name], found[method.alone] if method.alone else None))
     return "\n".join([*lines, "", _ENDING, ""])
 
 
@@ -160,13 +183,17 @@ _ENDING = (
 )
 
 
-def _row(name: str, values: list[float], base: list[float], *, itself: bool) -> str:
+def _row(name: str, values: list[float], base: list[float] | None) -> str:
     mean, spread = statistics.mean(values), _spread(values)
-    apart = abs(mean - statistics.mean(base)) > spread + _spread(base)
-    verdict = "overlap" if not apart else "above" if mean > statistics.mean(base) else "below"
-    gains = " ".join(f"{100 * (v - b):+.2f}" for v, b in zip(values, base, strict=False))
-    versus = ("", "") if itself else (verdict, gains)
-    return f"| {name} | {len(values)} | {mean:.2%} | {spread:.2%} | {versus[0]} | {versus[1]} |"
+    cells = [name, str(len(values)), f"{mean:.2%}", f"{spread:.2%}"]
+    if base is None:
+        cells += ["", ""]
+    else:
+        apart = abs(mean - statistics.mean(base)) > spread + _spread(base)
+        above = mean > statistics.mean(base)
+        cells.append("overlap" if not apart else "above" if above else "below")
+        cells.append(" ".join(f"{100 * (v - b):+.2f}" for v, b in zip(values, base, strict=False)))
+    return "| " + " | ".join(cells) + " |"
 
 
 def _spread(values: list[float]) -> float:

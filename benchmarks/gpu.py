@@ -1,12 +1,13 @@
-"""Everything that only a GPU can show, in one command; docs/gpu.md says how to read it.
+"""Everything that only a GPU can show, in one command; docs/gpu.md explains the results.
 
     python benchmarks/gpu.py [--part N ...] [--assets FOLDER] [--out FOLDER] [--rehearse]
 
 Parts: 1 proof (all tests marked gpu, every kernel against float64), 2 ops, 3 whole steps, 4 a short
-training. Each runs in a process of its own with a limit in minutes and writes what it knows case by
-case to OUT/gpu_<part>_<device>.jsonl and .md, so that a cut run loses nothing. At the end stands
-what falls short of which bar. No network. --rehearse runs the same lines on CPU tensors, the Triton
-kernels through the interpreter, at sizes that prove the program and measure nothing.
+training. Each runs in its own process with a time limit and writes its findings case by case to
+OUT/gpu_<part>_<device>.jsonl and .md, so that a run that is cut short loses nothing. The last lines
+of output list every bar that was missed. No network is needed. --rehearse runs the same lines on
+CPU tensors, the Triton kernels in the interpreter, at sizes that test the program but measure
+nothing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# name of the part's module and seconds it may take: 20 minutes together, none above 8
+# Number -> module and seconds it may take: 20 minutes together, none above 8.
 PARTS = {1: ("proof", 300), 2: ("ops", 200), 3: ("steps", 460), 4: ("training", 240)}
 
 
@@ -38,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the parts one after the other; 0 where nothing failed, short bars included."""
+    """Run the parts one after the other; 0 unless something failed (a missed bar is no failure)."""
     asked = arguments()
     if asked.child is not None:
         return child(asked)
@@ -55,7 +56,7 @@ def main() -> int:
         paths = [*wheels, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if lacks := assets.lacking(HERE.parent):
-        # Some parts may do without.
+        # Some parts may not need them.
         print(f"== MISSING, put wheels into --assets: {' '.join(lacks)}", flush=True)
     if asked.rehearse:
         environment |= {"FASTKD_REHEARSE": "1", "TRITON_INTERPRET": "1"}
@@ -64,7 +65,8 @@ def main() -> int:
     for part in asked.part or list(PARTS):
         limit = asked.seconds or PARTS[part][1]
         words = [sys.executable, str(HERE / "gpu.py"), "--child", str(part), "--out", str(out)]
-        words += ["--seconds", str(limit), *(["--rehearse"] if asked.rehearse else [])]
+        words += ["--seconds", str(limit)]
+        words += ["--rehearse"] if asked.rehearse else []
         words += ["--assets", str(asked.assets.resolve())] if asked.assets else []
         print(f"== part {part}, {PARTS[part][0]}: at most {limit} s", flush=True)
         worst = max(worst, limited(words, environment, limit + 15))
@@ -73,7 +75,7 @@ def main() -> int:
 
 
 def limited(words: list[str], environment: dict[str, str], seconds: float) -> int:
-    """Exit code of a process group that is ended when its time is up."""
+    """Exit code of a command; it and its children are killed when the time is up."""
     running = subprocess.Popen(words, env=environment, start_new_session=True)
     try:
         code = running.wait(seconds)
@@ -81,7 +83,7 @@ def limited(words: list[str], environment: dict[str, str], seconds: float) -> in
         print(f"== cut after {seconds:.0f} s; what was found so far is written", flush=True)
         code = 124
     finally:
-        # Also what a part that is done may have left behind.
+        # Children that a finished part may have left behind, too.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()
@@ -89,7 +91,7 @@ def limited(words: list[str], environment: dict[str, str], seconds: float) -> in
 
 
 def child(asked: argparse.Namespace) -> int:
-    """One part in this process."""
+    """Run one part in this process."""
     sys.path.insert(0, str(HERE))
     import torch
     from gpu_parts.record import Job, Record
@@ -108,7 +110,7 @@ def child(asked: argparse.Namespace) -> int:
 
 
 def shortfalls(out: Path) -> str:
-    """What the parts found wanting, of all result files in the folder."""
+    """Failures, what could not be run, and missed bars from all result files in the folder."""
     lines: dict[str, list[str]] = {"failed": [], "missing": [], "short": []}
     for file in sorted(out.glob("gpu_*.jsonl")):
         for line in file.read_text().splitlines():

@@ -7,13 +7,12 @@ fixture `device` run on CPU tensors instead: every line that does not need the c
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-from fastkd.testing import poisoned_empty
 
 # A shell that starts pytest in the background hands down an ignored SIGINT, which Python keeps.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,6 +24,28 @@ REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_avail
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill torch's uninitialised memory with NaN (integers: the largest value) inside.
+
+    A kernel that forgets to write an element then shows it. Uses torch's own switch, which fills
+    the result of `torch.empty`, `empty_like`, `new_empty` and of resizing.
+    """
+    switch: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        switch.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switch.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switch.fill_uninitialized_memory = before[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""What a bare machine lacks and --assets brings: wheels, checkouts of peers, data archives.
+"""What --assets brings to a bare machine: wheels, checkouts of peers, data archives.
 
-Whatever is not there is reported, never replaced. Folders RepDistiller and mdistiller are
-checkouts, cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder per class.
+What is missing is reported, never replaced. The folders RepDistiller and mdistiller are checkouts;
+cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder per class.
 """
 
 import importlib
@@ -25,7 +25,7 @@ UNPACKED = Path(tempfile.gettempdir()) / "fastkd-gpu"
 def unpacked_wheels(assets: Path) -> list[str]:
     """Folders for PYTHONPATH: unpacked, because Triton reads the source of its kernels.
 
-    What is installed here stays what it is: the wheels' versions need not fit together with it.
+    Installed packages are left alone: the versions of the wheels may not fit the others here.
     """
     site = UNPACKED / "wheels"
     shutil.rmtree(site, ignore_errors=True)
@@ -39,14 +39,14 @@ def unpacked_wheels(assets: Path) -> list[str]:
 
 
 def lacking(root: Path) -> list[str]:
-    """Packages that pyproject.toml or the pass wants and no folder of sys.path has."""
+    """Packages that pyproject.toml or this program needs and no folder of sys.path has."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]]
     return [name for name in (*wanted, "fastkd", "triton", "pytest") if not is_installed(name)]
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package of this name can be imported from sys.path, by what pip wrote down."""
+    """Whether sys.path has a distribution of this name, by the metadata that pip writes."""
     try:
         distribution(package)
     except PackageNotFoundError:
@@ -55,7 +55,7 @@ def is_installed(package: str) -> bool:
 
 
 def unpacked_cifar10(assets: Path | None) -> Path | None:
-    """The folder with train/ and test/, or None where there is no archive."""
+    """The folder with train/ and test/, or None without an archive."""
     archive = (assets or Path()) / "cifar10-jpeg.tar.xz"
     if assets is None or not archive.exists():
         return None

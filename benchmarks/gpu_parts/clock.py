@@ -1,8 +1,8 @@
-"""Clocks for a GPU: cold cache, interleaved sides, the device's time apart from the host's.
+"""Clocks for a GPU: cold cache, interleaved sides, device time apart from host time.
 
 `as called` is what a caller waits for on the device, gaps between launches included: CUDA events
 around the call after a pass over a buffer larger than the cache. `captured` is the same work as one
-CUDA graph, in which the host has no part. On a CPU (rehearsals) both are the wall clock.
+CUDA graph, without the host. On a CPU (rehearsals) both are wall time.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fastkd.testing import captured, interleave, no_host_sync
+from fastkd.testing import WARM_UP, captured, interleave, no_host_sync, turns
 
-__all__ = ["Sides", "copy_gbps", "kernel_seconds", "peak_bytes", "quantiles", "times"]
+__all__ = ["Sides", "copy_gbps", "kernel_seconds", "peak_bytes", "times"]
 
 Sides = dict[str, Callable[[], Any]]
 _CACHE_BYTES = 256 << 20
@@ -25,7 +25,7 @@ def times(
 ) -> dict[str, list[float]]:
     """Seconds per call of each side, in turns whose order alternates.
 
-    With `capture` those of one CUDA graph per side; a side of which none can be made is left out.
+    With `capture`, of one CUDA graph per side; a side that cannot be captured is left out.
     """
     if capture:
         sides = {
@@ -34,19 +34,17 @@ def times(
     if device.type != "cuda":
         return interleave(sides, pairs)
     flush = torch.empty(_CACHE_BYTES // 4, dtype=torch.int32, device=device)
-    for _ in range(3):
-        for run in sides.values():
-            run()
+    for name in turns(sides, WARM_UP):
+        sides[name]()
     events: dict[str, list[Any]] = {name: [] for name in sides}
-    for turn in range(pairs):
-        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            begin.record()
-            sides[name]()
-            end.record()
-            events[name].append((begin, end))
-        if turn % 16 == 15:
+    for done, name in enumerate(turns(sides, pairs), start=1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        sides[name]()
+        end.record()
+        events[name].append((begin, end))
+        if done % (16 * len(sides)) == 0:
             # The queue is short on purpose: a full one would block the host inside a side.
             torch.cuda.synchronize()
     torch.cuda.synchronize()
@@ -59,7 +57,7 @@ def times(
 def waits_not(run: Callable[[], Any], device: torch.device) -> bool:
     """Whether a call never makes the host wait: one that does cannot be captured.
 
-    A capture that fails leaves the generator and the allocator in the middle of it, for good.
+    Asked before, because a failed capture leaves the generator and the allocator unusable.
     """
     run()
     try:
@@ -72,15 +70,8 @@ def waits_not(run: Callable[[], Any], device: torch.device) -> bool:
     return True
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return statistics.median(ordered), ordered[last // 10], ordered[last - last // 10]
-
-
 def copy_gbps(device: torch.device, size: int) -> float:
-    """Read plus written GB/s of a copy on the device: what a kernel is measured by."""
+    """GB/s of a copy on the device, read plus written: the yardstick of the kernels."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     seconds = times({"copy": lambda: target.copy_(source)}, device, pairs=20)["copy"]
@@ -88,7 +79,7 @@ def copy_gbps(device: torch.device, size: int) -> float:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Largest amount of device memory in use during a call, 0 on a CPU."""
+    """Peak device memory in use during a call, 0 on a CPU."""
     run()
     if device.type != "cuda":
         return 0
@@ -100,7 +91,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def kernel_seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, dict[str, float]]:
-    """Time in which a kernel was running during a call, and per kernel name, longest first."""
+    """Seconds of a call in which a kernel was running, and seconds by kernel, longest first."""
     from torch.autograd.profiler_util import FunctionEvent
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,7 +1,7 @@
-"""Part 1: that everything is right: the tests marked gpu, every kernel on the chip, the sanitizer.
+"""Part 1, correctness: the tests marked gpu, the tests of every op on the chip, the sanitizer.
 
-The matrix of an op is that of its tests: FASTKD_TEST_DEVICE makes their launches run on the GPU
-(tests/ops/conftest.py). In a rehearsal the interpreter runs a share of it.
+FASTKD_TEST_DEVICE makes the kernel launches in the tests of the ops run on the GPU
+(tests/ops/conftest.py). In a rehearsal the interpreter runs a share of them.
 """
 
 import ast
@@ -20,7 +20,7 @@ __all__ = ["run"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Each in a process of its own, a folder without what stands before it.
+# Each in a process of its own; a folder runs without what is listed before it.
 MARKED = (
     "tests/ops/test_cuda.py",
     "tests/training/test_gpu_step.py",
@@ -32,7 +32,7 @@ MARKED = (
 
 
 def run(job: Job) -> None:
-    """Kernels first: whatever else runs stands on them."""
+    """Kernels first: everything else depends on them."""
     where = "cpu" if job.rehearse else "cuda"
     # Compiling the matrix takes longer than running it: as many at once as half the cores allow.
     at_once = max(1, (os.cpu_count() or 2) // 2)
@@ -52,7 +52,7 @@ def run(job: Job) -> None:
         for one in waiting:
             one.result()
     sanitizer(job)
-    job.record.missing("NCCL with more than one rank: it wants a GPU for each")
+    job.record.missing("NCCL with more than one rank: it needs a GPU for each")
 
 
 def ops_and_files() -> dict[str, list[str]]:
@@ -70,22 +70,25 @@ def suite(job: Job, name: str, words: list[str], environment: dict[str, str]) ->
         return
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-    # A file that wants a package which this machine lacks must not keep the others from running.
+    # A file that needs a package this machine lacks must not keep the others from running.
     command += ["--continue-on-collection-errors"]
     try:
         done = subprocess.run(
-            [*command, *words], cwd=ROOT, env={**os.environ, **environment}, text=True,
-            capture_output=True, timeout=max(10.0, job.seconds_left()),
-        )  # fmt: skip
+            [*command, *words],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=max(10.0, job.seconds_left()),
+        )
     except subprocess.TimeoutExpired:
         job.record.fail(f"{name}: cut, the part's time was up")
         return
-    last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-300:]]
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", *last)}
-    job.record.row(
-        "tests", suite=name, passed=counts.get("passed", 0), failed=counts.get("failed", 0),
-        skipped=counts.get("skipped", 0), seconds=time.monotonic() - start,
-    )  # fmt: skip
+    last = [done.stderr[-300:], *done.stdout.strip().splitlines()][-1]
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
+    outcomes = {kind: counts.get(kind, 0) for kind in ("passed", "failed", "skipped")}
+    row = {"suite": name, **outcomes, "seconds": time.monotonic() - start}
+    job.record.row("tests", row)
     if done.returncode == 5:  # nothing was collected: no test of the folder is marked gpu
         return
     if done.returncode != 0:
@@ -106,15 +109,18 @@ def sanitizer(job: Job) -> None:
         command = [tool, f"--tool={name}", "--error-exitcode=9", sys.executable, "-m", "pytest"]
         try:
             done = subprocess.run(
-                [*command, "-q", *words], cwd=ROOT, capture_output=True, text=True,
+                [*command, "-q", *words],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
                 timeout=min(90.0, max(10.0, job.seconds_left())),
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             job.record.missing(f"compute-sanitizer {name}: took longer than 90 s")
             continue
         found = re.findall(r"ERROR SUMMARY: .*", done.stdout + done.stderr)
         if done.returncode == 0 and found:
-            job.record.row("compute-sanitizer", tool=name, found=found[-1])
+            job.record.row("compute-sanitizer", {"tool": name, "found": found[-1]})
         elif "passed" in done.stdout and not found:
             job.record.missing(f"compute-sanitizer {name}: cannot watch this machine's GPU")
         else:

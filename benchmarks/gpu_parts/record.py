@@ -1,4 +1,4 @@
-"""What a part of gpu.py finds, written to the disk as it is found."""
+"""What a part of gpu.py finds, written to disk at once."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ __all__ = ["Job", "Record"]
 
 
 class Record:
-    """Appends to OUT/gpu_<part>_<device>.jsonl, a line per finding, and keeps a table beside it."""
+    """A line per finding in OUT/gpu_<part>_<device>.jsonl, and the tables in a page beside it."""
 
     def __init__(self, out: Path, part: str, rehearsed: bool) -> None:
         facts = {**environment(), **versions(), "command": " ".join(["python", *sys.argv])}
@@ -32,7 +32,7 @@ class Record:
         self.stem.with_suffix(".jsonl").write_text("")
         self._write("environment", environment=facts)
 
-    def row(self, table: str, **cells: Any) -> None:
+    def row(self, table: str, cells: dict[str, Any]) -> None:
         """A line of a table; all lines of a table have the same cells."""
         with self.lock:
             self.tables.setdefault(table, Table(table)).rows.append(cells)
@@ -43,7 +43,7 @@ class Record:
         self._say("note", text)
 
     def short(self, bar: str, found: str) -> None:
-        """A bar of the design that this run does not reach."""
+        """A bar that this run does not reach."""
         self._say("short", f"{bar}; found {found}")
 
     def missing(self, what: str) -> None:
@@ -51,24 +51,24 @@ class Record:
         self._say("missing", what)
 
     def fail(self, what: str) -> None:
-        """Something that should have run and did not."""
+        """Something that ran and failed."""
         self.failed = True
         self._say("failed", what)
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """One that fails is written down, and the others still run."""
+        """Write down a failure and go on with the other cases."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             self.fail(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             if torch.cuda.is_available():
-                # After an illegal access nothing runs in this process any more: end here.
+                # After an illegal access nothing can run in this process: this raises and ends it.
                 torch.cuda.synchronize()
 
     def done(self) -> None:
-        """The part came to its end."""
+        """Mark the part as complete."""
         self._write("done")
         self._table("complete")
 
@@ -104,15 +104,15 @@ class Job:
 
     @property
     def impl(self) -> Any:
-        """In rehearsals Triton is asked for by name, as CPU tensors would take the C++ core."""
+        """Triton by name in rehearsals, where CPU tensors would take the C++ core."""
         return "triton" if self.rehearse else None
 
     def seconds_left(self) -> float:
-        """Until the part is cut."""
+        """Time until the part is cut."""
         return self.deadline - time.monotonic()
 
     def in_time(self, what: str, needs_s: float) -> bool:
-        """Whether there is time left for a case; if not, that is written down."""
+        """Whether there is time for a case; if not, write that down."""
         if self.rehearse or self.seconds_left() > needs_s:
             return True
         self.record.missing(f"{what}: no time was left")
@@ -120,7 +120,7 @@ class Job:
 
 
 def versions() -> dict[str, Any]:
-    """What a number from a GPU means nothing without."""
+    """Versions, clocks and chip, without which a time on a GPU says nothing."""
     try:
         import triton
 

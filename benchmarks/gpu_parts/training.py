@@ -1,8 +1,8 @@
-"""Part 4: a real training, CIFAR-10 ResNet-56 -> ResNet-20 by KD with the recipe's own program.
+"""Part 4: a real training, CIFAR-10 ResNet-56 -> ResNet-20 by KD with the command line program.
 
-A first run of one epoch each reads the data and compiles everything, a second one tells what an
-epoch and the start of a run cost; the schedule of the third is the recipe's 240 epochs scaled to
-the time that is left.
+The first run, one epoch per network, reads the data and compiles everything. The second shows what
+an epoch and the start of a run cost. The third is the result: the recipe's 240 epochs, its schedule
+scaled to the remaining time.
 """
 
 import json
@@ -21,10 +21,19 @@ __all__ = ["run"]
 
 RECIPE = "cifar10/resnet56--resnet20/kd"
 FULL = 240
+SHOWN = (
+    "epochs",
+    "accuracy_last",
+    "accuracy_best",
+    "images_per_s",
+    "data_wait",
+    "train_seconds",
+    "skipped_steps",
+)
 
 
 def run(job: Job) -> None:
-    """Probe, then the run whose accuracy counts."""
+    """Two probes, then the run whose accuracy counts."""
     data = unpacked_cifar10(job.assets)
     if data is None:
         job.record.missing("the training: no cifar10-jpeg.tar.xz in --assets")
@@ -40,10 +49,10 @@ def run(job: Job) -> None:
             train(job, Path(folder) / "probe", [*keys, "epochs=1", "teacher.epochs=1"])
         with job.record.case("training"):
             start = time.monotonic()
-            # Again, for the rates without compilation: the cache on disk has it all.
+            # Again, for rates without compilation: everything is in the cache on disk.
             stages = train(job, Path(folder) / "second", [*keys, "epochs=1", "teacher.epochs=1"])
             wall = time.monotonic() - start
-            # An epoch of both networks; the fourth part more is for the evaluation at its end.
+            # An epoch of both networks, plus a quarter for the evaluation at its end.
             each = min(wall, 1.25 * sum(stage["train_seconds"] for stage in stages.values()))
             left = 0.9 * job.seconds_left() - (wall - each)
             epochs = 2 if job.rehearse else int(min(FULL, max(2, left / each)))
@@ -55,10 +64,8 @@ def run(job: Job) -> None:
             final = [*keys, f"epochs={epochs}", f"teacher.epochs={epochs}"]
             stages = train(job, Path(folder) / "final", final)
             job.record.note(f"whole program {time.monotonic() - start:.0f} s: {' '.join(final)}")
-            wanted = ("epochs", "accuracy_last", "accuracy_best", "images_per_s", "data_wait",
-                      "train_seconds", "skipped_steps")  # fmt: skip
             for name, summary in stages.items():
-                job.record.row("training", run=name, **{key: summary[key] for key in wanted})
+                job.record.row("training", {"run": name, **{key: summary[key] for key in SHOWN}})
 
 
 def train(job: Job, out: Path, keys: list[str]) -> dict[str, dict[str, Any]]:
@@ -66,10 +73,14 @@ def train(job: Job, out: Path, keys: list[str]) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "fastkd.train", RECIPE, *keys, "out=student"]
     out.mkdir()
     done = subprocess.run(
-        # In a folder of its own: where teachers are shared, the next run would find this one's.
-        command, cwd=out, env={**os.environ, "FASTKD_CACHE": str(UNPACKED / "cache")}, text=True,
-        capture_output=True, timeout=max(20.0, job.seconds_left()),
-    )  # fmt: skip
+        command,
+        # A folder of its own: a later run would reuse the teacher of this one.
+        cwd=out,
+        env={**os.environ, "FASTKD_CACHE": str(UNPACKED / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=max(20.0, job.seconds_left()),
+    )
     if done.returncode != 0:
         raise RuntimeError((done.stdout + done.stderr)[-1500:])
     found = [json.loads(file.read_text()) for file in sorted(out.rglob("summary.json"))]

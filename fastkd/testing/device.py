@@ -1,0 +1,63 @@
+"""The device under test: no host waits, calls as CUDA graphs, an interpreter that rounds once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["captured", "interpret_fma_as_fused", "no_host_sync"]
+
+
+@contextmanager
+def no_host_sync(device: torch.device) -> Iterator[None]:
+    """Raise inside where the host waits for a CUDA device; on a CPU there is nothing to watch."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` recorded once as a CUDA graph; calling it replays and returns what `run` returned.
+
+    Its tensors keep their addresses: write new inputs into the old ones. On a CPU: `run` itself.
+    """
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compilation and first allocations must not be recorded
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return held
+
+    return replay
+
+
+def interpret_fma_as_fused() -> None:
+    """Make Triton's interpreter round `tl.fma` once, as every chip does; 3.6 rounds it twice."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    if hasattr(interpreter._interpreter, "fma_fp32"):
+        return
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # The product of two fp32 numbers is exact in 64 bits of mantissa.
+        a, b, c = (np.asarray(part.data, np.longdouble) for part in (x, y, z))
+        return interpreter.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
