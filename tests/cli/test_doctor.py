@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from fastkd.cli.commands import doctor
+from fastkd.cli import doctor
 from fastkd.cli.doctor import run_doctor
 
 
