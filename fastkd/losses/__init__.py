@@ -7,17 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.losses.attention import AT as AT
     from fastkd.losses.base.term import BindContext as BindContext
     from fastkd.losses.base.term import LossTerm as LossTerm
     from fastkd.losses.base.term import TermInputs as TermInputs
     from fastkd.losses.base.term import TermOutput as TermOutput
     from fastkd.losses.crd import CRD as CRD
+    from fastkd.losses.discriminator import Discriminator as Discriminator
     from fastkd.losses.dist import DIST as DIST
     from fastkd.losses.dkd import DKD as DKD
     from fastkd.losses.drop_in import KDLoss as KDLoss
     from fastkd.losses.drop_in import KLDivLoss as KLDivLoss
-    from fastkd.losses.factors import FT as FT
-    from fastkd.losses.features import AT as AT
+    from fastkd.losses.factor_transfer import FT as FT
     from fastkd.losses.fsp import FSP as FSP
     from fastkd.losses.hints import AB as AB
     from fastkd.losses.hints import VID as VID
@@ -28,30 +29,29 @@ if TYPE_CHECKING:
     from fastkd.losses.logits import CrossEntropy as CrossEntropy
     from fastkd.losses.logits import MixedCE as MixedCE
     from fastkd.losses.logits import SoftCE as SoftCE
-    from fastkd.losses.meal import Discriminator as Discriminator
     from fastkd.losses.multilabel import BinaryCrossEntropy as BinaryCrossEntropy
     from fastkd.losses.nst import NST as NST
     from fastkd.losses.relations import CC as CC
     from fastkd.losses.relations import PKT as PKT
     from fastkd.losses.relations import RKD as RKD
     from fastkd.losses.relations import SP as SP
-    from fastkd.losses.review import ReviewKD as ReviewKD
+    from fastkd.losses.reviewkd import ReviewKD as ReviewKD
     from fastkd.losses.simkd import SimKD as SimKD
 
 _HOME = {
     "AB": "hints",
-    "AT": "features",
+    "AT": "attention",
     "BinaryCrossEntropy": "multilabel",
     "BindContext": "base.term",
     "CC": "relations",
     "CRD": "crd",
     "CrossEntropy": "logits",
     "FSP": "fsp",
-    "FT": "factors",
+    "FT": "factor_transfer",
     "FitNet": "hints",
     "DIST": "dist",
     "DKD": "dkd",
-    "Discriminator": "meal",
+    "Discriminator": "discriminator",
     "JointRD": "jointrd",
     "KD": "logits",
     "KDLoss": "drop_in",
@@ -62,7 +62,7 @@ _HOME = {
     "PKT": "relations",
     "RKD": "relations",
     "SP": "relations",
-    "ReviewKD": "review",
+    "ReviewKD": "reviewkd",
     "SimKD": "simkd",
     "SoftCE": "logits",
     "StageMSE": "jointrd",

@@ -53,7 +53,7 @@ class CRD(PairTerm):
     HobbitLong/RepDistiller crd/criterion.py.
     Needs: one pair of taps on x, by default the pooled vectors, and the ids of the samples.
     Weight: 0.8, the reference's.
-    Tests: tests/losses/test_crd.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_crd.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     # The labels, too, need no copy before and no broadcast in every step.

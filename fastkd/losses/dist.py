@@ -35,7 +35,7 @@ class DIST(LossTerm):
     lib/models/losses/dist_kd.py.
     Needs: the logits of both networks on `view`.
     Weight: 2, the paper's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 

@@ -45,7 +45,7 @@ class DKD(LossTerm):
     mdistiller/distillers/DKD.py.
     Needs: the logits of both networks on x, and the labels.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 

@@ -37,7 +37,7 @@ class FSP(PairTerm):
     distiller_zoo/FSP.py, its first stage in HobbitLong/RepDistiller helper/pretrain.py.
     Needs: two or more pairs of taps on x, maps; in the reference the stem and all stages.
     Weight: 50, which the reference's script passes and its code, with this loss alone, ignores.
-    Tests: tests/losses/test_fsp.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_fsp.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

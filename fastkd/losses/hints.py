@@ -34,7 +34,7 @@ class FitNet(PairTerm):
     HobbitLong/RepDistiller models/util.py.
     Needs: pairs of taps on x, maps; in the reference stage2.
     Weight: 100, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class VID(PairTerm):
     distiller_zoo/VID.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class AB(PairTerm):
     Needs: pairs of taps on x, maps; in the reference all stages before their activation
     (stage1:preact, ..) of both networks.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

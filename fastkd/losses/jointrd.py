@@ -64,7 +64,7 @@ class JointRD(LossTerm):
     Needs: the outputs of all stages of the student on x, of the teacher what is compared, its
     stages and its classifier.
     Weight: 1, the paper's; feature_weight 1e-3, the released code's at 32 px.
-    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracle
     peer_losses.json (the authors' code).
     """
 
@@ -229,8 +229,8 @@ class StageMSE(PairTerm):
     leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
     Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
     Weight: 1, the paper's.
-    Tests: tests/losses/test_map_losses.py, test_ranks.py; no released number, the
-    formula is the oracle.
+    Tests: tests/losses/test_map_losses.py, test_terms_on_ranks.py; no released number, the formula
+    is the oracle.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class CrossEntropy(LossTerm):
     Needs: the student's logits on x, and the labels.
     Weight: 1.
     Tests: tests/training/test_trainer.py, tests/ops/test_kd_loss.py,
-    tests/losses/test_peer_losses.py, test_ranks.py; oracle logit_losses.json.
+    tests/losses/test_peer_losses.py, test_terms_on_ranks.py; oracle logit_losses.json.
     """
 
     takes_no_label = True
@@ -107,7 +107,7 @@ class KD(LossTerm):
     Needs: the logits of both networks on every view of `views`, and the labels.
     Weight: 0.9, and ce_weight 0.1, RepDistiller's.
     Tests: tests/ops/test_kd_loss.py, oracle kd_loss_oracle.json; tests/losses/test_logit_losses.py,
-    test_peer_losses.py, test_mixed_targets.py, test_ranks.py, oracles logit_losses.json,
+    test_peer_losses.py, test_mixed_targets.py, test_terms_on_ranks.py, oracles logit_losses.json,
     peer_losses.json (the authors' code).
     """
 
@@ -229,8 +229,8 @@ class SoftCE(LossTerm):
     Source: Shen and Savvides 2020, arXiv:2009.08453, Eq. 3; szq0214/MEAL-V2 extensions/kd_loss.py.
     Needs: the logits of both networks on `view`.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_ranks.py, tests/ops/test_kd_modules.py; oracle
-    kd_presets.json (the authors' code).
+    Tests: tests/losses/test_logit_losses.py, test_terms_on_ranks.py, tests/ops/test_kd_modules.py;
+    oracle kd_presets.json (the authors' code).
     """
 
     def __init__(

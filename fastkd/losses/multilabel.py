@@ -41,8 +41,8 @@ class BinaryCrossEntropy(LossTerm):
     Source: `torch.nn.BCEWithLogitsLoss`; Shen and Savvides 2020, arXiv:2009.08453, appendix.
     Needs: the student's logits on x, and labels [N, C].
     Weight: 1.
-    Tests: tests/losses/test_multilabel.py, test_ranks.py, tests/evaluation/test_multilabel.py; no
-    released number, the formula is the oracle.
+    Tests: tests/losses/test_multilabel.py, test_terms_on_ranks.py,
+    tests/evaluation/test_multilabel.py; no released number, the formula is the oracle.
     """
 
     label_kind = "multi"

@@ -28,7 +28,7 @@ class NST(PairTerm):
     where this one holds matrices of N * min(C, P)^2.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 50, the reference's.
-    Tests: tests/losses/test_nst.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_nst.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class SP(Relation):
     distiller_zoo/SP.py.
     Needs: pairs of taps on x, in the reference the last stage of each network.
     Weight: 3000, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class PKT(Relation):
     distiller_zoo/PKT.py, whose mean stands for the paper's sum.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 30000, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class CC(Relation):
     replaces by this product; HobbitLong/RepDistiller distiller_zoo/CC.py.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 0.02, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class RKD(Relation):
     distiller_zoo/RKD.py.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 1, inside it 25 and 50, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ class SimKD(LossTerm):
     models/util.py, and DefangChen/SimKD helper/loops.py.
     Needs: the last map of both networks on x, and the teacher's classifier.
     Weight: 1, the paper's.
-    Tests: tests/losses/test_simkd_run.py, test_map_losses.py, test_peer_losses.py, test_ranks.py;
-    oracle peer_losses.json (the authors' code).
+    Tests: tests/losses/test_simkd_run.py, test_map_losses.py, test_peer_losses.py,
+    test_terms_on_ranks.py; oracle peer_losses.json (the authors' code).
     """
 
     def __init__(

@@ -32,12 +32,12 @@ _TERMS = {
     "kd": ("fastkd.losses.logits", "KDConfig"),
     "mixed_ce": ("fastkd.losses.logits", "MixedCEConfig"),
     "ab": ("fastkd.losses.hints", "ABConfig"),
-    "at": ("fastkd.losses.features", "ATConfig"),
+    "at": ("fastkd.losses.attention", "ATConfig"),
     "cc": ("fastkd.losses.relations", "CCConfig"),
     "crd": ("fastkd.losses.crd", "CRDConfig"),
     "fitnet": ("fastkd.losses.hints", "FitNetConfig"),
     "fsp": ("fastkd.losses.fsp", "FSPConfig"),
-    "ft": ("fastkd.losses.factors", "FTConfig"),
+    "ft": ("fastkd.losses.factor_transfer", "FTConfig"),
     "nst": ("fastkd.losses.nst", "NSTConfig"),
     "pkt": ("fastkd.losses.relations", "PKTConfig"),
     "rkd": ("fastkd.losses.relations", "RKDConfig"),
@@ -46,11 +46,11 @@ _TERMS = {
     "soft_ce": ("fastkd.losses.logits", "SoftCEConfig"),
     "dkd": ("fastkd.losses.dkd", "DKDConfig"),
     "dist": ("fastkd.losses.dist", "DISTConfig"),
-    "reviewkd": ("fastkd.losses.review", "ReviewKDConfig"),
+    "reviewkd": ("fastkd.losses.reviewkd", "ReviewKDConfig"),
     "simkd": ("fastkd.losses.simkd", "SimKDConfig"),
     "jointrd": ("fastkd.losses.jointrd", "JointRDConfig"),
     "stage_mse": ("fastkd.losses.jointrd", "StageMSEConfig"),
-    "discriminator": ("fastkd.losses.meal", "DiscriminatorConfig"),
+    "discriminator": ("fastkd.losses.discriminator", "DiscriminatorConfig"),
 }
 
 _STANDARDIZED, _MEAL = ("kd.standardize=true",), ("soft_ce", "discriminator")

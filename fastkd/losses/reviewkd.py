@@ -50,7 +50,7 @@ class ReviewKD(LossTerm):
     which agree.
     Needs: taps of both networks on x, one per level, the teacher's before the activation.
     Weight: 5, one of the reference's.
-    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 

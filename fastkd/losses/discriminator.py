@@ -46,7 +46,7 @@ class Discriminator(LossTerm):
     models/discriminator.py and szq0214/MEAL-V2 loss.py.
     Needs: the student's logits and the teachers' mean logits on `view`.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracle
     peer_losses.json (the authors' code).
     """
 

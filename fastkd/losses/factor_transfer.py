@@ -48,7 +48,7 @@ class FT(PairTerm):
     helper/pretrain.py.
     Needs: pairs of taps on x, maps; in the reference the last stage of each network.
     Weight: 200, the reference's.
-    Tests: tests/losses/test_factors.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_factor_transfer.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class AT(PairTerm):
     utils.py and HobbitLong/RepDistiller distiller_zoo/AT.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1000, RepDistiller's.
-    Tests: tests/training/test_trainer.py, tests/losses/test_ranks.py,
+    Tests: tests/training/test_trainer.py, tests/losses/test_terms_on_ranks.py,
     tests/ops/test_attention_map.py; oracle attention_oracle.json.
     """
 
