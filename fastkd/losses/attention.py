@@ -1,17 +1,17 @@
-"""Losses on feature maps as terms of a recipe.
+"""AT: attention transfer, the maps of where the networks look.
 
-AT: Zagoruyko and Komodakis 2017, arXiv:1612.03928.
+Zagoruyko and Komodakis 2017, arXiv:1612.03928.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
+from typing_extensions import override
 
 from fastkd.kernels import AttentionForm, attention_loss
-from fastkd.losses.base.pairs import PairConfig, PairTerm
-from fastkd.losses.base.term import BindContext, LossTerm
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.pairs import Pairs, PairTerm
+from fastkd.losses.base.term import BindContext
 
-__all__ = ["AT", "ATConfig"]
+__all__ = ["AT"]
 
 
 class AT(PairTerm):
@@ -37,30 +37,24 @@ class AT(PairTerm):
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 1000.0,
+        weight: Weight = 1000.0,
         form: AttentionForm = "mean_square",
         name: str = "at",
-    ):
+    ) -> None:
+        """Args:
+        form: mean_square as the released codes, or distance as equation 2 (weight is then
+            beta / 2).
+        """
         super().__init__(name, pairs, weight)
         self.form: AttentionForm = form
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps."""
         self.map_shapes(context)
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         return attention_loss(student, teacher, form=self.form)
-
-
-class ATConfig(PairConfig):
-    """Keys of `losses.at`; RepDistiller's weight is 1000."""
-
-    form: AttentionForm = "mean_square"
-    """mean_square as the released codes, or distance as equation 2 (weight is then beta / 2)."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return AT(name=name, **self.model_dump())

@@ -1,26 +1,20 @@
 """FT: factor transfer, the translated student imitates what a paraphraser makes of the teacher."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.kernels import attention_map
-from fastkd.losses.base.pairs import PairConfig, PairTerm
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.pairs import Pairs, PairTerm
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["FT", "FTConfig"]
+__all__ = ["FT"]
 
 
 class FT(PairTerm):
@@ -53,18 +47,26 @@ class FT(PairTerm):
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 200.0,
-        rate: float = 0.5,
+        weight: Weight = 200.0,
+        rate: Annotated[float, Gt(0), Le(1)] = 0.5,
         name: str = "ft",
     ) -> None:
+        """Args:
+        rate: Channels of the factor over those of the teacher's map; k in the paper.
+        """
         super().__init__(name, pairs, weight)
-        check_numbers(name, above=0, most=1, rate=rate)
-        self.reconstruction = f"{name}_reconstruction"
-        self.weights[self.reconstruction] = 1.0
+        self.weights = self.weights_of(name, weight=weight)
+        self.reconstruction = list(self.weights)[1]
         self.rate = rate
 
+    @override
+    @classmethod
+    def weights_of(cls, name: str, *, weight: float, **keys: Any) -> dict[str, float]:
+        return {name: weight, f"{name}_reconstruction": 1.0}
+
+    @override
     def bind(self, context: BindContext) -> None:
         """Make translators and paraphrasers."""
         self.translators, self.encoders, self.decoders = (nn.ModuleList() for _ in range(3))
@@ -76,6 +78,7 @@ class FT(PairTerm):
             layers = ((nn.ConvTranspose2d(a, b, 3, padding=1), nn.LeakyReLU(0.1)) for a, b in sizes)
             self.decoders.append(nn.Sequential(*(module for pair in layers for module in pair)))
 
+    @override
     def param_groups(self) -> list[dict[str, Any]]:
         """The translators at the student's rate, the paraphrasers at a fifth of it."""
         slow = [*self.encoders.parameters(), *self.decoders.parameters()]
@@ -84,6 +87,7 @@ class FT(PairTerm):
             {"params": slow, "lr_scale": 0.2},
         ]
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sums over the pairs."""
         transfers, errors = [], []
@@ -120,14 +124,3 @@ def _distance(student_NFHW: Tensor, teacher_NFHW: Tensor) -> Tensor:
         attention_map(factor, size=(height, width)) for factor in (student_NFHW, teacher_NFHW)
     )
     return F.l1_loss(student, teacher)
-
-
-class FTConfig(PairConfig):
-    """Keys of `losses.ft`; RepDistiller's weight is 200, on the last stages."""
-
-    rate: float = Field(default=0.5, gt=0, le=1)
-    """Channels of the factor over those of the teacher's map; k in the paper."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return FT(name=name, **self.model_dump())

@@ -11,19 +11,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.base.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.pairs import POOLED, Pairs, PairTerm
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["CC", "PKT", "RKD", "SP", "CCConfig", "PKTConfig", "RKDConfig", "SPConfig"]
+__all__ = ["CC", "PKT", "RKD", "SP"]
 
 
 class Relation(PairTerm):
@@ -36,9 +32,13 @@ class Relation(PairTerm):
     """
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
+        """Args:
+        gather: Compare the samples of all ranks with each other, not only those of one.
+        """
         super().__init__(name, pairs, weight)
         self.gather = gather
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
         if self.gather:
@@ -50,6 +50,7 @@ class Relation(PairTerm):
             inputs = inputs._replace(tensors=joined)
         return super().forward(inputs)
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
         """One row per sample, in fp32."""
         return self.relate(number, widened(student).flatten(1), widened(teacher).flatten(1))
@@ -73,16 +74,16 @@ class SP(Relation):
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 3000.0,
+        weight: Weight = 3000.0,
         gather: bool = True,
         name: str = "sp",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         student_NN, teacher_NN = (F.normalize(x @ x.T) for x in (student_ND, teacher_ND))
         return (teacher_NN - student_NN).square().mean()
 
@@ -104,16 +105,19 @@ class PKT(Relation):
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 30000.0,
+        weight: Weight = 30000.0,
         gather: bool = True,
         name: str = "pkt",
     ) -> None:
+        """Args:
+        pairs: Tap of the student: tap of the teacher.
+        """
         super().__init__(name, pairs, weight, gather=gather)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         eps = 1e-7
 
         def affinity(rows_ND: Tensor) -> Tensor:
@@ -143,25 +147,29 @@ class CC(Relation):
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 0.02,
-        dim: int = 128,
+        weight: Weight = 0.02,
         gather: bool = True,
+        dim: PositiveInt = 128,
         name: str = "cc",
     ) -> None:
+        """Args:
+        pairs: Tap of the student: tap of the teacher.
+        dim: Features of the trained linear maps.
+        """
         super().__init__(name, pairs, weight, gather=gather)
-        check_numbers(name, above=0, dim=dim)
         self.dim = dim
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make the linear maps of both networks."""
         shapes = self.shapes(context)
         self.embed_student = nn.ModuleList(nn.Linear(math.prod(s), self.dim) for s, _ in shapes)
         self.embed_teacher = nn.ModuleList(nn.Linear(math.prod(t), self.dim) for _, t in shapes)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         student_ND = self.embed_student[number](student_ND)
         apart_ND = (student_ND - self.embed_teacher[number](teacher_ND)).abs()
         return (apart_ND[:-1] * apart_ND[1:]).sum() / max(len(apart_ND) - 1, 1)
@@ -185,20 +193,24 @@ class RKD(Relation):
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 1.0,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+        weight: Weight = 1.0,
         gather: bool = True,
+        distance_weight: NonNegativeFloat = 25.0,
+        angle_weight: NonNegativeFloat = 50.0,
         name: str = "rkd",
     ) -> None:
+        """Args:
+        pairs: Tap of the student: tap of the teacher.
+        distance_weight: Factor of the distances inside the loss.
+        angle_weight: Factor of the angles inside the loss.
+        """
         super().__init__(name, pairs, weight, gather=gather)
-        check_numbers(name, least=0, distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         distances, angles = zip(*map(_geometry, (student_ND, teacher_ND)), strict=True)
         distance = F.smooth_l1_loss(*distances)
         return self.distance_weight * distance + self.angle_weight * F.smooth_l1_loss(*angles)
@@ -214,49 +226,3 @@ def _geometry(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
     unit_NND = apart_NND / torch.where(positive_NN, distance_NN, 1.0)[:, :, None]
     mean = distance_NN.sum() / positive_NN.sum().clamp(min=1)
     return distance_NN / torch.where(mean > 0, mean, 1.0), unit_NND @ unit_NND.mT
-
-
-class SPConfig(PairConfig):
-    """Keys of `losses.sp`; RepDistiller's weight is 3000, on the last stages."""
-
-    gather: bool = True
-    """Compare the samples of all ranks with each other, not only those of one."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return SP(name=name, **self.model_dump())
-
-
-class PKTConfig(SPConfig):
-    """Keys of `losses.pkt`; RepDistiller's weight is 30000."""
-
-    pairs: dict[str, str] = POOLED
-    """Tap of the student: tap of the teacher."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return PKT(name=name, **self.model_dump())
-
-
-class CCConfig(PKTConfig):
-    """Keys of `losses.cc`; RepDistiller's weight is 0.02."""
-
-    dim: PositiveInt = 128
-    """Features of the trained linear maps."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return CC(name=name, **self.model_dump())
-
-
-class RKDConfig(PKTConfig):
-    """Keys of `losses.rkd`; RepDistiller's weight is 1."""
-
-    distance_weight: NonNegativeFloat = 25.0
-    """Factor of the distances inside the loss."""
-    angle_weight: NonNegativeFloat = 50.0
-    """Factor of the angles inside the loss."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return RKD(name=name, **self.model_dump())

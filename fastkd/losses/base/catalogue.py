@@ -6,11 +6,11 @@ last), and its recipe keys. `fastkd losses NAME` and docs/make_losses.py print i
 
 import inspect
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 
-from fastkd.losses.base.registry import ALIASES, config_class, term_names
+from fastkd.losses.base.keys import keys_of
+from fastkd.losses.base.registry import ALIASES, term_class, term_names
 from fastkd.losses.base.term import LossTerm
 
 __all__ = ["FIELDS", "PATH", "CatalogueEntry", "Key", "catalogue", "entry_of"]
@@ -69,9 +69,8 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def entry_of(name: str) -> CatalogueEntry:
-    """One loss; ValueError names the nearest name, or what its docstring lacks."""
-    config = config_class(name)
-    term = getattr(sys.modules[config.__module__], config.__name__.removesuffix("Config"))
+    """One loss; UserError names the nearest name, ValueError what its docstring lacks."""
+    term = term_class(name)
     text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
     summary, formula, *notes = text.split("\n\n")
     source, needs, weight, tests = (" ".join(field.split()) for field in fields)
@@ -94,7 +93,7 @@ def entry_of(name: str) -> CatalogueEntry:
             Key(
                 key, "" if field.is_required() else _spelled(field.default), field.description or ""
             )
-            for key, field in config.model_fields.items()
+            for key, field in keys_of(term).model_fields.items()
         ),
         aliases=tuple(
             alias
