@@ -56,7 +56,8 @@ PROOFS = {
     "mixed_ce": Proof(
         "losses/test_mixed_targets.py::test_labels_of_both_images",
         "losses/test_mixed_targets.py::test_labels_of_both_images",
-        "training/test_two_ranks.py::test_gradients_are_those_of_one_process[gradients, mixed targets]",
+        "training/test_two_ranks.py::test_gradients_are_those_of_one_process"
+        "[gradients, mixed targets]",
     ),
     "soft_ce": Proof(f"{GRADIENT}[soft_ce]", f"{GRADIENT}[soft_ce]", f"{JOINED}[soft_ce]"),
     "dkd": Proof(f"{LOGITS}[dkd_a1_b8_T4]", f"{GRADIENT}[dkd]", f"{JOINED}[dkd]"),
