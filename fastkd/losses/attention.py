@@ -27,6 +27,10 @@ class AT(PairTerm):
     Moonshine computes, or "distance", the norm in equation 2 of the papers, whose beta is twice the
     weight then.
 
+    Args:
+        form: mean_square as the released codes, or distance as equation 2 (weight is then beta /
+            2).
+
     Source: Zagoruyko and Komodakis 2017, arXiv:1612.03928, Eq. 2; szagoruyko/attention-transfer
     utils.py and HobbitLong/RepDistiller distiller_zoo/AT.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
@@ -43,10 +47,6 @@ class AT(PairTerm):
         form: AttentionForm = "mean_square",
         name: str = "at",
     ) -> None:
-        """Args:
-        form: mean_square as the released codes, or distance as equation 2 (weight is then
-            beta / 2).
-        """
         super().__init__(name, pairs, weight)
         self.form: AttentionForm = form
 

@@ -46,6 +46,13 @@ class CRD(PairTerm):
     the others. With accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step
     holds several N x M matrices: it multiplies with the whole bank and picks from the products.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher; one pair.
+        dim: Features of the trained linear maps and of the banks.
+        negatives: Samples of other classes per image.
+        temperature: Divides the products of unit vectors.
+        momentum: Share of the old row that stays in the bank.
+
     Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; HobbitLong/RepDistiller crd/memory.py and
     HobbitLong/RepDistiller crd/criterion.py.
     Needs: one pair of taps on x, by default the pooled vectors, and the ids of the samples.
@@ -75,13 +82,6 @@ class CRD(PairTerm):
         momentum: Annotated[float, Ge(0), Lt(1)] = 0.5,
         name: str = "crd",
     ) -> None:
-        """Args:
-        pairs: Tap of the student: tap of the teacher; one pair.
-        dim: Features of the trained linear maps and of the banks.
-        negatives: Samples of other classes per image.
-        temperature: Divides the products of unit vectors.
-        momentum: Share of the old row that stays in the bank.
-        """
         super().__init__(name, pairs, weight)
         self.dim, self.negatives = dim, negatives
         self.temperature, self.momentum = temperature, momentum

@@ -45,6 +45,14 @@ class Discriminator(LossTerm):
     it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
     it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
 
+    Args:
+        weight: Factor in the total; 1 in the released code.
+        mode: What the student does with the gradient: follows it, its negative, or nothing.
+        hidden: Widths of the hidden layers; by default C // 8 and C // 64, at least 16 and 8.
+        last_relu: Clip the outputs at 0 before the sigmoid, as the released code does.
+        lr_rule: Its learning rate: the student's, or a hundredth of it.
+        view: View whose logits it sees.
+
     Source: Shen and Savvides 2020, arXiv:2009.08453, section 5, Eq. 4 and 5; szq0214/MEAL-V2
     models/discriminator.py and szq0214/MEAL-V2 loss.py.
     Needs: the student's logits and the teachers' mean logits on `view`.
@@ -64,14 +72,6 @@ class Discriminator(LossTerm):
         view: View = "x",
         name: str = "discriminator",
     ) -> None:
-        """Args:
-        weight: Factor in the total; 1 in the released code.
-        mode: What the student does with the gradient: follows it, its negative, or nothing.
-        hidden: Widths of the hidden layers; by default C // 8 and C // 64, at least 16 and 8.
-        last_relu: Clip the outputs at 0 before the sigmoid, as the released code does.
-        lr_rule: Its learning rate: the student's, or a hundredth of it.
-        view: View whose logits it sees.
-        """
         super().__init__(name, self.needs_of(view=view), {name: weight})
         self.mode, self.hidden, self.last_relu, self.lr_rule = mode, hidden, last_relu, lr_rule
 

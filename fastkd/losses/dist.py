@@ -34,6 +34,12 @@ class DIST(LossTerm):
     Under several ranks `gather=True` takes the columns over the samples of all ranks, which is one
     process on the joined batch; otherwise each rank takes its own, and their mean counts.
 
+    Args:
+        weight: Factor in the total; the paper uses 2.
+        temperature: T of both softmaxes.
+        gather: Correlate each class over the samples of all ranks, not of one.
+        view: View on which the logits are compared.
+
     Source: Huang et al. 2022, arXiv:2205.10536, section 4; hunto/image_classification_sota
     lib/models/losses/dist_kd.py.
     Needs: the logits of both networks on `view`.
@@ -51,12 +57,6 @@ class DIST(LossTerm):
         view: View = "x",
         name: str = "dist",
     ) -> None:
-        """Args:
-        weight: Factor in the total; the paper uses 2.
-        temperature: T of both softmaxes.
-        gather: Correlate each class over the samples of all ranks, not of one.
-        view: View on which the logits are compared.
-        """
         super().__init__(name, self.needs_of(view=view), {name: weight})
         self.temperature = temperature
         self.gather = gather

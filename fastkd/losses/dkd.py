@@ -38,6 +38,14 @@ class DKD(LossTerm):
     both logits to zero mean and unit deviation first (arXiv:2403.01427, there with T 2 and a weight
     of 9).
 
+    Args:
+        weight: Factor of the whole; 1 in the paper, 9 to 18 with standardize.
+        alpha: Factor of the part about the label's class (TCKD).
+        beta: Factor of the part about the other classes (NCKD).
+        temperature: T of both softmaxes.
+        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
+        standardize: Take both logits to zero mean and unit deviation per sample first.
+
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3; megvii-research/mdistiller
     mdistiller/distillers/DKD.py.
     Needs: the logits of both networks on x, and the labels.
@@ -59,14 +67,6 @@ class DKD(LossTerm):
         standardize: bool = False,
         name: str = "dkd",
     ) -> None:
-        """Args:
-        weight: Factor of the whole; 1 in the paper, 9 to 18 with standardize.
-        alpha: Factor of the part about the label's class (TCKD).
-        beta: Factor of the part about the other classes (NCKD).
-        temperature: T of both softmaxes.
-        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
-        standardize: Take both logits to zero mean and unit deviation per sample first.
-        """
         super().__init__(name, self.needs_of(), {name: weight})
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.warmup_epochs = warmup_epochs

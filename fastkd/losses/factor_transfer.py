@@ -37,6 +37,9 @@ class FT(PairTerm):
     fifth of the student's learning rate: 0.01 beside 0.05, which the reference's first stage takes
     for ResNets and wide ResNets.
 
+    Args:
+        rate: Channels of the factor over those of the teacher's map; k in the paper.
+
     Source: Kim et al. 2018, arXiv:1802.04977; HobbitLong/RepDistiller distiller_zoo/FT.py, the
     modules in HobbitLong/RepDistiller models/util.py, the first stage in HobbitLong/RepDistiller
     helper/pretrain.py.
@@ -53,9 +56,6 @@ class FT(PairTerm):
         rate: Annotated[float, Gt(0), Le(1)] = 0.5,
         name: str = "ft",
     ) -> None:
-        """Args:
-        rate: Channels of the factor over those of the teacher's map; k in the paper.
-        """
         super().__init__(name, pairs, weight)
         self.weights = self.weights_of(name, weight=weight)
         self.reconstruction = list(self.weights)[1]

@@ -37,6 +37,10 @@ class FSP(PairTerm):
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of FSP are not its.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher, from the first to the last, e.g. {stem: stem,
+            stage1: stage1, stage2: stage2}.
+
     Source: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017; HobbitLong/RepDistiller
     distiller_zoo/FSP.py, its first stage in HobbitLong/RepDistiller helper/pretrain.py.
     Needs: two or more pairs of taps on x, maps; in the reference the stem and all stages.
@@ -55,10 +59,6 @@ class FSP(PairTerm):
         weight: Weight = 50.0,
         name: str = "fsp",
     ) -> None:
-        """Args:
-        pairs: Tap of the student: tap of the teacher, from the first to the last, e.g. {stem:
-            stem, stage1: stage1, stage2: stage2}.
-        """
         super().__init__(name, pairs, weight)
 
     @override

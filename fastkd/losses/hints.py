@@ -68,6 +68,9 @@ class VID(PairTerm):
     W are 1x1 convolutions without bias; rho is trained, one value per channel of the teacher, and
     starts where v = `variance`. Where the sizes differ the larger map is average-pooled.
 
+    Args:
+        variance: Where the trained variances start.
+
     Source: Ahn et al. 2019, arXiv:1904.05835, section 2; HobbitLong/RepDistiller
     distiller_zoo/VID.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
@@ -83,9 +86,6 @@ class VID(PairTerm):
         variance: Annotated[float, Gt(1e-5)] = 5.0,
         name: str = "vid",
     ) -> None:
-        """Args:
-        variance: Where the trained variances start.
-        """
         super().__init__(name, pairs, weight)
         self.variance = variance
 
@@ -125,6 +125,9 @@ class AB(PairTerm):
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of AB are not its.
 
+    Args:
+        margin: By how much a neuron must be on its side of 0.
+
     Source: Heo et al. 2019, arXiv:1811.03233; HobbitLong/RepDistiller distiller_zoo/AB.py, its
     first stage in HobbitLong/RepDistiller helper/pretrain.py.
     Needs: pairs of taps on x, maps; in the reference all stages before their activation
@@ -141,9 +144,6 @@ class AB(PairTerm):
         margin: PositiveFloat = 1.0,
         name: str = "ab",
     ) -> None:
-        """Args:
-        margin: By how much a neuron must be on its side of 0.
-        """
         super().__init__(name, pairs, weight)
         self.margin = margin
 

@@ -51,6 +51,16 @@ class JointRD(LossTerm):
     The student's stages must have the teacher's shapes, and the teacher be of the zoo.
     The junctions join on the batch axis as they come, so that each teacher stage runs once.
 
+    Args:
+        weight: Factor in the total; 1 in the paper, 0.25 (and losses.ce.weight=0.25) as released.
+        feature_weight: Factor of the features within the term; the released code uses 1e-3 at 32
+            px, 1e-4 at 224.
+        stages: Taps of student and teacher at which their stages end.
+        form: Which formula: AlignKD's equations 1 to 3, or the sum of the released code.
+        feature: form=paper: what is compared; the text names all three.
+        eta_epochs: Epochs over which eta falls along a cosine from 1.
+        eta_end: Where eta ends.
+
     Source: Li et al., "Residual Distillation", NeurIPS 2020, as equations 1 to 3 of AlignKD (Kao
     and Lai) put it; leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py and
     leoozy/JointRD_Neurips2020@JOINT model/distiller2.py.
@@ -77,17 +87,6 @@ class JointRD(LossTerm):
         eta_end: Share = 0.5,
         name: str = "jointrd",
     ) -> None:
-        """Args:
-        weight: Factor in the total; 1 in the paper, 0.25 (and losses.ce.weight=0.25) as
-            released.
-        feature_weight: Factor of the features within the term; the released code uses 1e-3 at
-            32 px, 1e-4 at 224.
-        stages: Taps of student and teacher at which their stages end.
-        form: Which formula: AlignKD's equations 1 to 3, or the sum of the released code.
-        feature: form=paper: what is compared; the text names all three.
-        eta_epochs: Epochs over which eta falls along a cosine from 1.
-        eta_end: Where eta ends.
-        """
         needs = self.needs_of(stages=stages, form=form, feature=feature)
         weights = self.weights_of(name, weight=weight, feature_weight=feature_weight)
         super().__init__(name, needs, weights)
@@ -242,6 +241,11 @@ class StageMSE(PairTerm):
     error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
     falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
 
+    Args:
+        reduction: Over the elements of an image; both are means over images.
+        eta_epochs: Epochs over which eta falls along a cosine from 1.
+        eta_end: Where eta ends; 1 keeps the weight constant.
+
     Source: Kao and Lai, "AlignKD", equations 4 to 7, which has no released code; eta as in
     leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
     Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
@@ -260,11 +264,6 @@ class StageMSE(PairTerm):
         eta_end: Share = 0.5,
         name: str = "stage_mse",
     ) -> None:
-        """Args:
-        reduction: Over the elements of an image; both are means over images.
-        eta_epochs: Epochs over which eta falls along a cosine from 1.
-        eta_end: Where eta ends; 1 keeps the weight constant.
-        """
         super().__init__(name, pairs, weight)
         self.reduction = reduction
         self.eta_epochs, self.eta_end = eta_epochs, eta_end

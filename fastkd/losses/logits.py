@@ -71,6 +71,10 @@ class CrossEntropy(LossTerm):
     count neither in the sum nor in the divisor, which under several processes, or with accumulate,
     is that of each rank's or micro-batch's own rows. Part: `<name>`.
 
+    Args:
+        weight: Factor in the total.
+        label_smoothing: Share of the target spread over all classes.
+
     Source: `torch.nn.functional.cross_entropy`.
     Needs: the student's logits on x, and the labels.
     Weight: 1.
@@ -84,10 +88,6 @@ class CrossEntropy(LossTerm):
     def __init__(
         self, *, weight: Weight = 1.0, label_smoothing: Smoothing = 0.0, name: str = "ce"
     ) -> None:
-        """Args:
-        weight: Factor in the total.
-        label_smoothing: Share of the target spread over all classes.
-        """
         super().__init__(name, self.needs_of(), {name: weight})
         self.label_smoothing = label_smoothing
 
@@ -120,6 +120,16 @@ class KD(LossTerm):
     "mixed_logits", its logits of the two images, mixed like their pixels, which is what the
     released code of the data augmentation paper calls plain CutMix and mixup.
 
+    Args:
+        weight: Factor of T^2 KL, on each view.
+        ce_weight: Factor of the cross entropy with the labels.
+        temperature: T of both softmaxes.
+        label_smoothing: Share of the hard target spread over all classes.
+        views: Views on which the student imitates the teacher.
+        xprime_target: On x': what the teacher says to it, or its logits of the two images, mixed
+            like them.
+        standardize: Take both logits of the KL to zero mean and unit deviation per sample first.
+
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
     distiller_zoo/KD.py. standardize: Sun et al. 2024, arXiv:2403.01427, section 4;
     sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py.
@@ -144,17 +154,6 @@ class KD(LossTerm):
         standardize: bool = False,
         name: str = "kd",
     ) -> None:
-        """Args:
-        weight: Factor of T^2 KL, on each view.
-        ce_weight: Factor of the cross entropy with the labels.
-        temperature: T of both softmaxes.
-        label_smoothing: Share of the hard target spread over all classes.
-        views: Views on which the student imitates the teacher.
-        xprime_target: On x': what the teacher says to it, or its logits of the two images,
-            mixed like them.
-        standardize: Take both logits of the KL to zero mean and unit deviation per sample
-            first.
-        """
         needs = self.needs_of(views=views, xprime_target=xprime_target, ce_weight=ce_weight)
         weights = self.weights_of(name, weight=weight, views=views, ce_weight=ce_weight)
         super().__init__(name, needs, weights)
@@ -251,6 +250,9 @@ class MixedCE(LossTerm):
     image, leaves. An x' of one image, as in Cutout, has its label. Beside KL on both views one
     reading of the data augmentation paper's "KD+CutMix"; the other is KD's `xprime_target`.
 
+    Args:
+        weight: Factor in the total.
+
     Source: Zhang et al. 2018, arXiv:1710.09412, section 2; Yun et al. 2019, arXiv:1905.04899,
     section 3.1; clovaai/CutMix-PyTorch train.py.
     Needs: the student's logits on x' and the mixed labels.
@@ -262,9 +264,6 @@ class MixedCE(LossTerm):
     label_kind = "class"
 
     def __init__(self, *, weight: Weight = 1.0, name: str = "mixed_ce") -> None:
-        """Args:
-        weight: Factor in the total.
-        """
         super().__init__(name, self.needs_of(), {name: weight})
 
     @override
@@ -288,6 +287,11 @@ class SoftCE(LossTerm):
     KD plus the teacher's entropy, a constant. With T = 1 and weight 1 the similarity loss of
     MEAL V2, which has no other loss but `Discriminator`.
 
+    Args:
+        weight: Factor in the total; 1 in MEAL V2.
+        temperature: T of both softmaxes.
+        view: View on which the student imitates the teacher.
+
     Source: Shen and Savvides 2020, arXiv:2009.08453, Eq. 3; szq0214/MEAL-V2 extensions/kd_loss.py.
     Needs: the logits of both networks on `view`.
     Weight: 1, the reference's.
@@ -303,11 +307,6 @@ class SoftCE(LossTerm):
         view: View = "x",
         name: str = "soft_ce",
     ) -> None:
-        """Args:
-        weight: Factor in the total; 1 in MEAL V2.
-        temperature: T of both softmaxes.
-        view: View on which the student imitates the teacher.
-        """
         super().__init__(name, self.needs_of(view=view), {name: weight})
         self.temperature = temperature
         self.loss = KDLoss.preset("meal_v2", temperature=temperature)

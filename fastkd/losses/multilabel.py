@@ -42,6 +42,9 @@ class BinaryCrossEntropy(LossTerm):
     several processes, or with accumulate, is that of each rank's or micro-batch's own rows, as is
     usual for an ignored label. MEAL V2 fine-tunes so on VOC 2007. Part: `<name>`.
 
+    Args:
+        weight: Factor in the total.
+
     Source: `torch.nn.BCEWithLogitsLoss`; Shen and Savvides 2020, arXiv:2009.08453, appendix.
     Needs: the student's logits on x, and labels [N, C].
     Weight: 1.
@@ -52,9 +55,6 @@ class BinaryCrossEntropy(LossTerm):
     label_kind = "multi"
 
     def __init__(self, *, weight: Weight = 1.0, name: str = "bce") -> None:
-        """Args:
-        weight: Factor in the total.
-        """
         super().__init__(name, self.needs_of(), {name: weight})
 
     @override

@@ -29,12 +29,12 @@ class Relation(PairTerm):
     what one process makes of the joined batch; ranks must share the batch evenly, as fastkd's
     loaders do. False leaves each rank its own rows: value and gradient are the mean over the
     ranks. With accumulation the batch is a micro-batch in both cases, which is another loss.
+
+    Args:
+        gather: Compare the samples of all ranks with each other, not only those of one.
     """
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
-        """Args:
-        gather: Compare the samples of all ranks with each other, not only those of one.
-        """
         super().__init__(name, pairs, weight)
         self.gather = gather
 
@@ -96,6 +96,9 @@ class PKT(Relation):
 
     eps = 1e-7 is added to norms and to both probabilities of the ratio.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+
     Source: Passalis and Tefas 2018, arXiv:1803.10837, section 3; HobbitLong/RepDistiller
     distiller_zoo/PKT.py, whose mean stands for the paper's sum.
     Needs: pairs of taps on x, by default the pooled vectors.
@@ -111,9 +114,6 @@ class PKT(Relation):
         gather: bool = True,
         name: str = "pkt",
     ) -> None:
-        """Args:
-        pairs: Tap of the student: tap of the teacher.
-        """
         super().__init__(name, pairs, weight, gather=gather)
 
     @override
@@ -138,6 +138,10 @@ class CC(Relation):
     A, a, B, b are linear maps to `dim` features and all trained, the teacher's too. A batch of one
     sample has no neighbours and costs 0.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+        dim: Features of the trained linear maps.
+
     Source: Peng et al. 2019, arXiv:1904.01802, section 3, whose kernel matrices the released code
     replaces by this product; HobbitLong/RepDistiller distiller_zoo/CC.py.
     Needs: pairs of taps on x, by default the pooled vectors.
@@ -154,10 +158,6 @@ class CC(Relation):
         dim: PositiveInt = 128,
         name: str = "cc",
     ) -> None:
-        """Args:
-        pairs: Tap of the student: tap of the teacher.
-        dim: Features of the trained linear maps.
-        """
         super().__init__(name, pairs, weight, gather=gather)
         self.dim = dim
 
@@ -184,6 +184,11 @@ class RKD(Relation):
 
     h is the smooth L1 distance (beta 1) between student and teacher. Holds N^2 (N + D) numbers.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+        distance_weight: Factor of the distances inside the loss.
+        angle_weight: Factor of the angles inside the loss.
+
     Source: Park et al. 2019, arXiv:1904.05068, section 3.2; HobbitLong/RepDistiller
     distiller_zoo/RKD.py.
     Needs: pairs of taps on x, by default the pooled vectors.
@@ -201,11 +206,6 @@ class RKD(Relation):
         angle_weight: NonNegativeFloat = 50.0,
         name: str = "rkd",
     ) -> None:
-        """Args:
-        pairs: Tap of the student: tap of the teacher.
-        distance_weight: Factor of the distances inside the loss.
-        angle_weight: Factor of the angles inside the loss.
-        """
         super().__init__(name, pairs, weight, gather=gather)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 

@@ -43,6 +43,13 @@ class ReviewKD(LossTerm):
     0.6 for resnet20, 1 for resnet32; on ImageNet 1 for ResNet-34 to ResNet-18 and 8 for ResNet-50
     to MobileNetV1. A batch of one image is refused by the batch norms of the fusion.
 
+    Args:
+        weight: Factor in the total, set per pair of networks: 0.6 to 8.
+        student: Taps of the student, the shallowest first.
+        teacher: Taps of the teacher, one for each of the student.
+        max_width: Largest width of the fused maps.
+        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
+
     Source: Chen et al. 2021, arXiv:2104.09044, section 3; dvlab-research/ReviewKD
     CIFAR-100/model/reviewkd.py and megvii-research/mdistiller mdistiller/distillers/ReviewKD.py,
     which agree.
@@ -62,13 +69,6 @@ class ReviewKD(LossTerm):
         warmup_epochs: NonNegativeFloat = 20.0,
         name: str = "reviewkd",
     ) -> None:
-        """Args:
-        weight: Factor in the total, set per pair of networks: 0.6 to 8.
-        student: Taps of the student, the shallowest first.
-        teacher: Taps of the teacher, one for each of the student.
-        max_width: Largest width of the fused maps.
-        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
-        """
         super().__init__(name, self.needs_of(student=student, teacher=teacher), {name: weight})
         self.max_width = max_width
         self.warmup_epochs = warmup_epochs

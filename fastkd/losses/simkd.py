@@ -34,6 +34,12 @@ class SimKD(LossTerm):
     Both taps are the last map before pooling. A teacher tap `stageN:preact` is rectified first,
     which is what a wide ResNet pools (its `stage3` is a raw sum).
 
+    Args:
+        weight: Factor in the total; 1 in the paper.
+        student: Tap of the student: its last map.
+        teacher: Tap of the teacher: the map that it pools.
+        factor: The projector's inner width is that of the teacher divided by this.
+
     Source: Chen et al. 2022, arXiv:2203.14001, section 3; class SimKD of DefangChen/SimKD
     models/util.py, and DefangChen/SimKD helper/loops.py.
     Needs: the last map of both networks on x, and the teacher's classifier.
@@ -51,12 +57,6 @@ class SimKD(LossTerm):
         weight: Weight = 1.0,
         name: str = "simkd",
     ) -> None:
-        """Args:
-        weight: Factor in the total; 1 in the paper.
-        student: Tap of the student: its last map.
-        teacher: Tap of the teacher: the map that it pools.
-        factor: The projector's inner width is that of the teacher divided by this.
-        """
         super().__init__(name, self.needs_of(student=student, teacher=teacher), {name: weight})
         self.student, self.teacher, self.factor = student, teacher, factor
 

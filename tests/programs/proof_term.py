@@ -24,7 +24,11 @@ S_ROW, T_ROW = "xprime/student/pooled", "xprime/teacher/logits"
 
 
 class Proof(LossTerm):
-    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the bank's row]."""
+    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the bank's row].
+
+    Args:
+        weight: Factor of the feature part.
+    """
 
     banks = ("rows_KD", "times_K")
     uses_index = True
@@ -32,9 +36,6 @@ class Proof(LossTerm):
     times_K: Tensor
 
     def __init__(self, *, weight: Weight = 1.0, name: str = "proof") -> None:
-        """Args:
-        weight: Factor of the feature part.
-        """
         super().__init__(name, self.needs_of(), self.weights_of(name, weight=weight))
 
     @classmethod

@@ -1,7 +1,8 @@
 """What a loss declares of its arguments: kind, bounds and meaning, each in one place.
 
-A constructor annotates them, `momentum: Annotated[float, Ge(0), Lt(1)] = 0.5`, and explains them in
-an `Args:` list. `checked` refuses other values in Python; `losses.base.keys` makes the recipe keys.
+A constructor annotates them, `momentum: Annotated[float, Ge(0), Lt(1)] = 0.5`, and the docstring of
+its class explains them in an `Args:` list. In Python `checked` refuses other values; for recipes
+`losses.base.keys` makes the keys from them.
 """
 
 import functools
@@ -48,7 +49,7 @@ class Argument:
     default: object
     """`inspect.Parameter.empty` where there is none."""
     meaning: str
-    """A sentence from the `Args:` of its class or of a base; empty where none has it."""
+    """A sentence from the `Args:` of its class or a base; empty where none has it."""
 
     @property
     def is_stated(self) -> bool:
@@ -60,7 +61,7 @@ def arguments_of(loss: type) -> dict[str, Argument]:
     """All arguments of the constructor, in its order."""
     meanings: dict[str, str] = {}
     for base in reversed(loss.__mro__):
-        meanings |= _meanings(inspect.getdoc(vars(base).get("__init__")) or "")
+        meanings |= _meanings(inspect.cleandoc(base.__doc__ or ""))
     found = {}
     for name, parameter in inspect.signature(loss).parameters.items():
         kind, metadata = _split(parameter.annotation)

@@ -18,7 +18,7 @@ __all__ = ["LossKeys", "keys_of"]
 class LossKeys(Section):
     """Base of the recipe keys of one loss."""
 
-    # The meaning of a key is in the `Args:` of the constructor.
+    # The meaning of a key is in the `Args:` of the term.
     model_config = ConfigDict(use_attribute_docstrings=False)
     term: ClassVar[type[LossTerm]]
 

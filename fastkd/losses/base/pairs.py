@@ -41,16 +41,16 @@ class PairTerm(LossTerm):
     """Sum over pairs of taps of what `compare` makes of one pair. Part: `<name>`.
 
     Taps are those of the zoo or module paths; both networks are looked at on x.
+
+    Args:
+        weight: Factor in the total.
+        pairs: Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}.
     """
 
     pairs_wanted = "needs at least one pair, e.g. pairs={'stage2': 'stage2'}"
     """Said of a number of pairs that the annotation excludes."""
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float) -> None:
-        """Args:
-        weight: Factor in the total.
-        pairs: Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}.
-        """
         _check_pairs(type(self), name, pairs)
         super().__init__(name, self.needs_of(pairs=pairs), {name: weight})
 
