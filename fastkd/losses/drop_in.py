@@ -26,7 +26,7 @@ Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["repdistiller", "mdistiller", "timm", "deit", "modelopt", "moonshine", "meal_v2"]
 
 # What each package's own code computes at its defaults; the formulas were read in the files named.
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[Preset, dict[str, Any]] = {
     # HobbitLong/RepDistiller distiller_zoo/KD.py, scripts: -r 0.1 -a 0.9, --kd_T 4
     "repdistiller": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
     # megvii-research/mdistiller mdistiller/distillers/KD.py, engine/cfg.py

@@ -99,7 +99,7 @@ class SimKD(LossTerm):
         pooled = None if context.teacher_pooled is None else context.teacher_pooled()
         if pooled is None or self.teacher in pooled:
             return
-        cure = "none of its taps is nothing but pooled before it: take another teacher"
+        cure = "no tap feeds it through pooling alone: take another teacher"
         if pooled:
             cure = f"set losses.{self.name}.teacher={pooled[0]}, which it pools"
         raise UserError(

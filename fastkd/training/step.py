@@ -152,7 +152,7 @@ class DistillStep(nn.Module):
         self.precision = precision
         self.views = needed_taps(self._terms(), "student")
         # As plain str, here and below: torch.compile traces a look-up by it.
-        self.keys = {
+        self.student_keys = {
             view: {tap: str(Need.of(view, "student", tap)) for tap in taps}
             for view, taps in self.views.items()
         }
@@ -161,7 +161,7 @@ class DistillStep(nn.Module):
         needs = [need for term in self._terms() for need in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
-        self.wanted = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
+        self.term_keys = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
         self.joins = {term.name: _view_joined(term) for term in self._terms()}
         self.part_names = [part for term in self._terms() for part in term.weights]
         # A student that no loss shows the images themselves is not shown them for the count either:
@@ -191,7 +191,7 @@ class DistillStep(nn.Module):
         """views: [N, 3, H, W] by name; teacher: as in `Prepared`; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
         with self.precision.autocast():
-            for view, keys in self.keys.items():
+            for view, keys in self.student_keys.items():
                 features = self.student(views[view])
                 for tap, key in keys.items():
                     tensors[key] = features[tap]
@@ -199,10 +199,10 @@ class DistillStep(nn.Module):
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
         carry: dict[str, dict[str, Tensor]] = {}
-        logits_NC = tensors[next(iter(self.keys.values()))["logits"]]
+        logits_NC = tensors[next(iter(self.student_keys.values()))["logits"]]
         answer_NC = tensors.get(_ANSWER)
         for term in self._terms():
-            wanted = {need: tensors[need] for need in self.wanted[term.name]}
+            wanted = {need: tensors[need] for need in self.term_keys[term.name]}
             scheduled = schedule.get(term.name, {})
             rows = rows_of_ranks.get(self.joins[term.name], ()) if rows_of_ranks else ()
             output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows))

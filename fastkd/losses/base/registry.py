@@ -58,7 +58,6 @@ _TERMS: dict[str, str | type[LossTerm]] = {
     "discriminator": "Discriminator",
 }
 
-_STANDARDIZED, _MEAL = ("kd.standardize=true",), ("soft_ce", "discriminator")
 ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("abound", "activation_boundaries"), ("ab",)),
     **dict.fromkeys(("attention", "attention_transfer"), ("at",)),
@@ -68,9 +67,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hint", "hints"), ("fitnet",)),
     **dict.fromkeys(("hinton", "kl", "kl_div", "softmax_kl", "soft_target"), ("kd",)),
     **dict.fromkeys(
-        ("lskd", "logit_standardisation", "logit_standardization", "standardize"), _STANDARDIZED
+        ("lskd", "logit_standardisation", "logit_standardization", "standardize"),
+        ("kd.standardize=true",),
     ),
-    **dict.fromkeys(("meal", "meal_v2"), _MEAL),
+    **dict.fromkeys(("meal", "meal_v2"), ("soft_ce", "discriminator")),
     "alignkd": ("stage_mse",),
     "residual_distillation": ("jointrd",),
     "similarity": ("sp",),

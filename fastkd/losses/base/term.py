@@ -65,7 +65,7 @@ class BindContext:
     teacher_norm: nn.BatchNorm2d | None = None
     """The teacher's last batch norm that is not in a shortcut (JointRD)."""
     teacher_pooled: Callable[[], tuple[str, ...]] | None = None
-    """The teacher's taps that are nothing but pooled before its classifier (SimKD)."""
+    """The teacher's taps that feed its classifier through pooling alone (SimKD)."""
 
 
 class LossTerm(nn.Module):
