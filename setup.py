@@ -63,7 +63,7 @@ KERNELS = ["fastkd.kernels"] + [f"fastkd.kernels.{p}" for p in find_packages("ke
 setup(
     packages=find_packages(include=["fastkd", "fastkd.*"]) + KERNELS,
     package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-    package_data={"fastkd": ["py.typed", "recipes/published.json"]},
+    package_data={"fastkd": ["py.typed", "losses/__init__.pyi", "recipes/published.json"]},
     # Only where a compiler exists but CMake does not is CMake asked of the package index.
     setup_requires=["cmake>=3.18"] if core_is_wanted() and not shutil.which("cmake") else [],
     ext_modules=[Extension(CORE, sources=[], optional=True)] if core_is_wanted() else [],

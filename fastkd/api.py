@@ -26,6 +26,7 @@ from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
+from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
@@ -137,13 +138,13 @@ def distill(
             )
     terms = [KD()] if losses is None else _terms(losses)
     needs = {need for term in terms for need in term.needs}
-    sees_xprime = any(need.startswith("xprime/") for need in needs)
-    if not teachers and any("/teacher/" in need for need in needs):
+    sees_xprime = any(need.view == "xprime" for need in needs)
+    if not teachers and any(need.net == "teacher" for need in needs):
         raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
     if xprime == "none" and sees_xprime:
         raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
     picking = _pick_config(pick)
-    if picking and "xprime/teacher/logits" not in needs:
+    if picking and XPRIME_TEACHER_LOGITS not in needs:
         raise UserError(
             "pick chooses x' by what the teacher says to it, which no loss looks at: give "
             "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"

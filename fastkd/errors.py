@@ -20,7 +20,7 @@ class FastKDError(Exception):
         self.shared = shared
 
 
-class UserError(FastKDError):
+class UserError(FastKDError, ValueError):
     """The request cannot be carried out: a wrong key, a missing folder, the wrong class count."""
 
     exit_code = 2

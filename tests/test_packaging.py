@@ -72,7 +72,8 @@ def test_wheel_holds_the_core_and_building_twice_works(checkout: Path, tmp_path:
         names = build_wheel(checkout, tmp_path / "wheels")
         assert "fastkd/kernels/libfastkd_cpu.so" in names
         assert "fastkd/kernels/kd_loss/reference.py" in names
-        assert {"fastkd/py.typed", "fastkd/recipes/published.json"} <= set(names)
+        data = ("py.typed", "losses/__init__.pyi", "recipes/published.json")
+        assert {f"fastkd/{name}" for name in data} <= set(names)
         # Only fastkd: a top-level `kernels` would shadow the package of that name on PyPI.
         assert {n.split("/")[0].split("-")[0] for n in names} == {"fastkd"}
 

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["allowed", "entries_of", "explain", "section_of"]
+__all__ = ["allowed", "bounds_in_words", "entries_of", "explain", "section_of"]
 
 _BOUNDS = (
     (Gt, "gt", "above"),
@@ -68,6 +68,16 @@ def allowed(field: FieldInfo) -> str:
     return _words(field.annotation, field.metadata)
 
 
+def bounds_in_words(metadata: Sequence[Any]) -> str:
+    """The bounds of a number among the metadata of its annotation: `above 0 and at most 1`."""
+    return " and ".join(
+        f"{word} {getattr(limit, name):g}"
+        for kind, name, word in _BOUNDS
+        for limit in metadata
+        if isinstance(limit, kind)
+    )
+
+
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class behind `Section` or `Section | None`."""
     for option in _options(annotation):
@@ -111,14 +121,8 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         ]
         few = f" with {' and '.join(sizes)} entries" if sizes else ""
         return f"a mapping such as {{name: value}}{few}"
-    bounds = [
-        f"{word} {getattr(limit, name):g}"
-        for kind, name, word in _BOUNDS
-        for limit in metadata
-        if isinstance(limit, kind)
-    ]
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return " ".join([plain.get(annotation, "another value"), " and ".join(bounds)]).strip()
+    return f"{plain.get(annotation, 'another value')} {bounds_in_words(metadata)}".strip()
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -6,26 +6,23 @@ embedding, K negatives, G rows of all ranks.
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from annotated_types import Ge, Lt, MaxLen, MinLen
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.compute.ranks import join_rows
 from fastkd.errors import UserError
-from fastkd.losses.base.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.pairs import POOLED, PairTerm
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["CRD", "CRDConfig"]
+__all__ = ["CRD"]
 
 
 class CRD(PairTerm):
@@ -49,16 +46,24 @@ class CRD(PairTerm):
     the others. With accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step
     holds several N x M matrices: it multiplies with the whole bank and picks from the products.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher; one pair.
+        dim: Features of the trained linear maps and of the banks.
+        negatives: Samples of other classes per image.
+        temperature: Divides the products of unit vectors.
+        momentum: Share of the old row that stays in the bank.
+
     Source: Tian et al. 2020, arXiv:1910.10699, Eq. 18; HobbitLong/RepDistiller crd/memory.py and
     HobbitLong/RepDistiller crd/criterion.py.
     Needs: one pair of taps on x, by default the pooled vectors, and the ids of the samples.
     Weight: 0.8, the reference's.
-    Tests: tests/losses/test_crd.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_crd.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     # The labels, too, need no copy before and no broadcast in every step.
     banks = ("student_MD", "teacher_MD", "normalizer_2", "labels_M")
     uses_index = True
+    pairs_wanted = "has one bank per network: give one pair"
     label_kind = "class"
     student_MD: Tensor
     teacher_MD: Tensor
@@ -68,23 +73,20 @@ class CRD(PairTerm):
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Annotated[Mapping[str, str], MinLen(1), MaxLen(1)] = POOLED,
         *,
-        weight: float = 0.8,
-        dim: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
+        weight: Weight = 0.8,
+        dim: PositiveInt = 128,
+        negatives: PositiveInt = 16384,
+        temperature: PositiveFloat = 0.07,
+        momentum: Annotated[float, Ge(0), Lt(1)] = 0.5,
         name: str = "crd",
     ) -> None:
         super().__init__(name, pairs, weight)
-        if len(pairs) != 1:
-            raise ValueError(f"{name} has one bank per network: give one pair, got {dict(pairs)}")
-        check_numbers(name, above=0, dim=dim, negatives=negatives, temperature=temperature)
-        check_numbers(name, least=0, most=1, momentum=momentum)
         self.dim, self.negatives = dim, negatives
         self.temperature, self.momentum = temperature, momentum
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make embeddings and banks; UserError where there are too few samples of other classes."""
         num, labels_M = context.num_samples, context.train_labels_N
@@ -103,9 +105,10 @@ class CRD(PairTerm):
         self.register_buffer("normalizer_2", torch.zeros(2))
         self.register_buffer("labels_M", labels_M, persistent=False)
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """As the class says; the carry holds what all ranks make of their rows."""
-        student, teacher = (inputs.tensors[need].flatten(1) for need in self.needs)
+        """The carry holds what all ranks make of their rows."""
+        student, teacher = (tensor.flatten(1) for tensor in self.wanted(inputs))
         with autocast_like(student):
             student, teacher = self.embed_student(student), self.embed_teacher(teacher)
         student_ND, teacher_ND = F.normalize(widened(student)), F.normalize(widened(teacher))
@@ -124,7 +127,7 @@ class CRD(PairTerm):
         row_GX = join_rows(torch.cat([student_ND, teacher_ND, mean_N2], 1).detach(), rows_of_ranks)
         now_2 = row_GX[:, -2:].mean(0) * len(self.labels_M)
         z_2 = torch.where(self.normalizer_2 > 0, self.normalizer_2, now_2)
-        losses = [self._contrast(score_NK / z) for score_NK, z in zip(scores, z_2, strict=True)]
+        losses = [self.contrast(score_NK / z) for score_NK, z in zip(scores, z_2, strict=True)]
         carry = {
             "student": row_GX[:, : self.dim],
             "teacher": row_GX[:, self.dim : -2],
@@ -139,13 +142,14 @@ class CRD(PairTerm):
         key_NM = key_NM.masked_fill(self.labels_M == labels_N[:, None], 2.0)
         return key_NM.topk(self.negatives, dim=1, largest=False, sorted=False).indices
 
-    def _contrast(self, q_NK: Tensor) -> Tensor:
+    def contrast(self, q_NK: Tensor) -> Tensor:
         """The loss of one direction; the first column is the row's own sample."""
         c, eps = self.negatives / len(self.labels_M), 1e-7
         # log1p: q is far below c, and log(c / (q + c)) would round most of it away.
         own_N = ((c + eps) / q_NK[:, 0]).log1p()
         return (own_N + ((q_NK[:, 1:] + eps) / c).log1p().sum(1)).mean()
 
+    @override
     def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
         """Move the banks' rows of all ranks; keep the first Z."""
         index_G = carry["index"]
@@ -157,22 +161,3 @@ class CRD(PairTerm):
             bank_MD[index_G] = torch.where(ok, F.normalize(moved_GD), old_GD)
         first = ok & (self.normalizer_2 == 0)
         self.normalizer_2.copy_(torch.where(first, carry["normalizer"], self.normalizer_2))
-
-
-class CRDConfig(PairConfig):
-    """Keys of `losses.crd`; RepDistiller's weight is 0.8."""
-
-    pairs: dict[str, str] = Field(default=POOLED, min_length=1, max_length=1)
-    """Tap of the student: tap of the teacher; one pair."""
-    dim: PositiveInt = 128
-    """Features of the trained linear maps and of the banks."""
-    negatives: PositiveInt = 16384
-    """Samples of other classes per image."""
-    temperature: PositiveFloat = 0.07
-    """Divides the products of unit vectors."""
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Share of the old row that stays in the bank."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return CRD(name=name, **self.model_dump())

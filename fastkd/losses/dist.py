@@ -3,17 +3,20 @@
 Huang et al. 2022, arXiv:2205.10536.
 """
 
-from typing import Literal
+from typing import Any
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
+from typing_extensions import override
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.needs import Need, View, both_logits
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 
-__all__ = ["DIST", "DISTConfig", "between_rows"]
+__all__ = ["DIST", "between_rows"]
 
 EPS = 1e-8
 """Added to the product of the norms, as in the reference."""
@@ -31,32 +34,43 @@ class DIST(LossTerm):
     Under several ranks `gather=True` takes the columns over the samples of all ranks, which is one
     process on the joined batch; otherwise each rank takes its own, and their mean counts.
 
+    Args:
+        weight: Factor in the total; the paper uses 2.
+        temperature: T of both softmaxes.
+        gather: Correlate each class over the samples of all ranks, not of one.
+        view: View on which the logits are compared.
+
     Source: Huang et al. 2022, arXiv:2205.10536, section 4; hunto/image_classification_sota
     lib/models/losses/dist_kd.py.
     Needs: the logits of both networks on `view`.
     Weight: 2, the paper's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 
     def __init__(
         self,
         *,
-        weight: float = 2.0,
-        temperature: float = 4.0,
+        weight: Weight = 2.0,
+        temperature: PositiveFloat = 4.0,
         gather: bool = True,
-        view: str = "x",
+        view: View = "x",
         name: str = "dist",
     ) -> None:
-        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
-        check_numbers(name, above=0, temperature=temperature)
+        super().__init__(name, self.needs_of(view=view), {name: weight})
         self.temperature = temperature
         self.gather = gather
 
+    @override
+    @classmethod
+    def needs_of(cls, *, view: View, **keys: Any) -> tuple[Need, ...]:
+        return both_logits(view)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Softmax in fp32 whatever the autocast type."""
         student_NC, teacher_NC = (
-            (widened(inputs.tensors[need]) / self.temperature).softmax(1) for need in self.needs
+            (widened(logits_NC) / self.temperature).softmax(1) for logits_NC in self.wanted(inputs)
         )
         inter = between_rows(student_NC, teacher_NC)
         if self.gather:
@@ -72,20 +86,3 @@ def between_rows(student_NC: Tensor, teacher_NC: Tensor) -> Tensor:
     t_NC = teacher_NC - teacher_NC.mean(1, keepdim=True)
     norms_N = torch.linalg.vector_norm(s_NC, dim=1) * torch.linalg.vector_norm(t_NC, dim=1)
     return (1 - (s_NC * t_NC).sum(1) / (norms_N + EPS)).mean()
-
-
-class DISTConfig(TermConfig):
-    """Keys of `losses.dist`."""
-
-    weight: PositiveFloat
-    """Factor in the total; the paper uses 2."""
-    temperature: PositiveFloat = 4.0
-    """T of both softmaxes."""
-    gather: bool = True
-    """Correlate each class over the samples of all ranks, not of one."""
-    view: Literal["x", "xprime"] = "x"
-    """View on which the logits are compared."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return DIST(name=name, **self.model_dump())

@@ -4,27 +4,24 @@ Zhao et al. 2022, arXiv:2203.08679.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
-from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.needs import Need, both_logits
 from fastkd.losses.base.schedules import linear_warmup
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.losses.logits import standardize
 
-__all__ = ["DKD", "DKDConfig", "decoupled_rows"]
+__all__ = ["DKD", "decoupled_rows"]
 
 
 class DKD(LossTerm):
@@ -41,11 +38,19 @@ class DKD(LossTerm):
     both logits to zero mean and unit deviation first (arXiv:2403.01427, there with T 2 and a weight
     of 9).
 
+    Args:
+        weight: Factor of the whole; 1 in the paper, 9 to 18 with standardize.
+        alpha: Factor of the part about the label's class (TCKD).
+        beta: Factor of the part about the other classes (NCKD).
+        temperature: T of both softmaxes.
+        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
+        standardize: Take both logits to zero mean and unit deviation per sample first.
+
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3; megvii-research/mdistiller
     mdistiller/distillers/DKD.py.
     Needs: the logits of both networks on x, and the labels.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 
@@ -54,21 +59,25 @@ class DKD(LossTerm):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        warmup_epochs: float = 20.0,
+        weight: Weight = 1.0,
+        alpha: NonNegativeFloat = 1.0,
+        beta: NonNegativeFloat = 8.0,
+        temperature: PositiveFloat = 4.0,
+        warmup_epochs: NonNegativeFloat = 20.0,
         standardize: bool = False,
         name: str = "dkd",
     ) -> None:
-        super().__init__(name, ("x/student/logits", "x/teacher/logits"), {name: weight})
-        check_numbers(name, above=0, temperature=temperature)
-        check_numbers(name, least=0, alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
+        super().__init__(name, self.needs_of(), {name: weight})
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.warmup_epochs = warmup_epochs
         self.standardize = standardize
 
+    @override
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        return both_logits("x")
+
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse two classes: the softmax over a single other class knows nothing."""
         if context.num_classes < 3:
@@ -77,13 +86,14 @@ class DKD(LossTerm):
                 "the classes besides the label's: use losses.kd"
             )
 
+    @override
     def schedules(self) -> dict[str, Callable[[float], float]]:
-        """`warmup`."""
         return {"warmup": linear_warmup(self.warmup_epochs)}
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Mean over the rows."""
-        student_NC, teacher_NC = (inputs.tensors[need] for need in self.needs)
+        student_NC, teacher_NC = self.wanted(inputs)
         if self.standardize:
             student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
         tckd_N, nckd_N = decoupled_rows(student_NC, teacher_NC, inputs.labels_N, self.temperature)
@@ -114,24 +124,3 @@ def decoupled_rows(
     tckd_N = t_N.sigmoid() * (F.logsigmoid(t_N) - F.logsigmoid(s_N))
     tckd_N = tckd_N + (-t_N).sigmoid() * (F.logsigmoid(-t_N) - F.logsigmoid(-s_N))
     return temperature**2 * tckd_N, nckd_N
-
-
-class DKDConfig(TermConfig):
-    """Keys of `losses.dkd`."""
-
-    weight: PositiveFloat
-    """Factor of the whole; 1 in the paper, 9 to 18 with standardize."""
-    alpha: NonNegativeFloat = 1.0
-    """Factor of the part about the label's class (TCKD)."""
-    beta: NonNegativeFloat = 8.0
-    """Factor of the part about the other classes (NCKD)."""
-    temperature: PositiveFloat = 4.0
-    """T of both softmaxes."""
-    warmup_epochs: NonNegativeFloat = 20.0
-    """Epochs over which the term grows linearly to its weight; 0 is none."""
-    standardize: bool = False
-    """Take both logits to zero mean and unit deviation per sample first."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return DKD(name=name, **self.model_dump())

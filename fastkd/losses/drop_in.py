@@ -8,14 +8,17 @@ Hinton et al. 2015, arXiv:1503.02531. Packages weight and average these two term
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from fastkd.errors import UserError
 from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.kernels.kd_loss import rows_that_count
-from fastkd.losses.base.term import check_numbers
+from fastkd.losses.base.arguments import check_argument
 
 __all__ = ["KDLoss", "KLDivLoss", "Preset"]
 
@@ -23,7 +26,7 @@ Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["repdistiller", "mdistiller", "timm", "deit", "modelopt", "moonshine", "meal_v2"]
 
 # What each package's own code computes at its defaults; the formulas were read in the files named.
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[Preset, dict[str, Any]] = {
     # HobbitLong/RepDistiller distiller_zoo/KD.py, scripts: -r 0.1 -a 0.9, --kd_T 4
     "repdistiller": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
     # megvii-research/mdistiller mdistiller/distillers/KD.py, engine/cfg.py
@@ -84,17 +87,21 @@ class KDLoss(nn.Module):
         check: bool = False,
     ) -> None:
         super().__init__()
-        check_numbers("KDLoss", above=0, temperature=temperature)
-        check_numbers("KDLoss", least=0, most=1, label_smoothing=label_smoothing)
-        given = {"alpha": alpha, "ce_weight": ce_weight, "kd_weight": kd_weight}
-        check_numbers("KDLoss", **{name: one for name, one in given.items() if one is not None})
+        for argument, kind, value in (
+            ("temperature", PositiveFloat, temperature),
+            ("label_smoothing", Annotated[float, Ge(0), Le(1)], label_smoothing),
+            ("alpha", float, alpha),
+            ("ce_weight", float | None, ce_weight),
+            ("kd_weight", float | None, kd_weight),
+        ):
+            check_argument("KDLoss", argument, kind, value)
         if not 0 <= alpha <= 1:
-            raise ValueError(
+            raise UserError(
                 f"KDLoss: got alpha={alpha}; expected 0 to 1. For weights that do not sum to 1 "
                 "pass ce_weight= and kd_weight="
             )
         if reduction not in get_args(Reduction):
-            raise ValueError(
+            raise UserError(
                 f"KDLoss: got reduction={reduction!r}; expected 'mean' (over rows), 'sum' or "
                 "'none'. nn.KLDivLoss calls the first 'batchmean'; per_class=True divides by C too"
             )
@@ -118,11 +125,11 @@ class KDLoss(nn.Module):
                 given: presets set the two weights, ce_weight and kd_weight.
         """
         if name not in _PRESETS:
-            raise ValueError(
+            raise UserError(
                 f"KDLoss.preset: got {name!r}; expected one of {', '.join(sorted(_PRESETS))}"
             )
         if "alpha" in overrides:
-            raise ValueError(
+            raise UserError(
                 "KDLoss.preset: got alpha; expected ce_weight and kd_weight, which presets set"
             )
         return cls(**{**_PRESETS[name], **overrides})
@@ -254,7 +261,7 @@ class KLDivLoss(nn.KLDivLoss):
         wanted = "log-probabilities (log_softmax)" if log else "probabilities (softmax)"
         wrong = (x > 1e-6).any() if log else ((x < 0) | (x > 1 + 1e-6)).any()
         if x.numel() and bool(wrong.item()):
-            raise ValueError(
+            raise UserError(
                 f"KLDivLoss: {name} is outside the range of {wanted}: values from "
                 f"{x.min().item():g} to {x.max().item():g}. The order is (input, target): "
                 "log-probabilities of the student, then the teacher"

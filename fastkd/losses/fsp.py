@@ -5,17 +5,21 @@ Shape suffixes: N images, A and B channels of a tap and of the next one, P = H *
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.pairs import PairConfig, PairTerm, pool_alike
-from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.pairs import PairTerm, pool_alike
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["FSP", "FSPConfig"]
+__all__ = ["FSP"]
 
 
 class FSP(PairTerm):
@@ -33,23 +37,31 @@ class FSP(PairTerm):
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of FSP are not its.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher, from the first to the last, e.g. {stem: stem,
+            stage1: stage1, stage2: stage2}.
+
     Source: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017; HobbitLong/RepDistiller
     distiller_zoo/FSP.py, its first stage in HobbitLong/RepDistiller helper/pretrain.py.
     Needs: two or more pairs of taps on x, maps; in the reference the stem and all stages.
     Weight: 50, which the reference's script passes and its code, with this loss alone, ignores.
-    Tests: tests/losses/test_fsp.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_fsp.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
+    pairs_wanted = (
+        "compares what lies between taps: give two or more pairs, in the order of the networks"
+    )
+
     def __init__(
-        self, pairs: Mapping[str, str], *, weight: float = 50.0, name: str = "fsp"
+        self,
+        pairs: Annotated[Mapping[str, str], MinLen(2)],
+        *,
+        weight: Weight = 50.0,
+        name: str = "fsp",
     ) -> None:
         super().__init__(name, pairs, weight)
-        if len(pairs) < 2:
-            raise ValueError(
-                f"{name} compares what lies between taps: give two or more pairs, in the order of "
-                f"the networks; got {dict(pairs)}"
-            )
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps, and pairs of different numbers of channels."""
         for number, (student, teacher) in enumerate(self.map_shapes(context)):
@@ -61,6 +73,7 @@ class FSP(PairTerm):
                     f"losses.fitnet, losses.vid or losses.at, which bridge other widths"
                 )
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over consecutive taps."""
         students, teachers = zip(*self.features(inputs), strict=True)
@@ -74,15 +87,3 @@ def _flow(map_NAHW: Tensor, next_NBHW: Tensor) -> Tensor:
     maps = pool_alike(widened(map_NAHW), widened(next_NBHW))
     map_NAP, next_NBP = (m.flatten(2) for m in maps)
     return map_NAP @ next_NBP.mT / map_NAP.shape[2]
-
-
-class FSPConfig(PairConfig):
-    """Keys of `losses.fsp`; RepDistiller names a weight of 50, on the stem and all stages."""
-
-    pairs: dict[str, str] = Field(min_length=2)
-    """Tap of the student: tap of the teacher, from the first to the last, e.g. {stem: stem,
-    stage1: stage1, stage2: stage2}."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return FSP(name=name, **self.model_dump())

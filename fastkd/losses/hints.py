@@ -5,18 +5,22 @@ signs of the teacher's neurons).
 """
 
 import math
-from collections.abc import Mapping
+from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from annotated_types import Gt
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.pairs import PairConfig, PairTerm, Shape, pool_alike
-from fastkd.losses.base.term import BindContext, LossTerm, autocast_like, check_numbers, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.pairs import Pairs, PairTerm, Shape, pool_alike
+from fastkd.losses.base.term import BindContext
 
-__all__ = ["AB", "VID", "ABConfig", "FitNet", "FitNetConfig", "VIDConfig"]
+__all__ = ["AB", "VID", "FitNet"]
 
 
 class FitNet(PairTerm):
@@ -34,14 +38,13 @@ class FitNet(PairTerm):
     HobbitLong/RepDistiller models/util.py.
     Needs: pairs of taps on x, maps; in the reference stage2.
     Weight: 100, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
-    def __init__(
-        self, pairs: Mapping[str, str], *, weight: float = 100.0, name: str = "fitnet"
-    ) -> None:
+    def __init__(self, pairs: Pairs, *, weight: Weight = 100.0, name: str = "fitnet") -> None:
         super().__init__(name, pairs, weight)
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make the connectors; UserError where no convolution of the list fits."""
         self.connectors = nn.ModuleList(
@@ -49,8 +52,8 @@ class FitNet(PairTerm):
             for pair in self.map_shapes(context)
         )
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         with autocast_like(student):
             predicted_NCHW = self.connectors[number](student)
         return F.mse_loss(widened(predicted_NCHW), widened(teacher))
@@ -65,25 +68,28 @@ class VID(PairTerm):
     W are 1x1 convolutions without bias; rho is trained, one value per channel of the teacher, and
     starts where v = `variance`. Where the sizes differ the larger map is average-pooled.
 
+    Args:
+        variance: Where the trained variances start.
+
     Source: Ahn et al. 2019, arXiv:1904.05835, section 2; HobbitLong/RepDistiller
     distiller_zoo/VID.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 1.0,
-        variance: float = 5.0,
+        weight: Weight = 1.0,
+        variance: Annotated[float, Gt(1e-5)] = 5.0,
         name: str = "vid",
     ) -> None:
         super().__init__(name, pairs, weight)
-        check_numbers(name, above=1e-5, variance=variance)
         self.variance = variance
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make regressors and variances."""
         self.regressors, self.rho = nn.ModuleList(), nn.ParameterList()
@@ -94,8 +100,8 @@ class VID(PairTerm):
             self.regressors.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
             self.rho.append(nn.Parameter(torch.full((t,), start)))
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         student, teacher = pool_alike(student, teacher)
         with autocast_like(student):
             mean_NCHW = self.regressors[number](student)
@@ -119,26 +125,29 @@ class AB(PairTerm):
     then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
     losses from the first step to the last, so published numbers of AB are not its.
 
+    Args:
+        margin: By how much a neuron must be on its side of 0.
+
     Source: Heo et al. 2019, arXiv:1811.03233; HobbitLong/RepDistiller distiller_zoo/AB.py, its
     first stage in HobbitLong/RepDistiller helper/pretrain.py.
     Needs: pairs of taps on x, maps; in the reference all stages before their activation
     (stage1:preact, ..) of both networks.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_hints.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_hints.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 1.0,
-        margin: float = 1.0,
+        weight: Weight = 1.0,
+        margin: PositiveFloat = 1.0,
         name: str = "ab",
     ) -> None:
         super().__init__(name, pairs, weight)
-        check_numbers(name, above=0, margin=margin)
         self.margin = margin
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make the connectors; UserError where no convolution of `FitNet`'s list fits."""
         self.connectors = nn.ModuleList(
@@ -146,8 +155,8 @@ class AB(PairTerm):
             for student, teacher in self.map_shapes(context)
         )
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         with autocast_like(student):
             student_NCHW = widened(self.connectors[number](student))
         short_NCHW = self.margin - torch.where(teacher > 0, student_NCHW, -student_NCHW)
@@ -174,33 +183,3 @@ def _resizing(name: str, student: Shape, teacher: Shape) -> nn.Sequential:
             f"large, or exactly half as large"
         )
     return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]))
-
-
-class FitNetConfig(PairConfig):
-    """Keys of `losses.fitnet`; RepDistiller's weight is 100, on stage2."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return FitNet(name=name, **self.model_dump())
-
-
-class VIDConfig(PairConfig):
-    """Keys of `losses.vid`; RepDistiller's weight is 1, on all stages."""
-
-    variance: float = Field(default=5.0, gt=1e-5)
-    """Where the trained variances start."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return VID(name=name, **self.model_dump())
-
-
-class ABConfig(PairConfig):
-    """Keys of `losses.ab`; RepDistiller's weight is 1, on all stages before their activation."""
-
-    margin: PositiveFloat = 1.0
-    """By how much a neuron must be on its side of 0."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return AB(name=name, **self.model_dump())

@@ -6,37 +6,30 @@ be.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from annotated_types import Ge, Le, MinLen
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.pairs import PairConfig, PairTerm
-from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.needs import Need
+from fastkd.losses.base.pairs import Pairs, PairTerm
 from fastkd.losses.base.schedules import cosine_decay
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
-__all__ = [
-    "JointRD",
-    "JointRDConfig",
-    "StageMSE",
-    "StageMSEConfig",
-    "expected_negative",
-    "partial_l2",
-]
+__all__ = ["JointRD", "StageMSE", "expected_negative", "partial_l2"]
+
+Share = Annotated[float, Ge(0), Le(1)]
+Form = Literal["paper", "released"]
+Feature = Literal["pooled", "logits", "map"]
 
 
 class JointRD(LossTerm):
@@ -58,13 +51,23 @@ class JointRD(LossTerm):
     The student's stages must have the teacher's shapes, and the teacher be of the zoo.
     The junctions join on the batch axis as they come, so that each teacher stage runs once.
 
+    Args:
+        weight: Factor in the total; 1 in the paper, 0.25 (and losses.ce.weight=0.25) as released.
+        feature_weight: Factor of the features within the term; the released code uses 1e-3 at 32
+            px, 1e-4 at 224.
+        stages: Taps of student and teacher at which their stages end.
+        form: Which formula: AlignKD's equations 1 to 3, or the sum of the released code.
+        feature: form=paper: what is compared; the text names all three.
+        eta_epochs: Epochs over which eta falls along a cosine from 1.
+        eta_end: Where eta ends.
+
     Source: Li et al., "Residual Distillation", NeurIPS 2020, as equations 1 to 3 of AlignKD (Kao
     and Lai) put it; leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py and
     leoozy/JointRD_Neurips2020@JOINT model/distiller2.py.
     Needs: the outputs of all stages of the student on x, of the teacher what is compared, its
     stages and its classifier.
     Weight: 1, the paper's; feature_weight 1e-3, the released code's at 32 px.
-    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracle
     peer_losses.json (the authors' code).
     """
 
@@ -74,37 +77,47 @@ class JointRD(LossTerm):
 
     def __init__(
         self,
-        stages: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4"),
+        stages: Annotated[tuple[str, ...], MinLen(2)] = ("stage1", "stage2", "stage3", "stage4"),
         *,
-        weight: float = 1.0,
-        feature_weight: float = 1e-3,
-        form: Literal["paper", "released"] = "paper",
-        feature: Literal["pooled", "logits", "map"] = "pooled",
-        eta_epochs: float = 60.0,
-        eta_end: float = 0.5,
+        weight: Weight = 1.0,
+        feature_weight: PositiveFloat = 1e-3,
+        form: Form = "paper",
+        feature: Feature = "pooled",
+        eta_epochs: NonNegativeFloat = 60.0,
+        eta_end: Share = 0.5,
         name: str = "jointrd",
     ) -> None:
-        if len(stages) < 2:
-            raise ValueError(f"JointRD joins at least two stages, got stages={stages}")
-        check_numbers(name, weight=weight, feature_weight=feature_weight)
-        _check_eta(name, eta_epochs, eta_end)
-        *early, last = stages
-        if form == "released":
-            self.tap = own = f"{last}:preact"
-        else:
-            self.tap, own = last if feature == "map" else feature, last
-        needs = [*(f"x/student/{tap}" for tap in (*early, own)), f"x/teacher/{self.tap}"]
-        if self.tap == "logits":
-            # The batch norm of a teacher without taps is folded, and its stages are gone.
-            needs.append("x/teacher/pooled")
-        super().__init__(
-            name, tuple(needs), {name: weight, f"{name}_features": weight * feature_weight}
-        )
+        needs = self.needs_of(stages=stages, form=form, feature=feature)
+        weights = self.weights_of(name, weight=weight, feature_weight=feature_weight)
+        super().__init__(name, needs, weights)
+        _, self.tap = _compared(stages[-1], form, feature)
         self.stages, self.form = tuple(stages), form
         self.compares_maps = form == "released" or feature == "map"
         self.eta_epochs, self.eta_end = eta_epochs, eta_end
         self.eta = cosine_decay(eta_epochs, eta_end)
 
+    @override
+    @classmethod
+    def needs_of(
+        cls, *, stages: Sequence[str], form: Form, feature: Feature, **keys: Any
+    ) -> tuple[Need, ...]:
+        *early, last = stages
+        own, target = _compared(last, form, feature)
+        # The batch norm of a teacher without taps is folded, and its stages are gone.
+        targets = ("logits", "pooled") if target == "logits" else (target,)
+        return (
+            *(Need.of("x", "student", tap) for tap in (*early, own)),
+            *(Need.of("x", "teacher", tap) for tap in targets),
+        )
+
+    @override
+    @classmethod
+    def weights_of(
+        cls, name: str, *, weight: float, feature_weight: float, **keys: Any
+    ) -> dict[str, float]:
+        return {name: weight, f"{name}_features": weight * feature_weight}
+
+    @override
     def bind(self, context: BindContext) -> None:
         """Checks that the student's features fit; the released form makes its connectors."""
         run, head, norm = context.teacher_stages, context.teacher_head, context.teacher_norm
@@ -114,7 +127,7 @@ class JointRD(LossTerm):
                 "which only networks of the zoo with a classifier expose: use one as teacher"
             )
         for tap, following in pairwise(self.stages):
-            shape = context.shapes[f"x/student/{tap}"]
+            shape = context.shapes[Need.of("x", "student", tap)]
             try:
                 with torch.no_grad():
                     run(head.weight.new_zeros(1, *shape), tap, (following,))
@@ -140,13 +153,14 @@ class JointRD(LossTerm):
             self.connectors = nn.ModuleList(_connector(channels) for _ in self.stages)
             self.register_buffer("margin_C11", expected_negative(norm), persistent=False)
 
+    @override
     def schedules(self) -> dict[str, Callable[[float], float]]:
-        """`eta`."""
         return {"eta": self.eta}
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sums over stages, means over rows."""
-        tensors = [inputs.tensors[need] for need in self.needs]
+        tensors = self.wanted(inputs)
         students, target = tensors[: len(self.stages)], tensors[len(self.stages)]
         junctions, last = len(self.stages) - 1, self.stages[-1]
         with autocast_like(students[0]):
@@ -204,9 +218,11 @@ def expected_negative(norm: nn.BatchNorm2d) -> Tensor:
     return margin_C.to(norm.weight.dtype)[:, None, None]
 
 
-def _check_eta(name: str, eta_epochs: float, eta_end: float) -> None:
-    check_numbers(name, least=0, eta_epochs=eta_epochs)
-    check_numbers(name, least=0, most=1, eta_end=eta_end)
+def _compared(last: str, form: Form, feature: Feature) -> tuple[str, str]:
+    """Of the last stage the student's tap, and the teacher's tap that all features imitate."""
+    if form == "released":
+        return f"{last}:preact", f"{last}:preact"
+    return last, last if feature == "map" else feature
 
 
 def _connector(channels: int) -> nn.Sequential:
@@ -225,30 +241,35 @@ class StageMSE(PairTerm):
     error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
     falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
 
+    Args:
+        reduction: Over the elements of an image; both are means over images.
+        eta_epochs: Epochs over which eta falls along a cosine from 1.
+        eta_end: Where eta ends; 1 keeps the weight constant.
+
     Source: Kao and Lai, "AlignKD", equations 4 to 7, which has no released code; eta as in
     leoozy/JointRD_Neurips2020@JOINT process/multikd_train.py.
     Needs: pairs of taps on x, of one shape; in the paper the outputs of all stages.
     Weight: 1, the paper's.
-    Tests: tests/losses/test_map_losses.py, test_ranks.py; no released number, the
-    formula is the oracle.
+    Tests: tests/losses/test_map_losses.py, test_terms_on_ranks.py; no released number, the formula
+    is the oracle.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         reduction: Literal["mean", "sum"] = "mean",
-        eta_epochs: float = 60.0,
-        eta_end: float = 0.5,
+        eta_epochs: NonNegativeFloat = 60.0,
+        eta_end: Share = 0.5,
         name: str = "stage_mse",
     ) -> None:
         super().__init__(name, pairs, weight)
-        _check_eta(name, eta_epochs, eta_end)
         self.reduction = reduction
         self.eta_epochs, self.eta_end = eta_epochs, eta_end
         self.eta = cosine_decay(eta_epochs, eta_end)
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse pairs of different shapes."""
         needs = zip(self.needs[::2], self.needs[1::2], strict=True)
@@ -260,54 +281,17 @@ class StageMSE(PairTerm):
                     "losses.fitnet, which has a connector"
                 )
 
+    @override
     def schedules(self) -> dict[str, Callable[[float], float]]:
-        """`eta`."""
         return {"eta": self.eta}
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """The sum over the pairs, times eta."""
         loss = super().forward(inputs).parts[self.name]
         return TermOutput({self.name: inputs.schedule["eta"] * loss})
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         rows = 1 if self.reduction == "mean" else len(student)
         return F.mse_loss(widened(student), widened(teacher), reduction=self.reduction) / rows
-
-
-class JointRDConfig(TermConfig):
-    """Keys of `losses.jointrd`."""
-
-    weight: PositiveFloat
-    """Factor in the total; 1 in the paper, 0.25 (and losses.ce.weight=0.25) as released."""
-    feature_weight: PositiveFloat = 1e-3
-    """Factor of the features within the term; the released code uses 1e-3 at 32 px, 1e-4 at 224."""
-    stages: tuple[str, ...] = Field(default=("stage1", "stage2", "stage3", "stage4"), min_length=2)
-    """Taps of student and teacher at which their stages end."""
-    form: Literal["paper", "released"] = "paper"
-    """Which formula: AlignKD's equations 1 to 3, or the sum of the released code."""
-    feature: Literal["pooled", "logits", "map"] = "pooled"
-    """form=paper: what is compared; the text names all three."""
-    eta_epochs: NonNegativeFloat = 60.0
-    """Epochs over which eta falls along a cosine from 1."""
-    eta_end: float = Field(default=0.5, ge=0, le=1)
-    """Where eta ends."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return JointRD(name=name, **self.model_dump())
-
-
-class StageMSEConfig(PairConfig):
-    """Keys of `losses.stage_mse`; the weight is 1 in AlignKD."""
-
-    reduction: Literal["mean", "sum"] = "mean"
-    """Over the elements of an image; both are means over images."""
-    eta_epochs: NonNegativeFloat = 60.0
-    """Epochs over which eta falls along a cosine from 1."""
-    eta_end: float = Field(default=0.5, ge=0, le=1)
-    """Where eta ends; 1 keeps the weight constant."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return StageMSE(name=name, **self.model_dump())

@@ -5,30 +5,38 @@ KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is T
 0.1 CE(x) + 0.9 [KL(x) + KL(x')]. Logit standardisation: Sun et al. 2024, arXiv:2403.01427.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from annotated_types import Ge, Lt
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.data.batch import NO_LABEL
+from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
 from fastkd.kernels.kd_loss import rows_that_count
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
+from fastkd.losses.base.arguments import STATED, Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.needs import (
+    MIXED_LABELS,
+    MIXED_LOGITS,
+    STUDENT_LOGITS,
+    TEACHER_LOGITS,
+    Need,
+    View,
+    both_logits,
+)
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 from fastkd.losses.drop_in import KDLoss
 
-__all__ = [
-    "KD",
-    "CrossEntropy",
-    "CrossEntropyConfig",
-    "KDConfig",
-    "MixedCE",
-    "MixedCEConfig",
-    "SoftCE",
-    "SoftCEConfig",
-    "standardize",
-]
+__all__ = ["KD", "CrossEntropy", "MixedCE", "SoftCE", "standardize"]
+
+Smoothing = Annotated[float, Ge(0), Lt(1)]
+Target = Literal["teacher", "mixed_logits"]
+_STUDENT = str(STUDENT_LOGITS)
 
 
 def standardize(logits_NC: Tensor) -> Tensor:
@@ -63,24 +71,35 @@ class CrossEntropy(LossTerm):
     count neither in the sum nor in the divisor, which under several processes, or with accumulate,
     is that of each rank's or micro-batch's own rows. Part: `<name>`.
 
+    Args:
+        weight: Factor in the total.
+        label_smoothing: Share of the target spread over all classes.
+
     Source: `torch.nn.functional.cross_entropy`.
     Needs: the student's logits on x, and the labels.
     Weight: 1.
     Tests: tests/training/test_trainer.py, tests/ops/test_kd_loss.py,
-    tests/losses/test_peer_losses.py, test_ranks.py; oracle logit_losses.json.
+    tests/losses/test_peer_losses.py, test_terms_on_ranks.py; oracle logit_losses.json.
     """
 
+    label_kind = "class"
     takes_no_label = True
 
-    def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, name: str = "ce"):
-        super().__init__(name, ("x/student/logits",), {name: weight})
-        check_numbers(name, least=0, most=1, label_smoothing=label_smoothing)
-        self.label_kind = "class"
+    def __init__(
+        self, *, weight: Weight = 1.0, label_smoothing: Smoothing = 0.0, name: str = "ce"
+    ) -> None:
+        super().__init__(name, self.needs_of(), {name: weight})
         self.label_smoothing = label_smoothing
 
+    @override
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        return (STUDENT_LOGITS,)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Softmax in fp32 whatever the autocast type."""
-        logits_NC = inputs.tensors["x/student/logits"]
+        (logits_NC,) = self.wanted(inputs)
         loss = labelled_ce(logits_NC, inputs.labels_N, self.label_smoothing)
         return TermOutput({self.name: loss})
 
@@ -101,13 +120,23 @@ class KD(LossTerm):
     "mixed_logits", its logits of the two images, mixed like their pixels, which is what the
     released code of the data augmentation paper calls plain CutMix and mixup.
 
+    Args:
+        weight: Factor of T^2 KL, on each view.
+        ce_weight: Factor of the cross entropy with the labels.
+        temperature: T of both softmaxes.
+        label_smoothing: Share of the hard target spread over all classes.
+        views: Views on which the student imitates the teacher.
+        xprime_target: On x': what the teacher says to it, or its logits of the two images, mixed
+            like them.
+        standardize: Take both logits of the KL to zero mean and unit deviation per sample first.
+
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
     distiller_zoo/KD.py. standardize: Sun et al. 2024, arXiv:2403.01427, section 4;
     sunshangquan/logit-standardization-KD mdistiller/distillers/KD.py.
     Needs: the logits of both networks on every view of `views`, and the labels.
     Weight: 0.9, and ce_weight 0.1, RepDistiller's.
     Tests: tests/ops/test_kd_loss.py, oracle kd_loss_oracle.json; tests/losses/test_logit_losses.py,
-    test_peer_losses.py, test_mixed_targets.py, test_ranks.py, oracles logit_losses.json,
+    test_peer_losses.py, test_mixed_targets.py, test_terms_on_ranks.py, oracles logit_losses.json,
     peer_losses.json (the authors' code).
     """
 
@@ -116,54 +145,65 @@ class KD(LossTerm):
     def __init__(
         self,
         *,
-        weight: float = 0.9,
-        ce_weight: float = 0.1,
-        temperature: float = 4.0,
-        label_smoothing: float = 0.0,
-        views: tuple[str, ...] = ("x",),
-        xprime_target: Literal["teacher", "mixed_logits"] = "teacher",
+        weight: Weight = 0.9,
+        ce_weight: Annotated[NonNegativeFloat, STATED] = 0.1,
+        temperature: PositiveFloat = 4.0,
+        label_smoothing: Smoothing = 0.0,
+        views: tuple[View, ...] = ("x",),
+        xprime_target: Target = "teacher",
         standardize: bool = False,
         name: str = "kd",
     ) -> None:
-        check_numbers(name, ce_weight=ce_weight)
-        targets = {view: f"{view}/teacher/logits" for view in views}
-        needs = tuple(need for view in views for need in (f"{view}/student/logits", targets[view]))
-        if xprime_target == "mixed_logits":
-            if "xprime" not in views:
-                raise ValueError(
-                    "xprime_target=mixed_logits is what is imitated on x', which views leaves out: "
-                    "give views x and xprime"
-                )
-            targets["xprime"] = "xprime/mixed/logits"
-            # They are mixed of what the teacher says to x.
-            needs = (
-                *(f"{view}/student/logits" for view in views),
-                *targets.values(),
-                *(() if "x" in views else ("x/teacher/logits",)),
-            )
-        weights = {name if view == "x" else f"{name}_{view}": weight for view in views}
-        if ce_weight:
-            weights["ce"] = ce_weight
-            if "x" not in views:
-                needs += ("x/student/logits",)
+        needs = self.needs_of(views=views, xprime_target=xprime_target, ce_weight=ce_weight)
+        weights = self.weights_of(name, weight=weight, views=views, ce_weight=ce_weight)
         super().__init__(name, needs, weights)
-        check_numbers(name, above=0, temperature=temperature)
-        check_numbers(name, least=0, most=1, label_smoothing=label_smoothing)
         self.temperature = temperature
         self.label_smoothing = label_smoothing
-        self.views = views
-        self.targets = targets
+        self.views = tuple(views)
+        # Per view: its name, and under which keys the step has the two logits.
+        self.compared = [
+            (view, str(Need.of(view, "student", "logits")), str(_target(view, xprime_target)))
+            for view in views
+        ]
         self.standardize = standardize
         self.ce_weight = ce_weight
         self.label_kind = "class" if ce_weight else None
 
+    @override
+    @classmethod
+    def needs_of(
+        cls, *, views: Sequence[View], xprime_target: Target, ce_weight: float, **keys: Any
+    ) -> tuple[Need, ...]:
+        targets = [_target(view, xprime_target) for view in views]
+        students = [Need.of(view, "student", "logits") for view in views]
+        needs = [need for pair in zip(students, targets, strict=True) for need in pair]
+        if xprime_target == "mixed_logits":
+            if "xprime" not in views:
+                raise UserError(
+                    "xprime_target=mixed_logits is what is imitated on x', which views leaves out: "
+                    "give views x and xprime"
+                )
+            # They are mixed of what the teacher says to x.
+            needs = [*students, *targets, *([] if "x" in views else [TEACHER_LOGITS])]
+        if ce_weight and "x" not in views:
+            needs.append(STUDENT_LOGITS)
+        return tuple(needs)
+
+    @override
+    @classmethod
+    def weights_of(
+        cls, name: str, *, weight: float, views: Sequence[View], ce_weight: float, **keys: Any
+    ) -> dict[str, float]:
+        weights = {_part(name, view): weight for view in views}
+        return weights | {"ce": ce_weight} if ce_weight else weights
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Means over the rows of each view."""
         parts = {}
         labels_N = inputs.labels_N
-        for view in self.views:
-            student_NC = inputs.tensors[f"{view}/student/logits"]
-            teacher_NC = inputs.tensors[self.targets[view]]
+        for view, student, teacher in self.compared:
+            student_NC, teacher_NC = inputs.tensors[student], inputs.tensors[teacher]
             if self.standardize:
                 student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
             with_labels = view == "x" and self.ce_weight and not self.standardize
@@ -181,13 +221,24 @@ class KD(LossTerm):
                 mask=None if with_labels else counts_N,
             )
             rows = len(kd_N) if counts_N is None else counts_N.sum().clamp_min(1)
-            parts[self.name if view == "x" else f"{self.name}_{view}"] = kd_N.sum() / rows
+            parts[_part(self.name, view)] = kd_N.sum() / rows
             if with_labels:
                 parts["ce"] = ce_N.sum() / rows
         if self.ce_weight and "ce" not in parts:
-            logits_NC = inputs.tensors["x/student/logits"]
+            logits_NC = inputs.tensors[_STUDENT]
             parts["ce"] = labelled_ce(logits_NC, labels_N, self.label_smoothing)
         return TermOutput(parts)
+
+
+def _part(name: str, view: str) -> str:
+    return name if view == "x" else f"{name}_{view}"
+
+
+def _target(view: View, xprime_target: Target) -> Need:
+    """What the student imitates on a view."""
+    if view == "xprime" and xprime_target == "mixed_logits":
+        return MIXED_LOGITS
+    return Need.of(view, "teacher", "logits")
 
 
 class MixedCE(LossTerm):
@@ -199,6 +250,9 @@ class MixedCE(LossTerm):
     image, leaves. An x' of one image, as in Cutout, has its label. Beside KL on both views one
     reading of the data augmentation paper's "KD+CutMix"; the other is KD's `xprime_target`.
 
+    Args:
+        weight: Factor in the total.
+
     Source: Zhang et al. 2018, arXiv:1710.09412, section 2; Yun et al. 2019, arXiv:1905.04899,
     section 3.1; clovaai/CutMix-PyTorch train.py.
     Needs: the student's logits on x' and the mixed labels.
@@ -207,13 +261,20 @@ class MixedCE(LossTerm):
     tests/training/test_two_ranks.py; no released number, the formula is the oracle.
     """
 
-    def __init__(self, *, weight: float = 1.0, name: str = "mixed_ce") -> None:
-        super().__init__(name, ("xprime/student/logits", "xprime/mixed/labels"), {name: weight})
-        self.label_kind = "class"
+    label_kind = "class"
 
+    def __init__(self, *, weight: Weight = 1.0, name: str = "mixed_ce") -> None:
+        super().__init__(name, self.needs_of(), {name: weight})
+
+    @override
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        return Need.of("xprime", "student", "logits"), MIXED_LABELS
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """By linearity the cross entropy with the mixed one-hot rows; softmax in fp32."""
-        logits_NC, labels_NC = (inputs.tensors[need] for need in self.needs)
+        logits_NC, labels_NC = self.wanted(inputs)
         logits_NC = widened(logits_NC)
         return TermOutput({self.name: F.cross_entropy(logits_NC, labels_NC.to(logits_NC.dtype))})
 
@@ -226,89 +287,37 @@ class SoftCE(LossTerm):
     KD plus the teacher's entropy, a constant. With T = 1 and weight 1 the similarity loss of
     MEAL V2, which has no other loss but `Discriminator`.
 
+    Args:
+        weight: Factor in the total; 1 in MEAL V2.
+        temperature: T of both softmaxes.
+        view: View on which the student imitates the teacher.
+
     Source: Shen and Savvides 2020, arXiv:2009.08453, Eq. 3; szq0214/MEAL-V2 extensions/kd_loss.py.
     Needs: the logits of both networks on `view`.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_ranks.py, tests/ops/test_kd_modules.py; oracle
-    kd_presets.json (the authors' code).
+    Tests: tests/losses/test_logit_losses.py, test_terms_on_ranks.py, tests/ops/test_kd_modules.py;
+    oracle kd_presets.json (the authors' code).
     """
 
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        temperature: float = 1.0,
-        view: str = "x",
+        weight: Weight = 1.0,
+        temperature: PositiveFloat = 1.0,
+        view: View = "x",
         name: str = "soft_ce",
     ) -> None:
-        super().__init__(name, (f"{view}/student/logits", f"{view}/teacher/logits"), {name: weight})
-        check_numbers(name, above=0, temperature=temperature)
+        super().__init__(name, self.needs_of(view=view), {name: weight})
         self.temperature = temperature
         self.loss = KDLoss.preset("meal_v2", temperature=temperature)
 
+    @override
+    @classmethod
+    def needs_of(cls, *, view: View, **keys: Any) -> tuple[Need, ...]:
+        return both_logits(view)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Mean over the rows."""
-        student_NC, teacher_NC = (inputs.tensors[need] for need in self.needs)
+        student_NC, teacher_NC = self.wanted(inputs)
         return TermOutput({self.name: self.loss(student_NC, teacher_NC)})
-
-
-class CrossEntropyConfig(TermConfig):
-    """Keys of `losses.ce`."""
-
-    weight: PositiveFloat
-    """Factor in the total."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target spread over all classes."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return CrossEntropy(weight=self.weight, label_smoothing=self.label_smoothing, name=name)
-
-
-class KDConfig(TermConfig):
-    """Keys of `losses.kd`."""
-
-    weight: PositiveFloat
-    """Factor of T^2 KL, on each view."""
-    ce_weight: NonNegativeFloat
-    """Factor of the cross entropy with the labels."""
-    temperature: PositiveFloat = 4.0
-    """T of both softmaxes."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the hard target spread over all classes."""
-    views: tuple[Literal["x", "xprime"], ...] = ("x",)
-    """Views on which the student imitates the teacher."""
-    xprime_target: Literal["teacher", "mixed_logits"] = "teacher"
-    """On x': what the teacher says to it, or its logits of the two images, mixed like them."""
-    standardize: bool = False
-    """Take both logits of the KL to zero mean and unit deviation per sample first."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return KD(name=name, **self.model_dump())
-
-
-class MixedCEConfig(TermConfig):
-    """Keys of `losses.mixed_ce`."""
-
-    weight: PositiveFloat
-    """Factor in the total."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return MixedCE(weight=self.weight, name=name)
-
-
-class SoftCEConfig(TermConfig):
-    """Keys of `losses.soft_ce`."""
-
-    weight: PositiveFloat
-    """Factor in the total; 1 in MEAL V2."""
-    temperature: PositiveFloat = 1.0
-    """T of both softmaxes."""
-    view: Literal["x", "xprime"] = "x"
-    """View on which the student imitates the teacher."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return SoftCE(name=name, **self.model_dump())

@@ -4,16 +4,20 @@ Targets are [N, C] in 0..1, `fastkd.data.batch.IGNORED` where a label is not kno
 "difficult" objects).
 """
 
+from typing import Any
+
 import torch
-from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.data.batch import IGNORED
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.needs import STUDENT_LOGITS, Need
+from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 
-__all__ = ["BinaryCrossEntropy", "BinaryCrossEntropyConfig", "known_bce"]
+__all__ = ["BinaryCrossEntropy", "known_bce"]
 
 
 def known_bce(logits_NC: Tensor, targets_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,31 +42,29 @@ class BinaryCrossEntropy(LossTerm):
     several processes, or with accumulate, is that of each rank's or micro-batch's own rows, as is
     usual for an ignored label. MEAL V2 fine-tunes so on VOC 2007. Part: `<name>`.
 
+    Args:
+        weight: Factor in the total.
+
     Source: `torch.nn.BCEWithLogitsLoss`; Shen and Savvides 2020, arXiv:2009.08453, appendix.
     Needs: the student's logits on x, and labels [N, C].
     Weight: 1.
-    Tests: tests/losses/test_multilabel.py, test_ranks.py, tests/evaluation/test_multilabel.py; no
-    released number, the formula is the oracle.
+    Tests: tests/losses/test_multilabel.py, test_terms_on_ranks.py,
+    tests/evaluation/test_multilabel.py; no released number, the formula is the oracle.
     """
 
     label_kind = "multi"
 
-    def __init__(self, *, weight: float = 1.0, name: str = "bce") -> None:
-        super().__init__(name, ("x/student/logits",), {name: weight})
+    def __init__(self, *, weight: Weight = 1.0, name: str = "bce") -> None:
+        super().__init__(name, self.needs_of(), {name: weight})
 
+    @override
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        return (STUDENT_LOGITS,)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """In fp32 whatever the autocast type; 0 where not one label of the batch is known."""
-        logits_NC = widened(inputs.tensors["x/student/logits"])
-        total, known = known_bce(logits_NC, inputs.labels_N)
+        (logits_NC,) = self.wanted(inputs)
+        total, known = known_bce(widened(logits_NC), inputs.labels_N)
         return TermOutput({self.name: total / known.clamp(min=1)})
-
-
-class BinaryCrossEntropyConfig(TermConfig):
-    """Keys of `losses.bce`."""
-
-    weight: PositiveFloat
-    """Factor in the total."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return BinaryCrossEntropy(weight=self.weight, name=name)

@@ -3,15 +3,16 @@
 Shape suffixes: N images, C channels, P = H * W pixels.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from fastkd.losses.base.pairs import PairConfig, PairTerm, pool_alike
-from fastkd.losses.base.term import BindContext, LossTerm, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.pairs import Pairs, PairTerm, pool_alike
+from fastkd.losses.base.term import BindContext
 
-__all__ = ["NST", "NSTConfig"]
+__all__ = ["NST"]
 
 
 class NST(PairTerm):
@@ -28,20 +29,19 @@ class NST(PairTerm):
     where this one holds matrices of N * min(C, P)^2.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 50, the reference's.
-    Tests: tests/losses/test_nst.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_nst.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
-    def __init__(
-        self, pairs: Mapping[str, str], *, weight: float = 50.0, name: str = "nst"
-    ) -> None:
+    def __init__(self, pairs: Pairs, *, weight: Weight = 50.0, name: str = "nst") -> None:
         super().__init__(name, pairs, weight)
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps."""
         self.map_shapes(context)
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         maps = (widened(m).flatten(2) for m in pool_alike(student, teacher))
         student_NCP, teacher_NCP = (F.normalize(m, dim=2) for m in maps)
         num_student, num_teacher = student_NCP.shape[1], teacher_NCP.shape[1]
@@ -53,11 +53,3 @@ class NST(PairTerm):
         pairs = [(teacher_NCP, teacher_NCP), (student_NCP, student_NCP), (student_NCP, teacher_NCP)]
         same_t, same_s, cross = ((a_NCP @ b_NCP.mT).square().mean() for a_NCP, b_NCP in pairs)
         return same_t + same_s - 2 * cross
-
-
-class NSTConfig(PairConfig):
-    """Keys of `losses.nst`; RepDistiller's weight is 50, on all stages."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return NST(name=name, **self.model_dump())

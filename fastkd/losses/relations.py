@@ -11,19 +11,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.base.pairs import POOLED, PairConfig, PairTerm
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.pairs import POOLED, Pairs, PairTerm
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["CC", "PKT", "RKD", "SP", "CCConfig", "PKTConfig", "RKDConfig", "SPConfig"]
+__all__ = ["CC", "PKT", "RKD", "SP"]
 
 
 class Relation(PairTerm):
@@ -33,12 +29,16 @@ class Relation(PairTerm):
     what one process makes of the joined batch; ranks must share the batch evenly, as fastkd's
     loaders do. False leaves each rank its own rows: value and gradient are the mean over the
     ranks. With accumulation the batch is a micro-batch in both cases, which is another loss.
+
+    Args:
+        gather: Compare the samples of all ranks with each other, not only those of one.
     """
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
         super().__init__(name, pairs, weight)
         self.gather = gather
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sum over the pairs."""
         if self.gather:
@@ -50,6 +50,7 @@ class Relation(PairTerm):
             inputs = inputs._replace(tensors=joined)
         return super().forward(inputs)
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
         """One row per sample, in fp32."""
         return self.relate(number, widened(student).flatten(1), widened(teacher).flatten(1))
@@ -68,21 +69,21 @@ class SP(Relation):
     distiller_zoo/SP.py.
     Needs: pairs of taps on x, in the reference the last stage of each network.
     Weight: 3000, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 3000.0,
+        weight: Weight = 3000.0,
         gather: bool = True,
         name: str = "sp",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         student_NN, teacher_NN = (F.normalize(x @ x.T) for x in (student_ND, teacher_ND))
         return (teacher_NN - student_NN).square().mean()
 
@@ -95,25 +96,28 @@ class PKT(Relation):
 
     eps = 1e-7 is added to norms and to both probabilities of the ratio.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+
     Source: Passalis and Tefas 2018, arXiv:1803.10837, section 3; HobbitLong/RepDistiller
     distiller_zoo/PKT.py, whose mean stands for the paper's sum.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 30000, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 30000.0,
+        weight: Weight = 30000.0,
         gather: bool = True,
         name: str = "pkt",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         eps = 1e-7
 
         def affinity(rows_ND: Tensor) -> Tensor:
@@ -134,34 +138,38 @@ class CC(Relation):
     A, a, B, b are linear maps to `dim` features and all trained, the teacher's too. A batch of one
     sample has no neighbours and costs 0.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+        dim: Features of the trained linear maps.
+
     Source: Peng et al. 2019, arXiv:1904.01802, section 3, whose kernel matrices the released code
     replaces by this product; HobbitLong/RepDistiller distiller_zoo/CC.py.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 0.02, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 0.02,
-        dim: int = 128,
+        weight: Weight = 0.02,
         gather: bool = True,
+        dim: PositiveInt = 128,
         name: str = "cc",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
-        check_numbers(name, above=0, dim=dim)
         self.dim = dim
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Make the linear maps of both networks."""
         shapes = self.shapes(context)
         self.embed_student = nn.ModuleList(nn.Linear(math.prod(s), self.dim) for s, _ in shapes)
         self.embed_teacher = nn.ModuleList(nn.Linear(math.prod(t), self.dim) for _, t in shapes)
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         student_ND = self.embed_student[number](student_ND)
         apart_ND = (student_ND - self.embed_teacher[number](teacher_ND)).abs()
         return (apart_ND[:-1] * apart_ND[1:]).sum() / max(len(apart_ND) - 1, 1)
@@ -176,29 +184,33 @@ class RKD(Relation):
 
     h is the smooth L1 distance (beta 1) between student and teacher. Holds N^2 (N + D) numbers.
 
+    Args:
+        pairs: Tap of the student: tap of the teacher.
+        distance_weight: Factor of the distances inside the loss.
+        angle_weight: Factor of the angles inside the loss.
+
     Source: Park et al. 2019, arXiv:1904.05068, section 3.2; HobbitLong/RepDistiller
     distiller_zoo/RKD.py.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 1, inside it 25 and 50, the reference's.
-    Tests: tests/losses/test_relations.py, test_losses_on_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str] = POOLED,
+        pairs: Pairs = POOLED,
         *,
-        weight: float = 1.0,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+        weight: Weight = 1.0,
         gather: bool = True,
+        distance_weight: NonNegativeFloat = 25.0,
+        angle_weight: NonNegativeFloat = 50.0,
         name: str = "rkd",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
-        check_numbers(name, least=0, distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
+    @override
     def relate(self, number: int, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """As the class says."""
         distances, angles = zip(*map(_geometry, (student_ND, teacher_ND)), strict=True)
         distance = F.smooth_l1_loss(*distances)
         return self.distance_weight * distance + self.angle_weight * F.smooth_l1_loss(*angles)
@@ -214,49 +226,3 @@ def _geometry(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
     unit_NND = apart_NND / torch.where(positive_NN, distance_NN, 1.0)[:, :, None]
     mean = distance_NN.sum() / positive_NN.sum().clamp(min=1)
     return distance_NN / torch.where(mean > 0, mean, 1.0), unit_NND @ unit_NND.mT
-
-
-class SPConfig(PairConfig):
-    """Keys of `losses.sp`; RepDistiller's weight is 3000, on the last stages."""
-
-    gather: bool = True
-    """Compare the samples of all ranks with each other, not only those of one."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return SP(name=name, **self.model_dump())
-
-
-class PKTConfig(SPConfig):
-    """Keys of `losses.pkt`; RepDistiller's weight is 30000."""
-
-    pairs: dict[str, str] = POOLED
-    """Tap of the student: tap of the teacher."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return PKT(name=name, **self.model_dump())
-
-
-class CCConfig(PKTConfig):
-    """Keys of `losses.cc`; RepDistiller's weight is 0.02."""
-
-    dim: PositiveInt = 128
-    """Features of the trained linear maps."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return CC(name=name, **self.model_dump())
-
-
-class RKDConfig(PKTConfig):
-    """Keys of `losses.rkd`; RepDistiller's weight is 1."""
-
-    distance_weight: NonNegativeFloat = 25.0
-    """Factor of the distances inside the loss."""
-    angle_weight: NonNegativeFloat = 50.0
-    """Factor of the angles inside the loss."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return RKD(name=name, **self.model_dump())

@@ -3,25 +3,22 @@
 Chen et al. 2022, arXiv:2203.14001.
 """
 
+from typing import Any
+
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.needs import Need
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 from fastkd.models.reused_head import Projector, ReusedHead, pooled_to
 
-__all__ = ["SimKD", "SimKDConfig"]
+__all__ = ["SimKD"]
 
 
 class SimKD(LossTerm):
@@ -37,12 +34,18 @@ class SimKD(LossTerm):
     Both taps are the last map before pooling. A teacher tap `stageN:preact` is rectified first,
     which is what a wide ResNet pools (its `stage3` is a raw sum).
 
+    Args:
+        weight: Factor in the total; 1 in the paper.
+        student: Tap of the student: its last map.
+        teacher: Tap of the teacher: the map that it pools.
+        factor: The projector's inner width is that of the teacher divided by this.
+
     Source: Chen et al. 2022, arXiv:2203.14001, section 3; class SimKD of DefangChen/SimKD
     models/util.py, and DefangChen/SimKD helper/loops.py.
     Needs: the last map of both networks on x, and the teacher's classifier.
     Weight: 1, the paper's.
-    Tests: tests/losses/test_simkd_run.py, test_map_losses.py, test_peer_losses.py, test_ranks.py;
-    oracle peer_losses.json (the authors' code).
+    Tests: tests/losses/test_simkd_run.py, test_map_losses.py, test_peer_losses.py,
+    test_terms_on_ranks.py; oracle peer_losses.json (the authors' code).
     """
 
     def __init__(
@@ -50,14 +53,19 @@ class SimKD(LossTerm):
         *,
         student: str = "stage3",
         teacher: str = "stage3",
-        factor: int = 2,
-        weight: float = 1.0,
+        factor: PositiveInt = 2,
+        weight: Weight = 1.0,
         name: str = "simkd",
     ) -> None:
-        super().__init__(name, (f"x/student/{student}", f"x/teacher/{teacher}"), {name: weight})
-        check_numbers(name, above=0, factor=factor)
+        super().__init__(name, self.needs_of(student=student, teacher=teacher), {name: weight})
         self.student, self.teacher, self.factor = student, teacher, factor
 
+    @override
+    @classmethod
+    def needs_of(cls, *, student: str, teacher: str, **keys: Any) -> tuple[Need, ...]:
+        return Need.of("x", "student", student), Need.of("x", "teacher", teacher)
+
+    @override
     def bind(self, context: BindContext) -> None:
         """The projector; UserError where the teacher's classifier does not fit its map."""
         student, teacher = (context.shapes[need] for need in self.needs)
@@ -91,7 +99,7 @@ class SimKD(LossTerm):
         pooled = None if context.teacher_pooled is None else context.teacher_pooled()
         if pooled is None or self.teacher in pooled:
             return
-        cure = "none of its taps is nothing but pooled before it: take another teacher"
+        cure = "no tap feeds it through pooling alone: take another teacher"
         if pooled:
             cure = f"set losses.{self.name}.teacher={pooled[0]}, which it pools"
         raise UserError(
@@ -100,9 +108,10 @@ class SimKD(LossTerm):
             f"ReLU: {cure}"
         )
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """The training accuracy is that of the projected map."""
-        student_NCHW, teacher_NCHW = (inputs.tensors[need] for need in self.needs)
+        student_NCHW, teacher_NCHW = self.wanted(inputs)
         if self.teacher.endswith(":preact"):
             teacher_NCHW = teacher_NCHW.relu()
         with autocast_like(student_NCHW):
@@ -113,24 +122,8 @@ class SimKD(LossTerm):
         loss = F.mse_loss(widened(projected_NCHW), widened(target_NCHW))
         return TermOutput({self.name: loss}, logits_NC=logits_NC)
 
+    @override
     def export(self, student: nn.Module) -> ReusedHead:
         """Student, projector and the teacher's classifier as one network, on their own weights."""
         head = self._head[0]
         return ReusedHead(student, self.projector, head, tap=self.student, size=self.size)
-
-
-class SimKDConfig(TermConfig):
-    """Keys of `losses.simkd`."""
-
-    weight: PositiveFloat
-    """Factor in the total; 1 in the paper."""
-    student: str = "stage3"
-    """Tap of the student: its last map."""
-    teacher: str = "stage3"
-    """Tap of the teacher: the map that it pools."""
-    factor: PositiveInt = 2
-    """The projector's inner width is that of the teacher divided by this."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return SimKD(name=name, **self.model_dump())

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
-from fastkd.losses.base.term import LossTerm, Need
-from fastkd.teachers.teacher import MEAN_LOGITS, Teacher
+from fastkd.losses.base.needs import MEAN_LOGITS, Need
+from fastkd.losses.base.term import LossTerm
+from fastkd.teachers.teacher import Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]
 
@@ -78,8 +79,8 @@ class Ensemble:
         out: dict[str, Tensor] = {}
         answers = [member(views) for member in self.members.values()]
         for view, taps in self.taps.items():
-            each = [answer[f"{view}/teacher/logits"] for answer in answers]
-            out |= {f"{view}/teacher/{tap}": TAPS[tap](each) for tap in taps}
+            each = [answer[str(Need.of(view, "teacher", "logits"))] for answer in answers]
+            out |= {str(Need.of(view, "teacher", tap)): TAPS[tap](each) for tap in taps}
         return out
 
     def features(self, images_NCHW: Tensor) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ def check_ensemble_needs(net: LoadedNet, terms: Iterable[LossTerm]) -> None:
     if not net.ensemble:
         return
     for term in terms:
-        taps = [Need.parse(text).tap for text in term.needs if "/teacher/" in text]
+        taps = [need.tap for need in term.needs if need.net == "teacher"]
         wanted = next((tap for tap in taps if tap not in TAPS), None)
         if wanted is not None:
             names = ", ".join(one.name for one in net.members)

@@ -16,13 +16,11 @@ from fastkd.compute.compiling import compile_unit
 from fastkd.compute.precision import Precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
+from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 
-__all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]
-
-MEAN_LOGITS = "mean_logits"
-"""A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
+__all__ = ["Teacher", "freeze", "run_ahead"]
 
 T = TypeVar("T")
 
@@ -94,7 +92,7 @@ class Teacher:
         with torch.no_grad():
             for view, taps in self.taps.items():
                 features = _with_mean(self._in_pieces(views[view], rows))
-                out |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
+                out |= {str(Need.of(view, "teacher", tap)): features[tap] for tap in taps}
         return out
 
     def _in_pieces(self, images_NCHW: Tensor, rows: int) -> dict[str, Tensor]:

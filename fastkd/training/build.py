@@ -25,6 +25,7 @@ from fastkd.data.loaders.planned import PlannedLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import EvalLoader, evaluating
+from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
 from fastkd.models.taps import Tapped, pooled_taps
@@ -118,7 +119,11 @@ def build_trainer(
             f"ema averages the student, but the loss {changed} keeps layers of its own behind it, "
             "which would not be averaged: set ema=null"
         )
-    logits = [t.name for t in terms if any("/student/logits" in need for need in t.needs)]
+    logits = [
+        t.name
+        for t in terms
+        if any((need.net, need.tap) == ("student", "logits") for need in t.needs)
+    ]
     if changed and logits:
         console.note(
             f"the loss {changed} gives the student another classifier in the end: that of its own, "
@@ -151,7 +156,7 @@ def build_trainer(
             fullgraph=engine.fullgraph,
         )
     shapes = _shapes(student, bound_teacher, terms, probe, precision)
-    shapes |= {need: (num_classes,) for t in terms for need in t.needs if "/mixed/" in need}
+    shapes |= {need: (num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     _check_classes(shapes, num_classes)
     _check_labels(terms, multilabel)
     # One network has stages, a head and a last norm; several have no such thing in common.
@@ -273,21 +278,21 @@ def _shapes(
     terms: Sequence[LossTerm],
     probe: Tensor,
     precision: Precision,
-) -> dict[str, tuple[int, ...]]:
+) -> dict[Need, tuple[int, ...]]:
     """Shape of every need without the batch axis, from one forward pass on zeros.
 
     UserError for a term that would teach the student nothing.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[Need, Tensor] = {}
     wanted = needed_taps(terms, "student")
     tapped = Tapped(student, tuple(dict.fromkeys(tap for taps in wanted.values() for tap in taps)))
     with torch.enable_grad(), evaluating(student), precision.autocast():
         features = tapped(probe)
     tapped.remove()
     for view, taps in wanted.items():
-        found |= {f"{view}/student/{tap}": features[tap] for tap in taps}
+        found |= {Need.of(view, "student", tap): features[tap] for tap in taps}
     for term in terms:
-        own = [need for need in term.needs if "/student/" in need]
+        own = [need for need in term.needs if need.net == "student"]
         if own and not any(found[need].requires_grad for need in own):
             raise UserError(
                 f"the loss {term.name} looks at {', '.join(own)} of the student, where only frozen "
@@ -298,14 +303,14 @@ def _shapes(
         # Not through its compiled form, which this batch size would only cost a compilation.
         features = teacher.features(probe)
         for view, taps in teacher.taps.items():
-            found |= {f"{view}/teacher/{tap}": features[tap] for tap in taps}
+            found |= {Need.of(view, "teacher", tap): features[tap] for tap in taps}
     return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
 
 
-def _check_classes(shapes: Mapping[str, tuple[int, ...]], num_classes: int) -> None:
+def _check_classes(shapes: Mapping[Need, tuple[int, ...]], num_classes: int) -> None:
     for need, shape in shapes.items():
-        if need.endswith("/logits") and shape != (num_classes,):
-            net = need.split("/")[1]
+        if need.tap == "logits" and shape != (num_classes,):
+            net = need.net
             cure = (
                 "give another teacher, or in a recipe teacher.class_map, one entry per class"
                 if net == "teacher"

@@ -16,12 +16,15 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import split_evenly
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
-from fastkd.losses.base.term import LossTerm, Need, TermInputs, check_names
+from fastkd.losses.base.needs import MEAN_LOGITS, STUDENT_LOGITS, Need
+from fastkd.losses.base.term import LossTerm, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
-from fastkd.teachers.teacher import MEAN_LOGITS
 
 __all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_unknown_taps"]
+
+
+_ANSWER = str(STUDENT_LOGITS)
 
 
 class Prepared(NamedTuple):
@@ -46,7 +49,7 @@ class Prepared(NamedTuple):
             rows_of_ranks=self.rows_of_ranks | {view: rows_of_ranks},
             views=self.views | {view: self.views[view][index_K]},
             teacher={
-                need: tensor[index_K] if need.startswith(f"{view}/") else tensor
+                need: tensor[index_K] if Need(need).view == view else tensor
                 for need, tensor in self.teacher.items()
             },
         )
@@ -90,7 +93,7 @@ class StepOutput(NamedTuple):
 def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...]]:
     """Taps per view that the terms ask of a net; the student's logits on each of these, x first."""
     wanted: dict[str, list[str]] = {}
-    needs = [Need.parse(text) for term in terms for text in term.needs]
+    needs = [need for term in terms for need in term.needs]
     for need in sorted((need for need in needs if need.net == net), key=lambda need: need.view):
         taps = wanted.setdefault(need.view, ["logits"] if net == "student" else [])
         if need.tap not in taps:
@@ -110,11 +113,12 @@ def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]
                 f"which only networks of the zoo expose, and {type(teacher).__name__} is not one: "
                 f"take one as teacher, or another loss"
             )
-        for _, net, tap in map(Need.parse, term.needs):
-            if net not in nets or tap == MEAN_LOGITS:
+        for need in term.needs:
+            net = need.net
+            if net not in nets or need.tap == MEAN_LOGITS:
                 continue
             try:
-                check_taps((tap,), nets[net])
+                check_taps((need.tap,), nets[net])
             except UserError as error:
                 given, cure = signature(type(term)).parameters, ""
                 for key in ("pairs", "stages", net):
@@ -126,7 +130,7 @@ def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]
 
 def _view_joined(term: LossTerm) -> str:
     """The view whose rows on every rank the term is told: its only one, else x."""
-    views = {Need.parse(text).view for text in term.needs}
+    views = {need.view for need in term.needs}
     return views.pop() if len(views) == 1 else "x"
 
 
@@ -147,11 +151,17 @@ class DistillStep(nn.Module):
         check_names(self._terms())
         self.precision = precision
         self.views = needed_taps(self._terms(), "student")
+        # As plain str, here and below: torch.compile traces a look-up by it.
+        self.student_keys = {
+            view: {tap: str(Need.of(view, "student", tap)) for tap in taps}
+            for view, taps in self.views.items()
+        }
         taps = dict.fromkeys(tap for wanted in self.views.values() for tap in wanted)
         self.student = Tapped(student, tuple(taps))
-        needs = [Need.parse(text) for term in self._terms() for text in term.needs]
+        needs = [need for term in self._terms() for need in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
+        self.term_keys = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
         self.joins = {term.name: _view_joined(term) for term in self._terms()}
         self.part_names = [part for term in self._terms() for part in term.weights]
         # A student that no loss shows the images themselves is not shown them for the count either:
@@ -181,18 +191,18 @@ class DistillStep(nn.Module):
         """views: [N, 3, H, W] by name; teacher: as in `Prepared`; schedule: per term."""
         tensors: dict[str, Tensor] = dict(teacher)
         with self.precision.autocast():
-            for view, taps in self.views.items():
+            for view, keys in self.student_keys.items():
                 features = self.student(views[view])
-                for tap in taps:
-                    tensors[f"{view}/student/{tap}"] = features[tap]
+                for tap, key in keys.items():
+                    tensors[key] = features[tap]
 
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
         carry: dict[str, dict[str, Tensor]] = {}
-        logits_NC = tensors[f"{next(iter(self.views))}/student/logits"]
-        answer_NC = tensors.get("x/student/logits")
+        logits_NC = tensors[next(iter(self.student_keys.values()))["logits"]]
+        answer_NC = tensors.get(_ANSWER)
         for term in self._terms():
-            wanted = {need: tensors[need] for need in term.needs}
+            wanted = {need: tensors[need] for need in self.term_keys[term.name]}
             scheduled = schedule.get(term.name, {})
             rows = rows_of_ranks.get(self.joins[term.name], ()) if rows_of_ranks else ()
             output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows))

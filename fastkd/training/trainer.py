@@ -28,6 +28,7 @@ from fastkd.data.draws import step_seed
 from fastkd.errors import Interrupted
 from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.evaluation.headline import headline, of_epoch
+from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
@@ -189,7 +190,7 @@ class Trainer:
         rows, ratio = prepared.global_size // self.world.size, list[Tensor]()
         if self.pick is not None:  # compiled, it has no truth value
             # Here and not with the views: the student scores with its weights of this step.
-            picked = self.pick(prepared.views["xprime"], prepared.teacher["xprime/teacher/logits"])
+            picked = self.pick(prepared.views["xprime"], prepared.teacher[XPRIME_TEACHER_LOGITS])
             pools = [num * self.views.pool for num in prepared.rows_of_ranks["x"]]
             chosen = tuple(self.pick.num_chosen(num) for num in pools)
             prepared = prepared.chosen("xprime", picked.index_K, chosen)

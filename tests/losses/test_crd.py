@@ -59,10 +59,10 @@ def test_released_values(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             tensor.copy_(sines(tuple(tensor.shape), number, scale))
     directions: list[float] = []
-    contrast = term._contrast
+    contrast = term.contrast
     monkeypatch.setattr(term, "draw_negatives", lambda _: picked_NK[:, 1:])
     monkeypatch.setattr(
-        term, "_contrast", lambda q: (directions.append(contrast(q).item()), contrast(q))[1]
+        term, "contrast", lambda q: (directions.append(contrast(q).item()), contrast(q))[1]
     )
     for number in (1, 2):
         total = step(term, inputs).parts["crd"].item()

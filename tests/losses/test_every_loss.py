@@ -30,12 +30,12 @@ class Proof(NamedTuple):
 
 LOGITS = "losses/test_peer_losses.py::test_specified_value"
 GRADIENT = "losses/test_logit_losses.py::test_loss_and_gradient_are_those_of_the_formula"
-JOINED = "losses/test_ranks.py::test_two_ranks_are_one_process_on_the_joined_batch"
-APART = "losses/test_ranks.py::test_two_ranks_are_the_mean_over_ranks"
+JOINED = "losses/test_terms_on_ranks.py::test_two_ranks_are_one_process_on_the_joined_batch"
+APART = "losses/test_terms_on_ranks.py::test_two_ranks_are_the_mean_over_ranks"
 RELATIONS = (
     "losses/test_relations.py::test_released_values",
     "losses/test_relations.py::test_value_and_gradient_are_the_formulas",
-    "losses/test_losses_on_ranks.py::test_relations",
+    "losses/test_relations_on_ranks.py::test_relations",
 )
 PEERS = "losses/test_peer_losses.py"
 MAPS = "losses/test_map_losses.py"
@@ -56,7 +56,8 @@ PROOFS = {
     "mixed_ce": Proof(
         "losses/test_mixed_targets.py::test_labels_of_both_images",
         "losses/test_mixed_targets.py::test_labels_of_both_images",
-        "test_ddp.py::test_gradients_are_those_of_one_process[gradients, mixed targets]",
+        "training/test_two_ranks.py::test_gradients_are_those_of_one_process"
+        "[gradients, mixed targets]",
     ),
     "soft_ce": Proof(f"{GRADIENT}[soft_ce]", f"{GRADIENT}[soft_ce]", f"{JOINED}[soft_ce]"),
     "dkd": Proof(f"{LOGITS}[dkd_a1_b8_T4]", f"{GRADIENT}[dkd]", f"{JOINED}[dkd]"),
@@ -81,8 +82,8 @@ PROOFS = {
         f"{JOINED}[fsp]",
     ),
     "ft": Proof(
-        "losses/test_factors.py::test_released_value",
-        "losses/test_factors.py::test_values_and_gradients_are_the_formulas",
+        "losses/test_factor_transfer.py::test_released_value",
+        "losses/test_factor_transfer.py::test_values_and_gradients_are_the_formulas",
         f"{APART}[ft]",
     ),
     "fitnet": Proof(
@@ -103,7 +104,7 @@ PROOFS = {
     "crd": Proof(
         "losses/test_crd.py::test_released_values",
         "losses/test_crd.py::test_value_and_gradient_are_the_formula",
-        "losses/test_losses_on_ranks.py"
+        "losses/test_relations_on_ranks.py"
         "::test_crd_banks_and_normalizer_are_those_of_one_process[crd]",
     ),
     "reviewkd": Proof(

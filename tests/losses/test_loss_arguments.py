@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 import fastkd.losses
-from fastkd.losses import AT, CRD, FSP, KDLoss
+from fastkd.errors import UserError
+from fastkd.losses import AT, CRD, DIST, FSP, KD, CrossEntropy, JointRD, KDLoss
 from fastkd.losses.base.term import LossTerm
 
 NAN, INF = float("nan"), float("inf")
@@ -28,6 +29,7 @@ def numbers(loss: Any) -> list[str]:
     return [*found, "ce_weight", "kd_weight"] if loss is KDLoss else found
 
 
+BELOW_1 = ((CrossEntropy, "label_smoothing"), (KD, "label_smoothing"), (CRD, "momentum"))
 PLACES = ("ignore_index", "class_dim")
 CASES = [(loss, name) for loss in LOSSES for name in numbers(loss) if name not in PLACES]
 
@@ -39,7 +41,12 @@ def test_every_number_of_a_loss_must_be_a_finite_one(loss: Any, name: str) -> No
     given: dict[str, Any] = {}
     if "pairs" in signature(loss).parameters:
         given["pairs"] = {"a": "b"} if loss is CRD else {"a": "b", "c": "d"}
-    assert loss(**given | {name: 1})
+    if (loss, name) in BELOW_1:
+        with pytest.raises(ValueError, match=f"{name}=1; expected a finite .* and below 1"):
+            loss(**given | {name: 1})
+        assert loss(**given | {name: 0})
+    else:
+        assert loss(**given | {name: 1})
     for wrong in (NAN, INF, -INF):
         with pytest.raises(ValueError, match=f"{name}={wrong}; expected a finite number"):
             loss(**given | {name: wrong})
@@ -65,6 +72,24 @@ def test_a_temperature_is_above_0(loss: Any, wrong: float) -> None:
         loss(temperature=wrong)
     with pytest.raises(TypeError, match="temperature=None; expected a finite number above 0"):
         loss(temperature=None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "wrong", "message"),
+    [
+        (KD, {"weight": -1}, r"kd: got weight=-1; expected a finite number above 0"),
+        (JointRD, {"weight": 0}, r"jointrd: got weight=0; expected a finite number above 0"),
+        (JointRD, {"feature_weight": -1}, r"feature_weight=-1; expected a finite number above 0"),
+        (JointRD, {"form": "text"}, r"form='text'; expected one of 'paper', 'released'"),
+        (JointRD, {"stages": ("stage1",)}, r"stages=\('stage1',\); expected a tuple of at least 2"),
+        (CRD, {"dim": 2.5}, r"dim=2\.5; expected a finite number above 0, a whole one"),
+        (DIST, {"view": "y"}, r"dist: got view='y'; expected one of 'x', 'xprime'"),
+        (KD, {"views": ("x", "y")}, r"views=.*; expected a tuple, each entry one of 'x', 'xprime'"),
+    ],
+)
+def test_python_refuses_what_a_recipe_refuses(loss: Any, wrong: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loss(**wrong)
 
 
 def test_there_are_losses_with_a_temperature() -> None:

@@ -41,7 +41,8 @@ from fastkd.losses import (
     SoftCE,
     StageMSE,
 )
-from fastkd.losses.base.term import LossTerm, Need
+from fastkd.losses.base.needs import Need
+from fastkd.losses.base.term import LossTerm
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
@@ -234,7 +235,7 @@ def test_all_terms_together_resume_where_they_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["x/studnt/logits", "logits", "x/student/", "/teacher/stage1"])
 def test_a_need_that_is_none_is_told_the_nets(text: str) -> None:
     with pytest.raises(ValueError, match="net one of student, teacher, mixed.*got '" + text):
-        Need.parse(text)
+        Need(text)
 
 
 def test_schedules_stretch_with_the_epochs() -> None:

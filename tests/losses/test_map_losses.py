@@ -14,7 +14,7 @@ from fastkd.errors import UserError
 from fastkd.losses import JointRD, ReviewKD, SimKD, StageMSE
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.jointrd import expected_negative
-from fastkd.losses.review import context_loss
+from fastkd.losses.reviewkd import context_loss
 from fastkd.models import create_model
 from fastkd.models.taps import pooled_taps
 from fastkd.teachers.teacher import freeze

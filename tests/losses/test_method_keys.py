@@ -160,7 +160,7 @@ def test_other_view(name: str) -> None:
 
 
 def test_wrong_values_are_named() -> None:
-    with pytest.raises(UserError, match="2 taps in student, 1 in teacher: name as many of each"):
+    with pytest.raises(UserError, match="got 2 taps of the student and 1 of the teacher: name as"):
         recipe({"reviewkd": {"weight": 1, "student": ["stage1", "stage2"], "teacher": ["stage1"]}})
     with pytest.raises(UserError, match=r"losses\.fsp\.pairs=.*at least 2 entries"):
         recipe({"fsp": {"weight": 1.0, "pairs": {"stage1": "stage1"}}})

@@ -11,7 +11,7 @@ from fastkd.augment.mix import draw_mix
 from fastkd.augment.views import ViewMaker
 from fastkd.data.batch import Batch
 from fastkd.losses import KD, MixedCE
-from fastkd.losses.base.term import Need
+from fastkd.losses.base.needs import Need
 from fastkd.testing import call_term, sines
 
 SHAPE = (7, 11)
@@ -73,7 +73,7 @@ def test_logits_of_both_images(kind: str, views: tuple[str, ...]) -> None:
     assert set(term.needs) <= tensors.keys()
     # The teacher is asked about x, of whose answers the targets are mixed, and not about x'.
     assert "x/teacher/logits" in term.needs
-    assert not any(Need.parse(need)[:2] == ("xprime", "teacher") for need in term.needs)
+    assert not any((need.view, need.net) == ("xprime", "teacher") for need in term.needs)
     parts = call_term(term, tensors, LABELS_N).parts
     student_NC = tensors["xprime/student/logits"]
     (gradient,) = torch.autograd.grad(-2 * parts["kd_xprime"], student_NC)
@@ -91,6 +91,6 @@ def test_logits_of_both_images(kind: str, views: tuple[str, ...]) -> None:
 
 def test_what_is_mixed_is_named() -> None:
     with pytest.raises(ValueError, match=r"xprime/mixed/labels or xprime/mixed/logits; got"):
-        Need.parse("x/mixed/labels")
+        Need("x/mixed/labels")
     with pytest.raises(ValueError, match=r"got 'xprime/mixed/stage1'"):
-        Need.parse("xprime/mixed/stage1")
+        Need("xprime/mixed/stage1")

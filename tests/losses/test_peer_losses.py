@@ -19,7 +19,7 @@ from fastkd.losses.base.term import LossTerm
 from fastkd.losses.dist import between_rows
 from fastkd.losses.dkd import decoupled_rows
 from fastkd.losses.jointrd import expected_negative, partial_l2
-from fastkd.losses.review import context_loss
+from fastkd.losses.reviewkd import context_loss
 from fastkd.testing import bind_term, call_term, fill_with_sines, sines
 
 HERE = Path(__file__).parent

@@ -174,7 +174,7 @@ def test_a_classifier_is_reused_only_right_behind_the_pooled_map() -> None:
             distilled(foreign(1, 4), teacher, tap, "0")
     assert not any(module._forward_hooks for module in teacher.modules())
     distilled(foreign(1, 4), teacher, "act", "0")
-    with pytest.raises(UserError, match=r"none of its taps is nothing but pooled"):
+    with pytest.raises(UserError, match=r"no tap feeds it through pooling alone"):
         distilled(foreign(1, 4), Normalised(module=False), "norm", "0")
 
 

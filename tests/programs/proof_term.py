@@ -10,29 +10,41 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from fastkd.compute.ranks import join_rows
-from fastkd.losses.base import registry
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like
+from fastkd.losses.base.needs import Need
+from fastkd.losses.base.registry import register as register_loss
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
 S_MAP, T_MAP = "x/student/stage2", "x/teacher/stage3:preact"
 S_ROW, T_ROW = "xprime/student/pooled", "xprime/teacher/logits"
 
 
 class Proof(LossTerm):
-    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the bank's row]."""
+    """eta * [feature MSE on x] + [soft cross entropy on x'] + [distance to the bank's row].
+
+    Args:
+        weight: Factor of the feature part.
+    """
 
     banks = ("rows_KD", "times_K")
     uses_index = True
     rows_KD: Tensor
     times_K: Tensor
 
-    def __init__(self, *, weight: float = 1.0, name: str = "proof") -> None:
-        parts = {name: weight, f"{name}_soft": 0.5, f"{name}_bank": 0.1}
-        super().__init__(name, (S_MAP, T_MAP, S_ROW, T_ROW), parts)
+    def __init__(self, *, weight: Weight = 1.0, name: str = "proof") -> None:
+        super().__init__(name, self.needs_of(), self.weights_of(name, weight=weight))
+
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        return tuple(map(Need, (S_MAP, T_MAP, S_ROW, T_ROW)))
+
+    @classmethod
+    def weights_of(cls, name: str, *, weight: float, **keys: Any) -> dict[str, float]:
+        return {name: weight, f"{name}_soft": 0.5, f"{name}_bank": 0.1}
 
     def bind(self, context: BindContext) -> None:
         """Modules and banks in the sizes of this run."""
@@ -86,17 +98,6 @@ class Proof(LossTerm):
         self.times_K[index_N] += ok
 
 
-class ProofConfig(TermConfig):
-    """Keys of `losses.proof`."""
-
-    weight: PositiveFloat
-    """Factor of the feature part."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return Proof(weight=self.weight, name=name)
-
-
 def register() -> None:
     """Make `losses.proof` known to this process."""
-    registry._TERMS["proof"] = (__name__, "ProofConfig")
+    register_loss("proof", Proof)

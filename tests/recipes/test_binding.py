@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastkd.errors import UserError
+from fastkd.losses.base.needs import MEAN_LOGITS
 from fastkd.losses.base.registry import build_terms
-from fastkd.losses.base.term import BindContext, Need
+from fastkd.losses.base.term import BindContext
 from fastkd.models import create_model
 from fastkd.models.config import StudentConfig
 from fastkd.models.taps import Tapped
@@ -18,7 +19,6 @@ from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.teachers.teacher import MEAN_LOGITS
 from fastkd.training.build import _head, _last_norm, _pooled
 
 SIDES = {"digits": 16, "folder": 64}
@@ -80,10 +80,9 @@ def refused(recipe: Recipe) -> str:
     for term in build_terms(recipe.losses):
         inner: dict[str, Any] = {}
         try:
-            needs = {text: Need.parse(text) for text in term.needs}
             shapes = {
-                text: (10,) if need.net == "mixed" else shape(need.tap, nets[need.net], side)
-                for text, need in needs.items()
+                need: (10,) if need.net == "mixed" else shape(need.tap, nets[need.net], side)
+                for need in term.needs
             }
             if term.name in ("simkd", "jointrd"):
                 model = network(teacher.name, tuple(teacher.options().items()))

@@ -25,8 +25,8 @@ from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import RunFailed
+from fastkd.losses.attention import AT
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
-from fastkd.losses.features import AT
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import create_model
 from fastkd.output.console import Console

@@ -6,11 +6,11 @@ last), and its recipe keys. `fastkd losses NAME` and docs/make_losses.py print i
 
 import inspect
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 
-from fastkd.losses.base.registry import ALIASES, config_class, term_names
+from fastkd.losses.base.keys import keys_of
+from fastkd.losses.base.registry import ALIASES, term_class, term_names
 from fastkd.losses.base.term import LossTerm
 
 __all__ = ["FIELDS", "PATH", "CatalogueEntry", "Key", "catalogue", "entry_of"]
@@ -57,9 +57,9 @@ class CatalogueEntry:
 
     @property
     def text(self) -> str:
-        """The docstring, with the paths of its tests and oracles in full."""
+        """The docstring without `Args:`, the paths of its tests and oracles in full."""
         doc = inspect.getdoc(self.term) or ""
-        before = doc[: doc.rindex("\nTests:") + 1]
+        before = _without_arguments(doc[: doc.rindex("\nTests:") + 1])
         return before + textwrap.fill(f"Tests: {self.proof}", 96, break_long_words=False)
 
 
@@ -69,11 +69,10 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def entry_of(name: str) -> CatalogueEntry:
-    """One loss; ValueError names the nearest name, or what its docstring lacks."""
-    config = config_class(name)
-    term = getattr(sys.modules[config.__module__], config.__name__.removesuffix("Config"))
+    """One loss; UserError names the nearest name, ValueError what its docstring lacks."""
+    term = term_class(name)
     text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
-    summary, formula, *notes = text.split("\n\n")
+    summary, formula, *notes = _without_arguments(text).split("\n\n")
     source, needs, weight, tests = (" ".join(field.split()) for field in fields)
     paths = _paths(tests)
     in_full = iter(paths)
@@ -94,7 +93,7 @@ def entry_of(name: str) -> CatalogueEntry:
             Key(
                 key, "" if field.is_required() else _spelled(field.default), field.description or ""
             )
-            for key, field in config.model_fields.items()
+            for key, field in keys_of(term).model_fields.items()
         ),
         aliases=tuple(
             alias
@@ -112,6 +111,11 @@ def _split(doc: str, name: str) -> list[str]:
             f"the docstring of {name} must end with {', '.join(FIELDS)}, each with a colon"
         )
     return parts
+
+
+def _without_arguments(doc: str) -> str:
+    """The arguments are `keys`."""
+    return re.sub(r"\n\nArgs:\n(?: .*(?:\n|$))*", "\n", doc)
 
 
 def _paths(tests: str) -> tuple[str, ...]:

@@ -1,22 +1,28 @@
 """Base of the losses that compare a tensor of the student with one of the teacher, pair by pair.
 
-`losses.relations`, `hints`, `nst`, `fsp`, `factors`, `crd` and `jointrd` build on it.
+`losses.relations`, `hints`, `nst`, `fsp`, `factor_transfer`, `crd` and `jointrd` build on it.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveFloat
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.arguments import arguments_of, sizes_of
+from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
-__all__ = ["POOLED", "PairConfig", "PairTerm", "pool_alike"]
+__all__ = ["POOLED", "PairTerm", "Pairs", "pool_alike"]
 
 Shape = tuple[int, ...]
+Pairs = Annotated[Mapping[str, str], MinLen(1)]
+"""Tap of the student to tap of the teacher."""
 POOLED = {"pooled": "pooled"}
 
 
@@ -34,22 +40,25 @@ def pool_alike(student_NCHW: Tensor, teacher_NCHW: Tensor) -> tuple[Tensor, Tens
 class PairTerm(LossTerm):
     """Sum over pairs of taps of what `compare` makes of one pair. Part: `<name>`.
 
+    Taps are those of the zoo or module paths; both networks are looked at on x.
+
     Args:
-        name: of the term and of its one part.
-        pairs: tap of the student to tap of the teacher, zoo taps or module paths; both on x.
-        weight: factor in the total.
+        weight: Factor in the total.
+        pairs: Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}.
     """
 
+    pairs_wanted = "needs at least one pair, e.g. pairs={'stage2': 'stage2'}"
+    """Said of a number of pairs that the annotation excludes."""
+
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float) -> None:
-        if not isinstance(pairs, Mapping):
-            raise TypeError(
-                f"{name}: got pairs={pairs!r}; expected a mapping from taps of the student to taps "
-                f"of the teacher, such as {{'stage2': 'stage2'}}"
-            )
-        if not pairs:
-            raise ValueError(f"{name} needs at least one pair, e.g. pairs={{'stage2': 'stage2'}}")
-        needs = [need for s, t in pairs.items() for need in (f"x/student/{s}", f"x/teacher/{t}")]
-        super().__init__(name, tuple(needs), {name: weight})
+        _check_pairs(type(self), name, pairs)
+        super().__init__(name, self.needs_of(pairs=pairs), {name: weight})
+
+    @override
+    @classmethod
+    def needs_of(cls, *, pairs: Mapping[str, str], **keys: Any) -> tuple[Need, ...]:
+        both = ((Need.of("x", "student", s), Need.of("x", "teacher", t)) for s, t in pairs.items())
+        return tuple(need for pair in both for need in pair)
 
     def shapes(self, context: BindContext) -> list[tuple[Shape, Shape]]:
         """Per pair the shapes of student and teacher without the batch axis."""
@@ -68,11 +77,11 @@ class PairTerm(LossTerm):
 
     def features(self, inputs: TermInputs) -> list[tuple[Tensor, Tensor]]:
         """Per pair the tensors of student and teacher."""
-        features = [inputs.tensors[need] for need in self.needs]
+        features = self.wanted(inputs)
         return list(zip(features[::2], features[1::2], strict=True))
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """Sum over the pairs."""
         losses = [self.compare(number, *pair) for number, pair in enumerate(self.features(inputs))]
         return TermOutput({self.name: torch.stack(losses).sum()})
 
@@ -81,10 +90,13 @@ class PairTerm(LossTerm):
         raise TypeError(f"{type(self).__name__} must define compare(number, student, teacher)")
 
 
-class PairConfig(TermConfig):
-    """Keys that all losses on pairs of taps have."""
-
-    weight: PositiveFloat
-    """Factor in the total."""
-    pairs: dict[str, str] = Field(min_length=1)
-    """Tap of the student: tap of the teacher, e.g. {stage1: stage1, stage2: stage2}."""
+def _check_pairs(term: type[PairTerm], name: str, pairs: object) -> None:
+    if not isinstance(pairs, Mapping):
+        raise TypeError(
+            f"{name}: got pairs={pairs!r}; expected a mapping from taps of the student to taps "
+            f"of the teacher, such as {{'stage2': 'stage2'}}"
+        )
+    declared = arguments_of(term).get("pairs")
+    least, most = sizes_of(declared) if declared else (1, math.inf)
+    if not least <= len(pairs) <= most:
+        raise UserError(f"{name} {term.pairs_wanted}, got {dict(pairs)}")

@@ -1,18 +1,20 @@
 """Names of loss terms: recipe keys in, LossTerm modules out.
 
-`losses.kd.temperature=4` is validated by the config class of the term called `kd`.
+`losses.kd.temperature=4` is validated by the keys of the term called `kd` (`losses.base.keys`).
 """
 
 import difflib
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
 
 from pydantic import ValidationError
 
+import fastkd.losses
 from fastkd.config.mistakes import explain
 from fastkd.config.section import Section
-from fastkd.losses.base.term import LossTerm, Need, check_names
+from fastkd.errors import UserError
+from fastkd.losses.base.keys import LossKeys, keys_of
+from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
+from fastkd.losses.base.term import LossTerm, check_parts
 
 __all__ = [
     "ALIASES",
@@ -20,40 +22,42 @@ __all__ = [
     "build_terms",
     "called",
     "check_needs",
+    "config_class",
     "plain",
+    "register",
+    "term_class",
     "term_names",
     "typed_config",
 ]
 
-# name -> (module, config class); the config's `build()` makes the term.
-_TERMS = {
-    "bce": ("fastkd.losses.multilabel", "BinaryCrossEntropyConfig"),
-    "ce": ("fastkd.losses.logits", "CrossEntropyConfig"),
-    "kd": ("fastkd.losses.logits", "KDConfig"),
-    "mixed_ce": ("fastkd.losses.logits", "MixedCEConfig"),
-    "ab": ("fastkd.losses.hints", "ABConfig"),
-    "at": ("fastkd.losses.features", "ATConfig"),
-    "cc": ("fastkd.losses.relations", "CCConfig"),
-    "crd": ("fastkd.losses.crd", "CRDConfig"),
-    "fitnet": ("fastkd.losses.hints", "FitNetConfig"),
-    "fsp": ("fastkd.losses.fsp", "FSPConfig"),
-    "ft": ("fastkd.losses.factors", "FTConfig"),
-    "nst": ("fastkd.losses.nst", "NSTConfig"),
-    "pkt": ("fastkd.losses.relations", "PKTConfig"),
-    "rkd": ("fastkd.losses.relations", "RKDConfig"),
-    "sp": ("fastkd.losses.relations", "SPConfig"),
-    "vid": ("fastkd.losses.hints", "VIDConfig"),
-    "soft_ce": ("fastkd.losses.logits", "SoftCEConfig"),
-    "dkd": ("fastkd.losses.dkd", "DKDConfig"),
-    "dist": ("fastkd.losses.dist", "DISTConfig"),
-    "reviewkd": ("fastkd.losses.review", "ReviewKDConfig"),
-    "simkd": ("fastkd.losses.simkd", "SimKDConfig"),
-    "jointrd": ("fastkd.losses.jointrd", "JointRDConfig"),
-    "stage_mse": ("fastkd.losses.jointrd", "StageMSEConfig"),
-    "discriminator": ("fastkd.losses.meal", "DiscriminatorConfig"),
+# Name in a recipe -> name in fastkd.losses, which loads the module on first use; or the class.
+_TERMS: dict[str, str | type[LossTerm]] = {
+    "bce": "BinaryCrossEntropy",
+    "ce": "CrossEntropy",
+    "kd": "KD",
+    "mixed_ce": "MixedCE",
+    "ab": "AB",
+    "at": "AT",
+    "cc": "CC",
+    "crd": "CRD",
+    "fitnet": "FitNet",
+    "fsp": "FSP",
+    "ft": "FT",
+    "nst": "NST",
+    "pkt": "PKT",
+    "rkd": "RKD",
+    "sp": "SP",
+    "vid": "VID",
+    "soft_ce": "SoftCE",
+    "dkd": "DKD",
+    "dist": "DIST",
+    "reviewkd": "ReviewKD",
+    "simkd": "SimKD",
+    "jointrd": "JointRD",
+    "stage_mse": "StageMSE",
+    "discriminator": "Discriminator",
 }
 
-_STANDARDIZED, _MEAL = ("kd.standardize=true",), ("soft_ce", "discriminator")
 ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("abound", "activation_boundaries"), ("ab",)),
     **dict.fromkeys(("attention", "attention_transfer"), ("at",)),
@@ -63,9 +67,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hint", "hints"), ("fitnet",)),
     **dict.fromkeys(("hinton", "kl", "kl_div", "softmax_kl", "soft_target"), ("kd",)),
     **dict.fromkeys(
-        ("lskd", "logit_standardisation", "logit_standardization", "standardize"), _STANDARDIZED
+        ("lskd", "logit_standardisation", "logit_standardization", "standardize"),
+        ("kd.standardize=true",),
     ),
-    **dict.fromkeys(("meal", "meal_v2"), _MEAL),
+    **dict.fromkeys(("meal", "meal_v2"), ("soft_ce", "discriminator")),
     "alignkd": ("stage_mse",),
     "residual_distillation": ("jointrd",),
     "similarity": ("sp",),
@@ -86,16 +91,9 @@ NO_LOSSES = {
 """What people look for among the losses and is none -> what a recipe writes."""
 
 
-class TermConfig(Section):
-    """Base of the recipe keys of one loss term."""
-
-    def needs(self) -> tuple[str, ...]:
-        """What the built term will ask for."""
-        return self.build("probe").needs
-
-    def build(self, name: str) -> LossTerm:
-        """The term itself, not yet bound."""
-        raise TypeError(f"{type(self).__name__} must define build(name)")
+def register(name: str, term: type[LossTerm]) -> None:
+    """Make `losses.<name>` known to this process."""
+    _TERMS[name] = term
 
 
 def term_names() -> list[str]:
@@ -120,16 +118,21 @@ def called(name: str) -> tuple[str, ...]:
     return ALIASES.get(name) or tuple(difflib.get_close_matches(name, _TERMS, n=1))
 
 
-def config_class(name: str) -> type[TermConfig]:
-    """The config class of a loss name; ValueError names what it is called here, or the nearest."""
+def term_class(name: str) -> type[LossTerm]:
+    """The class of a loss; UserError names what it is called here, or the nearest."""
     if name not in _TERMS:
         if plain(name) in NO_LOSSES:
-            raise ValueError(f"{name} is no loss but {NO_LOSSES[plain(name)]}")
+            raise UserError(f"{name} is no loss but {NO_LOSSES[plain(name)]}")
         near = " and ".join(f"losses.{one}" for one in called(name))
         hint = f", did you mean {near}?" if near else "."
-        raise ValueError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
-    module, attribute = _TERMS[name]
-    return getattr(import_module(module), attribute)
+        raise UserError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
+    term = _TERMS[name]
+    return getattr(fastkd.losses, term) if isinstance(term, str) else term
+
+
+def config_class(name: str) -> type[LossKeys]:
+    """The recipe keys of a loss; UserError as of `term_class`."""
+    return keys_of(term_class(name))
 
 
 def typed_config(name: str, keys: object) -> Section:
@@ -139,62 +142,66 @@ def typed_config(name: str, keys: object) -> Section:
     cls = config_class(name)
     if not isinstance(keys, Mapping):
         fields = ", ".join(cls.model_fields)
-        raise ValueError(f"losses.{name}={keys}: expected keys of its own ({fields}), not a value")
+        raise UserError(f"losses.{name}={keys}: expected keys of its own ({fields}), not a value")
     try:
         return cls.model_validate(dict(keys))
     except ValidationError as error:
         prefix = f"losses.{name}."
         known = [prefix + field for field in cls.model_fields]
-        raise ValueError("\n".join(explain(error, cls, keys, known, prefix=prefix))) from None
+        raise UserError("\n".join(explain(error, cls, keys, known, prefix=prefix))) from None
 
 
 def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
     """One unbound term per recipe entry, in recipe order; part names must not collide."""
-    terms: list[LossTerm] = []
-    for name, config in losses.items():
-        if not isinstance(config, TermConfig):
-            raise TypeError(f"losses.{name} is a {type(config).__name__}, expected a TermConfig")
-        terms.append(config.build(name))
-    check_names(terms)
-    return terms
+    keys = _keys(losses)
+    check_parts((name, one.weights(name)) for name, one in keys.items())
+    return [one.build(name) for name, one in keys.items()]
 
 
 def check_needs(
-    losses: Mapping[str, Any],
+    losses: Mapping[str, Section],
     *,
     has_teacher: bool,
     xprime: str,
     picks: bool = False,
     frozen: bool = False,
 ) -> None:
-    """ValueError where a term lacks its net or view in the recipe, or a pick lacks a term."""
-    terms = build_terms(losses)
-    needs = [text for term in terms for text in term.needs]
-    if picks and "xprime/teacher/logits" not in needs:
-        raise ValueError(
+    """UserError where a loss lacks its net or view in the recipe, or a pick lacks a loss.
+
+    From the keys alone: no term is built.
+    """
+    keys = _keys(losses)
+    check_parts((name, one.weights(name)) for name, one in keys.items())
+    needs = {name: one.needs() for name, one in keys.items()}
+    every = {need for own in needs.values() for need in own}
+    if picks and XPRIME_TEACHER_LOGITS not in every:
+        raise UserError(
             "augment.pick chooses x' by what the teacher says to it, which no loss looks at: set "
             "augment.xprime=cutmix losses.kd.views=x,xprime"
         )
-    if xprime != "none" and not any(text.startswith("xprime/") for text in needs):
-        raise ValueError(
+    if xprime != "none" and not any(need.view == "xprime" for need in every):
+        raise UserError(
             f"augment.xprime={xprime} would make a view x' that no loss looks at: set "
-            f"losses.kd.views=x,xprime, or leave it away (augment.xprime=none)"
+            f"losses.kd.views=x,xprime, or leave it out (augment.xprime=none)"
         )
-    for term in terms:
-        parsed = [Need.parse(text) for text in term.needs]
-        taps = [need.tap for need in parsed if need.net == "student"]
+    for name, own in needs.items():
+        taps = [need.tap for need in own if need.net == "student"]
         if frozen and "logits" not in taps:
-            raise ValueError(
-                f"student.frozen=backbone leaves losses.{term.name} nothing to teach: it looks at "
-                f"{', '.join(taps)}, where only frozen layers come before. Take it away "
-                f"(losses.{term.name}=null), or train all (student.frozen=null)"
+            raise UserError(
+                f"student.frozen=backbone leaves losses.{name} nothing to teach: it looks at "
+                f"{', '.join(taps)}, where only frozen layers come before. Remove it "
+                f"(losses.{name}=null), or train all (student.frozen=null)"
             )
-        for need in parsed:
-            if need.net == "teacher" and not has_teacher:
-                raise ValueError(f"losses.{term.name} needs a teacher: set teacher.name")
-            if need.view not in ("x", "xprime"):
-                raise ValueError(f"losses.{term.name} asks for the view {need.view!r}: x or xprime")
-            if need.view == "xprime" and xprime == "none":
-                raise ValueError(
-                    f"losses.{term.name} needs the view x': set augment.xprime=cutmix or another"
-                )
+        if not has_teacher and any(need.net == "teacher" for need in own):
+            raise UserError(f"losses.{name} needs a teacher: set teacher.name")
+        if xprime == "none" and any(need.view == "xprime" for need in own):
+            raise UserError(
+                f"losses.{name} needs the view x': set augment.xprime=cutmix or another"
+            )
+
+
+def _keys(losses: Mapping[str, Section]) -> dict[str, LossKeys]:
+    for name, keys in losses.items():
+        if not isinstance(keys, LossKeys):
+            raise TypeError(f"losses.{name} is a {type(keys).__name__}, expected LossKeys")
+    return {name: keys for name, keys in losses.items() if isinstance(keys, LossKeys)}

@@ -4,59 +4,17 @@
 with their weights. A term never sees the trainer, the recipe or another term.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "BindContext",
-    "LossTerm",
-    "Need",
-    "TermInputs",
-    "TermOutput",
-    "autocast_like",
-    "check_names",
-    "check_numbers",
-    "widened",
-]
+from fastkd.errors import UserError
+from fastkd.losses.base.arguments import check_argument, checked
+from fastkd.losses.base.needs import Need
 
-_NETS = ("student", "teacher", "mixed")
-_MIXED_TAPS = ("labels", "logits")
-
-
-class Need(NamedTuple):
-    """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
-
-    `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
-    `xprime/mixed/labels` and `xprime/mixed/logits` come from no network: the labels (as one-hot
-    rows, fp32) and the teacher's logits of the images that x' is mixed of, mixed like their pixels.
-    """
-
-    view: str
-    net: str
-    tap: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Need":
-        """Split a need; ValueError shows the form."""
-        parts = text.split("/", 2)
-        if len(parts) != 3 or parts[1] not in _NETS or not parts[0] or not parts[2]:
-            raise ValueError(
-                f"a need is spelled view/net/tap with net one of {', '.join(_NETS)}, such as "
-                f"x/student/stage3; got {text!r}"
-            )
-        if parts[1] == "mixed" and (parts[0] != "xprime" or parts[2] not in _MIXED_TAPS):
-            raise ValueError(
-                f"what x' has of its images is xprime/mixed/labels or xprime/mixed/logits; "
-                f"got {text!r}"
-            )
-        return cls(*parts)
+__all__ = ["BindContext", "LossTerm", "TermInputs", "TermOutput", "check_names", "check_parts"]
 
 
 class TermInputs(NamedTuple):
@@ -72,9 +30,8 @@ class TermInputs(NamedTuple):
     """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
     rows_of_ranks: tuple[int, ...] = ()
     """Rows of this batch on every rank, for `fastkd.compute.ranks.join_rows`: a term that compares
-    samples with each other may see those of all ranks. One entry, or none, in one process. They
-    are those of the view that the term looks at, which a pick may have made fewer, and those of x
-    where it looks at several."""
+    samples with each other may see the rows of all ranks. One entry, or none, in one process.
+    Counts rows of the term's only view (fewer after a pick); of x if it reads several."""
 
 
 class TermOutput(NamedTuple):
@@ -108,23 +65,7 @@ class BindContext:
     teacher_norm: nn.BatchNorm2d | None = None
     """The teacher's last batch norm that is not in a shortcut (JointRD)."""
     teacher_pooled: Callable[[], tuple[str, ...]] | None = None
-    """The teacher's taps that are nothing but pooled before its classifier (SimKD)."""
-
-
-def autocast_like(features: Tensor) -> AbstractContextManager[Any]:
-    """Autocast to the type of `features`, for connectors and teacher stages inside a term.
-
-    Terms run outside of autocast, so that their sums are exact, and get what the networks gave:
-    bf16 under autocast, which layers with fp32 weights refuse.
-    """
-    if features.dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(features.device.type, dtype=features.dtype)
-    return nullcontext()
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is in fp64: the types in which terms sum."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """The teacher's taps that feed its classifier through pooling alone (SimKD)."""
 
 
 class LossTerm(nn.Module):
@@ -136,7 +77,7 @@ class LossTerm(nn.Module):
     """
 
     name: str
-    needs: tuple[str, ...]
+    needs: tuple[Need, ...]
     weights: dict[str, float]
     banks: tuple[str, ...] = ()
     """Names of the buffers that only `commit` writes, with what `join_rows` made alike on all
@@ -144,27 +85,47 @@ class LossTerm(nn.Module):
     label_kind: Literal["class", "multi"] | None = None
     """Which labels the term reads: class ids [N], or [N, C]; None where it reads none."""
     takes_no_label: bool = False
-    """Whether it can do with class ids of -100, images of unknown class."""
+    """Whether the loss accepts unlabelled images (label -100)."""
     uses_index: bool = False
     """True where the term keeps state per sample id, so that every batch must carry real ids."""
 
     uses_stages: bool = False
     """True where the term runs the teacher's stages, which only networks of the zoo expose."""
 
-    def __init__(self, name: str, needs: tuple[str, ...], weights: dict[str, float]) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    def __init__(self, name: str, needs: Iterable[str], weights: dict[str, float]) -> None:
         super().__init__()
-        for need in needs:
-            Need.parse(need)
         for part, weight in weights.items():
-            check_numbers(name, **{"weight" if part == name else f"the weight of {part}": weight})
+            what = "weight" if part == name else f"the weight of {part}"
+            check_argument(name, what, float, weight)
         self.name = name
-        self.needs = needs
+        self.needs = tuple(map(Need, needs))
+        # Of type str: torch.compile looks tensors up by them.
+        self._keys = tuple(map(str, self.needs))
         self.weights = weights
+
+    @classmethod
+    def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
+        """What a term with these recipe keys asks for; a recipe is checked without building it."""
+        raise TypeError(f"{cls.__name__} must define needs_of(**keys) to be a loss of a recipe")
+
+    @classmethod
+    def weights_of(cls, name: str, *, weight: float, **keys: Any) -> dict[str, float]:
+        """Factor of each part in the total, by the recipe keys."""
+        return {name: weight}
 
     @property
     def weight(self) -> float:
         """Factor of the term's first part, for most its only one."""
         return next(iter(self.weights.values()))
+
+    def wanted(self, inputs: TermInputs) -> list[Tensor]:
+        """The tensors of `needs`, in their order."""
+        return [inputs.tensors[key] for key in self._keys]
 
     def bind(self, context: BindContext) -> None:
         """Create connectors and banks; called once, before the optimizer is built."""
@@ -191,45 +152,26 @@ class LossTerm(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward(inputs) -> TermOutput")
 
 
-def check_numbers(
-    owner: str,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    most: float = math.inf,
-    **numbers: object,
-) -> None:
-    """Refuse arguments of a loss with which every step would be a bad one, when it is built.
-
-    TypeError for what is no number, ValueError for one that is not finite or out of the bounds.
-    """
-    bounds = ((above, "above"), (least, "of at least"), (most, "at most"))
-    words = [f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound)]
-    expected = " ".join(["a finite number", " and ".join(words)]).strip()
-    for name, value in numbers.items():
-        message = f"{owner}: got {name}={value!r}; expected {expected}"
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(message)
-        number = float(value)
-        if not math.isfinite(number) or number <= above or not least <= number <= most:
-            raise ValueError(message)
-
-
 def check_names(terms: Iterable[LossTerm]) -> None:
-    """ValueError where two terms share a name or report parts of one name.
+    """`check_parts` of terms that are built."""
+    check_parts((term.name, term.weights) for term in terms)
+
+
+def check_parts(losses: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """UserError where two losses share a name or report parts of one name.
 
     Checkpoint, schedules and metrics know a term and its parts by name only.
     """
     owner: dict[str, str] = {}
     names: set[str] = set()
-    for term in terms:
-        if term.name in names:
-            raise ValueError(f"two losses are called {term.name!r}: give one of them another name=")
-        names.add(term.name)
-        for part in term.weights:
+    for name, parts in losses:
+        if name in names:
+            raise UserError(f"two losses are called {name!r}: give one of them another name=")
+        names.add(name)
+        for part in parts:
             if part in owner:
-                raise ValueError(
-                    f"the losses {owner[part]} and {term.name} both report a part called {part!r}: "
+                raise UserError(
+                    f"the losses {owner[part]} and {name} both report a part called {part!r}: "
                     f"drop one of them (in a recipe losses.ce=null, or losses.kd.ce_weight=0)"
                 )
-            owner[part] = term.name
+            owner[part] = name

@@ -4,27 +4,25 @@ Chen et al. 2021, arXiv:2104.09044.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from annotated_types import MinLen
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.errors import UserError
-from fastkd.losses.base.registry import TermConfig
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.needs import Need
 from fastkd.losses.base.schedules import linear_warmup
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
-__all__ = ["Fusion", "ReviewKD", "ReviewKDConfig", "context_loss"]
+__all__ = ["Fusion", "ReviewKD", "context_loss"]
 
+T = TypeVar("T")
 STUDENT = ("stage1", "stage2", "stage3", "pooled")
 TEACHER = ("stage1:preact", "stage2:preact", "stage3:preact", "pooled")
 
@@ -45,39 +43,52 @@ class ReviewKD(LossTerm):
     0.6 for resnet20, 1 for resnet32; on ImageNet 1 for ResNet-34 to ResNet-18 and 8 for ResNet-50
     to MobileNetV1. A batch of one image is refused by the batch norms of the fusion.
 
+    Args:
+        weight: Factor in the total, set per pair of networks: 0.6 to 8.
+        student: Taps of the student, the shallowest first.
+        teacher: Taps of the teacher, one for each of the student.
+        max_width: Largest width of the fused maps.
+        warmup_epochs: Epochs over which the term grows linearly to its weight; 0 is none.
+
     Source: Chen et al. 2021, arXiv:2104.09044, section 3; dvlab-research/ReviewKD
     CIFAR-100/model/reviewkd.py and megvii-research/mdistiller mdistiller/distillers/ReviewKD.py,
     which agree.
     Needs: taps of both networks on x, one per level, the teacher's before the activation.
     Weight: 5, one of the reference's.
-    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_ranks.py; oracles
+    Tests: tests/losses/test_map_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
     logit_losses.json, peer_losses.json (the authors' code).
     """
 
     def __init__(
         self,
         *,
-        student: Sequence[str] = STUDENT,
-        teacher: Sequence[str] = TEACHER,
-        weight: float = 5.0,
-        max_width: int = 512,
-        warmup_epochs: float = 20.0,
+        student: Annotated[Sequence[str], MinLen(1)] = STUDENT,
+        teacher: Annotated[Sequence[str], MinLen(1)] = TEACHER,
+        weight: Weight = 5.0,
+        max_width: PositiveInt = 512,
+        warmup_epochs: NonNegativeFloat = 20.0,
         name: str = "reviewkd",
     ) -> None:
-        if len(student) != len(teacher) or not student:
-            raise ValueError(
-                f"ReviewKD compares level by level, got {len(student)} taps of the student and "
-                f"{len(teacher)} of the teacher: name as many of each, at least one"
-            )
-        student_needs = [f"x/student/{tap}" for tap in student]
-        teacher_needs = [f"x/teacher/{tap}" for tap in teacher]
-        super().__init__(name, (*student_needs, *teacher_needs), {name: weight})
-        check_numbers(name, above=0, max_width=max_width)
-        check_numbers(name, least=0, warmup_epochs=warmup_epochs)
-        self.levels = list(zip(student_needs, teacher_needs, strict=True))[::-1]
+        super().__init__(name, self.needs_of(student=student, teacher=teacher), {name: weight})
         self.max_width = max_width
         self.warmup_epochs = warmup_epochs
 
+    @override
+    @classmethod
+    def needs_of(
+        cls, *, student: Sequence[str], teacher: Sequence[str], **keys: Any
+    ) -> tuple[Need, ...]:
+        if len(student) != len(teacher):
+            raise UserError(
+                f"reviewkd compares level by level, got {len(student)} taps of the student and "
+                f"{len(teacher)} of the teacher: name as many of each"
+            )
+        return (
+            *(Need.of("x", "student", tap) for tap in student),
+            *(Need.of("x", "teacher", tap) for tap in teacher),
+        )
+
+    @override
     def bind(self, context: BindContext) -> None:
         """One `Fusion` per level, all of the width of the deepest student map, at most 512."""
         for need in self.needs:
@@ -86,23 +97,24 @@ class ReviewKD(LossTerm):
                     f"losses.{self.name} compares maps [C, H, W] and vectors [C], but {need} is "
                     f"{list(context.shapes[need])} per image: name stages"
                 )
-        channels = [(context.shapes[s][0], context.shapes[t][0]) for s, t in self.levels]
+        channels = [(s[0], t[0]) for s, t in _levels([context.shapes[need] for need in self.needs])]
         width = min(self.max_width, channels[0][0])
         self.fusions = nn.ModuleList(
             Fusion(student, width, teacher, first=level == 0)
             for level, (student, teacher) in enumerate(channels)
         )
 
+    @override
     def schedules(self) -> dict[str, Callable[[float], float]]:
-        """`warmup`."""
         return {"warmup": linear_warmup(self.warmup_epochs)}
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """From the deepest level to the shallowest."""
         deeper_NCHW = None
         losses = []
-        for fusion, needs in zip(self.fusions, self.levels, strict=True):
-            student_NCHW, teacher_NCHW = (_as_map(inputs.tensors[need]) for need in needs)
+        levels = _levels([_as_map(tensor) for tensor in self.wanted(inputs)])
+        for fusion, (student_NCHW, teacher_NCHW) in zip(self.fusions, levels, strict=True):
             size = (teacher_NCHW.shape[2], teacher_NCHW.shape[3])
             with autocast_like(student_NCHW):
                 fused_NCHW, deeper_NCHW = fusion(student_NCHW, deeper_NCHW, size)
@@ -156,6 +168,12 @@ def context_loss(student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
     return loss / total
 
 
+def _levels(of_needs: Sequence[T]) -> list[tuple[T, T]]:
+    """Student and teacher of each level, from the deepest to the shallowest."""
+    count = len(of_needs) // 2
+    return list(zip(of_needs[:count], of_needs[count:], strict=True))[::-1]
+
+
 def _conv_norm(inputs: int, outputs: int, side: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -169,31 +187,3 @@ def _resized(map_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _as_map(features: Tensor) -> Tensor:
     return features[:, :, None, None] if features.dim() == 2 else features
-
-
-class ReviewKDConfig(TermConfig):
-    """Keys of `losses.reviewkd`."""
-
-    weight: PositiveFloat
-    """Factor in the total, set per pair of networks: 0.6 to 8."""
-    student: tuple[str, ...] = Field(default=STUDENT, min_length=1)
-    """Taps of the student, the shallowest first."""
-    teacher: tuple[str, ...] = Field(default=TEACHER, min_length=1)
-    """Taps of the teacher, one for each of the student."""
-    max_width: PositiveInt = 512
-    """Largest width of the fused maps."""
-    warmup_epochs: NonNegativeFloat = 20.0
-    """Epochs over which the term grows linearly to its weight; 0 is none."""
-
-    @model_validator(mode="after")
-    def _as_many(self) -> "ReviewKDConfig":
-        if len(self.student) != len(self.teacher):
-            raise ValueError(
-                f"losses.reviewkd: {len(self.student)} taps in student, {len(self.teacher)} in "
-                "teacher: name as many of each"
-            )
-        return self
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return ReviewKD(name=name, **self.model_dump())

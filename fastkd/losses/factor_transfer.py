@@ -1,26 +1,20 @@
 """FT: factor transfer, the translated student imitates what a paraphraser makes of the teacher."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fastkd.kernels import attention_map
-from fastkd.losses.base.pairs import PairConfig, PairTerm
-from fastkd.losses.base.term import (
-    BindContext,
-    LossTerm,
-    TermInputs,
-    TermOutput,
-    autocast_like,
-    check_numbers,
-    widened,
-)
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import autocast_like, widened
+from fastkd.losses.base.pairs import Pairs, PairTerm
+from fastkd.losses.base.term import BindContext, TermInputs, TermOutput
 
-__all__ = ["FT", "FTConfig"]
+__all__ = ["FT"]
 
 
 class FT(PairTerm):
@@ -43,28 +37,36 @@ class FT(PairTerm):
     fifth of the student's learning rate: 0.01 beside 0.05, which the reference's first stage takes
     for ResNets and wide ResNets.
 
+    Args:
+        rate: Channels of the factor over those of the teacher's map; k in the paper.
+
     Source: Kim et al. 2018, arXiv:1802.04977; HobbitLong/RepDistiller distiller_zoo/FT.py, the
     modules in HobbitLong/RepDistiller models/util.py, the first stage in HobbitLong/RepDistiller
     helper/pretrain.py.
     Needs: pairs of taps on x, maps; in the reference the last stage of each network.
     Weight: 200, the reference's.
-    Tests: tests/losses/test_factors.py, test_ranks.py; oracle feature_oracle.json.
+    Tests: tests/losses/test_factor_transfer.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 200.0,
-        rate: float = 0.5,
+        weight: Weight = 200.0,
+        rate: Annotated[float, Gt(0), Le(1)] = 0.5,
         name: str = "ft",
     ) -> None:
         super().__init__(name, pairs, weight)
-        check_numbers(name, above=0, most=1, rate=rate)
-        self.reconstruction = f"{name}_reconstruction"
-        self.weights[self.reconstruction] = 1.0
+        self.weights = self.weights_of(name, weight=weight)
+        self.reconstruction = list(self.weights)[1]
         self.rate = rate
 
+    @override
+    @classmethod
+    def weights_of(cls, name: str, *, weight: float, **keys: Any) -> dict[str, float]:
+        return {name: weight, f"{name}_reconstruction": 1.0}
+
+    @override
     def bind(self, context: BindContext) -> None:
         """Make translators and paraphrasers."""
         self.translators, self.encoders, self.decoders = (nn.ModuleList() for _ in range(3))
@@ -76,6 +78,7 @@ class FT(PairTerm):
             layers = ((nn.ConvTranspose2d(a, b, 3, padding=1), nn.LeakyReLU(0.1)) for a, b in sizes)
             self.decoders.append(nn.Sequential(*(module for pair in layers for module in pair)))
 
+    @override
     def param_groups(self) -> list[dict[str, Any]]:
         """The translators at the student's rate, the paraphrasers at a fifth of it."""
         slow = [*self.encoders.parameters(), *self.decoders.parameters()]
@@ -84,6 +87,7 @@ class FT(PairTerm):
             {"params": slow, "lr_scale": 0.2},
         ]
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Sums over the pairs."""
         transfers, errors = [], []
@@ -120,14 +124,3 @@ def _distance(student_NFHW: Tensor, teacher_NFHW: Tensor) -> Tensor:
         attention_map(factor, size=(height, width)) for factor in (student_NFHW, teacher_NFHW)
     )
     return F.l1_loss(student, teacher)
-
-
-class FTConfig(PairConfig):
-    """Keys of `losses.ft`; RepDistiller's weight is 200, on the last stages."""
-
-    rate: float = Field(default=0.5, gt=0, le=1)
-    """Channels of the factor over those of the teacher's map; k in the paper."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return FT(name=name, **self.model_dump())

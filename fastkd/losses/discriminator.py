@@ -7,14 +7,17 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from fastkd.losses.base.registry import TermConfig
-from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, widened
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.needs import MEAN_LOGITS, Need, View
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
-__all__ = ["Discriminator", "DiscriminatorConfig"]
+__all__ = ["Discriminator"]
 
 LR_SCALE = {"released": 1.0, "paper": 0.01}
 
@@ -42,29 +45,42 @@ class Discriminator(LossTerm):
     it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
     it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
 
+    Args:
+        weight: Factor in the total; 1 in the released code.
+        mode: What the student does with the gradient: follows it, its negative, or nothing.
+        hidden: Widths of the hidden layers; by default C // 8 and C // 64, at least 16 and 8.
+        last_relu: Clip the outputs at 0 before the sigmoid, as the released code does.
+        lr_rule: Its learning rate: the student's, or a hundredth of it.
+        view: View whose logits it sees.
+
     Source: Shen and Savvides 2020, arXiv:2009.08453, section 5, Eq. 4 and 5; szq0214/MEAL-V2
     models/discriminator.py and szq0214/MEAL-V2 loss.py.
     Needs: the student's logits and the teachers' mean logits on `view`.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_ranks.py; oracle
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracle
     peer_losses.json (the authors' code).
     """
 
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         mode: Literal["cooperative", "reversed", "detached"] = "cooperative",
-        hidden: tuple[int, int] | None = None,
+        hidden: tuple[PositiveInt, PositiveInt] | None = None,
         last_relu: bool = False,
         lr_rule: Literal["released", "paper"] = "released",
-        view: str = "x",
+        view: View = "x",
         name: str = "discriminator",
     ) -> None:
-        needs = (f"{view}/student/logits", f"{view}/teacher/mean_logits")
-        super().__init__(name, needs, {name: weight})
+        super().__init__(name, self.needs_of(view=view), {name: weight})
         self.mode, self.hidden, self.last_relu, self.lr_rule = mode, hidden, last_relu, lr_rule
 
+    @override
+    @classmethod
+    def needs_of(cls, *, view: View, **keys: Any) -> tuple[Need, ...]:
+        return Need.of(view, "student", "logits"), Need.of(view, "teacher", MEAN_LOGITS)
+
+    @override
     def bind(self, context: BindContext) -> None:
         """The three layers."""
         classes = context.num_classes
@@ -73,14 +89,16 @@ class Discriminator(LossTerm):
         layers = [layer for a, b in sizes for layer in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*(layers if self.last_relu else layers[:-1]))
 
+    @override
     def param_groups(self) -> list[dict[str, Any]]:
         """One, by `lr_rule`."""
         scale = LR_SCALE[self.lr_rule]
         return [{"params": list(self.parameters()), "lr_scale": scale, "weight_decay": 0.0}]
 
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Mean over rows and outputs."""
-        student_NC, teacher_NC = (widened(inputs.tensors[need]) for need in self.needs)
+        student_NC, teacher_NC = map(widened, self.wanted(inputs))
         if self.mode == "reversed":
             student_NC = 2 * student_NC.detach() - student_NC
         elif self.mode == "detached":
@@ -89,24 +107,3 @@ class Discriminator(LossTerm):
         is_student_M = torch.arange(len(guess_M2), device=guess_M2.device) < len(student_NC)
         truth_M2 = torch.stack([is_student_M, ~is_student_M], 1).to(guess_M2.dtype)
         return TermOutput({self.name: F.binary_cross_entropy_with_logits(guess_M2, truth_M2)})
-
-
-class DiscriminatorConfig(TermConfig):
-    """Keys of `losses.discriminator`."""
-
-    weight: PositiveFloat
-    """Factor in the total; 1 in the released code."""
-    mode: Literal["cooperative", "reversed", "detached"] = "cooperative"
-    """What the student does with the gradient: follows it, its negative, or nothing."""
-    hidden: tuple[PositiveInt, PositiveInt] | None = None
-    """Widths of the hidden layers; by default C // 8 and C // 64, at least 16 and 8."""
-    last_relu: bool = False
-    """Clip the outputs at 0 before the sigmoid, as the released code does."""
-    lr_rule: Literal["released", "paper"] = "released"
-    """Its learning rate: the student's, or a hundredth of it."""
-    view: Literal["x", "xprime"] = "x"
-    """View whose logits it sees."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return Discriminator(name=name, **self.model_dump())

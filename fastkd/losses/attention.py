@@ -1,17 +1,17 @@
-"""Losses on feature maps as terms of a recipe.
+"""AT: attention transfer, the maps of where the networks look.
 
-AT: Zagoruyko and Komodakis 2017, arXiv:1612.03928.
+Zagoruyko and Komodakis 2017, arXiv:1612.03928.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
+from typing_extensions import override
 
 from fastkd.kernels import AttentionForm, attention_loss
-from fastkd.losses.base.pairs import PairConfig, PairTerm
-from fastkd.losses.base.term import BindContext, LossTerm
+from fastkd.losses.base.arguments import Weight
+from fastkd.losses.base.pairs import Pairs, PairTerm
+from fastkd.losses.base.term import BindContext
 
-__all__ = ["AT", "ATConfig"]
+__all__ = ["AT"]
 
 
 class AT(PairTerm):
@@ -27,40 +27,34 @@ class AT(PairTerm):
     Moonshine computes, or "distance", the norm in equation 2 of the papers, whose beta is twice the
     weight then.
 
+    Args:
+        form: mean_square as the released codes, or distance as equation 2 (weight is then beta /
+            2).
+
     Source: Zagoruyko and Komodakis 2017, arXiv:1612.03928, Eq. 2; szagoruyko/attention-transfer
     utils.py and HobbitLong/RepDistiller distiller_zoo/AT.py.
     Needs: pairs of taps on x, maps; in the reference all stages.
     Weight: 1000, RepDistiller's.
-    Tests: tests/training/test_trainer.py, tests/losses/test_ranks.py,
+    Tests: tests/training/test_trainer.py, tests/losses/test_terms_on_ranks.py,
     tests/ops/test_attention_map.py; oracle attention_oracle.json.
     """
 
     def __init__(
         self,
-        pairs: Mapping[str, str],
+        pairs: Pairs,
         *,
-        weight: float = 1000.0,
+        weight: Weight = 1000.0,
         form: AttentionForm = "mean_square",
         name: str = "at",
-    ):
+    ) -> None:
         super().__init__(name, pairs, weight)
         self.form: AttentionForm = form
 
+    @override
     def bind(self, context: BindContext) -> None:
         """Refuse taps that are no feature maps."""
         self.map_shapes(context)
 
+    @override
     def compare(self, number: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """As the class says."""
         return attention_loss(student, teacher, form=self.form)
-
-
-class ATConfig(PairConfig):
-    """Keys of `losses.at`; RepDistiller's weight is 1000."""
-
-    form: AttentionForm = "mean_square"
-    """mean_square as the released codes, or distance as equation 2 (weight is then beta / 2)."""
-
-    def build(self, name: str) -> LossTerm:
-        """The term."""
-        return AT(name=name, **self.model_dump())

@@ -1,7 +1,7 @@
-"""Losses on one process and on two ranks, looked at from inside: `rank_losses.py FILE`.
+"""Losses on one process and on two ranks, looked at from inside: `terms_on_ranks.py FILE`.
 
 Writes FILE, {"one": [..], "two": [.., ..]} of what every case left on every rank;
-tests/losses/test_ranks.py starts it and judges.
+tests/losses/test_terms_on_ranks.py starts it and judges.
 """
 
 import sys

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "rank_losses.py"
+PROGRAM = Path(__file__).parents[1] / "programs" / "terms_on_ranks.py"
 JOINED = (
     *("ce", "bce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
     *("stage_mse", "jointrd", "discriminator", "ab", "fsp"),

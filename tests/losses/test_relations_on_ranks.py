@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "losses_on_ranks.py"
+PROGRAM = Path(__file__).parents[1] / "programs" / "relations_on_ranks.py"
 RELATIONS = ["sp", "pkt", "cc", "rkd"]
 
 

@@ -1,7 +1,7 @@
-"""Losses that compare samples, on one process and on two ranks: `losses_on_ranks.py FILE`.
+"""Losses that compare samples, on one process and on two ranks: `relations_on_ranks.py FILE`.
 
 Writes FILE, {"one": [..], "two": [.., ..]} of what every case left on every rank;
-tests/losses/test_losses_on_ranks.py starts it and judges.
+tests/losses/test_relations_on_ranks.py starts it and judges.
 """
 
 import sys

@@ -1,0 +1,32 @@
+"""The public names of fastkd.losses: `__init__.py` reads them here and loads each on first use."""
+
+from fastkd.losses.attention import AT as AT
+from fastkd.losses.base.term import BindContext as BindContext
+from fastkd.losses.base.term import LossTerm as LossTerm
+from fastkd.losses.base.term import TermInputs as TermInputs
+from fastkd.losses.base.term import TermOutput as TermOutput
+from fastkd.losses.crd import CRD as CRD
+from fastkd.losses.discriminator import Discriminator as Discriminator
+from fastkd.losses.dist import DIST as DIST
+from fastkd.losses.dkd import DKD as DKD
+from fastkd.losses.drop_in import KDLoss as KDLoss
+from fastkd.losses.drop_in import KLDivLoss as KLDivLoss
+from fastkd.losses.factor_transfer import FT as FT
+from fastkd.losses.fsp import FSP as FSP
+from fastkd.losses.hints import AB as AB
+from fastkd.losses.hints import VID as VID
+from fastkd.losses.hints import FitNet as FitNet
+from fastkd.losses.jointrd import JointRD as JointRD
+from fastkd.losses.jointrd import StageMSE as StageMSE
+from fastkd.losses.logits import KD as KD
+from fastkd.losses.logits import CrossEntropy as CrossEntropy
+from fastkd.losses.logits import MixedCE as MixedCE
+from fastkd.losses.logits import SoftCE as SoftCE
+from fastkd.losses.multilabel import BinaryCrossEntropy as BinaryCrossEntropy
+from fastkd.losses.nst import NST as NST
+from fastkd.losses.relations import CC as CC
+from fastkd.losses.relations import PKT as PKT
+from fastkd.losses.relations import RKD as RKD
+from fastkd.losses.relations import SP as SP
+from fastkd.losses.reviewkd import ReviewKD as ReviewKD
+from fastkd.losses.simkd import SimKD as SimKD

@@ -1,0 +1,82 @@
+"""Needs: the names under which the step hands tensors to a loss, `view/net/tap`.
+
+The vocabulary stands here once. Taps of a network are its own (`fastkd.models.taps`).
+"""
+
+from typing import Literal, cast, get_args
+
+from fastkd.errors import UserError
+
+__all__ = [
+    "MEAN_LOGITS",
+    "MIXED_LABELS",
+    "MIXED_LOGITS",
+    "STUDENT_LOGITS",
+    "TEACHER_LOGITS",
+    "XPRIME_TEACHER_LOGITS",
+    "Need",
+    "Net",
+    "View",
+    "both_logits",
+]
+
+View = Literal["x", "xprime"]
+"""x: the images; xprime: x', a second view of them."""
+
+Net = Literal["student", "teacher", "mixed"]
+"""Where a tensor comes from: a network, or for `mixed` what the images of x' bring along."""
+
+MEAN_LOGITS = "mean_logits"
+"""A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
+
+_MIXED_TAPS = ("labels", "logits")
+
+
+class Need(str):
+    """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
+
+    `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
+    `xprime/mixed/labels` and `xprime/mixed/logits` come from no network: the labels (as one-hot
+    rows, fp32) and the teacher's logits of the images that x' is mixed of, mixed like their pixels.
+
+    Equal to its text and hashed like it: `tensors["x/student/logits"]` finds it. UserError where
+    the text is not a need.
+    """
+
+    __slots__ = ("net", "tap", "view")
+    view: View
+    net: Net
+    tap: str
+
+    def __new__(cls, text: str) -> "Need":
+        """The need that a text spells."""
+        view, net, tap = (*text.split("/", 2), "", "")[:3]
+        views, nets = get_args(View), get_args(Net)
+        if view not in views or net not in nets or not tap:
+            raise UserError(
+                f"a need is spelled view/net/tap with view one of {', '.join(views)} and net one "
+                f"of {', '.join(nets)}, such as x/student/stage3; got {text!r}"
+            )
+        if net == "mixed" and (view != "xprime" or tap not in _MIXED_TAPS):
+            mixed = " or ".join(f"xprime/mixed/{tap}" for tap in _MIXED_TAPS)
+            raise UserError(f"what x' takes over from its images is {mixed}; got {text!r}")
+        need = super().__new__(cls, text)
+        need.view, need.net, need.tap = cast(View, view), cast(Net, net), tap
+        return need
+
+    @classmethod
+    def of(cls, view: str, net: Net, tap: str) -> "Need":
+        """The need with these parts."""
+        return cls(f"{view}/{net}/{tap}")
+
+
+STUDENT_LOGITS = Need("x/student/logits")
+TEACHER_LOGITS = Need("x/teacher/logits")
+XPRIME_TEACHER_LOGITS = Need("xprime/teacher/logits")
+MIXED_LABELS = Need("xprime/mixed/labels")
+MIXED_LOGITS = Need("xprime/mixed/logits")
+
+
+def both_logits(view: View) -> tuple[Need, Need]:
+    """The logits of student and teacher on one view."""
+    return Need.of(view, "student", "logits"), Need.of(view, "teacher", "logits")
