@@ -4,7 +4,6 @@ Used by `fastkd.runs.stages` (recipes) and `fastkd.api` (people with their own n
 loaders).
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,10 +26,11 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
-from fastkd.models.taps import Tapped, pooled_taps
+from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
+from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import Teacher
 from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
@@ -158,8 +158,8 @@ def build_trainer(
     alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
     stages = alone.stages if alone and alone.has_stages else None
     # Of the network as it was loaded: the bound one may be folded, and held in the type of the run.
-    head = _head(teacher.model, teacher.class_map, device) if alone and teacher else None
-    norm = _last_norm(teacher.model) if alone and teacher else None
+    head = copy_of_head(teacher.model, teacher.class_map, device) if alone and teacher else None
+    norm = last_norm(teacher.model) if alone and teacher else None
     for term in terms:
         term.bind(
             BindContext(
@@ -170,7 +170,7 @@ def build_trainer(
                 teacher_stages=stages,
                 teacher_head=head,
                 teacher_norm=norm,
-                teacher_pooled=lambda: _pooled(teacher, image_shape, device),
+                teacher_pooled=lambda: taps_into_head(teacher, image_shape, device),
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
@@ -332,52 +332,3 @@ def _check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
                 f"the loss {term.name} wants {wants[term.label_kind or kind]}, the data has "
                 f"{wants[kind]}: {cure}"
             )
-
-
-def _last_linear(model: nn.Module) -> nn.Linear | None:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return linears[-1] if linears else None
-
-
-def _pooled(
-    teacher: LoadedNet | None, image_shape: tuple[int, int, int], device: torch.device
-) -> tuple[str, ...]:
-    """The teacher's taps that its classifier pools, found with two images of noise."""
-    classifier = _last_linear(teacher.model) if teacher else None
-    if teacher is None or classifier is None:
-        return ()
-    channels, *size = image_shape
-    size = [teacher.resolution] * 2 if teacher.resolution else size
-    noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
-    return pooled_taps(teacher.model, classifier, noise.to(device, classifier.weight.dtype))
-
-
-def _head(
-    model: nn.Module, class_map: tuple[int, ...] | None, device: torch.device
-) -> nn.Linear | None:
-    """A copy of the last linear layer, which the classifiers of zoo, timm and torchvision end in.
-
-    Its outputs are in the class order of the data.
-    """
-    last = _last_linear(model)
-    if last is None:
-        return None
-    head = copy.deepcopy(last).to(device)
-    if class_map is not None:
-        rows = list(class_map)
-        head.weight = nn.Parameter(head.weight[rows], requires_grad=False)
-        if head.bias is not None:
-            head.bias = nn.Parameter(head.bias[rows], requires_grad=False)
-        head.out_features = len(rows)
-    return head
-
-
-def _last_norm(model: nn.Module) -> nn.BatchNorm2d | None:
-    """The last batch norm that is not in a shortcut; all families name those alike."""
-    norms = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-        and not {"downsample", "shortcut"} & set(path.split("."))
-    ]
-    return norms[-1] if norms else None
