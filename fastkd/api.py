@@ -29,6 +29,7 @@ from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
+from fastkd.models.card import title_of
 from fastkd.models.taps import check_network, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
@@ -279,7 +280,7 @@ def _called(given: object) -> str:
 
 
 def _teacher(teachers: Sequence[nn.Module]) -> LoadedNet | None:
-    names = [getattr(model, "fastkd_name", type(model).__name__) for model in teachers]
+    names = [title_of(model) for model in teachers]
     nets = [LoadedNet(model, name=name) for model, name in zip(teachers, names, strict=True)]
     return replace(nets[0], ensemble=tuple(nets[1:])) if nets else None
 

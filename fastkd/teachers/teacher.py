@@ -5,7 +5,6 @@ GPU it works one batch ahead on a side stream (`fastkd.training.ahead`).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from fastkd.compute.compiling import compile_unit
 from fastkd.compute.precision import Precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
+from fastkd.models.card import card_of
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 
@@ -134,10 +134,11 @@ def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _folded(model: nn.Module) -> nn.Module:
     try:
-        fused: Any = fuse(model)
+        fused = fuse(model)
     except UserError:
         return model
-    return fused if fused.rewrite_report.changed else model
+    card = card_of(fused)
+    return fused if card and card.report and card.report.changed else model
 
 
 def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:

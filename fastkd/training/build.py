@@ -26,6 +26,7 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
+from fastkd.models.head import has_frozen_backbone
 from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
@@ -79,7 +80,7 @@ def decide(
     macs = 0.0
     if compile_mode == "auto":
         # Nothing goes back through a frozen backbone.
-        passes = 1.0 if hasattr(student, "trained_layers") else 3.0
+        passes = 1.0 if has_frozen_backbone(student) else 3.0
         macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
         macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views

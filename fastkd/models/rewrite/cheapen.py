@@ -18,7 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import Block, parse_block
 from fastkd.models.blocks.layers import ResidualBlock, init_convs, substitute
-from fastkd.models.rewrite.result import RewriteReport, copied, finish, grouped
+from fastkd.models.card import card_of
+from fastkd.models.rewrite.report import RewriteReport, grouped
+from fastkd.models.rewrite.result import copied, finish
 from fastkd.models.rewrite.style import StyleFinder
 
 __all__ = ["cheapen"]
@@ -86,8 +88,9 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
             f"{'; '.join(grouped(left)) or 'it has none'}. "
             "where=PATTERN takes convolutions by the names of their modules, whatever they are"
         )
-    options = getattr(model, "fastkd_options", {})
-    whole = where is None and (bool(blocks) or "block" not in options)
+    card = card_of(model)
+    cheap_before = card is not None and "block" in card.options
+    whole = where is None and (bool(blocks) or not cheap_before)
     report = RewriteReport(f"cheapen {wanted}", changed, left, _dearer(new_of))
     return finish(model, new_of, report, {"block": str(wanted)} if whole else None)
 

@@ -77,6 +77,7 @@ class ERFNet(ZooNetwork):
         *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
         *("stage4:preact", "stage4", "stage5:preact", "stage5", "logits"),
     )
+    head_path = "head"
     key_maps = KEY_MAPS
 
     def __init__(self, num_classes: int, block: str) -> None:
