@@ -31,7 +31,7 @@ from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
 from fastkd.output.console import Console
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import interleave, speedup
 from fastkd.training.ahead import run_ahead
 from fastkd.training.build import Engine, build_trainer
@@ -161,7 +161,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teacher=LoadedNet(first, ensemble=tuple(map(LoadedNet, others))),
+        teachers=tuple(map(LoadedNet, (first, *others))),
         terms=[KD()],
         optim=OptimConfig(schedule="constant"),
         engine=engine,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.compute.layout import memory_format
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
@@ -20,6 +20,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.weight_file import WeightFile
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
 __all__ = ["evaluate_model", "evaluate_run"]
@@ -85,14 +86,11 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
-            model,
-            {},
-            precision=precision,
-            device=world.device,
-            data_normalization=(data.mean, data.std),
             # data.mean and data.std, where given, say what the network wants.
-            normalization=None if recipe.data.mean else card.normalization,
-            layout=memory_format(recipe.channels_last, world.device, model),
+            LoadedNet(model, None if recipe.data.mean else card.normalization),
+            {},
+            Placement(world, precision, recipe.channels_last),
+            data_normalization=(data.mean, data.std),
             # To the digit what its training reported.
             fold_batch_norm=False,
         )

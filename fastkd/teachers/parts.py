@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastkd.models.taps import pooled_taps
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 
 __all__ = ["copy_of_head", "last_linear", "last_norm", "taps_into_head"]
 
@@ -39,16 +39,16 @@ def copy_of_head(
 
 
 def taps_into_head(
-    teacher: LoadedNet | None, image_shape: tuple[int, int, int], device: torch.device
+    net: LoadedNet, image_shape: tuple[int, int, int], device: torch.device
 ) -> tuple[str, ...]:
-    """The teacher's taps that its classifier pools, found with two images of noise."""
-    classifier = last_linear(teacher.model) if teacher else None
-    if teacher is None or classifier is None:
+    """A teacher's taps that its classifier pools, found with two images of noise."""
+    classifier = last_linear(net.model)
+    if classifier is None:
         return ()
     channels, *size = image_shape
-    size = [teacher.resolution] * 2 if teacher.resolution else size
+    size = [net.resolution] * 2 if net.resolution else size
     noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
-    return pooled_taps(teacher.model, classifier, noise.to(device, classifier.weight.dtype))
+    return pooled_taps(net.model, classifier, noise.to(device, classifier.weight.dtype))
 
 
 def last_norm(model: nn.Module) -> nn.BatchNorm2d | None:

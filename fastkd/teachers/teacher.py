@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compute.compiling import compile_unit
-from fastkd.compute.precision import Precision
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models.card import card_of
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
+from fastkd.teachers.loaded import LoadedNet
 
 __all__ = ["MEAN_LOGITS", "Teacher", "freeze"]
 
@@ -33,13 +35,12 @@ class Teacher:
     """Callable: views -> its tensors by need.
 
     Args:
-        model: any nn.Module that maps [N, 3, H, W] to logits [N, C].
+        net: a network that maps [N, 3, H, W] to logits [N, C], and what it wants to see. Its own
+            precision and compile switch go before those of the run.
         taps: per view the taps that the loss terms ask for.
-        precision: autocast of its forward pass.
+        placement: device, autocast type and memory layout of the run.
         data_normalization: (mean, std) in 0..1 with which the views were normalised.
-        normalization: the teacher's own; None where it is that of the data.
-        resolution: side in pixels the teacher wants; None keeps that of the views.
-        class_map: for every class of the data the teacher's output; None where the orders agree.
+        layout: memory layout of the views; by default the one for this network.
         fold_batch_norm: fold it into the convolutions of a teacher of which only the logits are
             wanted, in a copy: the same logits within rounding, in less time. `model` is then that
             copy. A network that cannot be copied or traced is used as it is.
@@ -47,27 +48,28 @@ class Teacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        net: LoadedNet,
         taps: Mapping[str, tuple[str, ...]],
+        placement: Placement,
         *,
-        precision: Precision,
-        device: torch.device,
         data_normalization: Normalization,
-        normalization: Normalization | None = None,
-        resolution: int | None = None,
-        class_map: tuple[int, ...] | None = None,
-        layout: torch.memory_format = torch.channels_last,
+        layout: torch.memory_format | None = None,
         compiled: bool = False,
         fullgraph: bool = True,
         fold_batch_norm: bool = True,
     ) -> None:
+        device, precision = placement.device, placement.precision
+        if net.precision is not None:
+            precision = resolve_precision(net.precision, device)
+        if layout is None:
+            layout = placement.layout(net.model)
         self.taps = {
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
         every.pop(MEAN_LOGITS, None)
         # A tapped one keeps every layer where the taps expect it.
-        given = freeze(model)
+        given = freeze(net.model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
         self.folded = model is not given
         if self.folded:
@@ -77,11 +79,15 @@ class Teacher:
             self.model,
             tuple(every) or ("logits",),
             precision,
-            _renormalization(data_normalization, normalization),
-            resolution,
-            class_map,
+            _renormalization(data_normalization, net.normalization),
+            net.resolution,
+            net.class_map,
         ).to(device)
-        self.forward = compile_unit(self.unit, enabled=compiled, fullgraph=fullgraph)
+        self.forward = compile_unit(
+            self.unit,
+            enabled=compiled if net.compiled is None else net.compiled,
+            fullgraph=fullgraph,
+        )
 
     def __call__(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors keyed `view/teacher/tap`, without gradient."""

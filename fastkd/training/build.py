@@ -6,6 +6,7 @@ loaders).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.config.section import Normalization
@@ -30,7 +32,8 @@ from fastkd.models.head import has_frozen_backbone
 from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
+from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import Teacher
 from fastkd.training.config import OptimConfig
@@ -94,7 +97,7 @@ def build_trainer(
     plan: Plan,
     *,
     student: nn.Module,
-    teacher: LoadedNet | None,
+    teachers: tuple[LoadedNet, ...],
     terms: Sequence[LossTerm],
     optim: OptimConfig,
     engine: Engine,
@@ -136,16 +139,14 @@ def build_trainer(
     ema = EMA(student, engine.ema) if engine.ema else None
 
     bound_teacher = None
-    if teacher is not None:
-        check_ensemble_needs(teacher, terms)
-    nets = {"student": student} | ({"teacher": teacher.model} if teacher else {})
+    check_ensemble_needs(teachers, terms)
+    nets = {"student": student} | ({"teacher": teachers[0].model} if teachers else {})
     refuse_unknown_taps(terms, nets)
-    if teacher is not None and needed_taps(terms, "teacher"):
+    if teachers and needed_taps(terms, "teacher"):
         bound_teacher = bind_teacher(
-            teacher,
+            teachers,
             needed_taps(terms, "teacher"),
-            precision=precision,
-            device=device,
+            Placement(world, precision, engine.channels_last),
             data_normalization=normalization,
             layout=layout,
             compiled=engine.compiled,
@@ -159,8 +160,10 @@ def build_trainer(
     alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
     stages = alone.stages if alone and alone.has_stages else None
     # Of the network as it was loaded: the bound one may be folded, and held in the type of the run.
-    head = copy_of_head(teacher.model, teacher.class_map, device) if alone and teacher else None
-    norm = last_norm(teacher.model) if alone and teacher else None
+    loaded = teachers[0] if alone else None
+    head = copy_of_head(loaded.model, loaded.class_map, device) if loaded else None
+    norm = last_norm(loaded.model) if loaded else None
+    pooled = partial(taps_into_head, loaded, image_shape, device) if loaded else None
     for term in terms:
         term.bind(
             BindContext(
@@ -171,7 +174,7 @@ def build_trainer(
                 teacher_stages=stages,
                 teacher_head=head,
                 teacher_norm=norm,
-                teacher_pooled=lambda: taps_into_head(teacher, image_shape, device),
+                teacher_pooled=pooled,
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)

@@ -17,7 +17,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import MEAN_LOGITS
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
@@ -13,11 +14,12 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher, freeze
 
 CPU = torch.device("cpu")
-FP32 = Precision("fp32", "cpu")
+WORLD = World(0, 0, 1, CPU, None)
+PLACEMENT = Placement(WORLD, Precision("fp32", "cpu"))
 DATA = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 OWN = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -28,8 +30,9 @@ def normalised(images, mean_std):
 
 
 def teacher(model, taps=None, **options):
-    options = {"precision": FP32, "device": CPU, "data_normalization": DATA} | options
-    return Teacher(model, taps or {}, **options)
+    wanted = ("normalization", "resolution", "class_map")
+    loaded = LoadedNet(model, **{key: options.pop(key) for key in wanted if key in options})
+    return Teacher(loaded, taps or {}, PLACEMENT, **{"data_normalization": DATA} | options)
 
 
 def net(num_classes=10):
@@ -232,10 +235,10 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
             *("student.width=0.5", "precision=fp32", "compile=off", "device=cpu"),
         ],
     )
-    session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), tmp_path)
+    session = Session(WORLD, Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
     model = net()
-    made = stage_builder(recipe, data, LoadedNet(model), session)(RunFolder(tmp_path))
+    made = stage_builder(recipe, data, (LoadedNet(model),), session)(RunFolder(tmp_path))
     before = [parameter.clone() for parameter in model.parameters()]
     made.fit()
     assert all(map(torch.equal, before, model.parameters()))
@@ -254,9 +257,8 @@ def test_accuracy_through_a_teacher_is_that_of_the_network():
     model = net()
     from fastkd.evaluation.evaluate import evaluate
 
-    world = World(0, 0, 1, CPU, None)
     made = teacher(model, data_normalization=(data.mean, data.std))
-    found = evaluate(made.logits, data.val, resolve_precision("fp32", CPU), world)
+    found = evaluate(made.logits, data.val, resolve_precision("fp32", CPU), WORLD)
     with torch.no_grad():
         hits = sum(
             int((model(batch.images_NCHW).argmax(1) == batch.labels_N).sum())
@@ -271,10 +273,9 @@ def test_weights_held_in_bf16_give_the_logits_of_autocast(name):
     model = create_model(name, 10)
     images = torch.randn(4, 3, 32, 32)
     held = Teacher(
-        model,
+        LoadedNet(model),
         {"x": ("logits",)},
-        precision=Precision("bf16", "cpu"),
-        device=torch.device("cpu"),
+        Placement(WORLD, Precision("bf16", "cpu")),
         data_normalization=((0.0,) * 3, (1.0,) * 3),
     )
     kinds = {type(m): m.weight.dtype for m in held.model.modules() if hasattr(m, "weight")}
