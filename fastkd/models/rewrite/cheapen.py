@@ -25,11 +25,20 @@ from fastkd.models.rewrite.style import StyleFinder
 
 __all__ = ["cheapen"]
 
-SHORTCUT_NAMES = {"downsample", "shortcut", "skip"}
-HEAD_NAMES = {
-    *("head", "classifier", "fc", "logits", "pre_logits"),
-    *("aux_classifier", "auxlogits", "aux1", "aux2"),
-}
+SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
+HEAD_NAMES = frozenset(
+    {
+        "head",
+        "classifier",
+        "fc",
+        "logits",
+        "pre_logits",
+        "aux_classifier",
+        "auxlogits",
+        "aux1",
+        "aux2",
+    }
+)
 STEM_NAME = re.compile(r".*stem.*|conv_?1")
 
 
@@ -145,7 +154,6 @@ class _Eligible:
         self.roles = _roles(model)
 
     def takes_block(self, path: str, block: nn.Module) -> bool:
-        """Every one."""
         return True
 
     def reason_to_leave(self, path: str, conv: _ConvNd) -> str | None:

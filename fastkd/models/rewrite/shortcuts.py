@@ -45,9 +45,21 @@ LAYOUTS = {
     ),
     "timm.models.resnet.Bottleneck": _Layout(
         "downsample",
-        (
-            *("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa"),
-            *("conv3", "bn3", "se", "act3"),
+        tuple(
+            [
+                "conv1",
+                "bn1",
+                "act1",
+                "conv2",
+                "bn2",
+                "drop_block",
+                "act2",
+                "aa",
+                "conv3",
+                "bn3",
+                "se",
+                "act3",
+            ]
         ),
     ),
     "timm.models.regnet.Bottleneck": _Layout(
