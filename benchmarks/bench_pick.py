@@ -21,11 +21,11 @@ from torch import nn
 from fastkd import count, create_model
 from fastkd.augment.config import PickConfig
 from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
-from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.output.console import Console
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows, step_macs
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
@@ -60,7 +60,7 @@ def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),
-        teacher=LoadedNet(copy.deepcopy(teacher)),
+        teachers=(LoadedNet(copy.deepcopy(teacher)),),
         terms=[KD(views=("x",) if side == "kd" else ("x", "xprime"))],
         optim=OptimConfig(schedule="constant", lr=0.01),
         engine=engine,

@@ -23,16 +23,16 @@ from torchvision import transforms
 
 from fastkd import create_model
 from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
-from fastkd.distributed import World
 from fastkd.losses import KD
 from fastkd.output.console import Console
-from fastkd.teachers.ensemble import LoadedNet
-from fastkd.teachers.teacher import run_ahead
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows
+from fastkd.training.ahead import run_ahead
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
@@ -162,7 +162,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teacher=LoadedNet(first, ensemble=tuple(map(LoadedNet, others))),
+        teachers=tuple(map(LoadedNet, (first, *others))),
         terms=[KD()],
         optim=OptimConfig(schedule="constant"),
         engine=engine,

@@ -7,7 +7,7 @@ Same engine as the recipes; see `distill`.
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
@@ -30,11 +30,12 @@ from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
+from fastkd.models.card import title_of
 from fastkd.models.taps import check_network, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.build import Engine, build_trainer, decide
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan
@@ -221,7 +222,7 @@ def distill(
                 accumulate=accumulate,
             ),
             student=student,
-            teacher=_teacher(teachers),
+            teachers=tuple(LoadedNet(each, name=title_of(each)) for each in teachers),
             terms=terms,
             optim=settings,
             engine=Engine(resolved, compiled, channels_last, ema=ema, fullgraph=False),
@@ -277,12 +278,6 @@ def _called(given: object) -> str:
     if isinstance(given, nn.Module):
         return f"{type(given).__name__}(..)"
     return given.__name__ if isinstance(given, type) else repr(given)
-
-
-def _teacher(teachers: Sequence[nn.Module]) -> LoadedNet | None:
-    names = [getattr(model, "fastkd_name", type(model).__name__) for model in teachers]
-    nets = [LoadedNet(model, name=name) for model, name in zip(teachers, names, strict=True)]
-    return replace(nets[0], ensemble=tuple(nets[1:])) if nets else None
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:

@@ -5,12 +5,14 @@ head, and `fastkd.training.step` to keep what is frozen as it is in evaluation.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from fastkd.errors import UserError
+from fastkd.models.card import Card, card_of, sign
 
-__all__ = ["class_layers", "freeze_backbone", "keep_frozen_still"]
+__all__ = ["class_layers", "freeze_backbone", "has_frozen_backbone", "keep_frozen_still"]
 
 
 def class_layers(model: nn.Module, other: nn.Module) -> tuple[str, ...]:
@@ -46,16 +48,21 @@ def freeze_backbone(model: nn.Module, classifier: Iterable[str]) -> None:
     model.requires_grad_(False)
     for path in classifier:
         known[path].requires_grad_(True)
-    marked: dict[str, object] = model.__dict__
-    marked["trained_layers"] = classifier
+    sign(model, replace(card_of(model) or Card(), trained=classifier))
+
+
+def has_frozen_backbone(model: nn.Module) -> bool:
+    """Whether `freeze_backbone` left only some layers of this network to be trained."""
+    card = card_of(model)
+    return card is not None and card.trained is not None
 
 
 def keep_frozen_still(model: nn.Module) -> None:
     """Put all but the trained layers of a network whose backbone is frozen into evaluation mode."""
-    trained = getattr(model, "trained_layers", None)
-    if trained is None:
+    card = card_of(model)
+    if card is None or card.trained is None:
         return
-    modes = {path: model.get_submodule(path).training for path in trained}
+    modes = {path: model.get_submodule(path).training for path in card.trained}
     model.eval()
     for path, mode in modes.items():
         model.get_submodule(path).train(mode)

@@ -1,29 +1,28 @@
 """Networks by name: the zoo, timm and torchvision behind one `create_model`.
 
-Every network built here carries what is needed to build it again (`fastkd_name`, `num_classes`,
-`fastkd_options`) and the `normalization` its weights expect, or None. `model_from_file` reads the
-same facts from the metadata of a safetensors file.
+Every network built here has a card (`fastkd.models.card`) with what is needed to build it again and
+the normalisation that its weights expect. `model_from_file` reads the same facts from the metadata
+of a safetensors file.
 """
 
 import difflib
 import fnmatch
 import inspect
-import json
-from collections.abc import Mapping
-from os import PathLike
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
 from fastkd.models.blocks.grammar import parse_block
+from fastkd.models.card import Card, card_of, sign
 from fastkd.models.head import class_layers
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.shortcuts import remove_shortcuts
+from fastkd.models.taps import ZooNetwork
 from fastkd.models.zoo import (
     erfnet,
     mobilenetv2,
@@ -35,12 +34,22 @@ from fastkd.models.zoo import (
     vgg,
     wrn,
 )
-from fastkd.storage.weights import load_into, load_weights
+from fastkd.storage.description import NetworkFacts
+from fastkd.storage.fitting import load_into
+from fastkd.storage.weight_file import WeightFile, WeightSource
 
 __all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]
 
 FAMILIES: tuple[ModuleType, ...] = (
-    *(resnet, resnet18, resnet50, wrn, vgg, mobilenetv2, shufflenetv1, shufflenetv2, erfnet),
+    resnet,
+    resnet18,
+    resnet50,
+    wrn,
+    vgg,
+    mobilenetv2,
+    shufflenetv1,
+    shufflenetv2,
+    erfnet,
 )
 """Each has NAMES (listed), PATTERN (accepted) and build(name, num_classes, *, options)."""
 
@@ -50,7 +59,7 @@ def create_model(
     num_classes: int | None = None,
     *,
     pretrained: bool = False,
-    weights: str | PathLike[str] | None = None,
+    weights: WeightSource | None = None,
     new_head: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -60,7 +69,7 @@ def create_model(
         `torchvision:NAME`.
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
-    weights: a checkpoint that is loaded strictly (formats: `fastkd.storage.weights.load_weights`).
+    weights: a checkpoint that is loaded strictly: a path, or a `WeightFile` that was opened before.
     new_head: take all but the classifier from `weights` or the pretrained network, whatever their
         class count, and leave the classifier as it is initialised.
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
@@ -68,9 +77,9 @@ def create_model(
         "projection": only those): where a family does not know them, `fastkd.cheapen` and
         `fastkd.remove_shortcuts` rewrite the finished network.
 
-    The network has the attributes `fastkd_name`, `fastkd_options`, `num_classes` and
-    `normalization` ((mean, std) per channel for images in [0, 1], or None): timm names its own,
-    torchvision's come with pretrained weights, those of a weight file with the file.
+    `card_of(model)` (`fastkd.models.card`) has the name, the options, the class count and the
+    normalisation ((mean, std) per channel for images in [0, 1], or None): timm names its own,
+    torchvision's come with pretrained weights, that of a weight file with the file.
     Raises UserError for unknown names and options (with the nearest), and for weights that do not
     fit.
     """
@@ -83,54 +92,70 @@ def create_model(
             "new_head=True replaces the classifier of a trained network: give weights=FILE or "
             "pretrained=True"
         )
-    state, metadata = (None, {}) if weights is None else load_weights(weights)
-    facts = _read_facts(weights or "", metadata)
+    file = None if weights is None else WeightFile.open(weights)
+    facts = NetworkFacts() if file is None else file.network
+    donor = None
     if new_head and pretrained:
-        donor = create_model(name, pretrained=True, **options)
-        state, pretrained = donor.state_dict(), False
-        facts = facts._replace(normalization=donor.normalization)
+        donor, pretrained = create_model(name, pretrained=True, **options), False
+        donor_card = card_of(donor)
+        facts = NetworkFacts(normalization=donor_card.normalization if donor_card else None)
     if num_classes is None:
         num_classes = facts.num_classes
     if "block" in options:
         options["block"] = str(parse_block(options["block"]))
     rewrites = _rewrites(name, options)
     own = {option: value for option, value in options.items() if option not in rewrites}
-    source, colon, rest = name.partition(":")
-    if colon:
-        sources = {**hub.HUBS, "simkd": _build_simkd}
-        if source not in sources:
-            raise UserError(
-                f"unknown source {source!r} in {name!r}; expected timm:NAME, torchvision:NAME "
-                "or a name of the zoo"
-            )
-        model, classes, normalization = sources[source](rest, num_classes, pretrained, own)
-    else:
-        model, normalization = _build_zoo(name, num_classes, pretrained, own), None
-        assert num_classes is not None
-        classes = num_classes
-    model = _rewritten(model, rewrites)
-    _sign(model, name, options, classes, facts.normalization or normalization)
-    if state is not None:
-        new = classifier_paths(model) if new_head else ()
-        origin = str(weights or f"the pretrained {name}")
-        load_into(model, state, metadata=metadata, origin=origin, new=new)
+    built = _build(name, num_classes, pretrained, own)
+    model = _rewritten(built.model, rewrites)
+    sign(
+        model,
+        replace(
+            card_of(model) or Card(),
+            name=name,
+            options=dict(options),
+            num_classes=built.num_classes,
+            normalization=facts.normalization or built.normalization,
+            head=(model.head_path,) if isinstance(model, ZooNetwork) else None,
+        ),
+    )
+    new = classifier_paths(model) if new_head else ()
+    if donor is not None:
+        load_into(model, donor.state_dict(), origin=f"the pretrained {name}", new=new)
+    elif file is not None:
+        load_into(model, file, new=new)
     return model
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:
     """Paths of the layers that hold the classes of a network of `create_model`, such as `fc`.
 
-    Found by building it once more for one class more. Raises UserError for other networks.
+    Networks of the zoo know theirs. In others these are the layers that differ in the same network
+    with one class more, built once, on the meta device where it can; the card keeps the answer.
+    Raises UserError for networks built elsewhere.
     """
-    built: Any = model
-    if not hasattr(model, "fastkd_name"):
+    card = card_of(model)
+    if card is None or card.name is None or card.num_classes is None:
         raise UserError(
             f"{type(model).__name__} was not built by create_model, so its classifier is not known"
         )
-    # The numbers that the caller draws next stay those that they were.
+    if card.head is None:
+        card = replace(card, head=class_layers(model, _with_one_class_more(card)))
+        sign(model, card)
+    assert card.head is not None
+    return card.head
+
+
+def _with_one_class_more(card: Card) -> nn.Module:
+    assert card.name is not None and card.num_classes is not None
+    arguments = (card.name, card.num_classes + 1)
+    # Leave the caller's random state untouched.
     with torch.random.fork_rng(devices=[]):
-        other = create_model(built.fastkd_name, built.num_classes + 1, **built.fastkd_options)
-    return class_layers(model, other)
+        try:
+            with torch.device("meta"):
+                return create_model(*arguments, **card.options)
+        except RuntimeError:
+            # A constructor that computes its widths with tensors, such as torchvision's RegNet.
+            return create_model(*arguments, **card.options)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -162,19 +187,37 @@ def model_options(name: str) -> list[str] | None:
     return ["block", "shortcuts", *_own_options(family)] if family else None
 
 
-def model_from_file(path: str | PathLike[str]) -> nn.Module:
+def model_from_file(path: WeightSource) -> nn.Module:
     """Rebuild the network that a fastkd weight file (or run folder) describes, weights included.
 
+    path: the file, also as a `WeightFile` that was opened before.
     Raises UserError when the metadata do not name a network that `create_model` can build.
     """
-    facts = _read_facts(path, load_weights(path)[1])
+    file = WeightFile.open(path)
+    facts = file.network
     if facts.architecture is None:
         raise UserError(
-            f"{path}: the file does not name its network; build it with "
+            f"{file}: the file does not name its network; build it with "
             "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "
             "fastkd.storage.weights.load_into"
         )
-    return create_model(facts.architecture, facts.num_classes, weights=path, **facts.options)
+    return create_model(facts.architecture, facts.num_classes, weights=file, **facts.options)
+
+
+def _build(
+    name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
+) -> hub.Built:
+    """The network as its source builds it, before any rewrite."""
+    source, colon, rest = name.partition(":")
+    if not colon:
+        return _build_zoo(name, num_classes, pretrained, options)
+    sources = {**hub.HUBS, "simkd": _build_simkd}
+    if source not in sources:
+        raise UserError(
+            f"unknown source {source!r} in {name!r}; expected timm:NAME, torchvision:NAME "
+            "or a name of the zoo"
+        )
+    return sources[source](rest, num_classes, pretrained, options)
 
 
 def _build_simkd(
@@ -193,7 +236,7 @@ def _build_simkd(
 
 def _build_zoo(
     name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
-) -> nn.Module:
+) -> hub.Built:
     family = _family(name)
     if family is None:
         near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
@@ -212,13 +255,13 @@ def _build_zoo(
             near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
             hint = f"; nearest: {near[0]}" if near else ""
             known = ", ".join(allowed) or "none"
-            with torch.device("meta"):  # a name that no network has is the first mistake
+            with torch.device("meta"):  # report an unknown name before an unknown option
                 family.build(name, num_classes)
             raise UserError(
                 f"{name} has no option {option!r}{hint}; its options: {known}. Where a recipe sets "
                 f"it: student.{option}=null or teacher.{option}=null"
             )
-    return family.build(name, num_classes, **options)
+    return hub.Built(family.build(name, num_classes, **options), num_classes, None)
 
 
 def _family(name: str) -> ModuleType | None:
@@ -247,40 +290,3 @@ def _rewritten(model: nn.Module, rewrites: dict[str, Any]) -> nn.Module:
     if shortcuts is not True:
         model = remove_shortcuts(model, keep_projection=shortcuts == "projection")
     return cheapen(model, rewrites["block"]) if "block" in rewrites else model
-
-
-def _sign(
-    model: nn.Module,
-    name: str,
-    options: dict[str, Any],
-    num_classes: int,
-    normalization: Normalization | None,
-) -> None:
-    signed: Any = model
-    signed.fastkd_name = name
-    signed.fastkd_options = dict(options)
-    signed.num_classes = num_classes
-    signed.normalization = normalization
-
-
-class _Facts(NamedTuple):
-    """What the metadata of a weight file say of its network; see
-    `fastkd.storage.weights.describe`."""
-
-    architecture: str | None
-    num_classes: int | None
-    options: dict[str, Any]
-    normalization: Normalization | None
-
-
-def _read_facts(path: str | PathLike[str], metadata: Mapping[str, str]) -> _Facts:
-    try:
-        mean_std = json.loads(metadata.get("normalization", "null"))
-        return _Facts(
-            architecture=metadata.get("architecture"),
-            num_classes=int(metadata["num_classes"]) if "num_classes" in metadata else None,
-            options=dict(json.loads(metadata.get("options", "{}"))),
-            normalization=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
-        )
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path}: its metadata cannot be read ({error})") from error

@@ -7,11 +7,11 @@ from the metadata of its weight file. Chen et al. 2022, arXiv:2203.14001.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.models.card import Card, card_of, sign
 from fastkd.models.taps import Tapped, ZooNetwork
 
 __all__ = ["Projector", "ReusedHead", "build", "pooled_to"]
@@ -53,17 +53,24 @@ class ReusedHead(nn.Module):
         self.head = head
         self.tap, self.size = tap, tuple(size)
         self.num_classes = head.out_features
-        if hasattr(student, "fastkd_name"):
-            known: Any = student
-            self.fastkd_name = f"simkd:{known.fastkd_name}"
-            self.normalization = known.normalization
-            self.fastkd_options = {
-                "student": known.fastkd_options,
+        card = card_of(student)
+        if card is not None and card.name is not None:
+            options = {
+                "student": card.options,
                 "tap": tap,
                 "size": list(size),
                 "bias": head.bias is not None,
                 **projector.widths,
             }
+            sign(
+                self,
+                Card(
+                    name=f"simkd:{card.name}",
+                    options=options,
+                    num_classes=head.out_features,
+                    normalization=card.normalization,
+                ),
+            )
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, num_classes]."""

@@ -33,11 +33,13 @@ class ZooNetwork(nn.Module):
 
     tap_names: tuple[str, ...]
     """In the order of the walk; the last is `logits`."""
+    head_path: ClassVar[str] = "fc"
+    """Path of the layer that holds the classes."""
     key_maps: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
     """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
     of a name, up to a dot -> what stands there here, None where the tensor has no place here. The
     first that matches counts; names that none matches are the same.
-    `fastkd.storage.weights.load_into` finds out which repository it is."""
+    `fastkd.storage.fitting.load_into` finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""

@@ -35,14 +35,13 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     image_shape = (3, data.image_size, data.image_size)
     stages: dict[str, float] = {}
     for name, stage, times in _earlier_stages(recipe, session):
-        found = rehearse(stage_builder(stage, data, None, session)(None))
+        found = rehearse(stage_builder(stage, data, (), session)(None))
         stages[name] = times * found["projected_seconds"]
-    teacher = load_teacher(recipe.teacher, data)
-    teachers = teacher.members if teacher else ()
+    teachers = load_teacher(recipe.teacher, data)
     members = recipe.teacher.members().values() if recipe.teacher else ()
-    trainer = stage_builder(recipe, data, teacher, session)(None)
+    trainer = stage_builder(recipe, data, teachers, session)(None)
     found = rehearse(trainer)
-    stages["student distilled" if teacher else "student"] = found.pop("projected_seconds")
+    stages["student distilled" if teachers else "student"] = found.pop("projected_seconds")
     projected = f"{duration(sum(stages.values()))} of training"
     if len(stages) > 1:
         projected += ": " + ", ".join(f"{name} {duration(s)}" for name, s in stages.items())

@@ -6,19 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.compute.layout import memory_format
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
+from fastkd.models.card import card_of
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
-from fastkd.storage.weights import load_weights
+from fastkd.storage.weight_file import WeightFile
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
 __all__ = ["evaluate_model", "evaluate_run"]
@@ -60,9 +62,10 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     def build(data: DataPair) -> nn.Module:
         if options := recipe.student.options():
             return create_model(name, len(data.classes), weights=weights, **options)
-        if load_weights(weights)[1].get("architecture") == name:
-            return model_from_file(weights)
-        return create_model(name, len(data.classes), weights=weights)
+        file = WeightFile.open(weights)
+        if file.facts.get("architecture") == name:
+            return model_from_file(file)
+        return create_model(name, len(data.classes), weights=file)
 
     return _evaluate(recipe, build)
 
@@ -73,22 +76,21 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
     recipe = recipe.replace(data=recipe.data.model_copy(update=whole))
     with open_world(recipe.device) as world:
         data = open_recipe_data(recipe, Session(world, Console(enabled=False), Path("runs")))
-        model: Any = build(data)
-        if model.num_classes != len(data.classes):
+        model = build(data)
+        card = card_of(model)
+        assert card is not None
+        if card.num_classes != len(data.classes):
             raise UserError(
-                f"the network {model.fastkd_name} knows {model.num_classes} classes, "
+                f"the network {card.name} knows {card.num_classes} classes, "
                 f"{data.name} has {len(data.classes)}: name the data it was trained on"
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
-            model,
-            {},
-            precision=precision,
-            device=world.device,
-            data_normalization=(data.mean, data.std),
             # data.mean and data.std, where given, say what the network wants.
-            normalization=None if recipe.data.mean else model.normalization,
-            layout=memory_format(recipe.channels_last, world.device, model),
+            LoadedNet(model, None if recipe.data.mean else card.normalization),
+            {},
+            Placement(world, precision, recipe.channels_last),
+            data_normalization=(data.mean, data.std),
             # To the digit what its training reported.
             fold_batch_norm=False,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
@@ -25,7 +26,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.runs.folders import choose_folder, stage_folder
 from fastkd.storage.checkpoint import load_checkpoint
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.training.build import Engine, build_trainer, decide
 from fastkd.training.trainer import Plan, Trainer
@@ -57,7 +58,8 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     data = open_recipe_data(recipe, session)
     # What does not fit is found before the teacher is trained, and leaves no folder behind.
     trial = replace(session, console=Console(enabled=False))
-    stage_builder(recipe, data, load_teacher(recipe.teacher, data), trial)(None)
+    teachers = load_teacher(recipe.teacher, data)
+    stage_builder(recipe, data, teachers, trial)(None)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )
@@ -65,23 +67,28 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     go_on = f"Go on with: fastkd train --resume {folder.path}"
     try:
         with occupied(folder.path, session.world), tidy(folder, session.root, session.world):
-            teacher, teacher_summary = prove_teacher(
-                *(recipe.teacher, data, session.world, session.console),
+            teachers, teacher_summary = prove_teacher(
+                recipe.teacher,
+                teachers,
+                data,
+                Placement(
+                    session.world,
+                    resolve_precision(recipe.precision, session.world.device),
+                    recipe.channels_last,
+                ),
+                say=session.console.note,
                 train=lambda member: _teach(data, session, recipe.as_teacher(member)),
-                precision=recipe.precision,
-                channels_last=recipe.channels_last,
             )
             alone = [
                 _train(
                     recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
                     data,
-                    None,
                     session,
                     folder.path / "alone" / f"lr-{lr:g}",
                 )
                 for lr in recipe.baseline.lrs
             ]
-            trainer = stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, teachers, session)(folder)
             if resumed:
                 _go_on(trainer, folder, session)
             last = f"{headline(alone[0])}_last" if alone else ""
@@ -132,7 +139,7 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
 
 
 def stage_builder(
-    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session
+    recipe: Recipe, data: DataPair, teachers: tuple[LoadedNet, ...], session: Session
 ) -> Callable[[RunFolder | None], Trainer]:
     """A function that builds the recipe's own training, in a folder or without one."""
 
@@ -151,7 +158,7 @@ def stage_builder(
             compile_mode=_saved_compile(folder, session.world) or recipe.compile,
             device=session.world.device,
             student=student,
-            teachers=[one.model for one in teacher.members] if teacher else [],
+            teachers=[one.model for one in teachers],
             terms=terms,
             image_shape=_shape(data),
             images=data.train.num_samples * recipe.total_epochs,
@@ -174,7 +181,7 @@ def stage_builder(
                 },
             ),
             student=student,
-            teacher=teacher,
+            teachers=teachers,
             terms=terms,
             optim=recipe.scaled_optim(),
             engine=Engine(
@@ -202,10 +209,8 @@ def stage_builder(
     return build
 
 
-def _train(
-    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session, path: Path
-) -> dict[str, Any]:
-    """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
+def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
+    """Train one stage without a teacher in `path`, or go on with it; a finished one's summary."""
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
         folder = stage_folder(recipe, path)
@@ -223,7 +228,7 @@ def _train(
             # A teacher's own seed also decides the order in which it sees the images.
             data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
-            trainer = stage_builder(recipe, data, teacher, session)(folder)
+            trainer = stage_builder(recipe, data, (), session)(folder)
             _go_on(trainer, folder, session)
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
@@ -233,7 +238,7 @@ def _train(
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
     """Train a teacher, or find it trained: its run folder and summary."""
     path = teacher_folder(lesson, session)
-    return path, _train(lesson, data, None, session, path)
+    return path, _train(lesson, data, session, path)
 
 
 def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The teachers of a run: one, or several that answer together. Between `networks` and the step.
+"""The teachers of a run, one or several that answer together, bound to what the step asks of them.
 
 `bind_teacher` ties what was loaded to views and taps. Of several the step sees one teacher, whose
 probabilities are the mean of theirs (Shen and Savvides 2020, arXiv:2009.08453, equation 1).
@@ -6,43 +6,19 @@ probabilities are the mean of theirs (Shen and Savvides 2020, arXiv:2009.08453, 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.compute.placement import Placement
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.term import LossTerm
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
 __all__ = ["Ensemble", "LoadedNet", "bind_teacher", "check_ensemble_needs"]
-
-
-@dataclass(frozen=True)
-class LoadedNet:
-    """A network as it was loaded: a teacher before it is tied to taps and views, or a student."""
-
-    model: nn.Module
-    normalization: Normalization | None = None
-    resolution: int | None = None
-    class_map: tuple[int, ...] | None = None
-    name: str = "teacher"
-    """For messages."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """Its own; None: that of the run."""
-    compiled: bool | None = None
-    """Likewise."""
-    ensemble: tuple["LoadedNet", ...] = ()
-    """Further teachers that answer together with this one."""
-
-    @property
-    def members(self) -> "tuple[LoadedNet, ...]":
-        """This one alone and the further ones."""
-        return (replace(self, ensemble=()), *self.ensemble)
 
 
 def _log_mean_probability(each: Sequence[Tensor]) -> Tensor:
@@ -101,54 +77,49 @@ class Ensemble:
 
 
 def bind_teacher(
-    net: LoadedNet,
+    nets: Sequence[LoadedNet],
     taps: Mapping[str, tuple[str, ...]],
+    placement: Placement,
     *,
-    precision: Precision,
-    device: torch.device,
     data_normalization: Normalization,
-    layout: torch.memory_format = torch.channels_last,
+    layout: torch.memory_format | None = None,
     compiled: bool = False,
     fullgraph: bool = True,
     fold_batch_norm: bool = True,
 ) -> Teacher | Ensemble:
-    """One teacher or the ensemble; arguments as of `Teacher`, a member's own choices go before."""
+    """One teacher, or the ensemble of several; arguments as of `Teacher`."""
 
-    def bind(one: LoadedNet, taps: Mapping[str, tuple[str, ...]]) -> Teacher:
+    def bind(net: LoadedNet, taps: Mapping[str, tuple[str, ...]]) -> Teacher:
         return Teacher(
-            one.model,
+            net,
             taps,
-            precision=resolve_precision(one.precision, device) if one.precision else precision,
-            device=device,
+            placement,
             data_normalization=data_normalization,
-            normalization=one.normalization,
-            resolution=one.resolution,
-            class_map=one.class_map,
             layout=layout,
-            compiled=compiled if one.compiled is None else one.compiled,
+            compiled=compiled,
             fullgraph=fullgraph,
             fold_batch_norm=fold_batch_norm,
         )
 
-    if not net.ensemble:
-        return bind(net, taps)
+    if len(nets) == 1:
+        return bind(nets[0], taps)
     logits = dict.fromkeys(taps, ("logits",))
     # By number too: two may be of one architecture.
-    members = {f"{n}: {one.name}": bind(one, logits) for n, one in enumerate(net.members, 1)}
+    members = {f"{n}: {net.name}": bind(net, logits) for n, net in enumerate(nets, 1)}
     return Ensemble(members, taps)
 
 
-def check_ensemble_needs(net: LoadedNet, terms: Iterable[LossTerm]) -> None:
-    """UserError where a loss wants of an ensemble what only one network has."""
-    if not net.ensemble:
+def check_ensemble_needs(nets: Sequence[LoadedNet], terms: Iterable[LossTerm]) -> None:
+    """UserError where a loss wants of several teachers what only one network has."""
+    if len(nets) < 2:
         return
     for term in terms:
         taps = [need.tap for need in term.needs if need.net == "teacher"]
         wanted = next((tap for tap in taps if tap not in TAPS), None)
         if wanted is not None:
-            names = ", ".join(one.name for one in net.members)
+            names = ", ".join(net.name for net in nets)
             raise UserError(
                 f"the loss {term.name} asks for {wanted} of the teacher, but there are "
-                f"{len(net.members)} teachers ({names}), which only have logits in common: drop "
+                f"{len(nets)} teachers ({names}), which only have logits in common: drop "
                 f"that loss, or all teachers but one"
             )

@@ -4,78 +4,83 @@ Flow: `run` asks here before it builds a stage. A teacher that has to be trained
 by the function that `run` hands in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastkd.compute.layout import memory_format
+from torch import nn
+
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
-from fastkd.compute.ranks import World
 from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import count, create_model
+from fastkd.models.card import card_of, sign
 from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
-from fastkd.output.console import Console
-from fastkd.storage.weights import load_weights
+from fastkd.models.taps import remove_taps
+from fastkd.storage.fitting import load_into
+from fastkd.storage.weight_file import WeightFile, WeightSource
 from fastkd.teachers.config import MemberConfig, TeacherConfig
-from fastkd.teachers.ensemble import LoadedNet, bind_teacher
+from fastkd.teachers.ensemble import bind_teacher
+from fastkd.teachers.loaded import LoadedNet
 
 __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 
 
-def load_teacher(config: TeacherConfig | None, data: DataPair) -> LoadedNet | None:
+def load_teacher(config: TeacherConfig | None, data: DataPair) -> tuple[LoadedNet, ...]:
     """The recipe's teachers, with their weights unless these are still to be trained."""
-    if config is None:
-        return None
-    return _joined([load_net(one, data, one.weights, key) for key, one in config.members().items()])
+    members = config.members() if config else {}
+    return tuple(load_net(one, data, one.weights, key) for key, one in members.items())
 
 
 def prove_teacher(
     config: TeacherConfig | None,
+    nets: tuple[LoadedNet, ...],
     data: DataPair,
-    world: World,
-    console: Console,
-    train: Callable[[MemberConfig], tuple[Path, dict[str, Any]]],
+    placement: Placement,
     *,
-    precision: str,
-    channels_last: bool,
-) -> tuple[LoadedNet | None, dict[str, Any] | None]:
+    say: Callable[[str], None],
+    train: Callable[[MemberConfig], tuple[Path, dict[str, Any]]],
+) -> tuple[tuple[LoadedNet, ...], dict[str, Any] | None]:
     """The recipe's teachers, trained first where they ask for that, each better than chance.
 
+    nets: as `load_teacher` gave them; those that are trained first are filled in place.
+    placement: of the run; its precision is for teachers that have none of their own.
+    say: shows a sentence to the user.
     train: trains one of them; its run folder and summary.
-    precision, channels_last: those of the run, for teachers that have no type of their own.
     Returns also the facts for summary.json: name, accuracy, size; of several those of all together
     and, as `members`, of each. UserError for one below `min_accuracy`.
     """
     if config is None:
-        return None, None
-    nets, facts = [], []
-    for key, one in config.members().items():
-        weights, lesson = one.weights, {}
+        return (), None
+    # What a trial of the run has left on them.
+    remove_taps(*(net.model for net in nets))
+    proven = list[LoadedNet]()
+    facts = list[dict[str, Any]]()
+    for (key, one), net in zip(config.members().items(), nets, strict=True):
+        lesson = {}
         if one.trains:
             path, summary = train(one)
-            weights, lesson = str(path / "best.safetensors"), {"training": summary}
-        net = load_net(one, data, weights, key)
-        found = _evaluated(net, data, world, precision, channels_last)
+            net = _filled(net, path)
+            lesson = {"training": summary}
+        found = _evaluated((net,), data, placement)
         metric = headline(found)
-        console.note(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
+        say(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
-        nets.append(net)
-        own = {"name": one.name, metric: found[metric]}
-        facts.append(own | size(net.model, data) | lesson)
-    together = _joined(nets)
-    if len(nets) == 1:
-        return together, facts[0]
-    found = _evaluated(together, data, world, precision, channels_last)
+        proven.append(net)
+        facts.append({"name": one.name, metric: found[metric]} | size(net.model, data) | lesson)
+    if len(proven) == 1:
+        return tuple(proven), facts[0]
+    found = _evaluated(proven, data, placement)
     metric = headline(found)
-    console.note(f"the {len(nets)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
-    return together, {
+    say(f"the {len(proven)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
+    return tuple(proven), {
         "name": " + ".join(one["name"] for one in facts),
         metric: found[metric],
         **{each: sum(one[each] for one in facts) for each in ("params", "macs")},
@@ -84,7 +89,7 @@ def prove_teacher(
 
 
 def load_net(
-    config: StudentConfig, data: DataPair, weights: str | None, key: str = "student"
+    config: StudentConfig, data: DataPair, weights: WeightSource | None, key: str = "student"
 ) -> LoadedNet:
     """Build a network of the data's class count and fill it from a file or a run folder.
 
@@ -92,50 +97,62 @@ def load_net(
     """
     own = config if isinstance(config, MemberConfig) else None
     class_map = own.class_map if own else None
-    options = config.options()
-    # A teacher that was trained here has learned its head by now.
-    new_head = config.new_head and weights == config.weights
+    file = None if weights is None else WeightFile.open(weights)
     classes = len(data.classes)
     if class_map is not None:
-        classes = _own_classes(config.name, weights, classes)
-    # A pretrained teacher that was then trained here has weights of its own.
-    pretrained = config.pretrained and weights is None
-    model: Any = create_model(
+        classes = _own_classes(config.name, file, classes)
+    model = create_model(
         config.name,
         classes,
-        pretrained=pretrained,
-        weights=weights,
-        new_head=new_head,
-        **options,
+        pretrained=config.pretrained and file is None,
+        weights=file,
+        new_head=config.new_head,
+        **config.options(),
     )
+    card = card_of(model)
+    assert card is not None and card.num_classes is not None
     if config.frozen and own is None:
         freeze_backbone(model, classifier_paths(model))
-    if class_map is not None and not 0 <= min(class_map) <= max(class_map) < model.num_classes:
+    if class_map is not None and not 0 <= min(class_map) <= max(class_map) < card.num_classes:
         raise UserError(
             f"{key}.class_map names outputs from {min(class_map)} to {max(class_map)}, but "
-            f"{config.name} has {model.num_classes}, numbered from 0"
+            f"{config.name} has {card.num_classes}, numbered from 0"
         )
-    normalization = getattr(model, "normalization", None)
     if own is None:
-        return LoadedNet(model, normalization)
-    if own.mean and own.std:
-        normalization = (own.mean, own.std)
-    compiled = None if own.compile is None else own.compile == "on"
+        return LoadedNet(model, card.normalization)
     return LoadedNet(
-        model, normalization, own.resolution, class_map, own.name, own.precision, compiled
+        model,
+        (own.mean, own.std) if own.mean and own.std else card.normalization,
+        resolution=own.resolution,
+        class_map=class_map,
+        name=own.name,
+        precision=own.precision,
+        compiled=None if own.compile is None else own.compile == "on",
     )
+
+
+def _filled(net: LoadedNet, run: Path) -> LoadedNet:
+    """A network that was built before its training, with the weights that came out of it."""
+    file = WeightFile.open(run / "best.safetensors")
+    load_into(net.model, file)
+    card = card_of(net.model)
+    assert card is not None
+    card = replace(card, normalization=file.network.normalization or card.normalization)
+    sign(net.model, card)
+    return replace(net, normalization=card.normalization)
 
 
 def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]:
     """What the student starts from, in sentences: loaded, new, frozen, normalised how."""
     source = config.weights or ("pretrained weights" if config.pretrained else None)
-    model: Any = net.model
     said = []
     if config.new_head or config.frozen:
-        head = classifier_paths(model)
-        names = ", ".join(f"{path} ({model.num_classes} classes)" for path in head)
+        card = card_of(net.model)
+        assert card is not None
+        head = classifier_paths(net.model)
+        names = ", ".join(f"{path} ({card.num_classes} classes)" for path in head)
         inside = tuple(f"{path}." for path in head)
-        state = model.state_dict()
+        state = net.model.state_dict()
         loaded = [key for key in state if not (config.new_head and key.startswith(inside))]
         said.append(
             f"student {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
@@ -156,7 +173,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
     return said
 
 
-def size(model: Any, data: DataPair) -> dict[str, int]:
+def size(model: nn.Module, data: DataPair) -> dict[str, int]:
     """Parameters and multiply-accumulates at the size of the data's images."""
     found = count(model, (3, data.image_size, data.image_size))
     return {"params": found.params, "macs": found.macs}
@@ -167,27 +184,22 @@ def _close(one: Normalization, other: Normalization) -> bool:
     return all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
-def _joined(nets: list[LoadedNet]) -> LoadedNet:
-    return replace(nets[0], ensemble=tuple(nets[1:]))
-
-
-def _evaluated(
-    net: LoadedNet, data: DataPair, world: World, of_run: str, channels_last: bool
-) -> dict[str, float]:
-    precision = resolve_precision(net.precision or of_run, world.device)
+def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) -> dict[str, float]:
     teacher = bind_teacher(
-        net,
+        nets,
         {},
-        precision=precision,
-        device=world.device,
+        placement,
         data_normalization=(data.mean, data.std),
-        layout=memory_format(channels_last, world.device, net.model),
         # To the digit what its own training reported.
         fold_batch_norm=False,
     )
-    # Members of different types each take the images as they come and cast them for themselves.
-    outer = Precision("fp32", world.device.type) if net.ensemble else precision
-    return evaluate(teacher.logits, data.val, outer, world, data.multilabel)
+    precision = placement.precision
+    if len(nets) > 1:
+        # Members of different types each take the images as they come and cast them for themselves.
+        precision = Precision("fp32", placement.device.type)
+    elif nets[0].precision is not None:
+        precision = resolve_precision(nets[0].precision, placement.device)
+    return evaluate(teacher.logits, data.val, precision, placement.world, data.multilabel)
 
 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
@@ -204,13 +216,12 @@ def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data
         )
 
 
-def _own_classes(name: str, weights: str | None, of_data: int) -> int | None:
+def _own_classes(name: str, file: WeightFile | None, of_data: int) -> int | None:
     """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
-    if weights is None:
+    if file is None:
         return None if ":" in name else of_data
-    tensors, facts = load_weights(weights)
-    if "num_classes" in facts:
-        return int(facts["num_classes"])
+    if "num_classes" in file.facts:
+        return int(file.facts["num_classes"])
     # A checkpoint of others tells it by its last layer.
-    heads = [tensor for tensor in tensors.values() if tensor.dim() == 2]
+    heads = [tensor for tensor in file.tensors.values() if tensor.dim() == 2]
     return heads[-1].shape[0] if heads else of_data

@@ -1,28 +1,27 @@
 """The frozen network that is imitated: evaluated first, never trained, wrapped or saved.
 
 The teacher is its own compiled unit with its own normalisation, resolution and class order. On a
-GPU it works one batch ahead on a side stream (`run_ahead`).
+GPU it works one batch ahead on a side stream (`fastkd.training.ahead`).
 """
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.compute.compiling import compile_unit
-from fastkd.compute.precision import Precision
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
+from fastkd.models.card import card_of
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
+from fastkd.teachers.loaded import LoadedNet
 
-__all__ = ["Teacher", "freeze", "run_ahead"]
-
-T = TypeVar("T")
+__all__ = ["Teacher", "freeze"]
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -34,13 +33,12 @@ class Teacher:
     """Callable: views -> its tensors by need.
 
     Args:
-        model: any nn.Module that maps [N, 3, H, W] to logits [N, C].
+        net: a network that maps [N, 3, H, W] to logits [N, C], and what it wants to see. Its own
+            precision and compile switch go before those of the run.
         taps: per view the taps that the loss terms ask for.
-        precision: autocast of its forward pass.
+        placement: device, autocast type and memory layout of the run.
         data_normalization: (mean, std) in 0..1 with which the views were normalised.
-        normalization: the teacher's own; None where it is that of the data.
-        resolution: side in pixels the teacher wants; None keeps that of the views.
-        class_map: for every class of the data the teacher's output; None where the orders agree.
+        layout: memory layout of the views; by default the one for this network.
         fold_batch_norm: fold it into the convolutions of a teacher of which only the logits are
             wanted, in a copy: the same logits within rounding, in less time. `model` is then that
             copy. A network that cannot be copied or traced is used as it is.
@@ -48,27 +46,28 @@ class Teacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        net: LoadedNet,
         taps: Mapping[str, tuple[str, ...]],
+        placement: Placement,
         *,
-        precision: Precision,
-        device: torch.device,
         data_normalization: Normalization,
-        normalization: Normalization | None = None,
-        resolution: int | None = None,
-        class_map: tuple[int, ...] | None = None,
-        layout: torch.memory_format = torch.channels_last,
+        layout: torch.memory_format | None = None,
         compiled: bool = False,
         fullgraph: bool = True,
         fold_batch_norm: bool = True,
     ) -> None:
+        device, precision = placement.device, placement.precision
+        if net.precision is not None:
+            precision = resolve_precision(net.precision, device)
+        if layout is None:
+            layout = placement.layout(net.model)
         self.taps = {
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
         every.pop(MEAN_LOGITS, None)
         # A tapped one keeps every layer where the taps expect it.
-        given = freeze(model)
+        given = freeze(net.model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
         self.folded = model is not given
         if self.folded:
@@ -78,11 +77,15 @@ class Teacher:
             self.model,
             tuple(every) or ("logits",),
             precision,
-            _renormalization(data_normalization, normalization),
-            resolution,
-            class_map,
+            _renormalization(data_normalization, net.normalization),
+            net.resolution,
+            net.class_map,
         ).to(device)
-        self.forward = compile_unit(self.unit, enabled=compiled, fullgraph=fullgraph)
+        self.forward = compile_unit(
+            self.unit,
+            enabled=compiled if net.compiled is None else net.compiled,
+            fullgraph=fullgraph,
+        )
 
     def __call__(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors keyed `view/teacher/tap`, without gradient."""
@@ -135,10 +138,11 @@ def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _folded(model: nn.Module) -> nn.Module:
     try:
-        fused: Any = fuse(model)
+        fused = fuse(model)
     except UserError:
         return model
-    return fused if fused.rewrite_report.changed else model
+    card = card_of(fused)
+    return fused if card and card.report and card.report.changed else model
 
 
 def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -210,37 +214,3 @@ def _renormalization(
     scale = [sd / st for sd, st in zip(std_d, std_t, strict=True)]
     shift = [(md - mt) / st for md, mt, st in zip(mean_d, mean_t, std_t, strict=True)]
     return scale, shift
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> Any:
-    """One for all epochs: the allocator keeps memory per stream."""
-    return torch.cuda.Stream(device)
-
-
-def run_ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
-
-    On a CPU the items come as they are. The side stream begins item n + 2 once the main stream is
-    done with item n, whose memory it may take from then on: at most three items are alive, however
-    far the host has run ahead (with record_stream it would be as many as the host is ahead).
-    """
-    if device.type != "cuda":
-        yield from items
-        return
-    side = _side_stream(device)
-    # What the loader put on the device (images, tables) must have arrived.
-    side.wait_stream(torch.cuda.current_stream(device))
-
-    def launch() -> tuple[T, Any] | None:
-        with torch.cuda.stream(side):
-            item = next(items, None)
-            return None if item is None else (item, side.record_event())
-
-    pending = launch()
-    while pending is not None:
-        item, ready = pending
-        pending = launch()
-        torch.cuda.current_stream(device).wait_event(ready)
-        yield item
-        side.wait_stream(torch.cuda.current_stream(device))

@@ -4,9 +4,9 @@ Used by `fastkd.runs.stages` (recipes) and `fastkd.api` (people with their own n
 loaders).
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.config.section import Normalization
@@ -28,10 +29,13 @@ from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.counting.count import count
-from fastkd.models.taps import Tapped, pooled_taps
+from fastkd.models.head import has_frozen_backbone
+from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher, check_ensemble_needs
+from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
+from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import Teacher
 from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
@@ -80,7 +84,7 @@ def decide(
     macs = 0.0
     if compile_mode == "auto":
         # Nothing goes back through a frozen backbone.
-        passes = 1.0 if hasattr(student, "trained_layers") else 3.0
+        passes = 1.0 if has_frozen_backbone(student) else 3.0
         macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
         macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views
@@ -94,7 +98,7 @@ def build_trainer(
     plan: Plan,
     *,
     student: nn.Module,
-    teacher: LoadedNet | None,
+    teachers: tuple[LoadedNet, ...],
     terms: Sequence[LossTerm],
     optim: OptimConfig,
     engine: Engine,
@@ -140,16 +144,14 @@ def build_trainer(
     ema = EMA(student, engine.ema) if engine.ema else None
 
     bound_teacher = None
-    if teacher is not None:
-        check_ensemble_needs(teacher, terms)
-    nets = {"student": student} | ({"teacher": teacher.model} if teacher else {})
+    check_ensemble_needs(teachers, terms)
+    nets = {"student": student} | ({"teacher": teachers[0].model} if teachers else {})
     refuse_unknown_taps(terms, nets)
-    if teacher is not None and needed_taps(terms, "teacher"):
+    if teachers and needed_taps(terms, "teacher"):
         bound_teacher = bind_teacher(
-            teacher,
+            teachers,
             needed_taps(terms, "teacher"),
-            precision=precision,
-            device=device,
+            Placement(world, precision, engine.channels_last),
             data_normalization=normalization,
             layout=layout,
             compiled=engine.compiled,
@@ -163,8 +165,10 @@ def build_trainer(
     alone = bound_teacher if isinstance(bound_teacher, Teacher) else None
     stages = alone.stages if alone and alone.has_stages else None
     # Of the network as it was loaded: the bound one may be folded, and held in the type of the run.
-    head = _head(teacher.model, teacher.class_map, device) if alone and teacher else None
-    norm = _last_norm(teacher.model) if alone and teacher else None
+    loaded = teachers[0] if alone else None
+    head = copy_of_head(loaded.model, loaded.class_map, device) if loaded else None
+    norm = last_norm(loaded.model) if loaded else None
+    pooled = partial(taps_into_head, loaded, image_shape, device) if loaded else None
     for term in terms:
         term.bind(
             BindContext(
@@ -175,7 +179,7 @@ def build_trainer(
                 teacher_stages=stages,
                 teacher_head=head,
                 teacher_norm=norm,
-                teacher_pooled=lambda: _pooled(teacher, image_shape, device),
+                teacher_pooled=pooled,
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
@@ -337,52 +341,3 @@ def _check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
                 f"the loss {term.name} wants {wants[term.label_kind or kind]}, the data has "
                 f"{wants[kind]}: {cure}"
             )
-
-
-def _last_linear(model: nn.Module) -> nn.Linear | None:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return linears[-1] if linears else None
-
-
-def _pooled(
-    teacher: LoadedNet | None, image_shape: tuple[int, int, int], device: torch.device
-) -> tuple[str, ...]:
-    """The teacher's taps that its classifier pools, found with two images of noise."""
-    classifier = _last_linear(teacher.model) if teacher else None
-    if teacher is None or classifier is None:
-        return ()
-    channels, *size = image_shape
-    size = [teacher.resolution] * 2 if teacher.resolution else size
-    noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
-    return pooled_taps(teacher.model, classifier, noise.to(device, classifier.weight.dtype))
-
-
-def _head(
-    model: nn.Module, class_map: tuple[int, ...] | None, device: torch.device
-) -> nn.Linear | None:
-    """A copy of the last linear layer, which the classifiers of zoo, timm and torchvision end in.
-
-    Its outputs are in the class order of the data.
-    """
-    last = _last_linear(model)
-    if last is None:
-        return None
-    head = copy.deepcopy(last).to(device)
-    if class_map is not None:
-        rows = list(class_map)
-        head.weight = nn.Parameter(head.weight[rows], requires_grad=False)
-        if head.bias is not None:
-            head.bias = nn.Parameter(head.bias[rows], requires_grad=False)
-        head.out_features = len(rows)
-    return head
-
-
-def _last_norm(model: nn.Module) -> nn.BatchNorm2d | None:
-    """The last batch norm that is not in a shortcut; all families name those alike."""
-    norms = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-        and not {"downsample", "shortcut"} & set(path.split("."))
-    ]
-    return norms[-1] if norms else None

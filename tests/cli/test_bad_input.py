@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import fastkd.training.trainer
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.models import create_model
+from fastkd.models.card import card_of, sign
 from fastkd.output.console import Console
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
@@ -160,7 +162,7 @@ def test_an_unknown_student_is_found_before_the_teacher_is_trained(expect_refusa
 
 def save_teacher(path, num_classes=10, normalization=None, **options):
     model = create_model("resnet8", num_classes, width=0.5, **options)
-    model.normalization = normalization
+    sign(model, replace(card_of(model), normalization=normalization))
     save_weights(path, model, describe(model))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 import fastkd.data.sources.synthetic
 import fastkd.teachers.loading
 from fastkd.models import count, create_model
+from fastkd.models.card import card_of, sign
 from fastkd.recipes.loading import load_recipe
 from fastkd.training.trainer import Trainer
 
@@ -314,7 +316,7 @@ def test_eval_renormalises_for_the_network_unless_told(command, tmp_path, monkey
     from fastkd.storage.weights import describe, save_weights
 
     model = create_model("resnet8", 10, width=0.5)
-    model.normalization = ((0.1, 0.2, 0.3), (0.9, 0.8, 0.7))
+    sign(model, replace(card_of(model), normalization=((0.1, 0.2, 0.3), (0.9, 0.8, 0.7))))
     save_weights(tmp_path / "own.safetensors", model, describe(model))
     words = ["eval", "resnet8", "--weights", "own.safetensors", "data.name=synthetic"]
     own, same, other = (

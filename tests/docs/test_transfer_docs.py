@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd.models import create_model
+from fastkd.models.card import card_of, sign
 from fastkd.storage.weights import describe, load_weights, save_weights
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text()
@@ -29,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tens
     """The tensors of a backbone in RUN/, beside FOLDER/ with images of three classes."""
     monkeypatch.chdir(tmp_path)
     backbone: Any = create_model("torchvision:resnet18", 7)
-    backbone.normalization = ((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    sign(backbone, replace(card_of(backbone), normalization=((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))))
     Path("RUN").mkdir()
     save_weights(Path("RUN/best.safetensors"), backbone, describe(backbone))
     noise = np.random.default_rng(0)

@@ -47,7 +47,7 @@ from fastkd.models import create_model
 from fastkd.models.taps import Tapped
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.step import Prepared
@@ -122,7 +122,7 @@ def build(
     return build_trainer(
         plan,
         student=create_model("resnet8", CLASSES, width=0.5),
-        teacher=LoadedNet(create_model("resnet8", CLASSES, width=0.5)),
+        teachers=(LoadedNet(create_model("resnet8", CLASSES, width=0.5)),),
         terms=terms,
         optim=OptimConfig(lr=0.05, schedule="constant"),
         engine=Engine(Precision(precision, "cpu"), compiled=False, ema=ema),

@@ -5,6 +5,7 @@ import pytest
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.models.blocks.grammar import Block, parse_block
+from fastkd.models.card import card_of
 
 CANONICAL = {
     "S": Block(kind="S"),
@@ -104,4 +105,4 @@ def test_what_does_not_divide_is_said_with_both_numbers(name, block, message):
 
 
 def test_a_network_keeps_the_canonical_name():
-    assert create_model("resnet8", 10, block="BG:2:M:2").fastkd_options == {"block": "BG(2,M/2)"}
+    assert card_of(create_model("resnet8", 10, block="BG:2:M:2")).options == {"block": "BG(2,M/2)"}

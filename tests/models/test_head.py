@@ -18,6 +18,7 @@ HEADS = {
     "wrn_16_2": ["fc"],
     "timm:resnet18": ["fc"],
     "timm:deit_tiny_distilled_patch16_224": ["head", "head_dist"],
+    "torchvision:regnet_x_400mf": ["fc"],  # cannot be built on the meta device
     "torchvision:squeezenet1_1": ["classifier.1"],
     "torchvision:mobilenet_v3_small": ["classifier.3"],
 }

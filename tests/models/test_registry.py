@@ -13,6 +13,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import create_model, list_models
+from fastkd.models.card import card_of
 from fastkd.models.hub import BARE_IN_TIMM_0_2
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -23,7 +24,7 @@ def test_every_listed_name_builds() -> None:
     assert {"wrn_40_2", "wrn_16_2", "resnet8", "resnet110", "resnet8x4", "resnet32x4"} <= set(names)
     with torch.device("meta"):
         for name in names:
-            assert create_model(name, 3).fastkd_name == name
+            assert card_of(create_model(name, 3)).name == name
 
 
 def test_patterns() -> None:
@@ -49,10 +50,10 @@ def test_patterns() -> None:
 )
 def test_a_network_carries_what_rebuilds_it(name, classes, options, normalization) -> None:
     model = create_model(name, classes, **options)
-    assert (model.fastkd_name, model.fastkd_options) == (name, options)
+    assert (card_of(model).name, card_of(model).options) == (name, options)
     assert model.num_classes == (classes or 1000)
-    assert model.normalization == normalization
-    again = create_model(model.fastkd_name, model.num_classes, **model.fastkd_options)
+    assert card_of(model).normalization == normalization
+    again = create_model(card_of(model).name, model.num_classes, **card_of(model).options)
     assert {key: value.shape for key, value in again.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }
@@ -164,11 +165,11 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
         torchvision.models._api, "load_state_dict_from_url", lambda *args, **kwargs: published
     )
     own = create_model(f"torchvision:{name}", pretrained=True)
-    assert own.normalization == IMAGENET
+    assert card_of(own).normalization == IMAGENET
     assert all(torch.equal(value, published[key]) for key, value in own.state_dict().items())
 
     model = create_model(f"torchvision:{name}", 7, pretrained=True)
-    assert (model.num_classes, model.normalization) == (7, IMAGENET)
+    assert (model.num_classes, card_of(model).normalization) == (7, IMAGENET)
     for key, value in model.state_dict().items():
         if key.startswith(f"{head}."):
             assert value.shape[0] == 7

@@ -18,6 +18,7 @@ from fastkd.models import (
     remove_shortcuts,
 )
 from fastkd.models.blocks.layers import ResidualBlock
+from fastkd.models.card import card_of
 from fastkd.storage.weights import save_weights
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -133,7 +134,7 @@ def test_padded_shortcuts_are_removed_like_others():
     some = remove_shortcuts(model, keep_projection=True)
     assert list(some.rewrite_report.left.values()) == ["padding kept"] * 2
     assert not hasattr(some, "fastkd_name")  # no option builds this
-    assert remove_shortcuts(model).fastkd_options == {"shortcuts": False}
+    assert card_of(remove_shortcuts(model)).options == {"shortcuts": False}
 
 
 def test_batch_norms_that_were_zeroed_for_the_shortcut_start_at_one():
@@ -273,6 +274,8 @@ def test_hub_networks_take_shortcuts_as_an_option(tmp_path):
     model = create_model("timm:test_resnet", 5, shortcuts=False, block="G(2)")
     save_weights(tmp_path / "plain.safetensors", model)
     assert str(model_from_file(tmp_path / "plain.safetensors")) == str(model)
-    assert create_model("timm:test_resnet", 5, shortcuts=True).fastkd_options == {"shortcuts": True}
+    assert card_of(create_model("timm:test_resnet", 5, shortcuts=True)).options == {
+        "shortcuts": True
+    }
     with pytest.raises(UserError, match="shortcuts='pad': of this network they can be kept"):
         create_model("timm:test_resnet", 5, shortcuts="pad")

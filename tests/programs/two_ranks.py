@@ -32,7 +32,7 @@ from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.models import create_model
 from fastkd.output.console import Console
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
@@ -91,7 +91,7 @@ def make(
     return build_trainer(
         Plan(stage="two ranks", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
         student=student,
-        teacher=LoadedNet(create_model("resnet8", 10, width=0.5)),
+        teachers=(LoadedNet(create_model("resnet8", 10, width=0.5)),),
         terms=terms,
         optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
         engine=Engine(Precision("fp32", "cpu"), compiled=False, ema=ema),

@@ -155,9 +155,9 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     data = open_recipe_data(recipe, session)
     nets = load_teacher(recipe.teacher, data)
     assert nets is not None
-    assert [net.normalization[0][0] for net in nets.members] == [0.5, 0.485]
+    assert [net.normalization[0][0] for net in nets] == [0.5, 0.485]
     made = stage_builder(recipe, data, nets, session)(None)
-    made.nets = nets.members  # type: ignore[attr-defined]
+    made.nets = nets  # type: ignore[attr-defined]
     return made
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from fastkd.errors import RunFailed, UserError
 from fastkd.models import Tapped, create_model, model_from_file
-from fastkd.storage.weights import describe, load_into, load_weights, save_weights
+from fastkd.models.card import card_of, sign
+from fastkd.storage.weights import WeightFile, describe, load_into, load_weights, save_weights
 
 
 def small() -> nn.Module:
@@ -35,7 +37,8 @@ def assert_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 def other_of(model: nn.Module) -> nn.Module:
     torch.manual_seed(2)
-    return create_model(model.fastkd_name, model.num_classes, **model.fastkd_options)
+    card = card_of(model)
+    return create_model(card.name, card.num_classes, **card.options)
 
 
 NAMESPACE = argparse.Namespace(lr=0.1, milestones=[150, 180], name="kd", mean=np.float32(0.5))
@@ -238,7 +241,7 @@ def test_values_are_cast_to_the_network() -> None:
 
 def test_best_file_rebuilds_the_network(tmp_path: Path) -> None:
     model = small().to(memory_format=torch.channels_last)
-    model.normalization = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    sign(model, replace(card_of(model), normalization=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))))
     save_weights(tmp_path / "best.safetensors", model, {"epoch": "3"})
     assert load_weights(tmp_path / "best.safetensors")[1] == {
         "format": "pt",
@@ -322,3 +325,20 @@ def test_the_description_is_plain_json() -> None:
     facts = describe(create_model("timm:test_resnet", 3, drop_rate=0.1))
     assert json.loads(facts["options"]) == {"drop_rate": 0.1}
     assert json.loads(facts["normalization"]) == [[0.5] * 3, [0.5] * 3]
+
+
+def test_an_opened_file_stands_wherever_a_path_does(tmp_path: Path) -> None:
+    model = small()
+    save_weights(tmp_path / "best.safetensors", model)
+    file = WeightFile.open(tmp_path)
+    (tmp_path / "best.safetensors").unlink()  # nothing below reads it again
+    assert WeightFile.open(file) is file
+    assert file.facts["architecture"] == file.network.architecture == "resnet8"
+    for again in (
+        create_model("resnet8", 10, weights=file, width=0.25),
+        model_from_file(file),
+    ):
+        assert_same(again, model.state_dict())
+    assert load_into(other_of(model), file).complete
+    with pytest.raises(UserError, match=f"{tmp_path} does not fit resnet14"):
+        create_model("resnet14", 10, weights=file)

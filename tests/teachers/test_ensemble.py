@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 import fastkd.teachers.teacher
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.losses import AT, KD, CrossEntropy, Discriminator, JointRD, SoftCE
 from fastkd.models import create_model
 from fastkd.storage.weights import describe, save_weights
-from fastkd.teachers.ensemble import Ensemble, LoadedNet, bind_teacher
+from fastkd.teachers.ensemble import Ensemble, bind_teacher
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -41,10 +44,9 @@ class Told(nn.Module):
 
 
 def bound(*nets: LoadedNet, taps: Any = None, **options: Any) -> Teacher | Ensemble:
-    first, *others = nets
-    net = LoadedNet(**{**vars(first), "ensemble": tuple(others)})
-    options = {"precision": FP32, "device": CPU, "data_normalization": DATA} | options
-    return bind_teacher(net, taps or {"x": ()}, **options)
+    placement = Placement(World(0, 0, 1, CPU, None), options.pop("precision", FP32))
+    options = {"data_normalization": DATA} | options
+    return bind_teacher(nets, taps or {"x": ()}, placement, **options)
 
 
 @pytest.mark.parametrize("members", [2, 3])

@@ -1,11 +1,10 @@
 """The teacher sees what it was trained on, speaks the data's class order, and is never trained."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
@@ -15,11 +14,12 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
-from fastkd.teachers.ensemble import LoadedNet
-from fastkd.teachers.teacher import Teacher, freeze, run_ahead
+from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teacher import Teacher, freeze
 
 CPU = torch.device("cpu")
-FP32 = Precision("fp32", "cpu")
+WORLD = World(0, 0, 1, CPU, None)
+PLACEMENT = Placement(WORLD, Precision("fp32", "cpu"))
 DATA = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 OWN = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -30,8 +30,9 @@ def normalised(images, mean_std):
 
 
 def teacher(model, taps=None, **options):
-    options = {"precision": FP32, "device": CPU, "data_normalization": DATA} | options
-    return Teacher(model, taps or {}, **options)
+    wanted = ("normalization", "resolution", "class_map")
+    loaded = LoadedNet(model, **{key: options.pop(key) for key in wanted if key in options})
+    return Teacher(loaded, taps or {}, PLACEMENT, **{"data_normalization": DATA} | options)
 
 
 def net(num_classes=10):
@@ -234,10 +235,10 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
             *("student.width=0.5", "precision=fp32", "compile=off", "device=cpu"),
         ],
     )
-    session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), tmp_path)
+    session = Session(WORLD, Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
     model = net()
-    made = stage_builder(recipe, data, LoadedNet(model), session)(RunFolder(tmp_path))
+    made = stage_builder(recipe, data, (LoadedNet(model),), session)(RunFolder(tmp_path))
     before = [parameter.clone() for parameter in model.parameters()]
     made.fit()
     assert all(map(torch.equal, before, model.parameters()))
@@ -251,78 +252,13 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
     assert not any(torch.equal(tensor, model.conv1.weight) for tensor in saved)
 
 
-def test_on_a_cpu_items_come_in_order_and_none_is_made_early():
-    made = []
-
-    def items():
-        for number in range(3):
-            made.append(number)
-            yield number
-
-    for number in run_ahead(items(), CPU):
-        assert made == list(range(number + 1))
-    assert made == [0, 1, 2]
-
-
-def test_memory_of_an_item_is_taken_back_only_after_its_use(monkeypatch):
-    """On streams that only write down who waits for whom: item 2 is made after the use of 0."""
-    log = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            log.append(f"{self.name} waits for {other.name}")
-
-        def record_event(self):
-            return log[-1].removeprefix("made ")
-
-        def wait_event(self, event):
-            log.append(f"{self.name} waits for item {event}")
-
-    side, main = Stream("side"), Stream("main")
-    monkeypatch.setattr("fastkd.teachers.teacher._side_stream", lambda device: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-
-    def items():
-        for number in range(3):
-            log.append(f"made {number}")
-            yield number
-
-    for number in run_ahead(items(), torch.device("cuda")):
-        log.append(f"used {number}")
-    assert log == [
-        *("side waits for main", "made 0", "made 1", "main waits for item 0", "used 0"),
-        *("side waits for main", "made 2", "main waits for item 1", "used 1"),
-        *("side waits for main", "main waits for item 2", "used 2", "side waits for main"),
-    ]
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_one_item_is_made_ahead():
-    device = torch.device("cuda")
-    made = []
-
-    def items():
-        for number in range(4):
-            made.append(number)
-            yield torch.full((1000,), float(number), device=device)
-
-    for number, item in enumerate(run_ahead(items(), device)):
-        assert made == list(range(min(number + 2, 4)))
-        assert (item == number).all()
-
-
 def test_accuracy_through_a_teacher_is_that_of_the_network():
     data = open_data(name="synthetic", batch_size=50, image_size=16)
     model = net()
     from fastkd.evaluation.evaluate import evaluate
 
-    world = World(0, 0, 1, CPU, None)
     made = teacher(model, data_normalization=(data.mean, data.std))
-    found = evaluate(made.logits, data.val, resolve_precision("fp32", CPU), world)
+    found = evaluate(made.logits, data.val, resolve_precision("fp32", CPU), WORLD)
     with torch.no_grad():
         hits = sum(
             int((model(batch.images_NCHW).argmax(1) == batch.labels_N).sum())
@@ -337,10 +273,9 @@ def test_weights_held_in_bf16_give_the_logits_of_autocast(name):
     model = create_model(name, 10)
     images = torch.randn(4, 3, 32, 32)
     held = Teacher(
-        model,
+        LoadedNet(model),
         {"x": ("logits",)},
-        precision=Precision("bf16", "cpu"),
-        device=torch.device("cpu"),
+        Placement(WORLD, Precision("bf16", "cpu")),
         data_normalization=((0.0,) * 3, (1.0,) * 3),
     )
     kinds = {type(m): m.weight.dtype for m in held.model.modules() if hasattr(m, "weight")}

@@ -21,9 +21,10 @@ from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
-from fastkd.teachers.teacher import run_ahead
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import no_host_sync
-from fastkd.training.build import Engine, LoadedNet, build_trainer
+from fastkd.training.ahead import run_ahead
+from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
 
@@ -59,7 +60,7 @@ def trainer(
     return build_trainer(
         Plan(stage="gpu", digest="", seed=0, epochs=3),
         student=create_model("wrn_10_1", CLASSES),
-        teacher=LoadedNet(create_model("wrn_16_1", CLASSES)),
+        teachers=(LoadedNet(create_model("wrn_16_1", CLASSES)),),
         terms=terms,
         optim=OptimConfig(lr=0.01),
         engine=Engine(chosen, compiled=compiled),

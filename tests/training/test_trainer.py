@@ -32,7 +32,7 @@ from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
-from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer
@@ -92,7 +92,7 @@ def make(
     return build_trainer(
         Plan(stage="test", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
         student=net,
-        teacher=LoadedNet(create_model(teacher, 10, width=0.5)) if teacher else None,
+        teachers=(LoadedNet(create_model(teacher, 10, width=0.5)),) if teacher else (),
         terms=terms or [CrossEntropy()],
         optim=OptimConfig.model_validate({"lr": 0.05, "schedule": "constant"} | (optim or {})),
         engine=Engine(Precision("fp32", "cpu"), compiled, ema=ema, max_skips=max_skips),

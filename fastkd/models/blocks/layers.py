@@ -6,6 +6,8 @@ is on the spatial convolution; G changes the channels in its last convolution, B
 first; nothing follows the last convolution, because the network normalises what a 3x3 gives anyway.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -27,6 +29,7 @@ __all__ = [
     "Style",
     "init_convs",
     "make_shortcut",
+    "norm_projection",
     "substitute",
 ]
 
@@ -187,9 +190,12 @@ def make_shortcut(
     in_channels: int,
     out_channels: int,
     stride: int,
-    projection: Callable[[], nn.Module],
+    projection: Callable[[int, int, int], nn.Module],
 ) -> nn.Module | None:
-    """nn.Identity, a projection, a PaddedShortcut, or None where nothing is added."""
+    """nn.Identity, a projection, a PaddedShortcut, or None where nothing is added.
+
+    projection: makes one from in_channels, out_channels and stride.
+    """
     if shortcuts not in (True, False, "pad", "projection"):
         raise UserError(f"shortcuts={shortcuts!r}: expected True, False, 'pad' or 'projection'")
     if shortcuts is False:
@@ -198,23 +204,39 @@ def make_shortcut(
         return None if shortcuts == "projection" else nn.Identity()
     if shortcuts == "pad":
         return PaddedShortcut(in_channels, out_channels, stride)
-    return projection()
+    return projection(in_channels, out_channels, stride)
+
+
+def norm_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """A 1x1 convolution with batch norm: the projection of post-activation networks."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
 
 
 class ResidualBlock(nn.Module):
     """Base of the zoo's residual blocks: what `cheapen` and `remove_shortcuts` ask of them.
 
-    A subclass passes all its constructor arguments on by name; among them are `block` (a name) and
-    `shortcuts`. The network that holds it initialises its convolutions (`init_convs`).
+    The constructor of a subclass has the arguments `block` (a name) and `shortcuts`; all that it is
+    given is recorded, so that the block can be built again. The network that holds it initialises
+    its convolutions (`init_convs`).
     """
 
     shortcut_name: ClassVar[str] = "shortcut"
     """The child that is added to the branch: nn.Identity, a projection, or None for nothing."""
 
-    def __init__(self, **arguments: Any) -> None:
+    arguments: dict[str, Any]
+    """What the constructor was given, defaults included, by name."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _recording(cls.__init__)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.arguments = arguments
-        self.block = parse_block(arguments["block"])
+        self.block = parse_block(self.arguments["block"])
 
     def rebuilt(self, block: str) -> Self:
         """The same residual block with another cheap block in it.
@@ -245,6 +267,22 @@ class ResidualBlock(nn.Module):
         delattr(self, self.shortcut_name)
         setattr(self, self.shortcut_name, None)
         self.arguments = self.arguments | {"shortcuts": False}
+
+
+def _recording(construct: Callable[..., None]) -> Callable[..., None]:
+    """The same constructor, which first notes its arguments in `self.arguments`."""
+    signature = inspect.signature(construct)
+
+    @functools.wraps(construct)
+    def construct_and_record(self: ResidualBlock, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _, *given = bound.arguments.items()
+        # Where one constructor calls another, the outer one rebuilds the block.
+        vars(self).setdefault("arguments", dict(given))
+        construct(self, *args, **kwargs)
+
+    return construct_and_record
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

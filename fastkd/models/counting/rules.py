@@ -24,6 +24,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import Bottleneck, GroupedPointwise
+from fastkd.models.card import title_of
 from fastkd.models.zoo.erfnet import ERFNet
 from fastkd.models.zoo.resnet18 import ResNet18
 from fastkd.models.zoo.wrn import WideResNet
@@ -85,10 +86,9 @@ def _moonshine(model: nn.Module) -> Rule:
     if isinstance(model, ResNet18) and isinstance(model.maxpool, nn.MaxPool2d):
         pools = {aten.max_pool2d_with_indices: _max_pool, aten.mean: _average}
         return Rule(formulas=formulas | pools, skip_relu_in=cheap)
-    name = getattr(model, "fastkd_name", type(model).__name__)
     raise UserError(
-        f"the rule 'moonshine' is not defined for {name}, only for wrn_D_W, for resnet18 and "
-        "resnet34 with stem='imagenet', and for erfnet"
+        f"the rule 'moonshine' is not defined for {title_of(model)}, only for wrn_D_W, for "
+        "resnet18 and resnet34 with stem='imagenet', and for erfnet"
     )
 
 

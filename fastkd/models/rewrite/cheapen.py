@@ -18,16 +18,27 @@ from torch.nn.modules.conv import _ConvNd
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import Block, parse_block
 from fastkd.models.blocks.layers import ResidualBlock, init_convs, substitute
-from fastkd.models.rewrite.result import RewriteReport, copied, finish, grouped
+from fastkd.models.card import card_of
+from fastkd.models.rewrite.report import RewriteReport, grouped
+from fastkd.models.rewrite.result import copied, finish
 from fastkd.models.rewrite.style import StyleFinder
 
 __all__ = ["cheapen"]
 
-SHORTCUT_NAMES = {"downsample", "shortcut", "skip"}
-HEAD_NAMES = {
-    *("head", "classifier", "fc", "logits", "pre_logits"),
-    *("aux_classifier", "auxlogits", "aux1", "aux2"),
-}
+SHORTCUT_NAMES = frozenset({"downsample", "shortcut", "skip"})
+HEAD_NAMES = frozenset(
+    {
+        "head",
+        "classifier",
+        "fc",
+        "logits",
+        "pre_logits",
+        "aux_classifier",
+        "auxlogits",
+        "aux1",
+        "aux2",
+    }
+)
 STEM_NAME = re.compile(r".*stem.*|conv_?1")
 
 
@@ -86,8 +97,9 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
             f"{'; '.join(grouped(left)) or 'it has none'}. "
             "where=PATTERN takes convolutions by the names of their modules, whatever they are"
         )
-    options = getattr(model, "fastkd_options", {})
-    whole = where is None and (bool(blocks) or "block" not in options)
+    card = card_of(model)
+    cheap_before = card is not None and "block" in card.options
+    whole = where is None and (bool(blocks) or not cheap_before)
     report = RewriteReport(f"cheapen {wanted}", changed, left, _dearer(new_of))
     return finish(model, new_of, report, {"block": str(wanted)} if whole else None)
 
@@ -142,7 +154,6 @@ class _Eligible:
         self.roles = _roles(model)
 
     def takes_block(self, path: str, block: nn.Module) -> bool:
-        """Every one."""
         return True
 
     def reason_to_leave(self, path: str, conv: _ConvNd) -> str | None:

@@ -5,35 +5,17 @@ Called by `cheapen`, `remove_shortcuts` and `fuse`.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fastkd.errors import UserError
+from fastkd.models.card import Card, card_of, sign
+from fastkd.models.rewrite.report import RewriteReport
 from fastkd.models.taps import check_network
 
-__all__ = ["RewriteReport", "copied", "finish", "grouped"]
-
-SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class RewriteReport:
-    """What became of which module, by its path in the original network; `str()` is readable."""
-
-    title: str
-    changed: Mapping[str, str]
-    """Path -> what became of the module."""
-    left: Mapping[str, str]
-    """Path -> why the module stayed as it was."""
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{self.title}: {len(self.changed)} changed, {len(self.left)} left"]
-        lines += [f"  changed  {line}" for line in grouped(self.changed)]
-        lines += [f"  left     {line}" for line in grouped(self.left)]
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+__all__ = ["copied", "finish"]
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -47,17 +29,6 @@ def copied(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); take "
             "wrappers and tensors with a history off it first"
         ) from error
-
-
-def grouped(texts: Mapping[str, str]) -> list[str]:
-    """`16 x 1x1 (layer1.0.conv1, layer1.0.conv3, ..)`, one line for each text."""
-    paths: dict[str, list[str]] = {}
-    for path, text in texts.items():
-        paths.setdefault(text, []).append(path)
-    return [
-        f"{len(found)} x {text} ({', '.join(found[:SHOWN])}{', ..' * (len(found) > SHOWN)})"
-        for text, found in paths.items()
-    ]
 
 
 def finish(
@@ -75,11 +46,11 @@ def finish(
         for name, child in parent.named_children():
             if child in new_of:
                 parent.add_module(name, new_of[child])
-    rewritten: Any = new_of.get(model, model)
-    rewritten.rewrite_report = report
-    if hasattr(rewritten, "fastkd_name"):
-        if options is None:
-            del rewritten.fastkd_name, rewritten.fastkd_options
-        else:
-            rewritten.fastkd_options = {**rewritten.fastkd_options, **options}
+    rewritten = new_of.get(model, model)
+    card = replace(card_of(model) or Card(), report=report)
+    if options is None:
+        card = replace(card, name=None, options={})
+    elif card.name is not None:
+        card = replace(card, options={**card.options, **options})
+    sign(rewritten, card)
     return rewritten

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import PaddedShortcut, ResidualBlock
 from fastkd.models.rewrite.exact import reserved_block
-from fastkd.models.rewrite.result import RewriteReport, copied, finish
+from fastkd.models.rewrite.report import RewriteReport
+from fastkd.models.rewrite.result import copied, finish
 
 __all__ = ["remove_shortcuts"]
 
@@ -44,9 +45,21 @@ LAYOUTS = {
     ),
     "timm.models.resnet.Bottleneck": _Layout(
         "downsample",
-        (
-            *("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa"),
-            *("conv3", "bn3", "se", "act3"),
+        tuple(
+            [
+                "conv1",
+                "bn1",
+                "act1",
+                "conv2",
+                "bn2",
+                "drop_block",
+                "act2",
+                "aa",
+                "conv3",
+                "bn3",
+                "se",
+                "act3",
+            ]
         ),
     ),
     "timm.models.regnet.Bottleneck": _Layout(

@@ -16,8 +16,19 @@ from fastkd.models.blocks.layers import Style
 __all__ = ["StyleFinder"]
 
 _ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
-    *(nn.SiLU, nn.Mish, nn.Softplus, nn.Hardswish),
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Hardswish,
 )
 _TIMM_ACTIVATIONS = ("Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU")
 """timm's own, without the sigmoids, which are gates of attention and not activations."""

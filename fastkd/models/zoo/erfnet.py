@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import Block
@@ -74,23 +75,31 @@ class ERFNet(ZooNetwork):
     """images [N, 3, H, W], H and W multiples of 8 -> logits [N, num_classes, H, W]."""
 
     tap_names = (
-        *("stem", "stage1:preact", "stage1", "stage2:preact", "stage2", "stage3:preact", "stage3"),
-        *("stage4:preact", "stage4", "stage5:preact", "stage5", "logits"),
+        "stem",
+        "stage1:preact",
+        "stage1",
+        "stage2:preact",
+        "stage2",
+        "stage3:preact",
+        "stage3",
+        "stage4:preact",
+        "stage4",
+        "stage5:preact",
+        "stage5",
+        "logits",
     )
+    head_path = "head"
     key_maps = KEY_MAPS
 
     def __init__(self, num_classes: int, block: str) -> None:
         super().__init__()
         residual = partial(ResidualBlock1d, block=block)
-        dilated = (residual(128, dilation, 0.3) for dilation in (2, 4, 8, 16) * 2)
-        self.layers = nn.ModuleList(
-            [
-                *(Down(3, 16), Down(16, 64), *(residual(64, 1, 0.03) for _ in range(5))),
-                *(Down(64, 128), *dilated),
-                *(Up(128, 64), residual(64, 1, 0), residual(64, 1, 0)),
-                *(Up(64, 16), residual(16, 1, 0), residual(16, 1, 0)),
-            ]
-        )
+        self.layers = nn.ModuleList([Down(3, 16), Down(16, 64)])
+        self.layers.extend(residual(64, 1, 0.03) for _ in range(5))
+        self.layers.append(Down(64, 128))
+        self.layers.extend(residual(128, dilation, 0.3) for dilation in (2, 4, 8, 16) * 2)
+        self.layers.extend([Up(128, 64), residual(64, 1, 0), residual(64, 1, 0)])
+        self.layers.extend([Up(64, 16), residual(16, 1, 0), residual(16, 1, 0)])
         self.head = nn.ConvTranspose2d(16, num_classes, 2, stride=2)
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
@@ -122,8 +131,8 @@ class Down(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels - in_channels, 3, stride=2, padding=1)
         self.bn = _norm(out_channels)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         halves = self.conv(x_NCHW), F.max_pool2d(x_NCHW, 2)
         return F.relu(self.bn(torch.cat(halves, dim=1)))
 
@@ -138,8 +147,8 @@ class Up(nn.Module):
         )
         self.bn = _norm(out_channels)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         return F.relu(self.bn(self.conv(x_NCHW)))
 
 
@@ -155,13 +164,7 @@ class ResidualBlock1d(ResidualBlock):
         block: str = "S",
         shortcuts: Shortcuts = True,
     ) -> None:
-        super().__init__(
-            channels=channels,
-            dilation=dilation,
-            dropout=dropout,
-            block=block,
-            shortcuts=shortcuts,
-        )
+        super().__init__()
         self.pair1 = _pair(channels, 1, self.block)
         self.bn1 = _norm(channels)
         self.pair2 = _pair(channels, dilation, self.block)
@@ -175,8 +178,8 @@ class ResidualBlock1d(ResidualBlock):
         out = self.dropout(out)
         return out if self.shortcut is None else out + self.shortcut(x_NCHW)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         return F.relu(self.preact(x_NCHW))
 
 

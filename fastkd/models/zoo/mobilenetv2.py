@@ -73,16 +73,7 @@ class InvertedResidual(ResidualBlock):
         block: str = "G(N)",
         shortcuts: Shortcuts = True,
     ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-            expansion=expansion,
-            relu=relu,
-            bias=bias,
-            block=block,
-            shortcuts=shortcuts,
-        )
+        super().__init__()
         if self.block.kind not in ("S", "G"):
             raise UserError(
                 f"block {self.block} has no place in an inverted residual block, which is a "

@@ -20,6 +20,7 @@ from fastkd.models.blocks.layers import (
     Shortcuts,
     init_convs,
     make_shortcut,
+    norm_projection,
     substitute,
 )
 from fastkd.models.zoo.staged import StagedNetwork, make_stage
@@ -27,8 +28,15 @@ from fastkd.models.zoo.staged import StagedNetwork, make_stage
 __all__ = ["NAMES", "PATTERN", "BasicBlock", "CifarResNet", "build"]
 
 NAMES = (
-    *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
-    *("resnet8x4", "resnet32x4"),
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet8x4",
+    "resnet32x4",
 )
 PATTERN = re.compile("|".join(NAMES))
 KEY_MAPS = {"akamaster": {"linear": "fc"}}
@@ -75,13 +83,7 @@ class BasicBlock(ResidualBlock):
         block: str = "S",
         shortcuts: Shortcuts = True,
     ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-            block=block,
-            shortcuts=shortcuts,
-        )
+        super().__init__()
         self.conv1 = substitute(self.block, in_channels, out_channels, stride=stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2: nn.Module | None = None
@@ -90,11 +92,7 @@ class BasicBlock(ResidualBlock):
             self.conv2 = substitute(self.block, out_channels, out_channels)
             self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = make_shortcut(
-            *(shortcuts, in_channels, out_channels, stride),
-            lambda: nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.BatchNorm2d(out_channels),
-            ),
+            shortcuts, in_channels, out_channels, stride, norm_projection
         )
 
     def preact(self, x_NCHW: Tensor) -> Tensor:
@@ -119,7 +117,8 @@ class CifarResNet(StagedNetwork):
         self, depth: int, widths: tuple[int, ...], num_classes: int, **block_options: Any
     ) -> None:
         super().__init__()
-        blocks, stem, stage1, stage2, stage3 = (depth - 2) // 6, *widths
+        blocks = (depth - 2) // 6
+        stem, stage1, stage2, stage3 = widths
         block = partial(BasicBlock, **block_options)
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)

@@ -19,6 +19,7 @@ from fastkd.models.blocks.layers import (
     Shortcuts,
     init_convs,
     make_shortcut,
+    norm_projection,
     substitute,
 )
 from fastkd.models.zoo.resnet18 import KEY_MAPS
@@ -53,13 +54,7 @@ class Bottleneck(ResidualBlock):
         block: str = "S",
         shortcuts: Shortcuts = True,
     ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-            block=block,
-            shortcuts=shortcuts,
-        )
+        super().__init__()
         inside = out_channels // 4
         self.conv1 = nn.Conv2d(in_channels, inside, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inside)
@@ -68,11 +63,7 @@ class Bottleneck(ResidualBlock):
         self.conv3 = nn.Conv2d(inside, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = make_shortcut(
-            *(shortcuts, in_channels, out_channels, stride),
-            lambda: nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.BatchNorm2d(out_channels),
-            ),
+            shortcuts, in_channels, out_channels, stride, norm_projection
         )
 
     def preact(self, x_NCHW: Tensor) -> Tensor:

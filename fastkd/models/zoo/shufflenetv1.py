@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
@@ -54,8 +55,8 @@ class Unit(nn.Module):
             return out + x_NCHW
         return torch.cat((out, F.avg_pool2d(x_NCHW, 3, stride=2, padding=1)), dim=1)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         return F.relu(self.preact(x_NCHW))
 
 

@@ -13,6 +13,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.models.zoo.staged import StagedNetwork
 
@@ -48,8 +49,8 @@ class SplitUnit(nn.Module):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(out)))))
         return torch.cat((kept, self.bn3(self.conv3(out))), dim=1)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         return _rectify_and_interleave(self.preact(x_NCHW))
 
 
@@ -70,8 +71,8 @@ class DownUnit(nn.Module):
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
 
+    @override
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """See the class."""
         left = self.bn2(self.conv2(self.bn1(self.conv1(x_NCHW))))
         right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x_NCHW)))))
         return _rectify_and_interleave(torch.cat((left, self.bn5(self.conv5(right))), dim=1))

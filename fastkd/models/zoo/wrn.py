@@ -30,17 +30,17 @@ from fastkd.models.zoo.staged import make_stage
 __all__ = ["NAMES", "PATTERN", "PreactBlock", "WideResNet", "build"]
 
 NAMES = (
-    *(
-        "wrn_10_1",
-        "wrn_10_2",
-        "wrn_16_1",
-        "wrn_16_2",
-        "wrn_16_4",
-        "wrn_22_2",
-        "wrn_28_2",
-        "wrn_28_10",
-    ),
-    *("wrn_40_1", "wrn_40_2", "wrn_40_4"),
+    "wrn_10_1",
+    "wrn_10_2",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_16_4",
+    "wrn_22_2",
+    "wrn_28_2",
+    "wrn_28_10",
+    "wrn_40_1",
+    "wrn_40_2",
+    "wrn_40_4",
 )
 PATTERN = re.compile(r"wrn_(\d{1,4})_(\d{1,3})")
 KEY_MAPS = {
@@ -97,14 +97,7 @@ class PreactBlock(ResidualBlock):
         shortcuts: Shortcuts = True,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-            block=block,
-            shortcuts=shortcuts,
-            dropout=dropout,
-        )
+        super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = substitute(self.block, in_channels, out_channels, stride=stride)
         self.bn2: nn.Module | None = None
@@ -113,10 +106,7 @@ class PreactBlock(ResidualBlock):
             self.bn2 = nn.BatchNorm2d(out_channels)
             self.conv2 = substitute(self.block, out_channels, out_channels)
         self.dropout = dropout
-        self.shortcut = make_shortcut(
-            *(shortcuts, in_channels, out_channels, stride),
-            lambda: nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-        )
+        self.shortcut = make_shortcut(shortcuts, in_channels, out_channels, stride, _projection)
 
     def after_bn1(self, x_NCHW: Tensor, normed_NCHW: Tensor) -> Tensor:
         """The block from its input and `bn1` of that input, which may also serve as a tap."""
@@ -133,18 +123,31 @@ class PreactBlock(ResidualBlock):
         return self.after_bn1(x_NCHW, self.bn1(x_NCHW))
 
 
+def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Without batch norm: its input is normalised and rectified already."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
 class WideResNet(ZooNetwork):
     """images [N, 3, H, W], H and W at least 4 -> logits [N, num_classes]."""
 
     tap_names = (
-        *("stem", "stage1", "stage1:preact", "stage2", "stage2:preact", "stage3", "stage3:preact"),
-        *("pooled", "logits"),
+        "stem",
+        "stage1",
+        "stage1:preact",
+        "stage2",
+        "stage2:preact",
+        "stage3",
+        "stage3:preact",
+        "pooled",
+        "logits",
     )
     key_maps = KEY_MAPS
 
     def __init__(self, depth: int, width: int, num_classes: int, **block_options: Any) -> None:
         super().__init__()
-        blocks, block = (depth - 4) // 6, partial(PreactBlock, **block_options)
+        blocks = (depth - 4) // 6
+        block = partial(PreactBlock, **block_options)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.layer1 = make_stage(block, 16, 16 * width, 1, blocks)
         self.layer2 = make_stage(block, 16 * width, 32 * width, 2, blocks)

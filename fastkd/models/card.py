@@ -1,0 +1,73 @@
+"""What fastkd knows of a network beyond its layers, in one attribute: `card_of(model)`.
+
+`create_model` writes the card; rewrites, `freeze_backbone` and loaders of weights replace it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastkd.config.section import Normalization
+from fastkd.models.rewrite.report import RewriteReport
+from fastkd.storage.description import CARD, NetworkFacts
+
+__all__ = ["Card", "card_of", "sign", "title_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """Origin and state of a network. All fields are unknown for a network built elsewhere."""
+
+    name: str | None = None
+    """With `num_classes` and `options` what `create_model` builds it from; None if it cannot."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    normalization: Normalization | None = None
+    """(mean, std) per channel that its weights expect, for images in [0, 1]."""
+    head: tuple[str, ...] | None = None
+    """Paths of the layers that hold the classes; None until `classifier_paths` has looked."""
+    trained: tuple[str, ...] | None = None
+    """Paths of the only layers that are trained, where the backbone is frozen."""
+    report: RewriteReport | None = None
+    """What the last rewrite changed."""
+
+    @property
+    def facts(self) -> NetworkFacts:
+        """What a weight file says of the network."""
+        return NetworkFacts(
+            architecture=self.name,
+            num_classes=self.num_classes,
+            options=dict(self.options),
+            normalization=self.normalization,
+        )
+
+
+def card_of(model: nn.Module) -> Card | None:
+    """The card of a network; None if fastkd has neither built nor changed it."""
+    return getattr(model, CARD, None)
+
+
+def title_of(model: nn.Module) -> str:
+    """For messages: the name that `create_model` knows, else the class."""
+    card = card_of(model)
+    return type(model).__name__ if card is None or card.name is None else card.name
+
+
+def sign(model: nn.Module, card: Card) -> None:
+    """Give a network this card.
+
+    The attributes of fastkd 0.1 (`fastkd_name`, `num_classes`, `normalization`, `rewrite_report`)
+    stay readable for one release.
+    """
+    attributes: dict[str, Any] = model.__dict__
+    attributes[CARD] = card
+    if card.name is None:
+        attributes.pop("fastkd_name", None)
+    else:
+        attributes["fastkd_name"] = card.name
+        attributes["num_classes"] = card.num_classes
+        attributes["normalization"] = card.normalization
+    if card.report is not None:
+        attributes["rewrite_report"] = card.report

@@ -1,0 +1,68 @@
+"""What a weight file says of its network: metadata from which `create_model` builds it again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastkd.config.section import Normalization
+
+__all__ = ["CARD", "NetworkFacts", "describe", "facts_of"]
+
+CARD = "fastkd_card"
+"""The attribute that holds a network's `fastkd.models.card.Card`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """Name, class count, options and normalisation of a network."""
+
+    architecture: str | None = None
+    num_classes: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    normalization: Normalization | None = None
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "NetworkFacts":
+        """Read what `to_metadata` wrote. Raises ValueError, TypeError or LookupError otherwise."""
+        mean_std = json.loads(metadata.get("normalization", "null"))
+        return cls(
+            architecture=metadata.get("architecture"),
+            num_classes=int(metadata["num_classes"]) if "num_classes" in metadata else None,
+            options=dict(json.loads(metadata.get("options", "{}"))),
+            normalization=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
+        )
+
+    def to_metadata(self) -> dict[str, str]:
+        """Text by key; empty where text cannot rebuild the network."""
+        if self.architecture is None:
+            return {}
+        try:
+            options = json.dumps(self.options)
+        except TypeError:  # an option such as a class
+            return {}
+        metadata = {
+            "architecture": self.architecture,
+            "num_classes": str(self.num_classes),
+            "options": options,
+        }
+        if self.normalization is not None:
+            metadata["normalization"] = json.dumps(self.normalization)
+        return metadata
+
+
+def facts_of(model: nn.Module) -> NetworkFacts:
+    """What a network says of itself on its card; nothing where it has none."""
+    card = getattr(model, CARD, None)
+    return NetworkFacts() if card is None else card.facts
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """Metadata from which `fastkd.models.model_from_file` builds the network again.
+
+    Keys: `architecture`, `num_classes`, `options` (JSON), `normalization` (JSON [mean, std]), each
+    only where the network has it; networks that `create_model` could not repeat give an empty dict.
+    """
+    return facts_of(model).to_metadata()

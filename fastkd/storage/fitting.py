@@ -1,0 +1,153 @@
+"""Weights copied into a network: names and shapes compared, and what does not fit explained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.errors import UserError
+from fastkd.storage.description import facts_of
+from fastkd.storage.foreign_checkpoints import (
+    bare,
+    bare_names,
+    renamed_for,
+    without_first_component,
+)
+from fastkd.storage.weight_file import WeightFile, WeightSource
+
+__all__ = ["LoadReport", "load_into"]
+
+SHOWN = 4
+"""Keys of each kind that an error message lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What `load_into` left out; all empty after a strict load."""
+
+    missing: tuple[str, ...]
+    """In the network, not in the file."""
+    unexpected: tuple[str, ...]
+    """In the file, not in the network."""
+    wrong_shape: tuple[str, ...]
+    """In both, with different shapes: `name: file 10x64, network 100x64`."""
+
+    @property
+    def complete(self) -> bool:
+        """Every tensor of the file found its place and nothing was missing."""
+        return not (self.missing or self.unexpected or self.wrong_shape)
+
+
+def load_into(
+    model: nn.Module,
+    source: WeightSource | Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    origin: str = "the state dict",
+    new: Sequence[str] = (),
+) -> LoadReport:
+    """Copy weights from a file (path or opened) or a state dict into a network, by name and shape.
+
+    Wrapper prefixes on either side do not matter, nor does one common first component on all keys
+    of the source (`model.` of Lightning). Networks of the zoo also know the names that other
+    repositories use (`ZooNetwork.key_maps`). Values are cast to the network's dtype and device.
+    `metadata` and `origin` (where they came from) improve the error message for a state dict.
+    Raises UserError when strict and anything is missing, unexpected or wrongly shaped, and always
+    when nothing fits; the network is then unchanged.
+    """
+    if isinstance(source, Mapping):
+        state, facts = bare(source), metadata or {}
+    else:
+        file = WeightFile.open(source)
+        state, facts, origin = file.tensors, file.facts, str(file)
+    tensors = {key: value for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    names = {name: key for key, name in bare_names(tensors).items()}
+    own = {name: tensors[key] for name, key in names.items()}
+    if not state.keys() & own.keys():
+        state = without_first_component(state)
+    state = renamed_for(model, state, own)
+    own = {key: value for key, value in own.items() if not _lies_in(key, new)}
+    state = {key: value for key, value in state.items() if not _lies_in(key, new)}
+
+    common = [key for key in own if key in state]
+    fitting = [key for key in common if state[key].shape == own[key].shape]
+    report = LoadReport(
+        # Files older than torch 0.4.1 lack this counter; only cumulative averages need it.
+        missing=tuple(
+            key for key in own if key not in state and not key.endswith("num_batches_tracked")
+        ),
+        unexpected=tuple(key for key in state if key not in own),
+        wrong_shape=tuple(
+            f"{key}: file {_dims(state[key])}, network {_dims(own[key])}"
+            for key in common
+            if state[key].shape != own[key].shape
+        ),
+    )
+    if (strict and not report.complete) or not fitting:
+        hint = _hint(model, report, facts, state, own)
+        title = f"{_title(model)}, of which {', '.join(new)} is new" if new else _title(model)
+        listing = _listing(report) or "it has no tensor of this network"
+        raise UserError(f"{origin} does not fit {title}: {listing}{hint}")
+    model.load_state_dict({names[key]: state[key] for key in fitting}, strict=False)
+    return report
+
+
+def _lies_in(key: str, layers: Sequence[str]) -> bool:
+    return key.startswith(tuple(f"{layer}." for layer in layers))
+
+
+def _title(model: nn.Module) -> str:
+    facts = facts_of(model)
+    if facts.architecture is None:
+        return type(model).__name__
+    return f"{facts.architecture} with {facts.num_classes} classes"
+
+
+def _listing(report: LoadReport) -> str:
+    kinds = (
+        ("missing", report.missing),
+        ("unexpected", report.unexpected),
+        ("of wrong shape", report.wrong_shape),
+    )
+    parts = []
+    for kind, keys in kinds:
+        if keys:
+            more = "; .." if len(keys) > SHOWN else ""
+            parts.append(f"{len(keys)} {kind} ({'; '.join(keys[:SHOWN])}{more})")
+    return ", ".join(parts)
+
+
+def _hint(
+    model: nn.Module,
+    report: LoadReport,
+    facts: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> str:
+    name = facts_of(model).architecture
+    if facts.get("architecture", name) != name:
+        return f". The file holds {facts['architecture']} with {facts.get('num_classes')} classes"
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    only_head = (
+        not (report.missing or report.unexpected)
+        and len({key.rpartition(".")[0] for key in wrong}) == 1
+        and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong)
+    )
+    if only_head:
+        classes = len(state[wrong[0]])
+        return (
+            f". The class counts differ: build the network with num_classes={classes}. In a recipe "
+            "student.new_head=true (new_head=True) takes all but the classifier, and a teacher "
+            "needs teacher.class_map: which of its outputs the classes of the data are"
+        )
+    if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
+        return '. The file has no projections: build the network with shortcuts="pad" or False'
+    if len(own.keys() & state.keys()) - len(wrong) < len(own) / 2:
+        return ". The file looks like another network"
+    return ""
+
+
+def _dims(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
