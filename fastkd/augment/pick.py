@@ -21,6 +21,7 @@ from fastkd.models.taps import Tapped
 __all__ = ["Pick", "PickCriterion", "Picked"]
 
 PickCriterion = Literal["kl", "teacher_entropy", "student_entropy"]
+"""The criteria of `fastkd.kernels.hardness` that need no labels."""
 
 
 class Picked(NamedTuple):

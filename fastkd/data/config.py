@@ -5,18 +5,22 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from fastkd.config.section import Deviations, Section
+from fastkd.data.geometry import Crop, PadMode
+from fastkd.data.normalization import DataName
 
-__all__ = ["DataConfig", "GeometryConfig"]
+__all__ = ["Backend", "DataConfig", "GeometryConfig"]
+
+Backend = Literal["auto", "resident", "torch"]
 
 
 class DataConfig(Section):
     """Where the images come from (`fastkd.data`)."""
 
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    name: DataName
     """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
     root: str | None = None
     """Folder of the data set; digits and synthetic need none."""
-    backend: Literal["auto", "resident", "torch"] = "auto"
+    backend: Backend = "auto"
     """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
     image_size: PositiveInt | None = None
     """Side in pixels after decoding; by default the data set's own."""
@@ -47,11 +51,11 @@ class DataConfig(Section):
 class GeometryConfig(Section):
     """How a training image is cropped and flipped (`fastkd.data.geometry`)."""
 
-    crop: Literal["pad", "resized", "none"] = "pad"
+    crop: Crop = "pad"
     """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
     padding: int = Field(default=4, ge=0)
     """Pixels added on every side before the random crop."""
-    pad_mode: Literal["zero", "reflect"] = "zero"
+    pad_mode: PadMode = "zero"
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the images."""

@@ -59,10 +59,10 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
 
     def build(data: DataPair) -> nn.Module:
         if options := recipe.student.options():
-            return create_model(name, len(data.classes), weights=weights, **options)
+            return create_model(name, data.facts.num_classes, weights=weights, **options)
         if load_weights(weights)[1].get("architecture") == name:
             return model_from_file(weights)
-        return create_model(name, len(data.classes), weights=weights)
+        return create_model(name, data.facts.num_classes, weights=weights)
 
     return _evaluate(recipe, build)
 
@@ -74,10 +74,10 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
     with open_world(recipe.device) as world:
         data = open_recipe_data(recipe, Session(world, Console(enabled=False), Path("runs")))
         model: Any = build(data)
-        if model.num_classes != len(data.classes):
+        if model.num_classes != data.facts.num_classes:
             raise UserError(
                 f"the network {model.fastkd_name} knows {model.num_classes} classes, "
-                f"{data.name} has {len(data.classes)}: name the data it was trained on"
+                f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
@@ -85,13 +85,13 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             {},
             precision=precision,
             device=world.device,
-            data_normalization=(data.mean, data.std),
+            data_normalization=data.facts.normalization,
             # data.mean and data.std, where given, say what the network wants.
             normalization=None if recipe.data.mean else model.normalization,
             layout=memory_format(recipe.channels_last, world.device, model),
             # To the digit what its training reported.
             fold_batch_norm=False,
         )
-        size = count(model, (3, data.image_size, data.image_size))
-        found = evaluate(network.logits, data.val, precision, world, data.multilabel)
+        size = count(model, data.facts.image_shape)
+        found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
     return found | {"params": size.params, "macs": size.macs, "precision": precision.name}

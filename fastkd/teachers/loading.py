@@ -95,7 +95,7 @@ def load_net(
     options = config.options()
     # A teacher that was trained here has learned its head by now.
     new_head = config.new_head and weights == config.weights
-    classes = len(data.classes)
+    classes = data.facts.num_classes
     if class_map is not None:
         classes = _own_classes(config.name, weights, classes)
     # A pretrained teacher that was then trained here has weights of its own.
@@ -147,7 +147,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
                 f"only {names} is trained; the rest, batch norm statistics included, stays as it is"
             )
     wanted = net.normalization
-    if source and wanted and not _close(wanted, (data.mean, data.std)):
+    if source and wanted and not _close(wanted, data.facts.normalization):
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
         said.append(
             f"note: {source} learned from images normalised by data.mean={mean} data.std={std}, "
@@ -158,7 +158,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
 
 def size(model: Any, data: DataPair) -> dict[str, int]:
     """Parameters and multiply-accumulates at the size of the data's images."""
-    found = count(model, (3, data.image_size, data.image_size))
+    found = count(model, data.facts.image_shape)
     return {"params": found.params, "macs": found.macs}
 
 
@@ -180,20 +180,20 @@ def _evaluated(
         {},
         precision=precision,
         device=world.device,
-        data_normalization=(data.mean, data.std),
+        data_normalization=data.facts.normalization,
         layout=memory_format(channels_last, world.device, net.model),
         # To the digit what its own training reported.
         fold_batch_norm=False,
     )
     # Members of different types each take the images as they come and cast them for themselves.
     outer = Precision("fp32", world.device.type) if net.ensemble else precision
-    return evaluate(teacher.logits, data.val, outer, world, data.multilabel)
+    return evaluate(teacher.logits, data.val, outer, world, data.facts.multilabel)
 
 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
     reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = found.get("chance", 1 / len(data.classes))
+        chance = found.get("chance", 1 / data.facts.num_classes)
         floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
     if reached < floor:
         raise UserError(

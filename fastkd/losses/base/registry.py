@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fastkd.augment.views import XPRIMES
 from fastkd.config.mistakes import explain
 from fastkd.config.section import Section
 from fastkd.losses.base.term import LossTerm, Need, check_names
@@ -73,7 +74,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """What other packages and papers call a loss -> what a recipe writes behind `losses.`."""
 
 _VIEWS = {"tlcutmix": "cutmix", "tlmixup": "mixup"} | {
-    view: view for view in ("cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment")
+    view: view for view in XPRIMES if view != "none"
 }
 NO_LOSSES = {
     **{
