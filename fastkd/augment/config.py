@@ -17,13 +17,13 @@ class PickConfig(Section):
     criterion: PickCriterion = "kl"
     """What makes an image hard."""
     temperature: PositiveFloat = 4.0
-    """T of the criterion kl; that of the loss."""
+    """Temperature of the criterion kl; usually the loss's."""
     pool: int = Field(default=2, ge=2)
     """x' per image of the batch that are made and scored."""
     share: float = Field(default=0.5, gt=0, le=1)
     """Share of the pool that is used."""
     images: PositiveInt | None = None
-    """A constant number instead of a share, per process; of a smaller pool all."""
+    """A fixed number instead of a share, per process; a smaller pool is used whole."""
     update_statistics: bool = True
     """Whether the student's batch norm statistics see the pool, as in the released code."""
 

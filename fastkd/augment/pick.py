@@ -30,7 +30,7 @@ class Picked(NamedTuple):
     index_K: Tensor
     """int64 rows of the pool, hardest first."""
     ratio: Tensor
-    """Mean score of the chosen rows over that of the pool (r of the paper's equation 4), 0-dim."""
+    """Mean score of the chosen rows over the pool's (r of the paper's equation 4), 0-dim."""
 
 
 class Pick(nn.Module):

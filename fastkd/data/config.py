@@ -31,9 +31,9 @@ class DataConfig(Section):
     workers: int = Field(default=2, ge=0)
     """Decoding processes of the torch backend."""
     mean: tuple[float, float, float] | None = None
-    """Channel means in 0..1; by default those of the data set."""
+    """Channel means in 0..1; by default the data set's own."""
     std: Deviations | None = None
-    """Channel standard deviations in 0..1; by default those of the data set."""
+    """Channel standard deviations in 0..1; by default the data set's own."""
     drop_last: bool = True
     """Drop the partial batch at the end of an epoch; the papers keep it."""
 
@@ -42,7 +42,7 @@ class DataConfig(Section):
         if self.root is not None and self.name in ("digits", "synthetic"):
             raise ValueError(
                 f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
-                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it away "
+                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it out "
                 f"(data.root=null)"
             )
         return self

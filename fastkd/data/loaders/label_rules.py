@@ -39,7 +39,7 @@ class LabelRules:
         if self.wants_classes and unlabelled.any():
             raise UserError(
                 f"the loss {self.wants_classes} needs the class of every image, and some are "
-                f"labelled {NO_LABEL} (none): take them away, or use KD or CrossEntropy"
+                f"labelled {NO_LABEL} (none): remove them, or use KD or CrossEntropy"
             )
         wrong = labels[((labels < 0) | (labels >= self.num_classes)) & ~unlabelled]
         if wrong.numel():

@@ -40,11 +40,11 @@ class DataPair:
     val: Loader
     facts: Facts
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     backend: str
     """"resident" or "torch"."""
     seed: int
-    """Of order and augmentation."""
+    """Seed of order and augmentation."""
 
     @cached_property
     def train(self) -> Loader:
