@@ -175,6 +175,26 @@ def test_without_a_second_view_there_is_only_x():
     assert torch.equal(make(batch, 0, 0)["x"], batch.images_NCHW)
 
 
+@pytest.mark.parametrize("kind", PICTURE_VIEWS)
+def test_a_loader_that_was_not_opened_for_the_view_is_refused(kind):
+    make, part = view_maker(kind, pool=2), loader(0, 1)
+    with pytest.raises(ValueError, match=f"x' is {kind}, but the loader shows x only"):
+        make(next(part.epoch(0)), 0, 0)
+    views = make(next(make.opened(part).epoch(0)), 0, 0)
+    assert (len(views["x"]), len(views["xprime"])) == (10, 20)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_partners_come_with_the_batch_only_where_there_are_other_ranks(kind):
+    batches = [
+        next(view_maker(kind, placed(0, size), pool=3).opened(loader(0, size)).epoch(0))
+        for size in (1, 2)
+    ]
+    assert batches[0].second_NCHW is None
+    assert (len(batches[1].images_NCHW), len(batches[1].second_NCHW)) == (5, 15)
+    assert [batch.global_size for batch in batches] == [10, 10]
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
