@@ -20,6 +20,7 @@ from torch import nn
 
 from fastkd import count, create_model
 from fastkd.augment.config import PickConfig
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import ForeignLoader
@@ -56,7 +57,7 @@ def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine
     """A trainer on one batch, which every epoch repeats."""
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH,))
-    loader = ForeignLoader([(images, labels)], WORLD, 0, True)
+    loader = ForeignLoader([(images, labels)], Placement(WORLD, engine.precision), seed=0)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),

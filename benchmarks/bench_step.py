@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from fastkd import create_model
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
-from fastkd.data import ImageSet, ResidentLoader
+from fastkd.data import ImageSet, Loading, ResidentLoader
 from fastkd.data.batch import TrainLoader
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
@@ -158,7 +159,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
     first, *others = teacher.nets if isinstance(teacher, Together) else [teacher]
     batches = [(images, setting.labels)] * setting.steps
-    loader = loader or ForeignLoader(batches, setting.world, 0, True)
+    loader = loader or ForeignLoader(batches, Placement(setting.world, engine.precision), seed=0)
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
@@ -269,14 +270,14 @@ def bench_end_to_end(table, race) -> None:
     arrays = ImageSet("bench", images_NHWC, labels_N, tuple(map(str, range(CLASSES))))
     resident = ResidentLoader(
         arrays,
-        batch_size=BATCH,
-        seed=0,
-        train=True,
-        geometry=Geometry(4, "zero", True),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        device="cpu",
-        dtype=default.precision.dtype,
+        Loading(
+            batch_size=BATCH,
+            seed=0,
+            train=True,
+            normalization=((0.5,) * 3, (0.25,) * 3),
+            placement=Placement(setting.world, default.precision),
+            geometry=Geometry(4, "zero", True),
+        ),
     )
     trainer = fastkd_trainer(setting, default, resident)
     trainer.runner.train()

@@ -18,12 +18,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastkd.augment.config import PickConfig
+from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
 from fastkd.compute.machine import environment
+from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import on_main, open_world
 from fastkd.config.mistakes import explain
-from fastkd.data.loaders.foreign import ForeignLoader, LoaderItem, check_loader
+from fastkd.data.loaders.foreign import (
+    LoaderItem,
+    check_loader,
+    images_per_epoch,
+    open_foreign,
+    peek,
+)
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
@@ -67,7 +75,7 @@ def distill(
     losses: Sequence[LossTerm] | None = None,
     optim: OptimConfig | None = None,
     lr: float | None = None,
-    xprime: Literal["none", "cutmix", "mixup", "cutout"] = "none",
+    xprime: Literal["none", MixKind] = "none",
     pick: PickConfig | PickCriterion | None = None,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
@@ -174,11 +182,8 @@ def distill(
         )
         console = Console(enabled=world.is_main and not quiet)
         wants_ids = next((term.name for term in terms if term.uses_index), None)
-        train = ForeignLoader(train_loader, world, seed, channels_last, wants_ids)
-        val = ForeignLoader(val_loader, world, seed, channels_last)
-        image, label = val.first()
-        train.multilabel = val.multilabel = multilabel = label.dim() == 2
-        image_shape = (image.shape[1], image.shape[2], image.shape[3])
+        shown = peek(val_loader, world.device, channels_last=channels_last)
+        image, label = shown.images_NCHW[:1], shown.labels_N[:1]
         resolved, compiled = decide(
             precision=precision,
             compile_mode=compile,
@@ -186,14 +191,21 @@ def distill(
             student=student.to(world.device),
             teachers=[each.to(world.device) for each in teachers],
             terms=terms,
-            image_shape=image_shape,
+            image_shape=shown.image_shape,
             # Of a loader that has no data set to count: as large batches as those of validation.
-            images=(train.num_samples or train.steps_per_epoch * val.batch_size * world.size)
-            * epochs,
+            images=images_per_epoch(train_loader, len(shown.labels_N) * world.size) * epochs,
         )
-        train.num_classes = val.num_classes = classes = _num_classes(student, image, label)
-        train.needs_labels = next(
-            (t.name for t in terms if t.label_kind and not t.takes_no_label), None
+        data = open_foreign(
+            train_loader,
+            val_loader,
+            shown,
+            num_classes=_num_classes(student, image, label),
+            seed=seed,
+            placement=Placement(world, resolved, channels_last),
+            wants_ids=wants_ids,
+            wants_classes=next(
+                (t.name for t in terms if t.label_kind and not t.takes_no_label), None
+            ),
         )
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
@@ -214,7 +226,7 @@ def distill(
                     ],
                     [[tuple(p.shape) for p in each.parameters()] for each in teachers],
                     (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
-                    train.steps_per_epoch,
+                    data.train.steps_per_epoch,
                     *([picking.model_dump()] if picking else []),
                 ),
                 seed=seed,
@@ -226,13 +238,13 @@ def distill(
             terms=terms,
             optim=settings,
             engine=Engine(resolved, compiled, channels_last, ema=ema, fullgraph=False),
-            loader=train,
-            val_loader=val,
-            image_shape=image_shape,
-            num_classes=classes,
-            multilabel=multilabel,
-            train_labels_N=train.labels_by_id(),
-            normalization=((0.0,) * 3, (1.0,) * 3),
+            loader=data.train,
+            val_loader=data.val,
+            image_shape=data.facts.image_shape,
+            num_classes=data.facts.num_classes,
+            multilabel=data.facts.multilabel,
+            train_labels_N=data.facts.labels_N,
+            normalization=data.facts.normalization,
             xprime=xprime,
             pick=picking,
             world=world,

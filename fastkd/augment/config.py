@@ -1,9 +1,9 @@
 """Keys of a recipe on the views of a batch: geometry, the second view x', the pick."""
 
-from typing import Literal
-
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from fastkd.augment.pick import PickCriterion
+from fastkd.augment.views import XPrime
 from fastkd.config.section import Section
 from fastkd.data.config import GeometryConfig
 
@@ -14,16 +14,16 @@ class PickConfig(Section):
     """Which x' of a pool are used (`fastkd.augment.pick`); every process has a pool of its own
     share of the batch and picks from that."""
 
-    criterion: Literal["kl", "teacher_entropy", "student_entropy"] = "kl"
+    criterion: PickCriterion = "kl"
     """What makes an image hard."""
     temperature: PositiveFloat = 4.0
-    """T of the criterion kl; that of the loss."""
+    """Temperature of the criterion kl; usually the loss's."""
     pool: int = Field(default=2, ge=2)
     """x' per image of the batch that are made and scored."""
     share: float = Field(default=0.5, gt=0, le=1)
     """Share of the pool that is used."""
     images: PositiveInt | None = None
-    """A constant number instead of a share, per process; of a smaller pool all."""
+    """A fixed number instead of a share, per process; a smaller pool is used whole."""
     update_statistics: bool = True
     """Whether the student's batch norm statistics see the pool, as in the released code."""
 
@@ -31,9 +31,7 @@ class PickConfig(Section):
 class AugmentConfig(GeometryConfig):
     """What happens to a training image (`fastkd.augment.views`); others are only normalised."""
 
-    xprime: Literal[
-        "none", "cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment"
-    ] = "none"
+    xprime: XPrime = "none"
     """The second view x' of every batch: made from x by one draw for the whole batch (the first
     three), or from the picture of x by a draw for each (the last three)."""
     pick: PickConfig | None = None

@@ -12,14 +12,16 @@ draws one for each.
 import math
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal, get_args
 
 import numpy as np
 
 from fastkd.data.draws import as_integers, as_permutation, as_uniforms, step_words
 
-__all__ = ["MIXES", "MixDraw", "cut_box", "draw_mix"]
+__all__ = ["MIXES", "MixDraw", "MixKind", "cut_box", "draw_mix", "draw_partners", "has_partners"]
 
-MIXES = ("cutmix", "mixup", "cutout")
+MixKind = Literal["cutmix", "mixup", "cutout"]
+MIXES: tuple[MixKind, ...] = get_args(MixKind)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class MixDraw:
         return 1.0 - (bottom - top) * (right - left) / side**2
 
 
+def has_partners(kind: str) -> bool:
+    """Whether x' is made of two images."""
+    return kind in MIXES and kind != "cutout"
+
+
 def draw_mix(
     kind: str, *, seed: int, epoch: int, step: int, num: int, side: int, number: int = 0
 ) -> MixDraw:
@@ -53,13 +60,21 @@ def draw_mix(
     if kind == "cutout":
         return MixDraw(1.0, _box(side, side // 4 // 2, row, column), None)
     lam = float(as_uniforms(words[0]))
+    partner_N = draw_partners(kind, seed=seed, epoch=epoch, step=step, num=num, number=number)
+    box = None if kind == "mixup" else cut_box(side, lam, row, column)
+    return MixDraw(lam, box, partner_N)
+
+
+def draw_partners(
+    kind: str, *, seed: int, epoch: int, step: int, num: int, number: int = 0
+) -> np.ndarray:
+    """`partner_N` of the draw of one step, for CutMix and mixup."""
     permutations = (
         as_permutation(step_words(seed, epoch, step, number, attempt, num)) for attempt in count(1)
     )
     if kind == "mixup":
-        return MixDraw(lam, None, next(permutations))
-    partner_N = next(p for p in permutations if num == 1 or (p != np.arange(num)).all())
-    return MixDraw(lam, cut_box(side, lam, row, column), partner_N)
+        return next(permutations)
+    return next(p for p in permutations if num == 1 or (p != np.arange(num)).all())
 
 
 def cut_box(side: int, lam: float, row: int, column: int) -> tuple[int, int, int, int]:

@@ -21,6 +21,7 @@ from fastkd.models.taps import Tapped
 __all__ = ["Pick", "PickCriterion", "Picked"]
 
 PickCriterion = Literal["kl", "teacher_entropy", "student_entropy"]
+"""The criteria of `fastkd.kernels.hardness` that need no labels."""
 
 
 class Picked(NamedTuple):
@@ -29,7 +30,7 @@ class Picked(NamedTuple):
     index_K: Tensor
     """int64 rows of the pool, hardest first."""
     ratio: Tensor
-    """Mean score of the chosen rows over that of the pool (r of the paper's equation 4), 0-dim."""
+    """Mean score of the chosen rows over the pool's (r of the paper's equation 4), 0-dim."""
 
 
 class Pick(nn.Module):

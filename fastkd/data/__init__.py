@@ -6,7 +6,9 @@ sources -> ImageSet (digits, CIFAR, synthetic) or FolderIndex -> cache
 """
 
 from fastkd.data.batch import Batch, Loader
+from fastkd.data.facts import Facts
 from fastkd.data.loaders.open import DataPair, open_data
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
 from fastkd.data.normalization import DATASETS, normalization
@@ -18,9 +20,11 @@ __all__ = [
     "DATASETS",
     "Batch",
     "DataPair",
+    "Facts",
     "FolderIndex",
     "ImageSet",
     "Loader",
+    "Loading",
     "ResidentLoader",
     "TorchLoader",
     "normalization",

@@ -4,33 +4,41 @@ First station of the flow: sources -> loader -> Batch -> augment -> teacher / st
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
-import numpy as np
 from torch import Tensor
 
-__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "TrainLoader"]
+from fastkd.data.partners import Partners
+from fastkd.data.picture_views import PictureView
+
+__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "SecondViews", "TrainLoader"]
 
 IGNORED = -1.0
 """In labels [N, C]: not known, counts in no loss and no metric."""
 NO_LABEL = -100
 """In class ids [N], as in torch: unknown; counts in no accuracy, not in KD on x, not in CE."""
 
+SecondViews = PictureView | Partners
+"""What a loader can give besides x, for x' to be made of."""
+
 
 class Batch(NamedTuple):
-    """One rank's part of one global batch, on the training device.
-
-    images_NCHW  floating, normalised, channels-last in memory unless the loader was told otherwise.
-                 A loader that also shows x' (`PlannedLoader.showing`) has it below, N rows a time
-    labels_N     int64 class ids; of images with several labels float32 [N, C]: 1 where a class is
-                 there, 0 where not, IGNORED where that is not known
-    index_N      int64 stable sample ids: the position in the source's canonical order, the same in
-                 every epoch and on every rank (memory banks and teacher caches are keyed by it)
-    """
+    """One rank's part of one global batch, on the training device."""
 
     images_NCHW: Tensor
+    """Floating, normalised, channels-last in memory unless the loader was told otherwise."""
     labels_N: Tensor
+    """int64 class ids; of images with several labels float32 [N, C]: 1 where a class is there, 0
+    where not, IGNORED where that is not known."""
     index_N: Tensor
+    """int64 stable sample ids: the position in the source's canonical order, the same in every
+    epoch and on every rank (memory banks and teacher caches are keyed by it)."""
+    global_size: int = 0
+    """Samples of all ranks together; 0 where nobody counts, in an evaluation on users' loaders."""
+    second_NCHW: Tensor | None = None
+    """What a loader opened by `with_views` gives besides x: k images for each of x, all first ones,
+    then all second ones, and so on. They are second views of the pictures of x, or the partners
+    that x is to be mixed with, whichever rank shows them."""
 
 
 class TrainLoader(Protocol):
@@ -45,14 +53,19 @@ class TrainLoader(Protocol):
         """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
         ...
 
-    def global_size(self, step: int) -> int:
-        """Samples in the global batch of a step, all ranks together."""
+    def with_views(self, views: SecondViews) -> "TrainLoader":
+        """A loader of the same batches that also gives what x' is made of.
+
+        One that cannot look at other ranks' samples gives no partners: x is mixed within its batch.
+
+        Raises:
+            UserError: this loader has no pictures to make second views of.
+        """
         ...
 
 
-@runtime_checkable
 class Loader(TrainLoader, Protocol):
-    """A loader of fastkd's own data backends, which can show any sample again.
+    """A loader of fastkd's own data backends.
 
     The global batch `s` of an epoch is a function of (seed, epoch, s) only. Rank r of R yields the
     r-th of R contiguous parts of it, their sizes differing by at most one.
@@ -66,16 +79,4 @@ class Loader(TrainLoader, Protocol):
     @property
     def labels_N(self) -> Tensor:
         """The int64 label of every sample id, on the CPU."""
-        ...
-
-    def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Sample ids of a global batch, all ranks together, int64, on the CPU."""
-        ...
-
-    def rank_part(self, step: int) -> slice:
-        """Where this rank's part lies within the global batch of a step."""
-        ...
-
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Images [N, C, H, W] of any sample ids, exactly as this epoch shows them."""
         ...

@@ -5,18 +5,22 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from fastkd.config.section import Deviations, Section
+from fastkd.data.geometry import Crop, PadMode
+from fastkd.data.normalization import DataName
 
-__all__ = ["DataConfig", "GeometryConfig"]
+__all__ = ["Backend", "DataConfig", "GeometryConfig"]
+
+Backend = Literal["auto", "resident", "torch"]
 
 
 class DataConfig(Section):
     """Where the images come from (`fastkd.data`)."""
 
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+    name: DataName
     """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
     root: str | None = None
     """Folder of the data set; digits and synthetic need none."""
-    backend: Literal["auto", "resident", "torch"] = "auto"
+    backend: Backend = "auto"
     """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
     image_size: PositiveInt | None = None
     """Side in pixels after decoding; by default the data set's own."""
@@ -27,9 +31,9 @@ class DataConfig(Section):
     workers: int = Field(default=2, ge=0)
     """Decoding processes of the torch backend."""
     mean: tuple[float, float, float] | None = None
-    """Channel means in 0..1; by default those of the data set."""
+    """Channel means in 0..1; by default the data set's own."""
     std: Deviations | None = None
-    """Channel standard deviations in 0..1; by default those of the data set."""
+    """Channel standard deviations in 0..1; by default the data set's own."""
     drop_last: bool = True
     """Drop the partial batch at the end of an epoch; the papers keep it."""
 
@@ -38,7 +42,7 @@ class DataConfig(Section):
         if self.root is not None and self.name in ("digits", "synthetic"):
             raise ValueError(
                 f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
-                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it away "
+                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it out "
                 f"(data.root=null)"
             )
         return self
@@ -47,11 +51,11 @@ class DataConfig(Section):
 class GeometryConfig(Section):
     """How a training image is cropped and flipped (`fastkd.data.geometry`)."""
 
-    crop: Literal["pad", "resized", "none"] = "pad"
+    crop: Crop = "pad"
     """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
     padding: int = Field(default=4, ge=0)
     """Pixels added on every side before the random crop."""
-    pad_mode: Literal["zero", "reflect"] = "zero"
+    pad_mode: PadMode = "zero"
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the images."""

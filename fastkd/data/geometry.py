@@ -1,8 +1,7 @@
 """Crop, flip and normalise whole batches of uint8 images where they live, CPU or GPU.
 
-What the loaders make their view x of stored images with; `fastkd.augment.views` makes x' of x.
-Nothing
-here draws a random number (`fastkd.data.draws` does) and nothing synchronises with the host.
+The loaders make their view x of stored images with it; `fastkd.augment.views` makes x' of x.
+Nothing here draws a random number (`fastkd.data.draws` does) or synchronises with the host.
 
 Formula per image n with corner (top, left) in the padded image and flip f:
     out[c, i, j] = (padded[top + i, left + (W-1-j if f else j), c] * (1/255) - mean[c]) / std[c]
@@ -14,34 +13,44 @@ Dimensions: N images of the set, B of the batch, H and W the crop, P the padded 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastkd.kernels import mix
 
-__all__ = ["Geometry", "Normalizer", "gather_crops", "pad_images"]
+__all__ = ["NO_GEOMETRY", "Crop", "Geometry", "Normalizer", "PadMode", "gather_crops", "pad_images"]
+
+Crop = Literal["pad", "resized", "none"]
+"""How a training image is cut: padded and cropped, a random area resized, or not at all."""
+PadMode = Literal["zero", "reflect"]
+"""What the added pixels hold."""
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Random shift and mirror of small images.
 
-    padding  pixels added on each side; the crop is then uniform over (2 * padding + 1)^2 places
-    mode     "zero": black border; "reflect": mirrored without repeating the edge pixel
-    flip     mirror left-right with probability 1/2
+    padding   pixels added on each side; the crop is then uniform over (2 * padding + 1)^2 places
+    pad_mode  "zero": black border; "reflect": mirrored without repeating the edge pixel
+    flip      mirror left-right with probability 1/2
     """
 
     padding: int = 0
-    mode: Literal["zero", "reflect"] = "zero"
+    pad_mode: PadMode = "zero"
     flip: bool = False
 
     def __post_init__(self) -> None:
         if self.padding < 0:
             raise ValueError(f"padding is {self.padding}, expected 0 or more pixels")
-        if self.mode not in ("zero", "reflect"):
-            raise ValueError(f"padding mode is {self.mode!r}, expected 'zero' or 'reflect'")
+        if self.pad_mode not in get_args(PadMode):
+            expected = " or ".join(map(repr, get_args(PadMode)))
+            raise ValueError(f"pad_mode is {self.pad_mode!r}, expected {expected}")
+
+
+NO_GEOMETRY = Geometry()
+"""Images as they are stored, as in evaluation."""
 
 
 def pad_images(images_NHWC: Tensor, geometry: Geometry) -> Tensor:
@@ -54,7 +63,7 @@ def pad_images(images_NHWC: Tensor, geometry: Geometry) -> Tensor:
     if pad == 0:
         return images_NHWC.contiguous()
     num, height, width, channels = images_NHWC.shape
-    if geometry.mode == "reflect" and pad >= min(height, width):
+    if geometry.pad_mode == "reflect" and pad >= min(height, width):
         raise ValueError(
             f"reflect padding of {pad} pixels needs images larger than that, got {height}x{width}; "
             "use less padding or zero padding"
@@ -62,7 +71,7 @@ def pad_images(images_NHWC: Tensor, geometry: Geometry) -> Tensor:
     shape = (num, height + 2 * pad, width + 2 * pad, channels)
     padded = torch.zeros(shape, dtype=images_NHWC.dtype, device=images_NHWC.device)
     padded[:, pad:-pad, pad:-pad] = images_NHWC
-    if geometry.mode == "reflect":
+    if geometry.pad_mode == "reflect":
         for axis, size in ((1, height), (2, width)):
             for step in range(1, pad + 1):
                 low, high = pad, pad + size - 1

@@ -5,10 +5,14 @@ CIFAR results use; those std values are means of per-image deviations, smaller t
 folder: ImageNet's, what pretrained models expect. digits: measured on its 300 training images.
 """
 
+from typing import Literal
+
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 
-__all__ = ["DATASETS", "normalization"]
+__all__ = ["DATASETS", "DataName", "normalization"]
+
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
 
 DATASETS: dict[str, Normalization] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),

@@ -18,6 +18,7 @@ draw, and pixels that it recovers from the normalised x; here every image has a 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,27 +26,23 @@ from torch import Tensor
 
 from fastkd.data.draws import POLICY, integer_table
 
-__all__ = ["PICTURE_VIEWS", "PictureView"]
+__all__ = ["PICTURE_VIEWS", "PictureKind", "PictureView"]
 
-PICTURE_VIEWS = ("cropflip", "randaugment", "autoaugment")
+PictureKind = Literal["cropflip", "randaugment", "autoaugment"]
+PICTURE_VIEWS: tuple[PictureKind, ...] = get_args(PictureKind)
 
 
 @dataclass(frozen=True)
 class PictureView:
     """So many views of one kind of every picture.
 
-    kind         one of PICTURE_VIEWS
-    times        how many, each with draws of its own
-    num_samples  of the split, over all ranks
-
     Raises:
         ValueError: another kind, or less than one view.
     """
 
-    kind: str
-    times: int
-    seed: int
-    num_samples: int
+    kind: PictureKind
+    times: int = 1
+    """How many, each with draws of its own."""
 
     def __post_init__(self) -> None:
         if self.kind not in PICTURE_VIEWS or self.times < 1:
@@ -64,8 +61,13 @@ class PictureView:
         """Their numbers; x is appearance 0 of its picture."""
         return range(1, self.times + 1)
 
-    def of(self, crops_BHWC: Tensor, index_B: np.ndarray, epoch: int) -> Tensor:
-        """All views of some crops by the policy, uint8 on the host, one below the other."""
+    def of(
+        self, crops_BHWC: Tensor, index_B: np.ndarray, epoch: int, *, seed: int, num_samples: int
+    ) -> Tensor:
+        """All views of some crops by the policy, uint8 on the host, one below the other.
+
+        num_samples: in the split, over all ranks.
+        """
         policy = _policy(self.kind)
         # As torchvision wants them, and without a copy.
         crops_BCHW = crops_BHWC.permute(0, 3, 1, 2)
@@ -73,10 +75,10 @@ class PictureView:
         row = 0
         with torch.random.fork_rng(devices=[]):
             for appearance in self.appearances:
-                seeds_N = _seeds(self.seed, epoch, appearance, self.num_samples)
-                for crop_CHW, seed in zip(crops_BCHW, seeds_N[index_B].tolist(), strict=True):
+                seeds_N = _seeds(seed, epoch, appearance, num_samples)
+                for crop_CHW, own in zip(crops_BCHW, seeds_N[index_B].tolist(), strict=True):
                     # Not torch.manual_seed, which would seed the GPUs as well.
-                    torch.default_generator.manual_seed(seed)
+                    torch.default_generator.manual_seed(own)
                     made_BHWC[row] = policy(crop_CHW).permute(1, 2, 0)
                     row += 1
         return made_BHWC

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.draws import MIRROR, SHIFT_LEFT, SHIFT_TOP, integer_table
-from fastkd.data.geometry import Geometry, gather_crops, pad_images
+from fastkd.data.geometry import NO_GEOMETRY, Geometry, gather_crops, pad_images
 
 __all__ = ["GeometryTables", "to_device"]
 
@@ -54,7 +54,7 @@ class GeometryTables:
         self, pictures_BHWC: Tensor, index_B: Tensor, epoch: int, appearance: int = 0
     ) -> Tensor:
         """The pictures of these samples, padded, cut out and flipped as drawn; uint8 likewise."""
-        if self._geometry == Geometry():
+        if self._geometry == NO_GEOMETRY:
             return pictures_BHWC
         return gather_crops(
             pad_images(pictures_BHWC, self._geometry),

@@ -32,7 +32,7 @@ __all__ = ["dry_run", "rehearse"]
 def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     """Build everything, make two steps of every stage; what a real run would cost, by name."""
     data = open_recipe_data(recipe, session)
-    image_shape = (3, data.image_size, data.image_size)
+    image_shape = data.facts.image_shape
     stages: dict[str, float] = {}
     for name, stage, times in _earlier_stages(recipe, session):
         found = rehearse(stage_builder(stage, data, (), session)(None))
@@ -50,7 +50,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "train_images": data.train.num_samples,
         "val_images": data.val.num_samples,
         "image": image_shape,
-        "classes": len(data.classes),
+        "classes": data.facts.num_classes,
         "backend": data.backend,
         "student": f"{recipe.student.label}: {count(trainer.student, image_shape)}",
         "teacher": "; ".join(

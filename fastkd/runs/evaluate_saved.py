@@ -61,11 +61,11 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
 
     def build(data: DataPair) -> nn.Module:
         if options := recipe.student.options():
-            return create_model(name, len(data.classes), weights=weights, **options)
+            return create_model(name, data.facts.num_classes, weights=weights, **options)
         file = WeightFile.open(weights)
         if file.facts.get("architecture") == name:
             return model_from_file(file)
-        return create_model(name, len(data.classes), weights=file)
+        return create_model(name, data.facts.num_classes, weights=file)
 
     return _evaluate(recipe, build)
 
@@ -79,10 +79,10 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         model = build(data)
         card = card_of(model)
         assert card is not None
-        if card.num_classes != len(data.classes):
+        if card.num_classes != data.facts.num_classes:
             raise UserError(
                 f"the network {card.name} knows {card.num_classes} classes, "
-                f"{data.name} has {len(data.classes)}: name the data it was trained on"
+                f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
@@ -90,10 +90,10 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             LoadedNet(model, None if recipe.data.mean else card.normalization),
             {},
             Placement(world, precision, recipe.channels_last),
-            data_normalization=(data.mean, data.std),
+            data_normalization=data.facts.normalization,
             # To the digit what its training reported.
             fold_batch_norm=False,
         )
-        size = count(model, (3, data.image_size, data.image_size))
-        found = evaluate(network.logits, data.val, precision, world, data.multilabel)
+        size = count(model, data.facts.image_shape)
+        found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
     return found | {"params": size.params, "macs": size.macs, "precision": precision.name}

@@ -112,29 +112,12 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     """Both splits as the recipe wants them, this rank's share."""
     precision = resolve_precision(recipe.precision, session.world.device)
-    data, augment = recipe.data, recipe.augment
     return open_data(
-        name=data.name,
-        root=data.root,
-        backend=data.backend,
-        image_size=data.image_size,
-        download=data.download,
-        train_limit=data.train_limit,
-        seed=recipe.seed,
+        recipe.data,
+        recipe.augment,
         batch_size=recipe.batch_size,
-        crop=augment.crop,
-        geometry_padding=augment.padding,
-        geometry_mode=augment.pad_mode,
-        flip=augment.flip,
-        mean=data.mean,
-        std=data.std,
-        workers=data.workers,
-        device=session.world.device,
-        dtype=precision.dtype,
-        channels_last=recipe.channels_last,
-        rank=session.world.rank,
-        world_size=session.world.size,
-        drop_last=data.drop_last,
+        seed=recipe.seed,
+        placement=Placement(session.world, precision, recipe.channels_last),
     )
 
 
@@ -160,10 +143,10 @@ def stage_builder(
             student=student,
             teachers=[one.model for one in teachers],
             terms=terms,
-            image_shape=_shape(data),
+            image_shape=data.facts.image_shape,
             images=data.train.num_samples * recipe.total_epochs,
         )
-        normalization = (data.mean, data.std)
+        normalization = data.facts.normalization
         return build_trainer(
             Plan(
                 stage=recipe.name,
@@ -194,10 +177,10 @@ def stage_builder(
             ),
             loader=data.train,
             val_loader=data.val,
-            image_shape=_shape(data),
-            num_classes=len(data.classes),
-            train_labels_N=data.train.labels_N,
-            multilabel=data.multilabel,
+            image_shape=data.facts.image_shape,
+            num_classes=data.facts.num_classes,
+            train_labels_N=data.facts.labels_N,
+            multilabel=data.facts.multilabel,
             normalization=normalization,
             xprime=recipe.augment.xprime,
             pick=recipe.augment.pick,
@@ -279,7 +262,3 @@ def _saved_compile(folder: RunFolder | None, world: World) -> str | None:
         return load_checkpoint(folder.path / "last.pt")["decisions"]["compile"]
 
     return on_main(world, read)
-
-
-def _shape(data: DataPair) -> tuple[int, int, int]:
-    return (3, data.image_size, data.image_size)

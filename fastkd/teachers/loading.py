@@ -98,7 +98,7 @@ def load_net(
     own = config if isinstance(config, MemberConfig) else None
     class_map = own.class_map if own else None
     file = None if weights is None else WeightFile.open(weights)
-    classes = len(data.classes)
+    classes = data.facts.num_classes
     if class_map is not None:
         classes = _own_classes(config.name, file, classes)
     model = create_model(
@@ -164,7 +164,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
                 f"only {names} is trained; the rest, batch norm statistics included, stays as it is"
             )
     wanted = net.normalization
-    if source and wanted and not _close(wanted, (data.mean, data.std)):
+    if source and wanted and not _close(wanted, data.facts.normalization):
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
         said.append(
             f"note: {source} learned from images normalised by data.mean={mean} data.std={std}, "
@@ -175,7 +175,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
 
 def size(model: nn.Module, data: DataPair) -> dict[str, int]:
     """Parameters and multiply-accumulates at the size of the data's images."""
-    found = count(model, (3, data.image_size, data.image_size))
+    found = count(model, data.facts.image_shape)
     return {"params": found.params, "macs": found.macs}
 
 
@@ -189,7 +189,7 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
         nets,
         {},
         placement,
-        data_normalization=(data.mean, data.std),
+        data_normalization=data.facts.normalization,
         # To the digit what its own training reported.
         fold_batch_norm=False,
     )
@@ -199,13 +199,13 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
         precision = Precision("fp32", placement.device.type)
     elif nets[0].precision is not None:
         precision = resolve_precision(nets[0].precision, placement.device)
-    return evaluate(teacher.logits, data.val, precision, placement.world, data.multilabel)
+    return evaluate(teacher.logits, data.val, precision, placement.world, data.facts.multilabel)
 
 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
     reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = found.get("chance", 1 / len(data.classes))
+        chance = found.get("chance", 1 / data.facts.num_classes)
         floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
     if reached < floor:
         raise UserError(

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import Pick
-from fastkd.augment.views import ViewMaker
+from fastkd.augment.views import ViewMaker, XPrime
 from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World, wrap_ddp
 from fastkd.config.section import Normalization
-from fastkd.data.batch import Loader, TrainLoader
-from fastkd.data.loaders.planned import PlannedLoader
-from fastkd.data.picture_views import PICTURE_VIEWS
+from fastkd.data.batch import TrainLoader
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import EvalLoader, evaluating
 from fastkd.losses.base.needs import Need
@@ -109,7 +107,7 @@ def build_trainer(
     train_labels_N: Tensor,
     multilabel: bool = False,
     normalization: Normalization,
-    xprime: str,
+    xprime: XPrime,
     pick: PickConfig | None = None,
     world: World,
     folder: RunFolder | None,
@@ -183,9 +181,16 @@ def build_trainer(
             )
         )
     step = DistillStep(student, terms, precision, multilabel=multilabel).to(device)
-    pool = pick.pool if pick else 1
-    if xprime in PICTURE_VIEWS and "xprime" in step.views:
-        loader = _showing(loader, xprime, pool)
+    views = ViewMaker(
+        xprime if "xprime" in step.views else "none",
+        seed=plan.seed,
+        placement=Placement(world, precision, engine.channels_last),
+        layout=layout,
+        pool=pick.pool if pick else 1,
+        mixes=step.mixed,
+        num_classes=num_classes,
+    )
+    loader = views.opened(loader)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     compiled = compile_unit(
         step,
@@ -226,16 +231,7 @@ def build_trainer(
         loader=loader,
         val_loader=val_loader,
         pick=_picker(pick, student, engine) if pick else None,
-        views=ViewMaker(
-            xprime if "xprime" in step.views else "none",
-            pool=pool,
-            seed=plan.seed,
-            dtype=precision.dtype,
-            layout=layout,
-            partners=loader if world.size > 1 and isinstance(loader, Loader) else None,
-            mixes=step.mixed,
-            num_classes=num_classes,
-        ),
+        views=views,
         optimizer=optimizer,
         schedule=schedule,
         precision=precision,
@@ -251,16 +247,6 @@ def build_trainer(
         folder=folder,
         console=console,
     )
-
-
-def _showing(loader: TrainLoader, xprime: str, times: int) -> TrainLoader:
-    if not isinstance(loader, PlannedLoader):
-        raise UserError(
-            f"xprime={xprime!r} is made of the pictures as they are stored, and a loader of your "
-            f"own gives normalised images: choose cutmix, mixup or cutout, or run a recipe with "
-            f"data.name=folder"
-        )
-    return loader.showing(xprime, times)
 
 
 def _picker(pick: PickConfig, student: nn.Module, engine: Engine) -> Pick:

@@ -66,7 +66,11 @@ class Prepared(NamedTuple):
 
         for part in range(parts):
             yield Prepared(
-                Batch(*(share(tensor, part) for tensor in self.batch)),
+                Batch(
+                    images_NCHW=share(self.batch.images_NCHW, part),
+                    labels_N=share(self.batch.labels_N, part),
+                    index_N=share(self.batch.index_N, part),
+                ),
                 {name: share(view, part) for name, view in self.views.items()},
                 {need: share(tensor, part) for need, tensor in self.teacher.items()},
                 self.global_size,

@@ -171,9 +171,11 @@ class Trainer:
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
             teacher = self.teacher(views) if self.teacher else {}
-            num = self.loader.global_size(step)
+            num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
-            teacher |= self.views.mixed(batch, teacher, epoch, step, rows_of_ranks)
+            teacher |= self.views.xprime_targets(batch, teacher, epoch, step, rows_of_ranks)
+            # The step sees the views, not what they were made of.
+            batch = batch._replace(second_NCHW=None)
             yield Prepared(batch, views, teacher, num, dict.fromkeys(views, rows_of_ranks))
             step += 1
 

@@ -6,8 +6,12 @@ import torch
 
 from fastkd.augment.mix import MixDraw, cut_box, draw_mix
 from fastkd.augment.views import ViewMaker
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.geometry import Geometry
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.sources.synthetic import make_synthetic
@@ -127,31 +131,33 @@ def test_an_unknown_kind_is_named():
         draw_mix("erase", seed=0, epoch=0, step=0, num=4, side=8)
 
 
+def placed(rank=0, world_size=1, precision="fp32"):
+    world = World(rank, rank, world_size, torch.device("cpu"), None)
+    return Placement(world, Precision(precision, "cpu"))
+
+
 def loader(rank, world_size):
-    return ResidentLoader(
-        make_synthetic("train", 8),
+    loading = Loading(
         batch_size=10,
         seed=0,
         train=True,
+        normalization=((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        placement=placed(rank, world_size),
         geometry=Geometry(1, "zero", True),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
-        device="cpu",
-        rank=rank,
-        world_size=world_size,
     )
+    return ResidentLoader(make_synthetic("train", 8), loading)
 
 
-def view_maker(kind, partners=None, dtype=torch.float32, layout=torch.channels_last):
-    return ViewMaker(kind, seed=0, dtype=dtype, layout=layout, partners=partners)
+def view_maker(kind, placement=None, layout=torch.channels_last, **options):
+    return ViewMaker(kind, seed=0, placement=placement or placed(), layout=layout, **options)
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_views_do_not_depend_on_the_number_of_ranks(kind, ranks):
     def views(rank, world_size):
-        part = loader(rank, world_size)
-        make = view_maker(kind, part if world_size > 1 else None)
+        make = view_maker(kind, placed(rank, world_size))
+        part = make.opened(loader(rank, world_size))
         batch = next(part.epoch(2, start_step=4))
         return make(batch, 2, 4)
 
@@ -169,14 +175,34 @@ def test_without_a_second_view_there_is_only_x():
     assert torch.equal(make(batch, 0, 0)["x"], batch.images_NCHW)
 
 
+@pytest.mark.parametrize("kind", PICTURE_VIEWS)
+def test_a_loader_that_was_not_opened_for_the_view_is_refused(kind):
+    make, part = view_maker(kind, pool=2), loader(0, 1)
+    with pytest.raises(ValueError, match=f"x' is {kind}, but the loader shows x only"):
+        make(next(part.epoch(0)), 0, 0)
+    views = make(next(make.opened(part).epoch(0)), 0, 0)
+    assert (len(views["x"]), len(views["xprime"])) == (10, 20)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_partners_come_with_the_batch_only_where_there_are_other_ranks(kind):
+    batches = [
+        next(view_maker(kind, placed(0, size), pool=3).opened(loader(0, size)).epoch(0))
+        for size in (1, 2)
+    ]
+    assert batches[0].second_NCHW is None
+    assert (len(batches[1].images_NCHW), len(batches[1].second_NCHW)) == (5, 15)
+    assert [batch.global_size for batch in batches] == [10, 10]
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
-def test_all_views_have_one_layout_and_one_dtype(kind, dtype, layout):
-    part = loader(1, 2)
-    views = view_maker(kind, part, dtype, layout)(next(part.epoch(0)), 0, 0)
+def test_all_views_have_one_layout_and_one_dtype(kind, precision, layout):
+    make = view_maker(kind, placed(1, 2, precision), layout)
+    views = make(next(make.opened(loader(1, 2)).epoch(0)), 0, 0)
     for view in views.values():
-        assert view.dtype == dtype
+        assert view.dtype == make.placement.dtype
         assert view.is_contiguous(memory_format=layout)
 
 
@@ -188,10 +214,8 @@ def test_labels_and_logits_are_mixed_like_the_pixels(kind):
     x = colours[labels_N].view(-1, 1, 1, 1).expand(-1, 3, 9, 9).contiguous()
     batch = Batch(x, labels_N, torch.arange(7))
     logits_NC = torch.stack([colours[labels_N], -2 * colours[labels_N]], 1)
-    make = ViewMaker(
+    make = view_maker(
         kind,
-        seed=0,
-        dtype=torch.float32,
         layout=torch.contiguous_format,
         pool=3,
         mixes=("labels", "logits"),
@@ -200,7 +224,7 @@ def test_labels_and_logits_are_mixed_like_the_pixels(kind):
     differ = 0
     for step in range(8):
         shown = make(batch, 1, step)["xprime"].double().mean((1, 2, 3))
-        found = make.mixed(batch, {"x/teacher/logits": logits_NC.bfloat16()}, 1, step)
+        found = make.xprime_targets(batch, {"x/teacher/logits": logits_NC.bfloat16()}, 1, step)
         soft_NC = found["xprime/mixed/labels"]
         assert soft_NC.shape == (21, 3)
         torch.testing.assert_close(soft_NC.sum(1), torch.ones(21))
@@ -216,15 +240,12 @@ def test_labels_and_logits_are_mixed_like_the_pixels(kind):
 @pytest.mark.parametrize("kind", ["cutout", *PICTURE_VIEWS])
 def test_a_view_of_one_image_has_its_label(kind):
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.tensor([2, 0, 1, 2]), torch.arange(4))
-    maker = ViewMaker(
+    maker = view_maker(
         kind,
-        seed=0,
-        dtype=torch.float32,
-        layout=torch.channels_last,
         pool=2,
         mixes=("labels",),
         num_classes=3,
     )
-    found = maker.mixed(batch, {}, 0, 0)["xprime/mixed/labels"]
+    found = maker.xprime_targets(batch, {}, 0, 0)["xprime/mixed/labels"]
     assert found.argmax(1).tolist() == [2, 0, 1, 2] * 2
     assert found.sum().item() == 8 and found.max().item() == 1

@@ -11,7 +11,8 @@ from torch import nn
 import fastkd.runs.stages
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import XPRIMES, ViewMaker
-from fastkd.compute.precision import resolve_precision
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
@@ -147,7 +148,8 @@ def test_the_pool_is_the_batch_mixed_anew_each_time(kind):
     batch = Batch(x, torch.arange(6), torch.arange(6))
 
     def views(pool, step):
-        maker = ViewMaker(kind, seed=3, dtype=torch.float32, layout=torch.channels_last, pool=pool)
+        placement = Placement(World(0, 0, 1, CPU, None), Precision("fp32", "cpu"))
+        maker = ViewMaker(kind, seed=3, placement=placement, layout=torch.channels_last, pool=pool)
         return maker(batch, 1, step)["xprime"]
 
     found = views(3, 0)

@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data import FolderIndex, open_data, open_source, open_split
+from fastkd.data.config import DataConfig, GeometryConfig
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.errors import UserError
 
@@ -122,14 +126,26 @@ def test_cifar_in_another_size_is_resized_by_every_loader(tmp_path, make_folder,
     root = tmp_path / "set"
     plain = torch.from_numpy(open_split("cifar10", root).images_NHWC).permute(0, 3, 1, 2).double()
     expected = F.interpolate(plain, size, mode="bilinear", antialias=True)
-    plainly = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop": "none", "flip": False}
+    world = World(0, 0, 1, torch.device("cpu"), None)
     found = []
     for backend in ("resident", "torch"):
         pair = open_data(
-            name="cifar10", root=root, image_size=size, backend=backend, workers=0,
-            batch_size=len(plain), drop_last=False, **plainly,
-        )  # fmt: skip
-        assert (pair.image_size, pair.backend) == (size, backend)
+            DataConfig(
+                name="cifar10",
+                root=str(root),
+                image_size=size,
+                backend=backend,
+                workers=0,
+                mean=(0.0, 0.0, 0.0),
+                std=(1.0, 1.0, 1.0),
+                drop_last=False,
+            ),
+            GeometryConfig(crop="none", flip=False),
+            batch_size=len(plain),
+            seed=0,
+            placement=Placement(world, Precision("fp32", "cpu")),
+        )
+        assert (pair.facts.image_shape, pair.backend) == ((3, size, size), backend)
         batch = next(pair.train.epoch(0))
         found.append(batch.images_NCHW[batch.index_N.argsort()])
     assert torch.equal(*found)

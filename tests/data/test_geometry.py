@@ -21,7 +21,7 @@ def random_images(num: int, height: int, width: int, channels: int = 3) -> torch
 @pytest.mark.parametrize("padding", [0, 1, 4])
 def test_same_bits_as_torchvision_per_sample(size, mode, padding):
     height, width = size
-    geometry = Geometry(padding=padding, mode=mode, flip=True)
+    geometry = Geometry(padding=padding, pad_mode=mode, flip=True)
     images = random_images(20, height, width)
     index = torch.tensor([3, 0, 19, 3, 7, 12, 3, 18])
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ def test_every_corner_of_the_padded_image_is_reachable():
 
 def test_reflect_padding_equals_numpy_for_non_square_images():
     images = random_images(3, 5, 9)
-    got = pad_images(images, Geometry(padding=4, mode="reflect"))
+    got = pad_images(images, Geometry(padding=4, pad_mode="reflect"))
     expected = np.pad(images.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     np.testing.assert_array_equal(got, expected)
 
@@ -108,10 +108,10 @@ def test_memory_layout(channels_last):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="padding is -1, expected 0 or more"):
         Geometry(padding=-1)
-    with pytest.raises(ValueError, match="padding mode is 'edge'"):
-        Geometry(mode="edge")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="pad_mode is 'edge'"):
+        Geometry(pad_mode="edge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"reflect padding of 4 pixels .* got 4x9"):
-        pad_images(random_images(1, 4, 9), Geometry(padding=4, mode="reflect"))
+        pad_images(random_images(1, 4, 9), Geometry(padding=4, pad_mode="reflect"))
     with pytest.raises(ValueError, match=r"images are torch.float32, expected uint8"):
         Normalizer(MEAN, STD)(torch.zeros(1, 4, 4, 3))
     with pytest.raises(ValueError, match="std above 0"):
@@ -122,7 +122,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_bits_on_the_gpu():
     images = random_images(50, 32, 32)
-    geometry = Geometry(padding=4, mode="reflect", flip=True)
+    geometry = Geometry(padding=4, pad_mode="reflect", flip=True)
     generator = torch.Generator().manual_seed(1)
     index, top, left = (torch.randint(0, high, (64,), generator=generator) for high in (50, 9, 9))
     flip = torch.rand(64, generator=generator) < 0.5

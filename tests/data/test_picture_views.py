@@ -8,7 +8,10 @@ import torch
 import torchvision.transforms.v2 as v2
 from PIL import Image
 
-from fastkd.data import Batch, ImageSet, ResidentLoader, TorchLoader
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
+from fastkd.data import Batch, ImageSet, Loading, ResidentLoader, TorchLoader
 from fastkd.data.draws import MIRROR, POLICY, SHIFT_LEFT, SHIFT_TOP, integer_table
 from fastkd.data.geometry import Geometry
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureView
@@ -24,12 +27,28 @@ def picture_set(side: int = SIDE) -> ImageSet:
 
 
 def loader(backend: str = "resident", **changes: Any) -> Any:
-    options: dict[str, Any] = {"batch_size": 10, "seed": SEED, "train": True, "drop_last": False}
-    options |= {"geometry": Geometry(padding=2, flip=True), "mean": MEAN, "std": STD}
-    options |= {"device": "cpu"} | changes
+    world = World(
+        changes.pop("rank", 0), 0, changes.pop("world_size", 1), torch.device("cpu"), None
+    )
+    loading = Loading(
+        batch_size=10,
+        seed=SEED,
+        train=True,
+        normalization=(MEAN, STD),
+        placement=Placement(world, Precision("fp32", "cpu")),
+        geometry=Geometry(padding=2, flip=True),
+        drop_last=False,
+    )
     if backend == "resident":
-        return ResidentLoader(picture_set(), **options)
-    return TorchLoader(picture_set(), **{"image_size": SIDE, "crop": "pad"} | options)
+        return ResidentLoader(picture_set(), loading, **changes)
+    return TorchLoader(picture_set(), loading, **{"image_size": SIDE, "crop": "pad"} | changes)
+
+
+def every_view(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """x and its second views."""
+    num = len(batch.labels_N)
+    assert batch.images_NCHW.shape[0] == num and batch.second_NCHW is not None
+    return batch.images_NCHW, *batch.second_NCHW.split(num)
 
 
 def cut(sample: int, appearance: int) -> torch.Tensor:
@@ -61,14 +80,16 @@ def expected(kind: str, sample: int, appearance: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", PICTURE_VIEWS)
 def test_each_view_is_torchvisions_of_its_own_draw(kind: str, backend: str) -> None:
     plain = list(loader(backend).epoch(EPOCH))
-    batches = list(loader(backend).showing(kind, 2).epoch(EPOCH))
+    batches = list(loader(backend).with_views(PictureView(kind, 2)).epoch(EPOCH))
     assert len(batches) == 3
     changed = []
     for batch, alone in zip(batches, plain, strict=True):
         num = len(batch.labels_N)
-        assert batch.images_NCHW.shape == (3 * num, 3, SIDE, SIDE)
+        assert batch.images_NCHW.shape == (num, 3, SIDE, SIDE)
+        assert batch.second_NCHW.shape == (2 * num, 3, SIDE, SIDE)
         assert batch.images_NCHW.is_contiguous(memory_format=torch.channels_last)
-        x, *views = batch.images_NCHW.split(num)
+        assert batch.second_NCHW.is_contiguous(memory_format=torch.channels_last)
+        x, *views = every_view(batch)
         assert torch.equal(x, alone.images_NCHW)
         assert torch.equal(batch.index_N, alone.index_N)
         assert torch.equal(batch.labels_N, alone.labels_N)
@@ -80,9 +101,9 @@ def test_each_view_is_torchvisions_of_its_own_draw(kind: str, backend: str) -> N
 
 
 def test_a_second_resized_crop_has_draws_of_its_own() -> None:
-    own = loader("torch", crop="resized", image_size=7).showing("cropflip", 2)
+    own = loader("torch", crop="resized", image_size=7).with_views(PictureView("cropflip", 2))
     batch = next(own.epoch(EPOCH))
-    views = batch.images_NCHW.split(10)
+    views = every_view(batch)
     for appearance, view in enumerate(views):
         for image, n in zip(view, batch.index_N.tolist(), strict=True):
             picture = Image.fromarray(picture_set().images_NHWC[n])
@@ -96,7 +117,7 @@ def test_a_second_resized_crop_has_draws_of_its_own() -> None:
 def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
     """All views of each sample id."""
     return {
-        n: torch.stack(batch.images_NCHW.split(len(batch.index_N)))[:, row]
+        n: torch.stack(every_view(batch))[:, row]
         for batch in batches
         for row, n in enumerate(batch.index_N.tolist())
     }
@@ -104,10 +125,10 @@ def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", PICTURE_VIEWS)
 def test_ranks_and_workers_change_nothing(kind: str) -> None:
-    whole = by_sample(list(loader().showing(kind, 2).epoch(EPOCH)))
-    ranks = [loader(rank=rank, world_size=2).showing(kind, 2) for rank in range(2)]
+    whole = by_sample(list(loader().with_views(PictureView(kind, 2)).epoch(EPOCH)))
+    ranks = [loader(rank=rank, world_size=2).with_views(PictureView(kind, 2)) for rank in range(2)]
     parts = [batch for own in ranks for batch in own.epoch(EPOCH)]
-    workers = loader("torch", workers=2, crop="pad").showing(kind, 2).epoch(EPOCH)
+    workers = loader("torch", workers=2, crop="pad").with_views(PictureView(kind, 2)).epoch(EPOCH)
     for found in (by_sample(parts), by_sample(list(workers))):
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[n], whole[n]) for n in whole)
@@ -115,11 +136,12 @@ def test_ranks_and_workers_change_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PICTURE_VIEWS)
 def test_an_epoch_that_starts_late_draws_the_same(kind: str) -> None:
-    whole = list(loader().showing(kind).epoch(EPOCH))
-    own = loader().showing(kind)
+    whole = list(loader().with_views(PictureView(kind)).epoch(EPOCH))
+    own = loader().with_views(PictureView(kind))
     list(own.epoch(0))
     (late,) = own.epoch(EPOCH, 2)
     assert torch.equal(late.images_NCHW, whole[2].images_NCHW)
+    assert torch.equal(late.second_NCHW, whole[2].second_NCHW)
     other = by_sample(list(own.epoch(EPOCH + 1)))
     same = [torch.equal(views[1], other[n][1]) for n, views in by_sample(whole).items()]
     assert sum(same) < len(same) / 3
@@ -129,18 +151,19 @@ def test_the_random_numbers_of_others_go_on_where_they_were() -> None:
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
-    list(loader().showing("randaugment").epoch(0))
+    list(loader().with_views(PictureView("randaugment")).epoch(0))
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_the_loader_that_was_asked_still_shows_x_only() -> None:
     own = loader()
-    own.showing("cropflip", 3)
-    assert next(own.epoch(0)).images_NCHW.shape[0] == 10
+    own.with_views(PictureView("cropflip", 3))
+    batch = next(own.epoch(0))
+    assert batch.images_NCHW.shape[0] == 10 and batch.second_NCHW is None
 
 
 def test_unknown_views_are_named() -> None:
     with pytest.raises(ValueError, match="1 views 'blur': expected 1 or more of cropflip"):
-        loader().showing("blur")
+        loader().with_views(PictureView("blur"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="0 views 'cropflip'"):
-        PictureView("cropflip", 0, 0, 4)
+        PictureView("cropflip", 0)

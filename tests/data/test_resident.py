@@ -1,16 +1,22 @@
 """The resident loader: replay, ranks, resumption, evaluation, and what its batches are."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
 
-from fastkd.data import Batch, ImageSet, ResidentLoader
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
+from fastkd.data import Batch, ImageSet, Loading, ResidentLoader
 from fastkd.data.draws import MIRROR, SHIFT_LEFT, SHIFT_TOP, integer_table
 from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+ALONE = Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu"))
 
 
 def image_set(num: int = 50, size: int = 8) -> ImageSet:
@@ -23,28 +29,47 @@ def image_set(num: int = 50, size: int = 8) -> ImageSet:
     )
 
 
-def loader(images: ImageSet | None = None, **changes) -> ResidentLoader:
+def placed(
+    device: str = "cpu",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    channels_last: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Placement:
+    world = World(rank, rank, world_size, torch.device(device), None)
+    return Placement(world, Precision(precision, device), channels_last)
+
+
+def loader(
+    images: ImageSet | None = None, *, placement: Placement = ALONE, **changes
+) -> ResidentLoader:
     arguments = {
         "batch_size": 12,
         "seed": 5,
         "train": True,
         "geometry": Geometry(padding=2, flip=True),
-        "mean": MEAN,
-        "std": STD,
-        "device": "cpu",
+        "normalization": (MEAN, STD),
+        "placement": placement,
     }
-    return ResidentLoader(image_set() if images is None else images, **(arguments | changes))
+    loading = Loading(**(arguments | changes))
+    return ResidentLoader(image_set() if images is None else images, loading)
+
+
+def rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return batch.images_NCHW, batch.labels_N, batch.index_N
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
-        for tensor, other in zip(a, b, strict=True):
+        assert a.global_size == b.global_size and a.second_NCHW is b.second_NCHW is None
+        for tensor, other in zip(rows(a), rows(b), strict=True):
             assert torch.equal(tensor, other)
 
 
 def concatenated(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    parts = (torch.cat(parts) for parts in zip(*map(rows, batches), strict=True))
+    return Batch(*parts, global_size=batches[0].global_size)
 
 
 def test_batches_are_the_torchvision_transforms_of_the_drawn_samples():
@@ -55,7 +80,7 @@ def test_batches_are_the_torchvision_transforms_of_the_drawn_samples():
     }
     flips = 0
     for batch in loader(images).epoch(3):
-        for image, label, n in zip(*batch, strict=True):
+        for image, label, n in zip(*rows(batch), strict=True):
             n = int(n)
             assert label == images.labels_N[n]
             expected = torch.from_numpy(images.images_NHWC[n]).permute(2, 0, 1)
@@ -71,7 +96,7 @@ def test_batches_are_the_torchvision_transforms_of_the_drawn_samples():
 
 
 def test_batch_contract():
-    own = loader(dtype=torch.bfloat16)
+    own = loader(placement=placed(precision="bf16"))
     batch = next(own.epoch(0))
     assert batch.images_NCHW.shape == (12, 3, 8, 8)
     assert batch.images_NCHW.dtype == torch.bfloat16
@@ -79,7 +104,7 @@ def test_batch_contract():
     assert batch.labels_N.dtype == batch.index_N.dtype == torch.int64
     assert (own.num_samples, own.steps_per_epoch) == (50, 4)
     assert own.labels_N.tolist() == image_set().labels_N.tolist()
-    contiguous = next(loader(channels_last=False).epoch(0)).images_NCHW
+    contiguous = next(loader(placement=placed(channels_last=False)).epoch(0)).images_NCHW
     assert contiguous.is_contiguous()
 
 
@@ -117,7 +142,9 @@ def test_training_batches_hold_no_sample_twice():
 def test_ranks_together_give_the_batches_of_one_process(world_size, drop_last):
     alone = list(loader(drop_last=drop_last).epoch(2))
     ranks = [
-        list(loader(drop_last=drop_last, rank=rank, world_size=world_size).epoch(2))
+        list(
+            loader(drop_last=drop_last, placement=placed(rank=rank, world_size=world_size)).epoch(2)
+        )
         for rank in range(world_size)
     ]
     # 50 = 4 * 12 + 2: the partial batch of two cannot be shared by more than two ranks
@@ -152,12 +179,19 @@ def test_starting_in_mid_epoch_computes_no_earlier_batch(monkeypatch):
 
 def test_rank_part_finds_the_own_samples_in_the_global_batch():
     for rank in range(3):
-        own = loader(rank=rank, world_size=3)
-        for step, batch in enumerate(own.epoch(2)):
-            assert own.global_size(step) == 12
-            part = own.global_index(2, step)[own.rank_part(step)]
+        loading = Loading(
+            batch_size=12,
+            seed=5,
+            train=True,
+            normalization=(MEAN, STD),
+            placement=placed(rank=rank, world_size=3),
+        )
+        plan = loading.plan(image_set())
+        for step, batch in enumerate(ResidentLoader(image_set(), loading).epoch(2)):
+            assert plan.global_size(step) == batch.global_size == 12
+            part = plan.global_index(2, step)[plan.rank_part(step)]
             assert part.tolist() == batch.index_N.tolist()
-    assert loader(drop_last=False).global_size(4) == 2
+    assert list(loader(drop_last=False).epoch(0))[4].global_size == 2
 
 
 def test_start_step_outside_the_epoch_is_refused_at_once():
@@ -165,11 +199,11 @@ def test_start_step_outside_the_epoch_is_refused_at_once():
         loader().epoch(0, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fetch_gives_the_bytes_of_the_samples_own_batch(dtype):
-    own = loader(dtype=dtype)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fetch_gives_the_bytes_of_the_samples_own_batch(precision):
+    own = loader(placement=placed(precision=precision))
     everything = concatenated(list(own.epoch(4)))
-    other = loader(dtype=dtype, rank=1, world_size=3)
+    other = loader(placement=placed(precision=precision, rank=1, world_size=3))
     next(other.epoch(9))
     shuffled = torch.randperm(len(everything.index_N), generator=torch.Generator().manual_seed(0))
     got = other.fetch(everything.index_N[shuffled], 4)
@@ -181,7 +215,7 @@ def test_evaluation_is_plain_and_complete(world_size):
     images = image_set()
     batches = []
     for rank in range(world_size):
-        own = loader(images, train=False, rank=rank, world_size=world_size)
+        own = loader(images, train=False, placement=placed(rank=rank, world_size=world_size))
         batches += list(own.epoch(7))
     everything = concatenated(batches)
     order = everything.index_N.argsort()
@@ -206,13 +240,13 @@ def test_two_epochs_can_be_iterated_at_once():
 
 def test_reflect_padding_wider_than_the_images_is_a_user_error():
     with pytest.raises(UserError, match=r"set/train: reflect padding of 8 pixels .* got 8x8"):
-        loader(geometry=Geometry(padding=8, mode="reflect"))
+        loader(geometry=Geometry(padding=8, pad_mode="reflect"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_batches_equal_cpu_batches_without_a_synchronisation():
-    own = loader(device="cuda")
+    own = loader(placement=placed("cuda"))
     iterator = own.epoch(0)
     got = [next(iterator)]
     torch.cuda.set_sync_debug_mode("error")
@@ -220,4 +254,5 @@ def test_gpu_batches_equal_cpu_batches_without_a_synchronisation():
         got += list(iterator)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same([Batch(*(part.cpu() for part in batch)) for batch in got], list(loader().epoch(0)))
+    on_host = [Batch(*(part.cpu() for part in rows(batch)), batch.global_size) for batch in got]
+    assert_same(on_host, list(loader().epoch(0)))

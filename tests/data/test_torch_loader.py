@@ -12,7 +12,10 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from fastkd.data import Batch, ResidentLoader, TorchLoader, open_source, open_split
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
+from fastkd.data import Batch, Loading, ResidentLoader, TorchLoader, open_source, open_split
 from fastkd.data.draws import sample_uniforms
 from fastkd.data.geometry import Geometry
 from fastkd.data.sources.decode import UNIFORMS_PER_CROP, _crop_box, random_resized_crop
@@ -21,29 +24,39 @@ from fastkd.errors import UserError
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def loader(source, **changes) -> TorchLoader:
+def loading(rank: int = 0, world_size: int = 1, **changes) -> Loading:
+    world = World(rank, rank, world_size, torch.device("cpu"), None)
     arguments = {
-        "image_size": 16,
-        "crop": "resized",
         "batch_size": 5,
         "seed": 2,
         "train": True,
         "geometry": Geometry(padding=2, flip=True),
-        "mean": MEAN,
-        "std": STD,
-        "device": "cpu",
+        "normalization": (MEAN, STD),
+        "placement": Placement(world, Precision("fp32", "cpu")),
     }
-    return TorchLoader(source, **(arguments | changes))
+    return Loading(**(arguments | changes))
+
+
+def loader(source, *, image_size=16, crop="resized", workers=0, **changes) -> TorchLoader:
+    return TorchLoader(
+        source, loading(**changes), image_size=image_size, crop=crop, workers=workers
+    )
+
+
+def rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return batch.images_NCHW, batch.labels_N, batch.index_N
 
 
 def concatenated(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    parts = (torch.cat(parts) for parts in zip(*map(rows, batches), strict=True))
+    return Batch(*parts, global_size=batches[0].global_size)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
-        for tensor, other in zip(a, b, strict=True):
+        assert a.global_size == b.global_size and a.second_NCHW is b.second_NCHW is None
+        for tensor, other in zip(rows(a), rows(b), strict=True):
             assert torch.equal(tensor, other)
 
 
@@ -69,14 +82,13 @@ def denormalised(images_NCHW: torch.Tensor) -> np.ndarray:
     return ((images_NCHW * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("mode", ["zero", "reflect"])
-def test_padded_crops_are_the_bytes_of_the_resident_loader(make_folder, mode):
+@pytest.mark.parametrize("pad_mode", ["zero", "reflect"])
+def test_padded_crops_are_the_bytes_of_the_resident_loader(make_folder, pad_mode):
     root = make_folder(size=(20, 12))
-    geometry = Geometry(padding=3, mode=mode, flip=True)
-    common = {"batch_size": 5, "seed": 2, "mean": MEAN, "std": STD, "device": "cpu"}
+    geometry = Geometry(padding=3, pad_mode=pad_mode, flip=True)
     for train in (True, False):
         resident = ResidentLoader(
-            open_split("folder", root, image_size=10), train=train, geometry=geometry, **common
+            open_split("folder", root, image_size=10), loading(train=train, geometry=geometry)
         )
         workers = loader(
             open_source("folder", root), crop="pad", image_size=10, train=train, geometry=geometry
@@ -166,9 +178,15 @@ def test_corrupt_image_is_one_sentence_that_names_it(make_folder, workers):
 
 AT_EXIT = """
 import sys, torch
-from fastkd.data import TorchLoader, open_source
-kept = TorchLoader(open_source("folder", sys.argv[1]), image_size=16, crop="resized", batch_size=5,
-                   seed=2, train=True, mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu", workers=2)
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
+from fastkd.data import Loading, TorchLoader, open_source
+placement = Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu"))
+loading = Loading(batch_size=5, seed=2, train=True, normalization=((0.5,) * 3, (0.5,) * 3),
+                  placement=placement)
+kept = TorchLoader(open_source("folder", sys.argv[1]), loading, image_size=16, crop="resized",
+                   workers=2)
 epoch = kept.epoch(0)
 next(epoch)
 """
@@ -232,4 +250,4 @@ def test_crop_is_taken_before_resizing():
 def test_reflect_padding_wider_than_the_images_is_a_user_error(make_folder):
     source = open_source("folder", make_folder())
     with pytest.raises(UserError, match="reflect padding of 16 pixels"):
-        loader(source, crop="pad", geometry=Geometry(padding=16, mode="reflect"))
+        loader(source, crop="pad", geometry=Geometry(padding=16, pad_mode="reflect"))

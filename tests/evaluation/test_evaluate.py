@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastkd.evaluation.evaluate
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.evaluation.evaluate import evaluate, evaluating
@@ -22,14 +24,13 @@ def loader(num, batch_size, rank=0, world_size=1, classes=7):
     labels = torch.randint(0, classes, (num,), generator=generator)
     return ResidentLoader(
         ImageSet("random/val", images.numpy(), labels.numpy(), tuple(map(str, range(classes)))),
-        batch_size=batch_size,
-        seed=0,
-        train=False,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
-        device="cpu",
-        rank=rank,
-        world_size=world_size,
+        Loading(
+            batch_size=batch_size,
+            seed=0,
+            train=False,
+            normalization=((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+            placement=Placement(world(rank, world_size), FP32),
+        ),
     )
 
 
@@ -114,7 +115,8 @@ def test_samples_without_a_label_are_not_wrong_answers():
 
     class Labelled:
         def epoch(self, epoch, start_step=0):
-            yield type(batch)(*(tensor[labels_N >= 0] for tensor in batch))
+            kept = labels_N >= 0
+            yield type(batch)(batch.images_NCHW[kept], batch.labels_N[kept], batch.index_N[kept])
 
     found = evaluate(model, Some(), FP32, world())
     assert found["samples"] == 5

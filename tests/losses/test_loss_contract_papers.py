@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
@@ -98,12 +100,15 @@ def images(split: str, num: int) -> ImageSet:
 def loader(split: str, num: int) -> ResidentLoader:
     return ResidentLoader(
         images(split, num),
-        batch_size=10,
-        seed=0,
-        train=split == "train",
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        device="cpu",
+        Loading(
+            batch_size=10,
+            seed=0,
+            train=split == "train",
+            normalization=((0.5,) * 3, (0.25,) * 3),
+            placement=Placement(
+                World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu")
+            ),
+        ),
     )
 
 

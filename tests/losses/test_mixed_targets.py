@@ -1,6 +1,6 @@
 """Hard-label CutMix in both readings: values and gradients against the papers' own spelling.
 
-The formulas below take lambda and the partners; the terms get what `ViewMaker.mixed` makes of them.
+The formulas below take lambda and the partners; the terms get `ViewMaker.xprime_targets` of them.
 """
 
 import pytest
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastkd.augment.mix import draw_mix
 from fastkd.augment.views import ViewMaker
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.losses import KD, MixedCE
 from fastkd.losses.base.needs import Need
@@ -25,7 +28,7 @@ def drawn(kind: str) -> tuple[dict[str, Tensor], Tensor, float]:
     make = ViewMaker(
         kind,
         seed=0,
-        dtype=torch.float32,
+        placement=Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu")),
         layout=torch.channels_last,
         mixes=("labels", "logits"),
         num_classes=11,
@@ -40,7 +43,11 @@ def drawn(kind: str) -> tuple[dict[str, Tensor], Tensor, float]:
         # The clipped box is not the one that lambda was drawn for.
         assert lam != pytest.approx(draw.lam, abs=1e-3)
     assert 0.05 < lam < 0.95
-    return teacher | make.mixed(batch, teacher, 0, 9), torch.from_numpy(draw.partner_N), lam
+    return (
+        teacher | make.xprime_targets(batch, teacher, 0, 9),
+        torch.from_numpy(draw.partner_N),
+        lam,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -51,7 +51,10 @@ class InMicroOrder(ResidentLoader):
             micros = zip(*(rows.tensor_split(2) for rows in ranks), strict=True)
             order = torch.cat([rows for micro in micros for rows in micro])
             alone = self._plan.world_size == 1
-            yield Batch(*(tensor[order] for tensor in batch)) if alone else batch
+            if alone:
+                rows = (batch.images_NCHW, batch.labels_N, batch.index_N)
+                batch = Batch(*(tensor[order] for tensor in rows), global_size=batch.global_size)
+            yield batch
 
 
 RELATIONS: dict[str, Callable[[bool], LossTerm]] = {

@@ -7,6 +7,7 @@ starts it.
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import fastkd.training.trainer
 from fastkd.api import distill
 from fastkd.augment.config import PickConfig
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World, same_on_all_ranks
 from fastkd.data.batch import Batch
 from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.by_name import open_source
 from fastkd.data.sources.image_set import ImageSet
@@ -83,11 +86,15 @@ def make(
     pick: PickConfig | None = None,
 ) -> Trainer:
     """A trainer on batches of 16, the last partial; 49 validation images."""
-    options: Any = {
-        **{"batch_size": 16, "seed": 0, "mean": (0.5,) * 3, "std": (0.25,) * 3, "device": "cpu"},
-        **{"rank": world.rank, "world_size": world.size, "drop_last": False},
-    }
-    train = kind(images("train", num), train=True, **options)
+    loading = Loading(
+        batch_size=16,
+        seed=0,
+        train=True,
+        normalization=((0.5,) * 3, (0.25,) * 3),
+        placement=Placement(world, Precision("fp32", "cpu")),
+        drop_last=False,
+    )
+    train = kind(images("train", num), loading)
     return build_trainer(
         Plan(stage="two ranks", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
         student=student,
@@ -96,7 +103,7 @@ def make(
         optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
         engine=Engine(Precision("fp32", "cpu"), compiled=False, ema=ema),
         loader=train,
-        val_loader=ResidentLoader(images("val", 49), train=False, **options),
+        val_loader=ResidentLoader(images("val", 49), replace(loading, train=False)),
         image_shape=(3, 8, 8),
         num_classes=10,
         train_labels_N=train.labels_N,

@@ -13,6 +13,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
+from fastkd.data.config import DataConfig, GeometryConfig
 from fastkd.models import create_model
 from fastkd.models.card import card_of, sign
 from fastkd.storage.weights import save_weights
@@ -54,7 +55,13 @@ def test_a_run_reads_the_file_of_its_teacher_once(
 
 def test_a_teacher_that_is_trained_first_keeps_its_network(tmp_path: Path) -> None:
     config = TeacherConfig(name="resnet8", width=0.5, train=True, min_accuracy=0)
-    data = open_data(name="synthetic", batch_size=50, image_size=16)
+    data = open_data(
+        DataConfig(name="synthetic", image_size=16),
+        GeometryConfig(crop="none", flip=False),
+        batch_size=50,
+        seed=0,
+        placement=PLACEMENT,
+    )
     nets = load_teacher(config, data)
     lesson = create_model("resnet8", 10, width=0.5)
     normalization = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

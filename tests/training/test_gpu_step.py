@@ -13,9 +13,10 @@ from torch._dynamo.utils import counters
 
 from fastkd import create_model
 from fastkd.augment.config import PickConfig
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
-from fastkd.data import ImageSet, ResidentLoader
+from fastkd.data import ImageSet, Loading, ResidentLoader
 from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 from fastkd.losses import KD
@@ -52,10 +53,17 @@ def trainer(
     chosen, world = resolve_precision(precision, device), world or World(0, 0, 1, device, None)
     torch.manual_seed(0)
     loader = ResidentLoader(
-        images(num), batch_size=BATCH, seed=0, train=True, geometry=Geometry(2, "zero", True),
-        mean=MEAN, std=STD, device=device, dtype=chosen.dtype, drop_last=drop_last,
-        rank=world.rank, world_size=world.size,
-    )  # fmt: skip
+        images(num),
+        Loading(
+            batch_size=BATCH,
+            seed=0,
+            train=True,
+            normalization=(MEAN, STD),
+            placement=Placement(world, chosen),
+            geometry=Geometry(2, "zero", True),
+            drop_last=drop_last,
+        ),
+    )
     terms: list[LossTerm] = [KD(views=("x", "xprime"))] if picks else [KD()]
     return build_trainer(
         Plan(stage="gpu", digest="", seed=0, epochs=3),

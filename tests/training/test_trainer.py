@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import fastkd.training.build
 from fastkd.cli.commands import main
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
@@ -39,6 +41,7 @@ from fastkd.training.trainer import Plan, Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "first_losses.json"
 WIDTH = {"resnet8": {"width": 0.5}}
+ONE = World(0, 0, 1, torch.device("cpu"), None)
 
 Loss = Callable[[], list[LossTerm]]
 
@@ -59,13 +62,14 @@ def loader(split: str, num: int, batch_size: int, *, drop_last: bool = True) -> 
     whole = make_synthetic(split, 8)
     return ResidentLoader(
         ImageSet(whole.name, whole.images_NHWC[:num], whole.labels_N[:num], whole.classes),
-        batch_size=batch_size,
-        seed=0,
-        train=split == "train",
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        device="cpu",
-        drop_last=drop_last,
+        Loading(
+            batch_size=batch_size,
+            seed=0,
+            train=split == "train",
+            normalization=((0.5,) * 3, (0.25,) * 3),
+            placement=Placement(ONE, Precision("fp32", "cpu")),
+            drop_last=drop_last,
+        ),
     )
 
 

@@ -20,8 +20,12 @@ import yaml
 
 from fastkd.augment.mix import draw_mix
 from fastkd.augment.views import ViewMaker
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import Precision
+from fastkd.compute.ranks import World
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
@@ -213,26 +217,18 @@ def test_views_are_those_of_one_process(kind: str, ranks: int) -> None:
     images = ImageSet("few", whole.images_NHWC[:57], whole.labels_N[:57], whole.classes)
 
     def views(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-        loader = ResidentLoader(
-            images,
+        world = World(rank, rank, world_size, torch.device("cpu"), None)
+        loading = Loading(
             batch_size=16,
             seed=3,
             train=True,
+            normalization=((0.5,) * 3, (0.25,) * 3),
+            placement=Placement(world, Precision("fp32", "cpu")),
             geometry=Geometry(2, "zero", flip=True),
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            device="cpu",
-            rank=rank,
-            world_size=world_size,
             drop_last=False,
         )
-        maker = ViewMaker(
-            kind,
-            seed=3,
-            dtype=torch.float32,
-            layout=torch.channels_last,
-            partners=loader if world_size > 1 else None,
-        )
+        maker = ViewMaker(kind, seed=3, placement=loading.placement, layout=torch.channels_last)
+        loader = maker.opened(ResidentLoader(images, loading))
         return [maker(batch, 5, step) for step, batch in enumerate(loader.epoch(5))]
 
     one = views(0, 1)

@@ -5,7 +5,8 @@ what an unbroken one would have seen; the price is that batches before the step 
 """
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -18,82 +19,103 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
-from fastkd.data.batch import NO_LABEL, Batch
+from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.facts import Facts
+from fastkd.data.loaders.label_rules import LabelRules
+from fastkd.data.picture_views import PictureView
 from fastkd.errors import UserError
 
-__all__ = ["ForeignLoader", "LoaderItem", "check_loader"]
+__all__ = [
+    "ForeignLoader",
+    "ForeignPair",
+    "LoaderItem",
+    "Shown",
+    "check_loader",
+    "images_per_epoch",
+    "open_foreign",
+    "peek",
+]
 
 LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class Shown(NamedTuple):
+    """The first batch of a loader."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W]."""
+        _, channels, height, width = self.images_NCHW.shape
+        return (channels, height, width)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has several labels, [N, C], and not one class id."""
+        return self.labels_N.dim() == 2
+
+
+def peek(items: Iterable[LoaderItem], device: torch.device, *, channels_last: bool) -> Shown:
+    """The first batch, on the device; UserError where there is none."""
+    item = next(iter(items), None)
+    if item is None:
+        raise UserError("a loader yields nothing: its first batch is missing")
+    images, labels, _ = _parts(item, LabelRules(), device, _layout(channels_last))
+    return Shown(images, labels)
+
+
+def images_per_epoch(items: Iterable[LoaderItem], batch_size: int) -> int:
+    """As the data set counts them; for a loader without one, full batches of `batch_size`."""
+    return _num_samples(items) or _steps(items) * batch_size
 
 
 class ForeignLoader:
     """The user's loader; one for each rank, with this rank's share of the images.
 
-    wants_ids: name of a loss that cannot do without sample ids.
+    train: False for an evaluation, in which the ranks' batches may be unlike.
     Labels are class ids [N], or [N, C] where images have several (then float32: 1, 0, -1 unknown).
     """
 
     def __init__(
         self,
         items: Iterable[LoaderItem],
-        world: World,
+        placement: Placement,
         seed: int,
-        channels_last: bool,
-        wants_ids: str | None = None,
+        rules: LabelRules | None = None,
+        *,
+        train: bool = True,
     ) -> None:
-        self.items, self.world, self.device, self.seed = items, world, world.device, seed
-        self.wants_ids = wants_ids
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.steps_per_epoch = len(items) if isinstance(items, Sized) else 0
-        dataset = getattr(items, "dataset", None)
-        self.num_samples = len(dataset) if isinstance(dataset, Sized) else 0
-        self.multilabel: bool | None = None
-        """Which of the two is expected; None: either."""
-        self.num_classes: int | None = None
-        """Of class ids, which are then checked where they come from the host."""
-        self.needs_labels: str | None = None
-        """A loss that cannot do with images of unknown class."""
-        self._targets_M: Tensor | None = None
+        self.items = items
+        self.world = placement.world
+        self.device = placement.device
+        self.layout = _layout(placement.channels_last)
+        self.seed = seed
+        self.rules = rules or LabelRules()
+        self.train = train
+        self.steps_per_epoch = _steps(items)
+        self.labels_N = _labels_by_id(items, self.rules)
+        """By sample id where a loss wants ids, then also compared with every batch; else zeros."""
         self._compared = False
-        self.batch_size = 0
-        """Of the batch that was yielded last, on this rank."""
         # Sizes are compared on the host: through NCCL they would wait for the device.
-        self._ranks: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        shared = train and self.world.size > 1
+        self._ranks: Any = dist.new_group(backend="gloo") if shared else None
 
-    def first(self) -> tuple[Tensor, Tensor]:
-        """One image [1, C, H, W] and its label, on the device; UserError where there is none."""
-        item = next(iter(self.items), None)
-        if item is None:
-            raise UserError("a loader yields nothing: its first batch is missing")
-        images, labels, _ = self._parts(item)
-        self.batch_size = len(labels)
-        return images[:1], labels[:1]
+    def with_views(self, views: SecondViews) -> Self:
+        """This loader: its ranks mix their own images, and it has no pictures.
 
-    def labels_by_id(self) -> Tensor:
-        """The data set's `targets` where a loss wants ids, then also compared with every batch.
-
-        Zeros where none does: what a data set calls its targets may be anything, in torchvision's
-        VOC they are file names. UserError where they are no labels.
+        UserError for second views of the pictures.
         """
-        if self.wants_ids is None:
-            return torch.zeros(self.num_samples, dtype=torch.int64)
-        wanted = (
-            f"the loss {self.wants_ids} needs the label of every training sample: give the "
-            f"loader's dataset an attribute `targets`, a list of labels by sample id"
-        )
-        targets = getattr(getattr(self.items, "dataset", None), "targets", None)
-        if targets is None:
-            raise UserError(wanted)
-        try:
-            targets_M = torch.as_tensor(targets).cpu()
-            self._check_labels(targets_M)
-        except (TypeError, ValueError, RuntimeError, UserError) as error:
-            raise UserError(f"{wanted}; in what it has, {error}") from None
-        if targets_M.dim() != 1 + bool(self.multilabel):
-            raise UserError(f"{wanted} as it yields them; it has {list(targets_M.shape)}")
-        self._targets_M = targets_M if self.multilabel else targets_M.long()
-        return self._targets_M
+        if isinstance(views, PictureView):
+            raise UserError(
+                f"xprime={views.kind!r} is made of the pictures as they are stored, and a loader "
+                f"of your own gives normalised images: choose cutmix, mixup or cutout, or run a "
+                f"recipe with data.name=folder"
+            )
+        return self
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches on the device; those before `start_step` are drawn and thrown away."""
@@ -117,29 +139,31 @@ class ForeignLoader:
                 return
             if step < start_step:
                 continue
-            images, labels, ids = self._parts(item)
-            if self.wants_ids and ids is None:
+            images, labels, ids = _parts(item, self.rules, self.device, self.layout)
+            if self.rules.wants_ids and ids is None:
                 raise UserError(
-                    f"the loss {self.wants_ids} keeps state per sample: make the training loader "
-                    f"yield (images, labels, sample ids)"
+                    f"the loss {self.rules.wants_ids} keeps state per sample: make the training "
+                    f"loader yield (images, labels, sample ids)"
                 )
-            if self.wants_ids:
+            if self.rules.wants_ids:
                 self._check_ids(ids, item[1])
-            self.batch_size = len(labels)
             if ids is None:
                 ids = torch.full((len(labels),), -1, device=self.device)
-            yield Batch(images, labels, ids.to(self.device, non_blocking=True))
+            ids = ids.to(self.device, non_blocking=True)
+            yield Batch(images, labels, ids, self._global_size(len(labels)))
 
-    def global_size(self, step: int) -> int:
-        """Of the batch that was yielded last, over all ranks.
+    def _global_size(self, num: int) -> int:
+        """Of a batch of `num` images on this rank; 0 in an evaluation.
 
         Raises:
             UserError: the ranks have batches of different sizes, over which they could not average.
         """
+        if not self.train:
+            return 0
         if self._ranks is None:
-            return self.batch_size
+            return num
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
-        dist.all_gather(sizes, torch.tensor([self.batch_size]), group=self._ranks)
+        dist.all_gather(sizes, torch.tensor([num]), group=self._ranks)
         found = [int(size) for size in sizes]
         if min(found) != max(found):
             raise UserError(
@@ -148,37 +172,6 @@ class ForeignLoader:
             )
         return sum(found)
 
-    def _parts(self, item: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images and labels on the device, and the sample ids if there are any."""
-        if not isinstance(item, tuple | list) or not 2 <= len(item) <= 3:
-            raise UserError(
-                f"a loader must yield (images, labels) or (images, labels, sample ids), got "
-                f"{type(item).__name__}; wrap it in a generator class that picks them out"
-            )
-        images, labels, *ids = item
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-            what = (
-                f"{list(images.shape)} of {images.dtype}"
-                if isinstance(images, Tensor)
-                else type(images).__name__
-            )
-            raise UserError(
-                f"images must be [N, C, H, W], floating point and normalised as the networks want "
-                f"them, got {what}"
-            )
-        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-        self._check_labels(labels)
-        multilabel = labels.dim() == 2
-        if self.multilabel not in (None, multilabel):
-            kinds = {True: "[N, classes], several per image", False: "[N], one class id per image"}
-            raise UserError(
-                f"this loader gives labels {kinds[multilabel]}, another one of this run gives "
-                f"{kinds[not multilabel]}: make them alike"
-            )
-        dtype = torch.float32 if multilabel else torch.int64
-        labels = labels.to(self.device, dtype, non_blocking=True)
-        return images, labels, ids[0] if ids else None
-
     def _check_ids(self, ids: Any, labels: Tensor) -> None:
         """UserError for ids of no sample, and for a label that is not the one the loss knows."""
         if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
@@ -186,49 +179,102 @@ class ForeignLoader:
             raise UserError(f"sample ids must be whole numbers [N], one per image; got {got}")
         on_host = ids.device.type == labels.device.type == "cpu"
         # What is on a GPU already is waited for once, not in every step.
-        if self._targets_M is None or (self._compared and not on_host):
+        if self._compared and not on_host:
             return
         self._compared = True
-        ids_N, labels_N, num = ids.cpu().long(), labels.cpu(), len(self._targets_M)
+        ids_N, labels_N, num = ids.cpu().long(), labels.cpu(), len(self.labels_N)
         wrong_N = (ids_N < 0) | (ids_N >= num)
         if wrong_N.any():
             raise UserError(
-                f"the loss {self.wants_ids} keeps state for {num} samples, as many as the loader's "
-                f"dataset has `targets`, but a batch has the sample id {int(ids_N[wrong_N][0])}: "
-                f"yield as id the position of the image in `targets`"
+                f"the loss {self.rules.wants_ids} keeps state for {num} samples, as many as the "
+                f"loader's dataset has `targets`, but a batch has the sample id "
+                f"{int(ids_N[wrong_N][0])}: yield as id the position of the image in `targets`"
             )
-        known_N = self._targets_M[ids_N]
+        known_N = self.labels_N[ids_N]
         wrong_N = (known_N != labels_N).view(len(ids_N), -1).any(1)
         if wrong_N.any():
             raise UserError(
                 f"the sample {int(ids_N[wrong_N][0])} comes with the label "
                 f"{labels_N[wrong_N][0].tolist()}, but the dataset's `targets`, by which the loss "
-                f"{self.wants_ids} goes, say {known_N[wrong_N][0].tolist()}: make `targets` and "
-                f"the ids what the loader yields (a target_transform changes only the labels)"
+                f"{self.rules.wants_ids} goes, say {known_N[wrong_N][0].tolist()}: make `targets` "
+                f"and the ids what the loader yields (a target_transform changes only the labels)"
             )
 
-    def _check_labels(self, labels: Any) -> None:
-        wanted = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
-        if not isinstance(labels, Tensor):
-            raise UserError(f"{wanted}; got {type(labels).__name__}: make it a tensor")
-        if labels.dim() not in (1, 2) or (labels.dim() == 1 and labels.is_floating_point()):
-            raise UserError(f"{wanted}; got {list(labels.shape)} of {labels.dtype}")
-        # On the device it would be waited for.
-        if self.num_classes is None or labels.dim() == 2 or labels.device.type != "cpu":
-            return
-        labels = labels.long()  # 260 is 4 to a uint8
-        unlabelled = labels == NO_LABEL
-        if self.needs_labels and unlabelled.any():
-            raise UserError(
-                f"the loss {self.needs_labels} needs the class of every image, and some are "
-                f"labelled {NO_LABEL} (none): take them away, or use KD or CrossEntropy"
-            )
-        wrong = labels[((labels < 0) | (labels >= self.num_classes)) & ~unlabelled]
-        if wrong.numel():
-            raise UserError(
-                f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
-                f"numbered from 0 (and {NO_LABEL}: none): build it with more classes, or renumber"
-            )
+
+def _parts(
+    item: Any, rules: LabelRules, device: torch.device, layout: torch.memory_format
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images and labels on the device, and the sample ids if there are any."""
+    if not isinstance(item, tuple | list) or not 2 <= len(item) <= 3:
+        raise UserError(
+            f"a loader must yield (images, labels) or (images, labels, sample ids), got "
+            f"{type(item).__name__}; wrap it in a generator class that picks them out"
+        )
+    images, labels, *ids = item
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        what = (
+            f"{list(images.shape)} of {images.dtype}"
+            if isinstance(images, Tensor)
+            else type(images).__name__
+        )
+        raise UserError(
+            f"images must be [N, C, H, W], floating point and normalised as the networks want "
+            f"them, got {what}"
+        )
+    images = images.to(device, non_blocking=True, memory_format=layout)
+    rules.check(labels)
+    multilabel = labels.dim() == 2
+    if rules.multilabel not in (None, multilabel):
+        kinds = {True: "[N, classes], several per image", False: "[N], one class id per image"}
+        raise UserError(
+            f"this loader gives labels {kinds[multilabel]}, another one of this run gives "
+            f"{kinds[not multilabel]}: make them alike"
+        )
+    dtype = torch.float32 if multilabel else torch.int64
+    labels = labels.to(device, dtype, non_blocking=True)
+    return images, labels, ids[0] if ids else None
+
+
+@dataclass(frozen=True)
+class ForeignPair:
+    """Both loaders of a user and what networks and losses must know of them."""
+
+    train: ForeignLoader
+    val: ForeignLoader
+    facts: Facts
+
+
+def open_foreign(
+    train_items: Iterable[LoaderItem],
+    val_items: Iterable[LoaderItem],
+    shown: Shown,
+    *,
+    num_classes: int,
+    seed: int,
+    placement: Placement,
+    wants_ids: str | None = None,
+    wants_classes: str | None = None,
+) -> ForeignPair:
+    """Both loaders in the protocol of the trainer.
+
+    shown: the first batch of either; both give labels of its kind.
+    wants_ids, wants_classes: what losses ask of the training labels, see `LabelRules`.
+
+    Raises:
+        UserError: a loss wants sample ids and the data set does not say its labels.
+    """
+    val_rules = LabelRules(multilabel=shown.multilabel, num_classes=num_classes)
+    rules = replace(val_rules, wants_ids=wants_ids, wants_classes=wants_classes)
+    train = ForeignLoader(train_items, placement, seed, rules)
+    val = ForeignLoader(val_items, placement, seed, val_rules, train=False)
+    facts = Facts(
+        image_shape=shown.image_shape,
+        num_classes=num_classes,
+        labels_N=train.labels_N,
+        multilabel=shown.multilabel,
+        normalization=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    )
+    return ForeignPair(train, val, facts)
 
 
 def check_loader(
@@ -265,3 +311,41 @@ def check_loader(
                 f"{name} counts some images twice or not at all: its DistributedSampler gives each "
                 f"of the {world.size} processes equally many of {images}: pass {shares} instead"
             )
+
+
+def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
+    """The data set's `targets` where a loss wants ids; UserError where they are no labels.
+
+    Zeros where none does: what a data set calls its targets may be anything, in torchvision's
+    VOC they are file names.
+    """
+    if rules.wants_ids is None:
+        return torch.zeros(_num_samples(items), dtype=torch.int64)
+    wanted = (
+        f"the loss {rules.wants_ids} needs the label of every training sample: give the "
+        f"loader's dataset an attribute `targets`, a list of labels by sample id"
+    )
+    targets = getattr(getattr(items, "dataset", None), "targets", None)
+    if targets is None:
+        raise UserError(wanted)
+    try:
+        targets_M = torch.as_tensor(targets).cpu()
+        rules.check(targets_M)
+    except (TypeError, ValueError, RuntimeError, UserError) as error:
+        raise UserError(f"{wanted}; in what it has, {error}") from None
+    if targets_M.dim() != 1 + bool(rules.multilabel):
+        raise UserError(f"{wanted} as it yields them; it has {list(targets_M.shape)}")
+    return targets_M if rules.multilabel else targets_M.long()
+
+
+def _steps(items: Iterable[LoaderItem]) -> int:
+    return len(items) if isinstance(items, Sized) else 0
+
+
+def _num_samples(items: Iterable[LoaderItem]) -> int:
+    dataset = getattr(items, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else 0
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format

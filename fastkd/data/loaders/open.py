@@ -5,18 +5,20 @@ resident and the torch backend, and gives both loaders the same normalisation.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from os import PathLike
-from typing import Literal
 
 import torch
 
-from fastkd.config.section import Channels
+from fastkd.compute.placement import Placement
+from fastkd.config.section import Normalization
 from fastkd.data.batch import Loader
-from fastkd.data.geometry import Geometry
+from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.facts import Facts
+from fastkd.data.geometry import Crop, Geometry
+from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
-from fastkd.data.loaders.torch_loader import Crop, TorchLoader
+from fastkd.data.loaders.torch_loader import TorchLoader
 from fastkd.data.normalization import normalization
 from fastkd.data.sources.by_name import decode_source, open_source
 from fastkd.data.sources.cache import native_size
@@ -32,124 +34,108 @@ RESIDENT_LIMIT_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class DataPair:
-    """Both loaders of a data set and what networks and reports must know about it.
-
-    mean, std   per channel, units of 0..1, as applied        image_size  pixels, square
-    name        of the data set                               backend     "resident" or "torch"
-    seed        of order and augmentation
-
-    The training images are decoded, and on their device, when `train` is first asked for: an
-    evaluation does without.
-    """
+    """Both loaders of a data set and what networks and reports must know about it."""
 
     open_train: Callable[[], Loader]
     val: Loader
-    classes: tuple[str, ...]
-    mean: Channels
-    std: Channels
-    image_size: int
+    facts: Facts
     name: str
+    """Name of the data set."""
     backend: str
+    """"resident" or "torch"."""
     seed: int
+    """Seed of order and augmentation."""
 
     @cached_property
     def train(self) -> Loader:
-        """Batches of the training images."""
-        return self.open_train()
+        """Batches of the training images.
 
-    @property
-    def multilabel(self) -> bool:
-        """Whether an image has several labels, [N, C], and not one class id."""
-        return self.val.labels_N.dim() == 2
+        They are decoded, and on their device, when this is first asked for: an evaluation does
+        without.
+        """
+        return self.open_train()
 
 
 def open_data(
+    data: DataConfig,
+    geometry: GeometryConfig,
     *,
-    name: str,
-    root: str | PathLike[str] | None = None,
-    backend: Literal["auto", "resident", "torch"] = "auto",
-    image_size: int | None = None,
-    download: bool = False,
-    train_limit: int | None = None,
-    seed: int = 0,
     batch_size: int,
-    geometry_padding: int = 0,
-    geometry_mode: Literal["zero", "reflect"] = "zero",
-    flip: bool = False,
-    crop: Crop = "none",
-    mean: Channels | None = None,
-    std: Channels | None = None,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-    drop_last: bool = True,
+    seed: int,
+    placement: Placement,
 ) -> DataPair:
     """Open a data set for training and evaluation; sources are described in `open_split`.
 
-    backend     "auto": resident unless crop is "resized" or both splits, decoded, exceed 2 GiB
-    train_limit a stratified subset of the training images; validation is always whole
-    crop        training: "pad" (geometry_padding, geometry_mode, then a random crop), "resized"
-                (random area and aspect, evaluation at 256/224) or "none"; flip goes with each
-    mean, std   None: those of the data set (`normalization`)
-    workers     decoding processes of the torch backend, per rank and split
+    The backend "auto" is resident unless the crop is "resized" or both splits, decoded, exceed
+    2 GiB. data.train_limit takes a stratified subset of the training images; validation is whole.
 
     Raises:
         UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
             it is first asked for, also that it would have no step or fewer images than processes.
     """
-    if backend not in ("auto", "resident", "torch"):
-        raise UserError(f"data.backend={backend!r}; choose auto, resident or torch")
-    if crop not in ("pad", "resized", "none"):
-        raise UserError(f"augment.crop={crop!r}; choose pad, resized or none")
-    if backend == "resident" and crop == "resized":
+    crop = geometry.crop
+    if data.backend == "resident" and crop == "resized":
         raise UserError(
             "data.backend=resident cannot cut random areas from the original pictures "
             "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
-    table_mean, table_std = normalization(name)
-    mean, std = mean or table_mean, std or table_std
     train = open_source(
-        name, root, "train", image_size=image_size, download=download, limit=train_limit
+        data.name,
+        data.root,
+        "train",
+        image_size=data.image_size,
+        download=data.download,
+        limit=data.train_limit,
     )
-    val = open_source(name, root, "val", image_size=image_size)
+    val = open_source(data.name, data.root, "val", image_size=data.image_size)
     if train.classes != val.classes:
-        raise UserError(f"{name}: the class names of {train.name} and {val.name} differ")
-    size = _square_size(train, name, image_size, crop)
+        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+    size = _square_size(train, data.name, data.image_size, crop)
+    backend = data.backend
     if backend == "auto":
         num_bytes = (len(train) + len(val)) * size * size * 3
         fits = crop != "resized" and num_bytes <= RESIDENT_LIMIT_BYTES
         backend = "resident" if fits else "torch"
-
-    padding = geometry_padding if crop == "pad" else 0
-    geometry = Geometry(padding, geometry_mode, flip)
-
-    def loader(source: ImageSet | FolderIndex, is_train: bool) -> Loader:
-        common = {
-            "batch_size": batch_size,
-            "seed": seed,
-            "train": is_train,
-            "geometry": geometry,
-            "mean": mean,
-            "std": std,
-            "device": device,
-            "dtype": dtype,
-            "channels_last": channels_last,
-            "rank": rank,
-            "world_size": world_size,
-            "drop_last": drop_last,
-        }
-        if backend == "resident":
-            images = decode_source(source, image_size)
-            return ResidentLoader(images, **common)
-        return TorchLoader(source, image_size=size, crop=crop, workers=workers, **common)
-
-    shown = loader(val, False)
-    return DataPair(
-        lambda: loader(train, True), shown, train.classes, mean, std, size, name, backend, seed
+    loading = Loading(
+        batch_size=batch_size,
+        seed=seed,
+        train=True,
+        normalization=_normalization(data),
+        placement=placement,
+        geometry=Geometry(
+            padding=geometry.padding if crop == "pad" else 0,
+            pad_mode=geometry.pad_mode,
+            flip=geometry.flip,
+        ),
+        drop_last=data.drop_last,
     )
+
+    def loader(source: ImageSet | FolderIndex, loading: Loading) -> Loader:
+        if backend == "resident":
+            return ResidentLoader(decode_source(source, data.image_size), loading)
+        return TorchLoader(source, loading, image_size=size, crop=crop, workers=data.workers)
+
+    labels_N = torch.from_numpy(train.labels_N)
+    return DataPair(
+        open_train=lambda: loader(train, loading),
+        val=loader(val, replace(loading, train=False)),
+        facts=Facts(
+            image_shape=(3, size, size),
+            num_classes=len(train.classes),
+            labels_N=labels_N,
+            multilabel=labels_N.dim() == 2,
+            normalization=loading.normalization,
+        ),
+        name=data.name,
+        backend=backend,
+        seed=seed,
+    )
+
+
+def _normalization(data: DataConfig) -> Normalization:
+    """What the recipe says, or else the table of data sets."""
+    mean, std = normalization(data.name)
+    return data.mean or mean, data.std or std
 
 
 def _square_size(

@@ -87,11 +87,19 @@ class BatchPlan:
             return order_N[start : start + self.batch_size].copy()
         return np.arange(start, min(start + self.batch_size, self.num_samples))
 
+    def global_size(self, step: int) -> int:
+        """Samples in a whole global batch, all ranks together."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
+
+    def rank_part(self, step: int) -> slice:
+        """Where this rank's part lies within the global batch of a step; possibly empty."""
+        part, start = self.part(step), step * self.batch_size
+        return slice(part.start - start, part.stop - start)
+
     def part(self, step: int) -> slice:
         """Where in `order` this rank's part of global batch `step` lies; possibly empty."""
         start = step * self.batch_size
-        size = min(self.batch_size, self.num_samples - start)
-        each, larger = divmod(size, self.world_size)
+        each, larger = divmod(self.global_size(step), self.world_size)
         first = start + self.rank * each + min(self.rank, larger)
         return slice(first, first + each + (self.rank < larger))
 

@@ -1,31 +1,88 @@
-"""What the resident and the torch loader have in common: the plan and the labels."""
+"""What the resident and the torch loader share: the plan, the labels, images of other ranks."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.data.batch import Batch
+from fastkd.compute.placement import Placement
+from fastkd.config.section import Normalization
+from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.geometry import NO_GEOMETRY, Geometry, Normalizer
 from fastkd.data.loaders.plan import BatchPlan
+from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PictureView
+from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import to_device
 
-__all__ = ["PlannedLoader"]
+__all__ = ["Loading", "PlannedLoader"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a split is shown: in which batches, augmented how, and where the batches go."""
+
+    batch_size: int
+    """Global, over all ranks."""
+    seed: int
+    """With the epoch's number it decides order, corners and flips."""
+    train: bool
+    """False: every sample once, unshuffled, unaugmented, nothing dropped; the ranks' counts differ,
+    and a rank may yield one batch less than another."""
+    normalization: Normalization
+    placement: Placement
+    """Ranks, device, type and memory layout of the images that come out."""
+    geometry: Geometry = NO_GEOMETRY
+    """Shift and flip in training."""
+    shuffle: bool = True
+    """In training only."""
+    drop_last: bool = True
+    """In training only: leave out the smaller batch at the end of an epoch."""
+
+    def plan(self, source: ImageSource) -> BatchPlan:
+        """This rank's steps over the samples of `source`."""
+        world = self.placement.world
+        return BatchPlan(
+            source.name,
+            len(source.labels_N),
+            self.batch_size,
+            self.seed,
+            self.train,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    @property
+    def applied(self) -> Geometry:
+        """The geometry in training, none in evaluation."""
+        return self.geometry if self.train else NO_GEOMETRY
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """uint8 pixels -> images as the networks get them."""
+        mean, std = self.normalization
+        return Normalizer(mean, std, self.placement.dtype, self.placement.channels_last)
 
 
 class PlannedLoader(ABC):
     """The part of the protocol `fastkd.data.batch.Loader` that follows from a BatchPlan."""
 
-    def __init__(self, plan: BatchPlan, labels_N: np.ndarray, device: torch.device) -> None:
-        self._plan = plan
-        self._device = device
-        self._labels_N = torch.from_numpy(labels_N)
-        self._device_labels_N = to_device(labels_N, device)
-        self._second: PictureView | None = None
+    def __init__(
+        self, source: ImageSource, loading: Loading, views: SecondViews | None = None
+    ) -> None:
+        self._loading = loading
+        self._plan = loading.plan(source)
+        self._device = loading.placement.device
+        self._normalize = loading.normalizer
+        self._labels_N = torch.from_numpy(source.labels_N)
+        self._device_labels_N = to_device(source.labels_N, self._device)
+        self._second = views if isinstance(views, PictureView) else None
+        self._partners = views if isinstance(views, Partners) else None
 
     @property
     def num_samples(self) -> int:
@@ -49,35 +106,33 @@ class PlannedLoader(ABC):
             ValueError: start_step lies outside the epoch (its end is allowed and yields nothing).
         """
         parts = self._plan.parts(start_step)
-        return self._batches(epoch, parts)
-
-    def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Sample ids of the whole global batch, int64, on the CPU."""
-        return self._plan.global_index(epoch, step)
-
-    def global_size(self, step: int) -> int:
-        """Samples in the global batch of a step."""
-        return min(self._plan.batch_size, self._plan.num_samples - step * self._plan.batch_size)
-
-    def rank_part(self, step: int) -> slice:
-        """Where this rank's part lies within the global batch of a step."""
-        part, start = self._plan.part(step), step * self._plan.batch_size
-        return slice(part.start - start, part.stop - start)
-
-    def showing(self, kind: str, times: int = 1) -> Self:
-        """The same loader, whose batches also have `times` second views of every picture.
-
-        kind: one of `fastkd.data.picture_views.PICTURE_VIEWS`. They stand below the images of
-        the batch: all first ones, all second ones, and so on.
-        """
-        shown = copy.copy(self)
-        shown._second = PictureView(kind, times, self._plan.seed, self._plan.num_samples)
-        return shown
+        return self._completed(epoch, parts)
 
     @abstractmethod
-    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
-        """A batch for each part of the epoch's order."""
+    def with_views(self, views: SecondViews) -> Self:
+        """A loader of the same batches that also gives what x' is made of; this one stays."""
 
     @abstractmethod
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
+
+    @abstractmethod
+    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
+        """A batch for each part of the epoch's order, with its second views of pictures."""
+
+    def _completed(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
+        for part, batch in zip(parts, self._batches(epoch, parts), strict=True):
+            step = part.start // self._plan.batch_size
+            batch = batch._replace(global_size=self._plan.global_size(step))
+            if self._partners is not None:
+                batch = batch._replace(second_NCHW=self._shown(self._partners, epoch, step))
+            yield batch
+
+    def _shown(self, partners: Partners, epoch: int, step: int) -> Tensor:
+        """The images that this rank's part of the global batch is mixed with."""
+        index_N, mine = self._plan.global_index(epoch, step), self._plan.rank_part(step)
+        shown = [
+            self.fetch(torch.from_numpy(index_N[partner_N][mine]), epoch)
+            for partner_N in partners.draw(epoch, step, len(index_N))
+        ]
+        return shown[0] if len(shown) == 1 else torch.cat(shown)

@@ -7,16 +7,16 @@ CPU stays in the memory-mapped cache file, whose pages all ranks of a host share
 """
 
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fastkd.config.section import Channels
-from fastkd.data.batch import Batch
-from fastkd.data.geometry import Geometry, Normalizer, gather_crops, pad_images
-from fastkd.data.loaders.plan import BatchPlan
-from fastkd.data.loaders.planned import PlannedLoader
+from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.geometry import gather_crops, pad_images
+from fastkd.data.loaders.planned import Loading, PlannedLoader
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.tables import GeometryTables, to_device
@@ -28,14 +28,8 @@ __all__ = ["ResidentLoader"]
 class ResidentLoader(PlannedLoader):
     """Batches of a decoded split, see `fastkd.data.batch.Loader` for the protocol.
 
-    batch_size     global, over all ranks
-    seed           with the epoch's number it decides order, corners and flips
-    train          False: every sample once, unshuffled, unaugmented, nothing dropped; the ranks'
-                   counts differ, and a rank may yield one batch less than another
-    geometry       shift and flip in training; None for none
-    mean, std      per channel, in units of 0..1
-    device, dtype  of the images that come out; channels_last is their memory layout
-    shuffle, drop_last   in training only
+    padded_NPPC: the images as another loader of the same set holds them on the device; None puts
+    them there.
 
     Raises:
         UserError: an empty epoch, more ranks than samples, or padding that the images are too
@@ -45,49 +39,32 @@ class ResidentLoader(PlannedLoader):
     def __init__(
         self,
         images: ImageSet,
+        loading: Loading,
         *,
-        batch_size: int,
-        seed: int,
-        train: bool,
-        geometry: Geometry | None = None,
-        mean: Channels,
-        std: Channels,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = True,
-        shuffle: bool = True,
+        views: SecondViews | None = None,
+        padded_NPPC: Tensor | None = None,
     ) -> None:
-        device = torch.device(device)
-        plan = BatchPlan(
-            images.name,
-            len(images),
-            batch_size,
-            seed,
-            train,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
-        super().__init__(plan, images.labels_N, device)
-        geometry = geometry if train and geometry is not None else Geometry()
-        self._tables = GeometryTables(geometry, seed, len(images), device)
+        super().__init__(images, loading, views)
+        self._images = images
         self._crop_size = images.images_NHWC.shape[1:3]
-        resident = torch.from_numpy(images.images_NHWC).to(device)
-        try:
-            self._padded_NPPC = pad_images(resident, geometry)
-        except ValueError as error:
-            raise UserError(f"{images.name}: {error}") from error
-        self._normalize = Normalizer(mean, std, dtype, channels_last)
         # A policy works on the host, on which the pictures are anyway.
         self._host_images_NHWC = torch.from_numpy(images.images_NHWC)
-        self._host_tables = GeometryTables(geometry, seed, len(images), torch.device("cpu"))
+        geometry, num = loading.applied, len(images)
+        self._tables = GeometryTables(geometry, loading.seed, num, self._device)
+        self._host_tables = GeometryTables(geometry, loading.seed, num, torch.device("cpu"))
+        if padded_NPPC is None:
+            try:
+                padded_NPPC = pad_images(self._host_images_NHWC.to(self._device), geometry)
+            except ValueError as error:
+                raise UserError(f"{images.name}: {error}") from error
+        self._padded_NPPC = padded_NPPC
 
+    @override
+    def with_views(self, views: SecondViews) -> Self:
+        return type(self)(self._images, self._loading, views=views, padded_NPPC=self._padded_NPPC)
+
+    @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
         return self._normalize(self._crops(index_N.to(self._device, non_blocking=True), epoch))
 
     def _crops(self, index_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
@@ -95,17 +72,19 @@ class ResidentLoader(PlannedLoader):
         drawn = self._tables.of(epoch, index_N, appearance)
         return gather_crops(self._padded_NPPC, index_N, *drawn, self._crop_size)
 
+    @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         order = self._plan.order(epoch)
         order_N = to_device(order, self._device)
         for part in parts:
             index_N = order_N[part]
             images_NCHW = self.fetch(index_N, epoch)
+            second_NCHW = None
             if self._second:
                 more_NHWC = self._second_views(self._second, order[part], index_N, epoch)
-                images_NCHW = torch.cat([images_NCHW, self._normalize(more_NHWC)])
+                second_NCHW = self._normalize(more_NHWC)
             labels_N = self._device_labels_N.index_select(0, index_N)
-            yield Batch(images_NCHW, labels_N, index_N)
+            yield Batch(images_NCHW, labels_N, index_N, second_NCHW=second_NCHW)
 
     def _second_views(
         self, second: PictureView, ids_N: np.ndarray, index_N: Tensor, epoch: int
@@ -116,4 +95,6 @@ class ResidentLoader(PlannedLoader):
         host_N = torch.from_numpy(ids_N)
         pictures_NHWC = self._host_images_NHWC.index_select(0, host_N)
         crops_NHWC = self._host_tables.crop(pictures_NHWC, host_N, epoch)
-        return to_device(second.of(crops_NHWC, ids_N, epoch).numpy(), self._device)
+        seed, num = self._plan.seed, self._plan.num_samples
+        more_NHWC = second.of(crops_NHWC, ids_N, epoch, seed=seed, num_samples=num)
+        return to_device(more_NHWC.numpy(), self._device)

@@ -12,28 +12,26 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import override
 
-from fastkd.config.section import Channels
-from fastkd.data.batch import Batch
-from fastkd.data.geometry import Geometry, Normalizer
-from fastkd.data.loaders.plan import BatchPlan
-from fastkd.data.loaders.planned import PlannedLoader
+from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.geometry import NO_GEOMETRY, Crop
+from fastkd.data.loaders.planned import Loading, PlannedLoader
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.decode import random_resized_crop, resize_center_crop
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import GeometryTables
 from fastkd.errors import UserError
 
-__all__ = ["Crop", "TorchLoader"]
+__all__ = ["TorchLoader"]
 
-Crop = Literal["pad", "resized", "none"]
 # ImageNet's customary evaluation: short side 256 for a 224 crop.
 _EVAL_RESIZE = 256 / 224
 
@@ -103,7 +101,8 @@ class _Pictures(Dataset[_Pixels | str]):
         pictures_BHWC, more_BHWC = stacked_NHWC[: len(index_B)], stacked_NHWC[len(index_B) :]
         if not self._second.is_crop:
             crops_BHWC = self._tables.crop(pictures_BHWC, ids_B, epoch)
-            more_BHWC = self._second.of(crops_BHWC, index_B, epoch)
+            seed, num = self._view.seed, len(self._source.labels_N)
+            more_BHWC = self._second.of(crops_BHWC, index_B, epoch, seed=seed, num_samples=num)
         return pictures_BHWC, ids_B, more_BHWC
 
 
@@ -138,14 +137,14 @@ class TorchLoader(PlannedLoader):
     """Batches of a split that is too large to keep decoded; protocol `fastkd.data.batch.Loader`.
 
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
-    image_size    pixels, of the square that comes out
+    loading       as for ResidentLoader; of its geometry "resized" uses flip only
+    image_size    side of the square images that come out, in pixels
     crop          "resized": random area and aspect in training (see `decode.random_resized_crop`),
                   short side to round(image_size * 256 / 224) and central crop in evaluation;
-                  "pad" and "none": short side to image_size and central crop, then `geometry`,
+                  "pad" and "none": short side to image_size and central crop, then the geometry,
                   the same bytes as ResidentLoader gives
-    geometry      shift and flip in training; of it "resized" uses flip only
-    workers       processes that decode; 0: in this process
-    The rest is as in ResidentLoader. One epoch can be iterated at a time.
+    workers       processes that decode, from the first batch on; 0: in this process
+    One epoch can be iterated at a time.
 
     Raises:
         UserError: as ResidentLoader; while iterating: an image that cannot be decoded, named.
@@ -154,80 +153,55 @@ class TorchLoader(PlannedLoader):
     def __init__(
         self,
         source: ImageSource,
+        loading: Loading,
         *,
         image_size: int,
         crop: Crop,
-        batch_size: int,
-        seed: int,
-        train: bool,
-        geometry: Geometry | None = None,
-        mean: Channels,
-        std: Channels,
-        device: torch.device | str,
         workers: int = 0,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = True,
-        shuffle: bool = True,
+        views: SecondViews | None = None,
     ) -> None:
-        device = torch.device(device)
-        plan = BatchPlan(
-            source.name,
-            len(source.labels_N),
-            batch_size,
-            seed,
-            train,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
-        super().__init__(plan, source.labels_N, device)
-        geometry = geometry if train and geometry is not None else Geometry()
-        if geometry.mode == "reflect" and geometry.padding >= image_size:
+        super().__init__(source, loading, views)
+        geometry = loading.applied
+        if geometry.pad_mode == "reflect" and geometry.padding >= image_size:
             raise UserError(
                 f"{source.name}: reflect padding of {geometry.padding} pixels needs images larger "
                 f"than that, got {image_size}; use less padding or zero padding"
             )
         self._source = source
-        self._view = _View(image_size, crop, train, geometry.flip, seed)
-        self._geometry = Geometry() if crop == "resized" else geometry
-        self._tables = GeometryTables(self._geometry, seed, plan.num_samples, device)
-        self._normalize = Normalizer(mean, std, dtype, channels_last)
         self._workers = workers
+        self._view = _View(image_size, crop, loading.train, geometry.flip, loading.seed)
+        cut = NO_GEOMETRY if crop == "resized" else geometry
+        num = self._plan.num_samples
+        self._tables = GeometryTables(cut, loading.seed, num, self._device)
         self._threads: ThreadPoolExecutor | None = None
-        self._hire()
-
-    def _hire(self) -> None:
-        """Workers for the views that this loader shows; they start with the first batch."""
-        plan = self._plan
-        host = GeometryTables(self._geometry, plan.seed, plan.num_samples, torch.device("cpu"))
         self._keys = _Keys()
+        host = GeometryTables(cut, loading.seed, num, torch.device("cpu"))
         self._loader: DataLoader[_Pixels | str] = DataLoader(
-            _Pictures(self._source, self._view, self._second, host),
+            _Pictures(source, self._view, self._second, host),
             batch_size=None,
             sampler=self._keys,
-            num_workers=self._workers,
-            persistent_workers=self._workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_start_worker,
         )
-        if self._workers:
+        if workers:
             atexit.register(_dismiss, weakref.ref(self._loader))
 
-    def showing(self, kind: str, times: int = 1) -> Self:
-        """See `PlannedLoader.showing`; the new loader has workers of its own."""
-        shown = super().showing(kind, times)
-        shown._hire()
-        return shown
+    @override
+    def with_views(self, views: SecondViews) -> Self:
+        return type(self)(
+            self._source,
+            self._loading,
+            image_size=self._view.size,
+            crop=self._view.crop,
+            workers=self._workers,
+            views=views,
+        )
 
+    @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches.
-
-        Decodes in threads of this process; the workers stay with their batches.
-        """
+        # Decoded in threads of this process; the workers stay with their batches.
         if self._threads is None:
             self._threads = ThreadPoolExecutor()
         decoded = self._threads.map(
@@ -241,6 +215,7 @@ class TorchLoader(PlannedLoader):
         crops_NHWC = self._tables.crop(pictures_NHWC, index_N.to(self._device), epoch)
         return self._normalize(crops_NHWC)
 
+    @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         order_N = self._plan.order(epoch)
         self._keys.keys = [(epoch, order_N[part]) for part in parts]
@@ -250,9 +225,14 @@ class TorchLoader(PlannedLoader):
             pictures_NHWC, index_N, *more = (
                 part.to(self._device, non_blocking=True) for part in pixels
             )
-            appearances = [0]
             if self._second and self._second.is_crop and self._view.crop != "resized":
-                appearances += self._second.appearances
-            crops = [self._tables.crop(pictures_NHWC, index_N, epoch, k) for k in appearances]
-            images_NCHW = self._normalize(torch.cat([*crops, *more]) if self._second else crops[0])
-            yield Batch(images_NCHW, self._device_labels_N.index_select(0, index_N), index_N)
+                more = [
+                    self._tables.crop(pictures_NHWC, index_N, epoch, appearance)
+                    for appearance in self._second.appearances
+                ]
+            yield Batch(
+                self._normalize(self._tables.crop(pictures_NHWC, index_N, epoch)),
+                self._device_labels_N.index_select(0, index_N),
+                index_N,
+                second_NCHW=self._normalize(torch.cat(more)) if self._second else None,
+            )

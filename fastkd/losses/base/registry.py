@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 import fastkd.losses
+from fastkd.augment.views import XPRIMES
 from fastkd.config.mistakes import explain
 from fastkd.config.section import Section
 from fastkd.errors import UserError
@@ -78,7 +79,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """What other packages and papers call a loss -> what a recipe writes behind `losses.`."""
 
 _VIEWS = {"tlcutmix": "cutmix", "tlmixup": "mixup"} | {
-    view: view for view in ("cutmix", "mixup", "cutout", "cropflip", "randaugment", "autoaugment")
+    view: view for view in XPRIMES if view != "none"
 }
 NO_LOSSES = {
     **{

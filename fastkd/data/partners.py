@@ -1,0 +1,20 @@
+"""Partners: the images that x is mixed with, which may be another rank's.
+
+Their pixels follow from sample id and epoch alone, so a loader shows them without asking that rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Partners"]
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Who is mixed with whom; drawn by `fastkd.augment`, shown by the loaders."""
+
+    draw: Callable[[int, int, int], Sequence[np.ndarray]]
+    """(epoch, step, samples in the global batch) -> for each x' the partners, int64 [N]: sample n
+    of the global batch is mixed with sample partner_N[n]."""
