@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from fastkd.augment.config import AugmentConfig
-from fastkd.config.section import Section, yaml_switch
+from fastkd.config.section import NoEffect, Section, yaml_switch
 from fastkd.data.config import DataConfig
 from fastkd.losses.base.registry import check_needs, config_class, typed_config
 from fastkd.models.config import StudentConfig
@@ -43,7 +43,7 @@ class Recipe(Section):
 
     name: str
     """Recipe name, also the folder below runs/."""
-    description: str = ""
+    description: Annotated[str, NoEffect] = ""
     """One line for `fastkd recipes`."""
     seed: int = Field(default=0, ge=0)
     """Initial weights, order, augmentation and dropout all follow from it."""
@@ -65,7 +65,7 @@ class Recipe(Section):
     """Where to run."""
     deterministic: bool = False
     """Refuse kernels whose results vary from run to run (CUDA)."""
-    out: str | None = None
+    out: Annotated[str | None, NoEffect] = None
     """Run folder; by default runs/<name>/<UTC time>-<digest>."""
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -78,13 +78,13 @@ class Recipe(Section):
     """Decay of an exponential moving average of the student; it is what is evaluated and kept."""
     sync_bn: bool = False
     """Batch statistics over all ranks."""
-    save_steps: PositiveInt | None = None
+    save_steps: Annotated[PositiveInt | None, NoEffect] = None
     """Save every so many steps as well as after every epoch."""
     eval_epochs: PositiveInt = 1
     """Evaluate after every so many epochs, and after the last."""
-    max_skips: PositiveInt = 10
+    max_skips: Annotated[PositiveInt, NoEffect] = 10
     """Consecutive steps with a non-finite loss or gradient before the run is given up."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, NoEffect] = False
     """Also write TensorBoard events."""
     baseline: BaselineConfig = BaselineConfig()
 
@@ -158,12 +158,8 @@ class Recipe(Section):
         )
 
     def digest(self) -> str:
-        """Sixteen hex digits that name the outcome: every key but those that cannot change it."""
-        without: Any = dict.fromkeys(
-            ("out", "description", "save_steps", "tensorboard", "max_skips"), True
-        )
-        without["data"] = {"workers", "download"}
-        keys = self.absolute().model_dump(mode="json", exclude=without)
+        """Sixteen hex digits that name the outcome; `Section` says which keys enter them."""
+        keys = self.absolute().outcome()
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
             if "pairs" in loss:
