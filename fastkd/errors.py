@@ -20,8 +20,12 @@ class FastKDError(Exception):
         self.shared = shared
 
 
-class UserError(FastKDError):
-    """The request cannot be carried out: a wrong key, a missing folder, the wrong class count."""
+class UserError(FastKDError, ValueError):
+    """The request cannot be carried out: a wrong key, a missing folder, the wrong class count.
+
+    Also a ValueError, which is what people catch in Python, and what kernels and pydantic's
+    validators raise.
+    """
 
     exit_code = 2
 

@@ -213,7 +213,7 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
     try:
         size = count(model, shape)
         row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
-    except (RuntimeError, ValueError, AssertionError, UserError):
+    except (RuntimeError, ValueError, AssertionError):
         # Some networks take certain image sizes only and say so in these ways.
         if wanted is None:
             raise

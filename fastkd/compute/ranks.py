@@ -73,7 +73,8 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         RunFailed: the other processes did not come.
     """
     if device not in get_args(DeviceChoice):
-        raise UserError(f"device={device} is unknown; choose one of auto, cpu, cuda")
+        choices = ", ".join(get_args(DeviceChoice))
+        raise UserError(f"device={device} is unknown; choose one of {choices}")
     joined = dist.is_initialized()
     size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))

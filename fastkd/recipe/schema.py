@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
@@ -21,6 +21,9 @@ from pydantic import (
 )
 
 from fastkd.augment.config import AugmentConfig
+from fastkd.compute.compiling import CompileChoice
+from fastkd.compute.precision import PrecisionChoice
+from fastkd.compute.ranks import DeviceChoice
 from fastkd.config.section import NoEffect, Section, yaml_switch
 from fastkd.data.config import DataConfig
 from fastkd.losses.base.registry import check_needs, config_class, typed_config
@@ -55,13 +58,13 @@ class Recipe(Section):
     """Images per optimizer step, over all ranks."""
     accumulate: PositiveInt = 1
     """Micro-batches per optimizer step."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: PrecisionChoice = "auto"
     """Autocast type of the forward pass; `auto` is bf16 where the device computes in it."""
-    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_switch)] = "auto"
+    compile: Annotated[CompileChoice, BeforeValidator(yaml_switch)] = "auto"
     """torch.compile; `auto` where the run is long enough to pay for it."""
     channels_last: bool = True
     """Memory layout of images and feature maps."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to run."""
     deterministic: bool = False
     """Refuse kernels whose results vary from run to run (CUDA)."""

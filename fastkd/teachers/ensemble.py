@@ -7,12 +7,11 @@ probabilities are the mean of theirs (Shen and Savvides 2020, arXiv:2009.08453, 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.compute.precision import Precision, resolve_precision
+from fastkd.compute.precision import Precision, PrecisionName, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm, Need
@@ -31,7 +30,7 @@ class LoadedNet:
     class_map: tuple[int, ...] | None = None
     name: str = "teacher"
     """For messages."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision: PrecisionName | None = None
     """Its own; None: that of the run."""
     compiled: bool | None = None
     """Likewise."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from fastkd.config.section import NoEffect, Section, Since
 from fastkd.recipes.loading import find_recipe
@@ -36,13 +37,13 @@ class NewPart(OldPart):
 class OldWhole(Section):
     part: OldPart = OldPart()
     several: tuple[OldPart, ...] = ()
-    named: dict[str, OldPart] = {}
+    named: dict[str, OldPart] = Field(default_factory=dict)
 
 
 class NewWhole(Section):
     part: NewPart = NewPart()
     several: tuple[NewPart, ...] = ()
-    named: dict[str, NewPart] = {}
+    named: dict[str, NewPart] = Field(default_factory=dict)
     extra: Annotated[NewPart, Since("0.3")] = NewPart()
     maybe: Annotated[NewPart | None, Since("0.3")] = None
     cache: Annotated[str | None, NoEffect] = None
