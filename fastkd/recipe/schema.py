@@ -1,13 +1,15 @@
 """What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
 
-A recipe is data only. `fastkd.recipes.loading` makes one from a name, a YAML file and key=value
-overrides; `fastkd.runs.stages` hands each builder its own section and never the whole.
+`fastkd.recipes.loading` makes one from a name, a YAML file and key=value overrides, and
+`fastkd.runs` carries it out. They know the whole; what they call gets its own section of it, or
+plain values.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -138,6 +140,10 @@ class Recipe(Section):
         )
         return self
 
+    def teachers(self) -> dict[str, MemberConfig]:
+        """All teachers by the key under which they are found in the recipe; none is allowed."""
+        return self.teacher.members() if self.teacher else {}
+
     @property
     def total_epochs(self) -> int:
         """Epochs after `epoch_factor`."""
@@ -168,6 +174,10 @@ class Recipe(Section):
             if "pairs" in loss:
                 loss["pairs"] = list(loss["pairs"].items())
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    def dotted(self) -> dict[str, Any]:
+        """Dotted key -> plain value; the entries of a list of sections are numbered."""
+        return _dotted("", self.model_dump(mode="json"))
 
     def absolute(self) -> "Recipe":
         """The same recipe with paths that mean the same in every working folder."""
@@ -230,6 +240,18 @@ class Recipe(Section):
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )
+
+
+def _dotted(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in node.items():
+        if key == "ensemble":  # the only list of sections
+            value = {str(number): one for number, one in enumerate(value)}
+        if isinstance(value, Mapping):
+            keys |= _dotted(f"{prefix}{key}.", value)
+        else:
+            keys[f"{prefix}{key}"] = value
+    return keys
 
 
 def _absolute(path: str | None) -> str | None:

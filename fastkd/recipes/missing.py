@@ -16,7 +16,7 @@ from fastkd.recipe.overrides import nested
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.entry import Entry
 
-__all__ = ["missing"]
+__all__ = ["missing", "missing_networks"]
 
 
 def missing(entry: Entry) -> tuple[str, ...]:
@@ -38,13 +38,19 @@ def missing(entry: Entry) -> tuple[str, ...]:
             found.append(f"losses.{loss}")
         else:
             found += [f"losses.{loss}.{key}" for key in _unknown(config_class(loss), options)]
+    return tuple(dict.fromkeys([*found, *missing_networks(entry)]))
+
+
+def missing_networks(entry: Entry) -> tuple[str, ...]:
+    """Those of them that are networks or options of a network, which the schema does not know."""
+    found: list[str] = []
     for role in ("student", "teacher"):
         if f"{role}.name" in entry.keys:
             found += _unknown_network(role, entry.keys)
     for number, keys in enumerate(entry.keys.get("teacher.ensemble", ())):
         role = f"teacher.ensemble.{number}"
         found += _unknown_network(role, {f"{role}.{key}": value for key, value in keys.items()})
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
 from fastkd.teachers.teacher import run_ahead
 from fastkd.training.ema import EMA
@@ -366,9 +366,11 @@ class Trainer:
             },
         )
 
-    def resume(self, path: Path) -> None:
-        """Continue from a last.pt; every rank reads it."""
-        state = load_checkpoint(path, self.plan.digest)
+    def resume(self, saved: Path | Checkpoint) -> None:
+        """Continue from a last.pt, or from one that was opened; every rank has it."""
+        if isinstance(saved, Path):
+            saved = Checkpoint.open(saved, self.plan.digest)
+        state = saved.state
         self.student.load_state_dict(state["student"])
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])

@@ -129,7 +129,9 @@ def test_a_run_goes_on_from_another_working_folder(command, images, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     said = command("train", "--resume", "here/run", "out=run")
     assert said.code == 2
-    sentence = "--resume here/run goes on in that folder, out=run names another: leave one out"
+    sentence = (
+        "--resume here/run continues in that folder, but out=run names another: leave one out"
+    )
     assert said.err.splitlines()[-1] == f"fastkd: {sentence}"
     assert command("train", "--resume", "here/run").code == 0
 
