@@ -1,4 +1,4 @@
-"""`fastkd doctor`: what this machine and this installation offer, what it is for, what is missing.
+"""`fastkd doctor`: what this machine and this installation offer, and what is missing.
 
 The facts are those of `fastkd.compute.machine`, which every run folder keeps. Parts are found by
 trying them. A broken package must not break the report, so every probe catches
@@ -80,7 +80,7 @@ def _triton() -> Part:
     used_for = "the same operations on a GPU, and torch.compile there"
     version, problem = _probe("triton", lambda module: module.__version__)
     if problem:
-        return Part("Triton", "", False, used_for, f"{problem}; torch's CUDA builds bring it along")
+        return Part("Triton", "", False, used_for, f"{problem}; torch's CUDA builds include it")
     if not torch.cuda.is_available():
         return Part("Triton", version, False, used_for, "idle: torch sees no CUDA device")
     return Part("Triton", version, True, used_for, "")
@@ -88,7 +88,7 @@ def _triton() -> Part:
 
 def _dali() -> Part:
     used_for = "large image folders in later versions"
-    idle = "nothing of fastkd uses it yet: torch workers do the job"
+    idle = "fastkd does not use it yet: torch workers do the job"
     version, problem = _probe("nvidia.dali", lambda module: module.__version__)
     return Part("DALI", version, False, used_for, f"{problem}; {idle}" if problem else idle)
 
@@ -103,7 +103,7 @@ def _apex() -> Part:
         "",
         False,
         used_for,
-        f"{missing}; nothing is lost without it. It is built from github.com/NVIDIA/apex; the apex "
+        f"{missing}; fastkd does not need it. It is built from github.com/NVIDIA/apex; the apex "
         "on PyPI is another project",
     )
 
@@ -113,7 +113,7 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
     try:
         return str(version(importlib.import_module(name))), ""
     except ModuleNotFoundError as error:
-        # A package that is there but lacks one of its own parts is broken, not missing.
+        # An installed package that lacks one of its own parts is broken, not missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return "", "not installed"
         return "", f"broken: {in_words(error)}"
@@ -156,7 +156,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += ["", "Operations and what runs them"]
     for name, backends in found["kernels"].items():
         if isinstance(backends, Mapping):
-            # Why a slower one runs has been said above, once for all operations.
+            # Why a slower one runs is said above, once for all operations.
             runs = {device: backends[device].partition(" (C++")[0] for device in ("cpu", "cuda")}
             backends = ", ".join(f"{device}: {what}" for device, what in runs.items())
         lines.append(f"  {name:<22} {backends}")

@@ -45,7 +45,7 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class World:
-    """What one process knows of the run it is part of."""
+    """What one process knows about the run it belongs to."""
 
     rank: int
     """0 to size - 1; rank 0 writes files and talks to the user."""
@@ -64,7 +64,7 @@ class World:
 
 
 def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> World:
-    """Find this process's place and device, and join the other processes if there are any.
+    """Find this process's rank and device, and join the other processes if there are any.
 
     `timeout_s` bounds the wait for the others, here and in every later collective.
 
@@ -130,7 +130,7 @@ def close_world(*, failed: bool = False) -> None:
 def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> Iterator[World]:
     """`init_world` and `close_world` around a block; an exception in it frees the other ranks.
 
-    A process group that the caller has made is used and stays open.
+    A process group of the caller is used and stays open.
 
     Raises:
         RunFailed: over gloo, another process ended or hung in the middle of a collective.
@@ -142,11 +142,11 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         yield world
         failed = False
     except RuntimeError as error:
-        # So gloo begins where another process does not answer; NCCL ends this one by itself.
+        # gloo's words where another process does not answer; NCCL ends this process by itself.
         if "gloo/transport" not in str(error):
             raise
         raise RunFailed(
-            f"another process of this run has ended or hangs, so this one cannot go on ({error})"
+            f"another process of this run has ended or hangs, so this one cannot continue ({error})"
         ) from error
     finally:
         if owned:
@@ -197,8 +197,9 @@ def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
     rows_of_ranks: how many each rank has, as `TermInputs` says; with fewer than two ranks `rows`
     itself comes back. Nothing waits for the device, and torch.compile keeps it in the graph.
 
-    The gradient is that of the ranks' losses summed. DDP takes the mean of the ranks' gradients,
-    so a loss of the joined rows that every rank computes counts once, as in a single process.
+    The gradient belongs to the sum of the ranks' losses. DDP takes the mean of the ranks'
+    gradients, so a loss of the joined rows that every rank computes counts once, as in a single
+    process.
 
     Raises:
         ValueError: this rank has another number of rows than `rows_of_ranks` says.
@@ -231,7 +232,7 @@ def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:
 
 
 class _JoinRows(torch.autograd.Function):
-    """The sum over ranks of their rows among zeros: a gather would want equally many of each."""
+    """Sums the ranks' rows, each placed among zeros; a gather needs equal counts."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, start: int, total: int) -> Tensor:
@@ -243,7 +244,7 @@ class _JoinRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # A copy: whoever else holds this gradient must not see the sum.
+        # A copy: other holders of this gradient must not see the sum.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad[ctx.own], None, None
@@ -277,7 +278,7 @@ def wrap_ddp(
     raw = getattr(step, "_orig_mod", step)
     buffers = dict(raw.named_buffers(remove_duplicate=False))
     if unknown := sorted(set(ignore_buffers) - set(buffers)):
-        raise ValueError(f"these are no buffers of the step: {', '.join(unknown)}")
+        raise ValueError(f"these are not buffers of the step: {', '.join(unknown)}")
     ignored = {id(buffers[name]) for name in ignore_buffers}
     # torch.compile prefixes all names with _orig_mod, and DDP wants them as the wrapped step
     # has them.

@@ -1,8 +1,8 @@
-"""What a run says while it runs: one live line on a terminal, one line per epoch elsewhere.
+"""What a run prints: one live line on a terminal, one line per epoch elsewhere.
 
-Flow: `cli` makes one `Console` per process, enabled on rank 0 only; `run` and trainer talk to it.
-Nothing here reads a tensor: the numbers come from where the trainer has fetched them anyway.
-Everything goes to stdout; errors are the command line's business and go to stderr.
+Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages and trainer use it.
+Nothing here reads a tensor; the trainer has fetched the numbers. Everything goes to stdout; `cli`
+writes errors to stderr.
 """
 
 import atexit
@@ -24,7 +24,7 @@ __all__ = ["Console", "comparison_table", "duration"]
 
 
 class Console:
-    """The voice of one process; with `enabled=False` it says nothing.
+    """The output of one process; with `enabled=False` there is none.
 
     `file` replaces stdout. `live` decides between the live line and plain lines; by default a
     terminal gets the live one.
@@ -82,8 +82,8 @@ class Console:
     ) -> None:
         """Redraw the live line; nothing elsewhere.
 
-        `epoch` and `step` are those done, of `epochs` and of `steps` per epoch; `data_wait` is a
-        share of 1.
+        `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
+        a share of 1.
         """
         if not self._enabled:
             return
@@ -110,7 +110,7 @@ class Console:
         bar.refresh()
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        """An epoch's metrics as one plain line; on a terminal only those of the last epoch.
+        """An epoch's metrics as one plain line; on a terminal only for the last epoch.
 
         Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
         `val_accuracy` or `val_map`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
@@ -160,9 +160,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
     evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
-    what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` stands in for
-    `accuracy` where a row has it. With `of_teacher`, that of the run's teacher, there is a column
-    more.
+    what is missing stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` replaces
+    `accuracy` where a row has it. `of_teacher`, the accuracy of the run's teacher, adds a column.
     """
     metric = headline_of(rows)
     taught = any(row.get("of_teacher") is not None for row in rows)
@@ -202,13 +201,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 class _Clock:
-    """Time left, from the share of the work done since the first look (a run may be resumed)."""
+    """Time left, from the progress since the first call (a run may be resumed)."""
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = None
 
     def left_s(self, share: float) -> float | None:
-        """Seconds, or None before there is anything to go by."""
+        """Seconds, or None before there is any progress."""
         now = time.monotonic()
         if self._start is None or share < self._start[1]:
             self._start = (now, share)

@@ -108,7 +108,7 @@ class Recipe(Section):
     def _typed_losses(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        # A null takes a loss of the base recipe away; a misspelled one takes nothing away.
+        # A null removes a loss of the base recipe; under a misspelled name it would remove nothing.
         for name in value:
             config_class(name)
         return {name: typed_config(name, keys) for name, keys in value.items() if keys is not None}
@@ -152,7 +152,8 @@ class Recipe(Section):
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
 
-        An exponential decay ends where it would have ended.
+        An exponential decay ends where it would have ended. The values follow from a validated
+        section and may leave its bounds, so they are not validated again.
         """
         stretched = self.optim.schedule == "exponential"
         return self.optim.model_copy(
@@ -167,7 +168,7 @@ class Recipe(Section):
         )
 
     def digest(self) -> str:
-        """Sixteen hex digits that name the outcome; `Section` says which keys enter them."""
+        """Sixteen hex digits that name the outcome; `config.section` says which keys enter."""
         keys = self.absolute().outcome()
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
@@ -212,8 +213,8 @@ class Recipe(Section):
         share = epochs / self.epochs
         optim = {
             "lr": teacher.lr or self.optim.lr,
-            # In epochs, like the milestones from 1 up: they shrink and grow with the run, and what
-            # falls into its first epoch is said as a share of the run, as all below 1 are.
+            # Milestones from 1 up are epochs and scale with the run. One that would fall into the
+            # first epoch becomes a share of the run, as everything below 1 is.
             "milestones": tuple(
                 m if m < 1 else m * share if m * share >= 1 else m / self.epochs
                 for m in self.optim.milestones

@@ -136,7 +136,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(
             f"the recipe file {path} must hold keys such as `epochs: 30`, one a line; it holds "
-            f"{found if not isinstance(values, dict) else 'keys that are no text'}"
+            f"{found if not isinstance(values, dict) else 'keys that are not text'}"
         )
     return values
 

@@ -1,7 +1,7 @@
 """What a named recipe asks for that this version of fastkd does not have.
 
 Found by asking the schema of a recipe, the loss terms and the networks, never written down per
-recipe: a recipe becomes runnable by the landing of its parts.
+recipe: a recipe becomes runnable when its last part is added.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def missing(entry: Entry) -> tuple[str, ...]:
 
 
 def missing_networks(entry: Entry) -> tuple[str, ...]:
-    """Those of them that are networks or options of a network, which the schema does not know."""
+    """The networks and network options among them, which the schema does not know."""
     found: list[str] = []
     for role in ("student", "teacher"):
         if f"{role}.name" in entry.keys:
@@ -56,7 +56,7 @@ def missing_networks(entry: Entry) -> tuple[str, ...]:
 def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
     """Dotted keys that the section does not have, and key=value that it does not allow.
 
-    How parts fit together is not asked: the losses are stood in for. `Entry.build` checks that.
+    Whether the parts fit together is left to `loading.build`; a stand-in replaces the losses.
     """
     try:
         section.model_validate(values)

@@ -1,7 +1,7 @@
 """The end of a run: teacher, student alone and distilled student side by side, beside the paper.
 
-`fastkd.runs.stages` hands over the summaries of its stages; they become summary.json, curves.png
-and the last table on the screen.
+`fastkd.runs.stages` passes the summaries of its stages; they become summary.json, curves.png and
+the last table on the screen.
 """
 
 import time
@@ -27,7 +27,7 @@ def finish_report(
 ) -> None:
     """Write summary.json and curves.png, print the table; `summary` gains the paper's number.
 
-    teachers: what the teachers are called. block: the student's cheap block.
+    teachers: labels of the teachers. block: the student's cheap block.
     """
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """The paper's number beside ours, at the end of a run that is a row of a paper's table.
 
-Only where the run is the named recipe as it stands: keys that decide the outcome and were
-overridden are named instead of a comparison.
+Only where the run is the named recipe unchanged; otherwise the keys that were overridden and decide
+the outcome are named instead.
 """
 
 import re
@@ -19,7 +19,7 @@ __all__ = ["PaperRow", "paper_row"]
 
 # Metric of a paper -> ours; an error is what is left of an accuracy.
 _OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
-# Where the data lies, how fast it goes, what is looked at; and the seed, which the papers vary.
+# Place of the data, speed, output; and the seed, which the papers vary.
 _NO_MATTER = frozenset(
     [
         "description",
@@ -59,7 +59,7 @@ _NO_MATTER_OF_TEACHERS = frozenset(
 
 @dataclass(frozen=True)
 class PaperRow:
-    """What the closing table and summary.json say of the paper."""
+    """What the closing table and summary.json say about the paper."""
 
     row: dict[str, Any] | None
     """A row of the closing table; None where the run cannot be compared."""
@@ -76,7 +76,7 @@ def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) ->
     entry = all_recipes().get(name)
     cells = entry.published if entry is not None else ()
     cell = next((cell for cell in cells if cell.metric in _OURS), None)
-    # A file may run under the name of a recipe that cannot be built.
+    # A recipe file may bear the name of a recipe that cannot be built.
     if entry is None or cell is None or missing(entry):
         return None
     facts = {
@@ -94,7 +94,7 @@ def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) ->
     ours = 100 * summary[f"{_OURS[cell.metric]}_{which}"]
     if cell.metric == "top1_error":
         ours = 100 - ours
-    said = "" if cell.epoch else "; which one the paper took is not said"
+    said = "" if cell.epoch else "; the paper does not say which it took"
     text = (
         f"the paper's {cell} ({cell.place}); here {ours:.2f} in the {which} epoch, "
         f"{ours - cell.value:+.2f} points{said}"

@@ -38,7 +38,7 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch):
     found = facts()
     assert not part("DALI", found)["usable"]
     advice = part("DALI", found)["advice"]
-    assert advice.startswith("not installed; nothing of fastkd uses it yet")
+    assert advice.startswith("not installed; fastkd does not use it yet")
     assert "pip" not in advice
     assert "the apex on PyPI is another project" in part("apex", found)["advice"]
     assert part("Triton", found)["advice"].startswith("not installed")

@@ -249,7 +249,7 @@ def test_a_sweep_says_that_its_runs_havedifferent_teachers(command, tmp_path):
     assert sorted(row[3] for row in rows) == sorted(f"{one:.2%}" for one in reached)
     (mean,) = (line for line in said.out.splitlines() if line.startswith("mean of 2"))
     assert re.findall(r"[\d.]+%", mean)[2] == f"{sum(reached) / 2:.2%}"
-    note = "note: these runs imitate 2 different teachers, each trained as its run is"
+    note = "note: these runs imitate 2 different teachers, each trained like its run"
     assert said.out.splitlines()[-1].startswith(note)
     # One of them is the first run's: what is there is used.
     held = command("train", *TAUGHT, "teacher.lr=0.1", "teacher.seed=0", "--sweep", "seed=0;1")

@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side, each in a process of its own; `running` says which.
+"""Runs of a sweep in parallel, each in a process of its own; `running` says which.
 
 Every process is `fastkd train --config FILE --resume auto` with one GPU, or with its share of the
 threads, and writes what it says into a log beside the run folders.
@@ -98,14 +98,14 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            # A Ctrl-C on the terminal reaches this process only, which passes it on once.
+            # Ctrl-C on the terminal reaches this process only, which passes it on once.
             start_new_session=True,
         )
     return _Job(name, place, log, process)
 
 
 def environments(device: torch.device, jobs: int) -> list[dict[str, str]]:
-    """What each job's environment has of its own: its share of the threads, and a GPU."""
+    """Environment variables of each job: its share of the threads, and a GPU."""
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     if device.type == "cpu":
         return [threads] * jobs

@@ -35,7 +35,7 @@ def print_table(
 def _write_csv(
     recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]], root: Path
 ) -> Path:
-    """A line for each run beside the folders of the runs: swept keys, digest, results."""
+    """A line for each run, in a file beside the run folders: swept keys, digest, results."""
     metric = headline_of(rows)
     results = (f"{metric}_last", f"{metric}_best", "best_epoch", "of_teacher", "params", "macs")
     lines = []
@@ -65,7 +65,7 @@ def _of_teacher(summary: Mapping[str, Any]) -> float | None:
 
 
 def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
-    """A sentence where a key of the student has also made other teachers; else nothing."""
+    """A sentence where a key of the student also changed the teachers; else nothing."""
     swept = [override.partition("=")[0] for override in next(iter(recipes))]
     taught = {
         tuple(recipe.as_teacher(one).digest() for one in recipe.teachers().values() if one.trains)
@@ -75,9 +75,9 @@ def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
     if len(taught) < 2 or any(key.startswith("teacher.") for key in swept):
         return ""
     return (
-        f"note: these runs imitate {len(taught)} different teachers, each trained as its run is: "
-        "with its seed, rate, epochs and batches. teacher.seed, teacher.lr and teacher.epochs hold "
-        "one, or teacher.weights=RUN, the folder of a trained one"
+        f"note: these runs imitate {len(taught)} different teachers, each trained like its run: "
+        "with its seed, rate, epochs and batches. Set teacher.seed, teacher.lr and "
+        "teacher.epochs to share one teacher, or teacher.weights=RUN, the folder of a trained one"
     )
 
 
