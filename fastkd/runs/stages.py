@@ -19,6 +19,7 @@ from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
+from fastkd.models.taps import remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
@@ -57,7 +58,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    _check_fit(recipe, data, session)
+    loaded = _try_out(recipe, data, session)
     identity = RunIdentity.of(recipe)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
@@ -71,6 +72,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     ):
         teacher, teacher_summary = prove_teacher(
             recipe.teacher,
+            loaded,
             data,
             session.world,
             session.console,
@@ -81,7 +83,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         alone = _train_alone(recipe, data, session, folder.path / "alone")
         trainer = stage_builder(recipe, data, teacher, session)(folder, checkpoint)
         if resumed:
-            _go_on(trainer, folder, session, checkpoint)
+            _go_on(trainer, folder, checkpoint, session)
         del checkpoint  # as large as the student and its optimizer
         summary = _fit(trainer, recipe, data) | {"teacher": teacher_summary} | alone
         if session.world.is_main:
@@ -96,13 +98,17 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     return summary
 
 
-def _check_fit(recipe: Recipe, data: DataPair, session: Session) -> None:
-    """Build the student's training and drop it.
+def _try_out(recipe: Recipe, data: DataPair, session: Session) -> LoadedNet | None:
+    """Build the student's training and drop it; the teachers, as they were loaded, are kept.
 
     What does not fit is found before the teacher is trained, and leaves no folder behind.
     """
+    loaded = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
-    stage_builder(recipe, data, load_teacher(recipe.teacher, data), silent)(None)
+    stage_builder(recipe, data, loaded, silent)(None)
+    if loaded:
+        remove_taps(*(one.model for one in loaded.members))
+    return loaded
 
 
 @contextmanager
@@ -124,7 +130,6 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
         _train(
             recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
             data,
-            None,
             session,
             path / f"lr-{lr:g}",
         )
@@ -237,10 +242,8 @@ def stage_builder(
     return build
 
 
-def _train(
-    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session, path: Path
-) -> dict[str, Any]:
-    """Train one stage in `path`, or resume it; a finished one's summary is just returned."""
+def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
+    """Train a teacher or a baseline in `path`, or resume it; a finished one's summary is read."""
     identity = RunIdentity.of(recipe)
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
@@ -260,8 +263,8 @@ def _train(
             data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
             checkpoint = open_checkpoint(folder, identity.digest, session.world)
-            trainer = stage_builder(recipe, data, teacher, session)(folder, checkpoint)
-            _go_on(trainer, folder, session, checkpoint)
+            trainer = stage_builder(recipe, data, None, session)(folder, checkpoint)
+            _go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
@@ -271,7 +274,7 @@ def _train(
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
     """Train a teacher, or find it trained: its run folder and summary."""
     path = teacher_folder(lesson, session)
-    return path, _train(lesson, data, None, session, path)
+    return path, _train(lesson, data, session, path)
 
 
 def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
@@ -287,7 +290,7 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
 
 
 def _go_on(
-    trainer: Trainer, folder: RunFolder, session: Session, checkpoint: Checkpoint | None
+    trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None, session: Session
 ) -> None:
     """Continue an unfinished folder; one without a checkpoint yet starts over."""
     if checkpoint is not None:

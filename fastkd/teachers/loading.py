@@ -38,6 +38,7 @@ def load_teacher(config: TeacherConfig | None, data: DataPair) -> LoadedNet | No
 
 def prove_teacher(
     config: TeacherConfig | None,
+    loaded: LoadedNet | None,
     data: DataPair,
     world: World,
     console: Console,
@@ -48,20 +49,21 @@ def prove_teacher(
 ) -> tuple[LoadedNet | None, dict[str, Any] | None]:
     """The recipe's teachers, trained first where they ask for that, each better than chance.
 
+    loaded: what `load_teacher` gave; a teacher that is trained here is built anew afterwards.
     train: trains one of them; its run folder and summary.
     precision, channels_last: those of the run, for teachers that have no type of their own.
     Returns also the facts for summary.json: name, accuracy, size; of several those of all together
     and, as `members`, of each. UserError for one below `min_accuracy`.
     """
-    if config is None:
+    if config is None or loaded is None:
         return None, None
     nets, facts = [], []
-    for key, one in config.members().items():
-        weights, lesson = one.weights, {}
+    for (key, one), net in zip(config.members().items(), loaded.members, strict=True):
+        lesson = {}
         if one.trains:
             path, summary = train(one)
-            weights, lesson = str(path / "best.safetensors"), {"training": summary}
-        net = load_net(one, data, weights, key)
+            lesson = {"training": summary}
+            net = load_net(one, data, str(path / "best.safetensors"), key)
         found = _evaluated(net, data, world, precision, channels_last)
         metric = headline(found)
         console.note(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
