@@ -95,7 +95,10 @@ SOURCES: dict[str, dict[str, str]] = {
             "batch_size",
             "augment.crop",
             "augment.padding",
-            *("optim.name", "optim.lr", "optim.weight_decay", "optim.schedule"),
+            "optim.name",
+            "optim.lr",
+            "optim.weight_decay",
+            "optim.schedule",
             "losses.ce.class_weights",
         )
     },

@@ -16,8 +16,9 @@ from rich.console import Console as RichConsole
 from fastkd.compute.machine import environment
 from fastkd.errors import RunFailed, UserError
 from fastkd.output import console as console_module
-from fastkd.output.console import Console, comparison_table
+from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, find_resumable
+from fastkd.output.table import comparison_table
 from fastkd.report.plots import plot_curves
 from fastkd.storage.atomic import atomic_path
 
