@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.augment.mix import MIXES, MixDraw, draw_mix
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.data.batch import Batch, Loader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.tables import to_device

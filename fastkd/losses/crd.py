@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.errors import UserError
 from fastkd.losses.base.pairs import POOLED, PairConfig, PairTerm
 from fastkd.losses.base.term import (

@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.losses.base.registry import TermConfig
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput, check_numbers, widened
 

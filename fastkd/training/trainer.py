@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
+from fastkd.compute.collectives import all_reduce_sum, split_evenly, sync_buffers
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
+from fastkd.compute.ranks import World
+from fastkd.compute.wrapping import unsynchronised
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
 from fastkd.errors import Interrupted

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.losses.base import registry
 from fastkd.losses.base.registry import TermConfig
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput, autocast_like
