@@ -120,7 +120,7 @@ FROZEN = " The frozen batch norms use and keep the statistics of the weights; th
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     entries = by_cell(
         cells("meal_v2"), lambda cell: _transfer(cell) if cell.table == "6" else _of(cell)
     )

@@ -118,7 +118,7 @@ LAYERS = {"cifar10": 3, "cifar100": 3, "imagenet": 4, "cityscapes": 5}
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     entries = by_cell(cells("moonshine"), _of)
     for entry in [*entries.values()]:
         if entry.name.endswith("/kd"):
