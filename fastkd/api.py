@@ -21,9 +21,11 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
+from fastkd.compute.compiling import CompileChoice
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
-from fastkd.compute.ranks import on_main, open_world
+from fastkd.compute.precision import PrecisionChoice
+from fastkd.compute.ranks import DeviceChoice, on_main, open_world
 from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import (
     LoaderItem,
@@ -77,12 +79,12 @@ def distill(
     lr: float | None = None,
     xprime: Literal["none", MixKind] = "none",
     pick: PickConfig | PickCriterion | None = None,
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-    compile: Literal["auto", "on", "off"] = "auto",
+    precision: PrecisionChoice = "auto",
+    compile: CompileChoice = "auto",
     channels_last: bool = True,
     accumulate: int = 1,
     ema: float | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: DeviceChoice = "auto",
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,

@@ -1,16 +1,16 @@
 """The three ways a fastkd program ends early, and the exit code of each.
 
-Every other module raises these; `fastkd.cli.commands` turns them into one line on stderr and an
-exit code.
+The rest of fastkd raises these (`kernels` raises ValueError); `fastkd.cli.commands` turns them into
+one line on stderr and an exit code.
 """
 
 __all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]
 
 
 class FastKDError(Exception):
-    """Base of all errors whose message is meant for the user as it stands.
+    """Base of all errors whose message is meant for the user.
 
-    shared: every rank comes to the same end, and one of them says it. False: it met this rank only.
+    shared: every rank raises the same error, and rank 0 prints it. False: only this rank has it.
     """
 
     exit_code = 1
@@ -21,7 +21,11 @@ class FastKDError(Exception):
 
 
 class UserError(FastKDError, ValueError):
-    """The request cannot be carried out: a wrong key, a missing folder, the wrong class count."""
+    """The request cannot be carried out: a wrong key, a missing folder, the wrong class count.
+
+    Also a ValueError, which is what people catch in Python, and what kernels and pydantic's
+    validators raise.
+    """
 
     exit_code = 2
 

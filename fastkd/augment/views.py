@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.augment.mix import MixDraw, MixKind, draw_mix, draw_partners, has_partners
+from fastkd.compute.collectives import join_rows
 from fastkd.compute.placement import Placement
-from fastkd.compute.ranks import join_rows
 from fastkd.data.batch import Batch, TrainLoader
 from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureKind, PictureView

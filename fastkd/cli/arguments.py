@@ -1,7 +1,7 @@
-"""The words and options of the `fastkd` command, and what is said about wrong ones.
+"""The words and options of the `fastkd` command, and the complaints about wrong ones.
 
-The only argparse of the package; `fastkd.cli.commands` carries out what was asked for. Options are
-few on purpose: everything that decides a run is a recipe key, spelled key=value.
+The only argparse of the package; `fastkd.cli.commands` starts what was asked for. Options are few
+on purpose: everything that decides a run is a recipe key, spelled key=value.
 """
 
 import argparse
@@ -20,7 +20,7 @@ examples:
   fastkd train                                  handwritten digits, no download
   fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30
   fastkd train --config my.yaml optim.lr=0.1    a file with keys, then overrides
-  fastkd train --resume auto                    go on with the last quickstart
+  fastkd train --resume auto                    resume the last quickstart
   fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser of the whole command line, and that of each command by name."""
+    """The parser of the whole command line, and the parser of each command by name."""
     parser = _Parser(
         prog="fastkd",
         description="Train small vision networks from large ones: knowledge distillation.",
@@ -109,7 +109,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     train.add_argument(
         "--resume",
         metavar="auto|RUN",
-        help="go on with a run folder, or with the newest unfinished one of this recipe",
+        help="resume a run folder, or the newest unfinished one of this recipe",
     )
     train.add_argument(
         "--dry-run",
@@ -129,7 +129,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         type=_jobs,
         default=1,
         metavar="N",
-        help="so many runs of a sweep at a time: each on a GPU of its own, or a share of the CPU",
+        help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
     )
 
     evaluate = commands.add_parser(
@@ -158,7 +158,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     cheapen = commands.add_parser(
         "cheapen",
-        help="what a cheap block makes of a network: parameters, MACs, layers",
+        help="show how a cheap block changes a network: parameters, MACs, layers",
         description="Replace 3x3 convolutions by a cheap block and count before and after. "
         "Train it with student.name=NAME student.block=BLOCK.",
     )
@@ -179,8 +179,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     recipes = commands.add_parser(
         "recipes",
         help="list the named recipes",
-        description="Without a word an overview; those that match PATTERN with the papers' "
-        "numbers and what they need; one recipe in full.",
+        description="Without a word an overview; with PATTERN the matching recipes, the papers' "
+        "numbers and what they need; with show one recipe in full.",
     )
     recipes.add_argument(
         "words",

@@ -1,21 +1,26 @@
-"""`fastkd doctor`: what this machine and this installation offer, what it is for, what is missing.
+"""`fastkd doctor`: what this machine and this installation offer, and what is missing.
 
-Flow: `cli` prints it, and `report.run_folder.environment` keeps the same facts with every run.
-Parts are asked by trying them. A broken package must not break the report, so every probe catches
+The facts are those of `fastkd.compute.machine`, which every run folder keeps. Parts are found by
+trying them. A broken package must not break the report, so every probe catches
 whatever an import may raise and reports it in place.
 """
 
+import argparse
 import importlib
-import importlib.metadata
+import json
 import platform
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+import fastkd
 from fastkd.compute.machine import cpu_facts, gpu_facts, in_words, kernel_facts, version_of
 from fastkd.training.optim import apex_missing
 
-__all__ = ["Part", "run_doctor"]
+__all__ = ["Part", "as_text", "doctor", "facts"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class Part:
     """What to do to get it, or why it is not used; empty where nothing is to be done."""
 
 
-def run_doctor(json: bool = False) -> str | dict[str, Any]:
-    """The report as text, or with `json` as plain values."""
-    import torch
+def doctor(options: argparse.Namespace) -> None:
+    """Print the report, as text or as JSON."""
+    found = facts()
+    print(json.dumps(found, indent=1) if options.json else as_text(found))
 
-    import fastkd
 
-    found: dict[str, Any] = {
+def facts() -> dict[str, Any]:
+    """The report as plain values."""
+    return {
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -50,7 +57,6 @@ def run_doctor(json: bool = False) -> str | dict[str, Any]:
         "kernels": kernel_facts(),
         "parts": [asdict(part) for part in _parts()],
     }
-    return found if json else _as_text(found)
 
 
 def _parts() -> list[Part]:
@@ -71,12 +77,10 @@ def _compiled_core() -> Part:
 
 
 def _triton() -> Part:
-    import torch
-
     used_for = "the same operations on a GPU, and torch.compile there"
     version, problem = _probe("triton", lambda module: module.__version__)
     if problem:
-        return Part("Triton", "", False, used_for, f"{problem}; torch's CUDA builds bring it along")
+        return Part("Triton", "", False, used_for, f"{problem}; torch's CUDA builds include it")
     if not torch.cuda.is_available():
         return Part("Triton", version, False, used_for, "idle: torch sees no CUDA device")
     return Part("Triton", version, True, used_for, "")
@@ -84,7 +88,7 @@ def _triton() -> Part:
 
 def _dali() -> Part:
     used_for = "large image folders in later versions"
-    idle = "nothing of fastkd uses it yet: torch workers do the job"
+    idle = "fastkd does not use it yet: torch workers do the job"
     version, problem = _probe("nvidia.dali", lambda module: module.__version__)
     return Part("DALI", version, False, used_for, f"{problem}; {idle}" if problem else idle)
 
@@ -99,7 +103,7 @@ def _apex() -> Part:
         "",
         False,
         used_for,
-        f"{missing}; nothing is lost without it. It is built from github.com/NVIDIA/apex; the apex "
+        f"{missing}; fastkd does not need it. It is built from github.com/NVIDIA/apex; the apex "
         "on PyPI is another project",
     )
 
@@ -109,7 +113,7 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
     try:
         return str(version(importlib.import_module(name))), ""
     except ModuleNotFoundError as error:
-        # A package that is there but lacks one of its own parts is broken, not missing.
+        # An installed package that lacks one of its own parts is broken, not missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return "", "not installed"
         return "", f"broken: {in_words(error)}"
@@ -117,7 +121,8 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
         return "", f"broken: {in_words(error)}"
 
 
-def _as_text(found: Mapping[str, Any]) -> str:
+def as_text(found: Mapping[str, Any]) -> str:
+    """The report for people, from `facts`."""
     cpu, gpus = found["cpu"], found["gpus"]
     lines = [
         f"fastkd {found['fastkd']}, Python {found['python']}, torch {found['torch']}, "
@@ -151,7 +156,7 @@ def _as_text(found: Mapping[str, Any]) -> str:
     lines += ["", "Operations and what runs them"]
     for name, backends in found["kernels"].items():
         if isinstance(backends, Mapping):
-            # Why a slower one runs has been said above, once for all operations.
+            # Why a slower one runs is said above, once for all operations.
             runs = {device: backends[device].partition(" (C++")[0] for device in ("cpu", "cuda")}
             backends = ", ".join(f"{device}: {what}" for device, what in runs.items())
         lines.append(f"  {name:<22} {backends}")
@@ -159,6 +164,4 @@ def _as_text(found: Mapping[str, Any]) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

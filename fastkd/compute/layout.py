@@ -1,4 +1,4 @@
-"""Memory layout of images and feature maps: channels-last, but for one bug of a CPU library."""
+"""Memory layout of images and feature maps: channels-last, except for one CPU library bug."""
 
 import torch
 from torch import nn

@@ -54,7 +54,7 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def kernel_facts() -> dict[str, Any]:
-    """`fastkd.kernels.status()`, or the reason why it cannot be had."""
+    """`fastkd.kernels.status()`, or why it is not available."""
     try:
         return dict(importlib.import_module("fastkd.kernels").status())
     except (Exception, SystemExit) as error:
@@ -68,7 +68,7 @@ def in_words(error: BaseException) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader of the results has to know of the machine and the software, for JSON."""
+    """What a reader of the results needs to know about machine and software, for JSON."""
     import fastkd
 
     return {

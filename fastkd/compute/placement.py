@@ -35,5 +35,5 @@ class Placement:
         return self.precision.dtype
 
     def layout(self, model: nn.Module) -> torch.memory_format:
-        """Memory layout for `model` and its images; channels-last but for what hangs in it."""
+        """Layout for `model` and its images; contiguous if a layer would hang in channels-last."""
         return memory_format(self.channels_last, self.device, model)

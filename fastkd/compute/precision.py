@@ -2,13 +2,25 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from fastkd.errors import UserError
 
-__all__ = ["Precision", "computes_in_bf16", "resolve_precision"]
+__all__ = [
+    "Precision",
+    "PrecisionChoice",
+    "PrecisionName",
+    "computes_in_bf16",
+    "resolve_precision",
+]
+
+PrecisionName = Literal["bf16", "fp16", "fp32"]
+"""Autocast type of a forward pass."""
+
+PrecisionChoice = Literal["auto", PrecisionName]
+"""Such a type, or `auto`: bf16 where the device computes in it, else fp32."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +29,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """The type that forward passes run in on one kind of device."""
 
-    name: Literal["fp32", "bf16", "fp16"]
+    name: PrecisionName
     device_type: str
 
     @property
@@ -49,6 +61,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         name = "bf16" if computes_in_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision=fp16 needs a GPU; on a CPU use precision=fp32 or bf16")
-    if name not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {name!r}")
-    return Precision(name, device.type)
+    for known in get_args(PrecisionName):
+        if name == known:
+            return Precision(known, device.type)
+    choices = ", ".join(get_args(PrecisionChoice))
+    raise UserError(f"precision={name} is unknown; choose one of {choices}")

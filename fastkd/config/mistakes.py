@@ -1,7 +1,7 @@
-"""What is wrong with recipe keys, one sentence for each mistake, for people.
+"""What is wrong with recipe keys, one sentence for each mistake.
 
-Used by `recipe.loading` for a recipe and by `losses.registry` for the keys of one loss. The allowed
-values come from the schema itself, so that a message cannot disagree with it.
+Used by `recipes.loading` for a recipe and by `losses.base.registry` for the keys of one loss. The
+allowed values come from the schema itself, so a message cannot disagree with it.
 """
 
 import difflib
@@ -41,7 +41,7 @@ def explain(
     """A sentence per mistake, each once.
 
     values: what was validated. known: all valid dotted keys, from which the nearest is named.
-    prefix: what stands before every key of `section`, such as `losses.kd.`.
+    prefix: what precedes every key of `section`, such as `losses.kd.`.
     """
     found: dict[str, None] = {}
     for mistake in error.errors():
@@ -143,7 +143,7 @@ def _locate(
     inner: type[BaseModel] | None = section
     for part in _texts(loc):
         if inner is None:
-            # The number of an entry, in a list of sections.
+            # The number of an entry in a list of sections.
             inner = entries_of(field.annotation) if field else None
             if inner is None:
                 break
@@ -152,7 +152,7 @@ def _locate(
         path.append(part)
         field = inner.model_fields.get(part)
         inner = section_of(field.annotation) if field else None
-    # An entry that is no mapping is a mistake of the whole list.
+    # An entry that is not a mapping is a mistake in the whole list.
     if field and entries_of(field.annotation) and path[-1].isdigit():
         path.pop()
     return path, field
@@ -183,7 +183,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"unknown key {key}, did you mean {' or '.join(near[:2])}?"
-    # What a section holds is told for the innermost one that exists.
+    # List the keys of the innermost section that exists.
     while section and not any(one.startswith(f"{section}.") for one in known):
         section = section.rpartition(".")[0]
     start = f"{section}." if section else ""
@@ -195,7 +195,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _number(key: str) -> str:
-    """Which entry of a list of sections a key is about; 0 where it is about none."""
+    """Number of the entry that a key belongs to, in a list of sections; 0 where there is none."""
     found = re.search(_ENTRY, key)
     return found[0] if found else "0"
 

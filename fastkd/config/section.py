@@ -1,11 +1,33 @@
-"""The base of every part of a recipe: frozen, typed, and closed to unknown keys."""
+"""The base of every part of a recipe: frozen, typed, and closed to unknown keys.
+
+A recipe has a digest, by which finished runs are found again. It must not change when a later
+version of fastkd adds a key. A key therefore says on its own field how it enters the digest:
+
+    lr: PositiveFloat = 0.05                              always
+    cache: Annotated[bool, Since("0.2")] = False          only where it is not at its default
+    workers: Annotated[int, NoEffect] = 2                 never: it cannot change the outcome
+
+Keys of 0.1.0 have no mark, every later one has one. A mark holds wherever the section stands: in
+another section, in a list of sections, or among the losses.
+"""
 
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
-__all__ = ["Channels", "Deviations", "Normalization", "Section", "yaml_switch"]
+__all__ = [
+    "Channels",
+    "Deviations",
+    "NoEffect",
+    "Normalization",
+    "Section",
+    "Since",
+    "yaml_switch",
+]
 
 Channels = tuple[float, float, float]
 """Of the three channels, in 0..1."""
@@ -15,6 +37,18 @@ Normalization = tuple[Channels, Channels]
 
 Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 """Standard deviations of the three channels, in 0..1."""
+
+
+@dataclass(frozen=True)
+class Since:
+    """Marks a key that is newer than 0.1.0: at its default it leaves the digest as it was."""
+
+    version: str
+    """First version of fastkd that has the key."""
+
+
+class NoEffect:
+    """Marks a key that cannot change the outcome of a run: it never enters the digest."""
 
 
 def yaml_switch(value: object) -> object:
@@ -44,3 +78,30 @@ class Section(BaseModel):
         lists = [annotation, *typing.get_args(annotation)]
         is_list = any(Ellipsis in typing.get_args(kind) for kind in lists)
         return (value,) if is_list and isinstance(value, str | int | float) else value
+
+    def outcome(self) -> dict[str, Any]:
+        """The keys that decide the outcome, as plain values; the digest is made of them."""
+        return _outcome(self, self.model_dump(mode="json"))
+
+
+def _outcome(value: Any, plain: Any) -> Any:
+    """What counts of `plain`, which is `value` as JSON."""
+    if isinstance(value, Section):
+        return {
+            name: _outcome(getattr(value, name), plain[name])
+            for name, field in type(value).model_fields.items()
+            if _counts(field, getattr(value, name))
+        }
+    if isinstance(value, Mapping):
+        inner = zip(value.values(), plain.items(), strict=True)
+        return {key: _outcome(one, as_json) for one, (key, as_json) in inner}
+    if isinstance(value, list | tuple):
+        return [_outcome(one, as_json) for one, as_json in zip(value, plain, strict=True)]
+    return plain
+
+
+def _counts(field: FieldInfo, value: Any) -> bool:
+    if NoEffect in field.metadata:
+        return False
+    newer = any(isinstance(mark, Since) for mark in field.metadata)
+    return not newer or value != field.get_default(call_default_factory=True)

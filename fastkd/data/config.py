@@ -1,10 +1,10 @@
 """Keys of a recipe on images: where they come from, how they are cropped and flipped."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fastkd.config.section import Deviations, Section
+from fastkd.config.section import Deviations, NoEffect, Section
 from fastkd.data.geometry import Crop, PadMode
 from fastkd.data.normalization import DataName
 
@@ -24,11 +24,11 @@ class DataConfig(Section):
     """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
     image_size: PositiveInt | None = None
     """Side in pixels after decoding; by default the data set's own."""
-    download: bool = False
+    download: Annotated[bool, NoEffect] = False
     """Fetch a missing CIFAR archive into root."""
     train_limit: PositiveInt | None = None
     """Use only this many training images, the same share of every class."""
-    workers: int = Field(default=2, ge=0)
+    workers: Annotated[int, NoEffect] = Field(default=2, ge=0)
     """Decoding processes of the torch backend."""
     mean: tuple[float, float, float] | None = None
     """Channel means in 0..1; by default the data set's own."""

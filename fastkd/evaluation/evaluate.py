@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.compute.collectives import all_reduce_sum, gather_rows
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World, all_reduce_sum, gather_rows
+from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce

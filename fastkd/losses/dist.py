@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from typing_extensions import override
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.losses.base.arguments import Weight
 from fastkd.losses.base.dtypes import widened
 from fastkd.losses.base.needs import Need, View, both_logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.losses.base.arguments import Weight
 from fastkd.losses.base.dtypes import widened
 from fastkd.losses.base.pairs import POOLED, Pairs, PairTerm

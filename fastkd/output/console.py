@@ -1,8 +1,8 @@
-"""What a run says while it runs: one live line on a terminal, one line per epoch elsewhere.
+"""What a run prints: one live line on a terminal, one line per epoch elsewhere.
 
-Flow: `cli` makes one `Console` per process, enabled on rank 0 only; `run` and trainer talk to it.
-Nothing here reads a tensor: the numbers come from where the trainer has fetched them anyway.
-Everything goes to stdout; errors are the command line's business and go to stderr.
+Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages and trainer use it.
+Nothing here reads a tensor; the trainer has fetched the numbers. Everything goes to stdout; `cli`
+writes errors to stderr.
 """
 
 import atexit
@@ -11,20 +11,29 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
 from rich.console import Console as RichConsole
-from rich.table import Column, Table
+from rich.table import Column
 
-from fastkd.evaluation.headline import HEADLINES, headline_of
+from fastkd.evaluation.headline import HEADLINES
+from fastkd.output.table import comparison_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Console", "comparison_table", "duration"]
+__all__ = ["Console", "duration"]
+
+
+# Keys of a metric row, in the order of an epoch's line -> label, format.
+_OF_AN_EPOCH = {
+    "train_loss": ("loss", ".4f"),
+    **{f"val_{metric}": (printed, ".2%") for metric, printed in HEADLINES.items()},
+    "images_per_s": ("images/s", ",.0f"),
+    "data_wait": ("data wait", ".0%"),
+}
 
 
 class Console:
-    """The voice of one process; with `enabled=False` it says nothing.
+    """The output of one process; with `enabled=False` there is none.
 
     `file` replaces stdout. `live` decides between the live line and plain lines; by default a
     terminal gets the live one.
@@ -82,12 +91,13 @@ class Console:
     ) -> None:
         """Redraw the live line; nothing elsewhere.
 
-        `epoch` and `step` are those done, of `epochs` and of `steps` per epoch; `data_wait` is a
-        share of 1.
+        `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
+        a share of 1.
         """
         if not self._enabled:
             return
-        done, total = epoch * steps + step, epochs * steps
+        done = epoch * steps + step
+        total = epochs * steps
         left_s = self._clock.left_s(done / total)
         if not self._live:
             return
@@ -110,7 +120,7 @@ class Console:
         bar.refresh()
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        """An epoch's metrics as one plain line; on a terminal only those of the last epoch.
+        """An epoch's metrics as one plain line; on a terminal only for the last epoch.
 
         Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
         `val_accuracy` or `val_map`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
@@ -124,14 +134,11 @@ class Console:
         if self._live and not last:
             return
         words = [self._stage, f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-        for key, label, style in (
-            ("train_loss", "loss", ".4f"),
-            *((f"val_{name}", printed, ".2%") for name, printed in HEADLINES.items()),
-            ("images_per_s", "images/s", ",.0f"),
-            ("data_wait", "data wait", ".0%"),
-        ):
-            if row.get(key) is not None:
-                words.append(f"{label} {row[key]:{style}}")
+        words += [
+            f"{label} {row[key]:{style}}"
+            for key, (label, style) in _OF_AN_EPOCH.items()
+            if row.get(key) is not None
+        ]
         if row.get("skipped"):
             words.append(f"skipped steps {row['skipped']}")
         if left_s is not None and not last:
@@ -155,60 +162,14 @@ class Console:
             self._rich.print(comparison_table(rows))
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs side by side: accuracy (or mAP), size, cost and speed.
-
-    Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
-    evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
-    what it lacks stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` stands in for
-    `accuracy` where a row has it. With `of_teacher`, that of the run's teacher, there is a column
-    more.
-    """
-    metric = headline_of(rows)
-    taught = any(row.get("of_teacher") is not None for row in rows)
-
-    def number(header: str) -> Column:
-        return Column(header, justify="right", vertical="top", no_wrap=True)
-
-    table = Table(
-        Column("\nrun", overflow="fold", min_width=17),
-        number(f"{HEADLINES[metric]}\nlast"),
-        number("\nbest"),
-        *([number("of its\nteacher")] if taught else []),
-        number("\nparams"),
-        number("\nMACs"),
-        number("images\nper s"),
-        Column("\nnote", overflow="fold", style="dim"),
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
-    for row in rows:
-        last = row.get(f"{metric}_last", row.get(metric))
-        speed = row.get("images_per_s")
-        table.add_row(
-            str(row.get("run", "")),
-            _percent(last),
-            _percent(row.get(f"{metric}_best")),
-            *([_percent(row.get("of_teacher"))] if taught else []),
-            _quantity(row.get("params")),
-            _quantity(row.get("macs")),
-            "" if speed is None else f"{speed:,.0f}",
-            str(row.get("note", "")),
-        )
-    return table
-
-
 class _Clock:
-    """Time left, from the share of the work done since the first look (a run may be resumed)."""
+    """Time left, from the progress since the first call (a run may be resumed)."""
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = None
 
     def left_s(self, share: float) -> float | None:
-        """Seconds, or None before there is anything to go by."""
+        """Seconds, or None before there is any progress."""
         now = time.monotonic()
         if self._start is None or share < self._start[1]:
             self._start = (now, share)
@@ -254,19 +215,6 @@ def _readable(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " x ".join(map(str, value)) if all(isinstance(v, int) for v in value) else str(value)
     return str(value)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
-
-
-def _quantity(number: float | None) -> str:
-    if number is None:
-        return ""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:

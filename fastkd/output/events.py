@@ -1,6 +1,6 @@
 """TensorBoard events beside a run's own files, one point per epoch and metric (`tensorboard=true`).
 
-Flow: `RunFolder.append_metrics` hands every row on. The numbers are those of metrics.jsonl; a
+Flow: `RunFolder.append_metrics` passes every row on. The numbers equal metrics.jsonl; a
 resumed run tells TensorBoard to forget what lies past its checkpoint.
 """
 
@@ -19,7 +19,7 @@ def check_tensorboard() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "tensorboard=true needs the package tensorboard, which is not installed: "
-            "pip install tensorboard, or leave the key away"
+            "pip install tensorboard, or remove the key"
         )
 
 
@@ -38,7 +38,7 @@ class Events:
             self._writer = SummaryWriter(str(self.folder), purge_step=row["epoch"])
         for name, value in row.items():
             if name != "epoch" and isinstance(value, int | float):
-                # train_loss -> train/loss: TensorBoard groups by what stands before the slash.
+                # train_loss -> train/loss: TensorBoard groups by what precedes the slash.
                 kind, underscore, rest = name.partition("_")
                 grouped = underscore and kind in ("train", "val")
                 self._writer.add_scalar(f"{kind}/{rest}" if grouped else name, value, row["epoch"])

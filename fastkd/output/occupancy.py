@@ -1,4 +1,4 @@
-"""One process at a time in a run folder, and no folder left behind by a stage that failed early."""
+"""One process at a time in a run folder, and no folder left by a stage that failed early."""
 
 import fcntl
 import os
@@ -20,8 +20,8 @@ _ASK_AGAIN_S = 2.0
 def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep other processes out of a run folder; the system lets go when this one dies.
 
-    waiting: called once while another process has the folder, which is then waited for; None: that
-    is a UserError.
+    waiting: called once if another process has the folder, before waiting for it; None: do not wait
+    but raise UserError.
     """
     held: list[int] = []
 
@@ -34,9 +34,9 @@ def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None
             os.close(handle)
             return False
         except OSError:
-            pass  # a file system without locks: two runs in one folder are then the user's affair
+            pass  # a file system without locks: the user must not start two runs in one folder
         held.append(handle)
-        # Its last holder may have taken it away before it let go.
+        # Its last holder may have removed it before letting go.
         return path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
 
     asked = 0
@@ -46,7 +46,7 @@ def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None
             raise UserError(f"another process is at work in {path}; wait for it, or stop it first")
         if asked == 1:
             waiting()
-        # Asked anew each time, or the other ranks would run out of patience in a collective.
+        # Ask all ranks each time, or the others would time out in a collective.
         time.sleep(_ASK_AGAIN_S)
     try:
         yield
@@ -57,7 +57,7 @@ def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None
 
 @contextmanager
 def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
-    """Take the folder away again if the block fails with nothing in it to go on with."""
+    """Remove the folder if the block fails and left nothing to resume."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt):

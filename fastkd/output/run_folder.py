@@ -34,7 +34,7 @@ __all__ = ["RunFolder", "csv_text", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 _DESCRIPTION = ("config.yaml", "environment.json")
-# Any one of these makes a folder one of ours.
+# A folder with any of these is a run folder.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
 
 
@@ -44,7 +44,7 @@ class RunFolder:
 
     path: Path
     events: Events | None = None
-    """Where metric rows go as TensorBoard events too."""
+    """Takes the metric rows as TensorBoard events too."""
 
     @classmethod
     def create(
@@ -61,7 +61,7 @@ class RunFolder:
                 path = Path(out)
                 if path.is_dir() and any(path.iterdir()):
                     raise UserError(
-                        f"the run folder {path} exists and is not empty: go on with it by "
+                        f"the run folder {path} exists and is not empty: resume it by "
                         f"--resume {path}, or choose another name for out="
                     )
                 path.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class RunFolder:
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write `value` as JSON; numbers that are not finite become null, paths and such text."""
+        """Write `value` as JSON; non-finite numbers become null, paths and the like text."""
         return self.write_text(name, json.dumps(_plain(value), indent=1) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -120,16 +120,16 @@ class RunFolder:
         return RunFolder(self.path, Events(self.path / "tensorboard"))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The complete rows of metrics.jsonl; a line that a kill tore off is left out."""
+        """The complete rows of metrics.jsonl; a line cut short by a kill is left out."""
         target = self.path / "metrics.jsonl"
         if not target.exists():
             return []
         lines = target.read_text(encoding="utf-8", errors="replace").split("\n")
-        # The last piece follows the last newline: empty, or a torn line.
+        # What follows the last newline is empty, or a torn line.
         return [json.loads(line) for line in lines[:-1]]
 
     def cut_metrics(self, rows: int) -> None:
-        """Keep the first `rows` rows, those that the checkpoint knows of."""
+        """Keep the first `rows` rows, which the checkpoint knows."""
         text = "".join(json.dumps(row) + "\n" for row in self.metrics()[:rows])
         self.write_text("metrics.jsonl", text)
 
@@ -138,7 +138,7 @@ class RunFolder:
         return self.write_text("metrics.csv", csv_text(self.metrics()))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write metrics.csv, then summary.json, whose presence says that the run is finished."""
+        """Write metrics.csv, then summary.json, which marks the run as finished."""
         if self.events:
             self.events.close()
         self.write_csv()
@@ -147,7 +147,7 @@ class RunFolder:
     def discard(self, root: Path | str) -> None:
         """Remove the folder if nothing was achieved in it, and its parents below `root` if empty.
 
-        A checkpoint, a metric row, finished baselines or a stranger's file keep it.
+        A checkpoint, a metric row, finished baselines or a foreign file keep it.
         """
         files = [path for path in self.path.rglob("*") if path.is_file()]
         if any(path.name not in _DESCRIPTION and path.stat().st_size for path in files):
@@ -162,7 +162,7 @@ class RunFolder:
                 return  # others have their runs here
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, None of an unfinished one."""
+        """The summary of a finished run; None for an unfinished one."""
         target = self.path / "summary.json"
         return json.loads(target.read_text(encoding="utf-8")) if target.exists() else None
 
@@ -170,7 +170,7 @@ class RunFolder:
 def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder | None:
     """The newest unfinished run of this recipe and digest below `root`; None where there is none.
 
-    Runs with a folder of their own (`out=`) are resumed by its name.
+    A run in a folder of its own (`out=`) is resumed by the name of that folder.
     """
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
     unfinished = [path for path in candidates if not (path / "summary.json").exists()]
@@ -178,7 +178,7 @@ def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header; columns in the order in which rows bring them up."""
+    """Rows as CSV with a header; columns in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")

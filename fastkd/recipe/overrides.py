@@ -52,7 +52,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_number(node: list[Any], number: str, key: str, at: str) -> None:
-    """UserError unless it is that of an entry of the list, or of the next one."""
+    """UserError unless it is the number of an entry of the list, or of the next one."""
     if not number.isdigit() or int(number) > len(node):
         entries = ", ".join(f"{at}.{index}" for index in range(len(node))) or "nothing"
         raise UserError(

@@ -39,7 +39,7 @@ def annotated_yaml(recipe: Recipe) -> str:
 
 
 def valid_keys(losses: Iterable[str] = ()) -> list[str]:
-    """All dotted keys, with those of the given losses."""
+    """All dotted keys, including the keys of the given losses."""
     keys = [key for key in _documented(Recipe, "") if key != "losses"]
     for loss in losses:
         keys += _documented(config_class(loss), f"losses.{loss}.")

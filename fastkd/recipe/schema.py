@@ -1,14 +1,16 @@
 """What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
 
-A recipe is data only. `fastkd.recipes.loading` makes one from a name, a YAML file and key=value
-overrides; `fastkd.runs.stages` hands each builder its own section and never the whole.
+`fastkd.recipes.loading` makes one from a name, a YAML file and key=value overrides, and
+`fastkd.runs` carries it out. They know the whole; what they call gets its own section of it, or
+plain values.
 """
 
 import hashlib
 import json
 import os
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
@@ -21,7 +23,10 @@ from pydantic import (
 )
 
 from fastkd.augment.config import AugmentConfig
-from fastkd.config.section import Section, yaml_switch
+from fastkd.compute.compiling import CompileChoice
+from fastkd.compute.precision import PrecisionChoice
+from fastkd.compute.ranks import DeviceChoice
+from fastkd.config.section import NoEffect, Section, yaml_switch
 from fastkd.data.config import DataConfig
 from fastkd.losses.base.registry import check_needs, config_class, typed_config
 from fastkd.models.config import StudentConfig
@@ -43,7 +48,7 @@ class Recipe(Section):
 
     name: str
     """Recipe name, also the folder below runs/."""
-    description: str = ""
+    description: Annotated[str, NoEffect] = ""
     """One line for `fastkd recipes`."""
     seed: int = Field(default=0, ge=0)
     """Initial weights, order, augmentation and dropout all follow from it."""
@@ -55,17 +60,17 @@ class Recipe(Section):
     """Images per optimizer step, over all ranks."""
     accumulate: PositiveInt = 1
     """Micro-batches per optimizer step."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: PrecisionChoice = "auto"
     """Autocast type of the forward pass; `auto` is bf16 where the device computes in it."""
-    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_switch)] = "auto"
+    compile: Annotated[CompileChoice, BeforeValidator(yaml_switch)] = "auto"
     """torch.compile; `auto` where the run is long enough to pay for it."""
     channels_last: bool = True
     """Memory layout of images and feature maps."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to run."""
     deterministic: bool = False
     """Refuse kernels whose results vary from run to run (CUDA)."""
-    out: str | None = None
+    out: Annotated[str | None, NoEffect] = None
     """Run folder; by default runs/<name>/<UTC time>-<digest>."""
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -78,13 +83,13 @@ class Recipe(Section):
     """Decay of an exponential moving average of the student; it is what is evaluated and kept."""
     sync_bn: bool = False
     """Batch statistics over all ranks."""
-    save_steps: PositiveInt | None = None
+    save_steps: Annotated[PositiveInt | None, NoEffect] = None
     """Save every so many steps as well as after every epoch."""
     eval_epochs: PositiveInt = 1
     """Evaluate after every so many epochs, and after the last."""
-    max_skips: PositiveInt = 10
+    max_skips: Annotated[PositiveInt, NoEffect] = 10
     """Consecutive steps with a non-finite loss or gradient before the run is given up."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, NoEffect] = False
     """Also write TensorBoard events."""
     baseline: BaselineConfig = BaselineConfig()
 
@@ -103,7 +108,7 @@ class Recipe(Section):
     def _typed_losses(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        # A null takes a loss of the base recipe away; a misspelled one takes nothing away.
+        # A null removes a loss of the base recipe; under a misspelled name it would remove nothing.
         for name in value:
             config_class(name)
         return {name: typed_config(name, keys) for name, keys in value.items() if keys is not None}
@@ -135,6 +140,10 @@ class Recipe(Section):
         )
         return self
 
+    def teachers(self) -> dict[str, MemberConfig]:
+        """All teachers by the key under which they are found in the recipe; none is allowed."""
+        return self.teacher.members() if self.teacher else {}
+
     @property
     def total_epochs(self) -> int:
         """Epochs after `epoch_factor`."""
@@ -143,7 +152,8 @@ class Recipe(Section):
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
 
-        An exponential decay ends where it would have ended.
+        An exponential decay ends where it would have ended. The values follow from a validated
+        section and may leave its bounds, so they are not validated again.
         """
         stretched = self.optim.schedule == "exponential"
         return self.optim.model_copy(
@@ -158,17 +168,17 @@ class Recipe(Section):
         )
 
     def digest(self) -> str:
-        """Sixteen hex digits that name the outcome: every key but those that cannot change it."""
-        without: Any = dict.fromkeys(
-            ("out", "description", "save_steps", "tensorboard", "max_skips"), True
-        )
-        without["data"] = {"workers", "download"}
-        keys = self.absolute().model_dump(mode="json", exclude=without)
+        """Sixteen hex digits that name the outcome; `config.section` says which keys enter."""
+        keys = self.absolute().outcome()
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
             if "pairs" in loss:
                 loss["pairs"] = list(loss["pairs"].items())
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    def dotted(self) -> dict[str, Any]:
+        """Dotted key -> plain value; the entries of a list of sections are numbered."""
+        return _dotted("", self.model_dump(mode="json"))
 
     def absolute(self) -> "Recipe":
         """The same recipe with paths that mean the same in every working folder."""
@@ -203,8 +213,8 @@ class Recipe(Section):
         share = epochs / self.epochs
         optim = {
             "lr": teacher.lr or self.optim.lr,
-            # In epochs, like the milestones from 1 up: they shrink and grow with the run, and what
-            # falls into its first epoch is said as a share of the run, as all below 1 are.
+            # Milestones from 1 up are epochs and scale with the run. One that would fall into the
+            # first epoch becomes a share of the run, as everything below 1 is.
             "milestones": tuple(
                 m if m < 1 else m * share if m * share >= 1 else m / self.epochs
                 for m in self.optim.milestones
@@ -231,6 +241,18 @@ class Recipe(Section):
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )
+
+
+def _dotted(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in node.items():
+        if key == "ensemble":  # the only list of sections
+            value = {str(number): one for number, one in enumerate(value)}
+        if isinstance(value, Mapping):
+            keys |= _dotted(f"{prefix}{key}.", value)
+        else:
+            keys[f"{prefix}{key}"] = value
+    return keys
 
 
 def _absolute(path: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """Rows of the AlignKD paper, tables 1 to 3, and the baselines that it leaves out.
 
-A ResNet teaches the plain CNN that remains when its shortcuts are taken away, by the stages' mean
+A ResNet teaches the plain CNN that remains when its shortcuts are removed, by the stages' mean
 square error and the logits (`alignkd`), or by sending the student's features through the teacher's
 stages (`jointrd`, as the paper writes JointRD). `jointrd:released` is the code of JointRD
 (NeurIPS 2020). `plain18/scratch` and `kd` are ours: without them the tables cannot show that either
@@ -93,7 +93,7 @@ IMAGEWOOF = (
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name, in the order of the tables."""
+    """Entries of this module by name, in the order of the tables."""
     runs = [
         _entry(dataset, depth, method)
         for dataset in DATASETS.values()

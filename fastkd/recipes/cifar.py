@@ -6,7 +6,7 @@ Setting: "Contrastive Representation Distillation" (arXiv:1910.10699) and its re
 unless teacher.weights names a checkpoint. On CIFAR-100 normalisation and the partial batch are
 theirs too. CIFAR-10, which has no published numbers, keeps the defaults of fastkd for both.
 Numbers: the two tables of RepDistiller's README; CRD+KD is not among them and is quoted from a
-public derivative of that repository. The later losses' are those of their authors' READMEs.
+public derivative of that repository. The later losses have the numbers of their authors' READMEs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -137,7 +137,7 @@ def auxiliary(loss: str, student: str, *, torchvision: bool = False) -> dict[str
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them, those of the benchmark with its numbers."""
+    """Entries of this module by name; rows of the benchmark have its numbers."""
     entries = {entry.name: entry for entry in _combinations()}
     return entries | by_cell([*cells("crd"), *cells("later")], lambda cell: _of(cell, entries))
 

@@ -63,7 +63,7 @@ SOURCES = {
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     return by_cell(cells("demystification"), _of)
 
 

@@ -29,13 +29,13 @@ class Entry:
     published: tuple[Published, ...] = ()
     """The cells that print the outcome of this run."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Key -> where its value is from, for keys on which our text of the paper is silent."""
+    """Key -> origin of its value, for keys that the paper, in the copy we had, does not state."""
     note: str = ""
-    """What else differs from the paper or has to be known."""
+    """What else differs from the paper or needs to be known."""
     mode: Mode | None = None
     """Which of paper and released code decides where they differ; None: there is no paper."""
     row: str | None = None
-    """Name of the entry that the paper's table means, where this is its other mode."""
+    """Name of the entry in the paper's table, where this is its other mode."""
 
     @property
     def silent(self) -> dict[str, str]:
@@ -49,10 +49,10 @@ class Entry:
         note: str,
         sources: Mapping[str, str] = MappingProxyType({}),
     ) -> "Entry":
-        """The same row by the other of paper and released code, called `name:mode`.
+        """The same row in the other mode, called `name:mode`.
 
-        A source is lost with the value it was of: `sources` has those of the keys that differ, and
-        none where they are from the paper.
+        A key with another value loses its source; `sources` gives the new ones, for values that
+        are not from the paper.
         """
         same = {key for key, value in keys.items() if self.keys.get(key, ...) == value}
         kept = {key: source for key, source in self.sources.items() if key in same}

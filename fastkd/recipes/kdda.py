@@ -122,7 +122,7 @@ FOR_AUXILIARY = {
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     entries = by_cell(cells("kdda"), _of)
     for entry in [*entries.values()]:
         for other in _released(entry):
@@ -168,7 +168,7 @@ def _distilled(dataset: str, teacher: str, student: str, method: str, epochs: in
             "teacher.weights=FILE; without it one is trained in the same setting."
         )
     if epochs is not None:
-        # The teacher is that of the usual schedule; its milestones are shares.
+        # The teacher has the usual schedule; its milestones are shares.
         keys |= {"epochs": epochs}
         keys |= {"teacher.epochs": SCHEDULE["epochs"]} if "teacher.train" in keys else {}
     if view.upper() in BESIDE_KD:
@@ -215,7 +215,7 @@ def _view(view: str) -> dict[str, Any]:
     keys = both | {"augment.xprime": mix.removeprefix("tl")}
     if picked:
         criterion = picked.removeprefix("pick").removeprefix("-") or "kl"
-        # Equation 3; the entropies are those of the logits as they are.
+        # Equation 3; the entropies are of the logits without a temperature.
         keys |= {"augment.pick.temperature": 4.0} if criterion == "kl" else {}
         keys |= {
             "augment.pick.criterion": criterion,

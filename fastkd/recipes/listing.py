@@ -21,9 +21,9 @@ __all__ = ["as_data", "details", "listing", "matching", "overview"]
 # Whose setting a module has, where it is not named after its paper.
 _PAPERS = {"cifar": "crd"}
 _BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
-HOW_TO_GO_ON = """\
+_WHAT_NEXT = """\
 fastkd recipes PATTERN            list them with the papers' numbers: kdda, 'kdda/cifar100/*/kd*'
-fastkd recipes show NAME          keys, the paper's number, and what our text of the paper lacks
+fastkd recipes show NAME          keys, the paper's number, and what the paper leaves open
 fastkd train NAME data.root=DIR   run one"""
 
 
@@ -38,15 +38,15 @@ def overview() -> Iterator[str]:
         rows = [entry for entry in entries.values() if entry.row is None]
         for group, number in Counter(_group(entry) for entry in rows).items():
             yield f"  {group:<30}{number:>5} recipes"
-    yield f"\n{HOW_TO_GO_ON}"
+    yield f"\n{_WHAT_NEXT}"
 
 
 def matching(pattern: str) -> list[Entry]:
-    """The entries whose names match a shell pattern; UserError where there is none.
+    """Entries whose names match a shell pattern; UserError if there are none.
 
-    Without a wildcard: the recipe of that name, or else those below it (`kdda`), or else those that
-    have it as a part of their path (`tlcutmix`). The other mode of a row is among them only where
-    the pattern ends in `:paper` or `:released`.
+    A pattern without a wildcard is a name, else a prefix (`kdda`), else a part of the path
+    (`tlcutmix`). The other mode of a row is listed only if the pattern ends in `:paper` or
+    `:released`.
     """
     rows = {
         name: entry
@@ -64,7 +64,7 @@ def matching(pattern: str) -> list[Entry]:
             return found
     raise UserError(
         f"no recipe matches {pattern!r}; expected a part of a name, such as kdda or "
-        "resnet56--resnet20, or a pattern of the shell, such as '*resnet20/kd*'; "
+        "resnet56--resnet20, or a shell pattern, such as '*resnet20/kd*'; "
         "`fastkd recipes` shows what there is"
     )
 
@@ -121,7 +121,7 @@ def details(entry: Entry) -> Iterator[str]:
 
 
 def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The same for machines."""
+    """The same as plain data, for JSON."""
     from fastkd.recipes.missing import missing
 
     return [
@@ -141,7 +141,7 @@ def as_data(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _losses(entry: Entry) -> list[str]:
-    """Those of this version of fastkd that the recipe has, in its order."""
+    """Losses of the recipe that this version of fastkd has, in recipe order."""
     from fastkd.losses.base.registry import term_names
 
     found = dict.fromkeys(key.split(".")[1] for key in entry.keys if key.startswith("losses."))
@@ -149,7 +149,7 @@ def _losses(entry: Entry) -> list[str]:
 
 
 def _defaults(entry: Entry) -> dict[str, str]:
-    """Keys of the recipe's losses that it leaves at their defaults: no number stays unseen."""
+    """Loss keys that the recipe leaves at their defaults, so that no number is hidden."""
     from fastkd.losses.base.catalogue import entry_of
 
     keys = {
@@ -167,7 +167,7 @@ def _group(entry: Entry) -> str:
 
 
 def _modes(entry: Entry) -> Iterator[str]:
-    """The same row by the other of paper and released code."""
+    """The same row in its other mode, paper or released code."""
     row = entry.row or entry.name
     for other in all_recipes().values():
         if row in (other.name, other.row) and other.name != entry.name:
@@ -185,7 +185,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _files(entry: Entry) -> str:
-    """What only the reader knows: where the data lie, and weights that the recipe starts from."""
+    """What only the reader knows: folder of the data, file of the initial weights."""
     root = "" if entry.keys["data.name"] in ("digits", "synthetic") else " data.root=DIR"
     return root + " student.weights=FILE" * ("student.weights" in entry.keys)
 

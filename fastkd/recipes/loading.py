@@ -18,7 +18,7 @@ from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import find_entry
 from fastkd.recipes.entry import Entry
-from fastkd.recipes.missing import missing
+from fastkd.recipes.missing import missing, missing_networks
 
 __all__ = ["build", "find_recipe", "load_recipe"]
 
@@ -26,12 +26,19 @@ __all__ = ["build", "find_recipe", "load_recipe"]
 def find_recipe(name: str) -> Recipe:
     """Build a recipe by name; UserError names the nearest, or what it needs that does not exist."""
     entry = find_entry(name)
-    if lacks := missing(entry):
+    lacks = missing_networks(entry)
+    try:
+        recipe = build(entry)
+    except ValidationError:
+        lacks = missing(entry)
+        if not lacks:
+            raise
+    if lacks:
         raise UserError(
             f"the recipe {name} needs what this version of fastkd does not have: "
             f"{', '.join(lacks)}. `fastkd recipes show {name}` prints all of its keys"
         )
-    return build(entry)
+    return recipe
 
 
 def build(entry: Entry) -> Recipe:
@@ -54,8 +61,12 @@ def load_recipe(
     """
     values = dict(values or {})
     file_values = _read_yaml(Path(config)) if config is not None else {}
+    overrides = list(overrides)
     if name is not None:
-        values = _dump(find_recipe(name))
+        base = find_recipe(name)
+        if not file_values and not overrides:
+            return base
+        values = _dump(base)
     elif file_values and not _is_whole(file_values):
         base = file_values.get("name")
         if not isinstance(base, str):
@@ -80,7 +91,7 @@ def load_recipe(
     if isinstance(teacher, Mapping) and teacher and "name" not in teacher:
         given = ", ".join(f"teacher.{key}" for key in teacher)
         raise UserError(
-            f"{given}: {name or config or 'the recipe'} has no teacher; leave it away, or name one "
+            f"{given}: {name or config or 'the recipe'} has no teacher; leave it out, or name one "
             f"by teacher.name and give it something to teach by, such as losses.kd.weight"
         )
     return _validate(values)
@@ -125,7 +136,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(
             f"the recipe file {path} must hold keys such as `epochs: 30`, one a line; it holds "
-            f"{found if not isinstance(values, dict) else 'keys that are no text'}"
+            f"{found if not isinstance(values, dict) else 'keys that are not text'}"
         )
     return values
 

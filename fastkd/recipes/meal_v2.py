@@ -47,16 +47,22 @@ ROWS: dict[str, tuple[str, str | None, int, str]] = {
     "ResNet-50, torchvision": ("resnet50", "resnet50.tv_in1k", 224, "torchvision_init"),
     "ResNet-18": ("resnet18", "resnet18.tv_in1k", 224, ""),
     "MobileNet V3-Small 0.75": (
-        *("tf_mobilenetv3_small_075", "tf_mobilenetv3_small_075.in1k"),
-        *(224, ""),
+        "tf_mobilenetv3_small_075",
+        "tf_mobilenetv3_small_075.in1k",
+        224,
+        "",
     ),
     "MobileNet V3-Small 1.0": (
-        *("tf_mobilenetv3_small_100", "tf_mobilenetv3_small_100.in1k"),
-        *(224, ""),
+        "tf_mobilenetv3_small_100",
+        "tf_mobilenetv3_small_100.in1k",
+        224,
+        "",
     ),
     "MobileNet V3-Large 1.0": (
-        *("tf_mobilenetv3_large_100", "tf_mobilenetv3_large_100.in1k"),
-        *(224, ""),
+        "tf_mobilenetv3_large_100",
+        "tf_mobilenetv3_large_100.in1k",
+        224,
+        "",
     ),
     "EfficientNet-B0": ("tf_efficientnet_b0", "tf_efficientnet_b0.aa_in1k", 224, ""),
     "EfficientNet-B0, tf": ("tf_efficientnet_b0", "tf_efficientnet_b0.aa_in1k", 224, ""),
@@ -114,7 +120,7 @@ FROZEN = " The frozen batch norms use and keep the statistics of the weights; th
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     entries = by_cell(
         cells("meal_v2"), lambda cell: _transfer(cell) if cell.table == "6" else _of(cell)
     )

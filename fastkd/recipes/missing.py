@@ -1,7 +1,7 @@
 """What a named recipe asks for that this version of fastkd does not have.
 
 Found by asking the schema of a recipe, the loss terms and the networks, never written down per
-recipe: a recipe becomes runnable by the landing of its parts.
+recipe: a recipe becomes runnable when its last part is added.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from fastkd.recipe.overrides import nested
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.entry import Entry
 
-__all__ = ["missing"]
+__all__ = ["missing", "missing_networks"]
 
 
 def missing(entry: Entry) -> tuple[str, ...]:
@@ -38,19 +38,25 @@ def missing(entry: Entry) -> tuple[str, ...]:
             found.append(f"losses.{loss}")
         else:
             found += [f"losses.{loss}.{key}" for key in _unknown(config_class(loss), options)]
+    return tuple(dict.fromkeys([*found, *missing_networks(entry)]))
+
+
+def missing_networks(entry: Entry) -> tuple[str, ...]:
+    """The networks and network options among them, which the schema does not know."""
+    found: list[str] = []
     for role in ("student", "teacher"):
         if f"{role}.name" in entry.keys:
             found += _unknown_network(role, entry.keys)
     for number, keys in enumerate(entry.keys.get("teacher.ensemble", ())):
         role = f"teacher.ensemble.{number}"
         found += _unknown_network(role, {f"{role}.{key}": value for key, value in keys.items()})
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
     """Dotted keys that the section does not have, and key=value that it does not allow.
 
-    How parts fit together is not asked: the losses are stood in for. `Entry.build` checks that.
+    Whether the parts fit together is left to `loading.build`; a stand-in replaces the losses.
     """
     try:
         section.model_validate(values)

@@ -95,7 +95,10 @@ SOURCES: dict[str, dict[str, str]] = {
             "batch_size",
             "augment.crop",
             "augment.padding",
-            *("optim.name", "optim.lr", "optim.weight_decay", "optim.schedule"),
+            "optim.name",
+            "optim.lr",
+            "optim.weight_decay",
+            "optim.schedule",
             "losses.ce.class_weights",
         )
     },
@@ -115,7 +118,7 @@ LAYERS = {"cifar10": 3, "cifar100": 3, "imagenet": 4, "cityscapes": 5}
 
 
 def recipes() -> dict[str, Entry]:
-    """All of them by name."""
+    """Entries of this module by name."""
     entries = by_cell(cells("moonshine"), _of)
     for entry in [*entries.values()]:
         if entry.name.endswith("/kd"):

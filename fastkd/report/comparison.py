@@ -1,33 +1,41 @@
 """The end of a run: teacher, student alone and distilled student side by side, beside the paper.
 
-`fastkd.runs.stages` hands over the summaries of its stages; they become summary.json, curves.png
-and the last table on the screen.
+`fastkd.runs.stages` passes the summaries of its stages; they become summary.json, curves.png and
+the last table on the screen.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import Recipe
 from fastkd.report import plots
-from fastkd.report.paper import paper_row
+from fastkd.report.paper import PaperRow
 
 __all__ = ["finish_report"]
 
 
 def finish_report(
-    recipe: Recipe, summary: dict[str, Any], folder: RunFolder, console: Console
+    summary: dict[str, Any],
+    folder: RunFolder,
+    console: Console,
+    *,
+    teachers: Sequence[str] = (),
+    block: str | None = None,
+    paper: PaperRow | None = None,
 ) -> None:
-    """Write summary.json and curves.png, print the table; `summary` gains the paper's number."""
+    """Write summary.json and curves.png, print the table; `summary` gains the paper's number.
+
+    teachers: labels of the teachers. block: the student's cheap block.
+    """
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
-    keys = recipe.teacher.members().values() if recipe.teacher else ()
     facts = teacher.get("members", [teacher]) if teacher else []
-    for net, one in zip(keys, facts, strict=True):
+    for label, one in zip(teachers, facts, strict=True):
         lesson = one.get("training")
-        rows.append({"run": f"teacher {net.label}", "note": "", **(lesson or {}), **one})
+        rows.append({"run": f"teacher {label}", "note": "", **(lesson or {}), **one})
         if lesson:
             curves[rows[-1]["run"]] = lesson["history"]
     if teacher and "members" in teacher:
@@ -39,10 +47,9 @@ def finish_report(
         )
         curves["student alone"] = alone["history"]
     kind = "student distilled" if teacher else "student"
-    run = f"{kind} {recipe.student.block}" if recipe.student.block else kind
-    rows.append({"run": run, **summary, "note": f"lr {recipe.optim.lr:g}"})
+    run = f"{kind} {block}" if block else kind
+    rows.append({"run": run, **summary, "note": f"lr {summary['lr']:g}"})
     curves[kind] = summary["history"]
-    paper = paper_row(recipe, summary)
     if paper:
         summary["paper"] = paper.facts
         rows += [paper.row] if paper.row else []

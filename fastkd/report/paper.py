@@ -1,7 +1,7 @@
 """The paper's number beside ours, at the end of a run that is a row of a paper's table.
 
-Only where the run is the named recipe as it stands: keys that decide the outcome and were
-overridden are named instead of a comparison.
+Only where the run is the named recipe unchanged; otherwise the keys that were overridden and decide
+the outcome are named instead.
 """
 
 import re
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
@@ -20,20 +19,47 @@ __all__ = ["PaperRow", "paper_row"]
 
 # Metric of a paper -> ours; an error is what is left of an accuracy.
 _OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
-# Where the data lies, how fast it goes, what is looked at; and the seed, which the papers vary.
-_NO_MATTER = (
-    *("description", "out", "seed", "save_steps", "eval_epochs", "tensorboard", "max_skips"),
-    *("device", "precision", "compile", "channels_last", "deterministic", "baseline.lrs"),
-    *("data.root", "data.backend", "data.download", "data.workers"),
-    # A teacher from a file, as the papers have it, in place of one that is trained first.
-    *("teacher.weights", "teacher.train", "teacher.mean", "teacher.std", "teacher.class_map"),
-    *("teacher.seed", "teacher.min_accuracy", "teacher.precision", "teacher.compile"),
+# Place of the data, speed, output; and the seed, which the papers vary.
+_NO_MATTER = frozenset(
+    [
+        "description",
+        "out",
+        "seed",
+        "save_steps",
+        "eval_epochs",
+        "tensorboard",
+        "max_skips",
+        "device",
+        "precision",
+        "compile",
+        "channels_last",
+        "deterministic",
+        "baseline.lrs",
+        "data.root",
+        "data.backend",
+        "data.download",
+        "data.workers",
+    ]
+)
+# A teacher from a file, as the papers have it, in place of one that is trained first.
+_NO_MATTER_OF_TEACHERS = frozenset(
+    [
+        "weights",
+        "train",
+        "mean",
+        "std",
+        "class_map",
+        "seed",
+        "min_accuracy",
+        "precision",
+        "compile",
+    ]
 )
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """What the closing table and summary.json say of the paper."""
+    """What the closing table and summary.json say about the paper."""
 
     row: dict[str, Any] | None
     """A row of the closing table; None where the run cannot be compared."""
@@ -41,15 +67,16 @@ class PaperRow:
     facts: dict[str, Any]
 
 
-def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
+def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) -> PaperRow | None:
     """The paper's number for a finished run; None where no paper prints one.
 
+    name, keys: those of the recipe that was run, as `Recipe.dotted` has them.
     summary: `accuracy_last` and `accuracy_best` (or `map_..`), shares of 1.
     """
-    entry = all_recipes().get(recipe.name)
+    entry = all_recipes().get(name)
     cells = entry.published if entry is not None else ()
     cell = next((cell for cell in cells if cell.metric in _OURS), None)
-    # A file may run under the name of a recipe that cannot be built.
+    # A recipe file may bear the name of a recipe that cannot be built.
     if entry is None or cell is None or missing(entry):
         return None
     facts = {
@@ -57,7 +84,7 @@ def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
         "value": cell.value,
         "std": cell.std,
         "place": cell.place,
-        "changed": _changed(recipe, build(entry)),
+        "changed": _changed(keys, build(entry).dotted()),
     }
     if facts["changed"]:
         changed = ", ".join(facts["changed"])
@@ -67,7 +94,7 @@ def paper_row(recipe: Recipe, summary: Mapping[str, Any]) -> PaperRow | None:
     ours = 100 * summary[f"{_OURS[cell.metric]}_{which}"]
     if cell.metric == "top1_error":
         ours = 100 - ours
-    said = "" if cell.epoch else "; which one the paper took is not said"
+    said = "" if cell.epoch else "; the paper does not say which it took"
     text = (
         f"the paper's {cell} ({cell.place}); here {ours:.2f} in the {which} epoch, "
         f"{ours - cell.value:+.2f} points{said}"
@@ -92,32 +119,20 @@ def _row(cell: Published, which: str) -> dict[str, Any]:
     }
 
 
-def _changed(recipe: Recipe, published: Recipe) -> list[str]:
+def _changed(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """`epochs=30 (there 240)`, for every key that decides the outcome."""
-    here, there = _flat(recipe), _flat(published)
     found = []
     for key in {**there, **here}:
         one, other = here.get(key), there.get(key)
         if key == "student.weights" and one and other:
             # The same file, wherever it lies.
             one, other = Path(one).name, Path(other).name
-        if one != other and re.sub(r"^teacher\.ensemble\.\d+", "teacher", key) not in _NO_MATTER:
+        if one != other and not _no_matter(key):
             one, other = ("null" if value is None else value for value in (one, other))
             found.append(f"{key}={one} (there {other})")
     return found
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if key == "ensemble":
-                value = {str(number): one for number, one in enumerate(value)}
-            if isinstance(value, Mapping):
-                walk(f"{prefix}{key}.", value)
-            else:
-                keys[f"{prefix}{key}"] = value
-
-    walk("", recipe.model_dump(mode="json"))
-    return keys
+def _no_matter(key: str) -> bool:
+    own = re.fullmatch(r"teacher\.(?:ensemble\.\d+\.)?(\w+)", key)
+    return key in _NO_MATTER or (own is not None and own[1] in _NO_MATTER_OF_TEACHERS)

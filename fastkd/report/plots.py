@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a PNG, for the eyes only: metrics.csv has the numbers.
+"""Curves of one or several runs as a PNG; the numbers are in metrics.csv.
 
 Flow: `report.comparison` calls `plot_curves` at the end. matplotlib is imported here and nowhere
 else, on its file-only backend, without touching the caller's settings.

@@ -27,7 +27,7 @@ __all__ = ["evaluate_model", "evaluate_run"]
 
 
 def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate the best weights of a run folder on its own data (or that of the given keys)."""
+    """Evaluate the best weights of a run folder, on its own data unless keys name other data."""
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(
@@ -36,7 +36,7 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
         )
     weights = folder / "best.safetensors"
     if not weights.exists():
-        raise UserError(f"{run} has no best.safetensors yet: its first evaluation is still to come")
+        raise UserError(f"{run} has no best.safetensors yet: it has not been evaluated so far")
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
     return _evaluate(recipe, lambda _: model_from_file(weights))
 
@@ -44,7 +44,7 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
 def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, Any]:
     """Evaluate a network with weights from a file on the data that the keys name.
 
-    Options such as the width come from the file where it is one of fastkd's, else from the keys
+    Options such as the width come from the file if fastkd wrote it, else from the keys
     (`student.width=0.5`).
     """
     if not any(key.startswith("data.name=") for key in keys):
@@ -71,9 +71,9 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
 
 
 def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
-    # The training images are not looked at, so their number must not matter.
+    # Training images are not used here, so their number must not matter.
     whole = {"drop_last": False, "train_limit": None}
-    recipe = recipe.replace(data=recipe.data.model_copy(update=whole))
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=whole)})
     with open_world(recipe.device) as world:
         data = open_recipe_data(recipe, Session(world, Console(enabled=False), Path("runs")))
         model = build(data)

@@ -1,87 +1,130 @@
-"""Which folder a run or one of its stages writes to: a new one, or an old one to go on with.
+"""Which folder a run or one of its stages writes to: a new one, or an old one to be resumed.
 
-Flow: `run` asks here, on rank 0, once everything fits; a stage that fails before it has achieved
+Flow: `stages` asks here, on rank 0, once everything fits; a stage that fails before it has achieved
 anything leaves no folder behind.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastkd.compute.machine import environment
+from fastkd.compute.ranks import World, on_main
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
-from fastkd.storage.checkpoint import load_checkpoint
+from fastkd.storage.checkpoint import Checkpoint
 
-__all__ = ["choose_folder", "stage_folder"]
+__all__ = ["RunIdentity", "choose_folder", "open_checkpoint", "stage_folder"]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a folder has to know of the recipe that writes to it."""
+
+    name: str
+    digest: str
+    config: str
+    """Text of config.yaml."""
+    out: Path | None
+    """Folder that the user asked for."""
+    tensorboard: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "RunIdentity":
+        """The identity of a recipe's runs."""
+        # Without `out`: given back with --config it makes a new run, not one in this folder.
+        saved = recipe.absolute().model_copy(update={"out": None})
+        return cls(
+            name=recipe.name,
+            digest=recipe.digest(),
+            config=recipe_to_yaml(saved),
+            out=Path(recipe.out) if recipe.out else None,
+            tensorboard=recipe.tensorboard,
+        )
 
 
 def choose_folder(
-    recipe: Recipe, root: Path, resume: str | None, console: Console
+    run: RunIdentity, root: Path, resume: str | None, console: Console
 ) -> tuple[RunFolder, bool]:
-    """The run's folder and whether it is an old one to go on with.
+    """The run's folder, and whether it is an old one to be resumed.
 
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     Raises UserError for a folder that is finished, foreign, or not empty without being resumed.
     """
-    out = Path(recipe.out) if recipe.out else None
+    out = run.out
     found = None
     if resume == "auto":
         if out is None:
-            found = find_resumable(root, recipe.name, recipe.digest())
+            found = find_resumable(root, run.name, run.digest)
         elif out.is_dir() and any(out.iterdir()):
             found = RunFolder.open(out)
         if found is None:
-            console.note(f"no unfinished run of {recipe.name} with these keys: starting anew")
+            console.note(f"no unfinished run of {run.name} with these keys: starting a new one")
     elif resume is not None:
         if out is not None and out.resolve() != Path(resume).resolve():
             raise UserError(
-                f"--resume {resume} goes on in that folder, out={out} names another: leave one out"
+                f"--resume {resume} continues in that folder, but out={out} names another: "
+                f"leave one out"
             )
         found = RunFolder.open(Path(resume))
     if found is None:
-        return _new(recipe, out, root), False
+        return _new(run, root), False
     if found.summary() is not None:
         raise UserError(f"{found.path} is finished: nothing to resume")
-    config = found.path / "config.yaml"
-    if (found.path / "last.pt").exists():
-        load_checkpoint(found.path / "last.pt", recipe.digest())
-    elif not config.exists():
-        _describe(recipe, found)
-    elif load_recipe(None, config=config).digest() != recipe.digest():
-        raise UserError(
-            f"{found.path} belongs to another recipe: resume it with its own keys, "
-            f"fastkd train --resume {found.path}"
-        )
-    return _equipped(recipe, found), True
+    if not (found.path / "last.pt").exists():
+        # Where there is a checkpoint, its own digest is compared as it is opened.
+        _describe_or_compare(run, found)
+    return _equipped(run, found), True
 
 
-def stage_folder(recipe: Recipe, path: Path) -> RunFolder:
-    """The folder of a teacher or a baseline, which is gone on with wherever it exists."""
+def stage_folder(run: RunIdentity, path: Path) -> RunFolder:
+    """Folder of a teacher or a baseline; an existing one is resumed."""
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder.open(path)
     if not (path / "config.yaml").exists():
-        _describe(recipe, folder)
-    return _equipped(recipe, folder)
+        _describe(run, folder)
+    return _equipped(run, folder)
 
 
-def _new(recipe: Recipe, out: Path | None, root: Path) -> RunFolder:
-    folder = RunFolder.create(root, recipe.name, recipe.digest(), out=out)
+def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint | None:
+    """The folder's last.pt, read once, on every rank; None where there is none yet.
+
+    Raises:
+        UserError: it is damaged, or belongs to a run with another digest.
+    """
+    path = folder.path / "last.pt"
+    # Rank 0 decides: another host may see a new file of a shared folder late.
+    return Checkpoint.open(path, digest) if on_main(world, path.exists) else None
+
+
+def _new(run: RunIdentity, root: Path) -> RunFolder:
+    folder = RunFolder.create(root, run.name, run.digest, out=run.out)
     try:
-        _describe(recipe, folder)
+        _describe(run, folder)
     except FastKDError:
         folder.discard(root)
         raise
-    return _equipped(recipe, folder)
+    return _equipped(run, folder)
 
 
-def _equipped(recipe: Recipe, folder: RunFolder) -> RunFolder:
-    return folder.with_events() if recipe.tensorboard else folder
+def _equipped(run: RunIdentity, folder: RunFolder) -> RunFolder:
+    return folder.with_events() if run.tensorboard else folder
 
 
-def _describe(recipe: Recipe, folder: RunFolder) -> None:
-    # Without `out`: given back with --config the recipe makes a new run, not one in this folder.
-    folder.write_text("config.yaml", recipe_to_yaml(recipe.replace(out=None).absolute()))
+def _describe_or_compare(run: RunIdentity, folder: RunFolder) -> None:
+    config = folder.path / "config.yaml"
+    if not config.exists():
+        _describe(run, folder)
+    elif load_recipe(None, config=config).digest() != run.digest:
+        raise UserError(
+            f"{folder.path} belongs to another recipe: resume it with its own keys, "
+            f"fastkd train --resume {folder.path}"
+        )
+
+
+def _describe(run: RunIdentity, folder: RunFolder) -> None:
+    folder.write_text("config.yaml", run.config)
     folder.write_json("environment.json", environment())

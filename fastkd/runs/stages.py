@@ -5,7 +5,8 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
-from fastkd.runs.folders import choose_folder, stage_folder
-from fastkd.storage.checkpoint import load_checkpoint
+from fastkd.report.paper import paper_row
+from fastkd.runs.folders import RunIdentity, choose_folder, open_checkpoint, stage_folder
+from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.training.build import Engine, build_trainer, decide
@@ -56,57 +58,88 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    trial = replace(session, console=Console(enabled=False))
-    teachers = load_teacher(recipe.teacher, data)
-    stage_builder(recipe, data, teachers, trial)(None)
+    teachers = _try_out(recipe, data, session)
+    identity = RunIdentity.of(recipe)
     folder, resumed = on_main(
-        session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
+        session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
+    checkpoint = open_checkpoint(folder, identity.digest, session.world) if resumed else None
     session.console.note(f"run folder {folder.path}")
-    go_on = f"Go on with: fastkd train --resume {folder.path}"
-    try:
-        with occupied(folder.path, session.world), tidy(folder, session.root, session.world):
-            teachers, teacher_summary = prove_teacher(
-                recipe.teacher,
-                teachers,
-                data,
-                Placement(
-                    session.world,
-                    resolve_precision(recipe.precision, session.world.device),
-                    recipe.channels_last,
-                ),
-                say=session.console.note,
-                train=lambda member: _teach(data, session, recipe.as_teacher(member)),
+    with (
+        _advice(folder.path),
+        occupied(folder.path, session.world),
+        tidy(folder, session.root, session.world),
+    ):
+        teachers, teacher_summary = prove_teacher(
+            recipe.teacher,
+            teachers,
+            data,
+            Placement(
+                session.world,
+                resolve_precision(recipe.precision, session.world.device),
+                recipe.channels_last,
+            ),
+            say=session.console.note,
+            train=lambda member: _teach(data, session, recipe.as_teacher(member)),
+        )
+        alone = _train_alone(recipe, data, session, folder.path / "alone")
+        trainer = stage_builder(recipe, data, teachers, session)(folder, checkpoint)
+        if resumed:
+            _go_on(trainer, folder, checkpoint, session)
+        del checkpoint  # as large as the student and its optimizer
+        summary = _fit(trainer, recipe, data) | {"teacher": teacher_summary} | alone
+        if session.world.is_main:
+            finish_report(
+                summary,
+                folder,
+                session.console,
+                teachers=[one.label for one in recipe.teachers().values()],
+                block=recipe.student.block,
+                paper=paper_row(recipe.name, recipe.dotted(), summary),
             )
-            alone = [
-                _train(
-                    recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
-                    data,
-                    session,
-                    folder.path / "alone" / f"lr-{lr:g}",
-                )
-                for lr in recipe.baseline.lrs
-            ]
-            trainer = stage_builder(recipe, data, teachers, session)(folder)
-            if resumed:
-                _go_on(trainer, folder, session)
-            last = f"{headline(alone[0])}_last" if alone else ""
-            best_alone = max(alone, key=lambda run: run[last], default=None)
-            summary = _fit(trainer, recipe, data) | {
-                "teacher": teacher_summary,
-                "alone": best_alone,
-                "alone_tried": [{"lr": run["lr"], last: run[last]} for run in alone],
-            }
-            if session.world.is_main:
-                finish_report(recipe, summary, folder, session.console)
+    return summary
+
+
+def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
+    """Build the student's training and drop it; the teachers, as they were loaded, are kept.
+
+    What does not fit is found before the teacher is trained, and leaves no folder behind.
+    """
+    teachers = load_teacher(recipe.teacher, data)
+    silent = replace(session, console=Console(enabled=False))
+    stage_builder(recipe, data, teachers, silent)(None)
+    return teachers
+
+
+@contextmanager
+def _advice(run: Path) -> Iterator[None]:
+    """Add to a stop how to resume it."""
+    advice = f"Resume it with: fastkd train --resume {run}"
+    try:
+        yield
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped} {go_on}", stopped.exit_code) from None
+        raise Interrupted(f"{stopped} {advice}", stopped.exit_code) from None
     except KeyboardInterrupt:
         # Where another rank failed first, the folder may be gone.
-        advice = f" {go_on}" if folder.path.exists() else ""
-        raise Interrupted(f"stopped.{advice}", 130) from None
-    return summary
+        raise Interrupted(f"stopped. {advice}" if run.exists() else "stopped.", 130) from None
+
+
+def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
+    """The baselines below `path`, for summary.json: the best one, and what every rate reached."""
+    runs = [
+        _train(
+            recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
+            data,
+            session,
+            path / f"lr-{lr:g}",
+        )
+        for lr in recipe.baseline.lrs
+    ]
+    last = f"{headline(runs[0])}_last" if runs else ""
+    return {
+        "alone": max(runs, key=lambda run: run[last], default=None),
+        "alone_tried": [{"lr": run["lr"], last: run[last]} for run in runs],
+    }
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
@@ -123,10 +156,10 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
 
 def stage_builder(
     recipe: Recipe, data: DataPair, teachers: tuple[LoadedNet, ...], session: Session
-) -> Callable[[RunFolder | None], Trainer]:
+) -> Callable[..., Trainer]:
     """A function that builds the recipe's own training, in a folder or without one."""
 
-    def build(folder: RunFolder | None) -> Trainer:
+    def build(folder: RunFolder | None, checkpoint: Checkpoint | None = None) -> Trainer:
         # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
         torch.compiler.reset()
         torch.manual_seed(recipe.seed)
@@ -138,7 +171,7 @@ def stage_builder(
         terms = build_terms(recipe.losses)
         precision, compiled = decide(
             precision=recipe.precision,
-            compile_mode=_saved_compile(folder, session.world) or recipe.compile,
+            compile_mode=_saved_compile(checkpoint) or recipe.compile,
             device=session.world.device,
             student=student,
             teachers=[one.model for one in teachers],
@@ -193,10 +226,11 @@ def stage_builder(
 
 
 def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
-    """Train one stage without a teacher in `path`, or go on with it; a finished one's summary."""
+    """Train a teacher or a baseline in `path`, or resume it; a finished one's summary is read."""
+    identity = RunIdentity.of(recipe)
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
-        folder = stage_folder(recipe, path)
+        folder = stage_folder(identity, path)
         return folder, folder.summary()
 
     def waiting() -> None:
@@ -211,8 +245,10 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             # A teacher's own seed also decides the order in which it sees the images.
             data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
-            trainer = stage_builder(recipe, data, (), session)(folder)
-            _go_on(trainer, folder, session)
+            checkpoint = open_checkpoint(folder, identity.digest, session.world)
+            trainer = stage_builder(recipe, data, (), session)(folder, checkpoint)
+            _go_on(trainer, folder, checkpoint, session)
+            del checkpoint  # as large as the student and its optimizer
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
     return summary
@@ -236,11 +272,12 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
     }
 
 
-def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
+def _go_on(
+    trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None, session: Session
+) -> None:
     """Continue an unfinished folder; one without a checkpoint yet starts over."""
-    # Rank 0 decides: another host may see a new file of a shared folder late.
-    if on_main(session.world, (folder.path / "last.pt").exists):
-        trainer.resume(folder.path / "last.pt")
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     elif session.world.is_main:
         folder.cut_metrics(0)
 
@@ -250,15 +287,9 @@ def teacher_folder(lesson: Recipe, session: Session) -> Path:
     return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
 
 
-def _saved_compile(folder: RunFolder | None, world: World) -> str | None:
+def _saved_compile(checkpoint: Checkpoint | None) -> str | None:
     """What compile=auto came to when the run began: on another device it could be otherwise.
 
-    The precision needs no such memory: its name stands in the saved recipe.
+    The precision needs no such memory: its name is in the saved recipe.
     """
-
-    def read() -> str | None:
-        if folder is None or not (folder.path / "last.pt").exists():
-            return None
-        return load_checkpoint(folder.path / "last.pt")["decisions"]["compile"]
-
-    return on_main(world, read)
+    return checkpoint.state["decisions"]["compile"] if checkpoint is not None else None

@@ -1,6 +1,6 @@
 """Keys of a recipe on teachers: how they are trained or loaded, and what they are shown."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import (
     BeforeValidator,
@@ -10,6 +10,8 @@ from pydantic import (
     model_validator,
 )
 
+from fastkd.compute.compiling import CompileSwitch
+from fastkd.compute.precision import PrecisionName
 from fastkd.config.section import Deviations, yaml_switch
 from fastkd.models.config import StudentConfig
 
@@ -39,9 +41,9 @@ class MemberConfig(StudentConfig):
     """class_map[c] is the teacher's output for our class c, where the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Refuse a teacher below this accuracy; by default one that is not better than chance."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision: PrecisionName | None = None
     """Autocast type of its forward pass; by default that of the run."""
-    compile: Annotated[Literal["on", "off"] | None, BeforeValidator(yaml_switch)] = None
+    compile: Annotated[CompileSwitch | None, BeforeValidator(yaml_switch)] = None
     """torch.compile for the teacher; by default as for the run."""
 
     @property

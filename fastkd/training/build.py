@@ -19,7 +19,8 @@ from fastkd.compute.compiling import compile_unit, worth_compiling
 from fastkd.compute.layout import memory_format
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
-from fastkd.compute.ranks import World, wrap_ddp
+from fastkd.compute.ranks import World
+from fastkd.compute.wrapping import wrap_ddp
 from fastkd.config.section import Normalization
 from fastkd.data.batch import TrainLoader
 from fastkd.errors import UserError

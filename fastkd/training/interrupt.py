@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastkd.compute.ranks import World, all_reduce_sum
+from fastkd.compute.collectives import all_reduce_sum
+from fastkd.compute.ranks import World
 
 __all__ = ["StopSignal"]
 

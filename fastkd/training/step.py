@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.compute.collectives import split_evenly
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import split_evenly
 from fastkd.data.batch import Batch
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, STUDENT_LOGITS, Need

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
+from fastkd.compute.collectives import all_reduce_sum, split_evenly, sync_buffers
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World, all_reduce_sum, split_evenly, sync_buffers, unsynchronised
+from fastkd.compute.ranks import World
+from fastkd.compute.wrapping import unsynchronised
 from fastkd.data.batch import TrainLoader
 from fastkd.data.draws import step_seed
 from fastkd.errors import Interrupted
@@ -33,7 +35,7 @@ from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
 from fastkd.training.ahead import run_ahead
 from fastkd.training.ema import EMA
@@ -369,9 +371,11 @@ class Trainer:
             },
         )
 
-    def resume(self, path: Path) -> None:
-        """Continue from a last.pt; every rank reads it."""
-        state = load_checkpoint(path, self.plan.digest)
+    def resume(self, saved: Path | Checkpoint) -> None:
+        """Continue from a last.pt, or from one that was opened; every rank has it."""
+        if isinstance(saved, Path):
+            saved = Checkpoint.open(saved, self.plan.digest)
+        state = saved.state
         self.student.load_state_dict(state["student"])
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])

@@ -131,7 +131,9 @@ def test_a_run_goes_on_from_another_working_folder(command, images, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     said = command("train", "--resume", "here/run", "out=run")
     assert said.code == 2
-    sentence = "--resume here/run goes on in that folder, out=run names another: leave one out"
+    sentence = (
+        "--resume here/run continues in that folder, but out=run names another: leave one out"
+    )
     assert said.err.splitlines()[-1] == f"fastkd: {sentence}"
     assert command("train", "--resume", "here/run").code == 0
 
@@ -218,9 +220,7 @@ def test_a_teacher_no_better_than_chance(expect_refusal, tmp_path):
 
 def test_a_run_folder_that_exists(expect_refusal, command, tmp_path):
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
-    sentence = (
-        "the run folder run exists and is not empty: go on with it by --resume run, or choose"
-    )
+    sentence = "the run folder run exists and is not empty: resume it by --resume run, or choose"
     expect_refusal(sentence, "train", *ALONE, *SYNTHETIC, "out=run")
     # Also where a teacher would have to be trained first.
     expect_refusal(sentence, "train", *SYNTHETIC, "teacher.name=resnet8", "out=run")

@@ -342,7 +342,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
         monkeypatch.setattr(Trainer, "summary", interrupted)
     said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")
     assert said.code == 130
-    assert said.err == "fastkd: stopped. Go on with: fastkd train --resume one\n"
+    assert said.err == "fastkd: stopped. Resume it with: fastkd train --resume one\n"
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from fastkd.cli import doctor
-from fastkd.cli.doctor import run_doctor
+from fastkd.cli.doctor import as_text, facts
 
 
 def part(name, found=None):
-    return next(p for p in (found or run_doctor(json=True))["parts"] if p["name"] == name)
+    return next(p for p in (found or facts())["parts"] if p["name"] == name)
 
 
 def test_the_report_names_versions_devices_and_parts():
-    text = run_doctor()
+    text = as_text(facts())
     assert isinstance(text, str)
     for word in ("fastkd ", "Python 3.", f"torch {torch.__version__}", "CPU ", "GPU "):
         assert word in text
@@ -26,7 +26,7 @@ def test_the_report_names_versions_devices_and_parts():
 
 
 def test_the_json_report_is_plain_data():
-    found = run_doctor(json=True)
+    found = facts()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["cpu"]["threads"] == torch.get_num_threads()
     assert {"name", "found", "usable", "used_for", "advice"} == set(found["parts"][0])
@@ -35,10 +35,10 @@ def test_the_json_report_is_plain_data():
 def test_what_is_missing_says_how_to_get_it(monkeypatch):
     for name in ("triton", "nvidia.dali", "apex"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = run_doctor(json=True)
+    found = facts()
     assert not part("DALI", found)["usable"]
     advice = part("DALI", found)["advice"]
-    assert advice.startswith("not installed; nothing of fastkd uses it yet")
+    assert advice.startswith("not installed; fastkd does not use it yet")
     assert "pip" not in advice
     assert "the apex on PyPI is another project" in part("apex", found)["advice"]
     assert part("Triton", found)["advice"].startswith("not installed")
@@ -54,12 +54,12 @@ def test_a_broken_package_is_reported_in_place(monkeypatch, error):
         return import_module(name)
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    found = run_doctor(json=True)
+    found = facts()
     assert f"broken: {type(error).__name__}: {error}" in part("Triton", found)["advice"]
     assert f"broken: {type(error).__name__}: {error}" in part("DALI", found)["advice"]
     assert not part("apex", found)["usable"]
     assert part("C++ core", found)["advice"] == "ImportError: the library is too old"
-    assert run_doctor()
+    assert as_text(facts())
 
 
 def test_a_package_without_one_of_its_own_parts_is_broken_not_missing(monkeypatch):
@@ -80,7 +80,7 @@ def test_the_core_is_asked_for_what_it_runs(monkeypatch):
     install_kernels(monkeypatch, cpu="c++ (avx2)")
     core = part("C++ core")
     assert (core["usable"], core["found"], core["advice"]) == (True, "(avx2)", "")
-    assert "kd_loss                cpu: c++ (avx2), cuda: triton" in run_doctor()
+    assert "kd_loss                cpu: c++ (avx2), cuda: triton" in as_text(facts())
 
 
 def test_without_the_core_the_doctor_says_why_and_what_runs(monkeypatch):
@@ -89,7 +89,7 @@ def test_without_the_core_the_doctor_says_why_and_what_runs(monkeypatch):
     core = part("C++ core")
     assert not core["usable"]
     assert core["advice"] == f"{why}; until then plain torch runs: same numbers, slower"
-    assert "kd_loss                cpu: reference, cuda: triton" in run_doctor()
+    assert "kd_loss                cpu: reference, cuda: triton" in as_text(facts())
 
 
 def test_gpus_and_bf16_are_named(monkeypatch):
@@ -98,7 +98,7 @@ def test_gpus_and_bf16_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    text = run_doctor()
+    text = as_text(facts())
     assert "GPU 0 NVIDIA H200, 150.0 GiB, sm_90" in text
     assert "computes in bf16" in text
     assert part("Triton")["usable"]

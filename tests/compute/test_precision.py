@@ -51,7 +51,9 @@ def test_fp16_needs_a_gpu():
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ValueError, match="must be auto, fp32, bf16 or fp16, got 'fp8'"):
+    with pytest.raises(
+        UserError, match="precision=fp8 is unknown; choose one of auto, bf16, fp16, fp32"
+    ):
         resolve_precision("fp8", CPU)
 
 

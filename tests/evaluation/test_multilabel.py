@@ -18,7 +18,7 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import headline
 from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
-from fastkd.output.console import comparison_table
+from fastkd.output.table import comparison_table
 from fastkd.training.config import OptimConfig
 
 CPU = torch.device("cpu")

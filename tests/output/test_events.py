@@ -38,7 +38,7 @@ def test_without_the_package_the_key_is_refused_before_anything_is_built(
     assert (said.code, said.out) == (2, "")
     assert said.err == (
         "fastkd: tensorboard=true needs the package tensorboard, which is not installed: "
-        "pip install tensorboard, or leave the key away\n"
+        "pip install tensorboard, or remove the key\n"
     )
     assert not any(tmp_path.iterdir())
 

@@ -16,8 +16,9 @@ from rich.console import Console as RichConsole
 from fastkd.compute.machine import environment
 from fastkd.errors import RunFailed, UserError
 from fastkd.output import console as console_module
-from fastkd.output.console import Console, comparison_table
+from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, find_resumable
+from fastkd.output.table import comparison_table
 from fastkd.report.plots import plot_curves
 from fastkd.storage.atomic import atomic_path
 
@@ -43,7 +44,7 @@ def test_out_is_taken_as_it_is_and_must_be_empty(tmp_path):
     assert create(tmp_path, out=tmp_path / "mine").path == tmp_path / "mine"
     assert create(tmp_path, out=tmp_path / "mine").path == tmp_path / "mine"
     (tmp_path / "mine" / "last.pt").touch()
-    with pytest.raises(UserError, match=r"mine exists and is not empty: go on with it by --resume"):
+    with pytest.raises(UserError, match=r"mine exists and is not empty: resume it by --resume"):
         create(tmp_path, out=tmp_path / "mine")
 
 

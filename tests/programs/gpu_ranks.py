@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from alike import same_on_all_ranks
 from test_gpu_step import epoch, mean_loss, trainer
 
-from fastkd.compute.ranks import World, all_reduce_sum, same_on_all_ranks, sync_buffers
+from fastkd.compute.collectives import all_reduce_sum, sync_buffers
+from fastkd.compute.ranks import World
 
 RANKS_IN_NAME = 8
 

@@ -259,7 +259,7 @@ def run(
 
 def advised(log: Path) -> list[str]:
     """The command that a stopped run gave to its user, without its first word; else nothing."""
-    found = re.search(r"Go on with: fastkd (.*)", log.read_text())
+    found = re.search(r"Resume it with: fastkd (.*)", log.read_text())
     return found[1].split() if found else []
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.compute.ranks import join_rows
+from fastkd.compute.collectives import join_rows
 from fastkd.losses.base.arguments import Weight
 from fastkd.losses.base.dtypes import autocast_like
 from fastkd.losses.base.needs import Need

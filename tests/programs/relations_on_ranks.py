@@ -11,10 +11,12 @@ from typing import Any
 
 import tiny
 import torch
+from alike import same_on_all_ranks
 from torch import Tensor
 from two_ranks import Plain, Poisoned, make
 
-from fastkd.compute.ranks import World, same_on_all_ranks, wrap_ddp
+from fastkd.compute.ranks import World
+from fastkd.compute.wrapping import wrap_ddp
 from fastkd.data.batch import Batch
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.losses import CC, CRD, PKT, RKD, SP, LossTerm

@@ -12,10 +12,11 @@ from typing import Any
 
 import tiny
 import torch
+from alike import same_on_all_ranks
 from torch import Tensor
 from two_ranks import make
 
-from fastkd.compute.ranks import World, same_on_all_ranks
+from fastkd.compute.ranks import World
 from fastkd.losses import (
     AB,
     AT,

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import tiny
 import torch
+from alike import same_on_all_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fastkd.api import distill
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import open_world, same_on_all_ranks
+from fastkd.compute.ranks import open_world
 from fastkd.data.batch import Batch
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.losses.multilabel import BinaryCrossEntropy

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tiny
 import torch
+from alike import same_on_all_ranks
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -22,7 +23,7 @@ from fastkd.api import distill
 from fastkd.augment.config import PickConfig
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World, same_on_all_ranks
+from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.loaders.planned import Loading

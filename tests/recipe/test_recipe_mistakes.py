@@ -138,7 +138,7 @@ def test_each_of_several_mistakes_has_its_own_sentence():
         (b"\xff\xfe\x00", "is not valid YAML ('utf-8' codec"),
         ("", "must hold keys such as `epochs: 30`, one a line; it holds nothing"),
         ("- 1\n", "must hold keys such as `epochs: 30`, one a line; it holds a list"),
-        ("1: 2\n", "it holds keys that are no text"),
+        ("1: 2\n", "it holds keys that are not text"),
         ("epoch: 3\n", "unknown key epoch, did you mean epochs?"),
         ("optim:\n  lr: 1\n  lr: 2\n", "(line 3, column 3: the key lr appears twice)"),
     ],

@@ -293,19 +293,23 @@ ROW = "kdda/cifar100/resnet56--resnet20/kd"
 SUMMARY = {"accuracy_last": 0.7031, "accuracy_best": 0.7062}
 
 
+def beside_paper(recipe, summary):
+    return paper_row(recipe.name, recipe.dotted(), summary)
+
+
 def test_a_run_of_a_row_is_set_beside_the_paper():
     free = ("data.root=x", "seed=3", "precision=fp32", "teacher.weights=t.pt", "baseline.lrs=0.1")
-    found = paper_row(load_recipe(ROW, overrides=free), SUMMARY)
+    found = beside_paper(load_recipe(ROW, overrides=free), SUMMARY)
     assert found.row == {"run": "paper, Table 1", "accuracy_last": 0.7066, "note": "+- 0.24"}
     assert found.text.startswith(
         "the paper's top-1 accuracy 70.66 +- 0.24 (Table 1); here 70.31 in the last epoch, -0.35 "
-        "points; which one the paper took is not said. 6 keys are not from the paper: fastkd"
+        "points; the paper does not say which it took. 6 keys are not from the paper: fastkd"
     )
     assert found.facts["changed"] == []
 
 
 def test_a_run_with_other_keys_is_not():
-    found = paper_row(load_recipe(ROW, overrides=["epochs=30", "losses.kd.weight=1"]), SUMMARY)
+    found = beside_paper(load_recipe(ROW, overrides=["epochs=30", "losses.kd.weight=1"]), SUMMARY)
     assert found.row is None
     assert found.text == (
         "not comparable with the paper's top-1 accuracy 70.66 +- 0.24 (Table 1): epochs=30 (there "
@@ -316,15 +320,15 @@ def test_a_run_with_other_keys_is_not():
 def test_weights_that_a_row_starts_from_may_lie_anywhere():
     row = "transfer/cub200/resnet50-meal_v2/linear"
     free = ["data.root=x", "student.weights=/far/away/MEALV2_ResNet50_224.pth"]
-    assert paper_row(load_recipe(row, overrides=free), SUMMARY).facts["changed"] == []
-    other = paper_row(load_recipe(row, overrides=["student.weights=/far/other.pth"]), SUMMARY)
+    assert beside_paper(load_recipe(row, overrides=free), SUMMARY).facts["changed"] == []
+    other = beside_paper(load_recipe(row, overrides=["student.weights=/far/other.pth"]), SUMMARY)
     assert other.facts["changed"] == [
         "student.weights=other.pth (there MEALV2_ResNet50_224.pth)",
     ]
 
 
 def test_errors_and_best_epochs_are_compared_as_the_paper_has_them():
-    at = paper_row(load_recipe("moonshine/cifar10/wrn_40_1/scratch"), SUMMARY)
+    at = beside_paper(load_recipe("moonshine/cifar10/wrn_40_1/scratch"), SUMMARY)
     assert at.row.pop("accuracy_last") == pytest.approx(0.9352)
     assert at.row == {"run": "paper, Table 2", "note": "error 6.48"}
     assert at.facts["ours"] == pytest.approx(29.69)
@@ -335,14 +339,14 @@ def test_a_best_epoch_is_compared_with_the_best(monkeypatch):
     printed = find_entry("cifar100/resnet56--resnet20/dkd").published
     entry = replace(entry_of(), published=printed)
     monkeypatch.setattr("fastkd.report.paper.all_recipes", lambda: {"plain": entry})
-    found = paper_row(build(entry), SUMMARY)
+    found = beside_paper(build(entry), SUMMARY)
     assert found.row == {"run": "paper, mdistiller README", "accuracy_best": 0.7197, "note": ""}
     assert found.text.endswith("here 70.62 in the best epoch, -1.35 points")
 
 
 def test_a_run_that_no_paper_prints_has_no_row():
-    assert paper_row(load_recipe("quickstart"), SUMMARY) is None
-    assert paper_row(load_recipe(ROW, overrides=["name=mine"]), SUMMARY) is None
+    assert beside_paper(load_recipe("quickstart"), SUMMARY) is None
+    assert beside_paper(load_recipe(ROW, overrides=["name=mine"]), SUMMARY) is None
     assert isinstance(load_recipe(ROW), Recipe)
 
 

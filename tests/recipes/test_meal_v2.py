@@ -24,10 +24,11 @@ from fastkd.compute.ranks import World
 from fastkd.losses.base.term import TermInputs
 from fastkd.models import create_model
 from fastkd.output.console import Console
+from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes, find_entry
 from fastkd.recipes.loading import build, load_recipe
 from fastkd.recipes.missing import missing
-from fastkd.report.paper import paper_row
+from fastkd.report.paper import PaperRow, paper_row
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
@@ -97,14 +98,20 @@ def test_teachers_get_images_of_the_size_they_were_trained_on() -> None:
             assert (one.resolution or recipe.data.image_size) == wanted
 
 
+def beside_paper(recipe: Recipe, summary: dict[str, float]) -> PaperRow:
+    found = paper_row(recipe.name, recipe.dotted(), summary)
+    assert found is not None
+    return found
+
+
 def test_weights_from_files_are_still_the_paper_s_row() -> None:
     """Where there is no network: as pretrained ones that were fetched by other means."""
     summary = {"accuracy_last": 0.8, "accuracy_best": 0.8}
     files = ("teacher.weights=a.pth", "teacher.ensemble.0.weights=b.pth", "data.root=x")
-    found = paper_row(load_recipe(NAME, overrides=files), summary)
+    found = beside_paper(load_recipe(NAME, overrides=files), summary)
     assert found.facts["changed"] == []
     other = ("teacher.ensemble.0.name=timm:resnet152.tv_in1k",)
-    found = paper_row(load_recipe(NAME, overrides=other), summary)
+    found = beside_paper(load_recipe(NAME, overrides=other), summary)
     assert found.facts["changed"] == [
         "teacher.ensemble.0.name=timm:resnet152.tv_in1k (there timm:resnet152s.gluon_in1k)"
     ]

@@ -9,6 +9,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
 from fastkd.report.comparison import finish_report
+from fastkd.report.paper import paper_row
 
 ROW = "kdda/cifar100/resnet56--resnet20/kd"
 RUN = {
@@ -31,7 +32,15 @@ def finish(tmp_path):
         folder = RunFolder.create(tmp_path, "run", "0" * 16)
         screen, summary = io.StringIO(), dict(SUMMARY)
         recipe = load_recipe(name, overrides=overrides)
-        finish_report(recipe, summary, folder, Console(file=screen))
+        summary["lr"] = recipe.optim.lr
+        finish_report(
+            summary,
+            folder,
+            Console(file=screen),
+            teachers=[one.label for one in recipe.teachers().values()],
+            block=recipe.student.block,
+            paper=paper_row(recipe.name, recipe.dotted(), summary),
+        )
         saved = json.loads((folder.path / "summary.json").read_text())
         assert summary.get("paper") == saved.get("paper")
         assert (folder.path / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -128,7 +128,7 @@ def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
     *_, last = found["first_log"].splitlines()
     assert last.startswith(
         f"fastkd: tiny/kd stopped at epoch {epoch + 1}, step {step}; the state is saved. "
-        "Go on with: fastkd train --resume runs/tiny/kd/"
+        "Resume it with: fastkd train --resume runs/tiny/kd/"
     )
     assert f"resumed tiny/kd at epoch {epoch + 1} of 2, step {step} of 4" in found["log"]
     assert found["fetched"] == [batches_from(epoch, step, epochs=2)]

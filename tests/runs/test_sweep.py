@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import fastkd.data.sources.synthetic
-import fastkd.runs.sweep.sweep
+import fastkd.runs.sweep.running
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.console import Console
 from fastkd.recipes.loading import load_recipe
+from fastkd.runs.sweep.grid import combinations
 from fastkd.runs.sweep.jobs import environments
-from fastkd.runs.sweep.sweep import _different_teachers, combinations
+from fastkd.runs.sweep.table import different_teachers
 from fastkd.storage.weights import load_weights
 
 KEYS = [
@@ -84,7 +85,7 @@ def test_a_misspelled_sweep_is_refused(sweeps, sentence):
             "--sweep: student.stem=cifar: resnet8 ",
         ),
         (["--sweep", "device=cpu;auto"], "--sweep cannot change device or deterministic"),
-        ([*SWEEP, "out=run"], "a sweep makes a run folder for each value: leave out= away"),
+        ([*SWEEP, "out=run"], "a sweep makes a run folder for each value: remove out="),
         ([*SWEEP, "--dry-run"], "--sweep and --dry-run exclude each other"),
         ([*SWEEP, "--resume", "auto"], "--sweep and --resume exclude each other"),
         ([*SWEEP, "--print-config"], "--sweep and --print-config exclude each other"),
@@ -140,7 +141,7 @@ def test_a_sweep_runs_every_combination_and_ends_with_a_table(command, tmp_path)
 
 
 def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypatch):
-    original = fastkd.runs.sweep.sweep.run_recipe
+    original = fastkd.runs.sweep.running.run_recipe
     runs = []
 
     def run(recipe, session, **options):
@@ -149,10 +150,10 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
             raise Interrupted("stopped.", 130)
         return original(recipe, session, **options)
 
-    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.running, "run_recipe", run)
     said = command("train", *KEYS, *SWEEP)
     assert said.code == 130
-    assert said.err.endswith("the whole sweep goes on with its own command)\n")
+    assert said.err.endswith("give the same command again to resume the whole sweep)\n")
     again = command("train", *KEYS, *SWEEP)
     assert again.code == 0
     assert runs == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 0), (0.2, 1)]
@@ -162,14 +163,14 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
 
 
 def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatch):
-    original = fastkd.runs.sweep.sweep.run_recipe
+    original = fastkd.runs.sweep.running.run_recipe
 
     def run(recipe, session, **options):
         if recipe.optim.lr == 0.1:
             raise RunFailed("it diverged")
         return original(recipe, session, **options)
 
-    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.running, "run_recipe", run)
     said = command("train", *KEYS, *SWEEP[:2])
     assert said.code == 1
     assert "failed: it diverged" in said.out
@@ -219,7 +220,7 @@ def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monk
         share = accuracies[recipe.optim.lr, recipe.seed]
         return {"accuracy_last": share, "accuracy_best": share + 0.1, "history": []}
 
-    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.running, "run_recipe", run)
     said = command("train", *KEYS, "--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1;2")
     # A run that failed is missing from its mean; the deviation is that of a sample.
     assert said.code == 1
@@ -236,7 +237,7 @@ TAUGHT = [
 ]
 
 
-def test_a_sweep_says_that_its_runs_have_different_teachers(command, tmp_path):
+def test_a_sweep_says_that_its_runs_havedifferent_teachers(command, tmp_path):
     said = command("train", *TAUGHT, "teacher.lr=0.1", "--sweep", "seed=0;1")
     assert (said.code, said.err) == (0, "")
     assert len(list((tmp_path / "runs/teachers").iterdir())) == 2
@@ -248,7 +249,7 @@ def test_a_sweep_says_that_its_runs_have_different_teachers(command, tmp_path):
     assert sorted(row[3] for row in rows) == sorted(f"{one:.2%}" for one in reached)
     (mean,) = (line for line in said.out.splitlines() if line.startswith("mean of 2"))
     assert re.findall(r"[\d.]+%", mean)[2] == f"{sum(reached) / 2:.2%}"
-    note = "note: these runs imitate 2 different teachers, each trained as its run is"
+    note = "note: these runs imitate 2 different teachers, each trained like its run"
     assert said.out.splitlines()[-1].startswith(note)
     # One of them is the first run's: what is there is used.
     held = command("train", *TAUGHT, "teacher.lr=0.1", "teacher.seed=0", "--sweep", "seed=0;1")
@@ -288,7 +289,7 @@ def test_different_teachers_are_counted(words, axes, num):
         choice: load_recipe("quickstart", overrides=[*TAUGHT, *words, *choice])
         for choice in combinations(axes)
     }
-    note = _different_teachers(recipes)
+    note = different_teachers(recipes)
     assert f"imitate {num} different teachers" in note if num else note == ""
 
 
@@ -297,7 +298,7 @@ def test_the_mean_over_seeds_stands_beside_the_papers(command, monkeypatch, tmp_
         share = 0.9 + recipe.seed / 100
         return {"accuracy_last": share, "accuracy_best": share, "history": []}
 
-    monkeypatch.setattr(fastkd.runs.sweep.sweep, "run_recipe", run)
+    monkeypatch.setattr(fastkd.runs.sweep.running, "run_recipe", run)
     name = "alignkd/cifar100/resnet18--plain18/alignkd"
     said = command("train", name, "data.root=.", "--sweep", "seed=0;2")
     assert means(said) == [("mean of 2", 91.0, 91.0, 1.41, 1.41)]
@@ -318,7 +319,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(command, tmp_path, monke
         patch.setattr(Console, "epoch", epoch)
         said = command(*words)
     assert said.code == 130
-    assert said.err.endswith("the whole sweep goes on with its own command)\n")
+    assert said.err.endswith("give the same command again to resume the whole sweep)\n")
     again = command(*words)
     assert (again.code, again.err) == (0, "")
     assert "sweep 1/3: student.block=S, finished before\n" in again.out
@@ -371,7 +372,8 @@ def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     assert said.decode().splitlines()[-1] == (
-        "fastkd: stopped with 2 runs under way; the whole sweep goes on with its own command"
+        "fastkd: stopped with 2 runs under way; give the same command again to resume the whole "
+        "sweep"
     )
     logs = [file.read_text() for file in tmp_path.glob("runs/quickstart/sweep-*.log")]
     assert len(logs) == 2

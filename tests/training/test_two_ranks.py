@@ -307,7 +307,7 @@ def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     _, complaints = run.communicate(timeout=120)
     stopped = re.findall(r"stopped at epoch (\d+), step (\d+); the state is saved.", complaints)
     assert len(stopped) == 1
-    assert "Go on with: fastkd train --resume run" in complaints
+    assert "Resume it with: fastkd train --resume run" in complaints
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     progress = state["progress"]
     assert (progress["epoch"] + 1, progress["step"]) == tuple(map(int, stopped[0]))

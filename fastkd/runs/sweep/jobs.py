@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side, each in a process of its own; `sweep` says which.
+"""Runs of a sweep in parallel, each in a process of its own; `running` says which.
 
 Every process is `fastkd train --config FILE --resume auto` with one GPU, or with its share of the
 threads, and writes what it says into a log beside the run folders.
@@ -22,9 +22,9 @@ from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session
 from fastkd.training.interrupt import StopSignal
 
-__all__ = ["GO_ON", "environments", "run_jobs"]
+__all__ = ["HOW_TO_RESUME", "environments", "run_jobs"]
 
-GO_ON = "the whole sweep goes on with its own command"
+HOW_TO_RESUME = "give the same command again to resume the whole sweep"
 _LOOK_AGAIN_S = 0.2
 
 
@@ -79,7 +79,7 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
             for job in running:
                 job.process.wait()
     if stop.code:
-        raise Interrupted(f"stopped with {len(running)} runs under way; {GO_ON}", stop.code)
+        raise Interrupted(f"stopped with {len(running)} runs under way; {HOW_TO_RESUME}", stop.code)
 
 
 def _start(
@@ -98,14 +98,14 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            # A Ctrl-C on the terminal reaches this process only, which passes it on once.
+            # Ctrl-C on the terminal reaches this process only, which passes it on once.
             start_new_session=True,
         )
     return _Job(name, place, log, process)
 
 
 def environments(device: torch.device, jobs: int) -> list[dict[str, str]]:
-    """What each job's environment has of its own: its share of the threads, and a GPU."""
+    """Environment variables of each job: its share of the threads, and a GPU."""
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     if device.type == "cpu":
         return [threads] * jobs

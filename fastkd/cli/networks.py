@@ -1,0 +1,101 @@
+"""`fastkd models` and `fastkd cheapen`: sizes and costs of networks, built without memory."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastkd.errors import UserError
+from fastkd.models import cheapen as cheapen_network
+from fastkd.models import count, create_model, list_models
+from fastkd.models.taps import available_taps
+
+__all__ = ["cheapen", "models"]
+
+
+def models(options: argparse.Namespace) -> None:
+    """List networks with parameters and MACs."""
+
+    shape = _shape(options.input) if options.input else None
+    names = list_models(options.pattern)
+    if not names:
+        raise UserError(f"no network matches {options.pattern!r}; try 'resnet*' or 'timm:resnet*'")
+    rows = (_model_row(name, shape) for name in names)
+    if options.json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}  taps")
+    for row in rows:
+        macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
+        line = f"{row['name']:<34}{row['params']:>14,}{macs:>16}{row['input']:>12}"
+        print(f"{line}{row['classes']:>9}  {_short_taps(row['taps'])}", flush=True)
+    if ":" not in options.pattern:
+        print("each stage also before its last activation: stage1:preact")
+
+
+def _short_taps(taps: Sequence[str]) -> str:
+    """`stem stage1-3 pooled logits`, of the networks of the zoo."""
+    stages = [tap for tap in taps if re.fullmatch(r"stage\d", tap)]
+    if not stages:
+        return "module paths"
+    runs = {stages[0]: f"{stages[0]}-{stages[-1][-1]}"}
+    return " ".join(runs.get(tap, tap) for tap in taps if "stage" not in tap or tap in runs)
+
+
+def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
+    """Size and cost of one network, which is built without memory for its weights."""
+
+    with torch.device("meta"):
+        model: Any = create_model(name, None if ":" in name else 100)
+    shape = wanted or _own_shape(name, model)
+    row = {
+        "name": name,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": None,
+        "training_bytes": None,
+        "inference_bytes": None,
+        "input": "x".join(map(str, shape)),
+        "classes": model.num_classes,
+        "taps": [] if ":" in name else list(available_taps(model)),
+    }
+    try:
+        size = count(model, shape)
+        row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
+    except (RuntimeError, ValueError, AssertionError):
+        # Some networks take certain image sizes only and say so in these ways.
+        if wanted is None:
+            raise
+    return row
+
+
+def _own_shape(name: str, model: Any) -> tuple[int, int, int]:
+    own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
+    return own or model.pretrained_cfg["input_size"]
+
+
+def cheapen(options: argparse.Namespace) -> None:
+    """Count a network before and after its 3x3 convolutions are replaced."""
+
+    with torch.device("meta"):
+        model = create_model(options.name, None if ":" in options.name else 100)
+        cheap: Any = cheapen_network(model, options.block, where=options.where)
+    shape = _shape(options.input) if options.input else _own_shape(options.name, model)
+    before, after = count(model, shape), count(cheap, shape)
+    print(f"{options.name} at {'x'.join(map(str, shape))}")
+    print(f"  {'':<12}{'before':>16}{'after':>16}{'share':>9}")
+    for what, one, other in (
+        ("parameters", before.params, after.params),
+        ("MACs", before.macs, after.macs),
+    ):
+        print(f"  {what:<12}{one:>16,}{other:>16,}{other / one:>9.1%}")
+    print(cheap.rewrite_report)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"--input={text}: expected CxHxW such as 3x32x32")
+    return int(match[1]), int(match[2]), int(match[3])

@@ -1,0 +1,62 @@
+"""The runs of a sweep: `--sweep key=a;b;c` makes one for every combination of values."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastkd.errors import UserError
+from fastkd.models.registry import create_model, model_options
+from fastkd.recipe.schema import Recipe
+
+__all__ = ["Choice", "check_networks", "check_sweep", "combinations"]
+
+Choice = tuple[str, ...]
+"""The overrides of one run: ("optim.lr=0.1", "seed=0")."""
+
+
+def combinations(sweeps: Sequence[str]) -> list[Choice]:
+    """["optim.lr=0.1;0.2", "seed=0;1"] -> the four choices, the last key changing fastest."""
+    axes: dict[str, list[str]] = {}
+    for text in sweeps:
+        key, _, values = text.partition("=")
+        if not key or ";" not in values or not all(values.split(";")):
+            raise UserError(
+                f"--sweep {text}: expected a key and at least two values, in quotes because of the "
+                f"semicolon: --sweep 'optim.lr=0.05;0.1'"
+            )
+        if key in axes:
+            raise UserError(f"--sweep names {key} twice: join the values by semicolons")
+        axes[key] = [f"{key}={value}" for value in values.split(";")]
+    return list(itertools.product(*axes.values()))
+
+
+def check_sweep(recipes: Mapping[Choice, Recipe]) -> None:
+    """UserError where two choices would be the same run or share a folder."""
+    if len({(recipe.device, recipe.deterministic) for recipe in recipes.values()}) > 1:
+        raise UserError("--sweep cannot change device or deterministic: they hold for a process")
+    seen: dict[str, Choice] = {}
+    for choice, recipe in recipes.items():
+        if recipe.out is not None:
+            raise UserError("a sweep makes a run folder for each value: remove out=")
+        if (digest := recipe.digest()) in seen:
+            both = f"{' '.join(seen[digest])} and {' '.join(choice)}"
+            raise UserError(f"--sweep: {both} are the same run; sweep over keys that change it")
+        seen[digest] = choice
+
+
+def check_networks(recipes: Mapping[Choice, Recipe]) -> None:
+    """UserError for a network that cannot be built; zoo networks are built, without memory."""
+    seen = set()
+    for choice, recipe in recipes.items():
+        for net in (recipe.student, *recipe.teachers().values()):
+            if (key := repr((net.name, net.options()))) in seen:
+                continue
+            seen.add(key)
+            if ":" in net.name and model_options(net.name) is not None:
+                continue
+            try:
+                with torch.device("meta"):
+                    create_model(net.name, 10, **net.options())
+            except UserError as error:
+                raise UserError(f"--sweep: {' '.join(choice)}: {error}") from None

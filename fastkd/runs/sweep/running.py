@@ -1,0 +1,96 @@
+"""Carry a sweep out: what is finished is found by its digest, the rest is run, then the table.
+
+Each combination is a run of its own with its own folder, so a sweep that was stopped resumes when
+the same command is given again. The runs follow each other in this process, or go side by side in
+processes of their own (`jobs`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastkd.compute.ranks import on_main
+from fastkd.errors import Interrupted, RunFailed, UserError
+from fastkd.output.run_folder import find_finished
+from fastkd.recipe.schema import Recipe
+from fastkd.runs.stages import Session, run_recipe
+from fastkd.runs.sweep.grid import Choice, check_networks
+from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
+from fastkd.runs.sweep.table import print_table
+
+__all__ = ["run_sweep"]
+
+
+def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int = 1) -> int:
+    """Run what is not finished yet, print the table; the exit code, 1 where a run failed.
+
+    jobs: how many run at a time. In one process a failed run (such as one that diverged) does not
+    stop the others; a run's UserError ends the sweep, with the table of what is finished.
+    """
+    if jobs > 1 and session.world.size > 1:
+        raise UserError(
+            "--jobs starts processes of its own and is not for torchrun; leave one of them out"
+        )
+    check_networks(recipes)
+    found: dict[Choice, dict[str, Any]] = {}
+    try:
+        _run_all(recipes, session, jobs, found)
+    except UserError:
+        _fill_in(recipes, session, found, "not run")
+        if any(len(summary) > 1 for summary in found.values()):
+            print_table(recipes, session, found)
+        raise
+    _fill_in(recipes, session, found, "failed")
+    print_table(recipes, session, found)
+    return 1 if any(summary == {"note": "failed"} for summary in found.values()) else 0
+
+
+def _run_all(
+    recipes: Mapping[Choice, Recipe],
+    session: Session,
+    jobs: int,
+    found: dict[Choice, dict[str, Any]],
+) -> None:
+    """Summaries into `found`, as they come; those of other processes stay in their folders."""
+    wanted: dict[str, Recipe] = {}
+    for number, (choice, recipe) in enumerate(recipes.items(), 1):
+        name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
+        summary = on_main(session.world, lambda recipe=recipe: _finished(recipe, session))
+        if summary is not None:
+            session.console.note(f"{name}, finished before")
+            found[choice] = summary
+        elif jobs > 1:
+            wanted[name] = recipe
+        else:
+            session.console.note(name)
+            found[choice] = _run(recipe, session)
+    if wanted:
+        run_jobs(wanted, session, jobs)
+
+
+def _fill_in(
+    recipes: Mapping[Choice, Recipe],
+    session: Session,
+    found: dict[Choice, dict[str, Any]],
+    otherwise: str,
+) -> None:
+    """The summaries that other processes have written, a note in place of those that are not."""
+    for choice in recipes.keys() - found.keys():
+        found[choice] = _finished(recipes[choice], session) or {"note": otherwise}
+
+
+def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
+    try:
+        return run_recipe(recipe, session, resume="auto")
+    except RunFailed as error:
+        if session.world.size > 1:
+            raise
+        session.console.note(f"failed: {error}")
+        return {"note": "failed"}
+    except Interrupted as stopped:
+        raise Interrupted(
+            f"{stopped} (this run alone; {HOW_TO_RESUME})", stopped.exit_code
+        ) from None
+
+
+def _finished(recipe: Recipe, session: Session) -> dict[str, Any] | None:
+    return find_finished(session.root, recipe.name, recipe.digest())
