@@ -152,7 +152,8 @@ def wheel(session: nox.Session) -> None:
     """An sdist, a wheel from it, installed and tried in a folder without a checkout."""
     session.install("build", "twine")
     neutral = Path(session.create_tmp()).resolve()
-    shutil.rmtree(neutral, ignore_errors=True)
+    shutil.rmtree(neutral)
+    neutral.mkdir()
     dist = neutral / "dist"
     session.run("python", "-m", "build", "--outdir", str(dist))
     session.run("twine", "check", "--strict", *[str(path) for path in dist.iterdir()])
