@@ -14,7 +14,7 @@ make and gigabytes to keep.
 import json
 import os
 import shutil
-import sysconfig
+import sys
 from pathlib import Path
 
 import nox
@@ -23,8 +23,9 @@ nox.needs_version = ">=2024.10"
 nox.options.sessions = ["lint", "types", "test"]
 
 ROOT = Path(__file__).parent
-# The oldest release that pyproject.toml allows, and the torchvision that was released with it.
-OLDEST = ["torch==2.11.0", "torchvision==0.26.0"]
+# The oldest release that pyproject.toml allows, and what was new when it was: the interpreter of its
+# Triton 3.6, in which the kernels are tested, fails with NumPy 2.4.
+OLDEST = ["torch==2.11.0", "torchvision==0.26.0", "numpy<2.4"]
 # The README's command; .ci/run ends with it too.
 PYTEST = ["pytest", "-n", "2", "--dist", "loadfile"]
 # Threads that spin while they wait would starve the other test process.
@@ -107,7 +108,8 @@ def types(session: nox.Session) -> None:
     shutil.copytree(ROOT / "kernels", copy / "fastkd" / "kernels")
     shutil.copy(ROOT / "pyproject.toml", copy)
     pyright = ["pyright", "--pythonpath", shutil.which("python") or "python"]
-    env = {"PYTHONPATH": os.pathsep.join([str(copy), sysconfig.get_path("purelib")])}
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    env = {"PYTHONPATH": os.pathsep.join([str(copy), *packages])}
     with session.chdir(copy):
         session.run("lint-imports", "--no-cache", external=True, env=env)
         session.run(*pyright, external=True, env=env)
@@ -138,7 +140,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """Ops, steps and resuming on the oldest torch, and the Triton that it brings."""
-    session.install(".[test]", *OLDEST)
+    session.install("-e", ".[test]", *OLDEST)
     versions = (
         "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
     )
