@@ -23,8 +23,8 @@ nox.needs_version = ">=2024.10"
 nox.options.sessions = ["lint", "types", "test"]
 
 ROOT = Path(__file__).parent
-# The oldest release that pyproject.toml allows, and what was new when it was: the interpreter of its
-# Triton 3.6, in which the kernels are tested, fails with NumPy 2.4.
+# The oldest release that pyproject.toml allows, and packages of its time: the interpreter of Triton
+# 3.6, in which the kernels are tested, fails with NumPy 2.4.
 OLDEST = ["torch==2.11.0", "torchvision==0.26.0", "numpy<2.4"]
 # The README's command; .ci/run ends with it too.
 PYTEST = ["pytest", "-n", "2", "--dist", "loadfile"]
