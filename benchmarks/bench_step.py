@@ -32,8 +32,8 @@ from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
 from fastkd.output.console import Console
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import interleave, speedup
+from fastkd.training.ahead import run_ahead
 from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer

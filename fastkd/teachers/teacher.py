@@ -1,12 +1,11 @@
 """The frozen network that is imitated: evaluated first, never trained, wrapped or saved.
 
 The teacher is its own compiled unit with its own normalisation, resolution and class order. On a
-GPU it works one batch ahead on a side stream (`run_ahead`).
+GPU it works one batch ahead on a side stream (`fastkd.training.ahead`).
 """
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,10 @@ from fastkd.errors import UserError
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 
-__all__ = ["MEAN_LOGITS", "Teacher", "freeze", "run_ahead"]
+__all__ = ["MEAN_LOGITS", "Teacher", "freeze"]
 
 MEAN_LOGITS = "mean_logits"
 """A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
-
-T = TypeVar("T")
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -212,37 +209,3 @@ def _renormalization(
     scale = [sd / st for sd, st in zip(std_d, std_t, strict=True)]
     shift = [(md - mt) / st for md, mt, st in zip(mean_d, mean_t, std_t, strict=True)]
     return scale, shift
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> Any:
-    """One for all epochs: the allocator keeps memory per stream."""
-    return torch.cuda.Stream(device)
-
-
-def run_ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
-
-    On a CPU the items come as they are. The side stream begins item n + 2 once the main stream is
-    done with item n, whose memory it may take from then on: at most three items are alive, however
-    far the host has run ahead (with record_stream it would be as many as the host is ahead).
-    """
-    if device.type != "cuda":
-        yield from items
-        return
-    side = _side_stream(device)
-    # What the loader put on the device (images, tables) must have arrived.
-    side.wait_stream(torch.cuda.current_stream(device))
-
-    def launch() -> tuple[T, Any] | None:
-        with torch.cuda.stream(side):
-            item = next(items, None)
-            return None if item is None else (item, side.record_event())
-
-    pending = launch()
-    while pending is not None:
-        item, ready = pending
-        pending = launch()
-        torch.cuda.current_stream(device).wait_event(ready)
-        yield item
-        side.wait_stream(torch.cuda.current_stream(device))

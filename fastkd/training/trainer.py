@@ -34,7 +34,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.storage.weights import save_weights
-from fastkd.teachers.teacher import run_ahead
+from fastkd.training.ahead import run_ahead
 from fastkd.training.ema import EMA
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal

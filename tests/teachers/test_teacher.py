@@ -16,7 +16,8 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data, stage_builder
 from fastkd.teachers.ensemble import LoadedNet
-from fastkd.teachers.teacher import Teacher, freeze, run_ahead
+from fastkd.teachers.teacher import Teacher, freeze
+from fastkd.training.ahead import run_ahead
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")
@@ -282,7 +283,7 @@ def test_memory_of_an_item_is_taken_back_only_after_its_use(monkeypatch):
             log.append(f"{self.name} waits for item {event}")
 
     side, main = Stream("side"), Stream("main")
-    monkeypatch.setattr("fastkd.teachers.teacher._side_stream", lambda device: side)
+    monkeypatch.setattr("fastkd.training.ahead._side_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 

@@ -21,8 +21,8 @@ from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.console import Console
-from fastkd.teachers.teacher import run_ahead
 from fastkd.testing import no_host_sync
+from fastkd.training.ahead import run_ahead
 from fastkd.training.build import Engine, LoadedNet, build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.trainer import Plan, Trainer

@@ -1,0 +1,48 @@
+"""Batches prepared one ahead of the step that uses them, on a side stream of a GPU.
+
+Flow: `Trainer.prepare` -> [here] -> `Trainer.optimize`.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["run_ahead"]
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """One for all epochs: the allocator keeps memory per stream."""
+    return torch.cuda.Stream(device)
+
+
+def run_ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
+
+    On a CPU the items come as they are. The side stream begins item n + 2 once the main stream is
+    done with item n, whose memory it may take from then on: at most three items are alive, however
+    far the host has run ahead (with record_stream it would be as many as the host is ahead).
+    """
+    if device.type != "cuda":
+        yield from items
+        return
+    side = _side_stream(device)
+    # What the loader put on the device (images, tables) must have arrived.
+    side.wait_stream(torch.cuda.current_stream(device))
+
+    def launch() -> tuple[T, Any] | None:
+        with torch.cuda.stream(side):
+            item = next(items, None)
+            return None if item is None else (item, side.record_event())
+
+    pending = launch()
+    while pending is not None:
+        item, ready = pending
+        pending = launch()
+        torch.cuda.current_stream(device).wait_event(ready)
+        yield item
+        side.wait_stream(torch.cuda.current_stream(device))
