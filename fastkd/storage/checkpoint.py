@@ -5,15 +5,16 @@ checkpoint whole. Random state is not saved because none exists: order, augmenta
 follow from (seed, epoch, step).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from fastkd.errors import RunFailed, UserError
 from fastkd.storage.atomic import atomic_path
 
-__all__ = ["FORMAT", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 
@@ -36,23 +37,45 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         ) from None
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read once; whoever needs a part of it is handed this object."""
+
+    path: Path
+    state: dict[str, Any]
+    """As `save_checkpoint` got it, its tensors on the CPU."""
+
+    @classmethod
+    def open(cls, path: Path, digest: str | None = None) -> Self:
+        """Read a checkpoint of this format; UserError for any other file or recipe."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"there is no checkpoint {path}: nothing to resume") from None
+        except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
+            raise UserError(
+                f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, "
+                f"or not fastkd's"
+            ) from error
+        found = state.get("format") if isinstance(state, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")
+        opened = cls(path, state)
+        if digest is not None:
+            opened.check_digest(digest)
+        return opened
+
+    def check_digest(self, digest: str) -> None:
+        """UserError where another recipe wrote the checkpoint."""
+        written: str = self.state["digest"]
+        if written != digest:
+            raise UserError(
+                f"{self.path} belongs to another recipe (digest {written[:8]}, this one is "
+                f"{digest[:8]}): resume it with its own keys, fastkd train --resume "
+                f"{self.path.parent}"
+            )
+
+
 def load_checkpoint(path: Path, digest: str | None = None) -> dict[str, Any]:
-    """Read a checkpoint of this format onto the CPU; UserError for any other file or recipe."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: nothing to resume") from None
-    except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or "
-            f"not fastkd's"
-        ) from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")
-    if digest is not None and state["digest"] != digest:
-        raise UserError(
-            f"{path} belongs to another recipe (digest {state['digest'][:8]}, this one is "
-            f"{digest[:8]}): resume it with its own keys, fastkd train --resume {path.parent}"
-        )
-    return state
+    """The state of `Checkpoint.open(path, digest)`, for those who read it once anyway."""
+    return Checkpoint.open(path, digest).state

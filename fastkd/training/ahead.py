@@ -1,36 +1,39 @@
-"""Batches prepared one ahead of the step that uses them, on a side stream of a GPU.
-
-Flow: `Trainer.prepare` -> [here] -> `Trainer.optimize`.
-"""
+"""Work for the next step done while the present one computes: one item ahead, on a side stream."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["run_ahead"]
+__all__ = ["run_ahead", "side_stream"]
 
 T = TypeVar("T")
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> Any:
-    """One for all epochs: the allocator keeps memory per stream."""
+def side_stream(device: torch.device) -> Any:
+    """One stream of a GPU for all epochs: the allocator keeps memory per stream."""
     return torch.cuda.Stream(device)
 
 
-def run_ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
+def run_ahead(
+    items: Iterator[T],
+    device: torch.device,
+    stream_of: Callable[[torch.device], Any] = side_stream,
+) -> Iterator[T]:
     """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
 
     On a CPU the items come as they are. The side stream begins item n + 2 once the main stream is
     done with item n, whose memory it may take from then on: at most three items are alive, however
     far the host has run ahead (with record_stream it would be as many as the host is ahead).
+
+    stream_of: makes, or looks up, the side stream of a device.
     """
     if device.type != "cuda":
         yield from items
         return
-    side = _side_stream(device)
+    side = stream_of(device)
     # What the loader put on the device (images, tables) must have arrived.
     side.wait_stream(torch.cuda.current_stream(device))
 

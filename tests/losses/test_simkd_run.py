@@ -20,7 +20,7 @@ from fastkd.models.reused_head import ReusedHead
 from fastkd.output.run_folder import RunFolder
 from fastkd.runs.evaluate_saved import evaluate_run
 from fastkd.storage.weights import load_weights, save_weights
-from fastkd.training.build import _head
+from fastkd.teachers.parts import copy_of_head
 
 RECIPE: dict[str, Any] = {
     "name": "tiny/simkd",
@@ -228,7 +228,7 @@ def test_a_term_gets_the_head_and_the_norm_as_they_were_loaded() -> None:
 def test_the_classifier_is_in_the_class_order_of_the_data() -> None:
     teacher = create_model("resnet8", 10)
     features_ND = torch.rand(3, 64)
-    head = _head(teacher, (7, 0, 2), torch.device("cpu"))
+    head = copy_of_head(teacher, (7, 0, 2), torch.device("cpu"))
     assert head is not None
     expected_NC = teacher.get_submodule("fc")(features_ND)[:, [7, 0, 2]]
     torch.testing.assert_close(head(features_ND), expected_NC)

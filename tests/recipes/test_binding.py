@@ -18,8 +18,8 @@ from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import build
 from fastkd.recipes.missing import missing
 from fastkd.teachers.ensemble import LoadedNet
+from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import MEAN_LOGITS
-from fastkd.training.build import _head, _last_norm, _pooled
 
 SIDES = {"digits": 16, "folder": 64}
 
@@ -89,10 +89,10 @@ def refused(recipe: Recipe) -> str:
                 model = network(teacher.name, tuple(teacher.options().items()))
                 inner = {
                     "teacher_stages": model.forward_from,
-                    "teacher_head": _head(model, None, torch.device("cpu")),
-                    "teacher_norm": _last_norm(model),
+                    "teacher_head": copy_of_head(model, None, torch.device("cpu")),
+                    "teacher_norm": last_norm(model),
                     "teacher_pooled": partial(
-                        _pooled, LoadedNet(model), (3, side, side), torch.device("cpu")
+                        taps_into_head, LoadedNet(model), (3, side, side), torch.device("cpu")
                     ),
                 }
             labels_N = torch.arange(20_000) % 10
