@@ -10,6 +10,7 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
+from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate, evaluating
 
 CPU = torch.device("cpu")
@@ -141,8 +142,10 @@ def test_nothing_to_evaluate_is_an_error():
         def epoch(self, epoch, start_step=0):
             return iter(())
 
-    with pytest.raises(ValueError, match="there is no validation sample to evaluate on"):
+    message = "there is no validation sample to evaluate on.*give validation images"
+    with pytest.raises(UserError, match=message) as refused:
         evaluate(linear(), Empty(), FP32, world())
+    assert refused.value.exit_code == 2
 
 
 def test_no_graph_is_kept():
