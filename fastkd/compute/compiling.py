@@ -2,11 +2,17 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-__all__ = ["compile_unit", "worth_compiling"]
+__all__ = ["CompileChoice", "CompileSwitch", "compile_unit", "worth_compiling"]
+
+CompileSwitch = Literal["on", "off"]
+"""Whether torch.compile is used."""
+
+CompileChoice = Literal["auto", CompileSwitch]
+"""The same, or `auto`: where the run is long enough to pay for it."""
 
 T = TypeVar("T", bound=Callable[..., Any])
 

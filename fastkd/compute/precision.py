@@ -8,7 +8,19 @@ import torch
 
 from fastkd.errors import UserError
 
-__all__ = ["Precision", "computes_in_bf16", "resolve_precision"]
+__all__ = [
+    "Precision",
+    "PrecisionChoice",
+    "PrecisionName",
+    "computes_in_bf16",
+    "resolve_precision",
+]
+
+PrecisionName = Literal["bf16", "fp16", "fp32"]
+"""Autocast type of a forward pass."""
+
+PrecisionChoice = Literal["auto", PrecisionName]
+"""Such a type, or `auto`: bf16 where the device computes in it, else fp32."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +29,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """The type that forward passes run in on one kind of device."""
 
-    name: Literal["fp32", "bf16", "fp16"]
+    name: PrecisionName
     device_type: str
 
     @property

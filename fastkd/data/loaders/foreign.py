@@ -22,7 +22,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import NO_LABEL, Batch
 from fastkd.errors import UserError
 
-__all__ = ["ForeignLoader", "LoaderItem", "check_loader"]
+__all__ = ["ForeignLoader", "LoaderItem", "check_loader", "images_per_epoch"]
 
 LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -229,6 +229,14 @@ class ForeignLoader:
                 f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
                 f"numbered from 0 (and {NO_LABEL}: none): build it with more classes, or renumber"
             )
+
+
+def images_per_epoch(items: Iterable[LoaderItem], batch_size: int) -> int:
+    """As the data set counts them; for a loader without one, full batches of `batch_size`."""
+    dataset = getattr(items, "dataset", None)
+    if isinstance(dataset, Sized) and len(dataset):
+        return len(dataset)
+    return len(items) * batch_size if isinstance(items, Sized) else 0
 
 
 def check_loader(

@@ -14,6 +14,7 @@ import torch
 
 from fastkd.config.section import Channels
 from fastkd.data.batch import Loader
+from fastkd.data.facts import Facts
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import Crop, TorchLoader
@@ -61,6 +62,17 @@ class DataPair:
     def multilabel(self) -> bool:
         """Whether an image has several labels, [N, C], and not one class id."""
         return self.val.labels_N.dim() == 2
+
+    @property
+    def facts(self) -> Facts:
+        """What networks, losses and reports must know of the training images."""
+        return Facts(
+            image_shape=(3, self.image_size, self.image_size),
+            num_classes=len(self.classes),
+            labels_N=self.train.labels_N,
+            multilabel=self.multilabel,
+            normalization=(self.mean, self.std),
+        )
 
 
 def open_data(
