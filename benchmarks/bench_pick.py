@@ -22,16 +22,19 @@ from torch import Tensor, nn
 
 from fastkd import count, create_model
 from fastkd.augment.config import PickConfig
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
+from fastkd.data.facts import Facts
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
-from fastkd.output.console import Console
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.testing import interleave, step_macs
-from fastkd.training.build import Engine, build_trainer
+from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
@@ -54,29 +57,28 @@ CASES = [
 SIDES = ("kd", "tlcutmix", "pick")
 
 
-def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine) -> Trainer:
+def trainer_of(
+    side: str, student: nn.Module, teacher: nn.Module, placement: Placement, compiled: bool
+) -> Trainer:
     """On one batch, which every epoch repeats."""
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH,))
     loader = ForeignLoader([(images, labels)], WORLD, 0, True)
+    facts = Facts((3, SIDE, SIDE), CLASSES, labels, False, ((0.0,) * 3, (1.0,) * 3))
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),
-        teacher=LoadedNet(copy.deepcopy(teacher)),
+        teachers=(LoadedNet(copy.deepcopy(teacher)),),
         terms=[KD(views=("x",) if side == "kd" else ("x", "xprime"))],
-        optim=OptimConfig(schedule="constant", lr=0.01),
-        engine=engine,
-        loader=loader,
-        val_loader=loader,
-        image_shape=(3, SIDE, SIDE),
-        num_classes=CLASSES,
-        train_labels_N=labels,
-        normalization=((0.0,) * 3, (1.0,) * 3),
-        xprime="none" if side == "kd" else "cutmix",
-        pick=PickConfig() if side == "pick" else None,
-        world=WORLD,
-        folder=None,
-        console=Console(enabled=False),
+        data=TrainData(loader, loader, facts, images=BATCH),
+        settings=TrainingSettings(
+            optim=OptimConfig(schedule="constant", lr=0.01),
+            xprime="none" if side == "kd" else "cutmix",
+            pick=PickConfig() if side == "pick" else None,
+            compile="on" if compiled else "off",
+        ),
+        placement=placement,
+        output=Output(),
     )
 
 
@@ -141,15 +143,15 @@ def bench_pick(
 ) -> None:
     torch.manual_seed(1)
     teacher, student = (create_model(name, CLASSES) for name in pair.split("--"))
-    engine = Engine(resolve_precision(precision, WORLD.device), compiled)
-    trainers = {side: trainer_of(side, student, teacher, engine) for side in SIDES}
+    placement = Placement(WORLD, resolve_precision(precision, WORLD.device))
+    trainers = {side: trainer_of(side, student, teacher, placement, compiled) for side in SIDES}
     check(trainers, student, teacher)
     steps = {side: step_of(trainer) for side, trainer in trainers.items()}
     seconds = interleave(steps, request.config.getoption("--pairs"))
     assert all(trainer.guard.counts() == (0, 0) for trainer in trainers.values())
     of_student, of_teacher = (count(net, (3, SIDE, SIDE)).macs for net in (student, teacher))
     macs = {side: step_macs(of_student, of_teacher, side) for side in SIDES}
-    how = f"{engine.precision.name}, {'compiled' if compiled else 'eager'}"
+    how = f"{placement.precision.name}, {'compiled' if compiled else 'eager'}"
     for over, of in (("tlcutmix", "kd"), ("pick", "kd"), ("pick", "tlcutmix")):
         ratios = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
         median = statistics.median(ratios)

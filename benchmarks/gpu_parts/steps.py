@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from fastkd.compute.precision import resolve_precision
 from fastkd.testing import captured, interleave, speedup
-from fastkd.training.build import Engine
 
 __all__ = ["run"]
 
@@ -66,7 +65,7 @@ def pair(job: Job, name: str, networks: tuple[Any, ...], bar: float) -> None:
     # A CPU's autocast leaves the softmax and KL of timm's task in bf16, where its loss is off by a
     # third (0.20 against 0.32 in this pair, compiled or not); a GPU's takes them to fp32.
     precision = resolve_precision("fp32" if job.rehearse else "auto", job.device)
-    engine = Engine(precision, compiled=True)
+    engine = bench_step.Engine(precision, compiled=True)
     trainer = bench_step.fastkd_trainer(setting, engine)
     sides: dict[str, bench_step.Step] = {
         FASTKD: bench_step.trainer_step(trainer, setting),

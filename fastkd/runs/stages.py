@@ -5,13 +5,13 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
@@ -24,17 +24,20 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.runs.folders import choose_folder, stage_folder
-from fastkd.storage.checkpoint import load_checkpoint
+from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.ensemble import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
-from fastkd.training.build import Engine, build_trainer, decide
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.build import build_trainer
+from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 __all__ = [
     "Session",
+    "build_stage",
     "open_recipe_data",
     "run_recipe",
-    "stage_builder",
     "teacher_folder",
 ]
 
@@ -55,9 +58,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    # What does not fit is found before the teacher is trained, and leaves no folder behind.
-    trial = replace(session, console=Console(enabled=False))
-    stage_builder(recipe, data, load_teacher(recipe.teacher, data), trial)(None)
+    _try_out(recipe, data, session)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(recipe, session.root, resume, session.console)
     )
@@ -75,15 +76,16 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 _train(
                     recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
                     data,
-                    None,
                     session,
                     folder.path / "alone" / f"lr-{lr:g}",
                 )
                 for lr in recipe.baseline.lrs
             ]
-            trainer = stage_builder(recipe, data, teacher, session)(folder)
+            teachers = teacher.members if teacher else ()
+            checkpoint = open_checkpoint(folder, session.world) if resumed else None
+            trainer = build_stage(recipe, data, teachers, session, folder, checkpoint)
             if resumed:
-                _go_on(trainer, folder, session)
+                _go_on(trainer, folder, checkpoint, session)
             last = f"{headline(alone[0])}_last" if alone else ""
             best_alone = max(alone, key=lambda run: run[last], default=None)
             summary = _fit(trainer, recipe, data) | {
@@ -100,6 +102,13 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         advice = f" {go_on}" if folder.path.exists() else ""
         raise Interrupted(f"stopped.{advice}", 130) from None
     return summary
+
+
+def _try_out(recipe: Recipe, data: DataPair, session: Session) -> None:
+    """Find what does not fit before the teacher is trained, and leave no folder behind."""
+    teacher = load_teacher(recipe.teacher, data)
+    silent = replace(session, console=Console(enabled=False))
+    build_stage(recipe, data, teacher.members if teacher else (), silent)
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
@@ -131,81 +140,76 @@ def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     )
 
 
-def stage_builder(
-    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session
-) -> Callable[[RunFolder | None], Trainer]:
-    """A function that builds the recipe's own training, in a folder or without one."""
+def build_stage(
+    recipe: Recipe,
+    data: DataPair,
+    teachers: tuple[LoadedNet, ...],
+    session: Session,
+    folder: RunFolder | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trainer:
+    """The recipe's own training, in a folder or without one.
 
-    def build(folder: RunFolder | None) -> Trainer:
-        # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
-        torch.compiler.reset()
-        torch.manual_seed(recipe.seed)
-        net = load_net(recipe.student, data, recipe.student.weights)
-        student = net.model
-        if folder and session.world.is_main:
-            for fact in start_of(recipe.student, net, data):
-                session.console.note(fact)
-        terms = build_terms(recipe.losses)
-        precision, compiled = decide(
-            precision=recipe.precision,
-            compile_mode=_saved_compile(folder, session.world) or recipe.compile,
-            device=session.world.device,
-            student=student,
-            teachers=[one.model for one in teacher.members] if teacher else [],
-            terms=terms,
-            image_shape=_shape(data),
-            images=data.train.num_samples * recipe.total_epochs,
-        )
-        normalization = (data.mean, data.std)
-        return build_trainer(
-            Plan(
-                stage=recipe.name,
-                digest=recipe.digest(),
-                seed=recipe.seed,
-                epochs=recipe.total_epochs,
-                accumulate=recipe.accumulate,
-                save_steps=recipe.save_steps,
-                eval_epochs=recipe.eval_epochs,
-                epoch_factor=recipe.epoch_factor,
-                metadata={
-                    "normalization": json.dumps(normalization),
-                    "recipe": recipe.name,
-                    "digest": recipe.digest(),
-                },
-            ),
-            student=student,
-            teacher=teacher,
-            terms=terms,
+    checkpoint: the one that the caller will resume.
+    """
+    # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
+    torch.compiler.reset()
+    torch.manual_seed(recipe.seed)
+    net = load_net(recipe.student, data, recipe.student.weights)
+    # What compile=auto came to when the run began: on another device it could be otherwise. The
+    # precision needs no such memory: its name stands in the saved recipe.
+    compile = checkpoint.state["decisions"]["compile"] if checkpoint else recipe.compile
+    if folder and session.world.is_main:
+        for fact in start_of(recipe.student, net, data):
+            session.console.note(fact)
+    return build_trainer(
+        _plan(recipe, data),
+        student=net.model,
+        teachers=teachers,
+        terms=build_terms(recipe.losses),
+        data=TrainData(data.train, data.val, data.facts, data.train.num_samples),
+        settings=TrainingSettings(
             optim=recipe.scaled_optim(),
-            engine=Engine(
-                precision,
-                compiled,
-                recipe.channels_last,
-                recipe.sync_bn,
-                recipe.ema,
-                recipe.max_skips,
-            ),
-            loader=data.train,
-            val_loader=data.val,
-            image_shape=_shape(data),
-            num_classes=len(data.classes),
-            train_labels_N=data.train.labels_N,
-            multilabel=data.multilabel,
-            normalization=normalization,
             xprime=recipe.augment.xprime,
             pick=recipe.augment.pick,
-            world=session.world,
-            folder=folder,
-            console=session.console,
-        )
+            ema=recipe.ema,
+            sync_bn=recipe.sync_bn,
+            max_skips=recipe.max_skips,
+            compile=compile,
+        ),
+        placement=Placement(
+            session.world,
+            resolve_precision(recipe.precision, session.world.device),
+            recipe.channels_last,
+        ),
+        output=Output(folder, session.console),
+    )
 
-    return build
+
+def _plan(recipe: Recipe, data: DataPair) -> Plan:
+    digest = recipe.digest()
+    return Plan(
+        stage=recipe.name,
+        digest=digest,
+        seed=recipe.seed,
+        epochs=recipe.total_epochs,
+        accumulate=recipe.accumulate,
+        save_steps=recipe.save_steps,
+        eval_epochs=recipe.eval_epochs,
+        epoch_factor=recipe.epoch_factor,
+        metadata={
+            "normalization": json.dumps((data.mean, data.std)),
+            "recipe": recipe.name,
+            "digest": digest,
+        },
+    )
 
 
-def _train(
-    recipe: Recipe, data: DataPair, teacher: LoadedNet | None, session: Session, path: Path
-) -> dict[str, Any]:
-    """Train one stage in `path`, or go on with it; a finished one's summary is just returned."""
+def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
+    """Train one stage without a teacher in `path`, or go on with it.
+
+    The summary of a finished one is just returned.
+    """
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
         folder = stage_folder(recipe, path)
@@ -223,8 +227,9 @@ def _train(
             # A teacher's own seed also decides the order in which it sees the images.
             data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
-            trainer = stage_builder(recipe, data, teacher, session)(folder)
-            _go_on(trainer, folder, session)
+            checkpoint = open_checkpoint(folder, session.world)
+            trainer = build_stage(recipe, data, (), session, folder, checkpoint)
+            _go_on(trainer, folder, checkpoint, session)
             summary = _fit(trainer, recipe, data)
         on_main(session.world, lambda: folder.finish(summary))
     return summary
@@ -233,7 +238,7 @@ def _train(
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
     """Train a teacher, or find it trained: its run folder and summary."""
     path = teacher_folder(lesson, session)
-    return path, _train(lesson, data, None, session, path)
+    return path, _train(lesson, data, session, path)
 
 
 def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
@@ -248,11 +253,12 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
     }
 
 
-def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
+def _go_on(
+    trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None, session: Session
+) -> None:
     """Continue an unfinished folder; one without a checkpoint yet starts over."""
-    # Rank 0 decides: another host may see a new file of a shared folder late.
-    if on_main(session.world, (folder.path / "last.pt").exists):
-        trainer.resume(folder.path / "last.pt")
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     elif session.world.is_main:
         folder.cut_metrics(0)
 
@@ -260,21 +266,3 @@ def _go_on(trainer: Trainer, folder: RunFolder, session: Session) -> None:
 def teacher_folder(lesson: Recipe, session: Session) -> Path:
     """Where a teacher is trained once for all recipes that want the same one."""
     return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
-
-
-def _saved_compile(folder: RunFolder | None, world: World) -> str | None:
-    """What compile=auto came to when the run began: on another device it could be otherwise.
-
-    The precision needs no such memory: its name stands in the saved recipe.
-    """
-
-    def read() -> str | None:
-        if folder is None or not (folder.path / "last.pt").exists():
-            return None
-        return load_checkpoint(folder.path / "last.pt")["decisions"]["compile"]
-
-    return on_main(world, read)
-
-
-def _shape(data: DataPair) -> tuple[int, int, int]:
-    return (3, data.image_size, data.image_size)

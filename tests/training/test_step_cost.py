@@ -64,7 +64,8 @@ def test_a_step_computes_what_the_arithmetic_says(method: str) -> None:
     session = Session(world, Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    trainer = fastkd.runs.stages.stage_builder(recipe, data, teacher, session)(None)
+    assert teacher is not None
+    trainer = fastkd.runs.stages.build_stage(recipe, data, teacher.members, session)
     trainer.runner.train()
     with FlopCounterMode(display=False) as counter:
         trainer.optimize(next(trainer.prepare(0)), 0, 0)
