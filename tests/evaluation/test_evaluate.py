@@ -67,7 +67,7 @@ def over_ranks(model, num, batch_size, size, monkeypatch):
         # A rank without samples must not be an error before the sums are added.
         try:
             evaluate(model, loader(num, batch_size, rank, size), FP32, world(rank, size))
-        except ValueError:
+        except UserError:
             assert shares[-1][3] == 0
     total = torch.stack(shares).sum(0)
     monkeypatch.setattr(
@@ -121,7 +121,7 @@ def test_samples_without_a_label_are_not_wrong_answers():
     assert found["samples"] == 5
     assert found == pytest.approx(evaluate(model, Labelled(), FP32, world()), rel=1e-6)
     labels_N.fill_(-100)
-    with pytest.raises(ValueError, match="none has a label"):
+    with pytest.raises(UserError, match="none has a label"):
         evaluate(model, Some(), FP32, world())
 
 
