@@ -23,14 +23,16 @@ from fastkd.augment.config import PickConfig
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
+from fastkd.data.facts import Facts
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
-from fastkd.output.console import Console
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows, step_macs
-from fastkd.training.build import Engine, build_trainer
+from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
@@ -53,29 +55,28 @@ CASES = [
 SIDES = ("kd", "tlcutmix", "pick")
 
 
-def trainer_of(side: str, student: nn.Module, teacher: nn.Module, engine: Engine) -> Trainer:
+def trainer_of(
+    side: str, student: nn.Module, teacher: nn.Module, placement: Placement, compiled: bool
+) -> Trainer:
     """A trainer on one batch, which every epoch repeats."""
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH,))
-    loader = ForeignLoader([(images, labels)], Placement(WORLD, engine.precision), seed=0)
+    loader = ForeignLoader([(images, labels)], placement, seed=0)
+    facts = Facts((3, SIDE, SIDE), CLASSES, labels, False, ((0.0,) * 3, (1.0,) * 3))
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),
         teachers=(LoadedNet(copy.deepcopy(teacher)),),
         terms=[KD(views=("x",) if side == "kd" else ("x", "xprime"))],
-        optim=OptimConfig(schedule="constant", lr=0.01),
-        engine=engine,
-        loader=loader,
-        val_loader=loader,
-        image_shape=(3, SIDE, SIDE),
-        num_classes=CLASSES,
-        train_labels_N=labels,
-        normalization=((0.0,) * 3, (1.0,) * 3),
-        xprime="none" if side == "kd" else "cutmix",
-        pick=PickConfig() if side == "pick" else None,
-        world=WORLD,
-        folder=None,
-        console=Console(enabled=False),
+        data=TrainData(loader, loader, facts, images=BATCH),
+        settings=TrainingSettings(
+            optim=OptimConfig(schedule="constant", lr=0.01),
+            xprime="none" if side == "kd" else "cutmix",
+            pick=PickConfig() if side == "pick" else None,
+            compile="on" if compiled else "off",
+        ),
+        placement=placement,
+        output=Output(),
     )
 
 
@@ -131,8 +132,8 @@ def check(trainers: dict[str, Trainer], student: nn.Module, teacher: nn.Module) 
 def bench_pick(pair: str, precision: str, compiled: bool, table, race) -> None:
     torch.manual_seed(1)
     teacher, student = (create_model(name, CLASSES) for name in pair.split("--"))
-    engine = Engine(resolve_precision(precision, WORLD.device), compiled)
-    trainers = {side: trainer_of(side, student, teacher, engine) for side in SIDES}
+    placement = Placement(WORLD, resolve_precision(precision, WORLD.device))
+    trainers = {side: trainer_of(side, student, teacher, placement, compiled) for side in SIDES}
     check(trainers, student, teacher)
     found = race({side: step_of(trainer) for side, trainer in trainers.items()}, of="kd")
     assert all(trainer.guard.counts() == (0, 0) for trainer in trainers.values())
@@ -143,7 +144,7 @@ def bench_pick(pair: str, precision: str, compiled: bool, table, race) -> None:
         table.rows.append(
             {
                 "pair": pair,
-                "how": f"{engine.precision.name}, {'compiled' if compiled else 'eager'}",
+                "how": f"{placement.precision.name}, {'compiled' if compiled else 'eager'}",
                 "ratio": f"{over} / {of}",
                 "ms": found.ms(over),
                 "time": ratio.median,

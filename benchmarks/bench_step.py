@@ -10,6 +10,7 @@ first step is checked before anything is timed.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -23,24 +24,35 @@ from torchvision import transforms
 
 from fastkd import create_model
 from fastkd.compute.placement import Placement
-from fastkd.compute.precision import resolve_precision
+from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, Loading, ResidentLoader
 from fastkd.data.batch import TrainLoader
+from fastkd.data.facts import Facts
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
-from fastkd.output.console import Console
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows
 from fastkd.training.ahead import run_ahead
-from fastkd.training.build import Engine, build_trainer
+from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 BATCH, CLASSES, SIDE = 64, 100, 32
 CPU = torch.device("cpu")
 Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a side computes."""
+
+    precision: Precision
+    compiled: bool
+    channels_last: bool = True
 
 
 class Setting:
@@ -157,26 +169,28 @@ def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step
 
 def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
-    first, *others = teacher.nets if isinstance(teacher, Together) else [teacher]
+    nets = teacher.nets if isinstance(teacher, Together) else [teacher]
     batches = [(images, setting.labels)] * setting.steps
     loader = loader or ForeignLoader(batches, Placement(setting.world, engine.precision), seed=0)
+    facts = Facts(
+        image_shape=(3, setting.side, setting.side),
+        num_classes=setting.classes,
+        labels_N=setting.labels,
+        multilabel=False,
+        normalization=((0.0,) * 3, (1.0,) * 3),
+    )
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teachers=tuple(map(LoadedNet, (first, *others))),
+        teachers=tuple(map(LoadedNet, nets)),
         terms=[KD()],
-        optim=OptimConfig(schedule="constant"),
-        engine=engine,
-        loader=loader,
-        val_loader=loader,
-        image_shape=(3, setting.side, setting.side),
-        num_classes=setting.classes,
-        train_labels_N=setting.labels,
-        normalization=((0.0,) * 3, (1.0,) * 3),
-        xprime="none",
-        world=setting.world,
-        folder=None,
-        console=Console(enabled=False),
+        data=TrainData(loader, loader, facts, images=len(setting.labels)),
+        settings=TrainingSettings(
+            optim=OptimConfig(schedule="constant"),
+            compile="on" if engine.compiled else "off",
+        ),
+        placement=Placement(setting.world, engine.precision, engine.channels_last),
+        output=Output(),
     )
 
 

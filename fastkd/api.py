@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastkd.augment.config import PickConfig
@@ -24,9 +23,8 @@ from fastkd.augment.views import XPRIMES
 from fastkd.compute.compiling import CompileChoice
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
-from fastkd.compute.precision import PrecisionChoice
+from fastkd.compute.precision import PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, on_main, open_world
-from fastkd.config.mistakes import explain
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     check_loader,
@@ -36,19 +34,27 @@ from fastkd.data.loaders.foreign import (
 )
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
-from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.term import LossTerm
-from fastkd.losses.drop_in import KDLoss
-from fastkd.losses.logits import KD
 from fastkd.models.card import title_of
-from fastkd.models.taps import check_network, remove_taps
+from fastkd.models.taps import remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.teachers.loaded import LoadedNet
-from fastkd.training.build import Engine, build_trainer, decide
+from fastkd.training.arguments import (
+    check_choice,
+    check_needs,
+    check_numbers,
+    optim_config,
+    pick_config,
+    teachers_of,
+    terms_of,
+)
+from fastkd.training.build import build_trainer, decide_compile
+from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
 
 __all__ = ["Result", "distill"]
 
@@ -122,176 +128,106 @@ def distill(
             loaders or arguments that cannot be used.
         RunFailed: losses or gradients stayed non-finite.
     """
-    for name, value, choices in (
-        ("precision", precision, ("auto", "bf16", "fp16", "fp32")),
-        ("compile", compile, ("auto", "on", "off")),
-        ("xprime", xprime, XPRIMES),
-    ):
-        if value not in choices:
-            raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
-    for name, number in (("epochs", epochs), ("accumulate", accumulate)):
-        if not isinstance(number, int) or number < 1:
-            raise UserError(f"distill: {name}={number!r}; expected a whole number above 0")
-    if ema is not None and not 0 <= ema < 1:
-        raise UserError(f"distill: ema={ema!r}; expected a decay from 0 to below 1, or None")
-    given: Any = teacher  # a name, too, is a sequence
-    several = isinstance(given, nn.ModuleList | Sequence) and not isinstance(given, str)
-    teachers: list[Any] = list(given) if several else [] if given is None else [given]
-    for name, model in (("student", student), *(("teacher", each) for each in teachers)):
-        check_network(f"distill: {name}", model)
-    trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
-    for each in teachers:
-        if each is student or not trained.isdisjoint(each.parameters()):
-            what = "are one object" if each is student else "share layers that are to be trained"
-            raise UserError(
-                f"distill: student and teacher {what}, and the teacher is frozen: give it a copy "
-                f"of its own, copy.deepcopy(model)"
-            )
-    terms = [KD()] if losses is None else _terms(losses)
-    needs = {need for term in terms for need in term.needs}
-    sees_xprime = any(need.view == "xprime" for need in needs)
-    if not teachers and any(need.net == "teacher" for need in needs):
-        raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
-    if xprime == "none" and sees_xprime:
-        raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
-    picking = _pick_config(pick)
-    if picking and XPRIME_TEACHER_LOGITS not in needs:
-        raise UserError(
-            "pick chooses x' by what the teacher says to it, which no loss looks at: give "
-            "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
-        )
-    if xprime != "none" and not sees_xprime:
-        raise UserError(
-            f"xprime={xprime!r} would make a view x' that no loss looks at: give "
-            f"losses=[KD(views=('x', 'xprime'))], or leave it away"
-        )
-    settings = optim or OptimConfig(schedule="cosine")
-    milestones = tuple(m * epochs if m < 1 else m for m in settings.milestones)
-    changes = {"milestones": milestones} | ({} if lr is None else {"lr": lr})
-    keys = settings.model_dump() | changes
-    try:
-        settings = OptimConfig.model_validate(keys)
-    except ValidationError as error:
-        mistakes = explain(error, OptimConfig, keys, ())
-        raise UserError(f"distill: {'; '.join(mistakes)}") from None
+    check_choice("precision", precision, get_args(PrecisionChoice))
+    check_choice("compile", compile, get_args(CompileChoice))
+    check_choice("xprime", xprime, XPRIMES)
+    check_numbers(epochs, accumulate, ema)
+    teachers = teachers_of(student, teacher)
+    terms = terms_of(losses)
+    picking = pick_config(pick)
+    check_needs(terms, has_teacher=bool(teachers), xprime=xprime, picks=picking is not None)
+    config = optim_config(optim, epochs, lr)
     with ExitStack() as stack:
         world = stack.enter_context(open_world(device))
         for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
             check_loader(name, loader, world, exact=name == "val_loader")
         # The caller's random numbers go on where they were.
-        stack.enter_context(
-            torch.random.fork_rng([world.device] if world.device.type == "cuda" else [])
-        )
-        console = Console(enabled=world.is_main and not quiet)
-        wants_ids = next((term.name for term in terms if term.uses_index), None)
-        shown = peek(val_loader, world.device, channels_last=channels_last)
-        image, label = shown.images_NCHW[:1], shown.labels_N[:1]
-        resolved, compiled = decide(
-            precision=precision,
-            compile_mode=compile,
-            device=world.device,
-            student=student.to(world.device),
-            teachers=[each.to(world.device) for each in teachers],
+        devices = [world.device] if world.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices))
+        for model in (student, *teachers):
+            model.to(world.device)
+        placement = Placement(world, resolve_precision(precision, world.device), channels_last)
+        data = _data((train_loader, val_loader), student, terms, placement, seed)
+        compiled = decide_compile(
+            compile,
+            student=student,
+            teachers=teachers,
             terms=terms,
-            image_shape=shown.image_shape,
-            # Of a loader that has no data set to count: as large batches as those of validation.
-            images=images_per_epoch(train_loader, len(shown.labels_N) * world.size) * epochs,
+            image_shape=data.facts.image_shape,
+            images=data.images * epochs,
+            device_type=world.device.type,
         )
-        data = open_foreign(
-            train_loader,
-            val_loader,
-            shown,
-            num_classes=_num_classes(student, image, label),
-            seed=seed,
-            placement=Placement(world, resolved, channels_last),
-            wants_ids=wants_ids,
-            wants_classes=next(
-                (t.name for t in terms if t.label_kind and not t.takes_no_label), None
-            ),
+        settings = TrainingSettings(
+            optim=config,
+            xprime=xprime,
+            pick=picking,
+            ema=ema,
+            # Decided here already: the digest names the decision.
+            compile="on" if compiled else "off",
+            fullgraph=False,
         )
+        folder = on_main(world, lambda: _folder(out, resume))
+        if folder is not None:
+            stack.enter_context(occupied(folder.path, world))
+            stack.enter_context(tidy(folder, folder.path.parent, world))
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
         # Whatever happens, the networks are the user's and keep none of our hooks.
         stack.callback(remove_taps, student, *teachers)
+        digest = _digest(
+            _facts_of(student, teachers, terms, config),
+            (epochs, seed, xprime, accumulate, ema, placement.precision.name, compiled),
+            data.loader.steps_per_epoch,
+            picking,
+        )
         trainer = build_trainer(
             Plan(
                 stage="distill",
-                digest=_digest(
-                    [
-                        (term.name, term.needs, sorted(term.weights.items()), settings_of(term))
-                        for term in terms
-                    ],
-                    settings.model_dump(),
-                    [
-                        (name, tuple(p.shape), p.requires_grad)
-                        for name, p in student.named_parameters()
-                    ],
-                    [[tuple(p.shape) for p in each.parameters()] for each in teachers],
-                    (epochs, seed, xprime, accumulate, ema, resolved.name, compiled),
-                    data.train.steps_per_epoch,
-                    *([picking.model_dump()] if picking else []),
-                ),
+                digest=digest,
                 seed=seed,
                 epochs=epochs,
                 accumulate=accumulate,
             ),
             student=student,
-            teachers=tuple(LoadedNet(each, name=title_of(each)) for each in teachers),
+            teachers=tuple(LoadedNet(model, name=title_of(model)) for model in teachers),
             terms=terms,
-            optim=settings,
-            engine=Engine(resolved, compiled, channels_last, ema=ema, fullgraph=False),
-            loader=data.train,
-            val_loader=data.val,
-            image_shape=data.facts.image_shape,
-            num_classes=data.facts.num_classes,
-            multilabel=data.facts.multilabel,
-            train_labels_N=data.facts.labels_N,
-            normalization=data.facts.normalization,
-            xprime=xprime,
-            pick=picking,
-            world=world,
-            folder=None,
-            console=console,
+            data=data,
+            settings=settings,
+            placement=placement,
+            output=Output(folder, Console(enabled=world.is_main and not quiet)),
         )
-        folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
-        if folder is not None:
-            stack.enter_context(occupied(folder.path, world))
-            stack.enter_context(tidy(folder, folder.path.parent, world))
-            if resume and on_main(world, (folder.path / "last.pt").exists):
-                trainer.resume(folder.path / "last.pt")
+        if folder and resume and (checkpoint := open_checkpoint(folder, digest, world)):
+            trainer.resume(checkpoint)
         metrics = trainer.fit() | {"history": trainer.history}
         on_main(world, lambda: folder.finish(metrics) if folder else None)
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
 
 
-def _terms(losses: object) -> list[LossTerm]:
-    """The losses as they were given; UserError where they are no list of LossTerms."""
-    if isinstance(losses, nn.Module | type) or not isinstance(losses, Iterable):
-        raise UserError(f"distill: losses={_called(losses)}; expected a list, such as [KD()]")
-    terms = list[LossTerm]()
-    for term in losses:
-        if isinstance(term, KDLoss):
-            raise UserError(
-                "distill: KDLoss is a function of logits, for a training loop of your own; as one "
-                "of losses=[..] the same loss is KD(temperature=.., weight=.., ce_weight=..)"
-            )
-        if isinstance(term, type) and issubclass(term, LossTerm):
-            raise UserError(f"distill: losses=[{term.__name__}] has a class; call it, as in [KD()]")
-        if not isinstance(term, LossTerm):
-            raise UserError(
-                f"distill: losses has {_called(term)}; expected LossTerms, such as KD() or "
-                f"AT(pairs=..), or a class of your own derived from fastkd.losses.LossTerm"
-            )
-        terms.append(term)
-    if not terms:
-        raise UserError("losses=[] would train nothing: leave it away for KD, or give a loss")
-    return terms
-
-
-def _called(given: object) -> str:
-    if isinstance(given, nn.Module):
-        return f"{type(given).__name__}(..)"
-    return given.__name__ if isinstance(given, type) else repr(given)
+def _data(
+    loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem]],
+    student: nn.Module,
+    terms: Sequence[LossTerm],
+    placement: Placement,
+    seed: int,
+) -> TrainData:
+    """The user's loaders for training and validation, and what the losses must know of them."""
+    train_items, val_items = loaders
+    shown = peek(val_items, placement.device, channels_last=placement.channels_last)
+    pair = open_foreign(
+        train_items,
+        val_items,
+        shown,
+        num_classes=_num_classes(student, shown.images_NCHW[:1], shown.labels_N[:1]),
+        seed=seed,
+        placement=placement,
+        wants_ids=next((term.name for term in terms if term.uses_index), None),
+        wants_classes=next(
+            (term.name for term in terms if term.label_kind and not term.takes_no_label), None
+        ),
+    )
+    # Of a loader that has no data set to count: as large batches as those of validation.
+    images = images_per_epoch(train_items, len(shown.labels_N) * placement.world.size)
+    return TrainData(pair.train, pair.val, pair.facts, images)
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
@@ -311,15 +247,27 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
     return folder
 
 
-def _pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
-    criteria = get_args(PickCriterion)
-    if pick is None or isinstance(pick, PickConfig):
-        return pick
-    if pick not in criteria:
-        raise UserError(
-            f"distill: pick={pick!r}; choose one of {', '.join(criteria)}, or give a PickConfig"
-        )
-    return PickConfig(criterion=pick)
+def _facts_of(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    terms: Sequence[LossTerm],
+    config: OptimConfig,
+) -> tuple[Any, ...]:
+    """What the digest knows of losses, optimizer and networks."""
+    return (
+        [
+            (
+                term.name,
+                tuple(map(str, term.needs)),
+                sorted(term.weights.items()),
+                settings_of(term),
+            )
+            for term in terms
+        ],
+        config.model_dump(),
+        [(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],
+        [[tuple(p.shape) for p in each.parameters()] for each in teachers],
+    )
 
 
 def settings_of(term: LossTerm) -> list[tuple[str, str]]:
@@ -330,8 +278,12 @@ def settings_of(term: LossTerm) -> list[tuple[str, str]]:
     return [("class", type(term).__qualname__), *found]
 
 
-def _digest(*facts: Any) -> str:
-    return sha256(repr(facts).encode()).hexdigest()[:16]
+def _digest(
+    facts: tuple[Any, ...], run: tuple[Any, ...], steps_per_epoch: int, pick: PickConfig | None
+) -> str:
+    """Sixteen hex digits that name the outcome of a call, as far as its arguments decide it."""
+    every = (*facts, run, steps_per_epoch, *([pick.model_dump()] if pick else []))
+    return sha256(repr(every).encode()).hexdigest()[:16]
 
 
 def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from fastkd.compute.precision import resolve_precision
 from fastkd.testing import assert_mean_as_accurate, captured, interleave, speedup
-from fastkd.training.build import Engine
 
 __all__ = ["run"]
 
@@ -115,7 +114,7 @@ def measure(job: Job, name: str, pair: Pair) -> None:
     # A CPU's autocast leaves the softmax and KL of timm's task in bf16, where its loss is off by a
     # third (0.20 against 0.32 in this pair, compiled or not); a GPU's takes them to fp32.
     precision = resolve_precision("fp32" if job.rehearse else "auto", job.device)
-    engine = Engine(precision, compiled=True)
+    engine = bench_step.Engine(precision, compiled=True)
     trainer = bench_step.fastkd_trainer(setting, engine)
     sides = {FASTKD: bench_step.trainer_step(trainer, setting), **others(job, setting, engine)}
     setting.steps = 1
@@ -129,7 +128,7 @@ def measure(job: Job, name: str, pair: Pair) -> None:
     ahead(job, name, lambda: teacher(views))
 
 
-def others(job: Job, setting: bench_step.Setting, engine: Engine) -> Sides:
+def others(job: Job, setting: bench_step.Setting, engine: bench_step.Engine) -> Sides:
     """What fastkd's loop is timed beside."""
     sides = {TIMM: bench_step.timm_task(setting, engine)}
     if not job.rehearse:

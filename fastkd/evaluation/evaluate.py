@@ -62,11 +62,17 @@ def evaluate(
     recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
     unknown labels; `loss` (mean binary cross entropy); `chance`, the mAP that scores which know
     nothing are expected to have. Both: `samples`.
+
+    Raises:
+        UserError: no validation image has a label, or mAP finds labels that it cannot use.
     """
     answers = _answers(forward, loader, precision)
     found = _ranked(answers, world) if multilabel else _counted(answers, world)
     if not found["samples"]:
-        raise ValueError("there is no validation sample to evaluate on, or none has a label")
+        raise UserError(
+            "there is no validation sample to evaluate on, or none has a label: give validation "
+            "images whose labels are known"
+        )
     return found
 
 

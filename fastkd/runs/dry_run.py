@@ -18,8 +18,8 @@ from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import (
     Session,
+    build_stage,
     open_recipe_data,
-    stage_builder,
     teacher_folder,
 )
 from fastkd.teachers.loading import load_teacher
@@ -35,11 +35,11 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     image_shape = data.facts.image_shape
     stages: dict[str, float] = {}
     for name, stage, times in _earlier_stages(recipe, session):
-        found = rehearse(stage_builder(stage, data, (), session)(None))
+        found = rehearse(build_stage(stage, data, (), session))
         stages[name] = times * found["projected_seconds"]
     teachers = load_teacher(recipe.teacher, data)
     members = recipe.teacher.members().values() if recipe.teacher else ()
-    trainer = stage_builder(recipe, data, teachers, session)(None)
+    trainer = build_stage(recipe, data, teachers, session)
     found = rehearse(trainer)
     stages["student distilled" if teachers else "student"] = found.pop("projected_seconds")
     projected = f"{duration(sum(stages.values()))} of training"
@@ -59,7 +59,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         )
         or "none",
         "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
-        **trainer.plan.decisions,
+        **trainer.decisions,
         "device": str(session.world.device),
         "ranks": session.world.size,
         **found,
@@ -92,7 +92,7 @@ def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
         trainer.optimize(prepared, 0, 0)
         trainer.totals_M.tolist()  # waits for the device
         clocks.append(time.perf_counter())
-        tensors = prepared.views | prepared.teacher
+        tensors = prepared.views | prepared.targets
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     first_s, each_s = clocks[1] - clocks[0], clocks[-1] - clocks[-2]
     num_steps = trainer.loader.steps_per_epoch * trainer.plan.epochs

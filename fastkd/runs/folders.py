@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastkd.compute.machine import environment
-from fastkd.compute.ranks import World, on_main
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
-from fastkd.storage.checkpoint import Checkpoint
 
-__all__ = ["RunIdentity", "choose_folder", "open_checkpoint", "stage_folder"]
+__all__ = ["RunIdentity", "choose_folder", "stage_folder"]
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,6 @@ def stage_folder(run: RunIdentity, path: Path) -> RunFolder:
     if not (path / "config.yaml").exists():
         _describe(run, folder)
     return _equipped(run, folder)
-
-
-def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint | None:
-    """The folder's last.pt, read once, on every rank; None where there is none yet.
-
-    Raises:
-        UserError: it is damaged, or belongs to a run with another digest.
-    """
-    path = folder.path / "last.pt"
-    # Rank 0 decides: another host may see a new file of a shared folder late.
-    return Checkpoint.open(path, digest) if on_main(world, path.exists) else None
 
 
 def _new(run: RunIdentity, root: Path) -> RunFolder:

@@ -5,7 +5,7 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,18 +26,21 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
-from fastkd.runs.folders import RunIdentity, choose_folder, open_checkpoint, stage_folder
+from fastkd.runs.folders import RunIdentity, choose_folder, stage_folder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
-from fastkd.training.build import Engine, build_trainer, decide
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.build import build_trainer
+from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 __all__ = [
     "Session",
+    "build_stage",
     "open_recipe_data",
     "run_recipe",
-    "stage_builder",
     "teacher_folder",
 ]
 
@@ -50,6 +53,11 @@ class Session:
     console: Console
     root: Path
     """Where run folders go unless `out` says otherwise."""
+
+    def placement(self, recipe: Recipe) -> Placement:
+        """Where and how a recipe of this session computes."""
+        precision = resolve_precision(recipe.precision, self.world.device)
+        return Placement(self.world, precision, recipe.channels_last)
 
 
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
@@ -74,16 +82,12 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
             recipe.teacher,
             teachers,
             data,
-            Placement(
-                session.world,
-                resolve_precision(recipe.precision, session.world.device),
-                recipe.channels_last,
-            ),
+            session.placement(recipe),
             say=session.console.note,
             train=lambda member: _teach(data, session, recipe.as_teacher(member)),
         )
         alone = _train_alone(recipe, data, session, folder.path / "alone")
-        trainer = stage_builder(recipe, data, teachers, session)(folder, checkpoint)
+        trainer = build_stage(recipe, data, teachers, session, folder, checkpoint)
         if resumed:
             _go_on(trainer, folder, checkpoint, session)
         del checkpoint  # as large as the student and its optimizer
@@ -107,7 +111,7 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
     """
     teachers = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
-    stage_builder(recipe, data, teachers, silent)(None)
+    build_stage(recipe, data, teachers, silent)
     return teachers
 
 
@@ -144,85 +148,74 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     """Both splits as the recipe wants them, this rank's share."""
-    precision = resolve_precision(recipe.precision, session.world.device)
     return open_data(
         recipe.data,
         recipe.augment,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        placement=Placement(session.world, precision, recipe.channels_last),
+        placement=session.placement(recipe),
     )
 
 
-def stage_builder(
-    recipe: Recipe, data: DataPair, teachers: tuple[LoadedNet, ...], session: Session
-) -> Callable[..., Trainer]:
-    """A function that builds the recipe's own training, in a folder or without one."""
+def build_stage(
+    recipe: Recipe,
+    data: DataPair,
+    teachers: tuple[LoadedNet, ...],
+    session: Session,
+    folder: RunFolder | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trainer:
+    """The recipe's own training, in a folder or without one.
 
-    def build(folder: RunFolder | None, checkpoint: Checkpoint | None = None) -> Trainer:
-        # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
-        torch.compiler.reset()
-        torch.manual_seed(recipe.seed)
-        net = load_net(recipe.student, data, recipe.student.weights)
-        student = net.model
-        if folder and session.world.is_main:
-            for fact in start_of(recipe.student, net, data):
-                session.console.note(fact)
-        terms = build_terms(recipe.losses)
-        precision, compiled = decide(
-            precision=recipe.precision,
-            compile_mode=_saved_compile(checkpoint) or recipe.compile,
-            device=session.world.device,
-            student=student,
-            teachers=[one.model for one in teachers],
-            terms=terms,
-            image_shape=data.facts.image_shape,
-            images=data.train.num_samples * recipe.total_epochs,
-        )
-        normalization = data.facts.normalization
-        return build_trainer(
-            Plan(
-                stage=recipe.name,
-                digest=recipe.digest(),
-                seed=recipe.seed,
-                epochs=recipe.total_epochs,
-                accumulate=recipe.accumulate,
-                save_steps=recipe.save_steps,
-                eval_epochs=recipe.eval_epochs,
-                epoch_factor=recipe.epoch_factor,
-                metadata={
-                    "normalization": json.dumps(normalization),
-                    "recipe": recipe.name,
-                    "digest": recipe.digest(),
-                },
-            ),
-            student=student,
-            teachers=teachers,
-            terms=terms,
+    checkpoint: the one that the caller will resume.
+    """
+    # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
+    torch.compiler.reset()
+    torch.manual_seed(recipe.seed)
+    net = load_net(recipe.student, data, recipe.student.weights)
+    # What compile=auto came to when the run began: on another device it could be otherwise. The
+    # precision needs no such memory: its name is in the saved recipe.
+    compile = checkpoint.state["decisions"]["compile"] if checkpoint else recipe.compile
+    if folder and session.world.is_main:
+        for fact in start_of(recipe.student, net, data):
+            session.console.note(fact)
+    return build_trainer(
+        _plan(recipe, data),
+        student=net.model,
+        teachers=teachers,
+        terms=build_terms(recipe.losses),
+        data=TrainData(data.train, data.val, data.facts, data.train.num_samples),
+        settings=TrainingSettings(
             optim=recipe.scaled_optim(),
-            engine=Engine(
-                precision,
-                compiled,
-                recipe.channels_last,
-                recipe.sync_bn,
-                recipe.ema,
-                recipe.max_skips,
-            ),
-            loader=data.train,
-            val_loader=data.val,
-            image_shape=data.facts.image_shape,
-            num_classes=data.facts.num_classes,
-            train_labels_N=data.facts.labels_N,
-            multilabel=data.facts.multilabel,
-            normalization=normalization,
             xprime=recipe.augment.xprime,
             pick=recipe.augment.pick,
-            world=session.world,
-            folder=folder,
-            console=session.console,
-        )
+            ema=recipe.ema,
+            sync_bn=recipe.sync_bn,
+            max_skips=recipe.max_skips,
+            compile=compile,
+        ),
+        placement=session.placement(recipe),
+        output=Output(folder, session.console),
+    )
 
-    return build
+
+def _plan(recipe: Recipe, data: DataPair) -> Plan:
+    digest = recipe.digest()
+    return Plan(
+        stage=recipe.name,
+        digest=digest,
+        seed=recipe.seed,
+        epochs=recipe.total_epochs,
+        accumulate=recipe.accumulate,
+        save_steps=recipe.save_steps,
+        eval_epochs=recipe.eval_epochs,
+        epoch_factor=recipe.epoch_factor,
+        metadata={
+            "normalization": json.dumps(data.facts.normalization),
+            "recipe": recipe.name,
+            "digest": digest,
+        },
+    )
 
 
 def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
@@ -246,7 +239,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             data = open_recipe_data(recipe, session)
         with tidy(folder, session.root, session.world):
             checkpoint = open_checkpoint(folder, identity.digest, session.world)
-            trainer = stage_builder(recipe, data, (), session)(folder, checkpoint)
+            trainer = build_stage(recipe, data, (), session, folder, checkpoint)
             _go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = _fit(trainer, recipe, data)
@@ -285,11 +278,3 @@ def _go_on(
 def teacher_folder(lesson: Recipe, session: Session) -> Path:
     """Where a teacher is trained once for all recipes that want the same one."""
     return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
-
-
-def _saved_compile(checkpoint: Checkpoint | None) -> str | None:
-    """What compile=auto came to when the run began: on another device it could be otherwise.
-
-    The precision needs no such memory: its name is in the saved recipe.
-    """
-    return checkpoint.state["decisions"]["compile"] if checkpoint is not None else None

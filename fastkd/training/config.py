@@ -6,16 +6,20 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from fastkd.config.section import Section
 
-__all__ = ["OptimConfig"]
+__all__ = ["OptimConfig", "OptimizerImpl", "OptimizerName", "ScheduleKind"]
+
+OptimizerName = Literal["sgd", "adamw", "lamb"]
+OptimizerImpl = Literal["torch", "apex"]
+ScheduleKind = Literal["constant", "multistep", "exponential", "cosine", "onecycle"]
 
 
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule (`fastkd.training.optim`,
     `fastkd.training.schedules`)."""
 
-    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    name: OptimizerName = "sgd"
     """Update rule."""
-    impl: Literal["torch", "apex"] = "torch"
+    impl: OptimizerImpl = "torch"
     """Whose implementation."""
     lr: PositiveFloat = 0.05
     """Peak learning rate at the global batch size."""
@@ -27,7 +31,7 @@ class OptimConfig(Section):
     """Applied to every trained parameter, norms and biases included, as the papers do."""
     decay_norms: bool = True
     """false: no weight decay on norms and biases (all of one dimension), as timm has it."""
-    schedule: Literal["constant", "multistep", "exponential", "cosine", "onecycle"] = "multistep"
+    schedule: ScheduleKind = "multistep"
     """Shape of the learning rate over the run."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Where multistep decays: epochs, or shares of the run below 1 (150, 180, 210 of 240)."""

@@ -22,13 +22,14 @@ __all__ = ["EMA"]
 class EMA:
     """Average of `model`, on its device and in its dtypes.
 
-    Build it before hooks are placed on the model: the copy would carry them along.
+    Build it before hooks are placed on the model: the copy would carry them along. `on_device`
+    is as in `guard.Guard`.
 
     Raises:
         ValueError: decay is not within [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, on_device: bool | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of an average lies in [0, 1), got {decay}")
         self.decay = decay
@@ -36,7 +37,8 @@ class EMA:
         self._parameters = list(model.parameters())
         self._buffers = live_buffers(model)
         self._averages = [*self._module.parameters(), *live_buffers(self._module)()]
-        self._host_branches = all(average.device.type == "cpu" for average in self._averages)
+        on_cpu = all(average.device.type == "cpu" for average in self._averages)
+        self._on_device = not on_cpu if on_device is None else on_device
 
     @property
     def module(self) -> nn.Module:
@@ -46,18 +48,18 @@ class EMA:
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
         """Take one step towards the model's weights where `ok`, a 0-dim bool on the device."""
-        if self._host_branches and not ok:
+        if not self._on_device and not ok:
             return
         pairs = list(zip(self._averages, [*self._parameters, *self._buffers()], strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         others = [pair for pair in pairs if not pair[0].is_floating_point()]
         if floats:
             averages, sources = (list(tensors) for tensors in zip(*floats, strict=True))
-            if self._host_branches:
-                torch._foreach_lerp_(averages, sources, 1 - self.decay)
-            else:
+            if self._on_device:
                 moved = torch._foreach_lerp(averages, sources, 1 - self.decay)
                 keep_where_(~ok, averages, moved)
+            else:
+                torch._foreach_lerp_(averages, sources, 1 - self.decay)
         if others:
             averages, sources = (list(tensors) for tensors in zip(*others, strict=True))
             keep_where_(~ok, averages, sources)

@@ -38,12 +38,13 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 class Guard:
     """Watches one module and its optimizer.
 
-    `module` is the one whose buffers a bad step must not change, except `ignore_buffers`, named
-    as in `named_buffers` (memory banks, which only `LossTerm.commit` writes, would be copied for
+    `module` is the one whose buffers a bad step must not change, except `ignore_buffers`, named as
+    in `named_buffers` (memory banks, which only `LossTerm.commit` writes, would be copied for
     nothing). A buffer that is replaced during a step rather than written to is covered as long as
     it keeps its shape and type. `max_skips` is the number of consecutive bad steps that a run may
-    have. With `world_size` above 1 the default process group must exist, and all ranks must call
-    `judge` equally often.
+    have. `on_device` undoes a bad step without asking the host for the verdict; by default on every
+    device but a CPU, where asking costs nothing. With `world_size` above 1 the default process
+    group must exist, and all ranks must call `judge` equally often.
 
     Raises:
         ValueError: a name in `ignore_buffers` is not a buffer of the module.
@@ -57,6 +58,7 @@ class Guard:
         max_skips: int,
         world_size: int = 1,
         ignore_buffers: Sequence[str] = (),
+        on_device: bool | None = None,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
@@ -65,7 +67,7 @@ class Guard:
         device = optimizer.param_groups[0]["params"][0].device
         # Consecutive bad steps, all bad steps, longest series of bad steps.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self._host_branches = device.type == "cpu"
+        self._on_device = device.type != "cpu" if on_device is None else on_device
         self._skip_aware = skip_aware(optimizer)
         self._buffers = live_buffers(module, ignore=ignore_buffers)
         self._saved: list[Tensor] = []
@@ -106,7 +108,7 @@ class Guard:
     def apply(self, ok: Tensor) -> None:
         """Step the optimizer where `ok`, restore the buffers where not, and count."""
         buffers = self._buffers()
-        if self._host_branches:
+        if not self._on_device:
             if ok:
                 self.optimizer.step()
             else:

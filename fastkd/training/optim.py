@@ -18,26 +18,22 @@ itself. apex is opt-in by name, never chosen silently.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastkd.errors import UserError
+from fastkd.training.config import OptimConfig, OptimizerName
 
 __all__ = [
-    "OptimizerImpl",
-    "OptimizerName",
     "apex_missing",
     "build_optimizer",
     "set_lr",
     "skip_aware",
     "spare_norms",
 ]
-
-OptimizerName = Literal["sgd", "adamw", "lamb"]
-OptimizerImpl = Literal["torch", "apex"]
 
 _APEX_CLASS = {"sgd": "FusedSGD", "adamw": "FusedAdam", "lamb": "FusedLAMB"}
 _APEX_HELP = (
@@ -49,13 +45,7 @@ _APEX_HELP = (
 
 def build_optimizer(
     named_groups: Sequence[Mapping[str, Any]],
-    *,
-    name: OptimizerName = "sgd",
-    lr: float,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    impl: OptimizerImpl = "torch",
+    config: OptimConfig,
     device: torch.device | str = "cpu",
 ) -> Optimizer:
     """The optimizer of a run; parameters that need no gradient are left out.
@@ -66,43 +56,26 @@ def build_optimizer(
     betas (0.9, 0.999).
 
     Raises:
-        UserError: nothing to train; an unknown name; nesterov without momentum; apex asked for
-            and not usable, or with bfloat16 parameters, which its FusedSGD silently skips.
+        UserError: nothing to train; nesterov without momentum; apex asked for and not usable, or
+            with bfloat16 parameters, which its FusedSGD silently skips.
     """
-    if name not in get_args(OptimizerName):
-        raise UserError(f"optim.name={name} is unknown; choose one of sgd, adamw, lamb")
-    if impl not in get_args(OptimizerImpl):
-        raise UserError(f"optim.impl={impl} is unknown; choose one of torch, apex")
-    if name == "sgd" and nesterov and momentum <= 0:
-        raise UserError(f"nesterov needs a momentum above 0, got optim.momentum={momentum}")
-    groups = _with_rates(named_groups, lr)
+    if config.name == "sgd" and config.nesterov and config.momentum <= 0:
+        raise UserError(f"nesterov needs a momentum above 0, got optim.momentum={config.momentum}")
+    groups = _with_rates(named_groups, config.lr)
     if not groups:
         raise UserError("there is nothing to train: no parameter requires a gradient")
-    parameters = [parameter for group in groups for parameter in group["params"]]
-
-    if impl == "apex":
-        return _build_apex(
-            name, groups, parameters, lr, momentum, nesterov, weight_decay, torch.device(device)
-        )
-    if name == "lamb":
+    device = torch.device(device)
+    if config.impl == "apex":
+        return _apex_class(config.name, groups, device)(groups, **_options(config))
+    if config.name == "lamb":
         from timm.optim.lamb import Lamb
 
-        return Lamb(groups, lr=lr, weight_decay=weight_decay)
-    fused = torch.device(device).type in ("cpu", "cuda") and all(
-        parameter.is_floating_point() for parameter in parameters
+        return Lamb(groups, **_options(config))
+    fused = device.type in ("cpu", "cuda") and all(
+        parameter.is_floating_point() for group in groups for parameter in group["params"]
     )
-    optimizer: Optimizer
-    if name == "sgd":
-        optimizer = SGD(
-            groups,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            fused=fused,
-        )
-    else:
-        optimizer = AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+    kind = SGD if config.name == "sgd" else AdamW
+    optimizer = kind(groups, **_options(config), fused=fused)
     if fused:
         _prepare_fused_steps(optimizer)
     return optimizer
@@ -184,34 +157,29 @@ def _with_rates(named_groups: Sequence[Mapping[str, Any]], lr: float) -> list[di
     return groups
 
 
-def _build_apex(
-    name: OptimizerName,
-    groups: list[dict[str, Any]],
-    parameters: list[Tensor],
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    device: torch.device,
-) -> Optimizer:
+def _options(config: OptimConfig) -> dict[str, Any]:
+    """Keyword arguments of the update rule, alike in torch, timm and apex."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        options |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    if config.name == "adamw" and config.impl == "apex":
+        options["adam_w_mode"] = True
+    return options
+
+
+def _apex_class(name: OptimizerName, groups: list[dict[str, Any]], device: torch.device) -> Any:
+    """apex's class of this update rule; UserError where it cannot be used."""
     class_name = _APEX_CLASS[name]
     if (missing := apex_missing(class_name)) is not None:
         raise UserError(f"optim.impl=apex cannot be used: {missing}. {_APEX_HELP}")
     if device.type != "cuda":
         raise UserError(f"optim.impl=apex runs on CUDA devices only, got {device.type}")
-    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+    if any(one.dtype == torch.bfloat16 for group in groups for one in group["params"]):
         raise UserError(
             f"apex's {class_name} does not handle bfloat16 parameters (FusedSGD leaves them as "
             "they are without a word); keep fp32 parameters under autocast, or optim.impl=torch"
         )
-    apex_class = getattr(importlib.import_module("apex.optimizers"), class_name)
-    if name == "sgd":
-        return apex_class(
-            groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
-        )
-    if name == "adamw":
-        return apex_class(groups, lr=lr, weight_decay=weight_decay, adam_w_mode=True)
-    return apex_class(groups, lr=lr, weight_decay=weight_decay)
+    return getattr(importlib.import_module("apex.optimizers"), class_name)
 
 
 def _prepare_fused_steps(optimizer: Optimizer) -> None:

@@ -4,12 +4,14 @@ Flow: recipe -> `Schedule` -> trainer, which calls `set_lr(optimizer, schedule.l
 before each optimizer step. There is no state, so a resumed run cannot disagree with an unbroken
 one.
 
-Steps count from 0, epochs from 1. All kinds return a factor of the base learning rate:
+Steps count from 0 and so do epochs, as in the losses' own schedules
+(`fastkd.losses.base.schedules`): steps 0 to steps_per_epoch - 1 are epoch 0. All kinds return a
+factor of the base learning rate:
 
     constant     1
     multistep    gamma ** (number of milestones passed); for whole epochs `MultiStepLR` stepped per
                  epoch, a milestone within an epoch falls on its nearest step
-    exponential  gamma ** (epoch - 1); `ExponentialLR` stepped per epoch
+    exponential  gamma ** epoch; `ExponentialLR` stepped per epoch
     cosine       (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
     onecycle     `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
                  0.95 - 0.85 - 0.95
@@ -20,13 +22,12 @@ the S - W steps that follow it, while the milestones stay absolute epochs.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from fastkd.errors import UserError
+from fastkd.training.config import OptimConfig, ScheduleKind
 
-__all__ = ["Schedule", "ScheduleKind"]
-
-ScheduleKind = Literal["constant", "multistep", "exponential", "cosine", "onecycle"]
+__all__ = ["Schedule"]
 
 # The defaults of torch.optim.lr_scheduler.OneCycleLR (Smith and Topin 2017, arXiv:1708.07120).
 _ONECYCLE_RISING_SHARE = 0.3
@@ -50,7 +51,7 @@ class Schedule:
     steps_per_epoch: int
     """Optimizer steps (not micro-batches) of one epoch."""
     milestones: tuple[float, ...] = ()
-    """multistep: after each of these epochs the rate is multiplied by gamma."""
+    """multistep: from the start of each of these epochs the rate is multiplied by gamma."""
     gamma: float = 0.1
     """multistep and exponential: the factor, of a milestone or of every epoch."""
     warmup_epochs: float = 0.0
@@ -74,6 +75,18 @@ class Schedule:
         if self.kind == "onecycle" and self.warmup_epochs > 0:
             raise UserError("the onecycle schedule has its own warm-up; set warmup_epochs to 0")
 
+    @classmethod
+    def from_config(cls, config: OptimConfig, *, epochs: int, steps_per_epoch: int) -> "Schedule":
+        """The schedule of a recipe, its milestones and warm-up given in epochs of this run."""
+        return cls(
+            kind=config.schedule,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            milestones=config.milestones,
+            gamma=config.gamma,
+            warmup_epochs=config.warmup_epochs,
+        )
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -89,12 +102,12 @@ class Schedule:
             return _onecycle(step, self.total_steps, _ONECYCLE_START, 1.0, _ONECYCLE_END)
         warmup_steps = round(self.warmup_epochs * self.steps_per_epoch)
         warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-        epoch = step // self.steps_per_epoch + 1
+        epoch = step // self.steps_per_epoch
         if self.kind == "multistep":
             passed = (round(m * self.steps_per_epoch) <= step for m in self.milestones)
             return warmup * self.gamma ** sum(passed)
         if self.kind == "exponential":
-            return warmup * self.gamma ** (epoch - 1)
+            return warmup * self.gamma**epoch
         if self.kind == "cosine":
             if step < warmup_steps:
                 return warmup

@@ -6,7 +6,6 @@ where weights are applied. Nothing here asks the host for a number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -15,42 +14,41 @@ from torch import Tensor, nn
 from fastkd.compute.collectives import split_evenly
 from fastkd.compute.precision import Precision
 from fastkd.data.batch import Batch
-from fastkd.errors import UserError
-from fastkd.losses.base.needs import MEAN_LOGITS, STUDENT_LOGITS, Need
+from fastkd.losses.base.needs import STUDENT_LOGITS, Need
 from fastkd.losses.base.term import LossTerm, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
-from fastkd.models.taps import Tapped, ZooNetwork, check_taps
+from fastkd.models.taps import Tapped
 
-__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_unknown_taps"]
-
+__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps"]
 
 _ANSWER = str(STUDENT_LOGITS)
 
 
 class Prepared(NamedTuple):
-    """A batch with its views and the teacher's answer, ready for the step.
-
-    teacher: its tensors by need, and with them what x' has of its images, `xprime/mixed/..`.
-    """
+    """A batch with its views and their targets, ready for the step."""
 
     batch: Batch
     views: dict[str, Tensor]
-    teacher: dict[str, Tensor]
+    """Images [N, 3, H, W] by name of the view."""
+    targets: dict[str, Tensor]
+    """What needs no student, by need: the teacher's answers, and of the images that x' is mixed of
+    labels and logits, `xprime/mixed/..`."""
     global_size: int
+    """Images of the whole batch, all ranks together."""
     rows_of_ranks: dict[str, tuple[int, ...]]
     """How many rows of each view of this (micro-)batch each rank has."""
 
     def chosen(self, view: str, index_K: Tensor, rows_of_ranks: tuple[int, ...]) -> "Prepared":
-        """The same batch with these rows of one view and of what the teacher says to it.
+        """The same batch with these rows of one view and of its targets.
 
         rows_of_ranks: how many are chosen on each rank.
         """
         return self._replace(
             rows_of_ranks=self.rows_of_ranks | {view: rows_of_ranks},
             views=self.views | {view: self.views[view][index_K]},
-            teacher={
+            targets={
                 need: tensor[index_K] if Need(need).view == view else tensor
-                for need, tensor in self.teacher.items()
+                for need, tensor in self.targets.items()
             },
         )
 
@@ -72,7 +70,7 @@ class Prepared(NamedTuple):
                     index_N=share(self.batch.index_N, part),
                 ),
                 {name: share(view, part) for name, view in self.views.items()},
-                {need: share(tensor, part) for need, tensor in self.teacher.items()},
+                {need: share(tensor, part) for need, tensor in self.targets.items()},
                 self.global_size,
                 {
                     name: tuple(split_evenly(num, parts)[part] for num in rows)
@@ -105,31 +103,6 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
     if net == "student" and not wanted:
         wanted["x"] = ["logits"]
     return {view: tuple(taps) for view, taps in wanted.items()}
-
-
-def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]) -> None:
-    """UserError where a loss looks at a tap that its network lacks, often one nobody wrote."""
-    for term in terms:
-        teacher = nets.get("teacher")
-        if term.uses_stages and teacher is not None and not isinstance(teacher, ZooNetwork):
-            raise UserError(
-                f"losses.{term.name} sends the student's features through the teacher's stages, "
-                f"which only networks of the zoo expose, and {type(teacher).__name__} is not one: "
-                f"take one as teacher, or another loss"
-            )
-        for need in term.needs:
-            net = need.net
-            if net not in nets or need.tap == MEAN_LOGITS:
-                continue
-            try:
-                check_taps((need.tap,), nets[net])
-            except UserError as error:
-                given, cure = signature(type(term)).parameters, ""
-                for key in ("pairs", "stages", net):
-                    if key in given:
-                        cure = f". Name another by {type(term).__name__}({key}=..), in a recipe "
-                        cure += f"losses.{term.name}.{key}"
-                raise UserError(f"the loss {term.name}, of the {net}: {error}{cure}") from None
 
 
 def _view_joined(term: LossTerm) -> str:
@@ -188,12 +161,12 @@ class DistillStep(nn.Module):
         views: Mapping[str, Tensor],
         labels_N: Tensor,
         index_N: Tensor,
-        teacher: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
         schedule: Mapping[str, Mapping[str, Tensor]],
         rows_of_ranks: Mapping[str, tuple[int, ...]] | None = None,
     ) -> StepOutput:
-        """views: [N, 3, H, W] by name; teacher: as in `Prepared`; schedule: per term."""
-        tensors: dict[str, Tensor] = dict(teacher)
+        """Arguments as in `Prepared`; schedule: values by term and name."""
+        tensors: dict[str, Tensor] = dict(targets)
         with self.precision.autocast():
             for view, keys in self.student_keys.items():
                 features = self.student(views[view])

@@ -176,9 +176,9 @@ def test_a_chosen_view_takes_its_rows_of_the_teacher_along():
     found = whole.chosen("xprime", index, (3,))
     assert torch.equal(found.views["x"], x)
     assert torch.equal(found.views["xprime"], made[index])
-    assert torch.equal(found.teacher["x/teacher/logits"], whole.teacher["x/teacher/logits"])
-    expected = whole.teacher["xprime/teacher/logits"][index]
-    assert torch.equal(found.teacher["xprime/teacher/logits"], expected)
+    assert torch.equal(found.targets["x/teacher/logits"], whole.targets["x/teacher/logits"])
+    expected = whole.targets["xprime/teacher/logits"][index]
+    assert torch.equal(found.targets["xprime/teacher/logits"], expected)
     parts = list(found.split(2))
     assert [len(part.views["x"]) for part in parts] == [2, 2]
     assert [len(part.views["xprime"]) for part in parts] == [2, 1]
@@ -217,7 +217,7 @@ def test_any_second_view_can_be_picked_with_any_target(kind):
         prepared = next(trainer.prepare(0))
         assert len(prepared.views["x"]) == 8 and len(prepared.views["xprime"]) == 16
         assert not torch.equal(prepared.views["x"], prepared.views["xprime"][:8])
-        assert prepared.teacher["xprime/mixed/labels"].shape == (16, 10)
+        assert prepared.targets["xprime/mixed/labels"].shape == (16, 10)
         trainer.optimize(prepared, 0, 0)
         rows.append(dict(zip(trainer.metric_names, trainer.totals_M.tolist(), strict=True)))
     assert rows[0] == pytest.approx(rows[1], rel=1e-6)
@@ -245,7 +245,7 @@ def trainer_of(*words):
     session = Session(World(0, 0, 1, CPU, None), Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    return fastkd.runs.stages.stage_builder(recipe, data, teacher, session)(None)
+    return fastkd.runs.stages.build_stage(recipe, data, teacher, session)
 
 
 def test_a_whole_step_costs_what_its_definition_says():

@@ -13,6 +13,7 @@ from PIL import Image
 
 import fastkd.data.sources.synthetic
 import fastkd.output.run_folder
+import fastkd.training.checkpointing
 import fastkd.training.trainer
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
@@ -303,7 +304,7 @@ def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
 
 def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, tmp_path):
     saves = []
-    original = fastkd.training.trainer.save_checkpoint
+    original = fastkd.training.checkpointing.save_checkpoint
 
     def save(path, state):
         saves.append(path)
@@ -312,7 +313,7 @@ def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, t
             path.with_name(f".{path.name}.tmp").symlink_to("/dev/full")
         original(path, state)
 
-    monkeypatch.setattr(fastkd.training.trainer, "save_checkpoint", save)
+    monkeypatch.setattr(fastkd.training.checkpointing, "save_checkpoint", save)
     said = command("train", *ALONE, *SYNTHETIC, "epochs=2", "out=run")
     assert said.code == 1
     assert said.err.startswith(

@@ -16,7 +16,7 @@ from fastkd.compute.compiling import (
 )
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import count, create_model
-from fastkd.training.build import decide
+from fastkd.training.build import decide_compile
 
 CPU = torch.device("cpu")
 
@@ -38,16 +38,15 @@ def test_auto_compiles_from_ten_times_the_compile_time_on(device_type):
 
 
 def chosen(images, mode="auto", terms=None, teachers=()):
-    return decide(
-        precision="fp32",
-        compile_mode=mode,
-        device=CPU,
+    return decide_compile(
+        mode,
         student=create_model("resnet8", 10, width=0.5),
         teachers=teachers,
         terms=terms or [CrossEntropy()],
         image_shape=(3, 32, 32),
         images=images,
-    )[1]
+        device_type="cpu",
+    )
 
 
 def test_the_work_of_a_run_decides():
@@ -75,15 +74,14 @@ def test_the_recipes_decide_as_meant():
     ):
         recipe = find_recipe(name)
         options = {} if recipe.student.width is None else {"width": recipe.student.width}
-        _, compiled = decide(
-            precision="fp32",
-            compile_mode=recipe.compile,
-            device=CPU,
+        compiled = decide_compile(
+            recipe.compile,
             student=create_model(recipe.student.name, 10, **options),
             teachers=[create_model(recipe.teacher.name, 10)],
             terms=[KD()],
             image_shape=(3, size, size),
             images=images * recipe.total_epochs,
+            device_type="cpu",
         )
         assert compiled == expected, name
 

@@ -12,6 +12,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
+from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate, evaluating
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def over_ranks(model, num, batch_size, size, monkeypatch):
         # A rank without samples must not be an error before the sums are added.
         try:
             evaluate(model, loader(num, batch_size, rank, size), FP32, world(rank, size))
-        except ValueError:
+        except UserError:
             assert shares[-1][3] == 0
     total = torch.stack(shares).sum(0)
     monkeypatch.setattr(
@@ -122,7 +123,7 @@ def test_samples_without_a_label_are_not_wrong_answers():
     assert found["samples"] == 5
     assert found == pytest.approx(evaluate(model, Labelled(), FP32, world()), rel=1e-6)
     labels_N.fill_(-100)
-    with pytest.raises(ValueError, match="none has a label"):
+    with pytest.raises(UserError, match="none has a label"):
         evaluate(model, Some(), FP32, world())
 
 
@@ -143,8 +144,10 @@ def test_nothing_to_evaluate_is_an_error():
         def epoch(self, epoch, start_step=0):
             return iter(())
 
-    with pytest.raises(ValueError, match="there is no validation sample to evaluate on"):
+    message = "there is no validation sample to evaluate on.*give validation images"
+    with pytest.raises(UserError, match=message) as refused:
         evaluate(linear(), Empty(), FP32, world())
+    assert refused.value.exit_code == 2
 
 
 def test_no_graph_is_kept():

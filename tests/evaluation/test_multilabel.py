@@ -184,7 +184,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     whole = run(2, tmp_path / "whole")
     from fastkd.training.trainer import Trainer
 
-    original = Trainer._end_epoch
+    original = Trainer.end_epoch
 
     def stop_after_the_first(self):
         original(self)
@@ -192,7 +192,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
             raise RuntimeError("pulled the plug")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(Trainer, "_end_epoch", stop_after_the_first)
+        patch.setattr(Trainer, "end_epoch", stop_after_the_first)
         run(2, tmp_path / "broken")
     again = run(2, tmp_path / "broken", resume=True)
     for one, other in zip(

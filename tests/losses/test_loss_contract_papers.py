@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
+from fastkd.data.facts import Facts
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.image_set import ImageSet
@@ -47,13 +48,15 @@ from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import LossTerm
 from fastkd.models import create_model
 from fastkd.models.taps import Tapped
-from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
+from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
-from fastkd.training.build import Engine, build_trainer
+from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
 from fastkd.training.step import Prepared
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.trainer import Trainer
 
 CLASSES = 10
 STAGES = ("stage1", "stage2", "stage3")
@@ -129,24 +132,27 @@ def build(
         student=create_model("resnet8", CLASSES, width=0.5),
         teachers=(LoadedNet(create_model("resnet8", CLASSES, width=0.5)),),
         terms=terms,
-        optim=OptimConfig(lr=0.05, schedule="constant"),
-        engine=Engine(Precision(precision, "cpu"), compiled=False, ema=ema),
-        loader=train,
-        val_loader=loader("val", 20),
-        image_shape=(3, 8, 8),
-        num_classes=CLASSES,
-        train_labels_N=train.labels_N,
-        normalization=((0.5,) * 3, (0.25,) * 3),
-        xprime="cutmix",
-        world=World(0, 0, 1, torch.device("cpu"), None),
-        folder=folder,
-        console=Console(enabled=False),
+        data=TrainData(
+            train,
+            loader("val", 20),
+            Facts((3, 8, 8), CLASSES, train.labels_N, False, ((0.5,) * 3, (0.25,) * 3)),
+            40,
+        ),
+        settings=TrainingSettings(
+            optim=OptimConfig(lr=0.05, schedule="constant"),
+            xprime="cutmix",
+            ema=ema,
+            compile="off",
+        ),
+        placement=Placement(World(0, 0, 1, torch.device("cpu"), None), Precision(precision, "cpu")),
+        output=Output(folder),
     )
 
 
 def inputs_of(trainer: Trainer, prepared: Prepared) -> tuple[Any, ...]:
-    views, batch, teacher = prepared.views, prepared.batch, prepared.teacher
-    return views, batch.labels_N, batch.index_N, teacher, trainer._scheduled(0.0)
+    views, batch, targets = prepared.views, prepared.batch, prepared.targets
+    scheduled = trainer.one_step.scheduled(0.0)
+    return views, batch.labels_N, batch.index_N, targets, scheduled
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -228,7 +234,7 @@ def test_all_terms_together_resume_where_they_stopped(tmp_path: Path) -> None:
     first.plan = replace(first.plan, epochs=1)
     first.fit()
     assert first.folder is not None
-    second.resume(first.folder.path / "last.pt")
+    second.resume(Checkpoint.open(first.folder.path / "last.pt"))
     second.fit()
     for key, value in whole.step.state_dict().items():
         assert torch.equal(value, second.step.state_dict()[key]), key
@@ -247,9 +253,9 @@ def test_schedules_stretch_with_the_epochs() -> None:
     short = build(DKD(), JointRD(STAGES), epoch_factor=0.05)
     long = build(DKD(), JointRD(STAGES))
     for epoch in (0.0, 0.15, 1.0, 3.0, 7.0):
-        assert short._scheduled(epoch) == long._scheduled(20 * epoch)
-    assert short._scheduled(3.0)["jointrd"]["eta"] == 0.5
-    assert short._scheduled(1.0)["dkd"]["warmup"] == 1
+        assert short.one_step.scheduled(epoch) == long.one_step.scheduled(20 * epoch)
+    assert short.one_step.scheduled(3.0)["jointrd"]["eta"] == 0.5
+    assert short.one_step.scheduled(1.0)["dkd"]["warmup"] == 1
 
 
 def test_simkd_evaluates_and_keeps_projector_and_teacher_head() -> None:

@@ -20,7 +20,7 @@ from fastkd.losses import KD, BinaryCrossEntropy
 from fastkd.losses.base.registry import term_names
 from fastkd.output.console import Console
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.stages import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, build_stage, open_recipe_data
 from fastkd.teachers.loading import load_teacher
 
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
@@ -68,7 +68,9 @@ def first_step(case: str, *, picked: bool) -> dict[str, float]:
     data = open_recipe_data(recipe, session)
     assert recipe.teacher is not None
     torch.manual_seed(3)
-    trainer = stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    teacher = load_teacher(recipe.teacher, data)
+    assert teacher is not None
+    trainer = build_stage(recipe, data, teacher, session)
     trainer.runner.train()
     before = [parameter.clone() for parameter in trainer.step.parameters()]
     trainer.optimize(next(trainer.prepare(0)), 0, 0)

@@ -104,7 +104,7 @@ def compiled(world: World) -> dict[str, Any]:
     torch._dynamo.reset()
     unit = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
     banks = [f"terms.0.{bank}" for bank in CRD.banks]
-    trainer.runner = wrap_ddp(unit, world, ignore_buffers=banks)
+    trainer.one_step.runner = wrap_ddp(unit, world, ignore_buffers=banks)
     return train(trainer)
 
 
@@ -137,12 +137,12 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     # Two micro-batches in one process are the two ranks' own rows.
     **{
         f"{name}, apart": lambda world, term=term: trained(
-            world, term(False), accumulate=2 // world.size
+            world, term(False), plan={"accumulate": 2 // world.size}
         )
         for name, term in RELATIONS.items()
     },
     "cc, joined, accumulated": lambda world: trained(
-        world, CC(PAIR, dim=8), accumulate=2, kind=InMicroOrder
+        world, CC(PAIR, dim=8), plan={"accumulate": 2}, kind=InMicroOrder
     ),
     "crd": lambda world: trained(world, crd()),
     "crd, repeated ids": lambda world: trained(world, crd(), kind=Repeating, num=48),

@@ -107,7 +107,7 @@ def training(world: World) -> dict[str, Any]:
     torch.manual_seed(0)
     terms = [make_term() for name, make_term in TERMS.items() if name != "bce"]
     student = create_model("resnet8", 10, width=0.5)
-    trainer = make(world, student, terms, epochs=2, lr=0.01)
+    trainer = make(world, student, terms, lr=0.01, plan={"epochs": 2})
     trainer.fit()
     return {
         "same": same_on_all_ranks(trainer.step),

@@ -6,54 +6,34 @@ starts it.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import tiny
 import torch
 from alike import same_on_all_ranks
 from PIL import Image
+from tiny_trainer import Plain, data_of, images, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastkd.training.trainer
 from fastkd.api import distill
 from fastkd.augment.config import PickConfig
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.loaders.plan import BatchPlan
-from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.sources.by_name import open_source
-from fastkd.data.sources.image_set import ImageSet
-from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 from fastkd.losses.dist import DIST
 from fastkd.losses.logits import KD, CrossEntropy, MixedCE
 from fastkd.models import create_model
-from fastkd.output.console import Console
-from fastkd.teachers.loaded import LoadedNet
-from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
-
-
-class Plain(nn.Module):
-    """No batch norm: the mean gradient over a batch does not depend on how it is split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 10)
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits [N, 10]."""
-        return self.fc(torch.tanh(self.conv2(torch.tanh(self.conv1(images_NCHW)))).mean((2, 3)))
+from fastkd.training.settings import TrainingSettings
+from fastkd.training.trainer import Trainer
 
 
 class Poisoned(ResidentLoader):
@@ -66,12 +46,6 @@ class Poisoned(ResidentLoader):
             yield batch
 
 
-def images(split: str, num: int) -> ImageSet:
-    """The first images of the synthetic set."""
-    whole = make_synthetic(split, 8)
-    return ImageSet(whole.name, whole.images_NHWC[:num], whole.labels_N[:num], whole.classes)
-
-
 def make(
     world: World,
     student: nn.Module,
@@ -79,41 +53,22 @@ def make(
     *,
     num: int = 57,
     kind: type[ResidentLoader] = ResidentLoader,
-    epochs: int = 1,
-    accumulate: int = 1,
-    ema: float | None = None,
-    xprime: str = "none",
     lr: float = 0.05,
-    pick: PickConfig | None = None,
+    plan: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Trainer:
     """A trainer on batches of 16, the last partial; 49 validation images."""
-    loading = Loading(
-        batch_size=16,
-        seed=0,
-        train=True,
-        normalization=((0.5,) * 3, (0.25,) * 3),
-        placement=Placement(world, Precision("fp32", "cpu")),
-        drop_last=False,
-    )
-    train = kind(images("train", num), loading)
-    return build_trainer(
-        Plan(stage="two ranks", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
-        student=student,
-        teachers=(LoadedNet(create_model("resnet8", 10, width=0.5)),),
-        terms=terms,
-        optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
-        engine=Engine(Precision("fp32", "cpu"), compiled=False, ema=ema),
-        loader=train,
-        val_loader=ResidentLoader(images("val", 49), replace(loading, train=False)),
-        image_shape=(3, 8, 8),
-        num_classes=10,
-        train_labels_N=train.labels_N,
-        normalization=((0.5,) * 3, (0.25,) * 3),
-        xprime=xprime,
-        pick=pick,
+    return make_trainer(
+        student,
+        terms,
+        data=data_of(num, 49, batch_size=16, drop_last=False, world=world, kind=kind),
+        settings=TrainingSettings(
+            optim=OptimConfig(lr=lr, schedule="constant", clip_norm=100.0),
+            compile="off",
+            **settings,
+        ),
         world=world,
-        folder=None,
-        console=Console(enabled=False),
+        **plan,
     )
 
 
@@ -125,7 +80,8 @@ def gradients(
     terms: list[LossTerm] = [KD(views=("x", "xprime"), xprime_target=target)]
     if target == "mixed_logits":
         terms.append(MixedCE())
-    trainer = make(world, Plain(), terms, accumulate=accumulate, xprime="cutmix")
+    plan = {"accumulate": accumulate}
+    trainer = make(world, Plain(), terms, xprime="cutmix", plan=plan)
     seen: list[Tensor] = []
     judge = trainer.guard.judge
 
@@ -176,8 +132,8 @@ def learning(world: World) -> dict[str, Any]:
         create_model("resnet8", 10, width=0.5),
         [CrossEntropy()],
         num=160,
-        epochs=6,
         lr=0.1,
+        plan={"epochs": 6},
     )
     evaluated: list[int] = []
     epoch = trainer.val_loader.epoch
@@ -258,7 +214,7 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     "gradients, mixed targets": lambda world: gradients(world, accumulate=8, target="mixed_logits"),
     "picked": lambda world: picked(world, pick=PickConfig(pool=2, share=0.25)),
     "picked, accumulated": lambda world: picked(
-        world, pick=PickConfig(pool=2, share=0.25), accumulate=2
+        world, pick=PickConfig(pool=2, share=0.25), plan={"accumulate": 2}
     ),
     "bad step": bad_step,
     "learning": learning,

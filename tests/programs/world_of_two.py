@@ -15,6 +15,7 @@ from fastkd.compute.collectives import all_reduce_sum, join_rows, sync_buffers
 from fastkd.compute.ranks import broadcast_object, open_world
 from fastkd.compute.wrapping import wrap_ddp
 from fastkd.errors import RunFailed
+from fastkd.training.config import OptimConfig
 from fastkd.training.guard import Guard
 from fastkd.training.optim import build_optimizer
 
@@ -74,7 +75,9 @@ def ddp(world, *, compiled):
     nn.init.constant_(step.bank.rows, world.rank)
     unit = torch.compile(step, dynamic=False, backend="eager") if compiled else step
     runner = wrap_ddp(unit, world, ignore_buffers=["bank.rows"])
-    optimizer = build_optimizer([{"params": step.parameters()}], lr=0.1)
+    optimizer = build_optimizer(
+        [{"params": step.parameters()}], OptimConfig(lr=0.1, weight_decay=0.0), world.device
+    )
     guard = Guard(step, optimizer, max_skips=5, world_size=world.size)
     oks, unchanged = [], None
     for number in range(3):
@@ -109,7 +112,9 @@ def ddp(world, *, compiled):
 def loss_alone(world):
     """Only the loss of rank 1 is NaN, its gradients are fine: rank 0 cannot know by itself."""
     step = Step()
-    optimizer = build_optimizer([{"params": step.parameters()}], lr=0.1)
+    optimizer = build_optimizer(
+        [{"params": step.parameters()}], OptimConfig(lr=0.1, weight_decay=0.0), world.device
+    )
     guard = Guard(step, optimizer, max_skips=5, world_size=world.size)
     guard.before_step()
     loss = torch.tensor(float("nan") if world.rank == 1 else 0.5)

@@ -34,7 +34,7 @@ from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import all_recipes
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.stages import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, build_stage, open_recipe_data
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared, StepOutput
@@ -140,7 +140,7 @@ class Workplace:
         recipe = self.recipe(name, *words)
         data = open_recipe_data(recipe, self.session)
         teacher = load_teacher(recipe.teacher, data)
-        trainer = stage_builder(recipe, data, teacher, self.session)(None)
+        trainer = build_stage(recipe, data, teacher, self.session)
         trainer.runner.train()
         return trainer
 
@@ -220,7 +220,7 @@ def measured(trainer: Trainer) -> dict[str, Numbers]:
     student = [p for p in step.student.parameters() if p.requires_grad]
 
     def measuring(*arguments: Any) -> StepOutput:
-        trainer.runner = runner
+        trainer.one_step.runner = runner
         state = {key: value.clone() for key, value in step.state_dict().items()}
         weights = {term.name: term.weights for term in trainer.terms}
         for part in step.part_names:
@@ -241,7 +241,7 @@ def measured(trainer: Trainer) -> dict[str, Numbers]:
             term.weights = weights[term.name]
         return runner(*arguments)
 
-    trainer.runner = measuring  # type: ignore[assignment]
+    trainer.one_step.runner = measuring  # type: ignore[assignment]
     return found
 
 

@@ -97,12 +97,8 @@ def schedule_of(keys, steps_per_epoch=1):
     plain = {"data.name": "synthetic", "student.name": "resnet8", "losses.ce.weight": 1.0}
     entry = Entry(name="plain", description="", keys=plain | optim | {"epochs": keys["epochs"]})
     recipe = build(entry)
-    return recipe.optim.lr, Schedule(
-        kind=recipe.optim.schedule,
-        epochs=recipe.total_epochs,
-        steps_per_epoch=steps_per_epoch,
-        milestones=recipe.scaled_optim().milestones,
-        gamma=recipe.scaled_optim().gamma,
+    return recipe.optim.lr, Schedule.from_config(
+        recipe.scaled_optim(), epochs=recipe.total_epochs, steps_per_epoch=steps_per_epoch
     )
 
 

@@ -29,7 +29,7 @@ from fastkd.recipes.catalogue import all_recipes, find_entry
 from fastkd.recipes.loading import build, load_recipe
 from fastkd.recipes.missing import missing
 from fastkd.report.paper import PaperRow, paper_row
-from fastkd.runs.stages import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, build_stage, open_recipe_data
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared
@@ -163,7 +163,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     nets = load_teacher(recipe.teacher, data)
     assert nets is not None
     assert [net.normalization[0][0] for net in nets] == [0.5, 0.485]
-    made = stage_builder(recipe, data, nets, session)(None)
+    made = build_stage(recipe, data, nets, session)
     made.nets = nets  # type: ignore[attr-defined]
     return made
 
@@ -174,7 +174,7 @@ def fixed_batch(trainer: Trainer) -> Prepared:
 
 def terms_of(trainer: Trainer, batch: Prepared, student: nn.Module) -> dict[str, Tensor]:
     """Every part of the loss, with gradient to the student, in training mode."""
-    tensors = batch.teacher | {"x/student/logits": student(batch.views["x"])}
+    tensors = batch.targets | {"x/student/logits": student(batch.views["x"])}
     parts: dict[str, Tensor] = {}
     for term in trainer.terms:
         wanted = {need: tensors[need] for need in term.needs}
@@ -243,7 +243,7 @@ def test_thirty_steps_on_photographs(trainer: Trainer) -> None:
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         assert 1e-4 < norm < 1e4, name
     # The two teachers do not agree, so their mean is neither of them.
-    first_NC, both_NC = (batch.teacher[f"x/teacher/{tap}"] for tap in ("logits", "mean_logits"))
+    first_NC, both_NC = (batch.targets[f"x/teacher/{tap}"] for tap in ("logits", "mean_logits"))
     assert (first_NC.softmax(1) - both_NC.softmax(1)).abs().max() > 0.01
     before = total(trainer, batch)
     steps: list[float] = []
@@ -295,14 +295,16 @@ def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
     )
     session = Session(World(0, 0, 1, torch.device("cpu"), None), Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
-    made = stage_builder(recipe, data, load_teacher(recipe.teacher, data), session)(None)
+    nets = load_teacher(recipe.teacher, data)
+    assert nets is not None
+    made = build_stage(recipe, data, nets, session)
     seen: list[Tensor] = []
     made.student.conv1.register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0]) if module.training else None
     )
     shown = list(made.prepare(0))
     made.fit()
-    assert [set(prepared.teacher) for prepared in shown] == 2 * [
+    assert [set(prepared.targets) for prepared in shown] == 2 * [
         {"xprime/teacher/logits", "xprime/teacher/mean_logits"}
     ]
     assert len(seen) == 2

@@ -163,7 +163,7 @@ def test_a_broken_run_goes_on_exactly(place, train, command, monkeypatch, frozen
     words = (*ALONE, *START, frozen, "optim.lr=0.05", "epochs=2")
     one, two = f"whole-{frozen[-4:]}", f"broken-{frozen[-4:]}"
     assert train(*words, f"out={one}").code == 0
-    original = Trainer._end_epoch
+    original = Trainer.end_epoch
 
     def end_epoch(self):
         original(self)
@@ -171,7 +171,7 @@ def test_a_broken_run_goes_on_exactly(place, train, command, monkeypatch, frozen
             raise RuntimeError("the plug is pulled")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(Trainer, "_end_epoch", end_epoch)
+        patch.setattr(Trainer, "end_epoch", end_epoch)
         train(*words, f"out={two}")
     assert command("train", "--resume", two).code == 0
     whole, resumed = tensors_of(place / one), tensors_of(place / two)

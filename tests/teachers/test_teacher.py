@@ -14,7 +14,7 @@ from fastkd.models.rewrite.fuse import fuse
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.stages import Session, open_recipe_data, stage_builder
+from fastkd.runs.stages import Session, build_stage, open_recipe_data
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher, freeze
 
@@ -239,7 +239,7 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
     session = Session(WORLD, Console(enabled=False), tmp_path)
     data = open_recipe_data(recipe, session)
     model = net()
-    made = stage_builder(recipe, data, (LoadedNet(model),), session)(RunFolder(tmp_path))
+    made = build_stage(recipe, data, (LoadedNet(model),), session, RunFolder(tmp_path))
     before = [parameter.clone() for parameter in model.parameters()]
     made.fit()
     assert all(map(torch.equal, before, model.parameters()))

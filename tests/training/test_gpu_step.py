@@ -17,17 +17,19 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import ImageSet, Loading, ResidentLoader
+from fastkd.data.facts import Facts
 from fastkd.data.geometry import Geometry
 from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
-from fastkd.output.console import Console
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.testing import no_host_sync
 from fastkd.training.ahead import run_ahead
-from fastkd.training.build import Engine, build_trainer
+from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.progress import Plan
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 CLASSES, BATCH, SIDE = 10, 16, 16
@@ -70,19 +72,20 @@ def trainer(
         student=create_model("wrn_10_1", CLASSES),
         teachers=(LoadedNet(create_model("wrn_16_1", CLASSES)),),
         terms=terms,
-        optim=OptimConfig(lr=0.01),
-        engine=Engine(chosen, compiled=compiled),
-        loader=loader,
-        val_loader=loader,
-        image_shape=(3, SIDE, SIDE),
-        num_classes=CLASSES,
-        train_labels_N=loader.labels_N,
-        normalization=(MEAN, STD),
-        xprime="cutmix" if picks else "none",
-        pick=PickConfig() if picks else None,
-        world=world,
-        folder=None,
-        console=Console(enabled=False),
+        data=TrainData(
+            loader,
+            loader,
+            Facts((3, SIDE, SIDE), CLASSES, loader.labels_N, False, (MEAN, STD)),
+            num,
+        ),
+        settings=TrainingSettings(
+            optim=OptimConfig(lr=0.01),
+            xprime="cutmix" if picks else "none",
+            pick=PickConfig() if picks else None,
+            compile="on" if compiled else "off",
+        ),
+        placement=Placement(world, chosen),
+        output=Output(),
     )
 
 

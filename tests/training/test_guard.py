@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastkd.errors import RunFailed
+from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
 from fastkd.training.guard import Guard, keep_where_
 from fastkd.training.optim import build_optimizer
@@ -37,9 +38,9 @@ class Net(nn.Module):
 def make(name="sgd", *, on_device=False, max_skips=3):
     torch.manual_seed(0)
     net = Net()
-    optimizer = build_optimizer([{"params": net.parameters()}], name=name, lr=0.1, momentum=0.9)
-    guard = Guard(net, optimizer, max_skips=max_skips)
-    guard._host_branches = not on_device
+    config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.0)
+    optimizer = build_optimizer([{"params": net.parameters()}], config)
+    guard = Guard(net, optimizer, max_skips=max_skips, on_device=on_device)
     return net, optimizer, guard
 
 
@@ -217,8 +218,7 @@ def test_selection_is_bitwise_for_every_dtype(dtype):
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_the_average_follows_its_formula_and_ignores_bad_steps(on_device):
     net, optimizer, guard = make(on_device=on_device)
-    ema = EMA(net, decay=0.9)
-    ema._host_branches = not on_device
+    ema = EMA(net, decay=0.9, on_device=on_device)
     expected = {name: value.clone() for name, value in net.state_dict().items()}
     for seed, poison in enumerate([None, "input", None, "gradient"]):
         ok = train_step(net, optimizer, guard, seed, poison=poison)
@@ -240,8 +240,7 @@ def test_the_average_follows_its_formula_and_ignores_bad_steps(on_device):
 
 def test_the_average_survives_even_where_the_weights_did_not():
     net, _, _ = make()
-    ema = EMA(net, decay=0.5)
-    ema._host_branches = False
+    ema = EMA(net, decay=0.5, on_device=True)
     before = copy.deepcopy(ema.state_dict())
     with torch.no_grad():
         net.body[0].weight.fill_(NAN)

@@ -5,9 +5,11 @@ import types
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fastkd.errors import UserError
+from fastkd.training.config import OptimConfig
 from fastkd.training.optim import apex_missing, build_optimizer, set_lr, skip_aware, spare_norms
 
 
@@ -29,8 +31,9 @@ def state_of(optimizer):
     return [value for state in optimizer.state.values() for value in state.values()]
 
 
-def build(net, name="sgd", **kwargs):
-    return build_optimizer([{"params": net.parameters()}], name=name, **({"lr": 0.1} | kwargs))
+def build(net, name="sgd", device="cpu", **keys):
+    config = OptimConfig(**{"name": name, "lr": 0.1, "weight_decay": 0.0} | keys)
+    return build_optimizer([{"params": net.parameters()}], config, device)
 
 
 def fused_and_plain(name):
@@ -124,8 +127,7 @@ def test_groups_scale_the_rate_and_choose_their_decay():
             {"params": net[0].parameters()},
             {"params": net[3].parameters(), "lr_scale": 10.0, "weight_decay": 0.0, "name": "head"},
         ],
-        lr=0.1,
-        weight_decay=5e-4,
+        OptimConfig(lr=0.1, weight_decay=5e-4),
     )
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
@@ -172,17 +174,21 @@ def test_lamb_takes_a_step():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("keys", "message"),
     [
-        ({"name": "adam"}, "optim.name=adam is unknown; choose one of sgd, adamw, lamb"),
-        ({"impl": "fused"}, "optim.impl=fused is unknown; choose one of torch, apex"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
+        ({"name": "adam"}, "name\n  Input should be 'sgd', 'adamw' or 'lamb'"),
+        ({"impl": "fused"}, "impl\n  Input should be 'torch' or 'apex'"),
     ],
-    ids=["name", "impl", "nesterov"],
+    ids=["name", "impl"],
 )
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        build(make_net(), **options)
+def test_unknown_names_are_refused(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        OptimConfig(**keys)
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(UserError, match="nesterov needs a momentum above 0"):
+        build(make_net(), nesterov=True, momentum=0.0)
 
 
 def install_fake_apex(monkeypatch, *, available=True, classes=("FusedSGD",), cuda=True):
@@ -265,10 +271,10 @@ def decayed(optimizer, net):
 def test_norms_and_biases_may_go_without_decay(name):
     net, term = Embedded(), nn.Linear(2, 2)
     own = [{"params": list(net.parameters())}, {"params": list(term.parameters()), "lr_scale": 2.0}]
-    options = {"name": name, "lr": 0.1, "weight_decay": 0.1}
-    every = build_optimizer(own, **options)
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
+    every = build_optimizer(own, config)
     assert decayed(every, net) == {name for name, _ in net.named_parameters()}
-    spared = build_optimizer(spare_norms(own, net), **options)
+    spared = build_optimizer(spare_norms(own, net), config)
     assert decayed(spared, net) == {"conv.weight", "fc.weight"}
     assert decayed(spared, term) == {"weight"}
     # Nothing is lost or doubled, and the rates stay.

@@ -64,16 +64,17 @@ def test_a_step_computes_what_the_arithmetic_says(method: str) -> None:
     session = Session(world, Console(enabled=False), Path("unused"))
     data = open_recipe_data(recipe, session)
     teacher = load_teacher(recipe.teacher, data)
-    trainer = fastkd.runs.stages.stage_builder(recipe, data, teacher, session)(None)
+    assert teacher is not None
+    trainer = fastkd.runs.stages.build_stage(recipe, data, teacher, session)
     trainer.runner.train()
     with FlopCounterMode(display=False) as counter:
         trainer.optimize(next(trainer.prepare(0)), 0, 0)
-    shape = (3, data.image_size, data.image_size)
+    shape = data.facts.image_shape
     of_student, of_teacher = (
         count(create_model(name, 10), shape).macs for name in ("wrn_10_1", "resnet20")
     )
     # Nobody wants the gradient of the images: the stem's backward pass is one product, not two.
     backward_passes = 1 if method == "kd" else 2
-    stem = backward_passes * 3 * 9 * 16 * data.image_size**2
+    stem = backward_passes * 3 * 9 * 16 * shape[1] ** 2
     expected = step_macs(of_student, of_teacher, method) - stem
     assert counter.get_total_flops() == 2 * BATCH * expected

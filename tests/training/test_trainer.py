@@ -6,26 +6,21 @@ numerics that is meant: `python tests/training/test_trainer.py`.
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastkd.training.build
 from fastkd.cli.commands import main
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
-from fastkd.data.loaders.planned import Loading
-from fastkd.data.loaders.resident import ResidentLoader
-from fastkd.data.sources.image_set import ImageSet
-from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import RunFailed
 from fastkd.losses.attention import AT
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
@@ -34,10 +29,12 @@ from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
-from fastkd.teachers.loaded import LoadedNet
-from fastkd.training.build import Engine, build_trainer
 from fastkd.training.config import OptimConfig
-from fastkd.training.trainer import Plan, Trainer
+from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
+from tiny_trainer import Plain, data_of, make_trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "first_losses.json"
 WIDTH = {"resnet8": {"width": 0.5}}
@@ -46,71 +43,37 @@ ONE = World(0, 0, 1, torch.device("cpu"), None)
 Loss = Callable[[], list[LossTerm]]
 
 
-class Plain(nn.Module):
-    """No batch norm: the mean gradient over a batch does not depend on how it is split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 10)
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        return self.fc(torch.tanh(self.conv(images_NCHW)).mean((2, 3)))
-
-
-def loader(split: str, num: int, batch_size: int, *, drop_last: bool = True) -> ResidentLoader:
-    whole = make_synthetic(split, 8)
-    return ResidentLoader(
-        ImageSet(whole.name, whole.images_NHWC[:num], whole.labels_N[:num], whole.classes),
-        Loading(
-            batch_size=batch_size,
-            seed=0,
-            train=split == "train",
-            normalization=((0.5,) * 3, (0.25,) * 3),
-            placement=Placement(ONE, Precision("fp32", "cpu")),
-            drop_last=drop_last,
-        ),
-    )
-
-
 def make(
     student: str = "resnet8",
     terms: list[LossTerm] | None = None,
     *,
     teacher: str | None = "resnet8",
-    num: int = 60,
-    batch_size: int = 12,
-    drop_last: bool = True,
-    epochs: int = 1,
-    accumulate: int = 1,
-    ema: float | None = None,
-    max_skips: int = 3,
-    xprime: str = "none",
-    compiled: bool = False,
+    data: TrainData | None = None,
     optim: dict[str, Any] | None = None,
-    folder: Path | None = None,
+    output: Output | None = None,
+    plan: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Trainer:
+    """A trainer on five batches of 12; settings: those of `TrainingSettings`."""
     torch.manual_seed(0)
-    net = Plain() if student == "plain" else create_model(student, 10, **WIDTH.get(student, {}))
-    train = loader("train", num, batch_size, drop_last=drop_last)
-    return build_trainer(
-        Plan(stage="test", digest="0" * 16, seed=0, epochs=epochs, accumulate=accumulate),
-        student=net,
-        teachers=(LoadedNet(create_model(teacher, 10, width=0.5)),) if teacher else (),
-        terms=terms or [CrossEntropy()],
-        optim=OptimConfig.model_validate({"lr": 0.05, "schedule": "constant"} | (optim or {})),
-        engine=Engine(Precision("fp32", "cpu"), compiled, ema=ema, max_skips=max_skips),
-        loader=train,
-        val_loader=loader("val", 30, batch_size),
-        image_shape=(3, 8, 8),
-        num_classes=10,
-        train_labels_N=train.labels_N,
-        normalization=((0.5,) * 3, (0.25,) * 3),
-        xprime=xprime,
-        world=World(0, 0, 1, torch.device("cpu"), None),
-        folder=RunFolder.create(folder, "test", "0" * 16) if folder else None,
-        console=Console(enabled=False),
+    rates = {"lr": 0.05, "schedule": "constant"} | (optim or {})
+    return make_trainer(
+        Plain() if student == "plain" else create_model(student, 10, **WIDTH.get(student, {})),
+        terms or [CrossEntropy()],
+        teacher=teacher,
+        data=data or data_of(60, 30, batch_size=12),
+        settings=TrainingSettings(
+            optim=OptimConfig.model_validate(rates),
+            **{"max_skips": 3, "compile": "off"} | settings,
+        ),
+        output=output,
+        **plan,
     )
+
+
+def partial_batches(num: int) -> TrainData:
+    """Batches of 12, the last one smaller."""
+    return data_of(num, 30, batch_size=12, drop_last=False)
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
@@ -148,11 +111,10 @@ def test_accumulation_is_one_big_batch(name: str) -> None:
         trainer = make(
             "plain",
             [KD(views=("x", "xprime"))],
-            num=31,
-            drop_last=False,
-            accumulate=accumulate,
+            data=partial_batches(31),
             xprime="mixup",
             optim={"name": name, "lr": 0.01, "clip_norm": 0.05},
+            plan={"accumulate": accumulate},
         )
         trainer.fit()
         return trainer.student.state_dict(), trainer.history[0]
@@ -167,7 +129,7 @@ def test_accumulation_is_one_big_batch(name: str) -> None:
 
 
 def test_a_row_is_the_mean_over_images() -> None:
-    trainer = make("plain", num=31, drop_last=False)
+    trainer = make("plain", data=partial_batches(31))
     seen: list[tuple[int, float]] = []
     forward = trainer.step.forward
 
@@ -185,7 +147,8 @@ def test_a_row_is_the_mean_over_images() -> None:
 
 
 def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
-    trainer = make(ema=0.9, epochs=2, folder=tmp_path)
+    folder = RunFolder.create(tmp_path, "test", "0" * 16)
+    trainer = make(ema=0.9, output=Output(folder), plan={"epochs": 2})
     trainer.fit()
     assert trainer.ema is not None
     assert trainer.folder is not None
@@ -198,7 +161,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
             total += F.cross_entropy(logits_NC, batch.labels_N, reduction="sum").item()
     assert trainer.history[-1]["val_loss"] == pytest.approx(total / 30, rel=1e-6)
     kept, facts = load_weights(trainer.folder.path)
-    again = make(ema=0.9, epochs=int(facts["epoch"]))
+    again = make(ema=0.9, plan={"epochs": int(facts["epoch"])})
     again.fit()
     assert again.ema is not None
     for key, value in again.ema.state_dict().items():
@@ -212,7 +175,9 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_nan_leaves_everything_as_it_was(name: str, accumulate: int) -> None:
     trainer = make(
-        ema=0.9, accumulate=accumulate, optim={"name": name, "lr": 0.01, "clip_norm": 1.0}
+        ema=0.9,
+        optim={"name": name, "lr": 0.01, "clip_norm": 1.0},
+        plan={"accumulate": accumulate},
     )
     poison(trainer, {2})
     optimize, states = trainer.optimize, [everything(trainer)]
@@ -269,10 +234,10 @@ def test_labels_are_smoothed(smoothing: float) -> None:
     trainer = make("plain", terms)
     prepared = next(trainer.prepare(0))
     batch = prepared.batch
-    out = trainer.step(prepared.views, batch.labels_N, batch.index_N, prepared.teacher, {})
+    out = trainer.step(prepared.views, batch.labels_N, batch.index_N, prepared.targets, {})
     logits_NC = trainer.student(batch.images_NCHW)
     ce = F.cross_entropy(logits_NC, batch.labels_N, label_smoothing=smoothing)
-    student, teacher = logits_NC.double() / 4, prepared.teacher["x/teacher/logits"].double() / 4
+    student, teacher = logits_NC.double() / 4, prepared.targets["x/teacher/logits"].double() / 4
     kd = 16 * F.kl_div(
         student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
     )
@@ -318,12 +283,13 @@ def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
     student, terms = GRAPHS[name]
     trainer = make(student, terms(), xprime="cutmix")
     prepared = next(trainer.prepare(0))
-    views, batch, teacher = prepared.views, prepared.batch, prepared.teacher
-    arguments = (views, batch.labels_N, batch.index_N, teacher, trainer._scheduled(0.5))
+    views, batch, targets = prepared.views, prepared.batch, prepared.targets
+    scheduled = trainer.one_step.scheduled(0.5)
+    arguments = (views, batch.labels_N, batch.index_N, targets, scheduled)
     state = copy.deepcopy(trainer.step.state_dict())
     eager = trainer.step(*arguments)
     eager.loss.backward()
-    gradients = [p.grad.clone() for p in trainer.trained if p.grad is not None]
+    gradients = [p.grad.clone() for p in trainer.one_step.trained if p.grad is not None]
     trainer.step.load_state_dict(state)
     trainer.step.zero_grad()
     unit = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -331,37 +297,44 @@ def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
     out.loss.backward()
     torch.testing.assert_close(out.loss, eager.loss)
     torch.testing.assert_close(out.metrics_M, eager.metrics_M)
-    for parameter, gradient in zip(trainer.trained, gradients, strict=True):
+    for parameter, gradient in zip(trainer.one_step.trained, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("drop_last", [True, False], ids=["whole-batches", "partial-batch"])
-def test_a_run_compiles_once_per_batch_shape(
-    monkeypatch: pytest.MonkeyPatch, drop_last: bool
-) -> None:
+class Noting(Console):
+    """Calls a function at the end of every epoch."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        super().__init__(enabled=False)
+        self.note_epoch = note
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        self.note_epoch()
+
+
+@pytest.mark.parametrize("drop_last", [True, False], ids=["whole-batches", "partial-batch"])
+def test_a_run_compiles_once_per_batch_shape(drop_last: bool) -> None:
     graphs: list[int] = []
+    after_epoch: list[int] = []
 
     def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
-    def compile_unit(unit: nn.Module, **_: Any) -> Any:
-        return torch.compile(unit, backend=counting, dynamic=False, fullgraph=True)
-
     torch._dynamo.reset()
-    monkeypatch.setattr(fastkd.training.build, "compile_unit", compile_unit)
-    terms: list[LossTerm] = [KD(views=("x", "xprime")), Scheduled()]
     trainer = make(
-        "resnet8", terms, xprime="cutmix", num=30, drop_last=drop_last, epochs=3, ema=0.9
+        "resnet8",
+        [KD(views=("x", "xprime")), Scheduled()],
+        data=data_of(30, 30, batch_size=12, drop_last=drop_last),
+        output=Output(console=Noting(lambda: after_epoch.append(len(graphs)))),
+        xprime="cutmix",
+        ema=0.9,
+        plan={"epochs": 3},
     )
-    after_epoch: list[int] = []
-    end = trainer._end_epoch
-
-    def noting() -> None:
-        end()
-        after_epoch.append(len(graphs))
-
-    trainer._end_epoch = noting  # type: ignore[method-assign]
+    trainer.one_step.runner = torch.compile(
+        trainer.step, backend=counting, dynamic=False, fullgraph=True
+    )
     trainer.fit()
     # Batches of 12, 12 and, if it is kept, 6; epoch, schedule and evaluation add no graph.
     assert after_epoch == ([1, 1, 1] if drop_last else [2, 2, 2])

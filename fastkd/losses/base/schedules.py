@@ -1,7 +1,8 @@
 """Weights of losses that change over a run: functions of the epoch for `LossTerm.schedules`.
 
-Epochs count from 0. All keep their value for a whole epoch, as the loops do that they come from.
-The trainer stretches them by the recipe's `epoch_factor`, like everything else.
+Epochs count from 0, as in `fastkd.training.schedules`. All keep their value for a whole epoch, as
+the loops do that they come from. The trainer stretches them by the recipe's `epoch_factor`, like
+everything else.
 """
 
 import math

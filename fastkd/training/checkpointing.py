@@ -1,0 +1,120 @@
+"""`last.pt`: the state of a run as named parts, which saving and resuming both walk.
+
+A part has `state_dict` and `load_state_dict`; `Trainer.saved_parts` declares them all. Beside them
+the file has `digest` and `decisions`, which a resumed run must share.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastkd.compute.collectives import all_reduce_sum
+from fastkd.compute.ranks import World, on_main
+from fastkd.losses.base.term import LossTerm
+from fastkd.output.run_folder import RunFolder
+from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
+
+__all__ = [
+    "Rows",
+    "SavedPart",
+    "SumsOverRanks",
+    "TermStates",
+    "open_checkpoint",
+    "restore",
+    "states_of",
+    "write",
+]
+
+
+class SavedPart(Protocol):
+    """What a checkpoint saves and restores."""
+
+    def state_dict(self) -> Any:
+        """Tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Go on from what `state_dict` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class TermStates:
+    """Connectors and memory banks of the losses, by name."""
+
+    terms: Sequence[LossTerm]
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of each loss."""
+        return {term.name: term.state_dict() for term in self.terms}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Each loss finds its own."""
+        for term in self.terms:
+            term.load_state_dict(states[term.name])
+
+
+@dataclass(frozen=True)
+class SumsOverRanks:
+    """Running sums of this rank; the file has those of all ranks."""
+
+    sums_M: Tensor
+    world: World
+
+    def state_dict(self) -> Tensor:
+        """Summed over the ranks, all of which must call this."""
+        sums_M = self.sums_M.clone()
+        if self.world.size > 1:
+            all_reduce_sum(sums_M)
+        return sums_M
+
+    def load_state_dict(self, sums_M: Tensor) -> None:
+        """Each rank takes up an equal share."""
+        self.sums_M.copy_(sums_M / self.world.size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of metrics so far."""
+
+    rows: list[dict[str, Any]]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The rows."""
+        return self.rows
+
+    def load_state_dict(self, rows: list[dict[str, Any]]) -> None:
+        """Replace them in place."""
+        self.rows[:] = rows
+
+
+def states_of(parts: Mapping[str, SavedPart | None]) -> dict[str, Any]:
+    """The state of every part; None for a part that this run lacks. All ranks must call this."""
+    return {name: None if part is None else part.state_dict() for name, part in parts.items()}
+
+
+def write(path: Path, digest: str, decisions: dict[str, str], states: dict[str, Any]) -> None:
+    """Save atomically; RunFailed when the disk is full."""
+    save_checkpoint(path, {"digest": digest, "decisions": decisions} | states)
+
+
+def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint | None:
+    """The folder's last.pt, read once, on every rank; None where there is none yet.
+
+    Raises:
+        UserError: it is damaged, or belongs to a run with another digest.
+    """
+    path = folder.path / "last.pt"
+    # Rank 0 decides: another host may see a new file of a shared folder late.
+    return Checkpoint.open(path, digest) if on_main(world, path.exists) else None
+
+
+def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:
+    """Put every part back; UserError for another recipe's file."""
+    checkpoint.check_digest(digest)
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(checkpoint.state[name])

@@ -1,0 +1,70 @@
+"""What becomes of an epoch: one row of metrics, and of all rows a summary."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median_high
+from typing import Any
+
+import torch
+
+from fastkd.compute.collectives import sync_buffers
+from fastkd.evaluation.headline import headline
+from fastkd.losses.base.term import LossTerm
+from fastkd.training.progress import Plan, Progress
+
+__all__ = ["summary_of", "sync_statistics", "training_row"]
+
+
+def sync_statistics(
+    student: torch.nn.Module,
+    average: torch.nn.Module | None,
+    terms: Sequence[LossTerm],
+) -> None:
+    """Rank 0's buffers on every rank.
+
+    DDP hands out rank 0's batch statistics before each step; evaluation wants them too.
+    """
+    sync_buffers(student)
+    for term in terms:
+        sync_buffers(term, ignore=term.banks)
+    if average is not None:
+        sync_buffers(average)
+
+
+def training_row(
+    sums: Mapping[str, float], progress: Progress, *, lr: float, skipped: int
+) -> dict[str, Any]:
+    """The row of metrics.jsonl on an epoch's training; the evaluation adds to it.
+
+    sums: over the epoch's images on all ranks, by name of the metric; `images` counts them.
+    """
+    images = sums["images"]
+    row: dict[str, Any] = {"epoch": progress.epoch + 1, "lr": lr}
+    for name, value in sums.items():
+        if name != "images":
+            row[f"train_{name}"] = value / (images or torch.nan)
+    row["images_per_s"] = images / max(progress.epoch_s, 1e-9)
+    row["data_wait"] = progress.wait_s / max(progress.epoch_s, 1e-9)
+    row["seconds"] = progress.epoch_s
+    row["skipped"] = skipped
+    for measured, name in (("train_correct", "train_accuracy"), ("train_pick_ratio", "pick_ratio")):
+        if measured in row:
+            row[name] = row.pop(measured)
+    return row
+
+
+def summary_of(
+    plan: Plan, progress: Progress, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Last and best headline metric and the rates of the run; for summary.json."""
+    last = history[-1]
+    metric = headline(last)
+    return {
+        "epochs": plan.epochs,
+        f"{metric}_last": last[f"val_{metric}"],
+        f"{metric}_best": progress.best,
+        "best_epoch": progress.best_epoch,
+        "images_per_s": median_high(row["images_per_s"] for row in history),
+        "data_wait": median_high(row["data_wait"] for row in history),
+        "train_seconds": sum(row["seconds"] for row in history),
+        "skipped_steps": last["skipped"],
+    }

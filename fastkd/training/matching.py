@@ -1,0 +1,149 @@
+"""Whether student, teachers, losses and data fit together; a UserError says what does not.
+
+Asked by `build_trainer` before anything is trained.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.compute.precision import Precision
+from fastkd.errors import UserError
+from fastkd.evaluation.evaluate import evaluating
+from fastkd.losses.base.needs import MEAN_LOGITS, Need
+from fastkd.losses.base.term import LossTerm
+from fastkd.models.taps import Tapped, ZooNetwork, check_taps
+from fastkd.teachers.ensemble import Ensemble
+from fastkd.teachers.teacher import Teacher
+from fastkd.training.step import needed_taps
+
+__all__ = [
+    "check_classes",
+    "check_exports",
+    "check_labels",
+    "refuse_unknown_taps",
+    "shapes_of_needs",
+]
+
+
+def check_exports(terms: Sequence[LossTerm], *, averaged: bool) -> str | None:
+    """A note on a loss that gives the student another classifier; UserError beside an average."""
+    changed = next((t.name for t in terms if type(t).export is not LossTerm.export), None)
+    if changed is None:
+        return None
+    if averaged:
+        raise UserError(
+            f"ema averages the student, but the loss {changed} keeps layers of its own behind it, "
+            "which would not be averaged: set ema=null"
+        )
+    logits = [
+        term.name
+        for term in terms
+        if any((need.net, need.tap) == ("student", "logits") for need in term.needs)
+    ]
+    if not logits:
+        return None
+    return (
+        f"the loss {changed} gives the student another classifier in the end: that of its own, "
+        f"which {', '.join(logits)} trains, is not kept (losses.{logits[0]}=null leaves it out)"
+    )
+
+
+def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]) -> None:
+    """UserError where a loss looks at a tap that its network lacks, often one nobody wrote."""
+    for term in terms:
+        teacher = nets.get("teacher")
+        if term.uses_stages and teacher is not None and not isinstance(teacher, ZooNetwork):
+            raise UserError(
+                f"losses.{term.name} sends the student's features through the teacher's stages, "
+                f"which only networks of the zoo expose, and {type(teacher).__name__} is not one: "
+                f"take one as teacher, or another loss"
+            )
+        for need in term.needs:
+            if need.net not in nets or need.tap == MEAN_LOGITS:
+                continue
+            try:
+                check_taps((need.tap,), nets[need.net])
+            except UserError as error:
+                cure = _where_taps_are_named(term, need.net)
+                raise UserError(f"the loss {term.name}, of the {need.net}: {error}{cure}") from None
+
+
+def _where_taps_are_named(term: LossTerm, net: str) -> str:
+    """The argument that names the loss's taps of a net, as the end of a sentence."""
+    given, cure = signature(type(term)).parameters, ""
+    for key in ("pairs", "stages", net):
+        if key in given:
+            cure = f". Name another by {type(term).__name__}({key}=..), in a recipe "
+            cure += f"losses.{term.name}.{key}"
+    return cure
+
+
+def shapes_of_needs(
+    student: nn.Module,
+    teacher: Teacher | Ensemble | None,
+    terms: Sequence[LossTerm],
+    probe: Tensor,
+    precision: Precision,
+) -> dict[Need, tuple[int, ...]]:
+    """Shape of every need without the batch axis, from one forward pass on zeros.
+
+    UserError for a term that would teach the student nothing.
+    """
+    found: dict[Need, Tensor] = {}
+    wanted = needed_taps(terms, "student")
+    tapped = Tapped(student, tuple(dict.fromkeys(tap for taps in wanted.values() for tap in taps)))
+    with torch.enable_grad(), evaluating(student), precision.autocast():
+        features = tapped(probe)
+    tapped.remove()
+    for view, taps in wanted.items():
+        found |= {Need.of(view, "student", tap): features[tap] for tap in taps}
+    for term in terms:
+        own = [need for need in term.needs if need.net == "student"]
+        if own and not any(found[need].requires_grad for need in own):
+            raise UserError(
+                f"the loss {term.name} looks at {', '.join(own)} of the student, where only frozen "
+                f"layers come before: it would teach nothing. Take it away, or let those layers "
+                f"train (requires_grad_)"
+            )
+    if teacher is not None:
+        # Not through its compiled form, which this batch size would only cost a compilation.
+        features = teacher.features(probe)
+        for view, taps in teacher.taps.items():
+            found |= {Need.of(view, "teacher", tap): features[tap] for tap in taps}
+    return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
+
+
+def check_classes(shapes: Mapping[Need, tuple[int, ...]], num_classes: int) -> None:
+    """UserError where a net has other classes than the data."""
+    for need, shape in shapes.items():
+        if need.tap == "logits" and shape != (num_classes,):
+            net = need.net
+            cure = (
+                "give another teacher, or in a recipe teacher.class_map, one entry per class"
+                if net == "teacher"
+                else "build the student with the class count of the data"
+            )
+            raise UserError(
+                f"the {net} gives logits of shape {shape} per image but the data has "
+                f"{num_classes} classes: {cure}"
+            )
+
+
+def check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
+    """A multi-hot row would pass for probabilities of classes, and silently teach nonsense."""
+    kind = "multi" if multilabel else "class"
+    for term in terms:
+        if term.label_kind not in (None, kind):
+            cure = (
+                "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0"
+                if multilabel
+                else "use CrossEntropy (losses.ce), or give labels as floating 0 and 1"
+            )
+            wants = {"class": "one class id per image, [N]", "multi": "labels [N, classes]"}
+            raise UserError(
+                f"the loss {term.name} wants {wants[term.label_kind or kind]}, the data has "
+                f"{wants[kind]}: {cure}"
+            )

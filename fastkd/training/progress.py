@@ -1,0 +1,63 @@
+"""What a run is to do, and how far it has come."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Plan", "Progress"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the loop itself needs of a recipe."""
+
+    stage: str
+    """Name of the training, for messages."""
+    digest: str
+    """Names the outcome: a checkpoint of another digest is not resumed."""
+    seed: int
+    epochs: int
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    save_steps: int | None = None
+    """Save every so many steps as well as after every epoch."""
+    eval_epochs: int = 1
+    """Evaluate after every so many epochs, and after the last."""
+    epoch_factor: float = 1.0
+    """What the recipe multiplied its epochs with; the losses' schedules are stretched likewise."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Goes into best.safetensors."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, `best` in the headline metric; saved with every checkpoint."""
+
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps done in this epoch."""
+    best: float = -1.0
+    best_epoch: int = 0
+    """Counted from 1, as in the metrics."""
+    rows: int = 0
+    """Metric rows written so far; later ones are cut at resume."""
+    epoch_s: float = 0.0
+    """Seconds spent on this epoch's steps."""
+    wait_s: float = 0.0
+    """Of these, seconds in which the loop waited for data."""
+
+    def next_epoch(self) -> None:
+        """One epoch done, its row written."""
+        self.epoch += 1
+        self.rows += 1
+        self.step = 0
+        self.epoch_s = self.wait_s = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint stood."""
+        for name, value in asdict(Progress(**state)).items():
+            setattr(self, name, value)

@@ -1,0 +1,62 @@
+"""What `build_trainer` is told: images and labels, how to train, where results go."""
+
+from dataclasses import dataclass, field
+
+from fastkd.augment.config import PickConfig
+from fastkd.augment.views import XPrime
+from fastkd.compute.compiling import CompileChoice
+from fastkd.data.batch import TrainLoader
+from fastkd.data.facts import Facts
+from fastkd.evaluation.evaluate import EvalLoader
+from fastkd.output.console import Console
+from fastkd.output.run_folder import RunFolder
+from fastkd.training.config import OptimConfig
+
+__all__ = ["Output", "TrainData", "TrainingSettings"]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What is trained and evaluated on, this rank's share."""
+
+    loader: TrainLoader
+    val_loader: EvalLoader
+    facts: Facts
+    images: int
+    """Training images of one epoch, all ranks together; decides whether compiling pays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How to train, besides what the loop's `Plan` says."""
+
+    optim: OptimConfig
+    """Milestones and warm-up are those of the run, in epochs."""
+    xprime: XPrime = "none"
+    """The second view of every batch."""
+    pick: PickConfig | None = None
+    """Choose x' from a pool of them."""
+    ema: float | None = None
+    """Decay of an average of the student, which is then what is evaluated and kept."""
+    sync_bn: bool = False
+    """Batch statistics over all ranks."""
+    max_skips: int = 10
+    """Consecutive bad steps before the run is given up."""
+    compile: CompileChoice = "auto"
+    """torch.compile; auto where the run is long enough to pay for it."""
+    fullgraph: bool = True
+    """False lets somebody else's network break the graph."""
+
+    @property
+    def pool(self) -> int:
+        """x' per image of the batch that are made."""
+        return self.pick.pool if self.pick else 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go."""
+
+    folder: RunFolder | None = None
+    """None writes nothing."""
+    console: Console = field(default_factory=lambda: Console(enabled=False))
