@@ -98,7 +98,7 @@ def _check_member(key: str, one: MemberConfig) -> None:
         given = "new_head" if one.new_head else "frozen"
         raise ValueError(
             f"{key}.{given} is for a teacher that is trained here ({key}.train=true); finished "
-            f"weights are imitated as they are: leave it away"
+            f"weights are imitated as they are: leave it out"
         )
     # What it learned from is what it sees.
     own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}
@@ -106,6 +106,6 @@ def _check_member(key: str, one: MemberConfig) -> None:
     if one.trains and given:
         raise ValueError(
             f"{key}.{given[0]} is for finished weights; a teacher that is trained here "
-            f"learns from this recipe's own images and classes: leave it away, or set "
+            f"learns from this recipe's own images and classes: leave it out, or set "
             f"{key}.weights"
         )

@@ -3,7 +3,7 @@
 Used by the report, by `fastkd models` and by whoever wants to compare a student with its teacher.
 One multiply-accumulate is one multiplication with its addition; biases, batch norm, activations,
 pooling and additions count nothing. The papers differ from that in ways of their own:
-`counting_rules`.
+`counting.rules`.
 """
 
 import weakref

@@ -45,7 +45,7 @@ STEM_NAME = re.compile(r".*stem.*|conv_?1")
 def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = None) -> nn.Module:
     """A copy of `model` in which cheap blocks stand for 3x3 convolutions.
 
-    block: name of the substitute (`models.block_grammar`): `G(4)`, `BG(2,M/8)`, ..
+    block: name of the substitute (`blocks.grammar`): `G(4)`, `BG(2,M/8)`, ..
     where: shell patterns of module paths; a module stands for all below it. None takes what is
         eligible: 3x3 convolutions that are not grouped and not in stem, shortcut or head. Patterns
         are taken at their word: every convolution they name is replaced unless it is 1x1.
@@ -54,7 +54,7 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
     as with `create_model(.., block=block)`. In other networks each convolution is replaced alone by
     one of the same stride, padding, dilation, bias, device and dtype, with the norm and activation
     of the layers around it inside. All other weights are those of `model`; new ones are drawn from
-    torch's generator (`models.blocks.init_convs`). `result.rewrite_report` says what changed, what
+    torch's generator (`init_convs`). `result.rewrite_report` says what changed, what
     was left and why; print it.
 
     Raises UserError where nothing can be replaced, where a pattern names nothing, and where groups

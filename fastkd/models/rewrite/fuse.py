@@ -1,11 +1,10 @@
 """`fuse`: batch norm folded into the convolutions in front of it, in a copy for evaluation.
 
-Called by users before deployment and by `fastkd.teachers.teacher`. Which batch norm reads nothing
-but which
-convolution is seen in a symbolic trace of the forward pass (torch.fx); the arithmetic is torch's
-own (`torch.nn.utils.fusion`). Unlike `torch.fx.experimental.optimization.fuse` the network keeps
-its class, its module names and its taps, batch norms that hold an activation fold too, and what
-cannot be traced as a whole is traced in parts.
+Called by users before deployment and by `fastkd.teachers.teacher`. A symbolic trace of the forward
+pass (torch.fx) shows which batch norm reads one convolution and nothing else; the arithmetic is
+torch's own (`torch.nn.utils.fusion`). Unlike `torch.fx.experimental.optimization.fuse` the network
+keeps its class, its module names and its taps, batch norms that hold an activation fold too, and
+what cannot be traced as a whole is traced in parts.
 """
 
 from collections import Counter, OrderedDict

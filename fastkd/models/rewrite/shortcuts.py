@@ -2,7 +2,7 @@
 
 Three ways. All shortcuts go (the non-residual networks of Demystification, Jha et al. 2020, arXiv
 2006.16589; AlignKD's plain CNNs). Or projections stay and only identities go (JointRD's released
-code). Or the function stays exactly as it is and the network grows (`models.rewrite_exact`).
+code). Or the function stays exactly as it is and the network grows (`rewrite.exact`).
 Called by users and by `create_model(shortcuts=..)` for networks without that option of their own.
 """
 
@@ -45,21 +45,19 @@ LAYOUTS = {
     ),
     "timm.models.resnet.Bottleneck": _Layout(
         "downsample",
-        tuple(
-            [
-                "conv1",
-                "bn1",
-                "act1",
-                "conv2",
-                "bn2",
-                "drop_block",
-                "act2",
-                "aa",
-                "conv3",
-                "bn3",
-                "se",
-                "act3",
-            ]
+        (
+            "conv1",
+            "bn1",
+            "act1",
+            "conv2",
+            "bn2",
+            "drop_block",
+            "act2",
+            "aa",
+            "conv3",
+            "bn3",
+            "se",
+            "act3",
         ),
     ),
     "timm.models.regnet.Bottleneck": _Layout(

@@ -66,7 +66,7 @@ _norm = partial(nn.BatchNorm2d, eps=1e-3)
 def build(name: str, num_classes: int, *, block: str = "S") -> "ERFNet":
     """Network by zoo name; Cityscapes has `num_classes=20`: 19 and the ignored one.
 
-    block: what stands for each pair of convolutions (`models.block_grammar`); S is the pair itself.
+    block: what stands for each pair of convolutions (`blocks.grammar`); S is the pair itself.
     """
     return ERFNet(num_classes, block)
 

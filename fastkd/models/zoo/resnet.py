@@ -53,8 +53,8 @@ def build(
     """Network by zoo name.
 
     width: factor on every channel count (resnet8, 0.25: 4, 4, 8, 16).
-    block: what stands for the 3x3 convolutions of the residual blocks (`models.block_grammar`).
-    shortcuts: see `models.blocks.Shortcuts`.
+    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    shortcuts: see `blocks.layers.Shortcuts`.
     """
     depth, _, factor = name.removeprefix("resnet").partition("x")
     base = (32, 64, 128, 256) if factor else (16, 16, 32, 64)

@@ -66,8 +66,8 @@ def build(
 
     stem: `cifar`, `imagenet` or `imagenet-nopool`, see the head of this file.
     width: factor on the channels of stages 2, 3 and 4; the stem and stage 1 keep 64.
-    block: what stands for the 3x3 convolutions of the residual blocks (`models.block_grammar`).
-    shortcuts: see `models.blocks.Shortcuts`; by default True for resnetN and False for plainN,
+    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    shortcuts: see `blocks.layers.Shortcuts`; by default True for resnetN and False for plainN,
         which takes "projection" too.
     """
     if stem not in STEMS:

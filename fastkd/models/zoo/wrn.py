@@ -61,8 +61,8 @@ def build(
 ) -> "WideResNet":
     """Network by zoo name, any `wrn_D_W` with D = 6n + 4 and W >= 1.
 
-    block: what stands for the 3x3 convolutions of the residual blocks (`models.block_grammar`).
-    shortcuts: see `models.blocks.Shortcuts`. dropout: probability inside the residual blocks.
+    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    shortcuts: see `blocks.layers.Shortcuts`. dropout: probability inside the residual blocks.
     """
     match = PATTERN.fullmatch(name)
     assert match is not None
