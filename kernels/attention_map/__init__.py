@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from fastkd.kernels._library import Impl, choose_for
-from fastkd.kernels.attention_map.autograd import Energy, Loss
+from fastkd.kernels.attention_map.op import Energy, Loss
 from fastkd.kernels.attention_map.reference import attention_map_reference, loss_of_maps
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from fastkd.kernels._library import STORAGE, entry_point
-from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
+from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from torch import Tensor
 
 __all__ = ["energy", "energy_grad", "loss"]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 from fastkd.kernels.attention_map.gpu_kernels import forward_kernel, gradient_kernel
-from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
+from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from fastkd.kernels.gpu_kernels import launch
 from torch import Tensor
 

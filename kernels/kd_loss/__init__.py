@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from fastkd.kernels._library import Impl, choose_for
-from fastkd.kernels.kd_loss.autograd import Mean, MeanTraced, Rows
 from fastkd.kernels.kd_loss.inputs import Inputs, prepare, rows_that_count
+from fastkd.kernels.kd_loss.op import Mean, MeanTraced, Rows
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
 
