@@ -12,6 +12,7 @@ A test that takes `place` makes its tensors there and lets the dispatcher choose
 import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -26,8 +27,23 @@ LAUNCHED_ON = os.environ.get("FASTKD_TEST_DEVICE")
 ON_TRITON = INTERPRETED or LAUNCHED_ON is not None
 HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not ON_TRITON
 
+
+def interpret_scalars_as_indices() -> None:
+    """Let `range` take scalars: NumPy 2.4 refuses the arrays of size 1 that Triton 3.6 hands it."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if INTERPRETED:
     interpret_fma_as_fused()
+    if version("triton").startswith("3.6."):
+        interpret_scalars_as_indices()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
