@@ -13,30 +13,28 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "IMPLS",
     "LIBRARY",
     "STORAGE",
     "Core",
     "Impl",
+    "attach",
     "choose",
     "choose_for",
     "core",
-    "deferred",
     "entry_point",
     "is_plain_cpu",
-    "register",
     "status",
     "triton_reason",
 ]
 
 Impl = Literal["reference", "cpp", "triton"]
-IMPLS: tuple[str, ...] = ("reference", "cpp", "triton")
+_IMPLS: tuple[str, ...] = get_args(Impl)
 
 LIBRARY = torch.library.Library("fastkd", "DEF")
 
@@ -138,17 +136,50 @@ def triton_reason() -> str | None:
 _OPS: dict[str, dict[str, Impl]] = {}
 
 
-def register(op: str, backends: Mapping[str, Impl]) -> None:
-    """Notes which implementation serves which device type ("cpu", "cuda") of an op."""
-    _OPS[op] = dict(backends)
+def attach(
+    op: str,
+    folder: str,
+    operators: Mapping[str, str],
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> None:
+    """Attach the functions of a folder's cpu.py and gpu.py to operators of the torch library.
+
+    Args:
+        op: the name in `status()`, under which is noted which device types are served.
+        folder: where the functions are, below `fastkd.kernels`.
+        operators: name of a function, the same in both modules, to the operator it implements.
+        adapt: makes of each function what takes the operator's flat arguments; None: it does.
+    """
+    backends: dict[str, Impl] = {}
+    adapt = adapt or (lambda function: function)
+    if isinstance(core(), Core):
+        module = importlib.import_module(f"{__package__}.{folder}.cpu")
+        for function, operator in operators.items():
+            LIBRARY.impl(operator, adapt(getattr(module, function)), "CPU")
+        backends["cpu"] = "cpp"
+    if triton_reason() is None:
+        for function, operator in operators.items():
+            launcher = _deferred(f"{__package__}.{folder}.gpu", function)
+            LIBRARY.impl(operator, adapt(launcher), "CUDA")
+        backends["cuda"] = "triton"
+    _OPS[op] = backends
+
+
+def _deferred(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call, as it imports Triton."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
 
 
 def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
     """The implementation that runs `op` on a device type, or the one that was asked for."""
     if impl is None:
         return _OPS[op].get(device_type, "reference")
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(IMPLS)} or None")
+    if impl not in _IMPLS:
+        raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(_IMPLS)} or None")
     if impl == "cpp" and (device_type != "cpu" or isinstance(core(), str)):
         found = core()
         why = (
@@ -190,15 +221,6 @@ def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
         if type(x) is not Tensor or not x.is_cpu or x.is_neg() or x._is_zerotensor():
             return False
     return True
-
-
-def deferred(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported at the first call, as Triton's are."""
-
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
-
-    return call
 
 
 def status() -> dict[str, dict[str, str]]:

@@ -8,20 +8,20 @@ import struct
 
 import torch
 from fastkd.kernels._library import STORAGE, entry_point
+from fastkd.kernels.hardness.inputs import KINDS
 from torch import Tensor
 
 __all__ = ["hardness", "select_hardest"]
 
 _HARDNESS_ARGS = struct.Struct("4Q8qd")
 _SELECT_ARGS = struct.Struct("3Q3q")
-_CRITERIA = {"kl": 0, "entropy": 1, "cross_entropy": 2, "margin": 3}
 
 
 def hardness(
     logits: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    criterion: str,
+    kind: str,
     temperature: float,
     isa: str | None = None,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def hardness(
     arguments = _HARDNESS_ARGS.pack(
         logits.data_ptr(), second[0], 0 if labels is None else labels.data_ptr(), scores.data_ptr(),
         rows, classes, logits.stride(0), second[1], storage, second[2],
-        _CRITERIA[criterion], torch.get_num_threads(), temperature,
+        KINDS.index(kind), torch.get_num_threads(), temperature,
     )  # fmt: skip
     if entry_point("hardness", isa)(arguments) < 0:
         raise MemoryError(f"hardness: no memory for the scratch of rows of {classes} classes")

@@ -9,7 +9,8 @@ import math
 import torch
 import triton
 from fastkd.kernels.gpu_kernels import launch
-from fastkd.kernels.hardness.gpu_kernels import CRITERIA, rank_kernel, score_kernel
+from fastkd.kernels.hardness.gpu_kernels import rank_kernel, score_kernel
+from fastkd.kernels.hardness.inputs import KINDS
 from fastkd.kernels.hardness.reference import select_hardest_reference
 from fastkd.kernels.kd_loss.gpu import plan
 from torch import Tensor
@@ -26,7 +27,7 @@ def hardness(
     logits: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    criterion: str,
+    kind: str,
     temperature: float,
 ) -> Tensor:
     """Scores [N] of logits [N, C]."""
@@ -41,7 +42,7 @@ def hardness(
         score_kernel, (triton.cdiv(rows, p.block_r),),
         logits, second, logits if labels is None else labels.contiguous(), scores,
         rows, *logits.stride(), *second.stride(), temperature,
-        CRITERION=CRITERIA[criterion], CLASSES=classes,
+        KIND=KINDS.index(kind), CLASSES=classes,
         ALIGN=math.gcd(16, logits.stride(0), second.stride(0)), ONE_TILE=classes <= p.block_c,
         BLOCK_R=p.block_r, BLOCK_C=p.block_c, num_warps=p.warps,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastkd.kernels._library import LIBRARY, Core, Impl, core, deferred, register, triton_reason
+from fastkd.kernels._library import LIBRARY, attach
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
 
@@ -256,19 +256,4 @@ def _mean_fake(student, teachers, labels, weights, mask, *numbers):
     return loss, divisor, grad, _stats_fake(student, teachers, numbers[3])
 
 
-def _register() -> None:
-    backends: dict[str, Impl] = {}
-    if isinstance(core(), Core):
-        from fastkd.kernels.kd_loss import cpu
-
-        for op, function in (("", cpu.rows), ("_grad", cpu.grad), ("_mean", cpu.mean)):
-            LIBRARY.impl(f"_kd_loss{op}", function, "CPU")
-        backends["cpu"] = "cpp"
-    if triton_reason() is None:
-        for op, name in (("", "rows"), ("_grad", "grad"), ("_mean", "mean")):
-            LIBRARY.impl(f"_kd_loss{op}", deferred("fastkd.kernels.kd_loss.gpu", name), "CUDA")
-        backends["cuda"] = "triton"
-    register("kd_loss", backends)
-
-
-_register()
+attach("kd_loss", "kd_loss", {"rows": "_kd_loss", "grad": "_kd_loss_grad", "mean": "_kd_loss_mean"})

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from fastkd.kernels.hardness.gpu import MAX_POOL, RANK_TILE
-from fastkd.kernels.hardness.gpu_kernels import CRITERIA, rank_kernel, score_kernel
+from fastkd.kernels.hardness.gpu_kernels import rank_kernel, score_kernel
+from fastkd.kernels.hardness.inputs import KINDS
 from fastkd.kernels.kd_loss.gpu import plan
 from triton_offline import Launch
 
@@ -27,7 +28,7 @@ def launches() -> Iterator[Launch]:
     for criterion, rows, classes, storage in CASES:
         p = plan(rows, classes, 1)
         constants = {
-            "CRITERION": CRITERIA[criterion], "CLASSES": classes, "s_c": 1, "t_c": 1,
+            "KIND": KINDS.index(criterion), "CLASSES": classes, "s_c": 1, "t_c": 1,
             "ALIGN": min(16, classes & -classes), "ONE_TILE": classes <= p.block_c,
             "BLOCK_R": p.block_r, "BLOCK_C": p.block_c,
         }  # fmt: skip
