@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import re
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor
 __all__ = [
     "LIBRARY",
     "STORAGE",
+    "Arguments",
     "Core",
     "Impl",
+    "address",
     "attach",
     "choose",
     "choose_for",
@@ -38,8 +41,14 @@ _IMPLS: tuple[str, ...] = get_args(Impl)
 
 LIBRARY = torch.library.Library("fastkd", "DEF")
 
-# How the C++ core is told what a tensor's elements are: `Storage` in csrc/softmax.h.
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# How the C++ core is told what a tensor's elements are: `Storage` in csrc/storage.h.
+STORAGE = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+}
 
 _CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
 
@@ -97,15 +106,63 @@ def _built_from_these_sources(library: ctypes.CDLL) -> bool:
     return library_digest().decode() == hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+class Arguments:
+    """The packed argument of a C function: the fields of its struct by name, in its order.
+
+    A field is 8 bytes wide, "Q" (a pointer), "q" (an integer) or "d" (a double), or several of them
+    in a row ("4Q"), so that there is no padding.
+    """
+
+    def __init__(self, **fields: str) -> None:
+        self._names = tuple(fields)
+        self._struct = struct.Struct("".join(fields.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        """The size that the struct must have."""
+        return self._struct.size
+
+    def pack(self, **values: Any) -> bytes:
+        """All fields, in their order; several in a row are given as a list."""
+        if tuple(values) != self._names:
+            raise TypeError(
+                f"got the fields {', '.join(values)}; expected {', '.join(self._names)}"
+            )
+        flat: list[Any] = []
+        for value in values.values():
+            if type(value) is list:
+                flat += value
+            else:
+                flat.append(value)
+        return self._struct.pack(*flat)
+
+
+def address(x: Tensor | None) -> int:
+    """Where the elements of a tensor begin; 0, a null pointer, for None."""
+    return 0 if x is None else x.data_ptr()
+
+
 @functools.cache
-def entry_point(op: str, isa: str | None = None) -> Callable[[bytes], int]:
-    """The C function of an op, which takes packed bytes; `isa` picks a clone, not the widest."""
+def entry_point(op: str, arguments: Arguments, isa: str | None = None) -> Callable[[bytes], int]:
+    """The C function `op`, which takes packed `arguments`; `isa` picks a clone, not the widest.
+
+    Raises:
+        RuntimeError: no C++ core, or one whose struct has another size than the arguments.
+    """
     found = core()
     if not isinstance(found, Core):
         raise RuntimeError(found)
-    function = found.library[f"fastkd_{op}_{isa or found.isas[0]}"]
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int64
+    isa = isa or found.isas[0]
+    num_bytes = found.library[f"fastkd_{op}_bytes_{isa}"]
+    num_bytes.argtypes, num_bytes.restype = [], ctypes.c_int64
+    if num_bytes() != arguments.num_bytes:
+        raise RuntimeError(
+            f"{op}: the C++ core takes {num_bytes()} bytes of arguments and Python packs "
+            f"{arguments.num_bytes}; expected the same fields in the struct of the op's C++ and in "
+            "its cpu.py"
+        )
+    function = found.library[f"fastkd_{op}_{isa}"]
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
     return function
 
 

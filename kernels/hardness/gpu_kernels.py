@@ -21,18 +21,29 @@ KL, ENTROPY, CROSS_ENTROPY, MARGIN = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def score_kernel(
-    s_ptr, t_ptr, y_ptr, score_ptr,
-    num_rows, s_n, s_c, t_n, t_c, temperature,
-    KIND: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr, ONE_TILE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    s_ptr,  # [rows, CLASSES] logits
+    t_ptr,  # the same of the teacher; KL only, else None
+    y_ptr,  # [rows] int64; CROSS_ENTROPY and MARGIN only, else None
+    score_ptr,  # [rows] fp32
+    num_rows,
+    s_strides,  # (row, class)
+    t_strides,
+    temperature,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The score of each row by one criterion."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < num_rows
     o_c = tl.arange(0, BLOCK_C)
     # A stride like 1000 hides that rows start at multiples of ALIGN, which wide loads need to know.
-    o_s = tl.multiple_of(o_r.to(tl.int64) * s_n, ALIGN)
-    o_t = tl.multiple_of(o_r.to(tl.int64) * t_n, ALIGN)
+    o_s = tl.multiple_of(o_r.to(tl.int64) * s_strides[0], ALIGN)
+    o_t = tl.multiple_of(o_r.to(tl.int64) * t_strides[0], ALIGN)
+    s_c, t_c = s_strides[1], t_strides[1]
     c_t = LOG2E / temperature if KIND == KL else LOG2E
 
     y = tl.zeros([BLOCK_R], tl.int64)
@@ -128,10 +139,14 @@ def _keys(score_ptr, o, num_rows):
 
 @triton.jit
 def rank_kernel(
-    score_ptr, index_ptr, num_nan_ptr,
-    num_rows, k,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    score_ptr,  # [rows]
+    index_ptr,  # [k] int64
+    num_nan_ptr,  # int64
+    num_rows,
+    k,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """index[place of score r] = r for the first k places; the number of NaN scores."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     key_r, _ = _keys(score_ptr, o_r, num_rows)

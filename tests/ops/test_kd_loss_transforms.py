@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fastkd.kernels import kd_loss, kd_loss_mean, status
+from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor, nn
 
 from fastkd.losses import KDLoss
@@ -29,9 +30,9 @@ def test_opcheck(shape, place: str) -> None:
     rows = (shape[0], *shape[2:])
     labels = torch.zeros(rows, dtype=torch.long, device=place)
     weights, upstream = torch.rand(2, *rows, device=place)
-    common = (student, [teacher], labels, weights, None, 4.0, 0.1, -100, 1)
+    common = Inputs(student, [teacher], labels, 4.0, 0.1, -100, 1, weights, None)
     ops = torch.ops.fastkd
-    torch.library.opcheck(ops._kd_loss.default, common)
+    torch.library.opcheck(ops._kd_loss.default, tuple(common))
     *_, stats = ops._kd_loss(*common)
     torch.library.opcheck(
         ops._kd_loss_grad.default, (*common, upstream, None, None, stats, 1.0, 1.0)
