@@ -13,13 +13,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,52 +37,83 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MAX_SPILLED = 4096
 # An H200, measured: a copy, read plus written; its datasheet: fp32 instructions of all lanes.
 COPY_BYTES_PER_S, VECTOR_OPS_PER_S = 4.3e12, 33e12
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+TILE_NAMES = ("BLOCK_R", "BLOCK_S", "BLOCK_T", "BLOCK_C", "BLOCK_P", "BLOCK_X", "GROUPS", "VEC")
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as a launch of one case would specialise it."""
+    """A launch of one case, as gpu.py makes it."""
 
     kernel: Any
     case: str
-    warps: int
-    constants: Mapping[str, Any]
-    """Compile-time constants, the tile among them, and arguments that are 1."""
-    types: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """Arguments that are not fp32 pointers (`*_ptr`) or i32 numbers."""
-    multiples_of_16: Collection[str] = ()
-    """Numbers known to be; pointers are."""
+    arguments: Mapping[str, Any]
+    """Those of the kernel; tensors need no memory."""
+    options: Mapping[str, Any]
+    """Of the compiler, `num_warps` among them."""
+    moved_bytes: int
+    """What the launch has to read and write at least, each element once."""
+    operations: int
+    """fp32 operations of the formula, an exponential counted as one, without addressing."""
     wide_loads: bool = True
     """Whether 128-bit loads are expected."""
-    tile: tuple[str, ...] = ()
-    """The constants that are the tile; by default those called BLOCK_*."""
-    fp_fusion: bool = True
-    moved_bytes: int = 0
-    """What the launch has to read and write at least, each element once."""
-    operations: int = 0
-    """fp32 operations of the formula, an exponential counted as one, without addressing."""
 
     def floor_us(self) -> float:
         """No H200 can be faster, the launch itself not counted."""
         by_bytes = self.moved_bytes / COPY_BYTES_PER_S
         return 1e6 * max(by_bytes, self.operations / VECTOR_OPS_PER_S)
 
+    def tile(self) -> str:
+        """The block sizes."""
+        return "x".join(str(self.arguments[name]) for name in TILE_NAMES if name in self.arguments)
+
     def source(self) -> ASTSource:
-        """Signature, compile-time constants and attributes for the compiler."""
+        """Signature, compile-time constants and attributes, as a launch specialises them."""
         signature, constants, attributes = {}, {}, {}
-        for place, name in enumerate(self.kernel.arg_names):
-            pointer = name.endswith("_ptr")
-            if name in self.constants or name.isupper():
-                signature[name] = "constexpr"
-                constants[(place,)] = self.constants[name]
-                continue
-            signature[name] = self.types.get(name, "*fp32" if pointer else "i32")
-            if pointer or name in self.multiples_of_16:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+        for place, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[(place,)] = value
+            else:
+                signature[parameter.name] = specialised((place,), value, constants, attributes)
         return ASTSource(
             fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
         )
+
+
+def specialised(path: tuple[int, ...], value: Any, constants: dict, attributes: dict) -> Any:
+    """The type of an argument; None and 1 are constants, addresses are multiples of 16."""
+    if isinstance(value, tuple):
+        return tuple(
+            specialised((*path, i), part, constants, attributes) for i, part in enumerate(value)
+        )
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+
+
+def recorded(gpu: Any, call: Callable[[], Any]) -> Iterator[tuple[Any, dict, dict]]:
+    """The kernels that `call` launches by the module `gpu`: (kernel, arguments, options)."""
+    made: list[tuple[Any, dict]] = []
+    with patch.object(gpu, "launch", lambda kernel, _, on, **rest: made.append((kernel, rest))):
+        call()
+    for kernel, rest in made:
+        options = {"enable_fp_fusion": True}
+        options |= {name: rest[name] for name in rest if name not in kernel.arg_names}
+        yield kernel, {name: rest[name] for name in kernel.arg_names}, options
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -89,8 +123,8 @@ def tool(name: str, *arguments: str) -> str:
 
 def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
     """Registers, spills, shared memory and instruction mix of one kernel on one chip."""
-    options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fp_fusion}
-    built = triton.compile(launch.source(), target=GPUTarget("cuda", chip, 32), options=options)
+    target = GPUTarget("cuda", chip, 32)
+    built = triton.compile(launch.source(), target=target, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -102,13 +136,12 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         [width(op) for op in lines if op.startswith(names)]
         for names in (("LDG", "LD.E"), ("STG", "ST.E"))
     )
-    tile = launch.tile or [name for name in launch.constants if name.startswith("BLOCK_")]
     return {
         "kernel": launch.kernel.fn.__name__,
         "case": launch.case,
         "chip": f"sm_{chip}",
-        "tile": "x".join(str(launch.constants[name]) for name in tile),
-        "warps": launch.warps,
+        "tile": launch.tile(),
+        "warps": launch.options["num_warps"],
         "registers": count["REG"],
         "spilled": count["STACK"] + count["LOCAL"],
         "shared": built.metadata.shared,
