@@ -25,7 +25,6 @@ __all__ = [
     "Arguments",
     "Core",
     "Impl",
-    "address",
     "attach",
     "choose",
     "choose_for",
@@ -109,37 +108,27 @@ def _built_from_these_sources(library: ctypes.CDLL) -> bool:
 class Arguments:
     """The packed argument of a C function: the fields of its struct by name, in its order.
 
-    A field is 8 bytes wide, "Q" (a pointer), "q" (an integer) or "d" (a double), or several of them
-    in a row ("4Q"), so that there is no padding.
+    A field is 8 bytes wide, or several of those in a row ("4q"), so that there is no padding:
+    "P" is a pointer given as a tensor, or None for null; "Q" one given as an address; "q" an
+    integer; "d" a double.
     """
 
+    pack: Callable[..., bytes]
+    """Takes every field by its name; several in a row are given as a sequence."""
+
     def __init__(self, **fields: str) -> None:
-        self._names = tuple(fields)
-        self._struct = struct.Struct("".join(fields.values()))
-
-    @property
-    def num_bytes(self) -> int:
+        layout = struct.Struct("".join(fields.values()))
+        self.num_bytes = layout.size
         """The size that the struct must have."""
-        return self._struct.size
-
-    def pack(self, **values: Any) -> bytes:
-        """All fields, in their order; several in a row are given as a list."""
-        if tuple(values) != self._names:
-            raise TypeError(
-                f"got the fields {', '.join(values)}; expected {', '.join(self._names)}"
-            )
-        flat: list[Any] = []
-        for value in values.values():
-            if type(value) is list:
-                flat += value
+        values = []
+        for name, kind in fields.items():
+            if kind == "P":
+                values.append(f"0 if {name} is None else {name}.data_ptr()")
             else:
-                flat.append(value)
-        return self._struct.pack(*flat)
-
-
-def address(x: Tensor | None) -> int:
-    """Where the elements of a tensor begin; 0, a null pointer, for None."""
-    return 0 if x is None else x.data_ptr()
+                values.append(f"*{name}" if len(kind) > 1 else name)
+        # Written out, as dataclasses do: a loop over names takes as long as a small kernel.
+        code = f"lambda *, {', '.join(fields)}: pack({', '.join(values)})"
+        self.pack = eval(code, {"pack": layout.pack})
 
 
 @functools.cache

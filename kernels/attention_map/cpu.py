@@ -8,16 +8,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-from fastkd.kernels._library import STORAGE, Arguments, address, entry_point
+from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from torch import Tensor
 
 __all__ = ["energy", "energy_grad", "loss"]
 
 _FEATURES = Arguments(
-    features="Q",
-    coefficients="Q",
-    out="Q",
+    features="P",
+    coefficients="P",
+    out="P",
     samples="q",
     channels="q",
     height="q",
@@ -32,11 +32,11 @@ _FEATURES = Arguments(
     scale="d",
 )
 _MAPS = Arguments(
-    student="Q",
-    teacher="Q",
-    coefficients="Q",
-    rows="Q",
-    loss="Q",
+    student="P",
+    teacher="P",
+    coefficients="P",
+    rows="P",
+    loss="P",
     samples="q",
     pixels="q",
     wide="q",
@@ -103,11 +103,11 @@ def loss(
     coefficients_NP, value = torch.empty_like(student_NP), student_NP.new_empty(())
     rows_N = student_NP.new_empty(student_NP.shape[0], dtype=torch.float64)
     packed = _MAPS.pack(
-        student=student_NP.data_ptr(),
-        teacher=teacher_NP.data_ptr(),
-        coefficients=coefficients_NP.data_ptr(),
-        rows=rows_N.data_ptr(),
-        loss=value.data_ptr(),
+        student=student_NP,
+        teacher=teacher_NP,
+        coefficients=coefficients_NP,
+        rows=rows_N,
+        loss=value,
         samples=student_NP.shape[0],
         pixels=student_NP.shape[1],
         wide=student_NP.dtype == torch.float64,
@@ -139,9 +139,9 @@ def _walk(
         # Without pooling the map is one long row.
         height, width = 1, height * width
     packed = _FEATURES.pack(
-        features=features_NCHW.data_ptr(),
-        coefficients=address(coefficients_NP),
-        out=out.data_ptr(),
+        features=features_NCHW,
+        coefficients=coefficients_NP,
+        out=out,
         samples=num,
         channels=channels,
         height=height // window[0],

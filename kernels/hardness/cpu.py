@@ -5,19 +5,19 @@ and `SelectArgs` in cpu.cpp.
 """
 
 import torch
-from fastkd.kernels._library import STORAGE, Arguments, address, entry_point
+from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.hardness.inputs import KINDS
 from torch import Tensor
 
 __all__ = ["hardness", "select_hardest"]
 
 _HARDNESS = Arguments(
-    logits="Q",
-    teacher="Q",
-    labels="Q",
+    logits="P",
+    teacher="P",
+    labels="P",
     kind="q",
     temperature="d",
-    scores="Q",
+    scores="P",
     rows="q",
     classes="q",
     stride="q",
@@ -26,7 +26,7 @@ _HARDNESS = Arguments(
     teacher_type="q",
     threads="q",
 )
-_SELECT = Arguments(scores="Q", index="Q", num_nan="Q", rows="q", k="q", wide="q")
+_SELECT = Arguments(scores="P", index="P", num_nan="P", rows="q", k="q", wide="q")
 
 
 def hardness(
@@ -48,12 +48,12 @@ def hardness(
     double = torch.float64 in (logits.dtype, teacher_dtype)
     scores = torch.empty(rows, dtype=torch.float64 if double else torch.float32)
     arguments = _HARDNESS.pack(
-        logits=logits.data_ptr(),
-        teacher=address(teacher),
-        labels=address(labels),
+        logits=logits,
+        teacher=teacher,
+        labels=labels,
         kind=KINDS.index(kind),
         temperature=temperature,
-        scores=scores.data_ptr(),
+        scores=scores,
         rows=rows,
         classes=classes,
         stride=logits.stride(0),
@@ -73,9 +73,9 @@ def select_hardest(scores: Tensor, k: int, isa: str | None = None) -> tuple[Tens
     scores = (scores if wide else scores.float()).contiguous()
     index, num_nan = torch.empty(k, dtype=torch.int64), torch.empty((), dtype=torch.int64)
     arguments = _SELECT.pack(
-        scores=scores.data_ptr(),
-        index=index.data_ptr(),
-        num_nan=num_nan.data_ptr(),
+        scores=scores,
+        index=index,
+        num_nan=num_nan,
         rows=scores.numel(),
         k=k,
         wide=wide,

@@ -98,10 +98,11 @@ def _check_logits(student: Tensor, teachers: list[Tensor]) -> None:
             f"kd_loss: got {len(teachers)} teachers; expected at most {MAX_TEACHERS}. "
             "Average the rest in probability yourself and pass log-probabilities as one teacher"
         )
-    for name, x in (("student", student), *(("teacher", t) for t in teachers)):
-        if not x.is_floating_point():
-            raise ValueError(f"kd_loss: {name} logits are {x.dtype}; expected floating point")
+    if not student.is_floating_point():
+        raise ValueError(f"kd_loss: student logits are {student.dtype}; expected floating point")
     for t in teachers:
+        if not t.is_floating_point():
+            raise ValueError(f"kd_loss: teacher logits are {t.dtype}; expected floating point")
         if t.shape != student.shape:
             raise ValueError(
                 f"kd_loss: student logits are {_shape(student)} but teacher logits are "
@@ -159,19 +160,19 @@ def _per_row(name: str, x: Tensor | None, rows: torch.Size) -> Tensor | None:
 
 
 def _check_devices(inputs: Inputs) -> None:
-    student = inputs.student
-    rest = (
-        *(("teacher logits are", t) for t in inputs.teachers),
-        ("labels are", inputs.labels),
-        ("weights are", inputs.weights),
-        ("mask is", inputs.mask),
-    )
-    for name, x in rest:
-        if x is not None and x.device != student.device:
-            raise ValueError(
-                f"kd_loss: {name} on {x.device} but student logits are on {student.device}; "
-                "move them there"
-            )
+    for t in inputs.teachers:
+        _check_device("teacher logits are", t, inputs.student)
+    _check_device("labels are", inputs.labels, inputs.student)
+    _check_device("weights are", inputs.weights, inputs.student)
+    _check_device("mask is", inputs.mask, inputs.student)
+
+
+def _check_device(name: str, x: Tensor | None, student: Tensor) -> None:
+    if x is not None and x.device != student.device:
+        raise ValueError(
+            f"kd_loss: {name} on {x.device} but student logits are on {student.device}; "
+            "move them there"
+        )
 
 
 def check_values(inputs: Inputs) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fastkd.kernels._library import LIBRARY, attach
+from fastkd.kernels._library import LIBRARY, attach, is_plain_cpu
+from fastkd.kernels.kd_loss import cpu
 from fastkd.kernels.kd_loss.inputs import Inputs
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
@@ -64,13 +65,21 @@ def takes_fields(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _operator(name: str, triton: bool) -> Callable[..., Any]:
-    """The op, or on CPU tensors with impl="triton" the kernel launcher itself (the interpreter)."""
+def _run(name: str, triton: bool, inputs: Inputs, *rest: Any) -> Any:
+    """Call the op, or the function behind it where the dispatcher has nothing to add.
+
+    That is in plain eager mode on a CPU, where two crossings of the dispatcher take about as long
+    as a small batch, and with impl="triton", where CPU tensors are for the interpreter.
+    """
     if triton:
         from fastkd.kernels.kd_loss import gpu
 
-        return takes_fields(getattr(gpu, name))
-    return getattr(torch.ops.fastkd, _OPERATORS[name]).default
+        return getattr(gpu, name)(inputs, *rest)
+    student, teachers, labels, *_, weights, mask = inputs
+    values = (student, *teachers, labels, weights, mask, *rest)
+    if is_plain_cpu([x for x in values if isinstance(x, Tensor)]):
+        return getattr(cpu, name)(inputs, *rest)
+    return getattr(torch.ops.fastkd, _OPERATORS[name]).default(*inputs, *rest)
 
 
 class Rows(torch.autograd.Function):
@@ -82,7 +91,7 @@ class Rows(torch.autograd.Function):
         inputs = unflatten(values)
         ctx.triton = triton
         ctx.set_materialize_grads(False)
-        kd, ce, agree, stats = _operator("rows", triton)(*inputs)
+        kd, ce, agree, stats = _run("rows", triton, inputs)
         _save(ctx, inputs, stats)
         ctx.mark_non_differentiable(agree)
         return kd, ce, agree
@@ -90,14 +99,13 @@ class Rows(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, (stats,) = _saved(ctx)
+        inputs, (stats,) = _saved(ctx, ctx.saved_tensors)
         grad = None
         if _is_recorded():
             grad = _reference_gradient(inputs, upstream[0], upstream[1])
         elif upstream[0] is not None or upstream[1] is not None:
-            grad = _operator("grad", ctx.triton)(
-                *inputs, upstream[0], upstream[1], None, stats, 1.0, 1.0
-            )
+            rest = (upstream[0], upstream[1], None, stats, 1.0, 1.0)
+            grad = _run("grad", ctx.triton, inputs, *rest)
         return (None, *_for_student(grad, len(inputs.teachers)))
 
 
@@ -119,7 +127,7 @@ class Mean(torch.autograd.Function):
         ctx.triton, ctx.scales = triton, (kd_weight, ce_weight)
         ctx.num_teachers = len(inputs.teachers)
         early = inputs.student.requires_grad and _is_early(inputs.student, triton)
-        loss, divisor, grad, stats = _operator("mean", triton)(*inputs, *ctx.scales, early)
+        loss, divisor, grad, stats = _run("mean", triton, inputs, *ctx.scales, early)
         ctx.saves_grad = early and torch.compiler.is_compiling()
         ctx.own_grad = None
         if ctx.saves_grad:
@@ -133,20 +141,19 @@ class Mean(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
         if ctx.saves_grad:
-            (made,) = ctx.saved_tensors
-            grad = made * upstream.to(made.dtype)
+            grad = tensors[0] * upstream.to(tensors[0].dtype)
+        elif _is_recorded():
+            inputs, (divisor, _) = _saved(ctx, tensors)
+            up_kd, up_ce = (upstream * scale / divisor for scale in ctx.scales)
+            grad = _reference_gradient(inputs, up_kd, up_ce)
         else:
-            inputs, (divisor, stats) = _saved(ctx)
-            if _is_recorded():
-                up_kd, up_ce = (upstream * scale / divisor for scale in ctx.scales)
-                grad = _reference_gradient(inputs, up_kd, up_ce)
-            else:
-                grad = _from_own_gradient(ctx, upstream)
-                if grad is None:
-                    grad = _operator("grad", ctx.triton)(
-                        *inputs, upstream, upstream, divisor, stats, *ctx.scales
-                    )
+            grad = _from_own_gradient(ctx, upstream)
+            if grad is None:
+                inputs, (divisor, stats) = _saved(ctx, tensors)
+                rest = (upstream, upstream, divisor, stats, *ctx.scales)
+                grad = _run("grad", ctx.triton, inputs, *rest)
         return (None, None, None, *_for_student(grad, ctx.num_teachers))
 
 
@@ -181,9 +188,8 @@ def _save(ctx: Any, inputs: Inputs, *made: Tensor) -> None:
     )
 
 
-def _saved(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
-    """What `_save` kept."""
-    tensors = ctx.saved_tensors
+def _saved(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Inputs, Sequence[Tensor]]:
+    """What `_save` kept, from the saved tensors."""
     student, labels, weights, mask, *teachers = tensors[ctx.num_made :]
     inputs = Inputs(student, teachers, labels, *ctx.numbers, weights, mask)
     return inputs, tensors[: ctx.num_made]

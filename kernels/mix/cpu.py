@@ -7,21 +7,21 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from fastkd.kernels._library import STORAGE, Arguments, address, entry_point
+from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.mix.inputs import dense
 from torch import Tensor
 
 __all__ = ["mixed"]
 
 _ARGUMENTS = Arguments(
-    images="Q",
-    partners="Q",
-    index="Q",
-    boxes="Q",
-    lam="Q",
+    images="P",
+    partners="P",
+    index="P",
+    boxes="P",
+    lam="P",
     mean="Q",
     std="Q",
-    out="Q",
+    out="P",
     num="q",
     channels="q",
     height="q",
@@ -67,14 +67,14 @@ def mixed(
     means, stds = ((ctypes.c_float * len(values))(*values) for values in (mean, std))
     num, channels, height, width = images.shape
     packed = _ARGUMENTS.pack(
-        images=images.data_ptr(),
-        partners=address(partners),
-        index=address(index),
-        boxes=address(boxes),
-        lam=address(lam),
+        images=images,
+        partners=partners,
+        index=index,
+        boxes=boxes,
+        lam=lam,
         mean=ctypes.addressof(means) if mean else 0,
         std=ctypes.addressof(stds) if std else 0,
-        out=out.data_ptr(),
+        out=out,
         num=num,
         channels=channels,
         height=height,
