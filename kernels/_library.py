@@ -10,38 +10,44 @@ import hashlib
 import importlib
 import importlib.util
 import re
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "IMPLS",
     "LIBRARY",
     "STORAGE",
+    "Arguments",
     "Core",
     "Impl",
+    "attach",
     "choose",
     "choose_for",
     "core",
-    "deferred",
     "entry_point",
     "is_plain_cpu",
-    "register",
     "status",
     "triton_reason",
 ]
 
 Impl = Literal["reference", "cpp", "triton"]
-IMPLS: tuple[str, ...] = ("reference", "cpp", "triton")
+_IMPLS: tuple[str, ...] = get_args(Impl)
 
 LIBRARY = torch.library.Library("fastkd", "DEF")
 
-# How the C++ core is told what a tensor's elements are: `Storage` in csrc/softmax.h.
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# How the C++ core is told what a tensor's elements are: `Storage` in csrc/storage.h.
+STORAGE = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+}
 
 _CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
 
@@ -99,15 +105,53 @@ def _built_from_these_sources(library: ctypes.CDLL) -> bool:
     return library_digest().decode() == hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+class Arguments:
+    """The packed argument of a C function: the fields of its struct by name, in its order.
+
+    A field is 8 bytes wide, or several of those in a row ("4q"), so that there is no padding:
+    "P" is a pointer given as a tensor, or None for null; "Q" one given as an address; "q" an
+    integer; "d" a double.
+    """
+
+    pack: Callable[..., bytes]
+    """Takes every field by its name; several in a row are given as a sequence."""
+
+    def __init__(self, **fields: str) -> None:
+        layout = struct.Struct("".join(fields.values()))
+        self.num_bytes = layout.size
+        """The size that the struct must have."""
+        values = []
+        for name, kind in fields.items():
+            if kind == "P":
+                values.append(f"0 if {name} is None else {name}.data_ptr()")
+            else:
+                values.append(f"*{name}" if len(kind) > 1 else name)
+        # Written out, as dataclasses do: a loop over names takes as long as a small kernel.
+        code = f"lambda *, {', '.join(fields)}: pack({', '.join(values)})"
+        self.pack = eval(code, {"pack": layout.pack})
+
+
 @functools.cache
-def entry_point(op: str, isa: str | None = None) -> Callable[[bytes], int]:
-    """The C function of an op, which takes packed bytes; `isa` picks a clone, not the widest."""
+def entry_point(op: str, arguments: Arguments, isa: str | None = None) -> Callable[[bytes], int]:
+    """The C function `op`, which takes packed `arguments`; `isa` picks a clone, not the widest.
+
+    Raises:
+        RuntimeError: no C++ core, or one whose struct has another size than the arguments.
+    """
     found = core()
     if not isinstance(found, Core):
         raise RuntimeError(found)
-    function = found.library[f"fastkd_{op}_{isa or found.isas[0]}"]
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int64
+    isa = isa or found.isas[0]
+    num_bytes = found.library[f"fastkd_{op}_bytes_{isa}"]
+    num_bytes.argtypes, num_bytes.restype = [], ctypes.c_int64
+    if num_bytes() != arguments.num_bytes:
+        raise RuntimeError(
+            f"{op}: the C++ core takes {num_bytes()} bytes of arguments and Python packs "
+            f"{arguments.num_bytes}; expected the same fields in the struct of the op's C++ and in "
+            "its cpu.py"
+        )
+    function = found.library[f"fastkd_{op}_{isa}"]
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
     return function
 
 
@@ -138,17 +182,50 @@ def triton_reason() -> str | None:
 _OPS: dict[str, dict[str, Impl]] = {}
 
 
-def register(op: str, backends: Mapping[str, Impl]) -> None:
-    """Notes which implementation serves which device type ("cpu", "cuda") of an op."""
-    _OPS[op] = dict(backends)
+def attach(
+    op: str,
+    folder: str,
+    operators: Mapping[str, str],
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> None:
+    """Attach the functions of a folder's cpu.py and gpu.py to operators of the torch library.
+
+    Args:
+        op: the name in `status()`, under which is noted which device types are served.
+        folder: where the functions are, below `fastkd.kernels`.
+        operators: name of a function, the same in both modules, to the operator it implements.
+        adapt: makes of each function what takes the operator's flat arguments; None: it does.
+    """
+    backends: dict[str, Impl] = {}
+    adapt = adapt or (lambda function: function)
+    if isinstance(core(), Core):
+        module = importlib.import_module(f"{__package__}.{folder}.cpu")
+        for function, operator in operators.items():
+            LIBRARY.impl(operator, adapt(getattr(module, function)), "CPU")
+        backends["cpu"] = "cpp"
+    if triton_reason() is None:
+        for function, operator in operators.items():
+            launcher = _deferred(f"{__package__}.{folder}.gpu", function)
+            LIBRARY.impl(operator, adapt(launcher), "CUDA")
+        backends["cuda"] = "triton"
+    _OPS[op] = backends
+
+
+def _deferred(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call, as it imports Triton."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
 
 
 def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
     """The implementation that runs `op` on a device type, or the one that was asked for."""
     if impl is None:
         return _OPS[op].get(device_type, "reference")
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(IMPLS)} or None")
+    if impl not in _IMPLS:
+        raise ValueError(f"{op}: impl={impl!r} is not one of {', '.join(_IMPLS)} or None")
     if impl == "cpp" and (device_type != "cpu" or isinstance(core(), str)):
         found = core()
         why = (
@@ -190,15 +267,6 @@ def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
         if type(x) is not Tensor or not x.is_cpu or x.is_neg() or x._is_zerotensor():
             return False
     return True
-
-
-def deferred(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported at the first call, as Triton's are."""
-
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
-
-    return call
 
 
 def status() -> dict[str, dict[str, str]]:

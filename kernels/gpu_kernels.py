@@ -17,10 +17,13 @@ __all__ = ["LN2", "LOG2E", "NEAR_EQUAL", "kl_term", "launch", "tile"]
 _OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **flags: Any) -> None:
-    """Runs a kernel on the device of its first argument, which need not be the current one."""
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](first, *rest, **{**_OPTIONS, **flags})
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
+    """Run a kernel on the device of a tensor, which need not be the current one.
+
+    `arguments` are those of the kernel by name, and launch options (`num_warps`).
+    """
+    with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
+        kernel[grid](**{**_OPTIONS, **arguments})
 
 
 # Below this KL (nats, without T^2) the sum is taken again in a form without cancellation.

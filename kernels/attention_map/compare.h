@@ -9,14 +9,15 @@
 
 namespace fastkd {
 
-// Packed field by field in cpu.py. T is double if `wide`, else float.
+// cpu.py has the same fields in the same order. T is double if `wide`, else float.
 struct AttentionMaps {
   const void* student;  // T [samples, pixels]: energies
   const void* teacher;
   void* coefficients;   // T [samples, pixels]: d loss / d student energy
   double* rows;         // [samples]: each sample's share of the loss
   void* loss;           // T
-  std::int64_t samples, pixels;
+  std::int64_t samples;
+  std::int64_t pixels;
   std::int64_t wide;      // 1: T is double
   std::int64_t distance;  // 1: mean over samples of the L2 distance, 0: mean of squares
   std::int64_t threads;

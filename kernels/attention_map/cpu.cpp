@@ -9,20 +9,27 @@
 // S is the storage type, T the working type: double for double, else float.
 
 #include "compare.h"
+#include "entry.h"
 #include "runtime.h"
+#include "storage.h"
 #include "vec.h"
 
 namespace fastkd {
 
-// Packed field by field in cpu.py. Height and width are those of the map, after pooling.
+// cpu.py has the same fields in the same order. Height and width are those of the map, after pooling.
 struct AttentionFeatures {
-  const void* features;      // S
-  const void* coefficients;  // T [samples, height * width]; gradient only
-  void* out;                 // energy: T [samples, height * width]; gradient: S, own strides
-  std::int64_t samples, channels, height, width, window_h, window_w;
+  const void* features;        // S
+  const void* coefficients;    // T [samples, height * width]; gradient only
+  void* out;                   // energy: T [samples, height * width]; gradient: S, own strides
+  std::int64_t samples;
+  std::int64_t channels;
+  std::int64_t height;
+  std::int64_t width;
+  std::int64_t window_h;
+  std::int64_t window_w;
   std::int64_t stride[4];      // of the features: sample, channel, row, column
   std::int64_t out_stride[4];  // of the gradient
-  std::int64_t storage;        // 0 float32, 1 bfloat16, 2 float16, 3 float64
+  std::int64_t type;           // Storage
   std::int64_t power;          // 1, 2 or 4
   std::int64_t threads;
   double scale;                // gradient only: factor beside the coefficients
@@ -314,9 +321,9 @@ std::int64_t run(const AttentionFeatures& a, bool backward) {
 }
 
 std::int64_t run(const AttentionFeatures& a, bool backward) {
-  if (a.storage == 0) return run<float, float>(a, backward);
-  if (a.storage == 1) return run<bf16, float>(a, backward);
-  if (a.storage == 2) return run<fp16, float>(a, backward);
+  if (a.type == kFloat32) return run<float, float>(a, backward);
+  if (a.type == kBFloat16) return run<bf16, float>(a, backward);
+  if (a.type == kFloat16) return run<fp16, float>(a, backward);
   return run<double, double>(a, backward);
 }
 
@@ -324,18 +331,13 @@ std::int64_t run(const AttentionFeatures& a, bool backward) {
 }  // namespace FASTKD_ISA
 }  // namespace fastkd
 
-#define FASTKD_JOIN(a, b) a##b
-#define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
-#define FASTKD_ENTRY(name) \
-  extern "C" __attribute__((visibility("default"))) std::int64_t FASTKD_NAME(name, FASTKD_ISA)
-
-FASTKD_ENTRY(fastkd_attention_energy_)(const fastkd::AttentionFeatures* a) {
+FASTKD_ENTRY(attention_energy, fastkd::AttentionFeatures) {
   return fastkd::FASTKD_ISA::run(*a, false);
 }
-FASTKD_ENTRY(fastkd_attention_gradient_)(const fastkd::AttentionFeatures* a) {
+FASTKD_ENTRY(attention_gradient, fastkd::AttentionFeatures) {
   return fastkd::FASTKD_ISA::run(*a, true);
 }
-FASTKD_ENTRY(fastkd_attention_compare_)(const fastkd::AttentionMaps* a) {
+FASTKD_ENTRY(attention_compare, fastkd::AttentionMaps) {
   if (a->wide != 0) fastkd::FASTKD_ISA::run_compare<double>(*a);
   else fastkd::FASTKD_ISA::run_compare<float>(*a);
   return 0;

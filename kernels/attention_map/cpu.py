@@ -1,22 +1,49 @@
 """`attention_map` and its loss on CPU tensors through the C++ core: arguments and calls.
 
-Serves the three ops of this folder under the dispatcher's CPU key. The argument layouts are the two
-structs at the top of cpu.cpp.
+Serves the three ops of this folder under the dispatcher's CPU key. Packed arguments:
+`AttentionFeatures` in cpu.cpp and `AttentionMaps` in compare.h.
 """
 
 import math
-import struct
 from collections.abc import Sequence
 
 import torch
-from fastkd.kernels._library import STORAGE, entry_point
-from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
+from fastkd.kernels._library import STORAGE, Arguments, entry_point
+from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from torch import Tensor
 
 __all__ = ["energy", "energy_grad", "loss"]
 
-_FEATURES = struct.Struct("3Q17qd")
-_MAPS = struct.Struct("5Q5qd")
+_FEATURES = Arguments(
+    features="P",
+    coefficients="P",
+    out="P",
+    samples="q",
+    channels="q",
+    height="q",
+    width="q",
+    window_h="q",
+    window_w="q",
+    stride="4q",
+    out_stride="4q",
+    type="q",
+    power="q",
+    threads="q",
+    scale="d",
+)
+_MAPS = Arguments(
+    student="P",
+    teacher="P",
+    coefficients="P",
+    rows="P",
+    loss="P",
+    samples="q",
+    pixels="q",
+    wide="q",
+    distance="q",
+    threads="q",
+    eps="d",
+)
 
 
 def energy(
@@ -45,8 +72,18 @@ def energy_grad(
     # Reading the scale costs nothing on the CPU.
     scale = 1.0 if upstream is None else upstream.item()
     scale /= features_NCHW.shape[1] * math.prod(window)
-    _walk("attention_gradient", read_NCHW, strides, power, window, target_NCHW, out_strides,
-          coefficients_NP.contiguous(), scale, isa)  # fmt: skip
+    _walk(
+        "attention_gradient",
+        read_NCHW,
+        strides,
+        power,
+        window,
+        target_NCHW,
+        out_strides,
+        coefficients_NP.contiguous(),
+        scale,
+        isa,
+    )
     return grad_NCHW if target_NCHW is grad_NCHW else grad_NCHW.copy_(target_NCHW)
 
 
@@ -65,12 +102,20 @@ def loss(
     teacher_NP = energy(teacher_NCHW, power, teacher_window, isa)
     coefficients_NP, value = torch.empty_like(student_NP), student_NP.new_empty(())
     rows_N = student_NP.new_empty(student_NP.shape[0], dtype=torch.float64)
-    tensors = (student_NP, teacher_NP, coefficients_NP, rows_N, value)
-    wide = student_NP.dtype == torch.float64
-    entry_point("attention_compare", isa)(
-        _MAPS.pack(*[x.data_ptr() for x in tensors], *student_NP.shape, wide, distance,
-                   torch.get_num_threads(), eps)
-    )  # fmt: skip
+    packed = _MAPS.pack(
+        student=student_NP,
+        teacher=teacher_NP,
+        coefficients=coefficients_NP,
+        rows=rows_N,
+        loss=value,
+        samples=student_NP.shape[0],
+        pixels=student_NP.shape[1],
+        wide=student_NP.dtype == torch.float64,
+        distance=distance,
+        threads=torch.get_num_threads(),
+        eps=eps,
+    )
+    entry_point("attention_compare", _MAPS, isa)(packed)
     return value, coefficients_NP, teacher_NP
 
 
@@ -93,16 +138,28 @@ def _walk(
     if math.prod(window) == 1:
         # Without pooling the map is one long row.
         height, width = 1, height * width
-    rows = [
-        (s.sample, s.channel, width * s.pixel, s.pixel) for s in (strides, out_strides or strides)
-    ]
-    code = entry_point(name, isa)(
-        _FEATURES.pack(
-            features_NCHW.data_ptr(), 0 if coefficients_NP is None else coefficients_NP.data_ptr(),
-            out.data_ptr(), num, channels, height // window[0], width // window[1], *window,
-            *rows[0], *rows[1], STORAGE[features_NCHW.dtype], power, torch.get_num_threads(),
-            scale,
-        )
-    )  # fmt: skip
+    packed = _FEATURES.pack(
+        features=features_NCHW,
+        coefficients=coefficients_NP,
+        out=out,
+        samples=num,
+        channels=channels,
+        height=height // window[0],
+        width=width // window[1],
+        window_h=window[0],
+        window_w=window[1],
+        stride=_steps(strides, width),
+        out_stride=_steps(out_strides or strides, width),
+        type=STORAGE[features_NCHW.dtype],
+        power=power,
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    code = entry_point(name, _FEATURES, isa)(packed)
     if code < 0:
         raise MemoryError(f"attention_map: no memory for the scratch of {channels} channels")
+
+
+def _steps(strides: Strides, width: int) -> list[int]:
+    """Strides of sample, channel, row and pixel."""
+    return [strides.sample, strides.channel, width * strides.pixel, strides.pixel]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 from fastkd.kernels.attention_map.gpu_kernels import forward_kernel, gradient_kernel
-from fastkd.kernels.attention_map.layout import Strides, gradient_like, readable
+from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from fastkd.kernels.gpu_kernels import launch
 from torch import Tensor
 
@@ -97,16 +97,28 @@ def energy_grad(
         coefficients_NP = coefficients_NP.contiguous()
         pixels = coefficients_NP.shape[1]
         p = plan(channels, pixels, strides.pixel == 1)
-        grid = (num * triton.cdiv(pixels, p.block_p), triton.cdiv(channels, p.block_c))
         launch(
-            gradient_kernel, grid, read_NCHW, coefficients_NP,
-            coefficients_NP if upstream is None else upstream, target_NCHW,
-            channels, *_steps(strides, width), *_steps(out_strides, width),
-            UPSTREAM=upstream is not None, POWER=power, PIXELS=pixels, WIDTH=width // window[1],
-            WINDOW_H=window[0], WINDOW_W=window[1], BY_PIXEL=strides.pixel == 1,
+            gradient_kernel,
+            (num * triton.cdiv(pixels, p.block_p), triton.cdiv(channels, p.block_c)),
+            on=read_NCHW,
+            x_ptr=read_NCHW,
+            coefficient_ptr=coefficients_NP,
+            upstream_ptr=upstream,
+            g_ptr=target_NCHW,
+            channels=channels,
+            x_strides=_steps(strides, width),
+            g_strides=_steps(out_strides, width),
+            POWER=power,
+            PIXELS=pixels,
+            WIDTH=width // window[1],
+            WINDOW_H=window[0],
+            WINDOW_W=window[1],
+            BY_PIXEL=strides.pixel == 1,
             ALIGN=_align(strides, out_strides),
-            BLOCK_C=p.block_c, BLOCK_P=p.block_p, num_warps=p.warps,
-        )  # fmt: skip
+            BLOCK_C=p.block_c,
+            BLOCK_P=p.block_p,
+            num_warps=p.warps,
+        )
     return grad_NCHW if target_NCHW is grad_NCHW else grad_NCHW.copy_(target_NCHW)
 
 
@@ -119,30 +131,56 @@ def _forward(
     eps: float = 1.0,
     distance: bool = False,
 ) -> None:
-    """One launch for the energies, the comparison or both. Without a teacher its place is taken."""
+    """One launch for the energies (of one side or two), the comparison, or both.
+
+    outputs: energies of each side; for a comparison also the coefficients and the samples' losses.
+    """
     (student_NCHW, s, s_window), (teacher_NCHW, t, t_window) = sides[0], sides[-1]
     num, pixels = outputs[0].shape
     if num == 0:
         return
+    student_NP, teacher_NP, coefficients_NP, rows_N = (*outputs, None, None, None)[:4]
     tile = p.block_c * p.block_p
-    blocks = [
+    block_s, block_t = (
         min(tile // p.block_p, triton.next_power_of_2(x.shape[1]))
         for x in (student_NCHW, teacher_NCHW)
-    ]
+    )
     programs = num * triton.cdiv(pixels, p.block_p) if phase == 1 else num
     launch(
-        forward_kernel, (programs,), student_NCHW, teacher_NCHW,
-        *(outputs if len(outputs) == 4 else outputs * 4),
-        student_NCHW.shape[1], *_steps(s, student_NCHW.shape[3]),
-        teacher_NCHW.shape[1], *_steps(t, teacher_NCHW.shape[3]), float(num), eps,
-        POWER=power, PIXELS=pixels, WIDTH=student_NCHW.shape[3] // s_window[1],
-        S_H=s_window[0], S_W=s_window[1], T_H=t_window[0], T_W=t_window[1],
-        S_BY_PIXEL=s.pixel == 1, T_BY_PIXEL=t.pixel == 1, S_ALIGN=_align(s), T_ALIGN=_align(t),
-        TEACHER=len(sides) == 2, DISTANCE=distance,
-        PHASE=phase, BLOCK_S=blocks[0], BLOCK_T=blocks[1], BLOCK_P=p.block_p,
+        forward_kernel,
+        (programs,),
+        on=student_NCHW,
+        s_ptr=student_NCHW,
+        t_ptr=teacher_NCHW if len(sides) == 2 else None,
+        s_energy_ptr=student_NP,
+        t_energy_ptr=teacher_NP,
+        coefficient_ptr=coefficients_NP,
+        rows_ptr=rows_N,
+        s_channels=student_NCHW.shape[1],
+        t_channels=teacher_NCHW.shape[1],
+        s_strides=_steps(s, student_NCHW.shape[3]),
+        t_strides=_steps(t, teacher_NCHW.shape[3]),
+        samples=float(num),
+        eps=eps,
+        POWER=power,
+        PIXELS=pixels,
+        WIDTH=student_NCHW.shape[3] // s_window[1],
+        S_H=s_window[0],
+        S_W=s_window[1],
+        T_H=t_window[0],
+        T_W=t_window[1],
+        S_BY_PIXEL=s.pixel == 1,
+        T_BY_PIXEL=t.pixel == 1,
+        S_ALIGN=_align(s),
+        T_ALIGN=_align(t),
+        DISTANCE=distance,
+        PHASE=phase,
+        BLOCK_S=block_s,
+        BLOCK_T=block_t,
+        BLOCK_P=p.block_p,
         BLOCK_X=min(_COMPARED, triton.next_power_of_2(pixels)),
         num_warps=p.warps if phase != 2 else 4,
-    )  # fmt: skip
+    )
 
 
 def _empty_map(features_NCHW: Tensor, window: Sequence[int]) -> Tensor:

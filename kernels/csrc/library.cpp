@@ -1,6 +1,7 @@
 // What the ops share and what must not be compiled for a wide instruction set: threads, scratch
 // memory, and the question which instruction sets this machine has.
 
+#include "entry.h"
 #include "runtime.h"
 
 #include <cstdlib>
@@ -39,8 +40,6 @@ void* scratch(std::size_t bytes) {
 }
 
 }  // namespace fastkd
-
-#define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Digest of all C++ sources: Python uses no library that was built from others than it finds.
 FASTKD_EXPORT const char* fastkd_sources() { return FASTKD_SOURCES; }

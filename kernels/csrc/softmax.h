@@ -4,14 +4,12 @@
 // Names: s student, t teacher, e exponentials, z their sum, x logits minus the row maximum.
 #pragma once
 
+#include "storage.h"
 #include "vec.h"
 
 #include <cmath>
 
 namespace fastkd {
-
-// How the elements of a tensor are stored, by the numbers that the Python side passes.
-enum Storage : std::int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 namespace FASTKD_ISA {
 namespace {

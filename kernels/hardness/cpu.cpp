@@ -5,31 +5,39 @@
 //
 // Names: s student (or the one tensor of a criterion), t teacher, x logits minus the row maximum.
 
+#include "entry.h"
 #include "runtime.h"
 #include "softmax.h"
 
 namespace fastkd {
 
-// The arguments of the two entry points; cpu.py packs them field by field in this order.
-enum Criterion : std::int64_t { kKl = 0, kEntropy = 1, kCrossEntropy = 2, kMargin = 3 };
+// The places of `KINDS` in inputs.py.
+enum Kind : std::int64_t { kKl = 0, kEntropy = 1, kCrossEntropy = 2, kMargin = 3 };
 
+// The arguments of the two entry points; cpu.py has the same fields in the same order.
 struct HardnessArgs {
-  const void* logits;           // row r starts r * stride elements on, classes are contiguous
-  const void* teacher;          // likewise; null without kKl
-  const std::int64_t* labels;   // [rows], or null
-  void* scores;                 // [rows] of double if logits or teacher are, else of float
-  std::int64_t rows, classes, stride, teacher_stride;
-  std::int64_t type, teacher_type;
-  std::int64_t criterion, threads;
-  double temperature;           // of kKl
+  const void* logits;          // row r starts r * stride elements on, classes are contiguous
+  const void* teacher;         // likewise; null without kKl
+  const std::int64_t* labels;  // [rows], or null
+  std::int64_t kind;
+  double temperature;          // of kKl
+  void* scores;                // [rows] of double if logits or teacher are, else of float
+  std::int64_t rows;
+  std::int64_t classes;
+  std::int64_t stride;
+  std::int64_t teacher_stride;
+  std::int64_t type;           // Storage
+  std::int64_t teacher_type;
+  std::int64_t threads;
 };
 
 struct SelectArgs {
-  const void* scores;           // [rows], double or float
-  std::int64_t* index;          // [k]: the rows with the highest scores, highest first
+  const void* scores;     // [rows], double or float
+  std::int64_t* index;    // [k]: the rows with the highest scores, highest first
   std::int64_t* num_nan;
-  std::int64_t rows, k;
-  std::int64_t wide;            // 1: double
+  std::int64_t rows;
+  std::int64_t k;
+  std::int64_t wide;      // 1: double
 };
 
 namespace FASTKD_ISA {
@@ -38,9 +46,17 @@ namespace {
 template <class T>
 struct Job {
   const HardnessArgs& a;
-  std::int64_t rows_per_chunk, padded;
-  std::int64_t next = 0;
-  int failed = 0;
+  std::int64_t rows_per_chunk;
+  std::int64_t padded;  // elements between the arrays of a row in scratch
+  std::int64_t next;
+  int failed;
+
+  explicit Job(const HardnessArgs& args)
+      : a(args),
+        rows_per_chunk(args.classes < kChunk ? kChunk / args.classes : 1),
+        padded((args.classes + 15) / 16 * 16 + 16),
+        next(0),
+        failed(0) {}
 };
 
 // Entropy of softmax(x) = log z - sum(e x) / z, which has no 0 log 0.
@@ -88,14 +104,14 @@ double score(const Job<T>& j, std::int64_t r, T* scratch) {
   const HardnessArgs& a = j.a;
   const std::int64_t n = a.classes;
   const T* s = fetch(a.logits, a.type, r * a.stride, n, scratch);
-  if (a.criterion == kKl) {
+  if (a.kind == kKl) {
     const T* t = fetch(a.teacher, a.teacher_type, r * a.teacher_stride, n, scratch + j.padded);
     return kl(s, t, n, a.temperature, scratch + 2 * j.padded, scratch + 3 * j.padded);
   }
-  if (a.criterion == kEntropy) return entropy(s, n, row_max(s, n));
+  if (a.kind == kEntropy) return entropy(s, n, row_max(s, n));
   const std::int64_t y = a.labels[r];
   if (y < 0 || y >= n) return NAN;
-  if (a.criterion == kMargin) return margin(s, n, y);
+  if (a.kind == kMargin) return margin(s, n, y);
   const T top = row_max(s, n), log2e = static_cast<T>(1.4426950408889634);
   const double z = exp_row(s, n, top, log2e, scratch + 2 * j.padded);
   return std::log(z) - (static_cast<double>(s[y]) - top);
@@ -120,7 +136,7 @@ void score_rows(void* context) {
 
 template <class T>
 std::int64_t hardness(const HardnessArgs& a) {
-  Job<T> j{a, a.classes < kChunk ? kChunk / a.classes : 1, (a.classes + 15) / 16 * 16 + 16};
+  Job<T> j(a);
   const std::int64_t chunks = (a.rows + j.rows_per_chunk - 1) / j.rows_per_chunk;
   fastkd::parallel(a.threads < chunks ? a.threads : chunks, score_rows<T>, &j);
   return j.failed != 0 ? -1 : 0;
@@ -172,18 +188,14 @@ std::int64_t order(const SelectArgs& a) {
 }  // namespace FASTKD_ISA
 }  // namespace fastkd
 
-#define FASTKD_JOIN(a, b) a##b
-#define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
-#define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
-
 // Both return 0, or -1 if there is no memory for the scratch.
-FASTKD_EXPORT std::int64_t FASTKD_NAME(fastkd_hardness_, FASTKD_ISA)(const fastkd::HardnessArgs* a) {
+FASTKD_ENTRY(hardness, fastkd::HardnessArgs) {
   const bool wide = a->type == fastkd::kFloat64 ||
                     (a->teacher != nullptr && a->teacher_type == fastkd::kFloat64);
   return wide ? fastkd::FASTKD_ISA::hardness<double>(*a) : fastkd::FASTKD_ISA::hardness<float>(*a);
 }
 
-FASTKD_EXPORT std::int64_t FASTKD_NAME(fastkd_select_hardest_, FASTKD_ISA)(const fastkd::SelectArgs* a) {
+FASTKD_ENTRY(select_hardest, fastkd::SelectArgs) {
   return a->wide != 0 ? fastkd::FASTKD_ISA::order<double, std::uint64_t>(*a)
                       : fastkd::FASTKD_ISA::order<float, std::uint32_t>(*a);
 }

@@ -9,7 +9,8 @@ import math
 import torch
 import triton
 from fastkd.kernels.gpu_kernels import launch
-from fastkd.kernels.hardness.gpu_kernels import CRITERIA, rank_kernel, score_kernel
+from fastkd.kernels.hardness.gpu_kernels import rank_kernel, score_kernel
+from fastkd.kernels.hardness.inputs import KINDS
 from fastkd.kernels.hardness.reference import select_hardest_reference
 from fastkd.kernels.kd_loss.gpu import plan
 from torch import Tensor
@@ -26,7 +27,7 @@ def hardness(
     logits: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    criterion: str,
+    kind: str,
     temperature: float,
 ) -> Tensor:
     """Scores [N] of logits [N, C]."""
@@ -34,17 +35,28 @@ def hardness(
     scores = logits.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return scores
-    # Absent tensors are never read: any pointer does.
     second = logits if teacher is None else teacher
     p = plan(rows, classes, max(logits.stride(1), second.stride(1)))
     launch(
-        score_kernel, (triton.cdiv(rows, p.block_r),),
-        logits, second, logits if labels is None else labels.contiguous(), scores,
-        rows, *logits.stride(), *second.stride(), temperature,
-        CRITERION=CRITERIA[criterion], CLASSES=classes,
-        ALIGN=math.gcd(16, logits.stride(0), second.stride(0)), ONE_TILE=classes <= p.block_c,
-        BLOCK_R=p.block_r, BLOCK_C=p.block_c, num_warps=p.warps,
-    )  # fmt: skip
+        score_kernel,
+        (triton.cdiv(rows, p.block_r),),
+        on=logits,
+        s_ptr=logits,
+        t_ptr=teacher,
+        y_ptr=None if labels is None else labels.contiguous(),
+        score_ptr=scores,
+        num_rows=rows,
+        s_strides=logits.stride(),
+        t_strides=second.stride(),
+        temperature=temperature,
+        KIND=KINDS.index(kind),
+        CLASSES=classes,
+        ALIGN=math.gcd(16, logits.stride(0), second.stride(0)),
+        ONE_TILE=classes <= p.block_c,
+        BLOCK_R=p.block_r,
+        BLOCK_C=p.block_c,
+        num_warps=p.warps,
+    )
     return scores
 
 
@@ -57,7 +69,16 @@ def select_hardest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_nan = scores.new_empty((), dtype=torch.int64)
     block_r, block_c, warps = RANK_TILE
     launch(
-        rank_kernel, (max(1, triton.cdiv(rows, block_r)),), scores.contiguous(), index, num_nan,
-        rows, k, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
-    )  # fmt: skip
+        rank_kernel,
+        (max(1, triton.cdiv(rows, block_r)),),
+        on=scores,
+        score_ptr=scores.contiguous(),
+        index_ptr=index,
+        num_nan_ptr=num_nan,
+        num_rows=rows,
+        k=k,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=warps,
+    )
     return index, num_nan

@@ -13,38 +13,49 @@ import triton
 import triton.language as tl
 from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL, kl_term, tile
 
-__all__ = ["CRITERIA", "rank_kernel", "score_kernel"]
+__all__ = ["rank_kernel", "score_kernel"]
 
-CRITERIA = {"kl": 0, "entropy": 1, "cross_entropy": 2, "margin": 3}
+# The places of `KINDS` (inputs.py).
 KL, ENTROPY, CROSS_ENTROPY, MARGIN = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
 def score_kernel(
-    s_ptr, t_ptr, y_ptr, score_ptr,
-    num_rows, s_n, s_c, t_n, t_c, temperature,
-    CRITERION: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr, ONE_TILE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    s_ptr,  # [rows, CLASSES] logits
+    t_ptr,  # the same of the teacher; KL only, else None
+    y_ptr,  # [rows] int64; CROSS_ENTROPY and MARGIN only, else None
+    score_ptr,  # [rows] fp32
+    num_rows,
+    s_strides,  # (row, class)
+    t_strides,
+    temperature,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The score of each row by one criterion."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < num_rows
     o_c = tl.arange(0, BLOCK_C)
     # A stride like 1000 hides that rows start at multiples of ALIGN, which wide loads need to know.
-    o_s = tl.multiple_of(o_r.to(tl.int64) * s_n, ALIGN)
-    o_t = tl.multiple_of(o_r.to(tl.int64) * t_n, ALIGN)
-    c_t = LOG2E / temperature if CRITERION == KL else LOG2E
+    o_s = tl.multiple_of(o_r.to(tl.int64) * s_strides[0], ALIGN)
+    o_t = tl.multiple_of(o_r.to(tl.int64) * t_strides[0], ALIGN)
+    s_c, t_c = s_strides[1], t_strides[1]
+    c_t = LOG2E / temperature if KIND == KL else LOG2E
 
     y = tl.zeros([BLOCK_R], tl.int64)
     b_y = tl.zeros([BLOCK_R], tl.float32)
-    if CRITERION >= CROSS_ENTROPY:
+    if KIND >= CROSS_ENTROPY:
         y = tl.load(y_ptr + o_r, mask=m_r, other=0)
         is_class = (y >= 0) & (y < CLASSES)
         b_y = tl.load(s_ptr + o_s + y * s_c, mask=m_r & is_class, other=float("nan")).to(tl.float32)
 
     # Maxima and sums. Sums are kept per lane and reduced once, after the walk.
     # A finite start: classes of minus infinity in the first block must not make NaN of inf - inf.
-    ms = tl.full([BLOCK_R], float("-inf") if CRITERION == MARGIN else -3.0e38, tl.float32)
+    ms = tl.full([BLOCK_R], float("-inf") if KIND == MARGIN else -3.0e38, tl.float32)
     mt = ms
     zs = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     zt, dot = zs, zs
@@ -54,23 +65,23 @@ def score_kernel(
         m_col = o_col < CLASSES
         m_tile = m_r[:, None] & m_col[None, :]
         b_s = tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
-        if CRITERION == MARGIN:
+        if KIND == MARGIN:
             # The sum of these is NaN where a class is, which maximum() would drop.
             dot += tl.where(b_s != b_s, b_s, 0.0)
             b_s = tl.where(o_col[None, :] == y[:, None], float("-inf"), b_s)
         new = tl.maximum(ms, tl.max(b_s, 1))
         fade = tl.exp2((ms - new) * c_t)
-        if CRITERION == ENTROPY:
+        if KIND == ENTROPY:
             # What a new maximum makes of a sum of e * x.
             dot = dot * fade[:, None] + tl.where(zs > 0.0, zs * (fade * (ms - new))[:, None], 0.0)
         ms = new
-        if CRITERION != MARGIN:
+        if KIND != MARGIN:
             x_s = b_s - ms[:, None]
             e = tl.exp2(x_s * c_t)
             zs = zs * fade[:, None] + e
-            if CRITERION == ENTROPY:
+            if KIND == ENTROPY:
                 dot += tl.where(e == 0.0, 0.0, e * x_s)
-        if CRITERION == KL:
+        if KIND == KL:
             b_t = tile(t_ptr, o_t, o_col, t_c, m_tile, m_col)
             new = tl.maximum(mt, tl.max(b_t, 1))
             fade = tl.exp2((mt - new) * c_t)
@@ -82,11 +93,11 @@ def score_kernel(
     r_zs, r_dot = tl.sum(zs, 1), tl.sum(dot, 1)
     l_s = tl.log2(r_zs)
     score = r_dot + (ms - b_y)
-    if CRITERION == ENTROPY:
+    if KIND == ENTROPY:
         score = l_s * LN2 - r_dot / r_zs
-    if CRITERION == CROSS_ENTROPY:
+    if KIND == CROSS_ENTROPY:
         score = l_s * LN2 + (ms - b_y)
-    if CRITERION == KL:
+    if KIND == KL:
         r_zt = tl.sum(zt, 1)
         l_t = tl.log2(r_zt)
         # The logarithm of the ratio: those of the sums are large and would round at their size.
@@ -128,10 +139,14 @@ def _keys(score_ptr, o, num_rows):
 
 @triton.jit
 def rank_kernel(
-    score_ptr, index_ptr, num_nan_ptr,
-    num_rows, k,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    score_ptr,  # [rows]
+    index_ptr,  # [k] int64
+    num_nan_ptr,  # int64
+    num_rows,
+    k,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """index[place of score r] = r for the first k places; the number of NaN scores."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     key_r, _ = _keys(score_ptr, o_r, num_rows)

@@ -23,27 +23,27 @@ def hardness_reference(
     logits_NC: Tensor,
     teacher_NC: Tensor | None,
     labels_N: Tensor | None,
-    criterion: str,
+    kind: str,
     temperature: float,
 ) -> Tensor:
-    """Scores [N] of the op `_hardness`: criteria kl, entropy, cross_entropy, margin."""
+    """Scores [N] of the op `_hardness`, see `Inputs`."""
     dtype = torch.promote_types(logits_NC.dtype, torch.float32)
     if teacher_NC is not None:
         dtype = torch.promote_types(dtype, teacher_NC.dtype)
     z_NC = logits_NC.detach().to(dtype)
-    if criterion == "kl":
+    if kind == "kl":
         assert teacher_NC is not None
         log_p_s = (z_NC / temperature).log_softmax(-1)
         log_p_t = (teacher_NC.detach().to(dtype) / temperature).log_softmax(-1)
         p_t = log_p_t.exp()
         # 0 log 0 = 0; the sum may round below 0.
         return torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum(-1).clamp_min(0)
-    if criterion == "entropy":
+    if kind == "entropy":
         return torch.special.entr(z_NC.softmax(-1)).sum(-1)
     assert labels_N is not None
     is_class = (labels_N >= 0) & (labels_N < z_NC.shape[-1])
     y_N1 = torch.where(is_class, labels_N, 0).unsqueeze(-1)
-    if criterion == "cross_entropy":
+    if kind == "cross_entropy":
         score_N1 = -z_NC.log_softmax(-1).gather(-1, y_N1)
     else:
         others = z_NC.scatter(-1, y_N1, -math.inf).amax(-1, keepdim=True)

@@ -1,16 +1,15 @@
 """Fused distillation loss from raw logits: per-row T^2 * KL(teacher || student) and cross entropy.
 
-Formula and error budget: README.md of this folder. `reference.py` says the same in plain torch,
+Formula and error budget: README.md of this folder. `reference.py` says the same in plain torch;
 `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from fastkd.kernels._library import Impl, choose_for
-from fastkd.kernels.kd_loss.autograd import Mean, MeanTraced, Rows
-from fastkd.kernels.kd_loss.inputs import Inputs, prepare, rows_that_count
+from fastkd.kernels.kd_loss.inputs import Inputs, as_list, check_values, prepare, rows_that_count
+from fastkd.kernels.kd_loss.op import Mean, Rows, flatten
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
 
@@ -76,12 +75,23 @@ def kd_loss(
         ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more
             than 4 teachers, swapped arguments, and on the CPU a label that is no class.
     """
-    inputs = prepare(student, teacher, labels, temperature, label_smoothing, ignore_index,
-                      class_dim, weights, mask, check)  # fmt: skip
+    given = Inputs(
+        student,
+        as_list(teacher),
+        labels,
+        temperature,
+        label_smoothing,
+        ignore_index,
+        class_dim,
+        weights,
+        mask,
+    )
+    inputs = prepare(given)
+    if check:
+        check_values(inputs)
     if _impl(inputs, impl) == "reference":
-        return KDRows(*kd_loss_reference(*inputs))
-    student, teachers, *rest = inputs
-    return KDRows(*Rows.apply(student, *rest, impl == "triton", *teachers))
+        return KDRows(*kd_loss_reference(inputs))
+    return KDRows(*Rows.apply(impl == "triton", *flatten(inputs)))
 
 
 def kd_loss_mean(
@@ -108,15 +118,25 @@ def kd_loss_mean(
 
     Returns a scalar, fp32 (fp64 if an input is). Other arguments and errors: see `kd_loss`.
     """
-    inputs = prepare(student, teacher, labels, temperature, label_smoothing, ignore_index,
-                      class_dim, weights, mask, check)  # fmt: skip
+    given = Inputs(
+        student,
+        as_list(teacher),
+        labels,
+        temperature,
+        label_smoothing,
+        ignore_index,
+        class_dim,
+        weights,
+        mask,
+    )
+    inputs = prepare(given)
+    if check:
+        check_values(inputs)
     if _impl(inputs, impl) == "reference":
-        kd, ce, _ = kd_loss_reference(*inputs)
+        kd, ce, _ = kd_loss_reference(inputs)
         counts = rows_that_count(kd, inputs.labels, inputs.mask, ignore_index)
         return (kd_weight * kd + ce_weight * ce).sum() / counts.sum().clamp_min(1)
-    student, teachers, *rest = inputs
-    function = MeanTraced if torch.compiler.is_compiling() else Mean
-    return function.apply(student, *rest, kd_weight, ce_weight, impl == "triton", *teachers)
+    return Mean.apply(kd_weight, ce_weight, impl == "triton", *flatten(inputs))
 
 
 def _impl(inputs: Inputs, impl: Impl | None) -> Impl:

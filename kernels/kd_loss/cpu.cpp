@@ -3,10 +3,9 @@
 // Two kernels over the same primitives. `row_kernel`: classes contiguous, lanes run over classes.
 // `tile_kernel`: lanes run over rows (pixels), for dense logits [N, C, H, W] and for few classes.
 // Both read the logits once from memory, keep the exponentials in scratch and write the gradient
-// once. Per-row results depend on neither the number of threads nor on how rows are shared out.
-//
-// Names: s student, t teacher, e exponentials, z their sum, x logits minus the row maximum.
+// once. Per-row results depend neither on the number of threads nor on how rows are shared out.
 
+#include "entry.h"
 #include "rows.h"
 #include "runtime.h"
 #include "tile.h"
@@ -41,35 +40,28 @@ void work(void* context) {
   }
 }
 
+// Counts the rows that do. 0: all labels are classes. r + 1: that of row r is none.
+std::int64_t check_labels(const KdLossArgs& a, std::int64_t* counting) {
+  *counting = a.rows;
+  if (a.label_kind != kHardLabels && a.mask == nullptr) return 0;
+  *counting = 0;
+  for (std::int64_t r = 0; r < a.rows; ++r) {
+    if (!counts(a, r)) continue;
+    ++*counting;
+    if (a.label_kind != kHardLabels) continue;
+    const std::int64_t label = hard_label(a, r);
+    if (label < 0 || label >= a.classes) return r + 1;
+  }
+  return 0;
+}
+
 // 0: done. r + 1: the label of row r is no class. -1: out of memory.
 template <class T>
 std::int64_t run(const KdLossArgs& a) {
-  std::int64_t valid = 0;
-  if (a.label_kind == kHardLabels || a.mask != nullptr) {
-    const std::int64_t* labels = static_cast<const std::int64_t*>(a.labels);
-    for (std::int64_t r = 0; r < a.rows; ++r) {
-      if (!counts<T>(a, r)) continue;
-      ++valid;
-      if (a.label_kind == kHardLabels && (labels[r] < 0 || labels[r] >= a.classes)) return r + 1;
-    }
-  } else {
-    valid = a.rows;
-  }
-  const double divisor = a.average != 0 && valid > 0 ? static_cast<double>(valid) : 1.0;
-  const double log2e = 1.4426950408889634;
-  const bool grad = a.grad != nullptr;
-  Job<T> j{a,
-           a.kd_scale / divisor,
-           a.ce_scale / divisor,
-           a.teachers > 0,
-           a.label_kind != kNoLabels,
-           grad,
-           static_cast<T>(log2e / a.temperature),
-           static_cast<T>(log2e),
-           a.rows,
-           1,
-           1,
-           nullptr};
+  std::int64_t counting;
+  if (const std::int64_t wrong = check_labels(a, &counting)) return wrong;
+  const double divisor = a.average != 0 && counting > 0 ? static_cast<double>(counting) : 1.0;
+  Job<T> j(a, divisor);
   if (a.inner > 1 || a.tile != 0) {
     j.unit_rows = kTileRows;
     const std::int64_t per_sample = a.inner > 1 ? a.inner : a.rows;
@@ -98,12 +90,8 @@ std::int64_t run(const KdLossArgs& a) {
 }  // namespace FASTKD_ISA
 }  // namespace fastkd
 
-#define FASTKD_JOIN(a, b) a##b
-#define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
-
-extern "C" __attribute__((visibility("default"))) std::int64_t FASTKD_NAME(fastkd_kd_loss_, FASTKD_ISA)(
-    const fastkd::KdLossArgs* a) {
+FASTKD_ENTRY(kd_loss, fastkd::KdLossArgs) {
   const bool wide = a->student_type == fastkd::kFloat64 ||
-                    (a->teachers > 0 && a->teacher_type == fastkd::kFloat64);
+                    (a->num_teachers > 0 && a->teacher_type == fastkd::kFloat64);
   return wide ? fastkd::FASTKD_ISA::run<double>(*a) : fastkd::FASTKD_ISA::run<float>(*a);
 }

@@ -6,13 +6,19 @@ a device, so results repeat bit by bit.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from fastkd.kernels.gpu_kernels import launch
-from fastkd.kernels.kd_loss.gpu_kernels import forward_kernel, gradient_kernel, reduce_kernel
+from fastkd.kernels.kd_loss.gpu_kernels import (
+    forward_kernel,
+    gradient_kernel,
+    part_kernel,
+    reduce_kernel,
+)
+from fastkd.kernels.kd_loss.gpu_rows import HARD, PARTS, SOFT
+from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor
 
 __all__ = ["Plan", "grad", "mean", "plan", "rows"]
@@ -35,23 +41,49 @@ def plan(rows: int, classes: int, class_stride: int) -> Plan:
     width = max(2, triton.next_power_of_2(classes))
     if class_stride != 1:
         # Lanes run over pixels: 64 of them make 128-byte rows in bf16.
-        block_c = min(width, 32)
-        return Plan(64, block_c, 4, 1, 64, min(width, 16), 4)
+        return Plan(
+            block_r=64,
+            block_c=min(width, 32),
+            warps=4,
+            splits=1,
+            grad_block_r=64,
+            grad_block_c=min(width, 16),
+            grad_warps=4,
+        )
     if width <= 4096:
         block_r = max(1, 1024 // width)
-        warps = 4 if width <= 2048 else 8
-        return Plan(block_r, width, warps, 1, block_r, min(width, 2048), 4)
-    # Below about half a wave of rows, one program per row would leave most of a chip idle.
-    splits = min(64, width // 8192) if rows <= 64 and width >= 32768 else 1
-    return Plan(1, 4096, 8, splits, 1, 2048, 4)
+        return Plan(
+            block_r=block_r,
+            block_c=width,
+            warps=4 if width <= 2048 else 8,
+            splits=1,
+            grad_block_r=block_r,
+            grad_block_c=min(width, 2048),
+            grad_warps=4,
+        )
+    return Plan(
+        block_r=1,
+        block_c=4096,
+        warps=8,
+        # Below about half a wave of rows, one program per row would leave most of a chip idle.
+        splits=min(64, width // 8192) if rows <= 64 and width >= 32768 else 1,
+        grad_block_r=1,
+        grad_block_c=2048,
+        grad_warps=4,
+    )
 
 
 class _View(NamedTuple):
-    """A tensor as the kernels address it: samples, pixels and classes with their strides."""
+    """A tensor as the kernels address it."""
 
     data: Tensor
     inner: int
+    """Pixels of a sample."""
     strides: tuple[int, int, int]
+    """Of sample, pixel and class."""
+
+
+_NOWHERE = (0, 0, 0)
 
 
 def _view(x: Tensor, class_dim: int) -> _View:
@@ -62,137 +94,145 @@ def _view(x: Tensor, class_dim: int) -> _View:
     return _View(flat, 1, (flat.stride(0), 0, flat.stride(1)))
 
 
-def _arguments(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    class_dim: int,
-) -> tuple[list[Tensor], list[Any], dict[str, Any], _View]:
-    """Pointers, sizes with strides, and compile-time flags that both kernels begin with."""
-    s = _view(student, class_dim)
-    views = [_view(t, class_dim) for t in teachers]
-    if len({v.strides for v in views}) > 1:
-        views = [_view(t.contiguous(), class_dim) for t in teachers]
-    kind, y, y_strides = 0, student, (0, 0, 0)
-    if labels is not None:
-        kind = 2 if labels.is_floating_point() else 1
-        view = _view(labels, class_dim) if kind == 2 else _View(labels.contiguous(), 1, (0, 0, 0))
-        y, y_strides = view.data, view.strides
-    t_strides = views[0].strides if views else (0, 0, 0)
-    # Absent tensors are never read: any pointer does.
-    data = [v.data for v in views] + [s.data] * (4 - len(views))
-    rest = [x.contiguous() if x is not None else s.data for x in (weights, mask)]
-    if mask is not None:
-        rest[1] = rest[1].view(torch.uint8)
-    classes = student.shape[class_dim]
-    sizes = [student.numel() // classes, s.inner, *s.strides, *t_strides, *y_strides]
-    align = math.gcd(16, s.strides[0], t_strides[0], y_strides[0]) if s.inner == 1 else 0
-    flags = {
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """What the forward and the gradient kernel have in common, by the names of their arguments."""
+    class_dim = inputs.class_dim
+    s = _view(inputs.student, class_dim)
+    teachers = [_view(t, class_dim) for t in inputs.teachers]
+    if len({t.strides for t in teachers}) > 1:
+        teachers = [_view(t.contiguous(), class_dim) for t in inputs.teachers]
+    t_strides = teachers[0].strides if teachers else _NOWHERE
+    labels, y_ptr, y_strides = 0, None, _NOWHERE
+    if inputs.labels is not None and inputs.labels.is_floating_point():
+        labels = SOFT.value
+        y_ptr, _, y_strides = _view(inputs.labels, class_dim)
+    elif inputs.labels is not None:
+        labels, y_ptr = HARD.value, inputs.labels.contiguous()
+    mask = None if inputs.mask is None else inputs.mask.contiguous().view(torch.uint8)
+    classes = inputs.student.shape[class_dim]
+    return {
+        "s_ptr": s.data,
+        # Never empty, for an empty tuple has no type; without teachers nobody reads it.
+        "t_ptrs": tuple(t.data for t in teachers) or (s.data,),
+        "y_ptr": y_ptr,
+        "w_ptr": None if inputs.weights is None else inputs.weights.contiguous(),
+        "mask_ptr": mask,
+        "num_rows": inputs.student.numel() // classes,
+        "inner": s.inner,
+        "s_strides": s.strides,
+        "t_strides": t_strides,
+        "y_strides": y_strides,
+        "temperature": inputs.temperature,
+        "smoothing": inputs.label_smoothing,
+        "ignore_index": inputs.ignore_index,
         "TEACHERS": len(teachers),
-        "LABELS": kind,
-        "WEIGHTS": weights is not None,
-        "MASK": mask is not None,
+        "LABELS": labels,
+        "SMOOTH": inputs.label_smoothing > 0,
+        "ALIGN": math.gcd(16, s.strides[0], t_strides[0], y_strides[0]) if s.inner == 1 else 0,
         "CLASSES": classes,
-        "ALIGN": align,
     }
-    return [s.data, *data, y, *rest], sizes, flags, s
+
+
+# The arguments of `_arguments` that a part needs.
+_OF_PARTS = (
+    "s_ptr",
+    "num_rows",
+    "inner",
+    "s_strides",
+    "t_strides",
+    "y_strides",
+    "temperature",
+    "LABELS",
+    "SMOOTH",
+    "ALIGN",
+    "CLASSES",
+)
 
 
 def _forward(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    numbers: tuple[float, float, int, int],
-    scales: tuple[float, float],
-    outputs: list[Tensor] | None,
+    inputs: Inputs, scales: tuple[float, float], outputs: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Fills per-row outputs, or returns the programs' partial sums; and the statistics."""
-    temperature, smoothing, ignore_index, class_dim = numbers
-    pointers, sizes, flags, s = _arguments(student, teachers, labels, weights, mask, class_dim)
-    num_rows, classes = sizes[0], flags["CLASSES"]
-    p = plan(num_rows, classes, s.strides[2])
-    splits = p.splits if len(teachers) == 1 else 1
+    """Fill per-row outputs, or return the programs' partial sums; and the statistics."""
+    student = inputs.student
+    arguments = _arguments(inputs)
+    num_rows, classes = arguments["num_rows"], arguments["CLASSES"]
+    p = plan(num_rows, classes, arguments["s_strides"][2])
+    splits = p.splits if len(inputs.teachers) == 1 else 1
     programs = triton.cdiv(num_rows, p.block_r)
-    stats = student.new_empty((4 + 2 * len(teachers)) * num_rows, dtype=torch.float32)
+    stats = student.new_empty((4 + 2 * len(inputs.teachers)) * num_rows, dtype=torch.float32)
     partial = student.new_empty(0 if outputs else 2 * programs, dtype=torch.float32)
-    work = student.new_empty(11 * splits * num_rows if splits > 1 else 0, dtype=torch.float32)
     if num_rows == 0:
         return partial, stats
-    targets = [*(outputs or [stats] * 3), stats, partial, work]
-    flags |= {
-        "SMOOTH": smoothing > 0,
-        "PER_ROW": outputs is not None,
-        "ONE_TILE": classes <= p.block_c,
-        "SPLITS": triton.next_power_of_2(splits),
-        "BLOCK_R": p.block_r,
-        "BLOCK_C": p.block_c,
-        "num_warps": p.warps,
-    }
-    rest = [temperature, smoothing, ignore_index, *scales, splits]
-    phases = [((programs, 1), 0)] if splits == 1 else [((programs, splits), 1), ((programs, 1), 2)]
-    for grid, phase in phases:
-        launch(forward_kernel, grid, *pointers, *targets, *sizes, *rest, PHASE=phase, **flags)
+    tile = {"BLOCK_R": p.block_r, "BLOCK_C": p.block_c, "num_warps": p.warps}
+    work = None
+    if splits > 1:
+        work = student.new_empty(PARTS.value * splits * num_rows, dtype=torch.float32)
+        launch(
+            part_kernel,
+            (programs, splits),
+            on=student,
+            t_ptr=arguments["t_ptrs"][0],
+            y_ptr=arguments["y_ptr"],
+            work_ptr=work,
+            splits=splits,
+            PER_ROW=outputs is not None,
+            **{name: arguments[name] for name in _OF_PARTS},
+            **tile,
+        )
+    kd, ce, agree = outputs or (None, None, None)
+    launch(
+        forward_kernel,
+        (programs, 1),
+        on=student,
+        kd_ptr=kd,
+        ce_ptr=ce,
+        agree_ptr=agree,
+        partial_ptr=None if outputs else partial,
+        stats_ptr=stats,
+        work_ptr=work,
+        kd_weight=scales[0],
+        ce_weight=scales[1],
+        splits=splits,
+        ONE_TILE=classes <= p.block_c,
+        SPLITS=triton.next_power_of_2(splits),
+        **arguments,
+        **tile,
+    )
     return partial, stats
 
 
-def rows(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    class_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per-row losses and the statistics that the gradient needs."""
-    shape = student.movedim(class_dim, -1).shape[:-1]
-    parts = [student.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-    numbers = (temperature, label_smoothing, ignore_index, class_dim)
-    _, stats = _forward(student, teachers, labels, weights, mask, numbers, (1.0, 1.0), parts)
+    shape = inputs.student.movedim(inputs.class_dim, -1).shape[:-1]
+    parts = [inputs.student.new_empty(shape, dtype=torch.float32) for _ in range(3)]
+    _, stats = _forward(inputs, (1.0, 1.0), parts)
     return parts[0], parts[1], parts[2], stats
 
 
 def mean(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    class_dim: int,
-    kd_weight: float,
-    ce_weight: float,
-    with_grad: bool,
+    inputs: Inputs, kd_weight: float, ce_weight: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weighted mean, the divisor, no gradient (it is made in the backward pass), statistics."""
     assert not with_grad
-    numbers = (temperature, label_smoothing, ignore_index, class_dim)
-    scales = (kd_weight, ce_weight)
-    partial, stats = _forward(student, teachers, labels, weights, mask, numbers, scales, None)
+    student = inputs.student
+    partial, stats = _forward(inputs, (kd_weight, ce_weight), None)
     loss, divisor = (student.new_empty((), dtype=torch.float32) for _ in range(2))
-    size = partial.numel() // 2
-    launch(reduce_kernel, (1,), partial, loss, divisor, size, BLOCK=1024, num_warps=4)
+    launch(
+        reduce_kernel,
+        (1,),
+        on=student,
+        partial_ptr=partial,
+        loss_ptr=loss,
+        divisor_ptr=divisor,
+        num_partials=partial.numel() // 2,
+        BLOCK=1024,
+        num_warps=4,
+    )
     return loss, divisor, student.new_empty(0), stats
 
 
 def grad(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    class_dim: int,
+    inputs: Inputs,
     upstream_kd: Tensor | None,
     upstream_ce: Tensor | None,
     divisor: Tensor | None,
@@ -201,35 +241,44 @@ def grad(
     ce_scale: float,
 ) -> Tensor:
     """Gradient at the student from the statistics of the forward pass."""
-    pointers, sizes, flags, s = _arguments(student, teachers, labels, weights, mask, class_dim)
-    num_rows, classes = sizes[0], flags["CLASSES"]
-    out = torch.empty_like(student)
+    arguments = _arguments(inputs)
+    num_rows, classes = arguments["num_rows"], arguments["CLASSES"]
+    out = torch.empty_like(inputs.student)
     if num_rows == 0:
         return out
-    view = _view(out, class_dim)
-    p = plan(num_rows, classes, s.strides[2])
-    ups, steps = [], []
-    for up in (upstream_kd, upstream_ce):
-        one = up is None or up.numel() == 1 or not any(up.stride())
-        ups.append(stats if up is None else up.reshape(-1)[:1] if one else up.contiguous())
-        steps.append(0 if one else 1)
-    if flags["ALIGN"]:
-        flags["ALIGN"] = math.gcd(flags["ALIGN"], view.strides[0])
-    flags |= {
-        "SMOOTH": label_smoothing > 0,
-        "DIVISOR": divisor is not None,
-        "KD": upstream_kd is not None and len(teachers) > 0,
-        "CE": upstream_ce is not None and labels is not None,
-        "BLOCK_R": p.grad_block_r,
-        "BLOCK_C": p.grad_block_c,
-        "num_warps": p.grad_warps,
-    }
-    grid = (triton.cdiv(num_rows, p.grad_block_r), triton.cdiv(classes, p.grad_block_c))
-    by = divisor if divisor is not None else stats
-    numbers = [temperature, label_smoothing, ignore_index, kd_scale, ce_scale, *steps]
+    view = _view(out, inputs.class_dim)
+    p = plan(num_rows, classes, arguments["s_strides"][2])
+    kd_ptr, kd_step = _upstream(upstream_kd)
+    ce_ptr, ce_step = _upstream(upstream_ce)
+    if arguments["ALIGN"]:
+        arguments["ALIGN"] = math.gcd(arguments["ALIGN"], view.strides[0])
     launch(
-        gradient_kernel, grid, *pointers, view.data, stats, *ups, by, *sizes, *view.strides,
-        *numbers, **flags,
-    )  # fmt: skip
+        gradient_kernel,
+        (triton.cdiv(num_rows, p.grad_block_r), triton.cdiv(classes, p.grad_block_c)),
+        on=out,
+        g_ptr=view.data,
+        stats_ptr=stats,
+        up_kd_ptr=kd_ptr,
+        up_ce_ptr=ce_ptr,
+        divisor_ptr=divisor,
+        g_strides=view.strides,
+        kd_scale=kd_scale,
+        ce_scale=ce_scale,
+        up_kd_step=kd_step,
+        up_ce_step=ce_step,
+        BLOCK_R=p.grad_block_r,
+        BLOCK_C=p.grad_block_c,
+        num_warps=p.grad_warps,
+        **arguments,
+    )
     # flatten() copies where the strides do not collapse.
     return out if view.data.data_ptr() == out.data_ptr() else out.copy_(view.data.view(out.shape))
+
+
+def _upstream(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """(tensor, step): an incoming gradient per row (step 1) or one for all rows (step 0)."""
+    if x is None:
+        return None, 0
+    if x.numel() == 1 or not any(x.stride()):
+        return x.reshape(-1)[:1], 0
+    return x.contiguous(), 1

@@ -1,257 +1,173 @@
-"""The Triton kernels of `kd_loss`, in the formulas of README.md; gpu.py launches them.
+"""The Triton kernels of `kd_loss`, in the formulas and names of README.md; gpu.py launches them.
 
 A program owns a tile of [BLOCK_R rows, BLOCK_C classes]. Rows that fit one tile are read once;
-longer ones are walked with a running maximum; few and very long ones are split over programs and
-merged.
+longer ones are walked with a running maximum; few and very long ones are split over programs
+(`part_kernel`), and `forward_kernel` merges the parts.
 The forward pass leaves four numbers per row and two per teacher (maxima, log2 of the sums, mass of
 the target), from which the gradient is one elementwise pass.
 
-Names: b_ block values, m_ masks, o_ offsets, p_ parts of a split row; s student, t teacher.
-Addresses are int64.
+Names: b_ block values, m_ masks, o_ offsets, p_ pointers; s student, t teacher, y labels; m maximum
+of logits, z sum of exponentials, l its log2. Addresses are int64. A pointer is None where its
+tensor is absent.
 """
 
 import triton
 import triton.language as tl
-from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL, kl_term, tile
+from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL
+from fastkd.kernels.kd_loss.gpu_rows import (
+    HARD,
+    PARTS,
+    counting,
+    elements,
+    exact_kl,
+    max_and_log_sum,
+    merged,
+    rows_at,
+    view_of,
+    walk,
+    weights_of,
+)
 
-__all__ = ["forward_kernel", "gradient_kernel", "reduce_kernel"]
-
-
-@triton.jit
-def _logits(ptr, o_row, o_col, stride_c, m_tile):
-    """[R, C] logits in fp32, 0 beyond the last class: for results that are not stored there."""
-    b = tl.load(ptr + o_row[:, None] + o_col[None, :] * stride_c, mask=m_tile, other=0.0)
-    return b.to(tl.float32)
-
-
-@triton.jit
-def _rows_at(o_r, inner, stride_n, stride_p, ALIGN: tl.constexpr):
-    """Offset of each row's first class: samples stride_n apart, pixels stride_p.
-
-    ALIGN 0: pixels. Else classes are a row's only axis and rows start at multiples of ALIGN
-    elements, which Triton cannot know of a stride like 1000 and needs for wide loads.
-    """
-    if ALIGN > 0:
-        return tl.multiple_of(o_r.to(tl.int64) * stride_n, ALIGN)
-    # 32-bit division keeps the lanes' contiguity visible; only the offset needs 64 bits.
-    return (o_r // inner).to(tl.int64) * stride_n + (o_r % inner).to(tl.int64) * stride_p
+__all__ = ["forward_kernel", "gradient_kernel", "part_kernel", "reduce_kernel"]
 
 
 @triton.jit
-def _first_max(x, o_col, base):
-    """Maximum over classes and the lowest class that has it, counted from `base`."""
-    top = tl.max(x, 1)
-    at = tl.min(tl.where(x == top[:, None], o_col[None, :], 1 << 30), 1)
-    return top, at + base
+def part_kernel(
+    s_ptr,  # [N, C] or [N, C, pixels] logits
+    t_ptr,  # the same of one teacher
+    y_ptr,  # the same of soft labels, else None
+    work_ptr,  # [rows, splits, PARTS] fp32
+    num_rows,
+    inner,  # pixels of a sample
+    s_strides,
+    t_strides,
+    y_strides,
+    temperature,
+    splits,
+    LABELS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What one of `splits` parts of the classes of each row adds to its sums."""
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < num_rows
+    s = view_of(s_ptr, o_r, inner, s_strides, ALIGN)
+    t = view_of(t_ptr, o_r, inner, t_strides, ALIGN)
+    y = view_of(y_ptr, o_r, inner, y_strides, ALIGN)
+    length = tl.cdiv(tl.cdiv(CLASSES, splits), BLOCK_C) * BLOCK_C
+    first = tl.program_id(1) * length
+    last = tl.minimum(first + length, CLASSES)
+    c_t = LOG2E / temperature
+    parts, _ = walk(s, t, y, m_r, c_t, first, last, 1, LABELS, SMOOTH, PER_ROW, CLASSES, BLOCK_C)
+    p_w = work_ptr + (o_r.to(tl.int64) * splits + tl.program_id(1)) * PARTS
+    for i in tl.static_range(PARTS):
+        tl.store(p_w + i, parts[i].to(tl.float32), mask=m_r)
 
 
 @triton.jit
 def forward_kernel(
-    s_ptr, t0_ptr, t1_ptr, t2_ptr, t3_ptr, y_ptr, w_ptr, mask_ptr,
-    kd_ptr, ce_ptr, agree_ptr, stats_ptr, partial_ptr, work_ptr,
-    num_rows, inner,
-    s_n, s_p, s_c, t_n, t_p, t_c, y_n, y_p, y_c,
-    temperature, smoothing, ignore_index, kd_weight, ce_weight, splits,
-    TEACHERS: tl.constexpr, LABELS: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr,
-    SMOOTH: tl.constexpr, PER_ROW: tl.constexpr, ALIGN: tl.constexpr, CLASSES: tl.constexpr,
-    ONE_TILE: tl.constexpr, PHASE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """PHASE 0: whole rows. 1: sums of one part of a row into work. 2: merge the parts, finish."""
+    s_ptr,  # [N, C] or [N, C, pixels] logits
+    t_ptrs,  # the same of each teacher, all with t_strides
+    y_ptr,  # [rows] int64 or the same as s_ptr, or None
+    w_ptr,  # [rows], or None
+    mask_ptr,  # [rows] uint8, or None
+    kd_ptr,  # [rows] fp32, or None: partial sums are wanted
+    ce_ptr,  # [rows] fp32, or None
+    agree_ptr,  # [rows] fp32, or None
+    partial_ptr,  # [programs, 2] fp32: loss and rows that count, or None
+    stats_ptr,  # [4 + 2 * TEACHERS, rows] fp32
+    work_ptr,  # [rows, splits, PARTS] fp32 from part_kernel, or None: rows are not split
+    num_rows,
+    inner,  # pixels of a sample
+    s_strides,
+    t_strides,
+    y_strides,
+    temperature,
+    smoothing,
+    ignore_index,
+    kd_weight,
+    ce_weight,
+    splits,
+    TEACHERS: tl.constexpr,
+    LABELS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Losses of BLOCK_R rows, or their weighted sum, and the statistics that the gradient needs."""
+    PER_ROW: tl.constexpr = kd_ptr is not None
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < num_rows
-    o_c = tl.arange(0, BLOCK_C)
-    o_s = _rows_at(o_r, inner, s_n, s_p, ALIGN)
-    o_t = _rows_at(o_r, inner, t_n, t_p, ALIGN)
-    o_y = _rows_at(o_r, inner, y_n, y_p, ALIGN)
     c_t = LOG2E / temperature
+    s = view_of(s_ptr, o_r, inner, s_strides, ALIGN)
+    ts = ()
+    for k in tl.static_range(TEACHERS):
+        ts = ts + (view_of(t_ptrs[k], o_r, inner, t_strides, ALIGN),)
 
-    # 1. Maxima and sums. Sums are kept per lane and reduced once, after the walk.
-    ms = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    mt, mt1, mt2, mt3 = ms, ms, ms, ms
-    at_s = tl.zeros([BLOCK_R], tl.int32)
-    at_t = at_s
-    zs = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    z1, zt, zt1, zt2, zt3, gap, mass, dot, flat = zs, zs, zs, zs, zs, zs, zs, zs, zs
-    b_s, b_t = zs, zs
-    first = 0
-    last = CLASSES
-    if PHASE == 1:
-        part = tl.cdiv(tl.cdiv(CLASSES, splits), BLOCK_C) * BLOCK_C
-        first = tl.program_id(1) * part
-        last = tl.minimum(first + part, CLASSES)
-    if PHASE == 2:
-        last = 0
-    for base in range(first, last, BLOCK_C):
-        o_col = base + o_c
-        m_col = o_col < CLASSES
-        m_tile = m_r[:, None] & m_col[None, :]
-        b_s = tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
-        if PER_ROW and TEACHERS > 0:
-            top, at = _first_max(b_s, o_c, base)
-            at_s = tl.where(top > ms, at, at_s)
-        else:
-            top = tl.max(b_s, 1)
-        new = tl.maximum(ms, top)
-        # The first block's old maximum is minus infinity: exp2(-inf) = 0 wipes nothing but zeros.
-        fade = tl.exp2((ms - new) * c_t)
-        fade1 = tl.exp2((ms - new) * LOG2E)
-        ms = new
-        x_s = b_s - ms[:, None]
-        if TEACHERS > 0:
-            zs = zs * fade[:, None] + tl.exp2(x_s * c_t)
-            b_t = tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
-            if PER_ROW and TEACHERS == 1:
-                top, at = _first_max(b_t, o_c, base)
-                at_t = tl.where(top > mt, at, at_t)
-            else:
-                top = tl.max(b_t, 1)
-            new = tl.maximum(mt, top)
-            fade = tl.exp2((mt - new) * c_t)
-            mt = new
-            e = tl.exp2((b_t - mt[:, None]) * c_t)
-            zt = zt * fade[:, None] + e
-            if TEACHERS == 1:
-                gap = gap * fade[:, None] + tl.where(e > 0.0, e * (b_t - b_s), e)
-        if TEACHERS > 1:
-            b = tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
-            new = tl.maximum(mt1, tl.max(b, 1))
-            zt1 = zt1 * tl.exp2((mt1 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
-            mt1 = new
-        if TEACHERS > 2:
-            b = tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
-            new = tl.maximum(mt2, tl.max(b, 1))
-            zt2 = zt2 * tl.exp2((mt2 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
-            mt2 = new
-        if TEACHERS > 3:
-            b = tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
-            new = tl.maximum(mt3, tl.max(b, 1))
-            zt3 = zt3 * tl.exp2((mt3 - new) * c_t)[:, None] + tl.exp2((b - new[:, None]) * c_t)
-            mt3 = new
-        if LABELS > 0:
-            z1 = z1 * fade1[:, None] + tl.exp2(x_s * LOG2E)
-        if LABELS == 2:
-            o_yc = o_y[:, None] + o_col[None, :] * y_c
-            y = tl.load(y_ptr + o_yc, mask=m_tile, other=0.0).to(tl.float32)
-            mass += y
-            dot += tl.where(y != 0.0, y * b_s, 0.0)
-        if SMOOTH:
-            flat += tl.where(m_tile, b_s, 0.0)
-
-    r_zs, r_z1, r_zt = tl.sum(zs, 1), tl.sum(z1, 1), tl.sum(zt, 1)
-    r_gap, r_mass, r_dot, r_flat = tl.sum(gap, 1), tl.sum(mass, 1), tl.sum(dot, 1), tl.sum(flat, 1)
-    if PHASE == 1:
-        o_w = (o_r.to(tl.int64) * splits + tl.program_id(1)) * 11
-        tl.store(work_ptr + o_w, ms, mask=m_r)
-        tl.store(work_ptr + o_w + 1, r_zs, mask=m_r)
-        tl.store(work_ptr + o_w + 2, r_z1, mask=m_r)
-        tl.store(work_ptr + o_w + 3, mt, mask=m_r)
-        tl.store(work_ptr + o_w + 4, r_zt, mask=m_r)
-        tl.store(work_ptr + o_w + 5, r_gap, mask=m_r)
-        tl.store(work_ptr + o_w + 6, r_mass, mask=m_r)
-        tl.store(work_ptr + o_w + 7, r_dot, mask=m_r)
-        tl.store(work_ptr + o_w + 8, r_flat, mask=m_r)
-        tl.store(work_ptr + o_w + 9, at_s.to(tl.float32), mask=m_r)
-        tl.store(work_ptr + o_w + 10, at_t.to(tl.float32), mask=m_r)
-        return
-    if PHASE == 2:
-        o_k = tl.arange(0, SPLITS)
-        m_k = m_r[:, None] & (o_k < splits)[None, :]
-        o_w = (o_r.to(tl.int64)[:, None] * splits + o_k[None, :]) * 11
-        p_ms = tl.load(work_ptr + o_w, mask=m_k, other=float("-inf"))
-        p_mt = tl.load(work_ptr + o_w + 3, mask=m_k, other=float("-inf"))
-        ms, mt = tl.max(p_ms, 1), tl.max(p_mt, 1)
-        f_s = tl.exp2((p_ms - ms[:, None]) * c_t)
-        f_t = tl.exp2((p_mt - mt[:, None]) * c_t)
-        f_1 = tl.exp2((p_ms - ms[:, None]) * LOG2E)
-        r_zs = tl.sum(f_s * tl.load(work_ptr + o_w + 1, mask=m_k, other=0.0), 1)
-        r_z1 = tl.sum(f_1 * tl.load(work_ptr + o_w + 2, mask=m_k, other=0.0), 1)
-        r_zt = tl.sum(f_t * tl.load(work_ptr + o_w + 4, mask=m_k, other=0.0), 1)
-        r_gap = tl.sum(f_t * tl.load(work_ptr + o_w + 5, mask=m_k, other=0.0), 1)
-        r_mass = tl.sum(tl.load(work_ptr + o_w + 6, mask=m_k, other=0.0), 1)
-        r_dot = tl.sum(tl.load(work_ptr + o_w + 7, mask=m_k, other=0.0), 1)
-        r_flat = tl.sum(tl.load(work_ptr + o_w + 8, mask=m_k, other=0.0), 1)
-        p_at = tl.load(work_ptr + o_w + 9, mask=m_k, other=0.0)
-        at_s = tl.min(tl.where(p_ms == ms[:, None], p_at, 1e9), 1).to(tl.int32)
-        p_at = tl.load(work_ptr + o_w + 10, mask=m_k, other=0.0)
-        at_t = tl.min(tl.where(p_mt == mt[:, None], p_at, 1e9), 1).to(tl.int32)
-        last = CLASSES
+    # 1. Maxima and sums.
+    if work_ptr is None:
+        y = view_of(y_ptr, o_r, inner, y_strides, ALIGN)
+        t = ts[0] if TEACHERS > 0 else s
+        parts, tiles = walk(
+            s, t, y, m_r, c_t, 0, CLASSES, TEACHERS, LABELS, SMOOTH, PER_ROW, CLASSES, BLOCK_C
+        )
+    else:
+        parts = merged(work_ptr, o_r, m_r, splits, c_t, SPLITS)
+        tiles = (tl.zeros([BLOCK_R, BLOCK_C], tl.float32), tl.zeros([BLOCK_R, BLOCK_C], tl.float32))
+    ms, zs, z1, mt, zt, gap, mass, dot, flat, at_s, at_t = parts
+    l_s, l_1, l_t = tl.log2(zs), tl.log2(z1), tl.log2(zt)
 
     # 2. KL. A second walk only where the plain difference would cancel, or for several teachers.
-    l_s, l_1, l_t = tl.log2(r_zs), tl.log2(r_z1), tl.log2(r_zt)
-    l_t1, l_t2, l_t3 = l_t, l_t, l_t
-    kl = tl.zeros([BLOCK_R], tl.float32)
-    walk = False
-    if TEACHERS == 1:
-        kl = (r_gap / r_zt + (ms - mt)) / temperature - (l_t - l_s) * LN2
-        low = m_r & (kl < NEAR_EQUAL)
-        walk = tl.max(low.to(tl.int32), 0) > 0
-    if TEACHERS > 1:
-        l_t1 = tl.log2(tl.sum(zt1, 1))
-        l_t2 = tl.log2(tl.sum(zt2, 1))
-        l_t3 = tl.log2(tl.sum(zt3, 1))
-        low = m_r
-        walk = True
+    student = (s, ms, l_s)
+    teachers = ()
     if TEACHERS > 0:
-        if walk:
-            acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-            best = tl.full([BLOCK_R], -1.0, tl.float32)
-            for base in range(0, last, BLOCK_C):
-                o_col = base + o_c
-                m_col = o_col < CLASSES
-                m_tile = m_r[:, None] & m_col[None, :]
-                if not ONE_TILE:
-                    b_s = tile(s_ptr, o_s, o_col, s_c, m_tile, m_col)
-                    b_t = tile(t0_ptr, o_t, o_col, t_c, m_tile, m_col)
-                x_s = tl.fma(b_s - ms[:, None], c_t, -l_s[:, None])
-                x_t = tl.fma(b_t - mt[:, None], c_t, -l_t[:, None])
-                q = tl.exp2(x_s)
-                p = tl.exp2(x_t)
-                if TEACHERS == 1:
-                    u = (x_t - x_s) * LN2
-                if TEACHERS > 1:
-                    b = tile(t1_ptr, o_t, o_col, t_c, m_tile, m_col)
-                    p += tl.exp2(tl.fma(b - mt1[:, None], c_t, -l_t1[:, None]))
-                    if TEACHERS > 2:
-                        b = tile(t2_ptr, o_t, o_col, t_c, m_tile, m_col)
-                        p += tl.exp2(tl.fma(b - mt2[:, None], c_t, -l_t2[:, None]))
-                    if TEACHERS > 3:
-                        b = tile(t3_ptr, o_t, o_col, t_c, m_tile, m_col)
-                        p += tl.exp2(tl.fma(b - mt3[:, None], c_t, -l_t3[:, None]))
-                    p = p * (1.0 / TEACHERS)
-                    u = (tl.log2(p) - x_s) * LN2
-                    if PER_ROW:
-                        top, at = _first_max(p, o_c, base)
-                        at_t = tl.where(top > best, at, at_t)
-                        best = tl.maximum(best, top)
-                # Where p is 0, u may be no number.
-                u = tl.where(p > 0.0, u, 0.0)
-                acc += tl.where(m_tile, kl_term(p, q, u), 0.0)
-            kl = tl.where(low, tl.sum(acc, 1), kl)
+        teachers = ((ts[0], mt, l_t),)
+    for k in tl.static_range(1, TEACHERS):
+        mt_k, l_t_k = max_and_log_sum(ts[k], m_r, c_t, CLASSES, BLOCK_C)
+        teachers = teachers + ((ts[k], mt_k, l_t_k),)
+    kl = tl.zeros([BLOCK_R], tl.float32)
+    if TEACHERS == 1:
+        kl = (gap / zt + (ms - mt)) / temperature - (l_t - l_s) * LN2
+        low = m_r & (kl < NEAR_EQUAL)
+        if tl.max(low.to(tl.int32), 0) > 0:
+            exact, _ = exact_kl(
+                student, teachers, tiles, m_r, c_t, TEACHERS, PER_ROW, ONE_TILE, CLASSES, BLOCK_C
+            )
+            kl = tl.where(low, exact, kl)
+    if TEACHERS > 1:
+        kl, at_t = exact_kl(
+            student, teachers, tiles, m_r, c_t, TEACHERS, PER_ROW, ONE_TILE, CLASSES, BLOCK_C
+        )
 
-    # 3. Cross entropy, weights, and what the row leaves behind.
-    counts = m_r
-    if MASK:
-        counts = counts & (tl.load(mask_ptr + o_r, mask=m_r, other=0) != 0)
+    # 3. Cross entropy: mass * log z_1 - sum of target * x.
+    counts = counting(mask_ptr, o_r, m_r)
     ce = tl.zeros([BLOCK_R], tl.float32)
-    mass_y = tl.full([BLOCK_R], 1.0, tl.float32)
-    if LABELS > 0:
-        dot_y = r_dot
-        if LABELS == 2:
-            mass_y = r_mass
-        if LABELS == 1:
-            y = tl.load(y_ptr + o_r, mask=m_r, other=0)
-            counts = counts & (y != ignore_index)
-            known = counts & (y >= 0) & (y < CLASSES)
-            b = tl.load(s_ptr + o_s + y * s_c, mask=known, other=float("nan"))
-            dot_y = b.to(tl.float32)
+    if LABELS == HARD:
+        mass = tl.full([BLOCK_R], 1.0, tl.float32)
+        y_r = tl.load(y_ptr + o_r, mask=m_r, other=0)
+        counts = counts & (y_r != ignore_index)
+        known = counts & (y_r >= 0) & (y_r < CLASSES)
+        b = tl.load(s_ptr + s[1] + y_r * s[2], mask=known, other=float("nan"))
+        dot = b.to(tl.float32)
+    if LABELS == 0:
+        mass = tl.full([BLOCK_R], 1.0, tl.float32)
+    else:
         if SMOOTH:
-            dot_y = (1.0 - smoothing) * dot_y + (smoothing / CLASSES) * r_flat
-            mass_y = (1.0 - smoothing) * mass_y + smoothing
-        ce = mass_y * (l_1 * LN2) - (dot_y - mass_y * ms)
-    weight = tl.full([BLOCK_R], 1.0, tl.float32)
-    if WEIGHTS:
-        weight = tl.load(w_ptr + o_r, mask=m_r, other=0.0).to(tl.float32)
+            label_share = 1.0 - smoothing
+            dot = label_share * dot + (smoothing / CLASSES) * flat
+            mass = label_share * mass + smoothing
+        ce = mass * (l_1 * LN2) - (dot - mass * ms)
+
+    # 4. What the rows leave behind.
+    weight = weights_of(w_ptr, o_r, m_r)
     kd = tl.where(counts, weight * (temperature * temperature) * kl, 0.0)
     ce = tl.where(counts, weight * ce, 0.0)
     if PER_ROW:
@@ -263,29 +179,22 @@ def forward_kernel(
         o_p = tl.program_id(0) * 2
         tl.store(partial_ptr + o_p, tl.sum(kd_weight * kd + ce_weight * ce, 0))
         tl.store(partial_ptr + o_p + 1, tl.sum(counts.to(tl.float32), 0))
-    # Statistics lie as [4 + 2 * TEACHERS, rows].
-    o_x = stats_ptr + o_r
-    n_x = num_rows.to(tl.int64)
-    tl.store(o_x, ms, mask=m_r)
-    tl.store(o_x + n_x, l_s, mask=m_r)
-    tl.store(o_x + 2 * n_x, l_1, mask=m_r)
-    tl.store(o_x + 3 * n_x, mass_y, mask=m_r)
-    if TEACHERS > 0:
-        tl.store(o_x + 4 * n_x, mt, mask=m_r)
-        tl.store(o_x + 5 * n_x, l_t, mask=m_r)
-    if TEACHERS > 1:
-        tl.store(o_x + 6 * n_x, mt1, mask=m_r)
-        tl.store(o_x + 7 * n_x, l_t1, mask=m_r)
-    if TEACHERS > 2:
-        tl.store(o_x + 8 * n_x, mt2, mask=m_r)
-        tl.store(o_x + 9 * n_x, l_t2, mask=m_r)
-    if TEACHERS > 3:
-        tl.store(o_x + 10 * n_x, mt3, mask=m_r)
-        tl.store(o_x + 11 * n_x, l_t3, mask=m_r)
+    stats = (ms, l_s, l_1, mass)
+    for k in tl.static_range(TEACHERS):
+        stats = stats + (teachers[k][1], teachers[k][2])
+    n_x = tl.cast(num_rows, tl.int64)
+    for i in tl.static_range(4 + 2 * TEACHERS):
+        tl.store(stats_ptr + o_r + i * n_x, stats[i], mask=m_r)
 
 
 @triton.jit
-def reduce_kernel(partial_ptr, loss_ptr, divisor_ptr, num_partials, BLOCK: tl.constexpr):
+def reduce_kernel(
+    partial_ptr,  # [num_partials, 2] fp32
+    loss_ptr,  # fp32
+    divisor_ptr,  # fp32
+    num_partials,
+    BLOCK: tl.constexpr,
+):
     """One program: the mean from the partial sums, always added in the same order."""
     o = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -300,83 +209,100 @@ def reduce_kernel(partial_ptr, loss_ptr, divisor_ptr, num_partials, BLOCK: tl.co
 
 
 @triton.jit
-def _probability(ptr, o_row, o_col, stride_c, m_tile, m_r, stat_ptr, n_x, c_t):
+def _probability(view, o_col, m_tile, m_r, p_x, n_x, c_t):
     """softmax(x / T) from a row's maximum and log2 of its sum, which lie n_x apart."""
-    b = _logits(ptr, o_row, o_col, stride_c, m_tile)
-    top = tl.load(stat_ptr, mask=m_r, other=0.0)
-    log_z = tl.load(stat_ptr + n_x, mask=m_r, other=0.0)
+    b = elements(view, o_col, m_tile)
+    top = tl.load(p_x, mask=m_r, other=0.0)
+    log_z = tl.load(p_x + n_x, mask=m_r, other=0.0)
     return tl.exp2(tl.fma(b - top[:, None], c_t, -log_z[:, None]))
 
 
 @triton.jit
 def gradient_kernel(
-    s_ptr, t0_ptr, t1_ptr, t2_ptr, t3_ptr, y_ptr, w_ptr, mask_ptr, g_ptr, stats_ptr,
-    up_kd_ptr, up_ce_ptr, divisor_ptr,
-    num_rows, inner,
-    s_n, s_p, s_c, t_n, t_p, t_c, y_n, y_p, y_c, g_n, g_p, g_c,
-    temperature, smoothing, ignore_index, kd_scale, ce_scale, up_kd_step, up_ce_step,
-    TEACHERS: tl.constexpr, LABELS: tl.constexpr, WEIGHTS: tl.constexpr, MASK: tl.constexpr,
-    SMOOTH: tl.constexpr, DIVISOR: tl.constexpr, KD: tl.constexpr, CE: tl.constexpr,
-    ALIGN: tl.constexpr, CLASSES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One tile of a * (p_s - p_t) + b * (sum(y) p_1 - y)."""
+    s_ptr,  # [N, C] or [N, C, pixels] logits
+    t_ptrs,  # the same of each teacher, all with t_strides
+    y_ptr,  # [rows] int64 or the same as s_ptr, or None
+    w_ptr,  # [rows], or None
+    mask_ptr,  # [rows] uint8, or None
+    g_ptr,  # the gradient, of s_ptr's shape
+    stats_ptr,  # [4 + 2 * TEACHERS, rows] fp32
+    up_kd_ptr,  # [rows] or one number, or None: kd gives no gradient
+    up_ce_ptr,  # likewise of ce
+    divisor_ptr,  # fp32, or None
+    num_rows,
+    inner,  # pixels of a sample
+    s_strides,
+    t_strides,
+    y_strides,
+    g_strides,
+    temperature,
+    smoothing,
+    ignore_index,
+    kd_scale,
+    ce_scale,
+    up_kd_step,  # 1: an upstream gradient per row, 0: one for all
+    up_ce_step,
+    TEACHERS: tl.constexpr,
+    LABELS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One tile of kd_factor * (p_s - p_t) + ce_factor * (mass * p_1 - target)."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_r = o_r < num_rows
     m_col = o_col < CLASSES
     m_tile = m_r[:, None] & m_col[None, :]
-    o_s = _rows_at(o_r, inner, s_n, s_p, ALIGN)
     c_t = LOG2E / temperature
-    counts = m_r
-    if MASK:
-        counts = counts & (tl.load(mask_ptr + o_r, mask=m_r, other=0) != 0)
-    weight = tl.full([BLOCK_R], 1.0, tl.float32)
-    if WEIGHTS:
-        weight = tl.load(w_ptr + o_r, mask=m_r, other=0.0).to(tl.float32)
-    if DIVISOR:
+    counts = counting(mask_ptr, o_r, m_r)
+    weight = weights_of(w_ptr, o_r, m_r)
+    if divisor_ptr is not None:
         weight = weight / tl.load(divisor_ptr)
-    o_x = stats_ptr + o_r
-    n_x = num_rows.to(tl.int64)
-    b_s = _logits(s_ptr, o_s, o_col, s_c, m_tile)
-    x_s = b_s - tl.load(o_x, mask=m_r, other=0.0)[:, None]
+    p_x = stats_ptr + o_r
+    n_x = tl.cast(num_rows, tl.int64)
+    b_s = elements(view_of(s_ptr, o_r, inner, s_strides, ALIGN), o_col, m_tile)
+    x_s = b_s - tl.load(p_x, mask=m_r, other=0.0)[:, None]
     grad = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    if KD:
-        o_t = _rows_at(o_r, inner, t_n, t_p, ALIGN)
-        l_s = tl.load(o_x + n_x, mask=m_r, other=0.0)
+    if up_kd_ptr is not None and TEACHERS > 0:
+        l_s = tl.load(p_x + n_x, mask=m_r, other=0.0)
         # No product to contract: for equal logits the two are equal bits and leave exactly 0.
         p_s = tl.exp2(tl.fma(x_s, c_t, -l_s[:, None]))
-        p_t = _probability(t0_ptr, o_t, o_col, t_c, m_tile, m_r, o_x + 4 * n_x, n_x, c_t)
-        if TEACHERS > 1:
-            p_t += _probability(t1_ptr, o_t, o_col, t_c, m_tile, m_r, o_x + 6 * n_x, n_x, c_t)
-        if TEACHERS > 2:
-            p_t += _probability(t2_ptr, o_t, o_col, t_c, m_tile, m_r, o_x + 8 * n_x, n_x, c_t)
-        if TEACHERS > 3:
-            p_t += _probability(t3_ptr, o_t, o_col, t_c, m_tile, m_r, o_x + 10 * n_x, n_x, c_t)
+        t = view_of(t_ptrs[0], o_r, inner, t_strides, ALIGN)
+        p_t = _probability(t, o_col, m_tile, m_r, p_x + 4 * n_x, n_x, c_t)
+        for k in tl.static_range(1, TEACHERS):
+            t = view_of(t_ptrs[k], o_r, inner, t_strides, ALIGN)
+            p_t += _probability(t, o_col, m_tile, m_r, p_x + (4 + 2 * k) * n_x, n_x, c_t)
         if TEACHERS > 1:
             p_t = p_t * (1.0 / TEACHERS)
         up = tl.load(up_kd_ptr + o_r * up_kd_step, mask=m_r, other=0.0).to(tl.float32)
-        grad = (up * weight * (kd_scale * temperature))[:, None] * (p_s - p_t)
-    if LABELS == 1:
-        y = tl.load(y_ptr + o_r, mask=m_r, other=0)
-        counts = counts & (y != ignore_index)
-    if CE:
-        l_1 = tl.load(o_x + 2 * n_x, mask=m_r, other=0.0)
+        kd_factor = up * weight * (kd_scale * temperature)
+        grad = kd_factor[:, None] * (p_s - p_t)
+    if LABELS == HARD:
+        y_r = tl.load(y_ptr + o_r, mask=m_r, other=0)
+        counts = counts & (y_r != ignore_index)
+    if up_ce_ptr is not None and LABELS > 0:
+        l_1 = tl.load(p_x + 2 * n_x, mask=m_r, other=0.0)
         p_1 = tl.exp2(tl.fma(x_s, LOG2E, -l_1[:, None]))
-        if LABELS == 1:
-            target = tl.where(o_col[None, :] == y[:, None], 1.0 - smoothing, 0.0)
+        label_share = 1.0 - smoothing
+        if LABELS == HARD:
+            target = tl.where(o_col[None, :] == y_r[:, None], label_share, 0.0)
         else:
-            o_y = _rows_at(o_r, inner, y_n, y_p, ALIGN)
-            o_yc = o_y[:, None] + o_col[None, :] * y_c
-            target = tl.load(y_ptr + o_yc, mask=m_tile, other=0.0).to(tl.float32)
-            target = target * (1.0 - smoothing)
-            p_1 = p_1 * tl.load(o_x + 3 * n_x, mask=m_r, other=0.0)[:, None]
+            target = elements(view_of(y_ptr, o_r, inner, y_strides, ALIGN), o_col, m_tile)
+            target = target * label_share
+            p_1 = p_1 * tl.load(p_x + 3 * n_x, mask=m_r, other=0.0)[:, None]
         if SMOOTH:
             target += smoothing / CLASSES
         up = tl.load(up_ce_ptr + o_r * up_ce_step, mask=m_r, other=0.0).to(tl.float32)
-        grad += (up * weight * ce_scale)[:, None] * (p_1 - target)
+        ce_factor = up * weight * ce_scale
+        grad += ce_factor[:, None] * (p_1 - target)
     # A row that does not count gets 0 even where its logits are no numbers.
     grad = tl.where(counts[:, None], grad, 0.0)
-    o_g = _rows_at(o_r, inner, g_n, g_p, ALIGN)
+    o_g = rows_at(o_r, inner, g_strides, ALIGN)
     tl.store(
-        g_ptr + o_g[:, None] + o_col[None, :] * g_c, grad.to(g_ptr.dtype.element_ty), mask=m_tile
+        g_ptr + o_g[:, None] + o_col[None, :] * g_strides[2],
+        grad.to(g_ptr.dtype.element_ty),
+        mask=m_tile,
     )

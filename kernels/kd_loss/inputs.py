@@ -6,26 +6,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "prepare", "rows_that_count"]
+__all__ = ["MAX_TEACHERS", "Inputs", "as_list", "check_values", "prepare", "rows_that_count"]
 
+# Also in C++: kMaxTeachers in args.h.
 MAX_TEACHERS = 4
 
 
 class Inputs(NamedTuple):
-    """The arguments that the reference and all ops of this folder begin with, in their order."""
+    """What a loss is computed from, in the order that holds from the public functions to C++."""
 
     student: Tensor
+    """Raw logits, classes in `class_dim`."""
     teachers: list[Tensor]
+    """Up to MAX_TEACHERS, each of the student's shape."""
     labels: Tensor | None
-    """int64 class indices, or probabilities of the logits' shape."""
-    weights: Tensor | None
-    """One per row."""
-    mask: Tensor | None
+    """int64 class indices, one per row, or probabilities of the student's shape."""
     temperature: float
     label_smoothing: float
     ignore_index: int
     class_dim: int
     """-1 or 1."""
+    weights: Tensor | None
+    """One per row."""
+    mask: Tensor | None
+    """Bool, one per row."""
+
+
+def as_list(teacher: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """The teachers as a list, from what the public functions take."""
+    if teacher is None:
+        return []
+    return [teacher] if isinstance(teacher, Tensor) else list(teacher)
 
 
 def rows_that_count(
@@ -40,25 +51,31 @@ def rows_that_count(
     return counts
 
 
-def prepare(
-    student: Tensor,
-    teacher: Tensor | Sequence[Tensor] | None,
-    labels: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    class_dim: int,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    check: bool,
-) -> Inputs:
-    """Checks what can be checked without waiting for a device, and orders the arguments."""
-    if teacher is None:
-        teachers: list[Tensor] = []
-    elif isinstance(teacher, Tensor):
-        teachers = [teacher]
-    else:
-        teachers = list(teacher)
+def prepare(given: Inputs) -> Inputs:
+    """Check all that can be checked without waiting for a device; bring the inputs to one form."""
+    class_dim = _checked_class_dim(given.student, given.class_dim)
+    _check_logits(given.student, given.teachers)
+    _check_numbers(given)
+    shape = given.student.shape
+    rows = shape[:-1] if class_dim == -1 else shape[:1] + shape[2:]
+    inputs = Inputs(
+        given.student,
+        given.teachers,
+        _checked_labels(given, rows),
+        float(given.temperature),
+        float(given.label_smoothing),
+        given.ignore_index,
+        class_dim,
+        _per_row("weights", given.weights, rows),
+        _per_row("mask", given.mask, rows),
+    )
+    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
+        raise ValueError(f"kd_loss: mask is {inputs.mask.dtype}; expected torch.bool")
+    _check_devices(inputs)
+    return inputs
+
+
+def _checked_class_dim(student: Tensor, class_dim: int) -> int:
     if student.dim() < 2 or class_dim not in (-1, 1, student.dim() - 1):
         raise ValueError(
             f"kd_loss: got student logits {_shape(student)} with class_dim={class_dim}; expected "
@@ -72,15 +89,20 @@ def prepare(
             f"kd_loss: got {classes} classes (dimension {class_dim} of {_shape(student)}); "
             "expected at least 2. Are the classes in another dimension (class_dim)?"
         )
+    return class_dim
+
+
+def _check_logits(student: Tensor, teachers: list[Tensor]) -> None:
     if len(teachers) > MAX_TEACHERS:
         raise ValueError(
             f"kd_loss: got {len(teachers)} teachers; expected at most {MAX_TEACHERS}. "
             "Average the rest in probability yourself and pass log-probabilities as one teacher"
         )
-    for name, x in (("student", student), *(("teacher", t) for t in teachers)):
-        if not x.is_floating_point():
-            raise ValueError(f"kd_loss: {name} logits are {x.dtype}; expected floating point")
+    if not student.is_floating_point():
+        raise ValueError(f"kd_loss: student logits are {student.dtype}; expected floating point")
     for t in teachers:
+        if not t.is_floating_point():
+            raise ValueError(f"kd_loss: teacher logits are {t.dtype}; expected floating point")
         if t.shape != student.shape:
             raise ValueError(
                 f"kd_loss: student logits are {_shape(student)} but teacher logits are "
@@ -91,46 +113,39 @@ def prepare(
                 "kd_loss: the teacher's logits require grad and the student's do not; the order is "
                 "kd_loss(student, teacher, labels). Swap them, or detach both"
             )
-    if not 0 < temperature < float("inf"):
+
+
+def _check_numbers(given: Inputs) -> None:
+    if not 0 < given.temperature < float("inf"):
         raise ValueError(
-            f"kd_loss: got temperature={temperature}; expected a finite number above 0"
+            f"kd_loss: got temperature={given.temperature}; expected a finite number above 0"
         )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"kd_loss: got label_smoothing={label_smoothing}; expected 0 to 1")
-    rows = student.shape[:-1] if class_dim == -1 else student.shape[:1] + student.shape[2:]
-    if labels is not None and labels.is_floating_point():
+    if not 0 <= given.label_smoothing <= 1:
+        raise ValueError(f"kd_loss: got label_smoothing={given.label_smoothing}; expected 0 to 1")
+
+
+def _checked_labels(given: Inputs, rows: torch.Size) -> Tensor | None:
+    labels, student = given.labels, given.student
+    if labels is None:
+        return None
+    if labels.is_floating_point():
         if labels.shape != student.shape:
             raise ValueError(
                 f"kd_loss: labels are probabilities of shape {_shape(labels)}; expected the shape "
                 f"of the logits, {_shape(student)} (or class indices as int64)"
             )
-    elif labels is not None:
-        if labels.dtype == torch.bool:
-            raise ValueError(
-                "kd_loss: labels are torch.bool; expected class indices (int64), one per row, or "
-                f"probabilities of the logits' shape {_shape(student)}"
-            )
-        if labels.shape != rows:
-            raise ValueError(
-                f"kd_loss: labels are {_shape(labels)}; expected {list(rows)}, one class index per "
-                f"row of the logits {_shape(student)} with class_dim={class_dim}"
-            )
-        labels = labels if labels.dtype == torch.int64 else labels.long()
-    weights = _per_row("weights", weights, rows)
-    mask = _per_row("mask", mask, rows)
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"kd_loss: mask is {mask.dtype}; expected torch.bool")
-    given = [("labels are", labels), ("weights are", weights), ("mask is", mask)]
-    for name, x in (*(("teacher logits are", t) for t in teachers), *given):
-        if x is not None and x.device != student.device:
-            raise ValueError(
-                f"kd_loss: {name} on {x.device} but student logits are on {student.device}; "
-                "move them there"
-            )
-    if check:
-        _check_values(student, teachers, labels, mask, ignore_index, class_dim)
-    return Inputs(student, teachers, labels, weights, mask, float(temperature),
-                  float(label_smoothing), ignore_index, class_dim)  # fmt: skip
+        return labels
+    if labels.dtype == torch.bool:
+        raise ValueError(
+            "kd_loss: labels are torch.bool; expected class indices (int64), one per row, or "
+            f"probabilities of the logits' shape {_shape(student)}"
+        )
+    if labels.shape != rows:
+        raise ValueError(
+            f"kd_loss: labels are {_shape(labels)}; expected {list(rows)}, one class index per "
+            f"row of the logits {_shape(student)} with class_dim={given.class_dim}"
+        )
+    return labels if labels.dtype == torch.int64 else labels.long()
 
 
 def _per_row(name: str, x: Tensor | None, rows: torch.Size) -> Tensor | None:
@@ -144,39 +159,60 @@ def _per_row(name: str, x: Tensor | None, rows: torch.Size) -> Tensor | None:
     )
 
 
-def _check_values(
-    student: Tensor,
-    teachers: list[Tensor],
-    labels: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    class_dim: int,
-) -> None:
-    for name, x in (("student", student), *(("teacher", t) for t in teachers)):
-        sums = x.detach().float().sum(class_dim)
+def _check_devices(inputs: Inputs) -> None:
+    for t in inputs.teachers:
+        _check_device("teacher logits are", t, inputs.student)
+    _check_device("labels are", inputs.labels, inputs.student)
+    _check_device("weights are", inputs.weights, inputs.student)
+    _check_device("mask is", inputs.mask, inputs.student)
+
+
+def _check_device(name: str, x: Tensor | None, student: Tensor) -> None:
+    if x is not None and x.device != student.device:
+        raise ValueError(
+            f"kd_loss: {name} on {x.device} but student logits are on {student.device}; "
+            "move them there"
+        )
+
+
+def check_values(inputs: Inputs) -> None:
+    """Raise ValueError for logits that are probabilities and labels that are none; waits."""
+    teachers = (("teacher", t) for t in inputs.teachers)
+    for name, x in (("student", inputs.student), *teachers):
+        sums = x.detach().float().sum(inputs.class_dim)
         if x.numel() and bool(((x >= 0).all() & ((sums - 1).abs() < 1e-2).all()).item()):
             raise ValueError(
                 f"kd_loss: the {name}'s rows are positive and sum to 1: these are probabilities; "
                 "expected raw logits (before softmax)"
             )
-    if labels is not None and labels.is_floating_point():
-        sums, least = labels.detach().float().sum(class_dim), labels.detach().amin(class_dim)
-        # As wide as what rounding to bf16 leaves; a NaN is no probability either.
-        wrong = ~((sums - 1).abs() < 1e-2) | ~(least >= 0)
-        wrong = wrong if mask is None else wrong & mask
-        if bool(wrong.any().item()):
-            raise ValueError(
-                f"kd_loss: labels are no probabilities: of a row the sum is {sums[wrong][0]:g} and "
-                f"the least {least[wrong][0]:g}; expected each row to be positive with the sum 1"
-            )
-    elif labels is not None:
-        classes = student.shape[class_dim]
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        if bool(wrong.any().item()):
-            raise ValueError(
-                f"kd_loss: label {labels[wrong][0].item()} is no class: the logits have {classes} "
-                f"classes (0 to {classes - 1}) and ignore_index is {ignore_index}"
-            )
+    if inputs.labels is None:
+        return
+    if inputs.labels.is_floating_point():
+        _check_soft_labels(inputs.labels, inputs.mask, inputs.class_dim)
+    else:
+        _check_hard_labels(inputs.labels, inputs.ignore_index, inputs.student, inputs.class_dim)
+
+
+def _check_soft_labels(labels: Tensor, mask: Tensor | None, class_dim: int) -> None:
+    sums, least = labels.detach().float().sum(class_dim), labels.detach().amin(class_dim)
+    # As wide as what rounding to bf16 leaves; a NaN is no probability either.
+    wrong = ~((sums - 1).abs() < 1e-2) | ~(least >= 0)
+    wrong = wrong if mask is None else wrong & mask
+    if bool(wrong.any().item()):
+        raise ValueError(
+            f"kd_loss: labels are no probabilities: of a row the sum is {sums[wrong][0]:g} and "
+            f"the least {least[wrong][0]:g}; expected each row to be positive with the sum 1"
+        )
+
+
+def _check_hard_labels(labels: Tensor, ignore_index: int, student: Tensor, class_dim: int) -> None:
+    classes = student.shape[class_dim]
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any().item()):
+        raise ValueError(
+            f"kd_loss: label {labels[wrong][0].item()} is no class: the logits have {classes} "
+            f"classes (0 to {classes - 1}) and ignore_index is {ignore_index}"
+        )
 
 
 def _shape(x: Tensor) -> list[int]:

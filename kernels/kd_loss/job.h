@@ -1,4 +1,5 @@
-// What both kernels of kd_loss share: the job they work on and access to the tensors.
+// What both kernels of kd_loss share: the job they work on, access to the tensors, and the algebra of
+// targets and gradients in the names of README.md ("Names").
 #pragma once
 
 #include "args.h"
@@ -11,18 +12,39 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-// What a kernel needs beside the raw arguments. `kd_scale` and `ce_scale` are final.
+constexpr double kLog2E = 1.4426950408889634;
+
+// What a kernel needs beside the raw arguments.
 template <class T>
 struct Job {
   const KdLossArgs& a;
-  double kd_scale, ce_scale;
-  bool kd, ce, grad;
-  T exp2_scale_t;  // log2(e) / T
-  T exp2_scale_1;
-  std::int64_t units, units_per_chunk, unit_rows;
-  double* partial;  // [chunks][2]
-  std::int64_t next = 0;
-  int failed = 0;
+  // Which parts are wanted.
+  const bool kd, ce, grad;
+  // Final: divided by the rows that count where the loss is their mean.
+  const double kd_scale, ce_scale;
+  // exp(x / temperature) and exp(x) as powers of 2.
+  const T exp2_scale_t, exp2_scale_1;
+  // A unit is what a kernel works on at a time: `unit_rows` rows. Threads take chunks of units.
+  std::int64_t units, unit_rows, units_per_chunk;
+  double* partial;  // [chunks][2]: sums of kd and ce
+  std::int64_t next;
+  int failed;
+
+  Job(const KdLossArgs& args, double divisor)
+      : a(args),
+        kd(args.num_teachers > 0),
+        ce(args.label_kind != kNoLabels),
+        grad(args.grad != nullptr),
+        kd_scale(args.kd_scale / divisor),
+        ce_scale(args.ce_scale / divisor),
+        exp2_scale_t(static_cast<T>(kLog2E / args.temperature)),
+        exp2_scale_1(static_cast<T>(kLog2E)),
+        units(args.rows),
+        unit_rows(1),
+        units_per_chunk(1),
+        partial(nullptr),
+        next(0),
+        failed(0) {}
 };
 
 template <class T>
@@ -37,11 +59,13 @@ std::int64_t element_bytes(std::int64_t type) {
   return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2;
 }
 
-template <class T>
+std::int64_t hard_label(const KdLossArgs& a, std::int64_t r) {
+  return static_cast<const std::int64_t*>(a.labels)[r];
+}
+
 bool counts(const KdLossArgs& a, std::int64_t r) {
   if (a.mask != nullptr && a.mask[r] == 0) return false;
-  return a.label_kind != kHardLabels ||
-         static_cast<const std::int64_t*>(a.labels)[r] != a.ignore_index;
+  return a.label_kind != kHardLabels || hard_label(a, r) != a.ignore_index;
 }
 template <class T>
 double per_row(const void* values, std::int64_t r) {
@@ -50,6 +74,48 @@ double per_row(const void* values, std::int64_t r) {
 template <class T>
 void put(void* out, std::int64_t r, double value) {
   if (out != nullptr) static_cast<T*>(out)[r] = static_cast<T>(value);
+}
+
+// How smoothing shapes the target: target = label_share * y + uniform.
+template <class X>
+struct Smoothing {
+  X smoothing, label_share, uniform;
+
+  explicit Smoothing(const KdLossArgs& a)
+      : smoothing(static_cast<X>(a.label_smoothing)),
+        label_share(static_cast<X>(1) - smoothing),
+        uniform(smoothing / static_cast<X>(a.classes)) {}
+};
+
+// The factors of the two halves of a row's gradient.
+template <class T>
+double kd_factor_of(const Job<T>& j, std::int64_t r, double weight) {
+  const KdLossArgs& a = j.a;
+  return j.kd_scale * weight * a.temperature * per_row<T>(a.upstream_kd, r * a.upstream_kd_step);
+}
+template <class T>
+double ce_factor_of(const Job<T>& j, std::int64_t r, double weight) {
+  return j.ce_scale * weight * per_row<T>(j.a.upstream_ce, r * j.a.upstream_ce_step);
+}
+
+// What the exponentials and the labels of a row are multiplied with to give its gradient.
+template <class X>
+struct GradientFactors {
+  X student;  // of e_s: kd_factor / z_s
+  X teacher;  // of e_t: kd_factor / z_t
+  X plain;    // of e_1: ce_factor * mass / z_1
+  X uniform;  // ce_factor * uniform
+  X label;    // of y: ce_factor * label_share
+};
+
+// kd_factor * (p_s - p_t) + ce_factor * (mass * p_1 - target) of some classes, but for hard labels;
+// equal products cancel exactly.
+template <class T, bool KD, bool CE>
+FASTKD_INLINE V<T> gradient_of(const GradientFactors<V<T>>& f, const T* es, const T* et, const T* e1) {
+  V<T> g{};
+  if (KD) g = load(es) * f.student - load(et) * f.teacher;
+  if (CE) g = fma(load(e1), f.plain, g) - f.uniform;
+  return g;
 }
 
 // kl_term where p_t is a mean over teachers: 0 log 0 = 0, and log p_t is no number there.

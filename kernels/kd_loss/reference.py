@@ -7,35 +7,25 @@ Hinton et al. 2015, arXiv:1503.02531.
 It runs where no kernel does, and the kernels are tested against it in float64.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
+from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor
 
 __all__ = ["kd_loss_reference"]
 
 
-def kd_loss_reference(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    ignore_index: int,
-    class_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row `(kd, ce, agree)`; arguments as `fastkd.kernels.kd_loss` hands them to its ops."""
+def kd_loss_reference(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row `(kd, ce, agree)` of prepared inputs."""
+    student, teachers, labels, temperature, label_smoothing, ignore_index, class_dim, *_ = inputs
     wide = torch.promote_types(student.dtype, torch.float32)
     for teacher in teachers:
         wide = torch.promote_types(wide, teacher.dtype)
     student_RC = student.movedim(class_dim, -1).to(wide)
     rows = student_RC.shape[:-1]
     counts = torch.ones(rows, dtype=torch.bool, device=student.device)
-    if mask is not None:
-        counts = counts & mask
+    if inputs.mask is not None:
+        counts = counts & inputs.mask
     hard = labels is not None and not labels.is_floating_point()
     if labels is not None and hard:
         counts = counts & (labels != ignore_index)
@@ -59,7 +49,9 @@ def kd_loss_reference(
     elif labels is not None:
         ce = _cross_entropy(student_RC, labels.detach().movedim(class_dim, -1), label_smoothing)
 
-    scale = counts.to(wide) if weights is None else torch.where(counts, weights.to(wide), 0)
+    scale = counts.to(wide)
+    if inputs.weights is not None:
+        scale = torch.where(counts, inputs.weights.to(wide), 0)
     # where, not only a product: a row that does not count may hold NaN.
     kd, ce = (torch.where(counts, part * scale, 0) for part in (kd, ce))
     return kd, ce, torch.where(counts, agree, 0)

@@ -1,4 +1,7 @@
 // The kernel for contiguous classes: one row at a time, lanes run over classes.
+//
+// Names: those of softmax.h and README.md. es, et, e1: exponentials of the student, of a teacher, and
+// of the student at temperature 1; zs, zt, z1: their sums; ms, mt: the maxima of the logits.
 #pragma once
 
 #include "job.h"
@@ -6,6 +9,51 @@
 namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
+
+// A row in the working type: logits where they lie or widened in scratch, and scratch for the rest.
+template <class T>
+struct Row {
+  std::int64_t classes;
+  int teachers;
+  const T* s;
+  const T* t[kMaxTeachers];
+  T ms, mt[kMaxTeachers];
+  T *es, *e1, *et[kMaxTeachers];  // with several teachers et[0] ends as the mean of probabilities
+  T* grad;
+};
+
+constexpr std::int64_t kRowArrays = 4;  // es, e1, widened student, gradient
+
+// Elements between the arrays of a row in scratch: vectors may reach beyond the last class.
+std::int64_t padded(std::int64_t classes) { return (classes + 15) / 16 * 16 + 16; }
+
+template <class T>
+std::int64_t row_scratch(const KdLossArgs& a) {
+  const std::int64_t arrays = kRowArrays + 2 * (a.num_teachers > 0 ? a.num_teachers : 1);
+  return padded(a.classes) * arrays * static_cast<std::int64_t>(sizeof(T));
+}
+
+template <class T>
+FASTKD_INLINE Row<T> open_row(const KdLossArgs& a, std::int64_t r, T* scratch) {
+  const std::int64_t step = padded(a.classes);
+  Row<T> row;
+  row.classes = a.classes;
+  row.teachers = static_cast<int>(a.num_teachers);
+  row.es = scratch;
+  row.e1 = scratch + step;
+  T* const widened = scratch + 2 * step;
+  row.grad = scratch + 3 * step;
+  row.et[0] = row.es;  // without teachers any address does
+  for (int k = 0; k < row.teachers; ++k) {
+    T* const own = scratch + step * (kRowArrays + 2 * k);
+    row.et[k] = own;
+    row.t[k] = fetch(a.teacher[k], a.teacher_type, r * a.teacher_stride[k], a.classes, own + step);
+    row.mt[k] = row_max(row.t[k], a.classes);
+  }
+  row.s = fetch(a.student, a.student_type, r * a.student_stride, a.classes, widened);
+  row.ms = row_max(row.s, a.classes);
+  return row;
+}
 
 template <class T>
 std::int64_t first_index(const T* x, std::int64_t n, T value) {
@@ -16,22 +64,22 @@ std::int64_t first_index(const T* x, std::int64_t n, T value) {
 
 // p_bar = mean over teachers of their probabilities, into et[0], and its KL to the student.
 template <class T>
-double mean_teacher_kl(std::int64_t n, int teachers, const double* zt, double zs, const T* s, T ms,
-                       double inv_t, const T* es, T* const* et) {
-  V<T> r[4];
-  for (int k = 0; k < teachers; ++k) r[k] = splat(static_cast<T>(1 / (zt[k] * teachers)));
+double mean_teacher_kl(const Row<T>& row, const double* zt, double zs, double inv_t) {
+  V<T> r[kMaxTeachers];
+  for (int k = 0; k < row.teachers; ++k) r[k] = splat(static_cast<T>(1 / (zt[k] * row.teachers)));
   const V<T> rs = splat(static_cast<T>(1 / zs)), log_zs = splat(static_cast<T>(std::log(zs)));
-  const V<T> inv = splat(static_cast<T>(inv_t)), vms = splat(ms);
+  const V<T> inv = splat(static_cast<T>(inv_t)), vms = splat(row.ms);
   const T least = static_cast<T>(-INFINITY);
+  const std::int64_t n = row.classes;
   double kl = 0;
   for (std::int64_t b = 0; b < n; b += kBlock) {
     V<T> sum{};
     each_vector<T>(b, b + kBlock < n ? b + kBlock : n, [&](std::int64_t i, int count) {
-      V<T> p = load(et[0] + i) * r[0];
-      for (int k = 1; k < teachers; ++k) p = fma(load(et[k] + i), r[k], p);
-      store(et[0] + i, p);
-      const V<T> q = load(es + i) * rs;
-      const V<T> xs = floored<T>(at(s + i, count, least) - vms);
+      V<T> p = load(row.et[0] + i) * r[0];
+      for (int k = 1; k < row.teachers; ++k) p = fma(load(row.et[k] + i), r[k], p);
+      store(row.et[0] + i, p);
+      const V<T> q = load(row.es + i) * rs;
+      const V<T> xs = floored<T>(at(row.s + i, count, least) - vms);
       sum += mixed_term<T>(p, q, log_of(p) - xs * inv + log_zs);
     });
     kl += lane_sum<T>(sum);
@@ -39,17 +87,80 @@ double mean_teacher_kl(std::int64_t n, int teachers, const double* zt, double zs
   return kl;
 }
 
-// grad = a * (p_s - p_t) + b * (sum(y) * p_1 - y); equal products cancel exactly.
+// Exponentials and their sums; where there is a teacher also KL(teacher || student). zt of several
+// teachers is 1, since et[0] holds probabilities then.
+template <class T>
+FASTKD_INLINE double softmaxes_and_kl(const Job<T>& j, const Row<T>& row, Sums* z) {
+  const std::int64_t n = row.classes;
+  if (!j.kd) {
+    z->z1 = exp_row(row.s, n, row.ms, j.exp2_scale_1, row.e1);
+    return 0;
+  }
+  const double inv_t = 1 / j.a.temperature;
+  auto first = j.ce ? exponentials<T, true> : exponentials<T, false>;
+  *z = first(row.s, row.t[0], n, row.ms, row.mt[0], j.exp2_scale_t, j.exp2_scale_1, row.es,
+             row.et[0], row.e1);
+  if (row.teachers == 1)
+    return kl_of_row(row.s, row.t[0], n, row.ms, row.mt[0], *z, inv_t, row.es, row.et[0]);
+  double zt[kMaxTeachers] = {z->zt};
+  for (int k = 1; k < row.teachers; ++k)
+    zt[k] = exp_row(row.t[k], n, row.mt[k], j.exp2_scale_t, row.et[k]);
+  z->zt = 1;
+  return mean_teacher_kl(row, zt, z->zs, inv_t);
+}
+
+// What the labels say of a row.
+template <class T>
+struct Target {
+  const T* y = nullptr;     // soft labels
+  std::int64_t label = -1;  // hard label
+  double mass = 1;          // sum of the target
+  double dot = 0;           // sum of target * x
+};
+
+template <class T>
+FASTKD_INLINE Target<T> target_of(const KdLossArgs& a, const Row<T>& row, std::int64_t r,
+                                  const Smoothing<double>& smooth) {
+  const std::int64_t n = row.classes;
+  Target<T> target;
+  if (a.label_kind == kHardLabels) {
+    target.label = hard_label(a, r);
+    target.dot = smooth.label_share * (static_cast<double>(row.s[target.label]) - row.ms);
+  } else {
+    const T* y = target.y = static_cast<const T*>(a.labels) + r * n;
+    double sum = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      sum += y[i];
+      if (y[i] != 0)
+        target.dot += static_cast<double>(y[i]) * (static_cast<double>(row.s[i]) - row.ms);
+    }
+    target.mass = smooth.label_share * sum + smooth.smoothing;
+    target.dot *= smooth.label_share;
+  }
+  if (smooth.smoothing > 0) {
+    double sum = 0;
+    for (std::int64_t i = 0; i < n; ++i) sum += static_cast<double>(row.s[i]) - row.ms;
+    target.dot += smooth.uniform * sum;
+  }
+  return target;
+}
+
+template <class T>
+FASTKD_INLINE bool classes_agree(const Row<T>& row) {
+  const std::int64_t n = row.classes;
+  if (row.teachers == 0) return false;
+  const T* p = row.teachers == 1 ? row.t[0] : row.et[0];
+  const T top = row.teachers == 1 ? row.mt[0] : row_max(p, n);
+  return first_index(row.s, n, row.ms) == first_index(p, n, top);
+}
+
 template <class T, bool KD, bool CE>
-void write_gradient(std::int64_t n, T as, T at_, T b1, T flat, T soft, const T* y, const T* es,
-                    const T* et, const T* e1, T* out) {
-  const V<T> vas = splat(as), vat = splat(at_), vb1 = splat(b1), vflat = splat(flat),
-             vsoft = splat(soft);
-  each_vector<T>(0, n, [&](std::int64_t i, int count) {
-    V<T> g{};
-    if (KD) g = load(es + i) * vas - load(et + i) * vat;
-    if (CE) g = fma(load(e1 + i), vb1, g) - vflat;
-    if (CE && y != nullptr) g -= vsoft * at(y + i, count, static_cast<T>(0));
+void write_gradient(const Row<T>& row, const GradientFactors<T>& factors, const T* y, T* out) {
+  const GradientFactors<V<T>> f{splat(factors.student), splat(factors.teacher),
+                                splat(factors.plain), splat(factors.uniform), splat(factors.label)};
+  each_vector<T>(0, row.classes, [&](std::int64_t i, int count) {
+    V<T> g = gradient_of<T, KD, CE>(f, row.es + i, row.et[0] + i, row.e1 + i);
+    if (CE && y != nullptr) g -= f.label * at(y + i, count, static_cast<T>(0));
     if (count == Lanes<T>::n) {
       store(out + i, g);
     } else {
@@ -61,110 +172,62 @@ void write_gradient(std::int64_t n, T as, T at_, T b1, T flat, T soft, const T* 
 }
 
 template <class T>
-std::int64_t row_scratch(const KdLossArgs& a) {
-  const std::int64_t padded = (a.classes + 15) / 16 * 16 + 16;
-  return padded * (4 + 2 * (a.teachers > 0 ? a.teachers : 1)) * static_cast<std::int64_t>(sizeof(T));
+FASTKD_INLINE void gradient_row(const Job<T>& j, const Row<T>& row, std::int64_t r, double weight,
+                                const Sums& z, const Smoothing<double>& smooth,
+                                const Target<T>& target) {
+  const KdLossArgs& a = j.a;
+  const std::int64_t n = row.classes;
+  const double kd_factor = kd_factor_of(j, r, weight), ce_factor = ce_factor_of(j, r, weight);
+  GradientFactors<T> factors;
+  factors.student = static_cast<T>(kd_factor / z.zs);
+  factors.teacher = static_cast<T>(kd_factor / z.zt);
+  factors.plain = static_cast<T>(ce_factor * target.mass / z.z1);
+  factors.uniform = static_cast<T>(ce_factor * smooth.smoothing / n);
+  factors.label = static_cast<T>(ce_factor * smooth.label_share);
+  const bool direct = element_bytes(a.student_type) == static_cast<std::int64_t>(sizeof(T));
+  T* const out = direct ? static_cast<T*>(a.grad) + r * n : row.grad;
+  auto write = j.kd ? (j.ce ? write_gradient<T, true, true> : write_gradient<T, true, false>)
+                    : write_gradient<T, false, true>;
+  write(row, factors, target.y, out);
+  if (target.label >= 0) out[target.label] -= factors.label;
+  if (!direct) deposit(out, a.grad, a.student_type, r * n, n);
+}
+
+template <class T>
+void skip_row(const Job<T>& j, std::int64_t r) {
+  const KdLossArgs& a = j.a;
+  put<T>(a.kd, r, 0);
+  put<T>(a.ce, r, 0);
+  put<T>(a.agree, r, 0);
+  const std::int64_t bytes = a.classes * element_bytes(a.student_type);
+  if (j.grad) std::memset(static_cast<char*>(a.grad) + r * bytes, 0, bytes);
 }
 
 template <class T>
 void row_kernel(const Job<T>& j, std::int64_t r, T* scratch, double* total) {
   const KdLossArgs& a = j.a;
-  const std::int64_t n = a.classes;
-  const std::int64_t padded = (n + 15) / 16 * 16 + 16;
-  const int teachers = static_cast<int>(a.teachers);
-  if (!counts<T>(a, r)) {
-    put<T>(a.kd, r, 0);
-    put<T>(a.ce, r, 0);
-    put<T>(a.agree, r, 0);
-    const std::int64_t bytes = n * element_bytes(a.student_type);
-    if (j.grad) std::memset(static_cast<char*>(a.grad) + r * bytes, 0, bytes);
+  if (!counts(a, r)) {
+    skip_row(j, r);
     return;
   }
-  T *es = scratch, *e1 = es + padded, *buffer = e1 + padded, *row_out = buffer + padded;
-  T* et[4];
-  const T* t[4];
-  T mt[4];
-  for (int k = 0; k < teachers; ++k) {
-    et[k] = row_out + padded * (1 + 2 * k);
-    t[k] = fetch(a.teacher[k], a.teacher_type, r * a.teacher_stride[k], n, et[k] + padded);
-    mt[k] = row_max(t[k], n);
-  }
-  const T* s = fetch(a.student, a.student_type, r * a.student_stride, n, buffer);
-  const T ms = row_max(s, n);
-  const double inv_t = 1 / a.temperature;
-  const double weight = per_row<T>(a.weight, r);
-
+  const Row<T> row = open_row(a, r, scratch);
+  const double weight = per_row<T>(a.weights, r);
   Sums z;
-  double kl = 0, zt = 1;
-  if (j.kd) {
-    auto first = j.ce ? exponentials<T, true> : exponentials<T, false>;
-    z = first(s, t[0], n, ms, mt[0], j.exp2_scale_t, j.exp2_scale_1, es, et[0], e1);
-    if (teachers == 1) {
-      zt = z.zt;
-      kl = kl_of_row(s, t[0], n, ms, mt[0], z, inv_t, es, et[0]);
-    } else {
-      double zts[4] = {z.zt};
-      for (int k = 1; k < teachers; ++k) zts[k] = exp_row(t[k], n, mt[k], j.exp2_scale_t, et[k]);
-      kl = mean_teacher_kl(n, teachers, zts, z.zs, s, ms, inv_t, es, et);
-    }
-  } else {
-    z.z1 = exp_row(s, n, ms, j.exp2_scale_1, e1);
-  }
+  const double kl = softmaxes_and_kl(j, row, &z);
   const double kd = a.temperature * a.temperature * kl;
-
-  const double eps = a.smoothing;
-  double ce = 0, mass = 1;
-  const T* y = nullptr;
-  std::int64_t label = -1;
+  const Smoothing<double> smooth(a);
+  Target<T> target;
+  double ce = 0;
   if (j.ce) {
-    const double log_z = std::log(z.z1);
-    double dot = 0;  // sum of y' * x, y' the smoothed target
-    if (a.label_kind == kHardLabels) {
-      label = static_cast<const std::int64_t*>(a.labels)[r];
-      dot = (1 - eps) * (static_cast<double>(s[label]) - ms);
-    } else {
-      y = static_cast<const T*>(a.labels) + r * n;
-      mass = 0;
-      for (std::int64_t i = 0; i < n; ++i) {
-        mass += y[i];
-        if (y[i] != 0) dot += static_cast<double>(y[i]) * (static_cast<double>(s[i]) - ms);
-      }
-      mass = (1 - eps) * mass + eps;
-      dot *= 1 - eps;
-    }
-    if (eps > 0) {
-      double sum = 0;
-      for (std::int64_t i = 0; i < n; ++i) sum += static_cast<double>(s[i]) - ms;
-      dot += eps / n * sum;
-    }
-    ce = mass * log_z - dot;
+    target = target_of(a, row, r, smooth);
+    ce = target.mass * std::log(z.z1) - target.dot;
   }
   put<T>(a.kd, r, weight * kd);
   put<T>(a.ce, r, weight * ce);
+  if (a.agree != nullptr) put<T>(a.agree, r, classes_agree(row));
   total[0] += weight * kd;
   total[1] += weight * ce;
-  if (a.agree != nullptr) {
-    bool same = teachers > 0;
-    if (teachers > 0) {
-      const T* p = teachers == 1 ? t[0] : et[0];
-      same = first_index(s, n, ms) == first_index(p, n, teachers == 1 ? mt[0] : row_max(p, n));
-    }
-    put<T>(a.agree, r, same);
-  }
-  if (!j.grad) return;
-
-  const double ga = j.kd_scale * weight * a.temperature * per_row<T>(a.upstream_kd, r * a.upstream_kd_step);
-  const double gb = j.ce_scale * weight * per_row<T>(a.upstream_ce, r * a.upstream_ce_step);
-  const bool direct = element_bytes(a.student_type) == static_cast<std::int64_t>(sizeof(T));
-  T* out = direct ? static_cast<T*>(a.grad) + r * n : row_out;
-  const T as = static_cast<T>(ga / z.zs), at_ = static_cast<T>(teachers > 1 ? ga : ga / zt);
-  const T b1 = static_cast<T>(gb * mass / z.z1), flat = static_cast<T>(gb * eps / n);
-  const T soft = static_cast<T>(gb * (1 - eps));
-  auto write = j.kd ? (j.ce ? write_gradient<T, true, true> : write_gradient<T, true, false>)
-                    : write_gradient<T, false, true>;
-  write(n, as, at_, b1, flat, soft, y, es, j.kd ? et[0] : es, e1, out);
-  if (label >= 0) out[label] -= soft;
-  if (!direct) deposit(out, a.grad, a.student_type, r * n, n);
+  if (j.grad) gradient_row(j, row, r, weight, z, smooth, target);
 }
 
 }  // namespace

@@ -1,34 +1,18 @@
 """CutMix, mixup, cutout and normalisation of an image batch on its device, in one pass.
 
 Formula, rounding and launches: README.md of this folder. `reference.py` says the same in plain
-torch, `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
+torch; `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from fastkd.kernels._library import (
-    LIBRARY,
-    Core,
-    Impl,
-    choose,
-    core,
-    deferred,
-    register,
-    triton_reason,
-)
-from fastkd.kernels.mix.inputs import check as check_inputs
-from fastkd.kernels.mix.inputs import check_values, is_channels_last
-from fastkd.kernels.mix.reference import mix_reference
+from fastkd.kernels._library import Impl
+from fastkd.kernels.mix.inputs import check_values, prepare
+from fastkd.kernels.mix.op import implementation
 from torch import Tensor
 
 __all__ = ["mix"]
-
-# What the kernels read; all but the first is also what they write.
-_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-# Triton gets a mean and a std per channel as arguments of the launch.
-_TRITON_CHANNELS = 16
 
 
 def mix(
@@ -78,84 +62,16 @@ def mix(
         ValueError: shapes, dtypes or devices that do not fit; lam without a partner; a partner with
             neither boxes nor lam; an `impl` that cannot run this.
     """
-    by_index = partner is not None and partner.dim() == 1
-    index, partners = (partner, None) if by_index else (None, partner)
-    if dtype is None:
-        dtype = images.dtype if images.is_floating_point() else torch.float32
-    check_inputs(images, index, partners, boxes, lam, mean, std, dtype, memory_format)
-    if check:
-        check_values(index, lam, len(images))
-    if lam is not None and not isinstance(lam, Tensor):
-        # Filled on the device: torch.tensor would copy from the host and wait.
-        lam = torch.full((), lam, dtype=torch.float64, device=images.device)
-    if memory_format is None:
-        channels_last = is_channels_last(images)
-    else:
-        channels_last = memory_format == torch.channels_last
-    arguments: tuple[Any, ...] = (
-        *(images, index, partners, boxes, lam),
-        *([float(value) for value in values or ()] for values in (mean, std)),
-        *(dtype, channels_last),
+    inputs = prepare(
+        images,
+        partner,
+        boxes=boxes,
+        lam=lam,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        memory_format=memory_format,
     )
-    picked = choose("mix", images.device.type, impl)
-    reason = _only_reference(images, partners, lam, mean, dtype, picked)
-    if reason is not None and impl not in (None, "reference"):
-        raise ValueError(f"mix: impl={impl!r} {reason}; use None or 'reference'")
-    if reason is not None or picked == "reference":
-        return mix_reference(*arguments)
-    if impl == "triton":
-        from fastkd.kernels.mix import gpu
-
-        return gpu.mixed(*arguments)
-    return torch.ops.fastkd._mix.default(*arguments)
-
-
-def _only_reference(
-    images: Tensor,
-    partners: Tensor | None,
-    lam: Tensor | None,
-    mean: Sequence[float] | None,
-    dtype: torch.dtype,
-    picked: Impl,
-) -> str | None:
-    """What the kernels cannot do of what is asked, or None."""
-    if images.dtype not in _DTYPES or dtype not in _DTYPES:
-        return f"turns uint8, fp32, bf16, fp16 into the last three, not {images.dtype} into {dtype}"
-    if torch.is_grad_enabled():
-        for x in (images, partners, lam):
-            if x is not None and x.requires_grad:
-                return "has no gradient, which an input requires"
-    if picked == "triton" and mean is not None and len(mean) > _TRITON_CHANNELS:
-        return f"normalises up to {_TRITON_CHANNELS} channels, not {len(mean)}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "cannot run under torch.func"
-    return None
-
-
-LIBRARY.define(
-    "_mix(Tensor images, Tensor? index, Tensor? partners, Tensor? boxes, Tensor? lam, "
-    "float[] mean, float[] std, ScalarType dtype, bool channels_last) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.register_fake("fastkd::_mix", lib=LIBRARY)
-def _fake(images, index, partners, boxes, lam, mean, std, dtype, channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
-
-
-def _register() -> None:
-    backends: dict[str, Impl] = {}
-    if isinstance(core(), Core):
-        from fastkd.kernels.mix import cpu
-
-        LIBRARY.impl("_mix", cpu.mixed, "CPU")
-        backends["cpu"] = "cpp"
-    if triton_reason() is None:
-        LIBRARY.impl("_mix", deferred("fastkd.kernels.mix.gpu", "mixed"), "CUDA")
-        backends["cuda"] = "triton"
-    register("mix", backends)
-
-
-_register()
+    if check:
+        check_values(inputs)
+    return implementation(inputs, impl)(*inputs)

@@ -5,19 +5,18 @@
 // the elements stay what they are it is copied or blended in place of that. No result depends on how
 // the work is shared out.
 
+#include "entry.h"
 #include "runtime.h"
+#include "storage.h"
 #include "vec.h"
 
 #include <cstring>
 
 namespace fastkd {
-namespace FASTKD_ISA {
-namespace {
 
-enum Storage : std::int64_t { kFloat32 = 0, kBf16 = 1, kFp16 = 2, kByte = 4 };
 enum Fill : std::int64_t { kNothing, kZero, kPartner, kBlend };
 
-// Mirrors _ARGS in cpu.py.
+// cpu.py has the same fields in the same order.
 struct MixArgs {
   const char* images;
   const char* partners;       // partner images, or the images themselves where there is an index
@@ -27,19 +26,28 @@ struct MixArgs {
   const float* mean;          // [C], or null: no normalisation
   const float* std;
   char* out;
-  std::int64_t num, channels, height, width;
-  std::int64_t source, target;  // Storage
-  std::int64_t source_channels_last, target_channels_last;
+  std::int64_t num;
+  std::int64_t channels;
+  std::int64_t height;
+  std::int64_t width;
+  std::int64_t source;  // Storage
+  std::int64_t target;
+  std::int64_t source_channels_last;
+  std::int64_t target_channels_last;
   std::int64_t fill;
-  std::int64_t box_step, lam_step;  // from one image to the next; 0: one for the batch
+  std::int64_t box_step;  // from one image to the next; 0: one for the batch
+  std::int64_t lam_step;
   std::int64_t threads;
 };
+
+namespace FASTKD_ISA {
+namespace {
 
 constexpr std::int64_t kPiece = 1024;      // elements that go through scratch together
 constexpr std::int64_t kUnit = 32 * 1024;  // elements that a thread takes at once, about
 
 std::int64_t bytes_of(std::int64_t storage) {
-  return storage == kByte ? 1 : storage == kFloat32 ? 4 : 2;
+  return storage == kUInt8 ? 1 : storage == kFloat32 ? 4 : 2;
 }
 
 std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) {
@@ -57,7 +65,27 @@ struct Job {
   bool as_it_is;           // outside the box the elements of the images are those of the result
   std::int64_t next;
   std::int64_t failed;
+
+  explicit Job(const MixArgs& args);
 };
+
+Job::Job(const MixArgs& args)
+    : a(args),
+      pixels(a.height * a.width),
+      per_pixel(a.target_channels_last != 0 ? a.channels : 1),
+      block(a.channels < kUnit ? kUnit / a.channels : 1),
+      blocks((pixels + block - 1) / block),
+      piece(per_pixel < kPiece ? kPiece / per_pixel : 1),
+      as_it_is(a.source == a.target && a.mean == nullptr &&
+               a.source_channels_last == a.target_channels_last),
+      next(0),
+      failed(0) {
+  // Of a large batch each thread takes long stretches: the pages of a fresh result are faulted in
+  // by one thread each. Small images are taken several at a time.
+  const std::int64_t share = a.num * blocks / (4 * (a.threads > 0 ? a.threads : 1));
+  const std::int64_t together = pixels < block ? block / pixels : 1;
+  units_per_claim = share > together ? share : together;
+}
 
 // A thread's scratch, a piece each; mean and std are repeated over it, for alternating channels.
 struct Scratch {
@@ -114,9 +142,9 @@ void normalize(const Job& j, const Scratch& s, const Pair& p, const char* in, fl
   const float* mean = a.mean == nullptr ? nullptr : alternate ? s.mean : a.mean + p.plane;
   const float* std = a.mean == nullptr ? nullptr : alternate ? s.std : a.std + p.plane;
   switch (a.source) {
-    case kByte: widen_piece<std::uint8_t>(in, out, count, 1.0f / 255, mean, std, alternate); break;
-    case kBf16: widen_piece<bf16>(in, out, count, 1, mean, std, alternate); break;
-    case kFp16: widen_piece<fp16>(in, out, count, 1, mean, std, alternate); break;
+    case kUInt8: widen_piece<std::uint8_t>(in, out, count, 1.0f / 255, mean, std, alternate); break;
+    case kBFloat16: widen_piece<bf16>(in, out, count, 1, mean, std, alternate); break;
+    case kFloat16: widen_piece<fp16>(in, out, count, 1, mean, std, alternate); break;
     default: widen_piece<float>(in, out, count, 1, mean, std, alternate);
   }
 }
@@ -202,8 +230,8 @@ void compute(const Job& j, const Scratch& s, const Pair& p, std::int64_t from, s
       }
     });
   }
-  if (a.target == kBf16) narrow_row(wide, reinterpret_cast<bf16*>(out), count);
-  if (a.target == kFp16) narrow_row(wide, reinterpret_cast<fp16*>(out), count);
+  if (a.target == kBFloat16) narrow_row(wide, reinterpret_cast<bf16*>(out), count);
+  if (a.target == kFloat16) narrow_row(wide, reinterpret_cast<fp16*>(out), count);
 }
 
 // Pixels [from, to) of a result whose elements are those of the images outside the box.
@@ -224,8 +252,8 @@ void copy(const Job& j, const Pair& p, std::int64_t from, std::int64_t to) {
     const std::int64_t at = low * step, bytes = (high - low) * step;
     if (a.fill == kZero) std::memset(out + at, 0, bytes);
     else if (a.fill == kPartner) std::memcpy(out + at, other + at, bytes);
-    else if (a.target == kBf16) blend_bytes<bf16>(own + at, other + at, out + at, bytes, p.lam);
-    else if (a.target == kFp16) blend_bytes<fp16>(own + at, other + at, out + at, bytes, p.lam);
+    else if (a.target == kBFloat16) blend_bytes<bf16>(own + at, other + at, out + at, bytes, p.lam);
+    else if (a.target == kFloat16) blend_bytes<fp16>(own + at, other + at, out + at, bytes, p.lam);
     else blend_bytes<float>(own + at, other + at, out + at, bytes, p.lam);
   });
   copy_until(to);
@@ -243,14 +271,16 @@ void paint(const Job& j, const Scratch& s, std::int64_t n, std::int64_t begin, s
     x0 = clamp(box[2], 0, a.width);
     x1 = clamp(box[3], 0, a.width);
   }
-  Pair p{a.images + n * bytes,
-         a.fill >= kPartner ? a.partners + (a.index != nullptr ? a.index[n] : n) * bytes : nullptr,
-         a.out + n * elements * bytes_of(a.target),
-         0,
-         x0 < x1 ? y1 - y0 : 0,
-         y0 * a.width + x0,
-         x1 - x0,
-         a.fill == kBlend ? a.lam[n * a.lam_step] : 0};
+  Pair p;
+  p.own = a.images + n * bytes;
+  p.other = nullptr;
+  if (a.fill >= kPartner) p.other = a.partners + (a.index != nullptr ? a.index[n] : n) * bytes;
+  p.out = a.out + n * elements * bytes_of(a.target);
+  p.plane = 0;
+  p.runs = x0 < x1 ? y1 - y0 : 0;
+  p.start = y0 * a.width + x0;
+  p.length = x1 - x0;
+  p.lam = a.fill == kBlend ? a.lam[n * a.lam_step] : 0;
   if (p.runs > 0 && p.length == a.width) {  // full rows are one run
     p.length *= p.runs;
     p.runs = 1;
@@ -274,8 +304,12 @@ void work(void* context) {
     __atomic_store_n(&j.failed, 1, __ATOMIC_RELAXED);
     return;
   }
-  const Scratch s{floats, floats + n, floats + 2 * n, floats + 3 * n,
-                  reinterpret_cast<char*>(floats + 4 * n)};
+  Scratch s;
+  s.first = floats;
+  s.second = floats + n;
+  s.mean = floats + 2 * n;
+  s.std = floats + 3 * n;
+  s.gathered = reinterpret_cast<char*>(floats + 4 * n);
   if (a.mean != nullptr && a.target_channels_last != 0) {
     for (std::int64_t i = 0; i < n; ++i) {
       s.mean[i] = a.mean[i % a.channels];
@@ -299,26 +333,8 @@ std::int64_t mix(const MixArgs& a) {
   if (a.index != nullptr)
     for (std::int64_t n = 0; n < a.num; ++n)
       if (a.index[n] < 0 || a.index[n] >= a.num) return n + 1;
-  const std::int64_t pixels = a.height * a.width;
-  if (a.num * a.channels * pixels == 0) return 0;
-  const std::int64_t per_pixel = a.target_channels_last != 0 ? a.channels : 1;
-  const std::int64_t block = a.channels < kUnit ? kUnit / a.channels : 1;
-  const std::int64_t blocks = (pixels + block - 1) / block;
-  // Of a large batch each thread takes long stretches: the pages of a fresh result are faulted in
-  // by one thread each. Small images are taken several at a time.
-  const std::int64_t share = a.num * blocks / (4 * (a.threads > 0 ? a.threads : 1));
-  const std::int64_t together = pixels < block ? block / pixels : 1;
-  Job j{a,
-        pixels,
-        per_pixel,
-        block,
-        blocks,
-        share > together ? share : together,
-        per_pixel < kPiece ? kPiece / per_pixel : 1,
-        a.source == a.target && a.mean == nullptr &&
-            a.source_channels_last == a.target_channels_last,
-        0,
-        0};
+  if (a.num * a.channels * a.height * a.width == 0) return 0;
+  Job j(a);
   const std::int64_t claims = (a.num * j.blocks + j.units_per_claim - 1) / j.units_per_claim;
   fastkd::parallel(a.threads < claims ? a.threads : claims, work, &j);
   return j.failed != 0 ? -1 : 0;
@@ -328,10 +344,4 @@ std::int64_t mix(const MixArgs& a) {
 }  // namespace FASTKD_ISA
 }  // namespace fastkd
 
-#define FASTKD_JOIN(a, b) a##b
-#define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
-
-extern "C" __attribute__((visibility("default"))) std::int64_t FASTKD_NAME(fastkd_mix_, FASTKD_ISA)(
-    const void* args) {
-  return fastkd::FASTKD_ISA::mix(*static_cast<const fastkd::FASTKD_ISA::MixArgs*>(args));
-}
+FASTKD_ENTRY(mix, fastkd::MixArgs) { return fastkd::FASTKD_ISA::mix(*a); }

@@ -1,22 +1,41 @@
 """`mix` on CPU tensors through the C++ core: layouts, one packed argument, one call.
 
-Serves the op of this folder under the dispatcher's CPU key. The argument layout is `MixArgs` in
-cpu.cpp.
+Serves the op of this folder under the dispatcher's CPU key. Packed argument: `MixArgs` in cpu.cpp.
 """
 
 import ctypes
-import struct
 from collections.abc import Sequence
 
 import torch
-from fastkd.kernels._library import STORAGE, entry_point
+from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.mix.inputs import dense
 from torch import Tensor
 
 __all__ = ["mixed"]
 
-_ARGS = struct.Struct("8Q12q")
-_STORAGE = {**STORAGE, torch.uint8: 4}
+_ARGUMENTS = Arguments(
+    images="P",
+    partners="P",
+    index="P",
+    boxes="P",
+    lam="P",
+    mean="Q",
+    std="Q",
+    out="P",
+    num="q",
+    channels="q",
+    height="q",
+    width="q",
+    source="q",
+    target="q",
+    source_channels_last="q",
+    target_channels_last="q",
+    fill="q",
+    box_step="q",
+    lam_step="q",
+    threads="q",
+)
+# `Fill` in cpu.cpp.
 _NOTHING, _ZERO, _PARTNER, _BLEND = range(4)
 
 
@@ -45,22 +64,31 @@ def mixed(
     fill = _NOTHING if boxes is None and partners is None else _ZERO
     if partners is not None:
         fill = _PARTNER if lam is None else _BLEND
-    constants = [(ctypes.c_float * len(values))(*values) for values in (mean, std)]
-    packed = _ARGS.pack(
-        *(0 if t is None else t.data_ptr() for t in (images, partners, index, boxes, lam)),
-        *(ctypes.addressof(c) if len(c) else 0 for c in constants),
-        out.data_ptr(),
-        *images.shape,
-        _STORAGE[images.dtype],
-        _STORAGE[dtype],
-        source_last,
-        channels_last,
-        fill,
-        4 if boxes is not None and boxes.dim() == 2 else 0,
-        1 if lam is not None and lam.dim() == 1 else 0,
-        torch.get_num_threads(),
+    means, stds = ((ctypes.c_float * len(values))(*values) for values in (mean, std))
+    num, channels, height, width = images.shape
+    packed = _ARGUMENTS.pack(
+        images=images,
+        partners=partners,
+        index=index,
+        boxes=boxes,
+        lam=lam,
+        mean=ctypes.addressof(means) if mean else 0,
+        std=ctypes.addressof(stds) if std else 0,
+        out=out,
+        num=num,
+        channels=channels,
+        height=height,
+        width=width,
+        source=STORAGE[images.dtype],
+        target=STORAGE[dtype],
+        source_channels_last=source_last,
+        target_channels_last=channels_last,
+        fill=fill,
+        box_step=4 if boxes is not None and boxes.dim() == 2 else 0,
+        lam_step=1 if lam is not None and lam.dim() == 1 else 0,
+        threads=torch.get_num_threads(),
     )
-    code = entry_point("mix", isa)(packed)
+    code = entry_point("mix", _ARGUMENTS, isa)(packed)
     if code > 0:
         assert index is not None
         raise ValueError(

@@ -67,22 +67,24 @@ def mixed(
         inverse = _inverse(tuple(mean), tuple(std)) if images.dtype == torch.uint8 else None
         normalize = "multiply" if inverse else "divide"
         constants = (tuple(mean), *(inverse or (tuple(std), (0.0,) * channels)))
-    # Absent tensors are never read (any pointer does), and an index goes into the images.
-    others = [images if x is None else x for x in (partners, index, boxes, lam)]
+    # An index goes into the images.
+    partners = partners if index is None else images
     launch(
         mix_kernel,
         (p.programs * num * (channels // near),),
-        images,
-        *others,
-        out,
-        *constants,
-        num,
-        4 if boxes is not None and boxes.dim() == 2 else 0,
-        1 if lam is not None and lam.dim() == 1 else 0,
-        PARTNER=index is not None or partners is not None,
-        INDEX=index is not None,
-        BOXES=boxes is not None,
-        BLEND=lam is not None,
+        on=images,
+        images_ptr=images,
+        partners_ptr=partners,
+        index_ptr=index,
+        boxes_ptr=boxes,
+        lam_ptr=lam,
+        out_ptr=out,
+        mean=constants[0],
+        std=constants[1],
+        rest=constants[2],
+        num=num,
+        box_step=4 if boxes is not None and boxes.dim() == 2 else 0,
+        lam_step=1 if lam is not None and lam.dim() == 1 else 0,
         NORMALIZE=normalize,
         SOURCE_LAST=source_last,
         TARGET_LAST=channels_last,

@@ -5,7 +5,8 @@ of one image). Whether a group is touched or covered by the box is decided once 
 all loads stay whole vectors; the elements of a group on the box's edge are chosen afterwards.
 Every operation is rounded on its own: the launch switches fused multiply-adds off.
 
-Names: b_ block values, m_ masks, o_ offsets. Addresses of images are int64.
+Names: b_ block values, m_ masks, o_ offsets. Addresses of images are int64. A pointer is None where
+its tensor is absent.
 """
 
 import triton
@@ -58,15 +59,27 @@ def _normalized(b, b_mean, b_std, b_rest, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def mix_kernel(
-    images_ptr, partners_ptr, index_ptr, boxes_ptr, lam_ptr, out_ptr,
-    mean, std, rest,
-    num, box_step, lam_step,
-    PARTNER: tl.constexpr, INDEX: tl.constexpr, BOXES: tl.constexpr, BLEND: tl.constexpr,
+    images_ptr,  # [num, C, H, W]
+    partners_ptr,  # the same, or None; images_ptr where there is an index
+    index_ptr,  # [num], or None
+    boxes_ptr,  # [4] or [num, 4]: y0, y1, x0, x1, or None: the whole image
+    lam_ptr,  # no dimensions or [num], or None: 0
+    out_ptr,  # [num, C, H, W]
+    mean,  # a tuple of C numbers, as are std and rest
+    std,
+    rest,
+    num,
+    box_step,  # from one image to the next; 0: one for the batch
+    lam_step,
     NORMALIZE: tl.constexpr,
-    SOURCE_LAST: tl.constexpr, TARGET_LAST: tl.constexpr,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    VEC: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    SOURCE_LAST: tl.constexpr,
+    TARGET_LAST: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    VEC: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """SOURCE_LAST, TARGET_LAST: channels are the fastest axis of images and partners, of out.
 
     NORMALIZE "divide": by std. "multiply": std and rest are 1 / std in two parts. "": not at all.
@@ -108,7 +121,7 @@ def mix_kernel(
     # Elements [low, high) of a group are inside; as bits, one instruction tests an element.
     low = tl.zeros([GROUPS], tl.int32)
     high = low
-    if BOXES:
+    if boxes_ptr is not None:
         box = boxes_ptr + o_n * box_step
         m_y = (o_y >= tl.load(box)) & (o_y < tl.load(box + 1))
         # Boxes may reach beyond the image and beyond int32.
@@ -116,22 +129,22 @@ def mix_kernel(
         x1 = (tl.minimum(tl.maximum(tl.load(box + 3), 0), W) * NEAR).to(tl.int32)
         low = tl.where(m_y, tl.minimum(tl.maximum(x0 - o_r, 0), VEC), VEC)
         high = tl.maximum(tl.minimum(x1 - o_r, VEC), low)
-    elif PARTNER:
+    elif partners_ptr is not None:
         high += VEC
     inside = (((1 << high) - (1 << low))[:, None] & (1 << o_v)) != 0
 
     start = o_n.to(tl.int64) * (C * H * W)
     # Vectors that are foreign altogether are not read.
-    m_own = m_g if BLEND else m_g & (high - low < VEC)
+    m_own = m_g if lam_ptr is not None else m_g & (high - low < VEC)
     b = _loaded(images_ptr + start + o_in, m_own)
-    if PARTNER:
+    if partners_ptr is not None:
         o_p = o_n.to(tl.int64)
-        if INDEX:
+        if index_ptr is not None:
             o_p = tl.load(index_ptr + o_n).to(tl.int64)
         known = (o_p >= 0) & (o_p < num)
         o_p = tl.where(known, o_p, 0) * (C * H * W)
         b_p = _loaded(partners_ptr + o_p + o_in, m_g & (high > low))
-        if BLEND:
+        if lam_ptr is not None:
             x = _normalized(b, b_mean, b_std, b_rest, NORMALIZE)
             x_p = _normalized(b_p, b_mean, b_std, b_rest, NORMALIZE)
             lam = tl.load(lam_ptr + o_n * lam_step).to(tl.float32)
@@ -146,7 +159,7 @@ def mix_kernel(
         x = tl.where(known, x, float("nan"))
     else:
         x = _normalized(b, b_mean, b_std, b_rest, NORMALIZE)
-        if BOXES:
+        if boxes_ptr is not None:
             x = tl.where(inside, 0.0, x)
     out = out_ptr + plane.to(tl.int64) * (NEAR * H * W)
     tl.store(out + o_out, x.to(out_ptr.dtype.element_ty), mask=m_g[:, None])

@@ -12,6 +12,7 @@ A test that takes `place` makes its tensors there and lets the dispatcher choose
 import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -26,8 +27,23 @@ LAUNCHED_ON = os.environ.get("FASTKD_TEST_DEVICE")
 ON_TRITON = INTERPRETED or LAUNCHED_ON is not None
 HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not ON_TRITON
 
+
+def interpret_scalars_as_indices() -> None:
+    """Let `range` take scalars: NumPy 2.4 refuses the arrays of size 1 that Triton 3.6 hands it."""
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if INTERPRETED:
     interpret_fma_as_fused()
+    if version("triton").startswith("3.6."):
+        interpret_scalars_as_indices()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,21 +81,27 @@ def moving(launch: Callable[..., None], device: str) -> Callable[..., None]:
     Whole storages travel, so that strides, offsets, aliases and poison are those of the test.
     """
 
-    def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
+    def run(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
+        values = arguments.values()
+        tensors = [x for v in values for x in (v if isinstance(v, tuple) else (v,))]
+        tensors = [x for x in tensors if isinstance(x, Tensor)]
         if any(x.device.type != "cpu" for x in tensors):
-            return launch(kernel, grid, *arguments, **flags)
+            return launch(kernel, grid, on, **arguments)
         homes = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
         bytes_of = {k: torch.tensor([], dtype=torch.uint8).set_(v) for k, v in homes.items()}
         copies = {k: v.to(device, copy=True) for k, v in bytes_of.items()}
 
-        def there(x: Tensor) -> Tensor:
+        def there(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(there, x))
+            if not isinstance(x, Tensor):
+                return x
             storage = copies[x.untyped_storage().data_ptr()].untyped_storage()
             empty = torch.tensor([], dtype=x.dtype, device=device)
             return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
 
-        moved = [there(x) if isinstance(x, Tensor) else x for x in arguments]
-        launch(kernel, grid, *moved, **flags)
+        moved = {name: there(x) for name, x in arguments.items()}
+        launch(kernel, grid, torch.empty(0, device=device), **moved)
         for key, home in bytes_of.items():
             home.copy_(copies[key])
 

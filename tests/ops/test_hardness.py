@@ -112,8 +112,13 @@ def test_classes_masked_with_minus_infinity(impl: str, shape, criterion: str) ->
     student, (teacher,), _ = kd_case(shape, torch.float32, 0)
     classes, kept = shape[1], 7
     labels = torch.full((shape[0],), classes - 1)
-    want = hardness(student[:, -kept:], teacher[:, -kept:], labels - (classes - kept),
-                    criterion=criterion, impl="reference")  # fmt: skip
+    want = hardness(
+        student[:, -kept:],
+        teacher[:, -kept:],
+        labels - (classes - kept),
+        criterion=criterion,
+        impl="reference",
+    )
     # The first ones: a whole block of them is nothing but minus infinity.
     student[:, :-kept] = teacher[:, :-kept] = -math.inf
     got = hardness(student, teacher, labels, criterion=criterion, impl=impl)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fastkd.kernels import kd_loss, kd_loss_mean, status
+from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.losses import KDLoss
 
@@ -29,9 +31,9 @@ def test_opcheck(shape, place: str) -> None:
     rows = (shape[0], *shape[2:])
     labels = torch.zeros(rows, dtype=torch.long, device=place)
     weights, upstream = torch.rand(2, *rows, device=place)
-    common = (student, [teacher], labels, weights, None, 4.0, 0.1, -100, 1)
+    common = Inputs(student, [teacher], labels, 4.0, 0.1, -100, 1, weights, None)
     ops = torch.ops.fastkd
-    torch.library.opcheck(ops._kd_loss.default, common)
+    torch.library.opcheck(ops._kd_loss.default, tuple(common))
     *_, stats = ops._kd_loss(*common)
     torch.library.opcheck(
         ops._kd_loss_grad.default, (*common, upstream, None, None, stats, 1.0, 1.0)
@@ -109,6 +111,41 @@ def test_autocast(dtype: torch.dtype, place: str) -> None:
     assert net.weight.grad is not None
     assert net.weight.grad.dtype == torch.float32
     assert net.weight.grad.isfinite().all()
+
+
+@needs_cpp
+def test_whoever_records_calls_sees_the_ops() -> None:
+    """In plain eager mode the C++ kernels are called without the dispatcher; nowhere else."""
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        leaf = student.detach().requires_grad_()
+        rows = kd_loss(leaf, teacher, labels)
+        loss = 3 * kd_loss_mean(leaf, teacher, labels) + (rows.kd * rows.ce).sum()
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    student, teacher, labels = inputs(dtype=torch.bfloat16)
+    want = run(student, teacher, labels)
+    assert seen == []
+    with Recorder():
+        got = run(student, teacher, labels)
+    for op, calls in (("_kd_loss", 1), ("_kd_loss_mean", 1), ("_kd_loss_grad", 2)):
+        assert seen.count(f"fastkd.{op}.default") == calls
+    # A lazily negated view: what lies in memory is not its value.
+    wide = student.float()
+    negated = torch.complex(wide, -wide).conj().imag
+    assert negated.is_neg()
+    for results, plain in (
+        (got, want),
+        (run(negated, teacher, labels), run(wide, teacher, labels)),
+    ):
+        for a, b in zip(results, plain, strict=True):
+            assert torch.equal(a, b)
 
 
 RANK = """

@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -48,9 +50,18 @@ def test_interpreted_kernels_pass_the_tests_of_the_op(op: str) -> None:
     assert int(passed[1]) >= at_least
 
 
+class Compiled(NamedTuple):
+    """What triton_offline.py found for an op."""
+
+    op: str
+    launches: list[dict]
+    ours: list[str]
+    """The columns of a row that do not depend on the compiler."""
+    max_spilled: int
+
+
 @pytest.fixture(scope="module", params=OPS)
-def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict]]:
-    """The op's name and what triton_offline.py found."""
+def compiled(request: pytest.FixtureRequest) -> Compiled:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, HERE / "triton_offline.py", request.param],
@@ -59,43 +70,50 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict]]:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, json.loads(done.stdout)
+    return Compiled(request.param, **json.loads(done.stdout))
 
 
-def test_kernels_compile_for_three_chips_without_spills(compiled) -> None:
-    rows = [found["row"] for found in compiled[1]]
+def test_kernels_compile_for_three_chips_and_can_be_launched(compiled: Compiled) -> None:
+    """What is ours is asserted, what a compiler makes of it is reported: registers and spills."""
+    rows = [launch["row"] for launch in compiled.launches]
     assert {row["chip"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    # Triton 3.6 puts one register of one kernel aside on sm_100.
-    spare = {"sm_100": 4} if triton.__version__.startswith("3.6.") else {}
     for row in rows:
-        assert row["spills"] <= spare.get(row["chip"], 0), row
-        # 64 k registers a chip core: at least one block of every kernel fits.
+        # 64 k registers per multiprocessor: at least one block of every kernel fits.
         assert row["registers"] * row["warps"] * 32 <= 65536, row
         assert row["shared"] <= 48 * 1024, row
+        assert row["spilled"] <= compiled.max_spilled, row
+        if row["spilled"] > 0:
+            spills = f"Triton {triton.__version__} spills {row['spilled']} bytes per thread"
+            message = f"{spills}: {row['kernel']}, {row['case']}, on {row['chip']}"
+            warnings.warn(pytest.PytestWarning(message), stacklevel=1)
 
 
-def test_memory_is_read_in_128_bit_loads_where_rows_are_aligned(compiled) -> None:
-    for found in compiled[1]:
-        if found["wide_loads"]:
-            assert found["row"]["load bits"] >= 128, found["row"]
+def test_memory_is_read_in_128_bit_loads_where_rows_are_aligned(compiled: Compiled) -> None:
+    for launch in compiled.launches:
+        if launch["wide_loads"]:
+            assert launch["row"]["load bits"] >= 128, launch["row"]
 
 
-def test_every_launch_says_what_it_has_to_do(compiled) -> None:
-    assert all(found["bytes"] > 0 and found["operations"] > 0 for found in compiled[1])
+def test_every_launch_says_what_it_has_to_do(compiled: Compiled) -> None:
+    assert all(launch["bytes"] > 0 and launch["operations"] > 0 for launch in compiled.launches)
 
 
-def test_the_page_lists_what_the_compiler_gives(compiled) -> None:
-    """docs/kernels.md, section by section; `triton_offline.py --write` makes it."""
-    import triton
+def test_the_page_lists_every_launch_and_what_its_compiler_gave(compiled: Compiled) -> None:
+    """docs/kernels.md, section by section; `triton_offline.py --write` makes it.
 
+    Its launches under any version of Triton, the compiler's columns under the one that it names.
+    """
     text = (KERNELS.parent / "docs" / "kernels.md").read_text()
-    version = re.search(r"Triton (\d+\.\d+)", text)
+    version = re.search(r"Triton (\d+\.\d+\.\d+)", text)
     assert version is not None
-    section = text.partition(f"## {compiled[0]}\n")[2].partition("\n## ")[0].splitlines()
-    works = list(dict.fromkeys(found["work"] for found in compiled[1]))
+    section = text.partition(f"## {compiled.op}\n")[2].partition("\n## ")[0].splitlines()
     lines = [line for line in section if line.startswith("| ") and "---" not in line]
+    works = list(dict.fromkeys(launch["work"] for launch in compiled.launches))
     assert lines[1 : 1 + len(works)] == works
-    if not triton.__version__.startswith(version[1]):
-        pytest.skip(f"the table was made with Triton {version[1]}, this is {triton.__version__}")
-    rows = ["| " + " | ".join(map(str, found["row"].values())) + " |" for found in compiled[1]]
-    assert lines[2 + len(works) :] == rows
+    names, *cells = ([x.strip() for x in line.split("|")[1:-1]] for line in lines[len(works) + 1 :])
+    assert names == list(compiled.launches[0]["row"])
+    columns = names if triton.__version__ == version[1] else compiled.ours
+    listed = [dict(zip(names, row, strict=True)) for row in cells]
+    assert [[row[name] for name in columns] for row in listed] == [
+        [str(launch["row"][name]) for name in columns] for launch in compiled.launches
+    ]

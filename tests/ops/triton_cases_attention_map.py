@@ -1,14 +1,11 @@
 """The launches of `attention_map` that triton_offline.py compiles, as gpu.py makes them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from fastkd.kernels.attention_map import gpu
 from torch import Tensor
-from triton_offline import Launch
+from triton_offline import Launch, recorded
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 # name: (student, teacher, dtype, layout, whether 128-bit loads are expected)
@@ -20,7 +17,7 @@ CASES = {
     "64 x 512 vs 2048 x 7x7 bf16": ((64, 512, 7), (64, 2048, 7), torch.bfloat16, NCHW, False),
     "64 x 64 x 8x8 vs 128 x 16x16 bf16": ((64, 64, 8), (64, 128, 16), torch.bfloat16, NCHW, True),
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+MAP_ALONE = "map of 64 x 64 x 8x8 bf16"
 
 
 def launches() -> Iterator[Launch]:
@@ -30,16 +27,18 @@ def launches() -> Iterator[Launch]:
             torch.empty(n, c, size, size, dtype=dtype, device="meta").to(memory_format=layout)
             for n, c, size in shapes
         )
-        pixels, window = student[0, 0].numel(), teacher.shape[2] // student.shape[2]
-        made: list[tuple[Any, tuple, dict]] = []
-        with patch.object(gpu, "launch", lambda kernel, _, *a, **f: made.append((kernel, a, f))):  # noqa: B023
-            gpu.loss(student, teacher, 2, (1, 1), (window, window), 1e-12, False)
-            coefficients = torch.empty(len(student), pixels, device="meta")
+        pixels, side = student[0, 0].numel(), teacher.shape[2] // student.shape[2]
+
+        def both(student=student, teacher=teacher, window=(side, side)) -> None:
+            _, coefficients, _ = gpu.loss(student, teacher, 2, (1, 1), window, 1e-12, False)
             gpu.energy_grad(student, coefficients, torch.empty((), device="meta"), 2, (1, 1))
-        for kernel, arguments, flags in made:
-            moved, operations = least(flags.get("PHASE"), student, teacher, pixels)
-            plain = as_launch(kernel, case, arguments, flags, wide_loads)
-            yield replace(plain, moved_bytes=moved, operations=operations)
+
+        for kernel, arguments, options in recorded(gpu, both):
+            moved, operations = least(arguments.get("PHASE"), student, teacher, pixels)
+            yield Launch(kernel, case, arguments, options, moved, operations, wide_loads)
+    ((kernel, arguments, options),) = recorded(gpu, lambda: gpu.energy(student, 2, (1, 1)))
+    moved = student.element_size() * student.numel() + 4 * len(student) * pixels
+    yield Launch(kernel, MAP_ALONE, arguments, options, moved, 2 * student.numel())
 
 
 def least(phase: int | None, student: Tensor, teacher: Tensor, pixels: int) -> tuple[int, int]:
@@ -54,21 +53,3 @@ def least(phase: int | None, student: Tensor, teacher: Tensor, pixels: int) -> t
     if phase == 0:
         return energies[0] + maps, energies[1] + compared[1]
     return energies if phase == 1 else compared
-
-
-def as_launch(
-    kernel: Any, case: str, arguments: tuple, flags: dict[str, Any], wide_loads: bool
-) -> Launch:
-    """What Triton makes of the arguments: types, and numbers that are 1 or multiples of 16."""
-    types, sixteens = {}, []
-    constants = {name: value for name, value in flags.items() if name != "num_warps"}
-    for name, value in zip(kernel.arg_names, arguments, strict=False):
-        if isinstance(value, Tensor):
-            types[name] = TYPES[value.dtype]
-        elif isinstance(value, float):
-            types[name] = "fp32"
-        elif value == 1:
-            constants[name] = 1
-        elif value % 16 == 0:
-            sixteens.append(name)
-    return Launch(kernel, case, flags["num_warps"], constants, types, sixteens, wide_loads)

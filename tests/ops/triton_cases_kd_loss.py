@@ -1,66 +1,63 @@
-"""The launches of `kd_loss` that triton_offline.py compiles."""
+"""The launches of `kd_loss` that triton_offline.py compiles, as gpu.py makes them."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import triton
-from fastkd.kernels.kd_loss.gpu import plan
-from fastkd.kernels.kd_loss.gpu_kernels import forward_kernel, gradient_kernel
-from triton_offline import Launch
+import torch
+from fastkd.kernels.kd_loss import gpu
+from fastkd.kernels.kd_loss.inputs import Inputs
+from torch import Tensor
+from triton_offline import Launch, recorded
 
-# name: (rows, classes, contiguous classes, storage type)
+# name: (shape, dtype, whether 128-bit loads are expected: an odd number of classes leaves rows at
+# odd addresses)
 CASES = {
-    "64x100 fp32": (64, 100, True, "fp32"),
-    "1024x1000 fp32": (1024, 1000, True, "fp32"),
-    "1024x1000 bf16": (1024, 1000, True, "bf16"),
-    "1024x21841 bf16": (1024, 21841, True, "bf16"),
-    "16x1000000 bf16, split": (16, 1_000_000, True, "bf16"),
-    "dense 19 classes bf16": (524288, 19, False, "bf16"),
-    "dense 150 classes bf16": (524288, 150, False, "bf16"),
+    "1x1000 fp32": ((1, 1000), torch.float32, True),
+    "64x100 fp32": ((64, 100), torch.float32, True),
+    "1024x1000 fp32": ((1024, 1000), torch.float32, True),
+    "1024x1000 bf16": ((1024, 1000), torch.bfloat16, True),
+    "1024x21841 bf16": ((1024, 21841), torch.bfloat16, False),
+    "16x1000000 bf16, split": ((16, 1_000_000), torch.bfloat16, True),
+    "dense 19 classes bf16": ((4, 19, 131072), torch.bfloat16, True),
+    "dense 150 classes bf16": ((4, 150, 131072), torch.bfloat16, True),
 }
-NUMBERS = ("temperature", "smoothing", "kd_weight", "ce_weight", "kd_scale", "ce_scale")
+NO_COMPARISON = ("reduce_kernel",)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launches() -> Iterator[Launch]:
-    """Forward pass (in two phases where rows are split) and gradient of each case."""
-    for case, (rows, classes, by_class, storage) in CASES.items():
-        p = plan(rows, classes, 1 if by_class else 131072)
-        logits = [f"{name}_ptr" for name in ("s", "t0", "t1", "t2", "t3", "g")]
-        types = dict.fromkeys(NUMBERS, "fp32") | {"y_ptr": "*i64", "mask_ptr": "*u8"}
-        types |= dict.fromkeys(logits, f"*{storage}")
-        ones = "c" if by_class else "p"
-        constants: dict[str, Any] = {
-            "TEACHERS": 1, "LABELS": 1, "WEIGHTS": False, "MASK": False, "SMOOTH": False,
-            "CLASSES": classes, "ALIGN": min(16, classes & -classes) if by_class else 0,
-            **{f"{tensor}_{ones}": 1 for tensor in "stg"},
-        }  # fmt: skip
-        # What a launch sees: these numbers of rows, H * W and strides are multiples of 16.
-        dense = ("inner", *(f"{tensor}_{axis}" for tensor in "stg" for axis in "nc"))
-        common = {
-            "types": types,
-            "multiples_of_16": ("num_rows", *(() if by_class else dense)),
-            # An odd number of classes leaves rows at odd addresses.
-            "wide_loads": classes % 2 == 0 or not by_class,
-        }
-        forward = {"BLOCK_R": p.block_r, "BLOCK_C": p.block_c, "ONE_TILE": classes <= p.block_c,
-                   "SPLITS": triton.next_power_of_2(p.splits), "PER_ROW": False}  # fmt: skip
-        gradient = {"BLOCK_R": p.grad_block_r, "BLOCK_C": p.grad_block_c, "KD": True, "CE": True,
-                    "DIVISOR": True, "up_kd_step": 0, "up_ce_step": 0}  # fmt: skip
-        elements, size = rows * classes, 2 if storage == "bf16" else 4
-        # Labels, six statistics of a row; of a split row 11 numbers from each program.
-        row_bytes = rows * (8 + 6 * 4)
-        for phase in (1, 2) if p.splits > 1 else (0,):
-            phased = constants | forward | {"PHASE": phase}
-            parts = 11 * 4 * rows * p.splits if phase else 0
-            moved = parts + row_bytes + (0 if phase == 2 else 2 * size * elements)
-            # Per class: 2 scalings, 3 maxima, 3 exponentials, 5 sums, 4 for the logarithm, argmax.
-            operations = 11 * rows * p.splits if phase == 2 else 19 * elements
-            yield Launch(
-                forward_kernel, case, p.warps, phased, moved_bytes=moved, operations=operations,
-                **common,
-            )  # fmt: skip
-        # Per class: 3 exponentials with their scaling, the differences and the upstream.
-        yield Launch(
-            gradient_kernel, case, p.grad_warps, constants | gradient, operations=11 * elements,
-            moved_bytes=3 * size * elements + row_bytes, **common,
-        )  # fmt: skip
+    """Forward pass of the mean (in two launches where rows are split) and gradient of each case."""
+    for case, (shape, dtype, wide_loads) in CASES.items():
+        student, teacher = (empty(*shape, dtype=dtype) for _ in range(2))
+        labels = empty(shape[0], *shape[2:], dtype=torch.int64)
+        inputs = Inputs(student, [teacher], labels, 4.0, 0.0, -100, 1, None, None)
+
+        def both(inputs: Inputs = inputs) -> None:
+            _, divisor, _, stats = gpu.mean(inputs, 0.9, 0.1, False)
+            gpu.grad(inputs, empty(), empty(), divisor, stats, 0.9, 0.1)
+
+        for kernel, arguments, options in recorded(gpu, both):
+            name = kernel.fn.__name__
+            if name in NO_COMPARISON:
+                continue
+            moved, operations = least(name, student, arguments)
+            yield Launch(kernel, case, arguments, options, moved, operations, wide_loads)
+
+
+def least(kernel: str, student: Tensor, arguments: dict) -> tuple[int, int]:
+    """Bytes to move and operations of a launch."""
+    elements, size, rows = student.numel(), student.element_size(), arguments["num_rows"]
+    # Labels, six statistics of a row; of a split row 11 numbers from each program.
+    row_bytes = rows * (8 + 6 * 4)
+    parts = 11 * rows * arguments.get("splits", 1)
+    # Per class: 2 scalings, 3 maxima, 3 exponentials, 5 sums, 4 for the logarithm, argmax.
+    if kernel == "part_kernel":
+        return 4 * parts + row_bytes + 2 * size * elements, 19 * elements
+    if kernel == "forward_kernel" and arguments["work_ptr"] is not None:
+        return 4 * parts + row_bytes, parts
+    if kernel == "forward_kernel":
+        return row_bytes + 2 * size * elements, 19 * elements
+    # Per class: 3 exponentials with their scaling, the differences and the upstream.
+    return row_bytes + 3 * size * elements, 11 * elements

@@ -1,54 +1,65 @@
 """The launches of `mix` that triton_offline.py compiles."""
 
 from collections.abc import Iterator
+from functools import partial
 
-from fastkd.kernels.mix.gpu import plan
-from fastkd.kernels.mix.gpu_kernels import mix_kernel
-from triton_offline import Launch
+import torch
+from fastkd.kernels.mix import gpu
+from torch import Tensor
+from triton_offline import Launch, recorded
 
-BYTES = {"u8": 1, "bf16": 2, "fp32": 4}
+NAMES = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32"}
+U8, BF16, FP32 = NAMES
 # (what, side, from, to, channels-last from, to)
 CASES = [
-    ("normalise", 224, "u8", "bf16", True, True),
-    ("cutmix", 32, "u8", "bf16", True, True),
-    ("cutmix", 224, "u8", "bf16", True, True),
-    ("cutmix", 224, "u8", "fp32", True, True),
-    ("cutmix", 224, "u8", "bf16", False, False),
-    ("cutmix", 224, "u8", "bf16", False, True),
-    ("mixup", 224, "u8", "bf16", True, True),
-    ("cutmix", 224, "bf16", "bf16", True, True),
-    ("mixup", 224, "bf16", "bf16", True, True),
-    ("cutout", 224, "bf16", "bf16", True, True),
+    ("normalise", 224, U8, BF16, True, True),
+    ("cutmix", 32, U8, BF16, True, True),
+    ("cutmix", 224, U8, BF16, True, True),
+    ("cutmix", 224, U8, FP32, True, True),
+    ("cutmix", 224, U8, BF16, False, False),
+    ("cutmix", 224, U8, BF16, False, True),
+    ("mixup", 224, U8, BF16, True, True),
+    ("cutmix", 224, BF16, BF16, True, True),
+    ("mixup", 224, BF16, BF16, True, True),
+    ("cutout", 224, BF16, BF16, True, True),
 ]
+BATCH = 64
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def empty(*shape: int, dtype: torch.dtype, last: bool = False) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
 
 def launches() -> Iterator[Launch]:
     """Three channels; one box or lam for the batch, partners by index, as the trainer does it."""
     for what, side, source, target, source_last, target_last in CASES:
-        p = plan(side, side * (3 if target_last else 1), BYTES[source], BYTES[target])
+        images = empty(BATCH, 3, side, side, dtype=source, last=source_last)
+        by_bytes = source == U8
+        call = partial(
+            gpu.mixed,
+            images,
+            index=empty(BATCH, dtype=torch.int64) if what in ("cutmix", "mixup") else None,
+            partners=None,
+            boxes=empty(4, dtype=torch.int64) if what in ("cutmix", "cutout") else None,
+            lam=empty(dtype=torch.float64) if what == "mixup" else None,
+            mean=MEAN if by_bytes else (),
+            std=STD if by_bytes else (),
+            dtype=target,
+            channels_last=target_last,
+        )
+        ((kernel, arguments, options),) = recorded(gpu, call)
         layouts = " -> ".join("NHWC" if last else "NCHW" for last in (source_last, target_last))
-        three, sources, pixels = ("fp32",) * 3, 2 if what == "mixup" else 1, 64 * 3 * side * side
+        # Each element of a CutMix comes from one of its sources.
+        sources = 2 if what == "mixup" else 1
         yield Launch(
-            mix_kernel,
-            f"{what} {side}px {source} -> {target}, {layouts}",
-            p.warps,
-            {
-                "PARTNER": what in ("cutmix", "mixup"), "INDEX": what in ("cutmix", "mixup"),
-                "BOXES": what in ("cutmix", "cutout"), "BLEND": what == "mixup",
-                "NORMALIZE": "multiply" if source == "u8" else "",
-                "SOURCE_LAST": source_last, "TARGET_LAST": target_last,
-                "C": 3, "H": side, "W": side, "VEC": p.vec, "GROUPS": p.groups,
-            },
-            types={
-                "images_ptr": f"*{source}", "partners_ptr": f"*{source}", "out_ptr": f"*{target}",
-                "index_ptr": "*i64", "boxes_ptr": "*i64", "lam_ptr": "*fp64",
-                "mean": three, "std": three, "rest": three,
-            },
+            kernel,
+            f"{what} {side}px {NAMES[source]} -> {NAMES[target]}, {layouts}",
+            arguments,
+            options,
+            moved_bytes=images.numel() * (target.itemsize + source.itemsize * sources),
+            operations=images.numel() * (3 * by_bytes * sources + 3 * (what == "mixup") + 1),
             # Where the layouts differ the bytes of a vector come from different planes.
             wide_loads=source_last == target_last,
-            tile=("GROUPS", "VEC"),
-            fp_fusion=False,
-            # A batch of 64; each element of a CutMix comes from one of its sources.
-            moved_bytes=pixels * (BYTES[target] + BYTES[source] * sources),
-            operations=pixels * (3 * (source == "u8") * sources + 3 * (what == "mixup") + 1),
-        )  # fmt: skip
+        )

@@ -1,26 +1,23 @@
-"""`attention_map` as torch sees it: schemas, shapes without data, gradients, who implements what.
+"""`attention_map` as torch sees it: schemas, shapes without data, gradients, what implements them.
 
 The ops have leading underscores and no autograd of their own: the two Functions below bring it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastkd.kernels._library import (
-    LIBRARY,
-    Core,
-    Impl,
-    core,
-    deferred,
-    register,
-    triton_reason,
-)
+from fastkd.kernels._library import LIBRARY, Impl, attach, choose_for
 from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
 from torch import Tensor
+from typing_extensions import override
 
-__all__ = ["Energy", "Loss"]
+__all__ = ["Energy", "Loss", "backend"]
+
+# The powers of the paper (its F_sum, F_sum^2, F_sum^4), which need multiplications only.
+_KERNEL_POWERS = (1, 2, 4)
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("_attention_energy(Tensor features, int power, int[2] window) -> Tensor", tags=_TAGS)
@@ -36,21 +33,36 @@ LIBRARY.define(
 )
 
 
+def backend(op: str, features: Sequence[Tensor], p: float, impl: Impl | None) -> Impl:
+    """The implementation of `op` (for messages) that runs on such features with exponent p."""
+    picked = choose_for("attention_map", features, impl)
+    if picked == "reference" or p in _KERNEL_POWERS:
+        return picked
+    if impl is not None:
+        raise ValueError(
+            f"{op}: impl={impl!r} has p = {_KERNEL_POWERS}, not {p}; use impl=None or 'reference'"
+        )
+    return "reference"
+
+
 class Energy(torch.autograd.Function):
-    """Mean over channels of |x|^power, the map before its normalisation: [N, pixels]."""
+    """Mean over channels of |x|^power, the map before its normalisation: [N, pixels].
+
+    Backward is one more pass over the features.
+    """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any, features_NCHW: Tensor, power: int, window: tuple[int, int], triton: bool
     ) -> Tensor:
-        """The op; see the class."""
         ctx.power, ctx.window, ctx.triton = power, window, triton
         ctx.save_for_backward(features_NCHW)
         return _op("energy", triton)(features_NCHW, power, window)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *upstream_NP: Tensor) -> tuple[Tensor | None, ...]:
-        """One more pass over the features."""
         (features_NCHW,) = ctx.saved_tensors
         if _twice():
             energy_NP = energy_reference(features_NCHW, ctx.power, _size(features_NCHW, ctx.window))
@@ -65,10 +77,12 @@ class Energy(torch.autograd.Function):
 class Loss(torch.autograd.Function):
     """The loss between the maps of student and teacher; a gradient for the student only.
 
-    Keeps the student's features, as any loss on them does, and two numbers per pixel.
+    Keeps the student's features, as any loss on them does, and two numbers per pixel. Backward is
+    one more pass over the student's features.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         student_NCHW: Tensor,
@@ -80,7 +94,6 @@ class Loss(torch.autograd.Function):
         distance: bool,
         triton: bool,
     ) -> Tensor:
-        """The op; see the class."""
         ctx.power, ctx.window, ctx.triton = power, student_window, triton
         ctx.eps, ctx.distance = eps, distance
         loss, coefficients_NP, teacher_NP = _op("loss", triton)(
@@ -90,8 +103,8 @@ class Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @override
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """One more pass over the student's features, None for everything else."""
         student_NCHW, coefficients_NP, teacher_NP = ctx.saved_tensors
         if _twice():
             energy_NP = energy_reference(student_NCHW, ctx.power, _size(student_NCHW, ctx.window))
@@ -102,7 +115,7 @@ class Loss(torch.autograd.Function):
             grad = _op("energy_grad", ctx.triton)(
                 student_NCHW, coefficients_NP, upstream[0], ctx.power, ctx.window
             )
-        return grad, *[None] * 7
+        return grad, None, None, None, None, None, None, None
 
 
 def _twice() -> bool:
@@ -141,21 +154,5 @@ def _loss_fake(student, teacher, power, student_window, teacher_window, eps, dis
     return student_NP.new_empty(()), student_NP, torch.empty_like(student_NP)
 
 
-def _register() -> None:
-    backends: dict[str, Impl] = {}
-    names = ("energy", "energy_grad", "loss")
-    if isinstance(core(), Core):
-        from fastkd.kernels.attention_map import cpu
-
-        for name in names:
-            LIBRARY.impl(f"_attention_{name}", getattr(cpu, name), "CPU")
-        backends["cpu"] = "cpp"
-    if triton_reason() is None:
-        for name in names:
-            launcher = deferred("fastkd.kernels.attention_map.gpu", name)
-            LIBRARY.impl(f"_attention_{name}", launcher, "CUDA")
-        backends["cuda"] = "triton"
-    register("attention_map", backends)
-
-
-_register()
+_NAMES = ("energy", "energy_grad", "loss")
+attach("attention_map", "attention_map", {name: f"_attention_{name}" for name in _NAMES})
