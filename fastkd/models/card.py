@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.config.section import Normalization
-from fastkd.models.rewrite.report import RewriteReport
+from fastkd.models.report import RewriteReport
 from fastkd.storage.description import CARD, NetworkFacts
 
 __all__ = ["Card", "card_of", "sign", "title_of"]

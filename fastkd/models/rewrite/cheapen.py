@@ -19,7 +19,7 @@ from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import Block, parse_block
 from fastkd.models.blocks.layers import ResidualBlock, init_convs, substitute
 from fastkd.models.card import card_of
-from fastkd.models.rewrite.report import RewriteReport, grouped
+from fastkd.models.report import RewriteReport, grouped
 from fastkd.models.rewrite.result import copied, finish
 from fastkd.models.rewrite.style import StyleFinder
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastkd.models.rewrite.report import RewriteReport
+from fastkd.models.report import RewriteReport
 from fastkd.models.rewrite.result import copied, finish
 
 __all__ = ["fuse"]

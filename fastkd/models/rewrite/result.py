@@ -12,7 +12,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models.card import Card, card_of, sign
-from fastkd.models.rewrite.report import RewriteReport
+from fastkd.models.report import RewriteReport
 from fastkd.models.taps import check_network
 
 __all__ = ["copied", "finish"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import PaddedShortcut, ResidualBlock
+from fastkd.models.report import RewriteReport
 from fastkd.models.rewrite.exact import reserved_block
-from fastkd.models.rewrite.report import RewriteReport
 from fastkd.models.rewrite.result import copied, finish
 
 __all__ = ["remove_shortcuts"]
