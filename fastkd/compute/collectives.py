@@ -80,9 +80,9 @@ class _JoinRows(torch.autograd.Function):
         return joined
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         # A copy: other holders of this gradient must not see the sum.
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad[ctx.own], None, None
 

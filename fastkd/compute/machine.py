@@ -9,7 +9,8 @@ import importlib.metadata
 import os
 import platform
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -42,14 +43,15 @@ def gpu_facts() -> list[dict[str, Any]]:
     """Name, compute capability and memory of every CUDA device that torch sees."""
     if not torch.cuda.is_available():
         return []
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    # torch exports no type for the properties of a device.
+    properties = cast(Callable[[int], Any], torch.cuda.get_device_properties)  # pyright: ignore[reportUnknownMemberType]
     return [
         {
             "name": gpu.name,
             "capability": f"{gpu.major}.{gpu.minor}",
             "memory_gib": round(gpu.total_memory / 2**30, 1),
         }
-        for gpu in properties
+        for gpu in map(properties, range(torch.cuda.device_count()))
     ]
 
 

@@ -6,7 +6,7 @@ caller has already; with a single process there is none.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,7 +117,7 @@ def close_world(*, failed: bool = False) -> None:
 
 
 @contextmanager
-def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> Iterator[World]:
+def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> Generator[World]:
     """`init_world` and `close_world` around a block; an exception in it frees the other ranks.
 
     A process group of the caller is used and stays open.

@@ -39,7 +39,8 @@ def wrap_ddp(
     names = [
         name for name, buffer in step.named_buffers(remove_duplicate=False) if id(buffer) in ignored
     ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)
+    # Private and untyped, but what DDP's own documentation offers for this.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     return DistributedDataParallel(
         step,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,

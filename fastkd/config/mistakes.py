@@ -16,6 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from fastkd.config.values import is_list, is_mapping
+
 __all__ = ["allowed", "bounds_in_words", "entries_of", "explain", "section_of"]
 
 _BOUNDS = (
@@ -121,7 +123,12 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         ]
         few = f" with {' and '.join(sizes)} entries" if sizes else ""
         return f"a mapping such as {{name: value}}{few}"
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    plain: dict[Any, str] = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+    }
     return f"{plain.get(annotation, 'another value')} {bounds_in_words(metadata)}".strip()
 
 
@@ -164,7 +171,7 @@ def _texts(loc: tuple[int | str, ...]) -> list[str]:
 
 def _leaves(key: str, value: Any) -> list[str]:
     """The dotted keys that the user has written below an unknown section."""
-    if not isinstance(value, Mapping) or not value:
+    if not is_mapping(value) or not value:
         return [key]
     return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
 
@@ -203,17 +210,17 @@ def _number(key: str) -> str:
 def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     node: Any = values
     for part in path:
-        if isinstance(node, list | tuple):
+        if is_list(node):
             node = node[int(part)]
         else:
-            node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
+            node = node.get(part) if is_mapping(node) else getattr(node, part, None)
     return node
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return ",".join(map(_shown, value))
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
     return text.strip() if len(text) < 80 else f"{text[:77]}..."

@@ -12,12 +12,13 @@ another section, in a list of sections, or among the losses.
 """
 
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from fastkd.config.values import is_list, is_mapping
 
 __all__ = [
     "Channels",
@@ -92,10 +93,10 @@ def _outcome(value: Any, plain: Any) -> Any:
             for name, field in type(value).model_fields.items()
             if _counts(field, getattr(value, name))
         }
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         inner = zip(value.values(), plain.items(), strict=True)
         return {key: _outcome(one, as_json) for one, (key, as_json) in inner}
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return [_outcome(one, as_json) for one, as_json in zip(value, plain, strict=True)]
     return plain
 

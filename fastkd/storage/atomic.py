@@ -5,7 +5,7 @@ Checkpoints, weights, run folders and plots are written through here.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ __all__ = ["atomic_path", "explain_full_disk"]
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path) -> Generator[Path]:
     """A path beside `target` to write to; it takes the target's place when the block succeeds.
 
     Raises:

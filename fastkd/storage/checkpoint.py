@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from fastkd.config.values import is_mapping
 from fastkd.errors import RunFailed, UserError
 from fastkd.storage.atomic import atomic_path
 
@@ -49,7 +50,7 @@ class Checkpoint:
     def open(cls, path: Path, digest: str | None = None) -> Self:
         """Read a checkpoint of this format; UserError for any other file or recipe."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"there is no checkpoint {path}: nothing to resume") from None
         except Exception as error:  # damaged pickles fail in as many ways as there are opcodes
@@ -57,7 +58,8 @@ class Checkpoint:
                 f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, "
                 f"or not fastkd's"
             ) from error
-        found = state.get("format") if isinstance(state, dict) else None
+        state = dict(content) if is_mapping(content) else {}
+        found = state.get("format")
         if found != FORMAT:
             raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")
         opened = cls(path, state)

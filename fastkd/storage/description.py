@@ -21,7 +21,7 @@ class NetworkFacts:
 
     architecture: str | None = None
     num_classes: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
     normalization: Normalization | None = None
 
     @classmethod

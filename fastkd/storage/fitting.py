@@ -111,7 +111,7 @@ def _listing(report: LoadReport) -> str:
         ("unexpected", report.unexpected),
         ("of wrong shape", report.wrong_shape),
     )
-    parts = []
+    parts: list[str] = []
     for kind, keys in kinds:
         if keys:
             more = "; .." if len(keys) > SHOWN else ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.config.values import is_mapping
 from fastkd.errors import UserError
 
 __all__ = ["bare", "bare_names", "find_state", "renamed_for", "without_first_component"]
@@ -36,7 +37,7 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
     found = _state_below(content)
     if found:
         return found
-    keys = list(content) if isinstance(content, Mapping) else []
+    keys = list(content) if is_mapping(content) else []
     inside = f"the keys {', '.join(map(str, keys[:8]))}" if keys else f"a {type(content).__name__}"
     raise UserError(
         f"{path}: no state dict found, the file holds {inside}; expected tensors by name, bare or "
@@ -45,7 +46,7 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _state_below(content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
+    if not is_mapping(content):
         return {}
     for key in WRAPPERS:
         found = _state_below(content.get(key))

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,14 +87,16 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        opened: Any = safe_open(path, framework="pt", device="cpu")
+        with opened as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except Exception as error:  # a damaged header surfaces as one of several classes
         raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
 def _read_pickle(path: Path) -> Any:
-    known = torch.serialization.get_safe_globals()
+    # torch leaves the type of a class that is admitted open.
+    known = cast(list[Any], torch.serialization.get_safe_globals())  # pyright: ignore[reportUnknownMemberType]
     # Entries the user has admitted stay; safe_globals would take them away on leaving.
     admitted = [entry for entry in _admitted() if entry not in known]
     try:

@@ -20,7 +20,9 @@ def bind_term(
     **context: Any,
 ) -> LossTerm:
     """Bind a loss to the shapes of its inputs; the training labels cycle through the classes."""
-    shapes = {need: tuple(tensors[need].shape[1:]) for need in term.needs}
+    shapes: dict[str, tuple[int, ...]] = {
+        need: tuple(tensors[need].shape[1:]) for need in term.needs
+    }
     labels_N = torch.arange(num_samples) % num_classes
     term.bind(BindContext(num_samples, num_classes, labels_N, shapes, **context))
     return term
@@ -58,5 +60,5 @@ def call_term(
 
 def bind_pair(term: LossTerm, student: Tensor, teacher: Tensor, **context: Any) -> TermInputs:
     """Bind a loss on one pair of taps to these tensors; its `term_inputs`."""
-    tensors = dict(zip(term.needs, (student, teacher), strict=True))
+    tensors: dict[str, Tensor] = dict(zip(term.needs, (student, teacher), strict=True))
     return term_inputs(bind_term(term, tensors, **context), tensors)

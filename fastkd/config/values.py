@@ -1,0 +1,19 @@
+"""Kinds of plain values, as YAML, JSON and pickles give them.
+
+`isinstance` alone leaves the contents unknown to a type checker; these say that they may be anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+__all__ = ["is_list", "is_mapping"]
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether the value holds others by key."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether the value holds others by position; a text does not."""
+    return isinstance(value, list | tuple)
