@@ -73,7 +73,7 @@ class Result:
     """Where last.pt and best.safetensors lie; None if nothing was written."""
 
 
-def distill(
+def distill(  # noqa: PLR0913 - a frozen public signature
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | None,
     train_loader: Iterable[LoaderItem],

@@ -1,6 +1,6 @@
 """Kinds of plain values, as YAML, JSON and pickles give them.
 
-`isinstance` alone leaves the contents unknown to a type checker; these say that they may be anything.
+After a bare `isinstance` the contents are unknown to a type checker; here they may be anything.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,6 +4,7 @@ Accuracy where an image has one class, mean average precision where it has sever
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -28,18 +29,14 @@ class EvalLoader(Protocol):
         ...
 
 
-class evaluating:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode within the block; every module's own mode afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.model = model
-
-    def __enter__(self) -> nn.Module:
-        return self.model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        for module, training in self.modes:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
             module.training = training
 
 

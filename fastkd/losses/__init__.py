@@ -17,7 +17,8 @@ _HOME = {
     for name in statement.names
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+# Type checkers and ruff want a literal; they read the .pyi, where the names are.
+__all__ = sorted(_HOME)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ class KDLoss(nn.Module):
             probabilities); this waits for the device, use it while debugging.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a frozen public signature
         self,
         temperature: float = 4.0,
         alpha: float = 0.9,

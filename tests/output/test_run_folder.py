@@ -119,9 +119,14 @@ def test_a_finished_run_has_its_metrics_as_csv(tmp_path):
 def test_writing_is_all_or_nothing(tmp_path):
     target = tmp_path / "x.txt"
     target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), atomic_path(target) as beside:
-        beside.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_path(target) as beside:
+            beside.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert target.read_text() == "before"
     assert os.listdir(tmp_path) == ["x.txt"]
     with atomic_path(target) as beside:
@@ -149,19 +154,23 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("write", ["json", "metrics", "create"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(
+            lambda folder, root: folder.write_json("summary.json", {"new": True}), id="json"
+        ),
+        pytest.param(lambda folder, root: folder.append_metrics({"epoch": 1}), id="metrics"),
+        pytest.param(lambda folder, root: create(root / "more"), id="create"),
+    ],
+)
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, write):
     folder = create(tmp_path)
     folder.write_text("summary.json", '{"old": true}')
     monkeypatch.setattr(os, "fsync", full_disk)
     monkeypatch.setattr(os, "mkdir", full_disk)
     with pytest.raises(RunFailed, match=r"^no space left on the disk: \S+ could not be written$"):
-        if write == "json":
-            folder.write_json("summary.json", {"new": True})
-        elif write == "metrics":
-            folder.append_metrics({"epoch": 1})
-        else:
-            create(tmp_path / "more")
+        write(folder, tmp_path)
     assert folder.summary() == {"old": True}
     assert not list(folder.path.glob(".*"))
 

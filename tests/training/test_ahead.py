@@ -49,8 +49,11 @@ def test_memory_of_an_item_is_taken_back_only_after_its_use(monkeypatch):
             log.append(f"made {number}")
             yield number
 
-    for number in run_ahead(items(), torch.device("cuda"), lambda device: side):
+    def use(number):
         log.append(f"used {number}")
+
+    for number in run_ahead(items(), torch.device("cuda"), lambda device: side):
+        use(number)
     assert log == [
         *("side waits for main", "made 0", "made 1", "main waits for item 0", "used 0"),
         *("side waits for main", "made 2", "main waits for item 1", "used 1"),
