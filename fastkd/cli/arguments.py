@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from fastkd import __version__
 from fastkd.errors import UserError
@@ -41,6 +41,9 @@ class _Parser(argparse.ArgumentParser):
             word, commands = match[1], match[2].replace("'", "").split(", ")
             message = f"there is no command {word!r}{_near(word, commands)}"
         raise UserError(f"{message}{_see(message, self.prog)}")
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def _jobs(text: str) -> int:
@@ -89,7 +92,17 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_models(commands)
+    _add_cheapen(commands)
+    _add_recipes(commands)
+    _add_losses(commands)
+    _add_doctor(commands)
+    return parser, commands.choices
 
+
+def _add_train(commands: _Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a student by a recipe",
@@ -132,6 +145,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
     )
 
+
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a run folder or a network",
@@ -147,6 +162,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="recipe keys such as data.name=cifar10 data.root=DATA",
     )
 
+
+def _add_models(commands: _Commands) -> None:
     models = commands.add_parser("models", help="list networks with parameters and MACs")
     models.add_argument(
         "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
@@ -156,6 +173,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     models.add_argument("--json", action="store_true", help="machine-readable")
 
+
+def _add_cheapen(commands: _Commands) -> None:
     cheapen = commands.add_parser(
         "cheapen",
         help="show how a cheap block changes a network: parameters, MACs, layers",
@@ -176,6 +195,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--input", metavar="CxHxW", help="input of the count; by default the network's own"
     )
 
+
+def _add_recipes(commands: _Commands) -> None:
     recipes = commands.add_parser(
         "recipes",
         help="list the named recipes",
@@ -191,12 +212,15 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     recipes.add_argument("--json", action="store_true", help="machine-readable")
 
+
+def _add_losses(commands: _Commands) -> None:
     losses = commands.add_parser(
         "losses",
         help="list the losses of a recipe; formula, source, tests and keys of one",
     )
     losses.add_argument("name", nargs="?", metavar="NAME", help="as in losses.NAME.weight=1")
 
+
+def _add_doctor(commands: _Commands) -> None:
     doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
-    return parser, commands.choices
