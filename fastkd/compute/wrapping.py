@@ -39,7 +39,7 @@ def wrap_ddp(
     names = [
         name for name, buffer in step.named_buffers(remove_duplicate=False) if id(buffer) in ignored
     ]
-    # Private and untyped, but what DDP's own documentation offers for this.
+    # Private and untyped, but DDP has no public way.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     return DistributedDataParallel(
         step,

@@ -15,5 +15,5 @@ def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether the value holds others by position; a text does not."""
+    """Whether the value holds others by position; a string does not."""
     return isinstance(value, list | tuple)

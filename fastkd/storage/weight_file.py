@@ -95,7 +95,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> Any:
-    # torch leaves the type of a class that is admitted open.
+    # torch does not say what the entries' constructors return.
     known = cast(list[Any], torch.serialization.get_safe_globals())  # pyright: ignore[reportUnknownMemberType]
     # Entries the user has admitted stay; safe_globals would take them away on leaving.
     admitted = [entry for entry in _admitted() if entry not in known]
