@@ -166,10 +166,6 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             compile="on" if compiled else "off",
             fullgraph=False,
         )
-        folder = on_main(world, lambda: _folder(out, resume))
-        if folder is not None:
-            stack.enter_context(occupied(folder.path, world))
-            stack.enter_context(tidy(folder, folder.path.parent, world))
         # What the losses draw at first is the same in every call, and on every rank.
         torch.manual_seed(seed)
         # Whatever happens, the networks are the user's and keep none of our hooks.
@@ -194,10 +190,16 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             data=data,
             settings=settings,
             placement=placement,
-            output=Output(folder, Console(enabled=world.is_main and not quiet)),
+            output=Output(console=Console(enabled=world.is_main and not quiet)),
         )
-        if folder and resume and (checkpoint := open_checkpoint(folder, digest, world)):
-            trainer.resume(checkpoint)
+        # Made only now: what does not fit leaves no folder, and takes away none of the user's.
+        folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
+        if folder is not None:
+            stack.enter_context(occupied(folder.path, world))
+            stack.enter_context(tidy(folder, folder.path.parent, world))
+            if resume and (checkpoint := open_checkpoint(folder, digest, world)):
+                trainer.resume(checkpoint)
+                del checkpoint  # as large as the student and its optimizer
         metrics = trainer.fit() | {"history": trainer.history}
         on_main(world, lambda: folder.finish(metrics) if folder else None)
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)

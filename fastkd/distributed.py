@@ -1,4 +1,4 @@
-"""The documented name of `fastkd.compute.ranks` before 0.2; the same functions."""
+"""The name of `fastkd.compute.ranks` and its neighbours in 0.1, kept for one release."""
 
 from fastkd.compute.collectives import join_rows
 from fastkd.compute.ranks import World, open_world

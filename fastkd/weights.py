@@ -1,5 +1,5 @@
-"""The documented name of `fastkd.storage.weights` before 0.2; the same functions."""
+"""The name of `fastkd.storage.weights` in 0.1, kept for one release."""
 
-from fastkd.storage.weights import load_into, load_weights, save_weights
+from fastkd.storage.weights import LoadReport, describe, load_into, load_weights, save_weights
 
-__all__ = ["load_into", "load_weights", "save_weights"]
+__all__ = ["LoadReport", "describe", "load_into", "load_weights", "save_weights"]

@@ -11,6 +11,7 @@ import torch
 from fastkd.errors import UserError
 from fastkd.models import cheapen as cheapen_network
 from fastkd.models import count, create_model, list_models
+from fastkd.models.card import card_of
 from fastkd.models.taps import available_taps
 
 __all__ = ["cheapen", "models"]
@@ -81,7 +82,7 @@ def cheapen(options: argparse.Namespace) -> None:
 
     with torch.device("meta"):
         model = create_model(options.name, None if ":" in options.name else 100)
-        cheap: Any = cheapen_network(model, options.block, where=options.where)
+        cheap = cheapen_network(model, options.block, where=options.where)
     shape = _shape(options.input) if options.input else _own_shape(options.name, model)
     before, after = count(model, shape), count(cheap, shape)
     print(f"{options.name} at {'x'.join(map(str, shape))}")
@@ -91,7 +92,9 @@ def cheapen(options: argparse.Namespace) -> None:
         ("MACs", before.macs, after.macs),
     ):
         print(f"  {what:<12}{one:>16,}{other:>16,}{other / one:>9.1%}")
-    print(cheap.rewrite_report)
+    card = card_of(cheap)
+    assert card is not None
+    print(card.report)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

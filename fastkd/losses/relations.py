@@ -154,8 +154,8 @@ class CC(Relation):
         pairs: Pairs = POOLED,
         *,
         weight: Weight = 0.02,
-        gather: bool = True,
         dim: PositiveInt = 128,
+        gather: bool = True,
         name: str = "cc",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)
@@ -201,9 +201,9 @@ class RKD(Relation):
         pairs: Pairs = POOLED,
         *,
         weight: Weight = 1.0,
-        gather: bool = True,
         distance_weight: NonNegativeFloat = 25.0,
         angle_weight: NonNegativeFloat = 50.0,
+        gather: bool = True,
         name: str = "rkd",
     ) -> None:
         super().__init__(name, pairs, weight, gather=gather)

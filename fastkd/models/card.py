@@ -59,7 +59,7 @@ def sign(model: nn.Module, card: Card) -> None:
     """Give a network this card.
 
     The attributes of fastkd 0.1 (`fastkd_name`, `num_classes`, `normalization`, `rewrite_report`)
-    stay readable for one release.
+    stay readable for one release; `fastkd_options` and `trained_layers` are gone.
     """
     attributes: dict[str, Any] = model.__dict__
     attributes[CARD] = card

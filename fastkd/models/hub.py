@@ -18,9 +18,6 @@ from fastkd.models.head import class_layers
 
 __all__ = ["HUBS", "Built", "knows", "list_timm", "list_torchvision"]
 
-"""Mean and standard deviation per channel, for images in [0, 1]."""
-
-
 BARE_IN_TIMM_0_2 = {
     "resnet18": "tv_in1k",
     "resnet50": "ram_in1k",

@@ -1,11 +1,12 @@
 """The folder of one run: its files, written so that a crash at any moment leaves them whole.
 
-Flow: `run` creates or reopens it on rank 0; trainer appends metrics; `finish` closes it.
+Flow: `runs.folders` creates or reopens it on rank 0; the trainer appends metrics; `finish` closes
+it.
 
     runs/<recipe>/<UTC time>-<digest8>/      or the folder that `out=` names
         config.yaml environment.json         when it is created
         metrics.jsonl                        one row per epoch
-        last.pt best.safetensors             by `checkpoint` and `weights`
+        last.pt best.safetensors             by the trainer (`save`, `_keep_best`)
         metrics.csv summary.json             when the run is finished
         tensorboard/                         events, if asked for
 

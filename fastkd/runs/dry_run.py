@@ -1,6 +1,6 @@
 """What a run would cost, from a few steps of every stage that are thrown away: `--dry-run`.
 
-Flow: `cli` asks here instead of `run`, whose parts build the stages; nothing is written.
+Flow: `cli` asks here instead of `runs.stages`, whose parts build the stages; nothing is written.
 """
 
 import resource

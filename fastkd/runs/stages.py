@@ -71,13 +71,14 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
-    checkpoint = open_checkpoint(folder, identity.digest, session.world) if resumed else None
     session.console.note(f"run folder {folder.path}")
     with (
         _advice(folder.path),
         occupied(folder.path, session.world),
         tidy(folder, session.root, session.world),
     ):
+        # Under the lock: until then another process may have gone on with this run.
+        checkpoint = open_checkpoint(folder, identity.digest, session.world) if resumed else None
         teachers, teacher_summary = prove_teacher(
             recipe.teacher,
             teachers,

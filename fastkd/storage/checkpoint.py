@@ -15,7 +15,7 @@ from fastkd.config.values import is_mapping
 from fastkd.errors import RunFailed, UserError
 from fastkd.storage.atomic import atomic_path
 
-__all__ = ["FORMAT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT", "Checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 
@@ -76,8 +76,3 @@ class Checkpoint:
                 f"{digest[:8]}): resume it with its own keys, fastkd train --resume "
                 f"{self.path.parent}"
             )
-
-
-def load_checkpoint(path: Path, digest: str | None = None) -> dict[str, Any]:
-    """The state of `Checkpoint.open(path, digest)`, for those who read it once anyway."""
-    return Checkpoint.open(path, digest).state

@@ -1,7 +1,7 @@
 """Student and teachers of a recipe: built, filled with weights, every teacher proven first.
 
-Flow: `run` asks here before it builds a stage. A teacher that has to be trained first is trained
-by the function that `run` hands in.
+Flow: `runs.stages` asks here before it builds a stage. A teacher that has to be trained first is
+trained by the function that `run` hands in.
 """
 
 from collections.abc import Callable, Sequence

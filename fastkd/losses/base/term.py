@@ -29,8 +29,9 @@ class TermInputs(NamedTuple):
     schedule: Mapping[str, Tensor]
     """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
     rows_of_ranks: tuple[int, ...] = ()
-    """Rows of this batch on every rank, for `fastkd.compute.ranks.join_rows`: a term that compares
-    samples with each other may see the rows of all ranks. One entry, or none, in one process.
+    """Rows of this batch on every rank, for `fastkd.compute.collectives.join_rows`: a term that
+    compares samples with each other may see the rows of all ranks. One entry, or none, in one
+    process.
     Counts rows of the term's only view (fewer after a pick); of x if it reads several."""
 
 
