@@ -1,4 +1,4 @@
-"""The words and options of the `fastkd` command, and the complaints about wrong ones.
+"""The words and options of the `fastkd` command, and the error messages for wrong ones.
 
 The only argparse of the package; `fastkd.cli.commands` starts what was asked for. Options are few
 on purpose: everything that decides a run is a recipe key, spelled key=value.
@@ -33,7 +33,7 @@ exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, with the nearest valid word."""
+    """argparse with one-sentence errors that name the nearest valid word."""
 
     def error(self, message: str) -> NoReturn:
         match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -59,13 +59,13 @@ def _see(message: str, command: str) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options of a command line, `command` among them; UserError with the nearest valid word."""
+    """Parsed options, including `command`; UserError names the nearest valid word."""
     parser, commands = parsers()
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
+    # argparse accepts a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
     for word in rest:
         if word.startswith("-"):
             known = [flag for flag in commands[options.command]._option_string_actions]
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             message = f"there is no option {word}{hint}"
             raise UserError(f"{message}{_see(message, command)}")
         if "words" not in options:
-            raise UserError(f"`fastkd {options.command}` takes no further word, got {word!r}")
+            raise UserError(f"`fastkd {options.command}` takes no further argument, got {word!r}")
         options.words.append(word)
     return options
 

@@ -1,6 +1,6 @@
 """Crop, flip and normalise whole batches of uint8 images where they live, CPU or GPU.
 
-The loaders make their view x of stored images with it; `fastkd.augment.views` makes x' of x.
+The loaders use it to make x from stored images; `fastkd.augment.views` makes x' from x.
 Nothing here draws a random number (`fastkd.data.draws` does) or synchronises with the host.
 
 Formula per image n with corner (top, left) in the padded image and flip f:

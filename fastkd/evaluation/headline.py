@@ -26,11 +26,11 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def headline_of(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The one that a table has: that of its first row with another than `accuracy`, else that."""
+    """Headline metric of a table: the first row's that is not `accuracy`, else `accuracy`."""
     return next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
 
 
 def of_epoch(found: Mapping[str, float]) -> dict[str, float]:
-    """What a row of metrics.jsonl takes of an evaluation, as `val_NAME`."""
+    """The values of an evaluation that enter a row of metrics.jsonl, as `val_NAME`."""
     of_the_data = ("samples", "chance")
     return {f"val_{name}": value for name, value in found.items() if name not in of_the_data}

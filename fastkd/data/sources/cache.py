@@ -1,9 +1,9 @@
-"""Decoded image folders on disk: one .npy of uint8 pixels and one .json that vouches for it.
+"""Decoded image folders on disk: one .npy of uint8 pixels and one .json with its checksums.
 
 Built once per host: the first process takes a file lock, the others wait for it and then read.
 The JSON holds the checksum of the listing (names, sizes, modification times) and of the pixels;
-whatever does not match is built again. Both files appear by atomic rename, pixels first, so a
-process killed anywhere leaves either a valid pair or one that is rebuilt.
+anything that does not match is rebuilt. Both files appear by atomic rename, pixels first, so a
+process killed at any point leaves either a valid pair or one that is rebuilt.
 
 Read back with np.memmap mode "c": pages are shared between the ranks of a host, and a stray write
 changes a private copy instead of the file (or crashing the process, as it would in mode "r").

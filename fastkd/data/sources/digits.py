@@ -2,7 +2,7 @@
 
 1,797 images of 8x8 with 17 grey levels (UCI "Optical Recognition of Handwritten Digits", test
 part), enlarged to 16x16 and repeated over three channels. 30 images of each digit are the training
-split, the other 1,497 the validation split; both are the same everywhere, for ever.
+split, the other 1,497 the validation split; both are the same on every machine and never change.
 """
 
 import numpy as np
