@@ -30,8 +30,8 @@ XPRIMES: tuple[XPrime, ...] = get_args(XPrime)
 class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
-    The batches come from the loader that `opened` returns. Besides x it yields what x' is made from:
-    second views of the pictures or, with several ranks, the partners.
+    The batches come from the loader that `opened` returns. Besides x it yields what x' is made
+    from: second views of the pictures or, with several ranks, the partners.
 
     pool: number of x' made from the batch, one below the other, for `fastkd.augment.pick` to choose
     from.

@@ -152,7 +152,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
     )
     models.add_argument(
-        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+        "--input", metavar="CxHxW", help="input shape to count with; default: the network's own"
     )
     models.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -173,7 +173,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="only modules whose path fits, such as 'layer3.*'; repeatable",
     )
     cheapen.add_argument(
-        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+        "--input", metavar="CxHxW", help="input shape to count with; default: the network's own"
     )
 
     recipes = commands.add_parser(

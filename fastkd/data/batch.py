@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     """Samples of all ranks together; 0 if not counted, in an evaluation on users' loaders."""
     second_NCHW: Tensor | None = None
     """What a loader opened by `with_views` yields besides x: k images for each of x, all first
-    ones, then all second ones, and so on. They are second views of the pictures of x, or the partners
-    that x is mixed with, from any rank."""
+    ones, then all second ones, and so on. They are second views of the pictures of x, or
+    the partners that x is mixed with, from any rank."""
 
 
 class TrainLoader(Protocol):

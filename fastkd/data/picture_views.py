@@ -1,6 +1,6 @@
-"""Second views x' that are made of the picture, before it is normalised, and not of x or a partner.
+"""Second views x' made from the unnormalised picture, not from x or a partner.
 
-Sits inside the loaders, which alone have the pictures: uint8 crop -> [here] -> normalise -> x'.
+Used inside the loaders, which alone have the pictures: uint8 crop -> [here] -> normalise -> x'.
     cropflip     another crop and flip of the same picture, drawn as for x
     randaugment  RandAugment of the crop that x shows (Cubuk et al. 2019, arXiv:1909.13719), with
                  torchvision's 2 operations of magnitude 9
@@ -11,8 +11,8 @@ seeded for every image from (seed, epoch, sample id, number of the view) and res
 runs on the host, image by image; for fast steps data.backend=torch moves it to workers.
 
 KD on views stronger than crop and flip is the subject of "Understanding the Success of KD: A Data
-Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch with one
-draw, on pixels recovered from the normalised x; here every image has its own draw.
+Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch with
+one draw, on pixels recovered from the normalised x; here every image has its own draw.
 """
 
 import functools

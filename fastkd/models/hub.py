@@ -27,12 +27,11 @@ BARE_IN_TIMM_0_2 = {
     "tf_efficientnet_b0": "aa_in1k",
     "tf_efficientnet_b4": "aa_in1k",
 }
-"""Weights that a bare name stood for in timm 0.2, with which MEAL V2 was made, where it has come
-to stand for others."""
+"""Weights that a bare name meant in timm 0.2, which MEAL V2 used, if it means others now."""
 
 
 class Built(NamedTuple):
-    """A network with what the caller cannot see from outside."""
+    """A network, with facts that the caller cannot read off it."""
 
     model: nn.Module
     num_classes: int
@@ -101,12 +100,12 @@ def knows(hub: str, name: str) -> bool:
     import timm
 
     base, _, tag = name.partition(".")
-    # hf-hub:NAME and the like only timm can resolve.
+    # Only timm can resolve hf-hub:NAME and the like.
     return ":" in name or (timm.is_model(base) and (not tag or timm.is_model_pretrained(name)))
 
 
 def list_timm(pattern: str = "*") -> list[str]:
-    """timm's network names; with a weight tag (`resnet50.a1_in1k`) where the pattern has a dot."""
+    """timm's network names; with a weight tag (`resnet50.a1_in1k`) if the pattern has a dot."""
     import timm
 
     return timm.list_pretrained(pattern) if "." in pattern else timm.list_models(pattern)
@@ -123,7 +122,7 @@ def list_torchvision(pattern: str = "*") -> list[str]:
 def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except TypeError as error:  # the builders take **kwargs, a wrong option shows only here
+    except TypeError as error:  # the builders take **kwargs: a wrong option fails only here
         raise UserError(f"{hub}:{name} does not take these options: {error}") from error
     except Exception as error:
         # Download errors come from four libraries and share no base class.
@@ -143,9 +142,9 @@ def _take_heads(model: nn.Module, fresh: nn.Module) -> None:
 
 
 def _check_pinned(name: str) -> None:
-    """UserError for the bare name of a network that timm has several weights of.
+    """UserError for the bare name of a network for which timm has several weights.
 
-    Which of them it stands for has changed between versions of timm, without a word.
+    Which of them it means has changed silently between versions of timm.
     """
     import timm
 
@@ -156,7 +155,7 @@ def _check_pinned(name: str) -> None:
     pins = [f"{name}.{tag}" for tag in (BARE_IN_TIMM_0_2.get(name), default.tag) if tag]
     once = f"in timm 0.2 it was {BARE_IN_TIMM_0_2[name]}, " if len(pins) > 1 else ""
     raise UserError(
-        f"timm:{name} has {len(tags)} pretrained weights, and which one the bare name stands for "
+        f"timm:{name} has {len(tags)} pretrained weights, and which one the bare name means "
         f"depends on timm's version ({once}in {timm.__version__} it is {default.tag}): name the "
         f"weights, {' or '.join(f'timm:{pin}' for pin in pins)} (fastkd models 'timm:{name}.*' "
         f"lists all)"

@@ -98,14 +98,14 @@ class ForeignLoader:
         self.train = train
         self.steps_per_epoch = _steps(items)
         self.labels_N = _labels_by_id(items, self.rules)
-        """Labels by sample id if a loss needs ids, and then compared with every batch; else zeros."""
+        """Labels by sample id if a loss needs ids, then compared with every batch; else zeros."""
         self._compared = False
         # Sizes are compared on the host: NCCL would wait for the device.
         shared = train and self.world.size > 1
         self._ranks: Any = dist.new_group(backend="gloo") if shared else None
 
     def with_views(self, views: SecondViews) -> Self:
-        """This loader: its ranks mix their own images, and it has no pictures.
+        """This loader itself: each rank mixes its own images, and there are no pictures.
 
         UserError for second views of the pictures.
         """
@@ -173,7 +173,7 @@ class ForeignLoader:
         return sum(found)
 
     def _check_ids(self, ids: Any, labels: Tensor) -> None:
-        """UserError for ids without a sample, and for a label that differs from the loss's record."""
+        """UserError for ids without a sample, and for labels that differ from the loss's record."""
         if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
             got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids)
             raise UserError(f"sample ids must be whole numbers [N], one per image; got {got}")
@@ -255,9 +255,9 @@ def open_foreign(
     wants_ids: str | None = None,
     wants_classes: str | None = None,
 ) -> ForeignPair:
-    """Both loaders in the protocol of the trainer.
+    """Both loaders in the trainer's protocol.
 
-    shown: the first batch of either; both give labels of its kind.
+    shown: the first batch of one of them; both yield labels of its kind.
     wants_ids, wants_classes: what losses need from the training labels, see `LabelRules`.
 
     Raises:
@@ -314,10 +314,10 @@ def check_loader(
 
 
 def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
-    """The data set's `targets` where a loss wants ids; UserError where they are no labels.
+    """The data set's `targets` if a loss needs ids; UserError if they are not labels.
 
-    Zeros where none does: what a data set calls its targets may be anything, in torchvision's
-    VOC they are file names.
+    Zeros if no loss does: a data set's `targets` can be anything; in torchvision's VOC they
+    are file names.
     """
     if rules.wants_ids is None:
         return torch.zeros(_num_samples(items), dtype=torch.int64)

@@ -110,7 +110,7 @@ class PlannedLoader(ABC):
 
     @abstractmethod
     def with_views(self, views: SecondViews) -> Self:
-        """A loader of the same batches that also yields what x' is made from; this one is unchanged."""
+        """A loader of the same batches that also yields what x' is made from; self is unchanged."""
 
     @abstractmethod
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:

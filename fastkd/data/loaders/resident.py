@@ -89,7 +89,7 @@ class ResidentLoader(PlannedLoader):
     def _second_views(
         self, second: PictureView, ids_N: np.ndarray, index_N: Tensor, epoch: int
     ) -> Tensor:
-        """uint8 on the device; a policy, which draws on the host, needs the sample ids there too."""
+        """uint8 on the device; a policy draws on the host and needs the sample ids there."""
         if second.is_crop:
             return torch.cat([self._crops(index_N, epoch, k) for k in second.appearances])
         host_N = torch.from_numpy(ids_N)

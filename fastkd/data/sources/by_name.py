@@ -1,6 +1,6 @@
-"""Data sets by name: find them under a root folder, read them, say plainly what is missing.
+"""Data sets by name: find them under a root folder, read them, report what is missing.
 
-`open_source` gives images in memory or the listing of a folder, `open_split` always the former.
+`open_source` returns images in memory or the listing of a folder, `open_split` always images.
 """
 
 from os import PathLike, fspath

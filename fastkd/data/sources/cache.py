@@ -159,14 +159,14 @@ def _build(
         with (
             show_progress(what, progress) as report,
             ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-            # Plain writes: on a full disk they raise, a store into a mapped file is a SIGBUS.
+            # Plain writes: on a full disk they raise, while a store into a mapped file is a SIGBUS.
             open(pixels_file, "wb") as stream,
         ):
             np.lib.format.write_array_header_1_0(
                 stream,
                 {"descr": "|u1", "fortran_order": False, "shape": tuple(record["shape"])},
             )
-            # A full disk shows here, before the minutes of decoding.
+            # A full disk is noticed here, before minutes of decoding.
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + math.prod(record["shape"]))
             for start, stop in _chunks(record["shape"]):
                 chunk = np.stack(

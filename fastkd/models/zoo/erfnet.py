@@ -66,7 +66,7 @@ _norm = partial(nn.BatchNorm2d, eps=1e-3)
 def build(name: str, num_classes: int, *, block: str = "S") -> "ERFNet":
     """Network by zoo name; Cityscapes has `num_classes=20`: 19 and the ignored one.
 
-    block: what stands for each pair of convolutions (`blocks.grammar`); S is the pair itself.
+    block: substitute for each pair of convolutions (`blocks.grammar`); S is the pair itself.
     """
     return ERFNet(num_classes, block)
 
@@ -184,7 +184,7 @@ class ResidualBlock1d(ResidualBlock):
 
 
 def _pair(channels: int, dilation: int, block: Block) -> nn.Module:
-    """3x1, ReLU, 1x3, or the cheap block that stands for both."""
+    """3x1, ReLU, 1x3, or the cheap block that replaces both."""
     if block.kind != "S":
         style = Style(norm=_norm)
         cheap = substitute(
