@@ -118,8 +118,8 @@ class KD(LossTerm):
     number of rows.
 
     xprime_target: what is imitated on x': "teacher", its logits of x' (TLmixup, TLCutMix), or
-    "mixed_logits", its logits of the two images, mixed like their pixels, which the released code of
-    the data augmentation paper calls plain CutMix and mixup.
+    "mixed_logits", its logits of the two images, mixed like their pixels, which the released code
+    of the data augmentation paper calls plain CutMix and mixup.
 
     Args:
         weight: Factor of T^2 KL, on each view.

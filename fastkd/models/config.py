@@ -34,9 +34,9 @@ class StudentConfig(Section):
     pretrained: bool = False
     """Download the published weights of a timm or torchvision network; weights=... overrides it."""
     new_head: bool = False
-    """Load everything except the classifier from these weights; the classifier is newly initialised."""
+    """Load all but the classifier from these weights; the classifier is newly initialised."""
     frozen: Literal["backbone"] | None = None
-    """backbone: train only the classifier; all else, including batch norms, runs as in evaluation."""
+    """backbone: train only the classifier; the rest, batch norms included, runs as in evaluation."""
 
     @model_validator(mode="after")
     def _has_a_body(self) -> "StudentConfig":

@@ -202,7 +202,7 @@ class Tapped(nn.Module):
         return result
 
     def remove(self) -> None:
-        """Remove the hooks from the model; afterwards only the model can be called, not `Tapped`."""
+        """Remove the hooks from the model, which stays usable; `Tapped` cannot be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -4,7 +4,7 @@ A ResNet teaches the plain CNN that remains when its shortcuts are removed, by t
 square error and the logits (`alignkd`), or by sending the student's features through the teacher's
 stages (`jointrd`, as the paper writes JointRD). `jointrd:released` is the code of JointRD
 (NeurIPS 2020). `plain18/scratch` and `kd` are ours: without them the tables cannot show that either
-method helps. The numbers of table 3 are lost from our text but for the teachers'.
+method helps. Of table 3 the copy of the paper we had states only the teachers' numbers.
 """
 
 from typing import Any

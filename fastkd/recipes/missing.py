@@ -1,4 +1,4 @@
-"""What a named recipe asks for that this version of fastkd does not have.
+"""What a named recipe needs but this version of fastkd does not have.
 
 Found by asking the schema of a recipe, the loss terms and the networks, never written down per
 recipe: a recipe becomes runnable when its last part is added.

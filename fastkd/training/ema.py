@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, as a network of its own.
+"""Exponential moving average of a network's weights, as a separate network.
 
 Flow: trainer calls `update(ok)` after each optimizer step, with the verdict of `guard.Guard`;
 evaluation and checkpoint take `module`. ema <- decay * ema + (1 - decay) * current, for parameters

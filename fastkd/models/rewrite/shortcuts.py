@@ -167,7 +167,7 @@ def _plain(block: nn.Module) -> nn.Module:
 
 
 def _wake(blocks: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Set to one the scales of batch norms that were zeroed so that a block starts as its shortcut."""
+    """Set to one the scales of batch norms that were zeroed to start a block as its shortcut."""
     asleep = [
         norm
         for block in blocks
