@@ -48,9 +48,7 @@ class FSP(PairTerm):
     Tests: tests/losses/test_fsp.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
-    pairs_wanted = (
-        "compares consecutive taps: give two or more pairs, in the order of the networks"
-    )
+    pairs_wanted = "compares consecutive taps: give two or more pairs, in the order of the networks"
 
     def __init__(
         self,

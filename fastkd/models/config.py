@@ -36,7 +36,7 @@ class StudentConfig(Section):
     new_head: bool = False
     """Load all but the classifier from these weights; the classifier is newly initialised."""
     frozen: Literal["backbone"] | None = None
-    """backbone: train only the classifier; the rest, batch norms included, runs as in evaluation."""
+    """backbone: train only the classifier; the rest, with batch norms, runs as in evaluation."""
 
     @model_validator(mode="after")
     def _has_a_body(self) -> "StudentConfig":

@@ -143,7 +143,7 @@ def _filled(net: LoadedNet, run: Path) -> LoadedNet:
 
 
 def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]:
-    """The student's starting point in sentences: what is loaded, new or frozen, and how normalised."""
+    """The student's starting point in sentences: what is loaded, new, frozen; normalisation."""
     source = config.weights or ("pretrained weights" if config.pretrained else None)
     said = []
     if config.new_head or config.frozen:

@@ -165,7 +165,7 @@ class OneStep:
         ]
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Step the optimizer if loss and gradients are finite; returns whether they were, on device."""
+        """Step the optimizer if loss and gradients are finite; whether they were, on the device."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.trained if p.grad is not None]

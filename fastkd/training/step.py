@@ -93,7 +93,7 @@ class StepOutput(NamedTuple):
 
 
 def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...]]:
-    """Taps per view that the terms need from a net; the student's logits on each of these, x first."""
+    """Taps per view that the terms need from a net; x first; for the student always with logits."""
     wanted: dict[str, list[str]] = {}
     needs = [need for term in terms for need in term.needs]
     for need in sorted((need for need in needs if need.net == net), key=lambda need: need.view):

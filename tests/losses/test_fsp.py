@@ -73,7 +73,7 @@ def test_half_types_are_summed_in_fp32() -> None:
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="fsp compares what lies between taps: give two or more"):
+    with pytest.raises(ValueError, match="fsp compares consecutive taps: give two or more"):
         FSP({"stage1": "stage1"})
     maps = [torch.zeros(2, c, 4, 4) for c in (3, 5)]
     message = (
