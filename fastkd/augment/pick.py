@@ -4,8 +4,8 @@ Flow: `augment` makes x and a pool of x', CutMix (or mixup) of one batch several
 teacher sees both -> [here] -> the step on x and the chosen x'. "Understanding the Success of
 Knowledge Distillation: A Data Augmentation Perspective", section 3.2; what the paper does not say
 follows its authors' released code (Good-DA-in-KD): the student scores in training mode, and its
-batch norm statistics see the pool. Under DDP every process picks from the pool of its own share of
-the batch, and `ratio` refers to that pool: one process would choose other images.
+batch norm statistics see the pool. Under DDP every process picks from a pool made of its own share
+of the batch, and `ratio` refers to that pool: one process would choose other images.
 """
 
 import math
@@ -34,7 +34,7 @@ class Picked(NamedTuple):
 
 
 class Pick(nn.Module):
-    """Scores a pool and chooses from it; compiled as a unit of its own.
+    """Scores a pool and chooses from it; compiled as a separate unit.
 
     criterion: "kl" (teacher against student at `temperature`), or the entropy of either's
     probabilities at temperature 1; the teacher's entropy needs no pass of the student.

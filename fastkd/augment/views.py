@@ -160,7 +160,7 @@ class ViewMaker:
         boxes = None if draw.box is None else to_device(np.array(draw.box), x.device)
         if draw.partner_N is None:
             return mix_images(x, boxes=boxes)
-        # Without partners of its own, x is mixed with other rows of the batch.
+        # Without given partners, x is mixed with other rows of the batch.
         partners = to_device(draw.partner_N, x.device) if partners_NCHW is None else partners_NCHW
         return mix_images(x, partners, boxes=boxes, lam=draw.lam if boxes is None else None)
 

@@ -1,6 +1,6 @@
 """The words and options of the `fastkd` command, and the error messages for wrong ones.
 
-The only argparse of the package; `fastkd.cli.commands` starts what was asked for. Options are few
+The only argparse of the package; `fastkd.cli.commands` runs the command. Options are few
 on purpose: everything that decides a run is a recipe key, spelled key=value.
 """
 
@@ -179,7 +179,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     recipes = commands.add_parser(
         "recipes",
         help="list the named recipes",
-        description="Without a word an overview; with PATTERN the matching recipes, the papers' "
+        description="Without arguments an overview; with PATTERN the matching recipes, the papers' "
         "numbers and what they need; with show one recipe in full.",
     )
     recipes.add_argument(

@@ -113,7 +113,7 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
     try:
         return str(version(importlib.import_module(name))), ""
     except ModuleNotFoundError as error:
-        # An installed package that lacks one of its own parts is broken, not missing.
+        # An installed package that lacks one of its parts is broken, not missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return "", "not installed"
         return "", f"broken: {in_words(error)}"

@@ -72,7 +72,7 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise UserError(
-            "device=cuda was asked for, but torch sees no CUDA device; `fastkd doctor` says more"
+            "device=cuda was requested, but torch sees no CUDA device; `fastkd doctor` says more"
         )
     if device == "cpu" or not has_cuda:
         chosen = torch.device("cpu")

@@ -73,7 +73,7 @@ def integer_table(
 ) -> np.ndarray:
     """One integer in 0..high-1 for each sample id, int64 [N].
 
-    A sample that is shown several times in an epoch draws anew for each appearance.
+    A sample that is shown several times in an epoch draws again for each appearance.
     """
     return as_integers(_raw(seed, (epoch, stream, *_again(appearance)), num_samples), high)
 

@@ -95,5 +95,5 @@ def _policy(kind: str) -> Callable[[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=32)
 def _seeds(seed: int, epoch: int, appearance: int, num_samples: int) -> np.ndarray:
-    """By sample id, int64 [N]; 32 bits, all that torch's generator on the CPU takes."""
+    """By sample id, int64 [N]; 32 bits, the most that torch's CPU generator takes."""
     return integer_table(seed, epoch, POLICY, num_samples, 1 << 32, appearance)

@@ -1,6 +1,6 @@
 """Exact metrics on the validation images: every sample once, over all ranks.
 
-Accuracy where an image has one class, mean average precision where it has several labels.
+Accuracy if an image has one class, mean average precision if it has several labels.
 """
 
 from collections.abc import Callable, Iterator

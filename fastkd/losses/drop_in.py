@@ -67,7 +67,7 @@ class KDLoss(nn.Module):
         ignore_index: rows with this label count in neither the terms nor the divisor.
         reduction: "mean" over rows, "sum", or "none" (one value per row, 0 where ignored).
         class_dim: 1 as in `nn.CrossEntropyLoss` ([N, C] or [N, C, H, W]), or -1 for [..., C].
-        check: look at the values too (labels in range or probabilities, logits that are not
+        check: check the values too (labels in range or probabilities, logits that are not
             probabilities); this waits for the device, so use it for debugging.
     """
 

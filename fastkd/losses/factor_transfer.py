@@ -38,7 +38,7 @@ class FT(PairTerm):
     first stage for ResNets and wide ResNets.
 
     Args:
-        rate: Channels of the factor over those of the teacher's map; k in the paper.
+        rate: Channels of the factor divided by the teacher's channels; k in the paper.
 
     Source: Kim et al. 2018, arXiv:1802.04977; HobbitLong/RepDistiller distiller_zoo/FT.py, the
     modules in HobbitLong/RepDistiller models/util.py, the first stage in HobbitLong/RepDistiller

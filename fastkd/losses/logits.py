@@ -258,7 +258,7 @@ class MixedCE(LossTerm):
     Source: Zhang et al. 2018, arXiv:1710.09412, section 2; Yun et al. 2019, arXiv:1905.04899,
     section 3.1; clovaai/CutMix-PyTorch train.py.
     Needs: the student's logits on x' and the mixed labels.
-    Weight: 1, the references'; 0.9 beside KD, as in the data augmentation paper's code.
+    Weight: 1, the references'; 0.9 together with KD, as in the data augmentation paper's code.
     Tests: tests/losses/test_mixed_targets.py, tests/augment/test_mix.py,
     tests/training/test_two_ranks.py; no released number, the formula is the oracle.
     """

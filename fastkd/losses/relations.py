@@ -100,7 +100,7 @@ class PKT(Relation):
         pairs: Tap of the student: tap of the teacher.
 
     Source: Passalis and Tefas 2018, arXiv:1803.10837, section 3; HobbitLong/RepDistiller
-    distiller_zoo/PKT.py, whose mean stands for the paper's sum.
+    distiller_zoo/PKT.py, which takes a mean instead of the paper's sum.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 30000, the reference's.
     Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.

@@ -1,7 +1,7 @@
 """Networks of timm and torchvision by name, with the class count replaced.
 
 Called by the registry for `timm:NAME` and `torchvision:NAME`. Both packages are imported on first
-use. Nothing is downloaded unless pretrained weights are asked for, and then by the package's own
+use. Nothing is downloaded unless pretrained weights are requested, and then by the package's own
 interface.
 """
 

@@ -27,7 +27,7 @@ class RunIdentity:
     config: str
     """Text of config.yaml."""
     out: Path | None
-    """Folder that the user asked for."""
+    """Folder that the user chose."""
     tensorboard: bool
 
     @classmethod

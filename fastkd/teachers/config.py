@@ -57,7 +57,7 @@ class TeacherConfig(MemberConfig):
     `fastkd.teachers.ensemble`)."""
 
     ensemble: tuple[MemberConfig, ...] = ()
-    """Further teachers with keys of their own; the student imitates the mean probability."""
+    """Additional teachers, each with its own keys; the student imitates the mean probability."""
 
     def members(self) -> dict[str, MemberConfig]:
         """All teachers, this one first, by their key in the recipe."""
@@ -80,7 +80,7 @@ class TeacherConfig(MemberConfig):
             same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)
             if same != key:
                 raise ValueError(
-                    f"{key} is {same} once more ({one.name}, the same weights): an ensemble needs "
+                    f"{key} is {same} again ({one.name}, the same weights): an ensemble needs "
                     f"another network or other weights"
                 )
         return self

@@ -31,7 +31,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float, *, on_device: bool | None = None) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of an average lies in [0, 1), got {decay}")
+            raise ValueError(f"the decay of an average must be in [0, 1), got {decay}")
         self.decay = decay
         self._module = copy.deepcopy(model).eval().requires_grad_(False)
         self._parameters = list(model.parameters())

@@ -94,7 +94,7 @@ class Trainer:
     step: DistillStep = field(init=False)
     """Student and losses as one module."""
     terms: list[LossTerm] = field(init=False)
-    """The losses, with connectors and memory banks of their own."""
+    """The losses, with their connectors and memory banks."""
     optimizer: Optimizer = field(init=False)
     guard: Guard = field(init=False)
     """Counts bad steps."""

@@ -275,7 +275,7 @@ def test_a_run_to_evaluate_that_is_none_or_has_other_classes(
 def test_hardware_and_packages_that_are_missing(expect_refusal, monkeypatch):
     keys = ["train", *ALONE, *SYNTHETIC]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    expect_refusal("device=cuda was asked for, but torch sees no CUDA device", *keys, "device=cuda")
+    expect_refusal("device=cuda was requested, but torch sees no CUDA device", *keys, "device=cuda")
     expect_refusal("precision=fp16 needs a GPU", *keys, "precision=fp16")
     monkeypatch.setitem(__import__("sys").modules, "apex", None)
     expect_refusal("optim.impl=apex cannot be used", *keys, "optim.impl=apex")

@@ -33,7 +33,7 @@ __all__ = ["cache_folder", "decoded_images", "native_size"]
 
 _FORMAT = 1
 _CHUNK_BYTES = 32 << 20
-# Images per task of the thread pool: for 32x32 files a task of its own costs as much as decoding.
+# Images per task of the thread pool: for 32x32 files one task per image costs as much as decoding.
 _RUN = 16
 
 

@@ -1,4 +1,4 @@
-"""ImageFolder data sets: ROOT/train/CLASS/*.jpg with ROOT/val/ or ROOT/test/ beside it.
+"""ImageFolder data sets: ROOT/train/CLASS/*.jpg and ROOT/val/ or ROOT/test/.
 
 Scanning gives a FolderIndex (names, sizes, labels); decoding happens in `cache` (small sets, once)
 or in the workers of `torch_loader` (large sets, every epoch). Canonical order: classes sorted by

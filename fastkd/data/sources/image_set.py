@@ -111,6 +111,6 @@ def check_limit(name: str, limit: int, num_samples: int) -> None:
     """Refuse a subset that is empty or larger than the split."""
     if not 1 <= limit <= num_samples:
         raise UserError(
-            f"{name}: a subset of {limit} images was asked for, the split has {num_samples}; "
+            f"{name}: a subset of {limit} images was requested, the split has {num_samples}; "
             f"choose 1 to {num_samples}"
         )

@@ -47,7 +47,7 @@ class Argument:
     metadata: tuple[Any, ...]
     """Bounds, and `STATED`."""
     default: object
-    """`inspect.Parameter.empty` where there is none."""
+    """`inspect.Parameter.empty` if there is none."""
     meaning: str
     """Its entry in the `Args:` of the class or a base; empty if there is none."""
 

@@ -34,7 +34,7 @@ _MIXED_TAPS = ("labels", "logits")
 
 
 class Need(str):
-    """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
+    """One tensor that a term needs: `view/net/tap`, such as `xprime/teacher/logits`.
 
     `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
     `xprime/mixed/labels` and `xprime/mixed/logits` come from no network: the labels (as one-hot

@@ -38,7 +38,7 @@ def pool_alike(student_NCHW: Tensor, teacher_NCHW: Tensor) -> tuple[Tensor, Tens
 
 
 class PairTerm(LossTerm):
-    """Sum over pairs of taps of what `compare` makes of one pair. Part: `<name>`.
+    """Sum of `compare` over pairs of taps. Part: `<name>`.
 
     Taps are zoo taps or module paths; both networks are compared on x.
 

@@ -65,7 +65,7 @@ def count(
     passed on. Raises UserError for an unknown rule, for `moonshine` on a network for which
     it was not defined, and for channels at the end of `input_shape`.
     """
-    # Imported here because this module of torch imports Triton where it is installed.
+    # Imported here because this module of torch imports Triton if it is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
     check_network("count", model)

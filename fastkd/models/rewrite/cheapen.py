@@ -1,7 +1,7 @@
 """`cheapen`: the 3x3 convolutions of any network replaced by cheap blocks, in a copy.
 
 Called by users, by `fastkd cheapen` and by `create_model(block=..)` for networks that have no
-blocks of their own. In the zoo's residual blocks it builds what their `block=` builds; elsewhere
+such blocks. In the zoo's residual blocks it builds what their `block=` builds; elsewhere
 each eligible convolution is replaced on its own: 3x3, not grouped, neither stem, shortcut nor head.
 Moonshine (Crowley, Gray, Storkey 2018, arXiv 1711.02613) section 3, for networks of any kind.
 """

@@ -34,7 +34,7 @@ __all__ = ["NAMES", "PATTERN", "ERFNet", "build"]
 NAMES = ("erfnet",)
 PATTERN = re.compile(NAMES[0])
 ENDS = {"images": 0, "stem": 1, "stage1": 7, "stage2": 12, "stage3": 16, "stage4": 19, "stage5": 22}
-"""Tap -> the layer whose output it is."""
+"""Tap -> the layer that outputs it."""
 
 _LAYERS = {
     **{rf"encoder\.layers\.{n}": f"layers.{n + 1}" for n in range(15)},
@@ -124,7 +124,7 @@ class ERFNet(ZooNetwork):
 
 
 class Down(nn.Module):
-    """[N, in, H, W] -> [N, out, H / 2, W / 2]: a 3x3 convolution beside a pooling, BN, ReLU."""
+    """[N, in, H, W] -> [N, out, H / 2, W / 2]: 3x3 convolution and pooling, concatenated, BN, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
