@@ -84,8 +84,8 @@ SOURCES = {
     "losses.stage_mse.reduction": "the text has `mse` only, of the stages' outputs",
     "losses.jointrd.feature": "equation 2 has the logits, sections 3.2 and 6 flattened features",
 }
-STEM = "the paper removes only the pooling; a 3x3 convolution of stride 1 fits the CIFAR-100
-numbers" FOR_CIFAR = {"student.stem": STEM, "teacher.stem": STEM}
+STEM = "the paper removes only the pooling; a 3x3 convolution of stride 1 fits the CIFAR-100 table"
+FOR_CIFAR = {"student.stem": STEM, "teacher.stem": STEM}
 IMAGEWOOF = (
     "data.root is Imagewoof as folders: train/ and val/, one folder a class. Our copy of the paper "
     "states only the teachers' values."

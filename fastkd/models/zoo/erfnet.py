@@ -124,7 +124,7 @@ class ERFNet(ZooNetwork):
 
 
 class Down(nn.Module):
-    """[N, in, H, W] -> [N, out, H / 2, W / 2]: 3x3 convolution and pooling, concatenated, BN, ReLU."""
+    """[N, in, H, W] -> [N, out, H / 2, W / 2]: convolution and pooling, concatenated, BN, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
