@@ -123,7 +123,7 @@ def term_class(name: str) -> type[LossTerm]:
     """The class of a loss; UserError gives its name in fastkd, or the nearest."""
     if name not in _TERMS:
         if plain(name) in NO_LOSSES:
-            raise UserError(f"{name} is no loss but {NO_LOSSES[plain(name)]}")
+            raise UserError(f"{name} is not a loss; set {NO_LOSSES[plain(name)]}")
         near = " and ".join(f"losses.{one}" for one in called(name))
         hint = f", did you mean {near}?" if near else "."
         raise UserError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
