@@ -59,7 +59,7 @@ class ViewMaker:
         self.num_classes = num_classes
 
     def opened(self, loader: TrainLoader) -> TrainLoader:
-        """The loader of the batches that these views are made of.
+        """The loader of the batches from which these views are made.
 
         UserError if it cannot provide them.
         """

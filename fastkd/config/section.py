@@ -52,7 +52,7 @@ class NoEffect:
 
 
 def yaml_switch(value: object) -> object:
-    """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
+    """YAML 1.1 reads a bare on / off as a boolean; the key needs the word."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """One rank's part of one global batch, on the training device."""
 
     images_NCHW: Tensor
-    """Floating, normalised, channels-last in memory unless the loader was told otherwise."""
+    """Floating, normalised, channels-last in memory unless the loader is set otherwise."""
     labels_N: Tensor
     """int64 class ids; for images with several labels float32 [N, C]: 1 where a class is present, 0
     where it is absent, IGNORED where that is unknown."""

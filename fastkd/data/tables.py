@@ -38,7 +38,7 @@ class GeometryTables:
         self._tables: dict[int, _Tables] = {}
 
     def of(self, epoch: int, index_B: Tensor, appearance: int = 0) -> _Tables:
-        """(top, left, flip) of some samples: int64, int64, bool; None where nothing varies."""
+        """(top, left, flip) of some samples: int64, int64, bool; None if nothing varies."""
         if epoch != self._epoch:
             self._tables = {}
             self._epoch = epoch

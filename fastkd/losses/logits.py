@@ -51,7 +51,7 @@ def standardize(logits_NC: Tensor) -> Tensor:
 
 
 def labelled_ce(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in fp32 of the rows with a label; 0 where there are none."""
+    """Mean cross entropy in fp32 of the rows with a label; 0 if there are none."""
     total = F.cross_entropy(
         widened(logits_NC),
         labels_N,

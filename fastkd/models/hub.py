@@ -71,7 +71,7 @@ def build_torchvision(
     weights = choices.DEFAULT
     own_classes = len(weights.meta["categories"])
     if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
-        # Segmentation networks download a pretrained backbone unless told not to.
+        # Segmentation networks download a pretrained backbone unless this is switched off.
         options = {"weights_backbone": None, **options}
     if num_classes is None:
         num_classes = own_classes

@@ -152,7 +152,7 @@ class Recipe(Section):
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
 
-        An exponential decay ends where it would have ended. The values follow from a validated
+        An exponential decay reaches the same final rate. The values follow from a validated
         section and may leave its bounds, so they are not validated again.
         """
         stretched = self.optim.schedule == "exponential"

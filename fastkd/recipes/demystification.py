@@ -45,9 +45,9 @@ LEAD = "not stated in our copy; from Teacher-free KD's code, only a hint"
 SOURCES = {
     "epochs": LEAD,
     "teacher.epochs": LEAD,
-    "data.mean": "not said",
-    "data.std": "not said",
-    "data.drop_last": "not said",
+    "data.mean": "not stated",
+    "data.std": "not stated",
+    "data.drop_last": "not stated",
     "augment.padding": "not stated in our copy; 4 is the convention of these networks",
     "optim.lr": LEAD,
     "optim.momentum": LEAD,
@@ -87,7 +87,7 @@ def _of(cell: Published) -> Entry:
     }
     sources = dict(SOURCES)
     if network == "mobilenetv2":
-        del sources["epochs"]  # the one number that the text has
+        del sources["epochs"]  # the only number that the text states
     return Entry(
         name=f"demystification/cifar100/{network}-{cell.row}--{student}/kd",
         description=f"{network}: {cell.row} teaches {student} on cifar100",

@@ -102,12 +102,12 @@ SOURCES = {
     "losses.crd.weight": REPDISTILLER,
     "losses.crd.pairs": f"{REPDISTILLER}: the pooled features",
     "losses.mixed_ce.weight": "the text has a naive combination, no weight; here the KL's",
-    "augment.pick.pool": f"{CODE}: mix_n_run; the text has only how many are picked of how many",
+    "augment.pick.pool": f"{CODE}: mix_n_run; the text only has how many are picked",
     "augment.pick.update_statistics": f"{CODE}: scoring moves the student's batch norm statistics",
 }
 FOR_IMAGENET = {
     "optim.weight_decay": "PyTorch's ImageNet example; no script was released",
-    "data.drop_last": "not said; kept as on CIFAR",
+    "data.drop_last": "not stated; kept as on CIFAR",
     "data.mean": "torchvision's, like the teacher",
     "data.std": "torchvision's, like the teacher",
 }
@@ -236,7 +236,7 @@ def _released(entry: Entry) -> Iterator[Entry]:
             keys | {"augment.pick.images": 64},
             "The code picks 64 images of any pool, so that nothing is left out of the partial "
             f"batch at the end of an epoch. {entry.note}",
-            {"augment.pick.images": f"{CODE}: a constant, where the text has half of the pool"},
+            {"augment.pick.images": f"{CODE}: a constant; the text has half of the pool"},
         )
     if "losses.mixed_ce.weight" in keys:
         del keys["losses.mixed_ce.weight"]

@@ -84,8 +84,8 @@ SOURCES: dict[str, dict[str, str]] = {
         "data.image_size": "not stated; the multiply-adds of table 3 fit 224 pixels",
         "data.mean": "torchvision's, like the teacher",
         "data.std": "torchvision's, like the teacher",
-        "data.drop_last": "not said",
-        "augment.crop": "the usual random resized crop; not said",
+        "data.drop_last": "not stated",
+        "augment.crop": "the usual random resized crop; not stated",
         "optim.weight_decay": "the authors' other ImageNet code; the number is not in our copy",
     },
     "cityscapes": {

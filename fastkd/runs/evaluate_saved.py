@@ -86,7 +86,7 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
-            # data.mean and data.std, where given, say what the network wants.
+            # data.mean and data.std, if given, are what the network expects.
             LoadedNet(model, None if recipe.data.mean else card.normalization),
             {},
             Placement(world, precision, recipe.channels_last),

@@ -141,7 +141,7 @@ def _normalization(data: DataConfig) -> Normalization:
 def _square_size(
     source: ImageSet | FolderIndex, name: str, image_size: int | None, crop: Crop
 ) -> int:
-    """Side of the images that come out, in pixels."""
+    """Side of the output images, in pixels."""
     if image_size is not None:
         return image_size
     if isinstance(source, ImageSet):

@@ -34,7 +34,7 @@ class Loading:
     and a rank may yield one batch less than another."""
     normalization: Normalization
     placement: Placement
-    """Ranks, device, type and memory layout of the images that come out."""
+    """Ranks, device, and the type and memory layout of the output images."""
     geometry: Geometry = NO_GEOMETRY
     """Shift and flip in training."""
     shuffle: bool = True

@@ -36,7 +36,7 @@ __all__ = ["TorchLoader"]
 _EVAL_RESIZE = 256 / 224
 
 _Key = tuple[int, np.ndarray]
-# Pictures, sample ids, and where there are any, second views that are finished on the host.
+# Pictures, sample ids and, if there are any, second views that are finished on the host.
 _Pixels = tuple[Tensor, ...]
 
 
@@ -138,7 +138,7 @@ class TorchLoader(PlannedLoader):
 
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
     loading       as for ResidentLoader; of its geometry "resized" uses flip only
-    image_size    side of the square images that come out, in pixels
+    image_size    side of the square output images, in pixels
     crop          "resized": random area and aspect in training (see `decode.random_resized_crop`),
                   short side to round(image_size * 256 / 224) and central crop in evaluation;
                   "pad" and "none": short side to image_size and central crop, then the geometry,

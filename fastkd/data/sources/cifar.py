@@ -172,7 +172,7 @@ def _read_python(file: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarra
 
 
 def _class_names(folder: Path, layout: CifarLayout, binary: bool) -> tuple[str, ...]:
-    """Names from the meta file; the numbers as text where that file is missing."""
+    """Names from the meta file; the numbers as text if that file is missing."""
     file = folder / (layout.binary_meta if binary else layout.meta)
     if not file.is_file():
         return tuple(str(label) for label in range(layout.classes))

@@ -40,7 +40,7 @@ class TermOutput(NamedTuple):
     parts: dict[str, Tensor]
     """Unweighted scalars by name; `weights` gives the factor of each in the total."""
     carry: dict[str, Tensor] | None = None
-    """Detached tensors handed to `commit` once the step is known to be good."""
+    """Detached tensors passed to `commit` once the step is known to be good."""
     logits_NC: Tensor | None = None
     """Logits on x of the network from `export`, if the term changes the student's head: the
     training accuracy is then measured on them."""
