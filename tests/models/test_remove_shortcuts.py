@@ -226,7 +226,11 @@ def test_plain_networks_train_and_export():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: torchvision.models.vgg11(), {}, "VGG has no shortcut that can be removed; known"),
+        (
+            lambda: torchvision.models.vgg11(),
+            {},
+            "VGG has no shortcut that can be removed; supported",
+        ),
         (
             lambda: create_model("wrn_10_2", 7),
             {"keep_projection": True},

@@ -281,7 +281,7 @@ def test_a_value_out_of_range_is_no_gap_but_a_mistake():
 def test_a_recipe_that_needs_more_than_there_is_says_so(monkeypatch):
     entry = entry_of(losses__nothing__weight=1.0)
     monkeypatch.setattr("fastkd.recipes.catalogue.all_recipes", lambda: {"plain": entry})
-    with pytest.raises(UserError, match=r"the recipe plain needs what .*: losses\.nothing\."):
+    with pytest.raises(UserError, match=r"the recipe plain needs something .*: losses\.nothing\."):
         load_recipe("plain")
 
 

@@ -260,5 +260,5 @@ def test_the_average_is_a_frozen_network_in_eval_mode():
     other = EMA(Net(), decay=0.0)
     other.load_state_dict(ema.state_dict())
     assert torch.equal(other.module(x), ema.module(x))
-    with pytest.raises(ValueError, match=r"lies in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1"):
         EMA(net, decay=1.0)
