@@ -64,13 +64,13 @@ class Result:
     """What `distill` returns."""
 
     student: nn.Module
-    """The trained student, last epoch (the averaged one with ema, with what a loss makes of its
-    head), in evaluation mode."""
+    """The student after the last epoch, in evaluation mode: its average with ema, and with the head
+    that a loss gave it."""
     metrics: dict[str, Any]
-    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `history`: a row an
-    epoch."""
+    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `history`: one row
+    per epoch."""
     run_dir: Path | None
-    """Where last.pt and best.safetensors lie; None if nothing was written."""
+    """Folder of last.pt and best.safetensors; None if nothing was written."""
 
 
 def distill(  # noqa: PLR0913 - a frozen public signature
@@ -99,29 +99,29 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
     Args:
-        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place, all of
-            it in training mode but what `fastkd.models.head.freeze_backbone` froze. Parameters that
-            require no gradient stay as they are.
-        teacher: likewise, frozen here (evaluation mode, no gradients); None to train on labels.
-            It sees exactly the images that the student sees. A list of networks teaches by the
-            mean of their probabilities (`fastkd.teachers.ensemble.Ensemble`).
+        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place and
+            in training mode, except for what `fastkd.models.head.freeze_backbone` froze. Parameters
+            that require no gradient stay as they are.
+        teacher: a network of the same form, frozen here (evaluation mode, no gradients); None to
+            train on labels. It sees exactly the images that the student sees. With a list of
+            networks the student imitates the mean of their probabilities
+            (`fastkd.teachers.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
             epoch, a sampler's `set_epoch` is called. Sized (`len`).
-        val_loader: likewise; every sample once. Labels are class ids [N], or [N, classes] of 0 and
-            1 (-1: unknown) for images with several: then give a loss such as `BinaryCrossEntropy`;
-            the metrics have mAP in place of accuracy.
+        val_loader: the same, with every sample once. Labels are class ids [N], or [N, classes] of 0
+            and 1 (-1: unknown) for images with several labels: then pass a loss such as
+            `BinaryCrossEntropy`; the metrics report mAP instead of accuracy.
         losses: LossTerms; a tap of your own network is a module path, as in
             `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
         optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
-        lr: replaces that of `optim`.
-        xprime: the second view of every batch, made of it, for losses such as
+        lr: overrides the learning rate of `optim`.
+        xprime: the second view of every batch, made from it, for losses such as
             `KD(views=("x", "xprime"))`.
-        pick: choose x' from a pool of them, by what makes an image hard ("kl" is the paper's) or
-            with all of its settings; the metrics then have `pick_ratio`, the mean of it over the
-            chosen images divided by that over the pool.
-        out: run folder to write; None writes nothing. resume=True goes on with its last.pt, if it
-            has one (the loader is asked for the batches before the saved step again, and they are
-            thrown away).
+        pick: choose x' from a pool by how hard the images are: the name of a criterion ("kl" is
+            the paper's), or a config with all settings. The metrics then have `pick_ratio`: mean
+            hardness of the chosen images divided by the mean over the pool.
+            out: run folder to write; None writes nothing. resume=True continues from its last.pt,
+            if there is one (batches before the saved step are drawn again and discarded).
 
     Raises:
         UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks,
@@ -141,7 +141,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         world = stack.enter_context(open_world(device))
         for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
             check_loader(name, loader, world, exact=name == "val_loader")
-        # The caller's random numbers go on where they were.
+        # Leave the caller's random state untouched.
         devices = [world.device] if world.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
         for model in (student, *teachers):
@@ -162,13 +162,13 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             xprime=xprime,
             pick=picking,
             ema=ema,
-            # Decided here already: the digest names the decision.
+            # Decided this early because the digest includes the decision.
             compile="on" if compiled else "off",
             fullgraph=False,
         )
-        # What the losses draw at first is the same in every call, and on every rank.
+        # The losses start from the same random draws in every call and on every rank.
         torch.manual_seed(seed)
-        # Whatever happens, the networks are the user's and keep none of our hooks.
+        # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
         digest = _digest(
             _facts_of(student, teachers, terms, config),
@@ -212,7 +212,7 @@ def _data(
     placement: Placement,
     seed: int,
 ) -> TrainData:
-    """The user's loaders for training and validation, and what the losses must know of them."""
+    """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
     shown = peek(val_items, placement.device, channels_last=placement.channels_last)
     pair = open_foreign(
@@ -227,7 +227,7 @@ def _data(
             (term.name for term in terms if term.label_kind and not term.takes_no_label), None
         ),
     )
-    # Of a loader that has no data set to count: as large batches as those of validation.
+    # A loader without a data set to count: assume the batch size of validation.
     images = images_per_epoch(train_items, len(shown.labels_N) * placement.world.size)
     return TrainData(pair.train, pair.val, pair.facts, images)
 
@@ -235,13 +235,13 @@ def _data(
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
     if out is None:
         if resume:
-            raise UserError("resume=True needs out=, the folder to go on with")
+            raise UserError("resume=True needs out=, the folder to resume")
         return None
     if resume:
         return RunFolder.open(Path(out))
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise UserError(
-            f"out={out} exists and is not empty: go on with it by resume=True, or choose another "
+            f"out={out} exists and is not empty: continue it with resume=True, or choose another "
             f"folder"
         )
     folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
@@ -255,7 +255,7 @@ def _facts_of(
     terms: Sequence[LossTerm],
     config: OptimConfig,
 ) -> tuple[Any, ...]:
-    """What the digest knows of losses, optimizer and networks."""
+    """What enters the digest about losses, optimizer and networks."""
     return (
         [
             (
@@ -273,7 +273,7 @@ def _facts_of(
 
 
 def settings_of(term: LossTerm) -> list[tuple[str, str]]:
-    """Its class and what its user set: temperature, form, ...; nothing that changes as it works."""
+    """Its class and its settings: temperature, form, ...; nothing that changes during training."""
     plain = (bool, int, float, str, tuple, type(None))
     given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
     found = [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
@@ -283,7 +283,7 @@ def settings_of(term: LossTerm) -> list[tuple[str, str]]:
 def _digest(
     facts: tuple[Any, ...], run: tuple[Any, ...], steps_per_epoch: int, pick: PickConfig | None
 ) -> str:
-    """Sixteen hex digits that name the outcome of a call, as far as its arguments decide it."""
+    """Sixteen hex digits that identify what the arguments of a call decide about its outcome."""
     every = (*facts, run, steps_per_epoch, *([pick.model_dump()] if pick else []))
     return sha256(repr(every).encode()).hexdigest()[:16]
 

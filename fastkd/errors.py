@@ -1,4 +1,4 @@
-"""The three ways a fastkd program ends early, and the exit code of each.
+"""The three ways in which a fastkd program ends early, and the exit code of each.
 
 The rest of fastkd raises these (`kernels` raises ValueError); `fastkd.cli.commands` turns them into
 one line on stderr and an exit code.

@@ -55,6 +55,12 @@ RULES = [
     Rule(r"\bmend(?:s|ed|ing)?\b", "fix", "a mended bug"),
     Rule(r"\bbut for\b", "except for", "empty but for one line"),
     Rule(r"\bjoin by\b", "are added with", "more teachers join by a key"),
+    Rule(r"\bfor ever\b", "forever", "the ranks would wait for ever"),
+    Rule(r"\b(?:is|are) at work in\b", "is using, is running in", "another run is at work in it"),
+    Rule(r"\bevery so many\b", "every N", "save every so many steps"),
+    Rule(r"\bbut that each\b", "except that each", "the same, but that each rank draws its own"),
+    Rule(r"\bkeys of a recipe on\b", "recipe keys for", "keys of a recipe on images"),
+    Rule(r"\ba lead and no more\b|\ba lead, no evidence\b", "a hint", "a lead, no evidence"),
     # A trick against the formatter; `star_tuples` finds the other.
     Rule(r"# *fmt: *(?:skip|off)", "let ruff lay it out", "x = 1  # fmt: skip", CODE),
     # What nobody can find again, and what exists on one machine only.

@@ -1,4 +1,4 @@
-"""Keys of a recipe on the views of a batch: geometry, the second view x', the pick."""
+"""Recipe keys for the views of a batch: geometry, the second view x', the pick."""
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -11,15 +11,15 @@ __all__ = ["AugmentConfig", "PickConfig"]
 
 
 class PickConfig(Section):
-    """Which x' of a pool are used (`fastkd.augment.pick`); every process has a pool of its own
-    share of the batch and picks from that."""
+    """Which x' of a pool are used (`fastkd.augment.pick`); every process picks from a pool made of
+    its own share of the batch."""
 
     criterion: PickCriterion = "kl"
     """What makes an image hard."""
     temperature: PositiveFloat = 4.0
     """Temperature of the criterion kl; usually the loss's."""
     pool: int = Field(default=2, ge=2)
-    """x' per image of the batch that are made and scored."""
+    """How many x' are made and scored per image of the batch."""
     share: float = Field(default=0.5, gt=0, le=1)
     """Share of the pool that is used."""
     images: PositiveInt | None = None
@@ -29,11 +29,11 @@ class PickConfig(Section):
 
 
 class AugmentConfig(GeometryConfig):
-    """What happens to a training image (`fastkd.augment.views`); others are only normalised."""
+    """What happens to a training image (`fastkd.augment.views`); all others are only normalised."""
 
     xprime: XPrime = "none"
-    """The second view x' of every batch: made from x by one draw for the whole batch (the first
-    three), or from the picture of x by a draw for each (the last three)."""
+    """The second view x' of every batch: made from x with one draw for the whole batch (the first
+    three), or from the picture of x with one draw per image (the last three)."""
     pick: PickConfig | None = None
     """Choose x' from a pool of them."""
 
@@ -42,7 +42,7 @@ class AugmentConfig(GeometryConfig):
         crops = self.crop == "resized" or (self.crop == "pad" and self.padding > 0)
         if self.xprime == "cropflip" and not (crops or self.flip):
             raise ValueError(
-                "augment.xprime=cropflip would be x again, which is neither cut out nor flipped "
+                "augment.xprime=cropflip would be x again, which is neither cropped nor flipped "
                 "at random: set augment.padding or augment.flip=true"
             )
         return self

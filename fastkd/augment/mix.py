@@ -4,9 +4,9 @@ One draw for the whole batch, from (seed, epoch, step) alone, so x' does not dep
 of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2 and
 appendix C, and its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around
 a uniform centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by
-any permutation. Cutout gives the mean colour to a square of a quarter of the side, 8 of 32 or 56 of
-224 pixels, the same one in all images; the original (DeVries and Taylor 2017, arXiv:1708.04552)
-draws one for each.
+any permutation. Cutout fills a square of a quarter of the side, 8 of 32 or 56 of 224 pixels, with
+the mean colour, at the same place in all images; the original (DeVries and Taylor 2017,
+arXiv:1708.04552) draws a place for each image.
 """
 
 import math
@@ -37,7 +37,7 @@ class MixDraw:
     """int64: sample n of the global batch is mixed with sample partner_N[n]; None for Cutout."""
 
     def stays(self, side: int) -> float:
-        """The image's own share of its label: what the box, as clipped, leaves of it; or lam."""
+        """Weight of the image's own label: the share that the clipped box leaves, or lam."""
         if self.box is None or self.partner_N is None:
             return self.lam
         top, bottom, left, right = self.box
@@ -45,7 +45,7 @@ class MixDraw:
 
 
 def has_partners(kind: str) -> bool:
-    """Whether x' is made of two images."""
+    """Whether x' combines two images."""
     return kind in MIXES and kind != "cutout"
 
 

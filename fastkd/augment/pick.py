@@ -1,11 +1,11 @@
-"""Data picking: of a pool of mixed images, those on which student and teacher differ most.
+"""Data picking: select from a pool of mixed images those where student and teacher differ most.
 
 Flow: `augment` makes x and a pool of x', CutMix (or mixup) of one batch several times over -> the
 teacher sees both -> [here] -> the step on x and the chosen x'. "Understanding the Success of
-Knowledge Distillation: A Data Augmentation Perspective", section 3.2; what the paper does not tell
-is as in its authors' released code (Good-DA-in-KD): the student scores in training mode, and its
-batch norm statistics see the pool. Under DDP every process picks from the pool of its own share of
-the batch, and `ratio` is that of its pool: the chosen images are not those of one process.
+Knowledge Distillation: A Data Augmentation Perspective", section 3.2; what the paper does not say
+follows its authors' released code (Good-DA-in-KD): the student scores in training mode, and its
+batch norm statistics see the pool. Under DDP every process picks from a pool made of its own share
+of the batch, and `ratio` refers to that pool: one process would choose other images.
 """
 
 import math
@@ -34,7 +34,7 @@ class Picked(NamedTuple):
 
 
 class Pick(nn.Module):
-    """Scores a pool and chooses from it; compiled as a unit of its own.
+    """Scores a pool and chooses from it; compiled as a separate unit.
 
     criterion: "kl" (teacher against student at `temperature`), or the entropy of either's
     probabilities at temperature 1; the teacher's entropy needs no pass of the student.
@@ -76,10 +76,10 @@ class Pick(nn.Module):
             return Picked(index_K, scores_P[index_K].mean() / scores_P.mean())
 
     def num_chosen(self, num: int) -> int:
-        """Of a pool of `num` images, whatever their scores."""
+        """How many of `num` images are chosen, whatever their scores."""
         if self.share is None:
             return min(self.images or num, num)
-        # As `select_hardest` counts: 0.1 of 30 are 3, though the product is above that.
+        # As `select_hardest` counts: 0.1 of 30 is 3, although the product in floats is above 3.
         return math.ceil(self.share * num - 1e-9)
 
     def _logits(self, pool_PCHW: Tensor) -> Tensor:

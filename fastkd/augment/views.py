@@ -23,17 +23,17 @@ from fastkd.kernels import mix as mix_images
 __all__ = ["XPRIMES", "ViewMaker", "XPrime"]
 
 XPrime = Literal["none", MixKind, PictureKind]
-"""What x' may be: a mix of x, or a second view of its picture."""
+"""Kinds of x': a mix of x, or a second view of its picture."""
 XPRIMES: tuple[XPrime, ...] = get_args(XPrime)
 
 
 class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
-    The batches come from the loader that `opened` returns, which gives what x' is made of besides
-    x: second views of the pictures or, with several ranks, the partners.
+    The batches come from the loader that `opened` returns. Besides x it yields what x' is made
+    from: second views of the pictures or, with several ranks, the partners.
 
-    pool: so many x' are made of the batch, one below the other, for `fastkd.augment.pick` to choose
+    pool: number of x' made from the batch, one below the other, for `fastkd.augment.pick` to choose
     from.
     mixes: which of "labels" and "logits" `xprime_targets` mixes like the pixels; labels are of
     num_classes.
@@ -59,9 +59,9 @@ class ViewMaker:
         self.num_classes = num_classes
 
     def opened(self, loader: TrainLoader) -> TrainLoader:
-        """The loader of the batches that these views are made of.
+        """The loader of the batches from which these views are made.
 
-        UserError where it cannot show them.
+        UserError if it cannot provide them.
         """
         # On one rank all partners are in the batch.
         if has_partners(self.xprime) and self.placement.world.size > 1:
@@ -93,12 +93,12 @@ class ViewMaker:
         step: int,
         rows_of_ranks: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """Labels and teacher logits of x', mixed like its pixels, fp32, by need.
+        """Labels and teacher logits of x', mixed like its pixels, in fp32, keyed by need.
 
         `xprime/mixed/labels` starts from one-hot rows, `xprime/mixed/logits` from the teacher's
-        logits of x. Each is mixed with its partner's in the shares of their pixels; an x' of one
-        image has that image's own. Ranks whose images are partners exchange their rows, and
-        rows_of_ranks says how many each has.
+        logits of x. Each is mixed with its partner's in proportion to their pixels; an x' made
+        from one image keeps that image's own. Ranks whose images are partners exchange rows;
+        rows_of_ranks gives the number on each rank.
         """
         found: dict[str, Tensor] = {}
         for tap in self.mixes:
@@ -160,7 +160,7 @@ class ViewMaker:
         boxes = None if draw.box is None else to_device(np.array(draw.box), x.device)
         if draw.partner_N is None:
             return mix_images(x, boxes=boxes)
-        # Without partners of its own, x is mixed with other rows of the batch.
+        # Without given partners, x is mixed with other rows of the batch.
         partners = to_device(draw.partner_N, x.device) if partners_NCHW is None else partners_NCHW
         return mix_images(x, partners, boxes=boxes, lam=draw.lam if boxes is None else None)
 

@@ -1,6 +1,6 @@
-"""The words and options of the `fastkd` command, and the complaints about wrong ones.
+"""The words and options of the `fastkd` command, and the error messages for wrong ones.
 
-The only argparse of the package; `fastkd.cli.commands` starts what was asked for. Options are few
+The only argparse of the package; `fastkd.cli.commands` runs the command. Options are few
 on purpose: everything that decides a run is a recipe key, spelled key=value.
 """
 
@@ -33,7 +33,7 @@ exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, with the nearest valid word."""
+    """argparse with one-sentence errors that name the nearest valid word."""
 
     def error(self, message: str) -> NoReturn:
         match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -62,13 +62,13 @@ def _see(message: str, command: str) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options of a command line, `command` among them; UserError with the nearest valid word."""
+    """Parsed options, including `command`; UserError names the nearest valid word."""
     parser, commands = parsers()
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
+    # argparse accepts a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
     for word in rest:
         if word.startswith("-"):
             known = [flag for flag in commands[options.command]._option_string_actions]
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             message = f"there is no option {word}{hint}"
             raise UserError(f"{message}{_see(message, command)}")
         if "words" not in options:
-            raise UserError(f"`fastkd {options.command}` takes no further word, got {word!r}")
+            raise UserError(f"`fastkd {options.command}` takes no further argument, got {word!r}")
         options.words.append(word)
     return options
 
@@ -169,7 +169,7 @@ def _add_models(commands: _Commands) -> None:
         "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
     )
     models.add_argument(
-        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+        "--input", metavar="CxHxW", help="input shape to count with; default: the network's own"
     )
     models.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -192,7 +192,7 @@ def _add_cheapen(commands: _Commands) -> None:
         help="only modules whose path fits, such as 'layer3.*'; repeatable",
     )
     cheapen.add_argument(
-        "--input", metavar="CxHxW", help="input of the count; by default the network's own"
+        "--input", metavar="CxHxW", help="input shape to count with; default: the network's own"
     )
 
 
@@ -200,7 +200,7 @@ def _add_recipes(commands: _Commands) -> None:
     recipes = commands.add_parser(
         "recipes",
         help="list the named recipes",
-        description="Without a word an overview; with PATTERN the matching recipes, the papers' "
+        description="Without arguments an overview; with PATTERN the matching recipes, the papers' "
         "numbers and what they need; with show one recipe in full.",
     )
     recipes.add_argument(

@@ -1,4 +1,4 @@
-"""The `fastkd` command: it finds what carries a command out, and turns errors into exit codes.
+"""The `fastkd` command: dispatches each command and turns errors into exit codes.
 
 Its words are in `fastkd.cli.arguments`. In this package an import inside a function has one reason,
 start-up time: `fastkd --help` and `fastkd recipes` do not wait for torch.
@@ -32,7 +32,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. One of several ranks ends its process after an error."""
+    """Run a command and return the exit code. With several ranks an error ends the process."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with warnings.catch_warnings():
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # `fastkd models | head`: the reader has gone, which is not an error.
+            # `fastkd models | head`: the reader closed the pipe, which is not an error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End this rank: as Python takes gloo apart after an error, a rank aborts now and then."""
-    atexit._run_exitfuncs()  # loaders send their workers home
+    """End this rank: when Python tears gloo down after an error, a rank sometimes aborts."""
+    atexit._run_exitfuncs()  # loaders stop their workers
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -72,7 +72,7 @@ def _leave(code: int) -> NoReturn:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any
 ) -> None:
-    """A warning of fastkd as a plain sentence; others as Python shows them."""
+    """Show fastkd's warnings as plain sentences, others as Python does."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
         _complain(f"note: {message}")
     else:

@@ -1,6 +1,6 @@
 """`fastkd doctor`: what this machine and this installation offer, and what is missing.
 
-The facts are those of `fastkd.compute.machine`, which every run folder keeps. Parts are found by
+The facts come from `fastkd.compute.machine` and are kept in every run folder. Parts are found by
 trying them. A broken package must not break the report, so every probe catches
 whatever an import may raise and reports it in place.
 """
@@ -29,12 +29,12 @@ class Part:
 
     name: str
     found: str
-    """Version or state in words, empty where there is none."""
+    """Version or state in words; empty if there is none."""
     usable: bool
     """Whether fastkd would use it on this machine."""
     used_for: str
     advice: str
-    """What to do to get it, or why it is not used; empty where nothing is to be done."""
+    """How to get it, or why it is not used; empty if there is nothing to do."""
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:
     try:
         return str(version(importlib.import_module(name))), ""
     except ModuleNotFoundError as error:
-        # An installed package that lacks one of its own parts is broken, not missing.
+        # An installed package that lacks one of its parts is broken, not missing.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return "", "not installed"
         return "", f"broken: {in_words(error)}"
@@ -156,7 +156,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += ["", "Operations and what runs them"]
     for name, backends in found["kernels"].items():
         if isinstance(backends, Mapping):
-            # Why a slower one runs is said above, once for all operations.
+            # Why a slower one runs is stated above, once for all operations.
             runs = {device: backends[device].partition(" (C++")[0] for device in ("cpu", "cuda")}
             backends = ", ".join(f"{device}: {what}" for device, what in runs.items())
         lines.append(f"  {name:<22} {backends}")

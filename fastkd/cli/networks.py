@@ -38,7 +38,7 @@ def models(options: argparse.Namespace) -> None:
 
 
 def _short_taps(taps: Sequence[str]) -> str:
-    """`stem stage1-3 pooled logits`, of the networks of the zoo."""
+    """`stem stage1-3 pooled logits`, for networks of the zoo."""
     stages = [tap for tap in taps if re.fullmatch(r"stage\d", tap)]
     if not stages:
         return "module paths"
@@ -47,7 +47,7 @@ def _short_taps(taps: Sequence[str]) -> str:
 
 
 def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
-    """Size and cost of one network, which is built without memory for its weights."""
+    """Size and cost of one network, built without memory for its weights."""
 
     with torch.device("meta"):
         model: Any = create_model(name, None if ":" in name else 100)
@@ -66,7 +66,7 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
         size = count(model, shape)
         row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
     except (RuntimeError, ValueError, AssertionError):
-        # Some networks take certain image sizes only and say so in these ways.
+        # Some networks accept certain image sizes only; these are the errors they raise.
         if wanted is None:
             raise
     return row

@@ -15,7 +15,7 @@ __all__ = ["evaluate", "train"]
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train by a recipe, or print it, try it out, or sweep over it."""
+    """Train with a recipe, or print it, try it out, or sweep over it."""
     if options.jobs > 1 and not options.sweep:
         raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
     if options.sweep:
@@ -26,7 +26,7 @@ def train(options: argparse.Namespace) -> int:
         check_sweep(recipes)
     else:
         recipes = {(): _recipe_of(options)}
-    # A sweep changes neither what follows nor the device.
+    # A sweep changes neither the following settings nor the device.
     recipe = next(iter(recipes.values()))
     if options.print_config:
         print(annotated_yaml(recipe), end="")
@@ -49,12 +49,12 @@ def _run(recipes: dict[tuple[str, ...], Recipe], options: argparse.Namespace) ->
     if recipe.tensorboard:
         check_tensorboard()
     if recipe.deterministic:
-        # cuBLAS repeats its results only with a fixed workspace, chosen before its first call.
+        # cuBLAS is deterministic only with a fixed workspace, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with open_world(recipe.device) as world, Console(enabled=world.is_main) as console:
         session = Session(world, console, Path("runs"))
-        # Into the saved recipe: a run that is resumed on another machine computes as it began.
+        # Saved with the recipe: a run resumed on another machine computes as it did before.
         settled = {
             chosen: one.model_copy(
                 update={"precision": resolve_precision(one.precision, world.device).name}
@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Recipe:
-    """The recipe that the words name, `more` overrides last."""
+    """The recipe that the words name; the overrides `more` come last."""
     names = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(names) > 1:

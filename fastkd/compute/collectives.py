@@ -1,6 +1,6 @@
 """What the ranks compute together; with a single process every function is the identity.
 
-Trainer, guard, losses and evaluation call these on all ranks alike; `ranks` opens the world first.
+Trainer, guard, losses and evaluation call these on all ranks; `ranks` opens the world first.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["all_reduce_sum", "gather_rows", "join_rows", "split_evenly", "sync_b
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over the ranks in place and return it; it lies on the world's device."""
+    """Sum `tensor` over the ranks in place and return it; it must be on the world's device."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -29,17 +29,17 @@ def split_evenly(num: int, parts: int) -> tuple[int, ...]:
 
 
 def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
-    """The rows of all ranks, in the order of the ranks and alike on each of them, with gradient.
+    """The rows of all ranks, in rank order and identical on every rank, with gradient.
 
-    rows_of_ranks: how many each rank has, as `TermInputs` says; with fewer than two ranks `rows`
-    itself comes back. Nothing waits for the device, and torch.compile keeps it in the graph.
+    rows_of_ranks: number of rows per rank, see `TermInputs`; with fewer than two ranks `rows`
+    is returned unchanged. Nothing waits for the device, and torch.compile keeps it in the graph.
 
     The gradient belongs to the sum of the ranks' losses. DDP takes the mean of the ranks'
-    gradients, so a loss of the joined rows that every rank computes counts once, as in a single
+    gradients, so a loss on the joined rows that every rank computes counts once, as in a single
     process.
 
     Raises:
-        ValueError: this rank has another number of rows than `rows_of_ranks` says.
+        ValueError: this rank's number of rows differs from `rows_of_ranks`.
     """
     if len(rows_of_ranks) < 2:
         return rows
@@ -50,10 +50,10 @@ def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
 
 
 def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:
-    """The rows of all ranks in the order of the ranks, on each of them; for evaluation.
+    """The rows of all ranks in rank order, on every rank; for evaluation.
 
-    rows: [n, ...] of any n, alike in the other dimensions and in type; None where this rank has
-    none. None comes back where no rank has any. Waits for the device; call it on all ranks.
+    rows: [n, ...] with any n, equal in the other dimensions and in type; None if this rank has
+    none. Returns None if no rank has any. Waits for the device; call it on all ranks.
     """
     if world.size == 1:
         return rows

@@ -12,7 +12,7 @@ CompileSwitch = Literal["on", "off"]
 """Whether torch.compile is used."""
 
 CompileChoice = Literal["auto", CompileSwitch]
-"""The same, or `auto`: where the run is long enough to pay for it."""
+"""The same, or `auto`: compile if the run is long enough to pay for it."""
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ PAYS_FROM = 10.0
 
 
 def worth_compiling(mode: str, *, macs_per_image: float, images: float, device_type: str) -> bool:
-    """True for `on`; for `auto` where the projected run is 10 times the expected compile time.
+    """True for `on`; for `auto` if the projected run is 10 times the expected compile time.
 
     macs_per_image: multiply-accumulates of a training step per image, forward and backward of the
     student and forward of the teacher. images: over the whole run, all ranks.

@@ -16,9 +16,9 @@ def memory_format(
 
 
 def _hangs(module: nn.Module) -> bool:
-    """True for a layer whose weight gradient may never return on a CPU with AVX2.
+    """True for a layer whose weight gradient may hang on a CPU with AVX2.
 
-    oneDNN's 1x1 weight-gradient kernel for strides above 1 loops for ever now and then when a
+    oneDNN's 1x1 weight-gradient kernel for strides above 1 sometimes loops forever when a
     channels-last input has fewer channels than a register has lanes (torch 2.15, in_channels 2, 3
     and 4 at stride 2; 8 and more, stride 1, 3x3 kernels and the contiguous layout are sound).
     """

@@ -20,7 +20,7 @@ __all__ = ["cpu_facts", "environment", "gpu_facts", "in_words", "kernel_facts", 
 
 
 def version_of(name: str) -> str | None:
-    """Version of an installed distribution, None where it is not installed."""
+    """Version of an installed distribution, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,7 @@ PrecisionName = Literal["bf16", "fp16", "fp32"]
 """Autocast type of a forward pass."""
 
 PrecisionChoice = Literal["auto", PrecisionName]
-"""Such a type, or `auto`: bf16 where the device computes in it, else fp32."""
+"""One of these types, or `auto`: bf16 where the device computes in it, else fp32."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +34,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of images and, under autocast, of most activations."""
+        """Type of the images and, under autocast, of most activations."""
         return _DTYPES[self.name]
 
     def autocast(self) -> AbstractContextManager[Any]:

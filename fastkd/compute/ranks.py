@@ -1,8 +1,8 @@
 """The ranks of a run: who they are, on which device, and how rank 0 decides for all.
 
 Flow: `cli` opens the world around everything else (`with open_world(device) as world`). Ranks come
-from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), or from the process group that the
-caller has already; with a single process there is none.
+from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), or from the caller's existing process
+group; a single process has none.
 """
 
 import os
@@ -72,7 +72,7 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise UserError(
-            "device=cuda was asked for, but torch sees no CUDA device; `fastkd doctor` says more"
+            "device=cuda was requested, but torch sees no CUDA device; `fastkd doctor` says more"
         )
     if device == "cpu" or not has_cuda:
         chosen = torch.device("cpu")
@@ -106,9 +106,9 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
 
 
 def close_world(*, failed: bool = False) -> None:
-    """Leave the process group, if there is one; twice is allowed.
+    """Leave the process group, if there is one; may be called twice.
 
-    `failed` says that this process leaves in the middle of the run. Over gloo the closing
+    `failed`: this process leaves in the middle of the run. Over gloo the closing
     connection wakes the others with an error. NCCL would first wait for collectives that will
     never come, so it is left to the end of the process, at which torchrun stops the others.
     """
@@ -120,7 +120,7 @@ def close_world(*, failed: bool = False) -> None:
 def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) -> Generator[World]:
     """`init_world` and `close_world` around a block; an exception in it frees the other ranks.
 
-    A process group of the caller is used and stays open.
+    The caller's process group, if any, is used and stays open.
 
     Raises:
         RunFailed: over gloo, another process ended or hung in the middle of a collective.
@@ -132,7 +132,7 @@ def open_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         yield world
         failed = False
     except RuntimeError as error:
-        # gloo's words where another process does not answer; NCCL ends this process by itself.
+        # gloo's messages when another process does not answer; NCCL ends this process on its own.
         if "gloo/transport" not in str(error):
             raise
         raise RunFailed(

@@ -18,7 +18,7 @@ def wrap_ddp(
     *,
     ignore_buffers: Sequence[str] = (),
 ) -> nn.Module:
-    """`step`, raw or from `torch.compile`, in DDP; as it is when there is nothing to synchronise.
+    """`step`, raw or from `torch.compile`, in DDP; unchanged if there is nothing to synchronise.
 
     Rank 0's buffers (batch norm statistics) go to the others before each forward pass, except
     `ignore_buffers`, named as in the raw step: frozen teachers and per-rank banks. The gradients
@@ -34,8 +34,8 @@ def wrap_ddp(
     if unknown := sorted(set(ignore_buffers) - set(buffers)):
         raise ValueError(f"these are not buffers of the step: {', '.join(unknown)}")
     ignored = {id(buffers[name]) for name in ignore_buffers}
-    # torch.compile prefixes all names with _orig_mod, and DDP wants them as the wrapped step
-    # has them.
+    # torch.compile prefixes all names with _orig_mod, and DDP needs the names of the wrapped
+    # step.
     names = [
         name for name, buffer in step.named_buffers(remove_duplicate=False) if id(buffer) in ignored
     ]

@@ -1,1 +1,1 @@
-"""The ground under recipe and losses: typed sections, and mistakes in them as sentences."""
+"""The base of recipe and losses: typed sections, and readable messages for mistakes in them."""

@@ -40,7 +40,7 @@ def explain(
     *,
     prefix: str = "",
 ) -> list[str]:
-    """A sentence per mistake, each once.
+    """One sentence per mistake, without repetition.
 
     values: what was validated. known: all valid dotted keys, from which the nearest is named.
     prefix: what precedes every key of `section`, such as `losses.kd.`.
@@ -66,7 +66,7 @@ def explain(
 
 
 def allowed(field: FieldInfo) -> str:
-    """The values that a key takes, in words: `a whole number above 0, or null`."""
+    """The values that a key accepts, in words: `a whole number above 0, or null`."""
     return _words(field.annotation, field.metadata)
 
 
@@ -143,14 +143,14 @@ def _locate(
 ) -> tuple[list[str], FieldInfo | None]:
     """The key that an error belongs to, without positions inside its value, and its field.
 
-    An entry of a list of sections is a part of the key.
+    The index into a list of sections is part of the key.
     """
     path: list[str] = []
     field = None
     inner: type[BaseModel] | None = section
     for part in _texts(loc):
         if inner is None:
-            # The number of an entry in a list of sections.
+            # The index of an entry in a list of sections.
             inner = entries_of(field.annotation) if field else None
             if inner is None:
                 break
@@ -180,7 +180,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
     # All entries of a list of sections have the keys of the first.
     known = [re.sub(_ENTRY, _number(key), one) for one in known]
-    # `lr=0.1` means optim.lr: a right word in the wrong place is nearer than a similar one.
+    # `lr=0.1` means optim.lr: the right word in the wrong place beats a similar word.
     near = [one for one in known if one.rpartition(".")[2] == last]
     near.sort(key=lambda one: -difflib.SequenceMatcher(None, one, key).ratio())
     beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
@@ -202,7 +202,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _number(key: str) -> str:
-    """Number of the entry that a key belongs to, in a list of sections; 0 where there is none."""
+    """Index of the entry that a key belongs to, in a list of sections; 0 if there is none."""
     found = re.search(_ENTRY, key)
     return found[0] if found else "0"
 
@@ -227,7 +227,7 @@ def _shown(value: Any) -> str:
 
 
 def _near(value: Any, field: FieldInfo | None) -> str:
-    """A hint where one of a few words was misspelled."""
+    """A hint if one of a few words was misspelled."""
     if field is None or not isinstance(value, str):
         return ""
     words = [

@@ -1,14 +1,14 @@
 """The base of every part of a recipe: frozen, typed, and closed to unknown keys.
 
-A recipe has a digest, by which finished runs are found again. It must not change when a later
-version of fastkd adds a key. A key therefore says on its own field how it enters the digest:
+Finished runs are found again by their recipe's digest. It must not change when a later
+version of fastkd adds a key. Each key therefore declares on its field how it enters the digest:
 
     lr: PositiveFloat = 0.05                              always
     cache: Annotated[bool, Since("0.2")] = False          only where it is not at its default
     workers: Annotated[int, NoEffect] = 2                 never: it cannot change the outcome
 
-Keys of 0.1.0 have no mark, every later one has one. A mark holds wherever the section stands: in
-another section, in a list of sections, or among the losses.
+Keys of 0.1.0 have no mark, every later one has one. A mark applies wherever the section is used:
+in another section, in a list of sections, or among the losses.
 """
 
 import typing
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Channels = tuple[float, float, float]
-"""Of the three channels, in 0..1."""
+"""Means of the three channels, in 0..1."""
 
 Normalization = tuple[Channels, Channels]
 """Channel means and channel standard deviations."""
@@ -42,7 +42,7 @@ Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 @dataclass(frozen=True)
 class Since:
-    """Marks a key that is newer than 0.1.0: at its default it leaves the digest as it was."""
+    """Marks a key newer than 0.1.0: at its default it leaves the digest unchanged."""
 
     version: str
     """First version of fastkd that has the key."""
@@ -53,7 +53,7 @@ class NoEffect:
 
 
 def yaml_switch(value: object) -> object:
-    """YAML 1.1 reads a bare on / off as a boolean; the key wants the word."""
+    """YAML 1.1 reads a bare on / off as a boolean; the key needs the word."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
@@ -81,12 +81,12 @@ class Section(BaseModel):
         return (value,) if is_list and isinstance(value, str | int | float) else value
 
     def outcome(self) -> dict[str, Any]:
-        """The keys that decide the outcome, as plain values; the digest is made of them."""
+        """The keys that decide the outcome, as plain values; the digest is computed from them."""
         return _outcome(self, self.model_dump(mode="json"))
 
 
 def _outcome(value: Any, plain: Any) -> Any:
-    """What counts of `plain`, which is `value` as JSON."""
+    """The part of `plain`, which is `value` as JSON, that enters the digest."""
     if isinstance(value, Section):
         return {
             name: _outcome(getattr(value, name), plain[name])

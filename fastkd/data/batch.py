@@ -1,6 +1,6 @@
-"""The batch that every loader yields, and what the trainer relies on in a loader.
+"""The batch that every loader yields, and what the trainer expects from a loader.
 
-First station of the flow: sources -> loader -> Batch -> augment -> teacher / student.
+Flow: sources -> loader -> Batch -> augment -> teacher / student.
 """
 
 from collections.abc import Iterator
@@ -14,35 +14,35 @@ from fastkd.data.picture_views import PictureView
 __all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "SecondViews", "TrainLoader"]
 
 IGNORED = -1.0
-"""In labels [N, C]: not known, counts in no loss and no metric."""
+"""In labels [N, C]: unknown; ignored by all losses and metrics."""
 NO_LABEL = -100
-"""In class ids [N], as in torch: unknown; counts in no accuracy, not in KD on x, not in CE."""
+"""In class ids [N], as in torch: unknown; ignored by the accuracy, by KD on x and by CE."""
 
 SecondViews = PictureView | Partners
-"""What a loader can give besides x, for x' to be made of."""
+"""What a loader can yield besides x, as material for x'."""
 
 
 class Batch(NamedTuple):
     """One rank's part of one global batch, on the training device."""
 
     images_NCHW: Tensor
-    """Floating, normalised, channels-last in memory unless the loader was told otherwise."""
+    """Floating, normalised, channels-last in memory unless the loader is set otherwise."""
     labels_N: Tensor
-    """int64 class ids; of images with several labels float32 [N, C]: 1 where a class is there, 0
-    where not, IGNORED where that is not known."""
+    """int64 class ids; for images with several labels float32 [N, C]: 1 where a class is present, 0
+    where it is absent, IGNORED where that is unknown."""
     index_N: Tensor
     """int64 stable sample ids: the position in the source's canonical order, the same in every
     epoch and on every rank (memory banks and teacher caches are keyed by it)."""
     global_size: int = 0
-    """Samples of all ranks together; 0 where nobody counts, in an evaluation on users' loaders."""
+    """Samples of all ranks together; 0 if not counted, in an evaluation on users' loaders."""
     second_NCHW: Tensor | None = None
-    """What a loader opened by `with_views` gives besides x: k images for each of x, all first ones,
-    then all second ones, and so on. They are second views of the pictures of x, or the partners
-    that x is to be mixed with, whichever rank shows them."""
+    """What a loader opened by `with_views` yields besides x: k images for each of x, all first
+    ones, then all second ones, and so on. They are second views of the pictures of x, or
+    the partners that x is mixed with, from any rank."""
 
 
 class TrainLoader(Protocol):
-    """What the training loop asks of any loader, also one that a user brings."""
+    """What the training loop needs from any loader, including a user's own."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,9 +54,9 @@ class TrainLoader(Protocol):
         ...
 
     def with_views(self, views: SecondViews) -> "TrainLoader":
-        """A loader of the same batches that also gives what x' is made of.
+        """A loader of the same batches that also yields what x' is made from.
 
-        One that cannot look at other ranks' samples gives no partners: x is mixed within its batch.
+        A loader that cannot read other ranks' samples yields no partners: x is mixed in its batch.
 
         Raises:
             UserError: this loader has no pictures to make second views of.
@@ -65,7 +65,7 @@ class TrainLoader(Protocol):
 
 
 class Loader(TrainLoader, Protocol):
-    """A loader of fastkd's own data backends.
+    """A loader from one of fastkd's data backends.
 
     The global batch `s` of an epoch is a function of (seed, epoch, s) only. Rank r of R yields the
     r-th of R contiguous parts of it, their sizes differing by at most one.

@@ -1,4 +1,4 @@
-"""Keys of a recipe on images: where they come from, how they are cropped and flipped."""
+"""Recipe keys for images: where they come from, how they are cropped and flipped."""
 
 from typing import Annotated, Literal
 
@@ -42,7 +42,7 @@ class DataConfig(Section):
         if self.root is not None and self.name in ("digits", "synthetic"):
             raise ValueError(
                 f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
-                f"say what lies there by data.name=folder, cifar10 or cifar100, or leave it out "
+                f"say what it holds with data.name=folder, cifar10 or cifar100, or leave it out "
                 f"(data.root=null)"
             )
         return self

@@ -36,7 +36,7 @@ def _raw(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def _again(appearance: int) -> tuple[int, ...]:
-    # Nothing is added to the key of x, whose draws were there before those of other views.
+    # The key of x stays as it is: its draws existed before those of other views.
     return (appearance,) if appearance else ()
 
 
@@ -59,10 +59,10 @@ def as_permutation(words: np.ndarray) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-# The current epoch's order is asked for again at every step that mixes samples across ranks.
+# Every step that mixes samples across ranks needs the current epoch's order again.
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Permutation of the sample ids, int64 [N]; read-only, as it is kept for the next caller."""
+    """Permutation of the sample ids, int64 [N]; read-only, because it is cached."""
     order_N = as_permutation(_raw(seed, (epoch, ORDER), num_samples))
     order_N.flags.writeable = False
     return order_N
@@ -73,7 +73,7 @@ def integer_table(
 ) -> np.ndarray:
     """One integer in 0..high-1 for each sample id, int64 [N].
 
-    A sample that is shown several times in an epoch draws anew for each appearance.
+    A sample that is shown several times in an epoch draws again for each appearance.
     """
     return as_integers(_raw(seed, (epoch, stream, *_again(appearance)), num_samples), high)
 
@@ -88,7 +88,7 @@ def sample_uniforms(
 def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: int) -> np.ndarray:
     """`count` 64-bit words that mix the global batch of a step, for the number-th time.
 
-    Of one mixing there are several draws, each with words of its own.
+    One step may mix several times; each draw has its own words.
     """
     return _raw(seed, (epoch, MIX, step, number, draw), count)
 

@@ -1,4 +1,4 @@
-"""What networks, losses and reports must know of a data set, whoever loads it."""
+"""What networks, losses and reports must know about a data set, however it is loaded."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""Crop, flip and normalise whole batches of uint8 images where they live, CPU or GPU.
+"""Crop, flip and normalise whole batches of uint8 images on their own device, CPU or GPU.
 
-The loaders make their view x of stored images with it; `fastkd.augment.views` makes x' of x.
+The loaders use it to make x from stored images; `fastkd.augment.views` makes x' from x.
 Nothing here draws a random number (`fastkd.data.draws` does) or synchronises with the host.
 
 Formula per image n with corner (top, left) in the padded image and flip f:
@@ -111,7 +111,7 @@ def gather_crops(
     crops_BHWC = runs.index_select(0, rows).view(-1, height, width, channels)
     if flip_B is None:
         return crops_BHWC
-    # Choosing whole images from (plain, mirrored) beats torch.where, which goes byte by byte.
+    # Choosing whole images from (plain, mirrored) beats torch.where, which works byte by byte.
     both = torch.cat([crops_BHWC, crops_BHWC.flip(2)])
     batch = crops_BHWC.shape[0]
     return both.index_select(0, torch.arange(batch, device=flip_B.device) + batch * flip_B)

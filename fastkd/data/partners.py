@@ -1,6 +1,6 @@
-"""Partners: the images that x is mixed with, which may be another rank's.
+"""Partners: the images that x is mixed with, possibly from another rank.
 
-Their pixels follow from sample id and epoch alone, so a loader shows them without asking that rank.
+Their pixels depend on sample id and epoch alone, so a loader makes them without that rank's help.
 """
 
 from collections.abc import Callable, Sequence

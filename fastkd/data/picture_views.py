@@ -1,18 +1,18 @@
-"""Second views x' that are made of the picture, before it is normalised, and not of x or a partner.
+"""Second views x' made from the unnormalised picture, not from x or a partner.
 
-Sits inside the loaders, which alone have the pictures: uint8 crop -> [here] -> normalise -> x'.
-    cropflip     another crop and flip of the same picture, drawn like those of x
+Used inside the loaders, which alone have the pictures: uint8 crop -> [here] -> normalise -> x'.
+    cropflip     another crop and flip of the same picture, drawn as for x
     randaugment  RandAugment of the crop that x shows (Cubuk et al. 2019, arXiv:1909.13719), with
                  torchvision's 2 operations of magnitude 9
     autoaugment  AutoAugment's policy for CIFAR-10 on that crop (Cubuk et al. 2018,
                  arXiv:1805.09501)
-The operations are those of torchvision.transforms.v2. They draw from torch's global generator, so
-it is seeded for every image, from (seed, epoch, sample id, number of the view), and put back. A
-policy works on the host, image by image; for fast steps data.backend=torch has workers do it.
+The operations are torchvision.transforms.v2's. They draw from torch's global generator, which is
+seeded for every image from (seed, epoch, sample id, number of the view) and restored. A policy
+runs on the host, image by image; for fast steps data.backend=torch moves it to workers.
 
 KD on views stronger than crop and flip is the subject of "Understanding the Success of KD: A Data
-Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch by one
-draw, and pixels that it recovers from the normalised x; here every image has a draw of its own.
+Augmentation Perspective". The authors' later code (Good-DA-in-KD) transforms the whole batch with
+one draw, on pixels recovered from the normalised x; here every image has its own draw.
 """
 
 import functools
@@ -34,7 +34,7 @@ PICTURE_VIEWS: tuple[PictureKind, ...] = get_args(PictureKind)
 
 @dataclass(frozen=True)
 class PictureView:
-    """So many views of one kind of every picture.
+    """`times` views of one kind for every picture.
 
     Raises:
         ValueError: another kind, or less than one view.
@@ -42,7 +42,7 @@ class PictureView:
 
     kind: PictureKind
     times: int = 1
-    """How many, each with draws of its own."""
+    """Number of views, each with its own draws."""
 
     def __post_init__(self) -> None:
         if self.kind not in PICTURE_VIEWS or self.times < 1:
@@ -53,7 +53,7 @@ class PictureView:
 
     @property
     def is_crop(self) -> bool:
-        """Whether the view is another crop of the picture, which the loader cuts."""
+        """Whether the view is another crop of the picture, made by the loader."""
         return self.kind == "cropflip"
 
     @property
@@ -69,7 +69,7 @@ class PictureView:
         num_samples: in the split, over all ranks.
         """
         policy = _policy(self.kind)
-        # As torchvision wants them, and without a copy.
+        # As torchvision expects them, and without a copy.
         crops_BCHW = crops_BHWC.permute(0, 3, 1, 2)
         made_BHWC = crops_BHWC.new_empty(self.times * len(crops_BHWC), *crops_BHWC.shape[1:])
         row = 0
@@ -95,5 +95,5 @@ def _policy(kind: str) -> Callable[[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=32)
 def _seeds(seed: int, epoch: int, appearance: int, num_samples: int) -> np.ndarray:
-    """By sample id, int64 [N]; 32 bits, all that torch's generator on the CPU takes."""
+    """By sample id, int64 [N]; 32 bits, the most that torch's CPU generator takes."""
     return integer_table(seed, epoch, POLICY, num_samples, 1 << 32, appearance)

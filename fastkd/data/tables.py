@@ -13,7 +13,7 @@ _Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A numpy array on the device, by a copy that the host does not wait for."""
+    """A numpy array copied to the device without making the host wait."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -21,10 +21,10 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class GeometryTables:
-    """Corner and flip of every sample id, for whichever epoch is asked for; keeps the last one.
+    """Corner and flip of every sample id in a given epoch; caches the last epoch.
 
     A sample that is shown several times in an epoch has a corner and a flip for each appearance;
-    0 is that of x.
+    appearance 0 is x.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class GeometryTables:
         self._tables: dict[int, _Tables] = {}
 
     def of(self, epoch: int, index_B: Tensor, appearance: int = 0) -> _Tables:
-        """(top, left, flip) of some samples: int64, int64, bool; None where nothing varies."""
+        """(top, left, flip) of some samples: int64, int64, bool; None if nothing varies."""
         if epoch != self._epoch:
             self._tables = {}
             self._epoch = epoch
@@ -53,7 +53,7 @@ class GeometryTables:
     def crop(
         self, pictures_BHWC: Tensor, index_B: Tensor, epoch: int, appearance: int = 0
     ) -> Tensor:
-        """The pictures of these samples, padded, cut out and flipped as drawn; uint8 likewise."""
+        """The pictures of these samples, padded, cropped and flipped as drawn; uint8 as well."""
         if self._geometry == NO_GEOMETRY:
             return pictures_BHWC
         return gather_crops(

@@ -1,6 +1,6 @@
 """Exact metrics on the validation images: every sample once, over all ranks.
 
-Accuracy where an image has one class, mean average precision where it has several labels.
+Accuracy if an image has one class, mean average precision if it has several labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,18 +47,18 @@ def evaluate(
     world: World,
     multilabel: bool = False,
 ) -> dict[str, float]:
-    """Metrics over all samples of all ranks, alike on every rank; `fastkd.evaluation.headline`
-    names the main.
+    """Metrics over all samples of all ranks, equal on every rank; `fastkd.evaluation.headline`
+    names the main one.
 
     forward: images [N, 3, H, W] -> logits [N, C], in evaluation mode already.
     multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].
 
-    One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy), of the
-    samples with a label: a negative class id is none.
+    One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy), over
+    the samples with a label: a negative class id means no label.
     Several labels: `map`, the mean over classes of the area under the steps of precision over
     recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
-    unknown labels; `loss` (mean binary cross entropy); `chance`, the mAP that scores which know
-    nothing are expected to have. Both: `samples`.
+    unknown labels; `loss` (mean binary cross entropy); `chance`, the expected mAP of scores
+    that carry no information. Both: `samples`.
 
     Raises:
         UserError: no validation image has a label, or mAP finds labels that it cannot use.
@@ -108,7 +108,7 @@ def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str
 
 
 def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
-    """The order of all samples decides, so all ranks get all scores."""
+    """mAP depends on the order of all samples, so all ranks get all scores."""
     from torchmetrics.functional.classification import binary_average_precision
 
     pairs = [torch.cat([logits, labels.to(logits.dtype)], 1) for logits, labels in answers]
@@ -128,7 +128,7 @@ def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str,
     judged_C = positives_C > 0
     if not judged_C.any():
         raise UserError("mAP wants a positive label, and the validation images have none")
-    # Class by class: torchmetrics' multilabel form wants at least two.
+    # Class by class: torchmetrics' multilabel form needs at least two.
     average_precisions = [
         binary_average_precision(_places(logits_N), targets_N.long(), ignore_index=int(IGNORED))
         for logits_N, targets_N in zip(
@@ -146,9 +146,9 @@ def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str,
 
 
 def _places(logits_N: Tensor) -> Tensor:
-    """The place of each sample in the order of the scores, in 0..1; equal scores share one.
+    """The rank of each sample by score, in 0..1; equal scores share a rank.
 
-    Only the order counts. torchmetrics takes the sigmoid of anything outside of 0..1, which in
-    fp32 is 1 for many a large logit: the order would be lost.
+    Only the order matters. torchmetrics takes the sigmoid of anything outside of 0..1, which in
+    fp32 is 1 for every large logit: the order would be lost.
     """
     return torch.unique(logits_N, return_inverse=True)[1].double() / len(logits_N)

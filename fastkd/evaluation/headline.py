@@ -1,6 +1,6 @@
-"""What a run is judged by: one headline metric per kind of data, by name and as it is printed.
+"""What a run is judged by: one headline metric per kind of data, with its printed name.
 
-The evaluation decides which one it is; trainer, report and screen only look it up here.
+The evaluation decides which one applies; trainer, report and screen only look it up here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ shares of 1, larger is better."""
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """The key of HEADLINES that an evaluation, a row of metrics or a summary has.
+    """The key of HEADLINES in an evaluation, a row of metrics or a summary.
 
-    `accuracy` where it has none: a run that failed, a network that was only counted.
+    `accuracy` if there is none: a run that failed, a network that was only counted.
     """
     forms = ("{}", "val_{}", "{}_last", "{}_best")
     return next(
@@ -26,11 +26,11 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def headline_of(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The one that a table has: that of its first row with another than `accuracy`, else that."""
+    """Headline metric of a table: the first row's that is not `accuracy`, else `accuracy`."""
     return next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
 
 
 def of_epoch(found: Mapping[str, float]) -> dict[str, float]:
-    """What a row of metrics.jsonl takes of an evaluation, as `val_NAME`."""
+    """The values of an evaluation that enter a row of metrics.jsonl, as `val_NAME`."""
     of_the_data = ("samples", "chance")
     return {f"val_{name}": value for name, value in found.items() if name not in of_the_data}

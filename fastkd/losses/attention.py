@@ -22,10 +22,10 @@ class AT(PairTerm):
         distance:     loss = mean over images of |a_student - a_teacher|
 
     `pairs` maps a tap of the student to a tap of the teacher, zoo taps or module paths. Where the
-    sizes differ the larger map is average-pooled to the smaller. `form` is that of
+    sizes differ the larger map is average-pooled to the smaller. `form` is passed to
     `fastkd.kernels.attention_loss`: "mean_square", which the released code of AT, RepDistiller and
-    Moonshine computes, or "distance", the norm in equation 2 of the papers, whose beta is twice the
-    weight then.
+    Moonshine computes, or "distance", the norm in equation 2 of the papers; their beta is then
+    twice the weight.
 
     Args:
         form: mean_square as the released codes, or distance as equation 2 (weight is then beta /
@@ -52,7 +52,7 @@ class AT(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Refuse taps that are no feature maps."""
+        """Refuse taps that are not feature maps."""
         self.map_shapes(context)
 
     @override

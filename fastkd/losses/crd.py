@@ -26,25 +26,26 @@ __all__ = ["CRD"]
 
 
 class CRD(PairTerm):
-    """Tell a sample's own feature in the other network's bank from those of other classes.
+    """Distinguish a sample's own feature in the other network's bank from other classes' features.
 
         v = embedded and of length 1, m = rows of the bank, q_j = exp(v . m_j / temperature) / Z,
         loss = -mean over rows of [log q_own / (q_own + c + eps) + sum_j log c / (q_j + c + eps)]
 
     with c = K / M, eps = 1e-7, once with the student's v against the teacher's bank and once the
     other way round, added. The embeddings are linear and both trained. The K negatives of a row
-    are drawn without replacement from all samples of other classes, each step anew. Z is M times
-    the mean exponential of the first batch, one per direction, and then stays. Scores use the banks
-    as they were; then a good step moves the rows of its batch: normalise(momentum * old + (1 -
-    momentum) * v).
+    are drawn without replacement from all samples of other classes, anew in each step. Z is M times
+    the mean exponential of the first batch, one per direction, and then fixed. Scores use the banks
+    from before the step; a good step then updates the rows of its batch: normalise(momentum * old +
+    (1 - momentum) * v).
 
-    With several ranks always joined: they hold the same banks and Z, made of the rows of all ranks,
-    and value and update are those of one process with the joined batch, but that each rank draws
-    negatives of its own. There is no gather=false: rows are compared with the bank, not with each
-    other, so with given banks and Z the loss of a rank's rows is the same either way, while banks
-    written by one rank alone would part, and a checkpoint, which keeps one copy, could not resume
-    the others. With accumulation Z is that of the first micro-batch. Banks take 8 M D bytes. A step
-    holds several N x M matrices: it multiplies with the whole bank and picks from the products.
+    Several ranks are always joined: they hold the same banks and Z, computed from the rows of all
+    ranks. Value and update equal those of one process with the joined batch, except that each rank
+    draws its own negatives. There is no gather=false: rows are compared with the bank, not with
+    each other, so for given banks and Z the loss of a rank's rows is the same either way. Banks
+    written by one rank alone would diverge, and a checkpoint, which keeps one copy, could not
+    resume the others. With accumulation Z comes from the first micro-batch. Banks take 8 M D bytes.
+    A step holds several N x M matrices: it multiplies with the whole bank and picks from the
+    products.
 
     Args:
         pairs: Tap of the student: tap of the teacher; one pair.
@@ -60,7 +61,7 @@ class CRD(PairTerm):
     Tests: tests/losses/test_crd.py, test_relations_on_ranks.py; oracle feature_oracle.json.
     """
 
-    # The labels, too, need no copy before and no broadcast in every step.
+    # The labels, too, need no copy in advance and no broadcast in every step.
     banks = ("student_MD", "teacher_MD", "normalizer_2", "labels_M")
     uses_index = True
     pairs_wanted = "has one bank per network: give one pair"
@@ -88,7 +89,7 @@ class CRD(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Make embeddings and banks; UserError where there are too few samples of other classes."""
+        """Make embeddings and banks; UserError if there are too few samples of other classes."""
         num, labels_M = context.num_samples, context.train_labels_N
         others = num - int(torch.bincount(labels_M).max())
         if self.negatives > others:
@@ -107,7 +108,7 @@ class CRD(PairTerm):
 
     @override
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """The carry holds what all ranks make of their rows."""
+        """The carry holds the updates from the rows of all ranks."""
         student, teacher = (tensor.flatten(1) for tensor in self.wanted(inputs))
         with autocast_like(student):
             student, teacher = self.embed_student(student), self.embed_teacher(teacher)
@@ -115,7 +116,7 @@ class CRD(PairTerm):
         own_N1 = inputs.index_N[:, None]
         picked_NK = torch.cat([own_N1, self.draw_negatives(inputs.labels_N)], dim=1)
         scores = [
-            # The picked rows themselves, [N, K + 1, D], would be more than the products with all.
+            # The picked rows themselves, [N, K + 1, D], would take more memory than all products.
             (anchor_ND @ bank_MD.T).gather(1, picked_NK).div(self.temperature).exp()
             for anchor_ND, bank_MD in (
                 (student_ND, self.teacher_MD),
@@ -153,7 +154,8 @@ class CRD(PairTerm):
     def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
         """Move the banks' rows of all ranks; keep the first Z."""
         index_G = carry["index"]
-        # A sampler may fill up with repeated ids: the first row counts, whoever writes last.
+        # A sampler may pad with repeated ids: the first row counts, in whatever order they are
+        # written.
         first_G = (index_G[:, None] == index_G).int().argmax(1)
         for bank_MD, key in ((self.student_MD, "student"), (self.teacher_MD, "teacher")):
             old_GD = bank_MD[index_G]

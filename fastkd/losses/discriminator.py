@@ -23,15 +23,16 @@ LR_SCALE = {"released": 1.0, "paper": 0.01}
 
 
 class Discriminator(LossTerm):
-    """A small network tells the student's logits from the teacher's.
+    """A small network learns to distinguish the student's logits from the teacher's.
 
         D = Linear C -> hidden[0] -> hidden[1] -> 2, ReLU between, on the 2 N rows of both logits
         loss = mean over 4 N entries of BCE(sigmoid(D(row)), (1, 0) of student, (0, 1) of teacher)
 
-    Of several teachers it sees the mean of their logits, as released ("the last output layer before
-    softmax" in the paper): not those of the mean probability, which the similarity loss imitates.
+    With several teachers it sees the mean of their logits, as released ("the last output layer
+    before softmax" in the paper), not the logits of the mean probability, which the similarity loss
+    uses.
 
-    `mode` says what the student does with the gradient:
+    `mode` sets what the student does with the gradient:
 
         cooperative  follows it, so that it stays distinguishable: the released code, whose author
                      calls the term a regulariser; the two are not adversaries
@@ -40,10 +41,10 @@ class Discriminator(LossTerm):
         detached     gets none: the discriminator only watches
 
     The hidden widths are C // 8 and C // 64 as released (1000 -> 125 -> 15 -> 2), but at least 16
-    and 8, without which 10 classes would leave none. `last_relu` also clips the two outputs as the
+    and 8, because 10 classes would leave none. `last_relu` also clips the two outputs as the
     released code does; one of them is then often dead from the start. `lr_rule`: "released" trains
-    it at the student's rate, which the released code came to by accident, "paper" at a hundredth of
-    it, which is its flag of 1e-4 beside the student's 0.01. No weight decay.
+    it at the student's rate, which the released code does by accident; "paper" at a hundredth of
+    it, as its flag of 1e-4 and the student's 0.01 imply. No weight decay.
 
     Args:
         weight: Factor in the total; 1 in the released code.
@@ -91,7 +92,7 @@ class Discriminator(LossTerm):
 
     @override
     def param_groups(self) -> list[dict[str, Any]]:
-        """One, by `lr_rule`."""
+        """One group, with the rate that `lr_rule` sets."""
         scale = LR_SCALE[self.lr_rule]
         return [{"params": list(self.parameters()), "lr_scale": scale, "weight_decay": 0.0}]
 

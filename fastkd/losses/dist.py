@@ -31,13 +31,14 @@ class DIST(LossTerm):
 
     The total of the paper is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet.
 
-    Under several ranks `gather=True` takes the columns over the samples of all ranks, which is one
-    process on the joined batch; otherwise each rank takes its own, and their mean counts.
+    With several ranks, `gather=True` takes the columns over the samples of all ranks, which equals
+    one process on the joined batch; otherwise each rank uses its own samples, and the mean over
+    ranks counts.
 
     Args:
         weight: Factor in the total; the paper uses 2.
         temperature: T of both softmaxes.
-        gather: Correlate each class over the samples of all ranks, not of one.
+        gather: Correlate each class over the samples of all ranks instead of one.
         view: View on which the logits are compared.
 
     Source: Huang et al. 2022, arXiv:2205.10536, section 4; hunto/image_classification_sota

@@ -25,7 +25,7 @@ __all__ = ["DKD", "decoupled_rows"]
 
 
 class DKD(LossTerm):
-    """KD decoupled into the label's class and the others; add the cross entropy beside it.
+    """KD decoupled into the label's class and the others; add a cross entropy loss to it.
 
         TCKD = T^2 KL(b_teacher || b_student),  b = (p_y, 1 - p_y) for the label y
         NCKD = T^2 KL(q_teacher || q_student),  q = softmax at T over the other classes
@@ -39,7 +39,7 @@ class DKD(LossTerm):
     of 9).
 
     Args:
-        weight: Factor of the whole; 1 in the paper, 9 to 18 with standardize.
+        weight: Factor in the total; 1 in the paper, 9 to 18 with standardize.
         alpha: Factor of the part about the label's class (TCKD).
         beta: Factor of the part about the other classes (NCKD).
         temperature: T of both softmaxes.

@@ -25,7 +25,7 @@ __all__ = ["KDLoss", "KLDivLoss", "Preset"]
 Reduction = Literal["mean", "sum", "none"]
 Preset = Literal["repdistiller", "mdistiller", "timm", "deit", "modelopt", "moonshine", "meal_v2"]
 
-# What each package's own code computes at its defaults; the formulas were read in the files named.
+# What each package computes at its defaults, read from the source files named.
 _PRESETS: dict[Preset, dict[str, Any]] = {
     # HobbitLong/RepDistiller distiller_zoo/KD.py, scripts: -r 0.1 -a 0.9, --kd_T 4
     "repdistiller": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
@@ -64,11 +64,11 @@ class KDLoss(nn.Module):
         keep_teacher_entropy: report T^2 * cross entropy with the teacher instead of T^2 * KL. Adds
             the teacher's entropy, a constant: the gradient is the same.
         label_smoothing: share of the hard target spread over all classes, 0 to 1.
-        ignore_index: rows with this label count neither in a term nor in the divisor.
+        ignore_index: rows with this label count in neither the terms nor the divisor.
         reduction: "mean" over rows, "sum", or "none" (one value per row, 0 where ignored).
         class_dim: 1 as in `nn.CrossEntropyLoss` ([N, C] or [N, C, H, W]), or -1 for [..., C].
-        check: look at the values too (labels in range or probabilities, logits that are no
-            probabilities); this waits for the device, use it while debugging.
+        check: check the values too (labels in range or probabilities, logits that are not
+            probabilities); this waits for the device, so use it for debugging.
     """
 
     def __init__(  # noqa: PLR0913 - a frozen public signature
@@ -212,7 +212,7 @@ class KDLoss(nn.Module):
             return self.temperature**2 * torch.special.entr(p / len(teachers)).sum(self.class_dim)
 
     def extra_repr(self) -> str:
-        """As `print` shows it: temperature and weights, then what is not as it is by default."""
+        """For `print`: temperature and weights, then everything that is not at its default."""
         given = signature(type(self)).parameters
         weights = ("temperature", "alpha", "ce_weight", "kd_weight")
         others = {name: getattr(self, name) for name in given if name not in weights}
@@ -229,8 +229,8 @@ class KLDivLoss(nn.KLDivLoss):
     """`nn.KLDivLoss` under another import: same signature, numbers, reductions and gradients.
 
     `forward(input, target)` takes log-probabilities and probabilities (or log-probabilities with
-    log_target=True), the student first. It runs torch's own kernels and adds the one thing that
-    goes wrong silently: with check=True, probabilities or logits in place of log-probabilities and
+    log_target=True), the student first. It runs torch's own kernels and catches the mistakes that
+    torch does not: with check=True, probabilities or logits in place of log-probabilities and
     a swapped order are errors (this waits for the device). From raw logits, `KDLoss` is faster.
     """
 

@@ -1,4 +1,4 @@
-"""FT: factor transfer, the translated student imitates what a paraphraser makes of the teacher."""
+"""FT: factor transfer. The translated student imitates a paraphrase of the teacher."""
 
 from typing import Annotated, Any
 
@@ -32,13 +32,13 @@ class FT(PairTerm):
     Parts: `<name>` and `<name>_reconstruction`, of weight 1, which trains only the paraphraser.
 
     Its authors train the paraphraser before the student (30 epochs in the reference) and then
-    freeze it. fastkd has no such first stage: here both learn side by side, and the target moves
-    until the paraphraser has settled, so published numbers of FT are not its. The paraphraser has a
-    fifth of the student's learning rate: 0.01 beside 0.05, which the reference's first stage takes
-    for ResNets and wide ResNets.
+    freeze it. fastkd has no such first stage: here both learn together, and the target moves
+    until the paraphraser has settled, so expect results to differ from the published ones. The
+    paraphraser has a fifth of the student's learning rate, 0.01 for 0.05, as in the reference's
+    first stage for ResNets and wide ResNets.
 
     Args:
-        rate: Channels of the factor over those of the teacher's map; k in the paper.
+        rate: Channels of the factor divided by the teacher's channels; k in the paper.
 
     Source: Kim et al. 2018, arXiv:1802.04977; HobbitLong/RepDistiller distiller_zoo/FT.py, the
     modules in HobbitLong/RepDistiller models/util.py, the first stage in HobbitLong/RepDistiller

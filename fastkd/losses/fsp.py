@@ -1,4 +1,4 @@
-"""FSP: how a network's channels go together from one tap to the next.
+"""FSP: how a network's channels correlate from one tap to the next.
 
 Shape suffixes: N images, A and B channels of a tap and of the next one, P = H * W pixels.
 """
@@ -30,12 +30,12 @@ class FSP(PairTerm):
 
     `pairs` name the taps in the order in which the networks compute them, at least two; each tap of
     the student has as many channels as its partner. Inside a network the larger of two consecutive
-    maps is average-pooled to the smaller; student and teacher may differ in size. Nothing of its
-    own is trained.
+    maps is average-pooled to the smaller; student and teacher may differ in size. The loss
+    has no trained parameters.
 
     Its authors train the student's body with this loss alone first (30 epochs in the reference) and
-    then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
-    losses from the first step to the last, so published numbers of FSP are not its.
+    then with cross entropy alone. fastkd has no such first stage: here it is added to the other
+    losses for the whole run, so expect results to differ from the published ones.
 
     Args:
         pairs: Tap of the student: tap of the teacher, from the first to the last, e.g. {stem: stem,
@@ -48,9 +48,7 @@ class FSP(PairTerm):
     Tests: tests/losses/test_fsp.py, test_terms_on_ranks.py; oracle feature_oracle.json.
     """
 
-    pairs_wanted = (
-        "compares what lies between taps: give two or more pairs, in the order of the networks"
-    )
+    pairs_wanted = "compares consecutive taps: give two or more pairs, in the order of the networks"
 
     def __init__(
         self,
@@ -63,14 +61,14 @@ class FSP(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Refuse taps that are no feature maps, and pairs of different numbers of channels."""
+        """Refuse taps that are not feature maps, and pairs whose channel counts differ."""
         for number, (student, teacher) in enumerate(self.map_shapes(context)):
             if student[0] != teacher[0]:
                 ours, theirs = self.needs[2 * number : 2 * number + 2]
                 raise UserError(
                     f"losses.{self.name} compares channel by channel, but {ours} has {student[0]} "
-                    f"channels and {theirs} has {teacher[0]}: pair taps of as many, or take "
-                    f"losses.fitnet, losses.vid or losses.at, which bridge other widths"
+                    f"channels and {theirs} has {teacher[0]}: pair taps of equal width, or use "
+                    f"losses.fitnet, losses.vid or losses.at, which handle different widths"
                 )
 
     @override

@@ -46,7 +46,7 @@ class FitNet(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Make the connectors; UserError where no convolution of the list fits."""
+        """Make the connectors; UserError if no convolution of the list fits."""
         self.connectors = nn.ModuleList(
             nn.Sequential(*_resizing(self.name, *pair), nn.ReLU())
             for pair in self.map_shapes(context)
@@ -117,16 +117,15 @@ class AB(PairTerm):
         loss = 0.003 sum over pairs i < n of 2^(i - n + 1) mean over images of
                sum of max(0, margin - sign * connector(student))^2
 
-    `pairs` go from the shallowest to the deepest, whose factor is 1. connector = convolution and
-    batch norm, the convolution that of `FitNet`; between maps of one shape there is none. 0.003 is
-    the reference's.
+    `pairs` go from the shallowest to the deepest, whose factor is 1. connector = convolution (as in
+    `FitNet`) and batch norm; maps of equal shape need none. 0.003 is the reference's.
 
     Its authors train the student's body with this loss alone first (30 epochs in the reference) and
-    then with cross entropy alone. fastkd has no such first stage: here it stands beside the other
-    losses from the first step to the last, so published numbers of AB are not its.
+    then with cross entropy alone. fastkd has no such first stage: here it is added to the other
+    losses for the whole run, so expect results to differ from the published ones.
 
     Args:
-        margin: By how much a neuron must be on its side of 0.
+        margin: How far a neuron must be on its side of 0.
 
     Source: Heo et al. 2019, arXiv:1811.03233; HobbitLong/RepDistiller distiller_zoo/AB.py, its
     first stage in HobbitLong/RepDistiller helper/pretrain.py.
@@ -149,7 +148,7 @@ class AB(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Make the connectors; UserError where no convolution of `FitNet`'s list fits."""
+        """Make the connectors; UserError if no convolution of `FitNet`'s list fits."""
         self.connectors = nn.ModuleList(
             nn.Identity() if student == teacher else _resizing(self.name, student, teacher)
             for student, teacher in self.map_shapes(context)
@@ -165,7 +164,7 @@ class AB(PairTerm):
 
 
 def _resizing(name: str, student: Shape, teacher: Shape) -> nn.Sequential:
-    """Convolution and batch norm from one shape to the other; UserError where none of them fits."""
+    """Convolution and batch norm from one shape to the other; UserError if none fits."""
     channels = (student[0], teacher[0])
     sizes = list(zip(student[1:], teacher[1:], strict=True))
     convolution: nn.Module

@@ -1,8 +1,8 @@
 """Losses for networks without shortcuts: JointRD and the stage-wise error of AlignKD, as terms.
 
 JointRD: Li et al., "Residual Distillation: Towards Portable Deep Neural Networks without
-Shortcuts", NeurIPS 2020. AlignKD: Kao and Lai, whose equations 1 to 3 say what it takes JointRD to
-be.
+Shortcuts", NeurIPS 2020. AlignKD: Kao and Lai, whose equations 1 to 3 give their reading of
+JointRD.
 """
 
 import math
@@ -33,7 +33,7 @@ Feature = Literal["pooled", "logits", "map"]
 
 
 class JointRD(LossTerm):
-    """The teacher's later stages applied to the student's earlier ones; beside the student's CE.
+    """The teacher's later stages applied to the student's earlier ones; to be added to the CE.
 
         paper      eta * (sum over i < n of CE(C(R_i), y) + feature_weight * sum over i <= n of
                    MSE(R_i, teacher)); C is the teacher's classifier, MSE a mean over elements of
@@ -44,11 +44,11 @@ class JointRD(LossTerm):
 
     Of stages 1..n, S_i is the student's output of stage i, R_i the teacher's stages i+1..n on it.
     Parts: `<name>` (CE) and `<name>_features`. eta falls along a cosine from 1 to `eta_end` over
-    `eta_epochs` epochs. Set losses.ce.weight beside it: 1 in the paper, and 0.25 for both in the
-    released form, which multiplies all terms with 1/4. Its authors train the teacher alongside;
-    here it is frozen, as the paper says. feature_weight is 1e-3 at 32 px, 1e-4 at 224 px.
+    `eta_epochs` epochs. Set losses.ce.weight as well: 1 in the paper, and 0.25 for both in the
+    released form, which multiplies all terms by 1/4. Its authors train the teacher at the same
+    time; here it is frozen, as the paper says. feature_weight is 1e-3 at 32 px, 1e-4 at 224 px.
 
-    The student's stages must have the teacher's shapes, and the teacher be of the zoo.
+    The student's stages must have the teacher's shapes, and the teacher must be from the zoo.
     The junctions join on the batch axis as they come, so that each teacher stage runs once.
 
     Args:
@@ -119,7 +119,7 @@ class JointRD(LossTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Checks that the student's features fit; the released form makes its connectors."""
+        """Check that the student's features fit; the released form makes its connectors."""
         run, head, norm = context.teacher_stages, context.teacher_head, context.teacher_norm
         if run is None or head is None:
             raise UserError(
@@ -133,7 +133,7 @@ class JointRD(LossTerm):
                     run(head.weight.new_zeros(1, *shape), tap, (following,))
             except RuntimeError as error:
                 raise UserError(
-                    f"losses.{self.name}: the teacher's layers behind {tap} do not take the "
+                    f"losses.{self.name}: the teacher's layers after {tap} do not accept the "
                     f"student's {tap} of {list(shape)} ({error}): both need equal stages"
                 ) from error
         own, target = self.needs[len(self.stages) - 1 : len(self.stages) + 1]
@@ -195,8 +195,8 @@ class JointRD(LossTerm):
 def partial_l2(student_NCHW: Tensor, teacher_NCHW: Tensor, margin_C11: Tensor) -> Tensor:
     """Squared distance to max(teacher, margin), summed, divided by N; a scalar.
 
-    Elements where the teacher is not positive and the student already below that count nothing:
-    a ReLU follows. Heo et al. 2019, arXiv:1904.01866, as JointRD's code uses it.
+    Elements where the teacher is not positive and the student is already below it do not count,
+    because a ReLU follows. Heo et al. 2019, arXiv:1904.01866, as JointRD's code uses it.
     """
     target_NCHW = torch.maximum(teacher_NCHW, margin_C11)
     counts_NCHW = (teacher_NCHW > 0) | (student_NCHW > target_NCHW)
@@ -205,7 +205,7 @@ def partial_l2(student_NCHW: Tensor, teacher_NCHW: Tensor, margin_C11: Tensor) -
 
 
 def expected_negative(norm: nn.BatchNorm2d) -> Tensor:
-    """Per channel the mean of the negative outputs of a batch norm on normal inputs, [C, 1, 1].
+    """Mean of the negative outputs of a batch norm on normal inputs, per channel, [C, 1, 1].
 
     Outputs are N(bias, weight^2); -3 * |weight| where at most one in a thousand is negative.
     """
@@ -219,7 +219,7 @@ def expected_negative(norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _compared(last: str, form: Form, feature: Feature) -> tuple[str, str]:
-    """Of the last stage the student's tap, and the teacher's tap that all features imitate."""
+    """The student's tap of the last stage, and the teacher's tap that all features imitate."""
     if form == "released":
         return f"{last}:preact", f"{last}:preact"
     return last, last if feature == "map" else feature
@@ -237,8 +237,8 @@ class StageMSE(PairTerm):
         loss = eta * sum over pairs of mean (student - teacher)^2
 
     `pairs` maps taps of the student to taps of the teacher of the same shape; AlignKD has the
-    outputs of all stages, beside losses.kd at temperature 1 with weight and ce_weight 0.5. The
-    error is the mean over elements, or with `reduction="sum"` the sum over those of an image. eta
+    outputs of all stages, plus losses.kd at temperature 1 with weight and ce_weight 0.5. The
+    error is the mean over elements, or with `reduction="sum"` the sum over an image's elements. eta
     falls along a cosine from 1 to `eta_end` over `eta_epochs` epochs; eta_end=1 keeps it at 1.
 
     Args:

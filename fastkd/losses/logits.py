@@ -51,7 +51,7 @@ def standardize(logits_NC: Tensor) -> Tensor:
 
 
 def labelled_ce(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in fp32 of the rows with a label; 0 where there are none."""
+    """Mean cross entropy in fp32 of the rows with a label; 0 if there are none."""
     total = F.cross_entropy(
         widened(logits_NC),
         labels_N,
@@ -68,8 +68,8 @@ class CrossEntropy(LossTerm):
         loss = -mean over rows of log p_student[label],  p = softmax(logits)
 
     With `label_smoothing` e the label counts 1 - e and every class e / C more. Rows labelled -100
-    count neither in the sum nor in the divisor, which under several processes, or with accumulate,
-    is that of each rank's or micro-batch's own rows. Part: `<name>`.
+    count in neither the sum nor the divisor. With several processes, or with accumulate, each rank
+    or micro-batch divides by its own number of rows. Part: `<name>`.
 
     Args:
         weight: Factor in the total.
@@ -113,12 +113,13 @@ class KD(LossTerm):
     Parts: `<name>` (x), `<name>_xprime` (x', full weight, not averaged with x) and `ce` where
     ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
     not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
-    On x, rows labelled -100 count as in `KDLoss`: neither in a sum nor in the divisor, which under
-    several processes, or with accumulate, is that of each rank's or micro-batch's own rows.
+    On x, rows labelled -100 are ignored as in `KDLoss`: they count in neither a sum nor the
+    divisor. With several processes, or with accumulate, each rank or micro-batch divides by its own
+    number of rows.
 
-    xprime_target: what is imitated on x': "teacher", what it says to x' (TLmixup, TLCutMix), or
-    "mixed_logits", its logits of the two images, mixed like their pixels, which is what the
-    released code of the data augmentation paper calls plain CutMix and mixup.
+    xprime_target: what is imitated on x': "teacher", its logits of x' (TLmixup, TLCutMix), or
+    "mixed_logits", its logits of the two images, mixed like their pixels, which the released code
+    of the data augmentation paper calls plain CutMix and mixup.
 
     Args:
         weight: Factor of T^2 KL, on each view.
@@ -126,8 +127,8 @@ class KD(LossTerm):
         temperature: T of both softmaxes.
         label_smoothing: Share of the hard target spread over all classes.
         views: Views on which the student imitates the teacher.
-        xprime_target: On x': what the teacher says to it, or its logits of the two images, mixed
-            like them.
+        xprime_target: On x': the teacher's logits of x', or its logits of the two images, mixed
+            like their pixels.
         standardize: Take both logits of the KL to zero mean and unit deviation per sample first.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
@@ -160,7 +161,7 @@ class KD(LossTerm):
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.views = tuple(views)
-        # Per view: its name, and under which keys the step has the two logits.
+        # Per view: its name, and the keys under which the step has the two logits.
         self.compared = [
             (view, str(Need.of(view, "student", "logits")), str(_target(view, xprime_target)))
             for view in views
@@ -180,10 +181,10 @@ class KD(LossTerm):
         if xprime_target == "mixed_logits":
             if "xprime" not in views:
                 raise UserError(
-                    "xprime_target=mixed_logits is what is imitated on x', which views leaves out: "
+                    "xprime_target=mixed_logits applies to x', which is missing from views: "
                     "give views x and xprime"
                 )
-            # They are mixed of what the teacher says to x.
+            # They are mixed from the teacher's logits of x.
             needs = [*students, *targets, *([] if "x" in views else [TEACHER_LOGITS])]
         if ce_weight and "x" not in views:
             needs.append(STUDENT_LOGITS)
@@ -242,13 +243,14 @@ def _target(view: View, xprime_target: Target) -> Need:
 
 
 class MixedCE(LossTerm):
-    """Cross entropy of the student on x' with the labels of the images that x' is mixed of.
+    """Cross entropy of the student on x' with the labels of the images that x' is mixed from.
 
         loss = mean over rows of stays * CE(x', y) + (1 - stays) * CE(x', y_partner)
 
     `stays` is lambda of mixup, and for CutMix the share of pixels that the box, clipped to the
-    image, leaves. An x' of one image, as in Cutout, has its label. Beside KL on both views one
-    reading of the data augmentation paper's "KD+CutMix"; the other is KD's `xprime_target`.
+    image, leaves. An x' made from one image, as in Cutout, has its label. Added to KL on both views
+    it is one reading of the data augmentation paper's "KD+CutMix"; the other is KD's
+    `xprime_target`.
 
     Args:
         weight: Factor in the total.
@@ -256,7 +258,7 @@ class MixedCE(LossTerm):
     Source: Zhang et al. 2018, arXiv:1710.09412, section 2; Yun et al. 2019, arXiv:1905.04899,
     section 3.1; clovaai/CutMix-PyTorch train.py.
     Needs: the student's logits on x' and the mixed labels.
-    Weight: 1, the references'; 0.9 beside KD, as in the data augmentation paper's code.
+    Weight: 1, the references'; 0.9 together with KD, as in the data augmentation paper's code.
     Tests: tests/losses/test_mixed_targets.py, tests/augment/test_mix.py,
     tests/training/test_two_ranks.py; no released number, the formula is the oracle.
     """
@@ -284,8 +286,8 @@ class SoftCE(LossTerm):
 
         loss = -T^2 mean over rows of sum over classes of p_teacher * log p_student
 
-    KD plus the teacher's entropy, a constant. With T = 1 and weight 1 the similarity loss of
-    MEAL V2, which has no other loss but `Discriminator`.
+    This is KD plus the teacher's entropy, a constant. With T = 1 and weight 1 it is the similarity
+    loss of MEAL V2, whose only other loss is `Discriminator`.
 
     Args:
         weight: Factor in the total; 1 in MEAL V2.

@@ -37,10 +37,11 @@ class BinaryCrossEntropy(LossTerm):
 
         loss = mean over all known labels of the batch of -[y log s(z) + (1 - y) log(1 - s(z))]
 
-    s is the sigmoid, z the student's logits. The mean is that of `nn.BCEWithLogitsLoss`, over
-    images and classes; unknown labels (-1) count neither in the sum nor in the divisor, which under
-    several processes, or with accumulate, is that of each rank's or micro-batch's own rows, as is
-    usual for an ignored label. MEAL V2 fine-tunes so on VOC 2007. Part: `<name>`.
+    s is the sigmoid, z the student's logits. As in `nn.BCEWithLogitsLoss` the mean is over images
+    and classes; unknown labels (-1) count in neither the sum nor the divisor. With several
+    processes, or with accumulate, each rank or micro-batch divides by its own number of known
+    labels, as is usual for an ignored label. MEAL V2 uses it to fine-tune on VOC 2007. Part:
+    `<name>`.
 
     Args:
         weight: Factor in the total.
@@ -64,7 +65,7 @@ class BinaryCrossEntropy(LossTerm):
 
     @override
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """In fp32 whatever the autocast type; 0 where not one label of the batch is known."""
+        """In fp32 whatever the autocast type; 0 if no label of the batch is known."""
         (logits_NC,) = self.wanted(inputs)
         total, known = known_bce(widened(logits_NC), inputs.labels_N)
         return TermOutput({self.name: total / known.clamp(min=1)})

@@ -1,4 +1,4 @@
-"""NST: neuron selectivity transfer, the distance of two sets of channel maps.
+"""NST: neuron selectivity transfer, the distance between two sets of channel maps.
 
 Shape suffixes: N images, C channels, P = H * W pixels.
 """
@@ -37,7 +37,7 @@ class NST(PairTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """Refuse taps that are no feature maps."""
+        """Refuse taps that are not feature maps."""
         self.map_shapes(context)
 
     @override

@@ -25,13 +25,13 @@ __all__ = ["CC", "PKT", "RKD", "SP"]
 class Relation(PairTerm):
     """Base: a loss between two sets of rows [N, D], the student's and the teacher's.
 
-    gather: with several ranks, True lets every rank compare the rows of all of them, which gives
-    what one process makes of the joined batch; ranks must share the batch evenly, as fastkd's
-    loaders do. False leaves each rank its own rows: value and gradient are the mean over the
-    ranks. With accumulation the batch is a micro-batch in both cases, which is another loss.
+    gather: with several ranks, True lets every rank compare the rows of all ranks, with the same
+    result as one process on the joined batch; the batch must be split evenly, as fastkd's loaders
+    do. With False each rank compares its own rows, and value and gradient are the mean over the
+    ranks. With accumulation the batch is a micro-batch in both cases, which changes the loss.
 
     Args:
-        gather: Compare the samples of all ranks with each other, not only those of one.
+        gather: Compare the samples of all ranks with each other, not only within one rank.
     """
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float, *, gather: bool) -> None:
@@ -100,7 +100,7 @@ class PKT(Relation):
         pairs: Tap of the student: tap of the teacher.
 
     Source: Passalis and Tefas 2018, arXiv:1803.10837, section 3; HobbitLong/RepDistiller
-    distiller_zoo/PKT.py, whose mean stands for the paper's sum.
+    distiller_zoo/PKT.py, which takes a mean instead of the paper's sum.
     Needs: pairs of taps on x, by default the pooled vectors.
     Weight: 30000, the reference's.
     Tests: tests/losses/test_relations.py, test_relations_on_ranks.py; oracle feature_oracle.json.
@@ -218,7 +218,7 @@ class RKD(Relation):
 
 def _geometry(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Distances [N, N] in units of their mean, and cosines [N, N, N] of the angles at i."""
-    # Differences, not a Gram matrix: of nearly equal rows it would leave rounding errors only.
+    # Differences, not a Gram matrix: for nearly equal rows it would leave only rounding errors.
     apart_NND = rows_ND[:, None] - rows_ND
     distance_NN = torch.linalg.vector_norm(apart_NND, dim=2)
     positive_NN = distance_NN > 0

@@ -35,9 +35,9 @@ class ReviewKD(LossTerm):
 
     HCL is `context_loss`. From deep to shallow, a level's student map is fused with what the deeper
     levels left (`Fusion`) and brought to the teacher's width and size. `student` and `teacher` name
-    the taps of the levels, the shallowest first; those of the teacher are pre-activation, `pooled`
-    vectors are maps of 1x1. The defaults suit networks of three stages. Add the cross entropy
-    beside it.
+    the taps of the levels, the shallowest first; the teacher's are pre-activation, `pooled`
+    vectors are maps of 1x1. The defaults suit networks of three stages. Add a cross entropy loss
+    to it.
 
     Weights of the reference: 5 for wide ResNets, resnet8x4 and ShuffleNetV1, 8 for ShuffleNetV2,
     0.6 for resnet20, 1 for resnet32; on ImageNet 1 for ResNet-34 to ResNet-18 and 8 for ResNet-50

@@ -38,7 +38,7 @@ class SimKD(LossTerm):
         weight: Factor in the total; 1 in the paper.
         student: Tap of the student: its last map.
         teacher: Tap of the teacher: the map that it pools.
-        factor: The projector's inner width is that of the teacher divided by this.
+        factor: The projector's inner width is the teacher's divided by this.
 
     Source: Chen et al. 2022, arXiv:2203.14001, section 3; class SimKD of DefangChen/SimKD
     models/util.py, and DefangChen/SimKD helper/loops.py.
@@ -67,7 +67,7 @@ class SimKD(LossTerm):
 
     @override
     def bind(self, context: BindContext) -> None:
-        """The projector; UserError where the teacher's classifier does not fit its map."""
+        """The projector; UserError if the teacher's classifier does not fit its map."""
         student, teacher = (context.shapes[need] for need in self.needs)
         for need, shape in ((self.needs[0], student), (self.needs[1], teacher)):
             if len(shape) != 3:
@@ -95,11 +95,11 @@ class SimKD(LossTerm):
         self._head = (head,)
 
     def _check_pooled(self, context: BindContext) -> None:
-        """UserError where more than pooling lies between the tap and the classifier."""
+        """UserError if there is more than pooling between the tap and the classifier."""
         pooled = None if context.teacher_pooled is None else context.teacher_pooled()
         if pooled is None or self.teacher in pooled:
             return
-        cure = "no tap feeds it through pooling alone: take another teacher"
+        cure = "no tap feeds it through pooling alone: use another teacher"
         if pooled:
             cure = f"set losses.{self.name}.teacher={pooled[0]}, which it pools"
         raise UserError(
@@ -110,7 +110,7 @@ class SimKD(LossTerm):
 
     @override
     def forward(self, inputs: TermInputs) -> TermOutput:
-        """The training accuracy is that of the projected map."""
+        """The training accuracy is measured on the projected map."""
         student_NCHW, teacher_NCHW = self.wanted(inputs)
         if self.teacher.endswith(":preact"):
             teacher_NCHW = teacher_NCHW.relu()

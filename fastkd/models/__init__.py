@@ -1,4 +1,4 @@
-"""Networks: the zoo, timm and torchvision by name, their taps and cost, and how to rewrite them."""
+"""Networks: the zoo, timm and torchvision by name, their taps, their cost, and rewrites."""
 
 from fastkd.models.counting.count import Count, count
 from fastkd.models.registry import create_model, list_models, model_from_file

@@ -1,4 +1,4 @@
-"""What fastkd knows of a network beyond its layers, in one attribute: `card_of(model)`.
+"""What fastkd knows about a network beyond its layers, in one attribute: `card_of(model)`.
 
 `create_model` writes the card; rewrites, `freeze_backbone` and loaders of weights replace it.
 """
@@ -21,21 +21,21 @@ class Card:
     """Origin and state of a network. All fields are unknown for a network built elsewhere."""
 
     name: str | None = None
-    """With `num_classes` and `options` what `create_model` builds it from; None if it cannot."""
+    """Its name for `create_model`, with `num_classes` and `options`; None if it cannot build it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
     normalization: Normalization | None = None
     """(mean, std) per channel that its weights expect, for images in [0, 1]."""
     head: tuple[str, ...] | None = None
-    """Paths of the layers that hold the classes; None until `classifier_paths` has looked."""
+    """Paths of the classifier layers; None until `classifier_paths` has searched."""
     trained: tuple[str, ...] | None = None
-    """Paths of the only layers that are trained, where the backbone is frozen."""
+    """If the backbone is frozen, paths of the layers that are trained."""
     report: RewriteReport | None = None
     """What the last rewrite changed."""
 
     @property
     def facts(self) -> NetworkFacts:
-        """What a weight file says of the network."""
+        """What a weight file says about the network."""
         return NetworkFacts(
             architecture=self.name,
             num_classes=self.num_classes,
@@ -45,7 +45,7 @@ class Card:
 
 
 def card_of(model: nn.Module) -> Card | None:
-    """The card of a network; None if fastkd has neither built nor changed it."""
+    """The card of a network; None if fastkd neither built nor changed it."""
     return getattr(model, CARD, None)
 
 

@@ -1,4 +1,4 @@
-"""Keys of a recipe on one network: which, from which weights, what of it is trained."""
+"""Recipe keys for one network: which one, from which weights, which part is trained."""
 
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class StudentConfig(Section):
     width: PositiveFloat | None = None
     """Factor on all widths of a zoo residual network."""
     block: str | None = None
-    """Cheap block instead of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
+    """Cheap block in place of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
     shortcuts: bool | Literal["pad", "projection"] | None = None
     """false: none; projection: only where the shape changes; pad: there without weights."""
     stem: str | None = None
@@ -32,11 +32,11 @@ class StudentConfig(Section):
     weights: str | None = None
     """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
     pretrained: bool = False
-    """Download the published weights of a timm or torchvision network; weights=... goes before."""
+    """Download the published weights of a timm or torchvision network; weights=... overrides it."""
     new_head: bool = False
-    """Take all but the classifier from these weights; the classifier is as initialised."""
+    """Load all but the classifier from these weights; the classifier is newly initialised."""
     frozen: Literal["backbone"] | None = None
-    """backbone: train only the classifier; all else computes as in evaluation, batch norms too."""
+    """backbone: train only the classifier; the rest, with batch norms, runs as in evaluation."""
 
     @model_validator(mode="after")
     def _has_a_body(self) -> "StudentConfig":
@@ -46,7 +46,7 @@ class StudentConfig(Section):
                 what = "frozen=backbone keeps the layers"
             raise ValueError(
                 f"{what} of a trained network: set weights=FILE or a run folder, or (timm and "
-                f"torchvision) pretrained=true beside it"
+                f"torchvision) pretrained=true as well"
             )
         return self
 
@@ -55,7 +55,7 @@ class StudentConfig(Section):
     def _canonical(cls, value: object) -> object:
         if value is None:
             return None
-        # The comma of BG(2,4) makes a list of an override.
+        # The comma of BG(2,4) turns an override into a list.
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         try:
             return str(parse_block(text))  # type: ignore[arg-type]
@@ -64,10 +64,10 @@ class StudentConfig(Section):
 
     @property
     def label(self) -> str:
-        """For people: `wrn_40_2 G(4)`, where the block is not left to the network."""
+        """For display: `wrn_40_2 G(4)`, with the block only if the recipe sets it."""
         return f"{self.name} {self.block}" if self.block else self.name
 
     def options(self) -> dict[str, Any]:
-        """Those of `create_model` that are set."""
+        """The options of `create_model` that are set."""
         chosen = {name: getattr(self, name) for name in NETWORK_OPTIONS}
         return {name: value for name, value in chosen.items() if value is not None}

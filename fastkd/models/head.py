@@ -1,7 +1,7 @@
-"""The classifier of a network: found by its shapes, replaced, or the only part that is trained.
+"""The classifier of a network: found by its shapes, replaced, or trained alone.
 
 `fastkd.models.registry` uses it for new heads, `fastkd.teachers.loading` to freeze all but the
-head, and `fastkd.training.step` to keep what is frozen as it is in evaluation.
+head, and `fastkd.training.step` to keep frozen parts in evaluation mode.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ __all__ = ["class_layers", "freeze_backbone", "has_frozen_backbone", "keep_froze
 def class_layers(model: nn.Module, other: nn.Module) -> tuple[str, ...]:
     """Paths of the layers whose own parameters have other shapes in `other`.
 
-    Where `other` is the same network for another number of classes, these are its classifiers, of
-    which some networks have several (auxiliary ones, or one for a distillation token).
+    If `other` is the same network for another number of classes, these are its classifiers;
+    some networks have several (auxiliary ones, or one for a distillation token).
     """
     shapes = {path: _shapes(module) for path, module in other.named_modules()}
     return tuple(
@@ -30,12 +30,12 @@ def class_layers(model: nn.Module, other: nn.Module) -> tuple[str, ...]:
 
 
 def freeze_backbone(model: nn.Module, classifier: Iterable[str]) -> None:
-    """Leave only the layers at these paths to be trained: a linear probe.
+    """Train only the layers at these paths: a linear probe.
 
-    Of all others the parameters get no gradient, so that no graph is built through them, and in
-    fastkd's trainer they compute as in evaluation: batch norm uses its running statistics and does
-    not change them, dropout does nothing. (In a loop of your own call `keep_frozen_still` after
-    every `model.train()`.)
+    The parameters of all others get no gradient, so that no graph is built through them, and in
+    fastkd's trainer they run as in evaluation: batch norm uses its running statistics and does
+    not change them, dropout does nothing. (In your own loop call `keep_frozen_still` after every
+    `model.train()`.)
 
     Raises:
         UserError: there is no such layer, or it has nothing to train.

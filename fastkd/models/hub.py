@@ -1,7 +1,7 @@
 """Networks of timm and torchvision by name, with the class count replaced.
 
 Called by the registry for `timm:NAME` and `torchvision:NAME`. Both packages are imported on first
-use. Nothing is downloaded unless pretrained weights are asked for, and then by the package's own
+use. Nothing is downloaded unless pretrained weights are requested, and then by the package's own
 interface.
 """
 
@@ -24,12 +24,11 @@ BARE_IN_TIMM_0_2 = {
     "tf_efficientnet_b0": "aa_in1k",
     "tf_efficientnet_b4": "aa_in1k",
 }
-"""Weights that a bare name stood for in timm 0.2, with which MEAL V2 was made, where it has come
-to stand for others."""
+"""Weights that a bare name meant in timm 0.2, which MEAL V2 used, if it means others now."""
 
 
 class Built(NamedTuple):
-    """A network with what the caller cannot see from outside."""
+    """A network, with facts that the caller cannot read off it."""
 
     model: nn.Module
     num_classes: int
@@ -69,7 +68,7 @@ def build_torchvision(
     weights = choices.DEFAULT
     own_classes = len(weights.meta["categories"])
     if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
-        # Segmentation networks download a pretrained backbone unless told not to.
+        # Segmentation networks download a pretrained backbone unless this is switched off.
         options = {"weights_backbone": None, **options}
     if num_classes is None:
         num_classes = own_classes
@@ -98,12 +97,12 @@ def knows(hub: str, name: str) -> bool:
     import timm
 
     base, _, tag = name.partition(".")
-    # hf-hub:NAME and the like only timm can resolve.
+    # Only timm can resolve hf-hub:NAME and the like.
     return ":" in name or (timm.is_model(base) and (not tag or timm.is_model_pretrained(name)))
 
 
 def list_timm(pattern: str = "*") -> list[str]:
-    """timm's network names; with a weight tag (`resnet50.a1_in1k`) where the pattern has a dot."""
+    """timm's network names; with a weight tag (`resnet50.a1_in1k`) if the pattern has a dot."""
     import timm
 
     return timm.list_pretrained(pattern) if "." in pattern else timm.list_models(pattern)
@@ -120,7 +119,7 @@ def list_torchvision(pattern: str = "*") -> list[str]:
 def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except TypeError as error:  # the builders take **kwargs, a wrong option shows only here
+    except TypeError as error:  # the builders take **kwargs: a wrong option fails only here
         raise UserError(f"{hub}:{name} does not take these options: {error}") from error
     except Exception as error:
         # Download errors come from four libraries and share no base class.
@@ -140,9 +139,9 @@ def _take_heads(model: nn.Module, fresh: nn.Module) -> None:
 
 
 def _check_pinned(name: str) -> None:
-    """UserError for the bare name of a network that timm has several weights of.
+    """UserError for the bare name of a network for which timm has several weights.
 
-    Which of them it stands for has changed between versions of timm, without a word.
+    Which of them it means has changed silently between versions of timm.
     """
     import timm
 
@@ -153,7 +152,7 @@ def _check_pinned(name: str) -> None:
     pins = [f"{name}.{tag}" for tag in (BARE_IN_TIMM_0_2.get(name), default.tag) if tag]
     once = f"in timm 0.2 it was {BARE_IN_TIMM_0_2[name]}, " if len(pins) > 1 else ""
     raise UserError(
-        f"timm:{name} has {len(tags)} pretrained weights, and which one the bare name stands for "
+        f"timm:{name} has {len(tags)} pretrained weights, and which one the bare name means "
         f"depends on timm's version ({once}in {timm.__version__} it is {default.tag}): name the "
         f"weights, {' or '.join(f'timm:{pin}' for pin in pins)} (fastkd models 'timm:{name}.*' "
         f"lists all)"

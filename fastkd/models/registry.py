@@ -1,6 +1,6 @@
 """Networks by name: the zoo, timm and torchvision behind one `create_model`.
 
-Every network built here has a card (`fastkd.models.card`) with what is needed to build it again and
+Every network built here has a card (`fastkd.models.card`) with what is needed to rebuild it and
 the normalisation that its weights expect. `model_from_file` reads the same facts from the metadata
 of a safetensors file.
 """
@@ -69,17 +69,17 @@ def create_model(
         `torchvision:NAME`.
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
-    weights: a checkpoint that is loaded strictly: a path, or a `WeightFile` that was opened before.
-    new_head: take all but the classifier from `weights` or the pretrained network, whatever their
-        class count, and leave the classifier as it is initialised.
+    weights: a checkpoint that is loaded strictly: a path, or an already opened `WeightFile`.
+    new_head: load everything except the classifier from `weights` or the pretrained network,
+        whatever their class count; the classifier keeps its initialisation.
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
         network takes `block` (cheap blocks for its 3x3 convolutions) and `shortcuts` (False: none,
-        "projection": only those): where a family does not know them, `fastkd.cheapen` and
+        "projection": only those): if a family does not support them, `fastkd.cheapen` and
         `fastkd.remove_shortcuts` rewrite the finished network.
 
     `card_of(model)` (`fastkd.models.card`) has the name, the options, the class count and the
-    normalisation ((mean, std) per channel for images in [0, 1], or None): timm names its own,
-    torchvision's come with pretrained weights, that of a weight file with the file.
+    normalisation ((mean, std) per channel for images in [0, 1], or None): timm states its own,
+    torchvision's comes with pretrained weights, a weight file's is in the file.
     Raises UserError for unknown names and options (with the nearest), and for weights that do not
     fit.
     """
@@ -127,7 +127,7 @@ def create_model(
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the layers that hold the classes of a network of `create_model`, such as `fc`.
+    """Paths of the classifier layers of a network from `create_model`, such as `fc`.
 
     Networks of the zoo know theirs. In others these are the layers that differ in the same network
     with one class more, built once, on the meta device where it can; the card keeps the answer.
@@ -161,7 +161,7 @@ def _with_one_class_more(card: Card) -> nn.Module:
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` accepts and that match a shell pattern.
 
-    `timm:PATTERN` and `torchvision:PATTERN` search there. The zoo takes more than it lists: any
+    `timm:PATTERN` and `torchvision:PATTERN` search there. The zoo accepts more than it lists: any
     `wrn_D_W` with D = 6n + 4.
     """
     source, colon, rest = pattern.partition(":")
@@ -175,9 +175,9 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_options(name: str) -> list[str] | None:
-    """What `create_model` takes for a network, found without building it.
+    """The options that `create_model` accepts for a network, found without building it.
 
-    None: the network is unknown. Options of timm and torchvision are their own affair: [].
+    None: the network is unknown. []: timm and torchvision check their own options.
     """
     source, colon, rest = name.partition(":")
     if colon:
@@ -190,8 +190,8 @@ def model_options(name: str) -> list[str] | None:
 def model_from_file(path: WeightSource) -> nn.Module:
     """Rebuild the network that a fastkd weight file (or run folder) describes, weights included.
 
-    path: the file, also as a `WeightFile` that was opened before.
-    Raises UserError when the metadata do not name a network that `create_model` can build.
+    path: the file, or an already opened `WeightFile`.
+    Raises UserError if the metadata do not name a network that `create_model` can build.
     """
     file = WeightFile.open(path)
     facts = file.network
@@ -223,10 +223,10 @@ def _build(
 def _build_simkd(
     student: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
 ) -> hub.Built:
-    """What the SimKD loss made of a student; all the options stand in the metadata of its file."""
+    """A student as the SimKD loss left it; all options are in the metadata of its file."""
     if num_classes is None or pretrained or "student" not in options:
         raise UserError(
-            f"simkd:{student} comes out of a training with the SimKD loss and is built again from "
+            f"simkd:{student} comes from training with the SimKD loss and is rebuilt from "
             "its weight file: fastkd.models.model_from_file(FILE), or fastkd eval RUN"
         )
     own = dict(options)
@@ -258,7 +258,7 @@ def _build_zoo(
             with torch.device("meta"):  # report an unknown name before an unknown option
                 family.build(name, num_classes)
             raise UserError(
-                f"{name} has no option {option!r}{hint}; its options: {known}. Where a recipe sets "
+                f"{name} has no option {option!r}{hint}; its options: {known}. If a recipe sets "
                 f"it: student.{option}=null or teacher.{option}=null"
             )
     return hub.Built(family.build(name, num_classes, **options), num_classes, None)
@@ -274,7 +274,7 @@ def _own_options(family: ModuleType) -> list[str]:
 
 
 def _rewrites(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`block` and `shortcuts` where the network's own builder does not know them."""
+    """`block` and `shortcuts` for networks whose builder does not support them."""
     family = _family(name)
     own = _own_options(family) if family else []
     return {key: options[key] for key in ("block", "shortcuts") if key in options if key not in own}

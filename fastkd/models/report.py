@@ -1,4 +1,4 @@
-"""What a rewrite did to a network, for people: kept on the network's card, printed by the CLI."""
+"""Readable report of a rewrite: kept on the network's card, printed by the CLI."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
     images -> student up to a tap -> [average pool] -> projector -> global average -> linear
 
-The SimKD loss makes one to evaluate and keep; `create_model("simkd:NAME", ...)` builds it again
+The SimKD loss makes one to evaluate and keep; `create_model("simkd:NAME", ...)` rebuilds it
 from the metadata of its weight file. Chen et al. 2022, arXiv:2203.14001.
 """
 
@@ -33,8 +33,8 @@ class Projector(nn.Sequential):
 class ReusedHead(nn.Module):
     """images [N, 3, H, W] -> logits [N, num_classes] of the teacher's classifier.
 
-    size: of the teacher's map in training, to which a larger map of the student is pooled. The
-    student's own classifier stays in it, unused. A weight file can rebuild it where it could
+    size: size of the teacher's map in training, to which a larger map of the student is pooled. The
+    student's own classifier remains, unused. A weight file can rebuild this network if it could
     rebuild the student.
     """
 
@@ -80,7 +80,7 @@ class ReusedHead(nn.Module):
     def _map(self, images_NCHW: Tensor) -> Tensor:
         if isinstance(self.student, ZooNetwork):
             return self.student.forward_between(images_NCHW, "images", self.tap)
-        # Networks of others keep no hook of ours.
+        # Leave no hook of ours on other people's networks.
         tapped = Tapped(self.student, (self.tap,))
         try:
             return tapped(images_NCHW)[self.tap]
@@ -106,7 +106,7 @@ def build(
 
 
 def pooled_to(map_NCHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Average-pooled to `size` (height, width) where the map is larger than that."""
+    """Average-pooled to `size` (height, width) if the map is larger."""
     own = (map_NCHW.shape[2], map_NCHW.shape[3])
     smaller = (min(own[0], size[0]), min(own[1], size[1]))
     return map_NCHW if smaller == own else F.adaptive_avg_pool2d(map_NCHW, smaller)

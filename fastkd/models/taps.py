@@ -1,8 +1,8 @@
 """Named feature taps: one forward pass that returns the logits and chosen intermediate tensors.
 
-Sits between a network and the losses that look inside it. Networks of the zoo walk through their
-taps (`stem`, `stage1`.., `pooled`, `logits`, `stageN:preact`), so no hooks are needed, and any
-stretch of them can be run alone. In any other module a tap is the path of a submodule, as in
+Used by losses that read a network's inner tensors. Networks of the zoo walk through their taps
+(`stem`, `stage1`.., `pooled`, `logits`, `stageN:preact`), so no hooks are needed, and any section
+of them can be run alone. In any other module a tap is the path of a submodule, as in
 `named_modules()`, and its output is caught by a forward hook that is idle outside the forward pass
 of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
 """
@@ -34,15 +34,15 @@ class ZooNetwork(nn.Module):
     tap_names: tuple[str, ...]
     """In the order of the walk; the last is `logits`."""
     head_path: ClassVar[str] = "fc"
-    """Path of the layer that holds the classes."""
+    """Path of the classifier layer."""
     key_maps: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
     """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
-    of a name, up to a dot -> what stands there here, None where the tensor has no place here. The
-    first that matches counts; names that none matches are the same.
+    of a name, up to a dot -> its replacement here, None if the tensor has no counterpart. The first
+    match counts; names without a match are the same.
     `fastkd.storage.fitting.load_into` finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
-        """Yield (tap, tensor) for every tap behind `after`, whose value is `x`."""
+        """Yield (tap, tensor) for every tap later than `after`, whose value is `x`."""
         raise TypeError(f"{type(self).__name__} must define walk(x, after), see ZooNetwork")
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -55,21 +55,21 @@ class ZooNetwork(nn.Module):
         for tap, tensor in self.walk(images_NCHW):
             if tap in names:
                 kept[tap] = tensor
-            del tensor  # or it would live on while the next stage is computed
+            del tensor  # or it would stay alive while the next stage is computed
         return kept
 
     def forward_between(self, features: Tensor, after: str, upto: str) -> Tensor:
-        """Run only the layers behind the tap `after`, on `features`, up to the tap `upto`."""
+        """Run only the layers after the tap `after`, on `features`, up to the tap `upto`."""
         return self.forward_from(features, after, (upto,))[upto]
 
     def forward_from(
         self, features: Tensor, after: str, wanted: Iterable[str]
     ) -> dict[str, Tensor]:
-        """Run the layers behind the tap `after`, on `features`, up to the last wanted tap.
+        """Run the layers after the tap `after`, on `features`, up to the last wanted tap.
 
-        after: `images`, or any tap but `logits` and the `:preact` ones, from which nothing can
-        start.
-        Raises UserError when a name is unknown or does not come later than `after`.
+        after: `images`, or any tap except `logits` and the `:preact` ones, which cannot be starting
+        points.
+        Raises UserError if a name is unknown or does not come after `after`.
         """
         starts = ("images", *(tap for tap in self.tap_names[:-1] if ":" not in tap))
         if after not in starts:
@@ -83,11 +83,11 @@ class ZooNetwork(nn.Module):
             if not missing:
                 return found
         name, order = min(missing), ", ".join(self.tap_names)
-        raise UserError(f"no tap {name!r} behind {after!r}; the order is {order}")
+        raise UserError(f"no tap {name!r} after {after!r}; the order is {order}")
 
 
 def check_network(owner: str, model: object) -> None:
-    """UserError for anything but a network, most of all for the name of one."""
+    """UserError for anything but a network, above all for the name of one."""
     if not isinstance(model, nn.Module):
         made = "build it first" if isinstance(model, str) else "such as one"
         raise UserError(
@@ -104,7 +104,7 @@ def available_taps(model: nn.Module) -> tuple[str, ...]:
 
 
 def pooled_taps(model: nn.Module, classifier: nn.Module, images_NCHW: Tensor) -> tuple[str, ...]:
-    """Taps whose mean over the pixels is all that `classifier` gets to make the logits of.
+    """Taps whose mean over the pixels is the only input of `classifier`.
 
     Found by one forward pass of a network in evaluation mode, the largest maps first. A `:preact`
     tap is rectified before the mean.
@@ -116,7 +116,7 @@ def pooled_taps(model: nn.Module, classifier: nn.Module, images_NCHW: Tensor) ->
         value = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(value, Tensor) and value.dim() == 4:
             map_NCHW = value.relu() if tap.endswith(":preact") else value
-            # At once: a later layer may write over it.
+            # Immediately: a later layer may overwrite it.
             found[tap] = (-map_NCHW[0, 0].numel(), map_NCHW.float().mean((2, 3)))
 
     zoo = isinstance(model, ZooNetwork)
@@ -143,7 +143,7 @@ def pooled_taps(model: nn.Module, classifier: nn.Module, images_NCHW: Tensor) ->
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    """Of one shape and alike to a hundredth, which rounding to bf16 keeps."""
+    """Same shape and equal within a hundredth, which tolerates rounding to bf16."""
     if one.shape != other.shape:
         return False
     return bool((one - other).float().norm() <= 1e-2 * other.float().norm())
@@ -153,7 +153,7 @@ class Tapped(nn.Module):
     """`Tapped(model, taps)(images)` -> dict with `logits` and each tap, on the weights of `model`.
 
     The model stays usable on its own and its `state_dict` is unchanged. For modules outside the zoo
-    forward hooks are installed; `remove()` takes them off again. A submodule that runs several
+    forward hooks are installed; `remove()` removes them. A submodule that runs several
     times in one pass reports its last output; of a tuple or list the first tensor counts.
 
     Raises UserError for an unknown tap (with the nearest name), for a tapped module that did not
@@ -202,14 +202,14 @@ class Tapped(nn.Module):
         return result
 
     def remove(self) -> None:
-        """Take the hooks off the model; `Tapped` cannot be called afterwards, the model can."""
+        """Remove the hooks from the model, which stays usable; `Tapped` cannot be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 def remove_taps(*models: nn.Module | None) -> None:
-    """Take the hooks of every `Tapped` off these models."""
+    """Remove the hooks of every `Tapped` from these models."""
     for model in models:
         for module in model.modules() if model is not None else ():
             for key, hook in list(module._forward_hooks.items()):
@@ -218,7 +218,7 @@ def remove_taps(*models: nn.Module | None) -> None:
 
 
 class _Catch:
-    """Where the hooks of one `Tapped` put what they see; filled only while `active`."""
+    """Stores the outputs that the hooks of one `Tapped` see; filled only while `active`."""
 
     def __init__(self) -> None:
         self.active = False
@@ -239,14 +239,14 @@ class _Hook:
 
 
 def _version(tensor: Tensor) -> int:
-    """In-place modification counter; 0 where there is none (inference mode) or while compiling."""
+    """In-place modification counter; 0 if there is none (inference mode) or while compiling."""
     if torch.compiler.is_compiling() or tensor.is_inference():
         return 0
     return tensor._version
 
 
 def _first_tensor(output: Any, owner: str) -> Tensor:
-    """The tensor an output stands for: itself, `logits` or `out` of a mapping, or the first."""
+    """The tensor to use from an output: itself, `logits` or `out` of a mapping, or the first."""
     value = output
     if isinstance(output, Mapping):
         value = output.get("logits", output.get("out"))

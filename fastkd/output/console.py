@@ -61,7 +61,7 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Take the live line off the terminal; also done at the end of the process."""
+        """Remove the live line from the terminal; also done at the end of the process."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -73,7 +73,7 @@ class Console:
             self._rich.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str) -> None:
-        """Name what the following `progress` and `epoch` calls belong to, and restart its clock."""
+        """Name the stage of the following `progress` and `epoch` calls, and restart the clock."""
         self.close()
         self._stage = name
         self._clock = _Clock()
@@ -89,7 +89,7 @@ class Console:
         data_wait: float,
         loss: float,
     ) -> None:
-        """Redraw the live line; nothing elsewhere.
+        """Redraw the live line; does nothing without a terminal.
 
         `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
         a share of 1.
@@ -190,7 +190,7 @@ def _bar(console: RichConsole) -> "Progress":
     ]
     if console.width >= 100:
         columns.insert(1, BarColumn(bar_width=16))
-    # No thread of its own: the line is redrawn when there is something new to say.
+    # No extra thread: the line is redrawn when there is something new.
     return Progress(*columns, console=console, transient=True, expand=True, auto_refresh=False)
 
 

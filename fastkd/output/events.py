@@ -1,7 +1,7 @@
-"""TensorBoard events beside a run's own files, one point per epoch and metric (`tensorboard=true`).
+"""TensorBoard events in a run folder, one point per epoch and metric (`tensorboard=true`).
 
 Flow: `RunFolder.append_metrics` passes every row on. The numbers equal metrics.jsonl; a
-resumed run tells TensorBoard to forget what lies past its checkpoint.
+resumed run tells TensorBoard to drop what comes after its checkpoint.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ __all__ = ["Events", "check_tensorboard"]
 
 
 def check_tensorboard() -> None:
-    """UserError where the package is missing; asked before anything is built."""
+    """UserError if the package is missing; checked before anything is built."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "tensorboard=true needs the package tensorboard, which is not installed: "
@@ -24,7 +24,7 @@ def check_tensorboard() -> None:
 
 
 class Events:
-    """The event files below `folder`; written by rank 0."""
+    """The event files in `folder`; written by rank 0."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -18,7 +18,7 @@ _ASK_AGAIN_S = 2.0
 
 @contextmanager
 def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep other processes out of a run folder; the system lets go when this one dies.
+    """Keep other processes out of a run folder; the system releases it when this one dies.
 
     waiting: called once if another process has the folder, before waiting for it; None: do not wait
     but raise UserError.
@@ -36,17 +36,17 @@ def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None
         except OSError:
             pass  # a file system without locks: the user must not start two runs in one folder
         held.append(handle)
-        # Its last holder may have removed it before letting go.
+        # Its last holder may have removed it before releasing it.
         return path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
 
     asked = 0
     while not on_main(world, take):
         asked += 1
         if waiting is None:
-            raise UserError(f"another process is at work in {path}; wait for it, or stop it first")
+            raise UserError(f"another process is using {path}; wait for it, or stop it first")
         if asked == 1:
             waiting()
-        # Ask all ranks each time, or the others would time out in a collective.
+        # Ask all ranks every time, or the others would time out in a collective.
         time.sleep(_ASK_AGAIN_S)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The folder of one run: its files, written so that a crash at any moment leaves them whole.
+"""The folder of one run: its files, written so that a crash at any moment leaves them intact.
 
 Flow: `runs.folders` creates or reopens it on rank 0; the trainer appends metrics; `finish` closes
 it.
@@ -10,7 +10,7 @@ it.
         metrics.csv summary.json             when the run is finished
         tensorboard/                         events, if asked for
 
-Text files are written beside their final place, flushed to the disk and renamed; metrics.jsonl
+Text files are written next to their final place, flushed to the disk and renamed; metrics.jsonl
 grows by whole lines, and `cut_metrics` drops what a kill left behind. A folder without
 summary.json is unfinished.
 """
@@ -51,7 +51,7 @@ class RunFolder:
     def create(
         cls, root: Path | str, recipe_name: str, digest: str, *, out: Path | str | None = None
     ) -> "RunFolder":
-        """Make a new folder, `out` or one below `root` that is named by time and digest.
+        """Make a new folder: `out`, or one below `root` named by time and digest.
 
         Raises:
             UserError: `out` has files in it, is a file, or cannot be made.
@@ -62,7 +62,7 @@ class RunFolder:
                 path = Path(out)
                 if path.is_dir() and any(path.iterdir()):
                     raise UserError(
-                        f"the run folder {path} exists and is not empty: resume it by "
+                        f"the run folder {path} exists and is not empty: resume it with "
                         f"--resume {path}, or choose another name for out="
                     )
                 path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class RunFolder:
         return cls(path)
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write one file whole; RunFailed when the disk is full."""
+        """Write one file atomically; RunFailed when the disk is full."""
         target = self.path / name
         with atomic_path(target) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -126,7 +126,7 @@ class RunFolder:
         if not target.exists():
             return []
         lines = target.read_text(encoding="utf-8", errors="replace").split("\n")
-        # What follows the last newline is empty, or a torn line.
+        # Whatever follows the last newline is empty or an incomplete line.
         return [json.loads(line) for line in lines[:-1]]
 
     def cut_metrics(self, rows: int) -> None:
@@ -146,7 +146,7 @@ class RunFolder:
         self.write_json("summary.json", summary)
 
     def discard(self, root: Path | str) -> None:
-        """Remove the folder if nothing was achieved in it, and its parents below `root` if empty.
+        """Remove the folder if it holds no results, and its parents below `root` if empty.
 
         A checkpoint, a metric row, finished baselines or a foreign file keep it.
         """
@@ -160,7 +160,7 @@ class RunFolder:
             try:
                 parent.rmdir()
             except OSError:
-                return  # others have their runs here
+                return  # the parent holds other runs
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None for an unfinished one."""
@@ -169,9 +169,9 @@ class RunFolder:
 
 
 def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder | None:
-    """The newest unfinished run of this recipe and digest below `root`; None where there is none.
+    """The newest unfinished run of this recipe and digest below `root`; None if there is none.
 
-    A run in a folder of its own (`out=`) is resumed by the name of that folder.
+    A run in another folder (`out=`) is resumed by naming that folder.
     """
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
     unfinished = [path for path in candidates if not (path / "summary.json").exists()]

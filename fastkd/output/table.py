@@ -15,9 +15,9 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Runs side by side: accuracy (or mAP), size, cost and speed.
 
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
-    evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (of the training) and `note`;
-    what is missing stays empty. Accuracies are shares of 1. Fits into 80 columns. `map` replaces
-    `accuracy` where a row has it. `of_teacher`, the accuracy of the run's teacher, adds a column.
+    evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (in training) and `note`;
+    missing values stay empty. Accuracies are shares of 1. Fits into 80 columns. `map` replaces
+    `accuracy` if a row has it. `of_teacher`, the accuracy of the run's teacher, adds a column.
     """
     metric = headline_of(rows)
     columns = {

@@ -52,7 +52,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_number(node: list[Any], number: str, key: str, at: str) -> None:
-    """UserError unless it is the number of an entry of the list, or of the next one."""
+    """UserError unless it is the index of an entry of the list, or of the next one."""
     if not number.isdigit() or int(number) > len(node):
         entries = ", ".join(f"{at}.{index}" for index in range(len(node))) or "nothing"
         raise UserError(
@@ -62,7 +62,7 @@ def _check_number(node: list[Any], number: str, key: str, at: str) -> None:
 
 
 def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
-    """What `section` names in a mapping or a list, `new` where there is nothing yet."""
+    """What `section` names in a mapping or a list, `new` if there is nothing yet."""
     if isinstance(node, list):
         _check_number(node, section, key, at)
         node += [new] * (int(section) == len(node))
@@ -78,7 +78,7 @@ def _step_into(node: Any, section: str, new: Any, key: str, at: str) -> Any:
 
 
 def yaml_problem(error: Exception) -> str:
-    """What the YAML reader could not read, in one line."""
+    """The YAML reader's error in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"

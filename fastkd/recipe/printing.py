@@ -18,7 +18,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def annotated_yaml(recipe: Recipe) -> str:
-    """The same file with the meaning of every key behind its value, for reading."""
+    """The same file with the meaning of every key after its value, for reading."""
     keys = _documented(Recipe, "")
     for name, config in recipe.losses.items():
         keys |= _documented(type(config), f"losses.{name}.")

@@ -1,8 +1,8 @@
-"""What a run is: the typed, frozen schema of all recipe keys. First box of the data flow.
+"""What a run is: the typed, frozen schema of all recipe keys. The data flow starts here.
 
-`fastkd.recipes.loading` makes one from a name, a YAML file and key=value overrides, and
-`fastkd.runs` carries it out. They know the whole; what they call gets its own section of it, or
-plain values.
+`fastkd.recipes.loading` makes a recipe from a name, a YAML file and key=value overrides, and
+`fastkd.runs` runs it. Only these two see the whole recipe; the code they call gets its own
+section of it, or plain values.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Recipe(Section):
     precision: PrecisionChoice = "auto"
     """Autocast type of the forward pass; `auto` is bf16 where the device computes in it."""
     compile: Annotated[CompileChoice, BeforeValidator(yaml_switch)] = "auto"
-    """torch.compile; `auto` where the run is long enough to pay for it."""
+    """torch.compile; `auto`: if the run is long enough to pay for it."""
     channels_last: bool = True
     """Memory layout of images and feature maps."""
     device: DeviceChoice = "auto"
@@ -80,13 +80,13 @@ class Recipe(Section):
     losses: dict[str, SerializeAsAny[Section]]
     """Loss terms by name, each with its own keys (`fastkd.losses`)."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the student; it is what is evaluated and kept."""
+    """Decay of an exponential moving average of the student, which is then evaluated and kept."""
     sync_bn: bool = False
     """Batch statistics over all ranks."""
     save_steps: Annotated[PositiveInt | None, NoEffect] = None
-    """Save every so many steps as well as after every epoch."""
+    """Save every N steps, in addition to after every epoch."""
     eval_epochs: PositiveInt = 1
-    """Evaluate after every so many epochs, and after the last."""
+    """Evaluate every N epochs, and after the last."""
     max_skips: Annotated[PositiveInt, NoEffect] = 10
     """Consecutive steps with a non-finite loss or gradient before the run is given up."""
     tensorboard: Annotated[bool, NoEffect] = False
@@ -108,7 +108,7 @@ class Recipe(Section):
     def _typed_losses(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        # A null removes a loss of the base recipe; under a misspelled name it would remove nothing.
+        # A null removes a loss of the base recipe; with a misspelled name it would remove nothing.
         for name in value:
             config_class(name)
         return {name: typed_config(name, keys) for name, keys in value.items() if keys is not None}
@@ -141,7 +141,7 @@ class Recipe(Section):
         return self
 
     def teachers(self) -> dict[str, MemberConfig]:
-        """All teachers by the key under which they are found in the recipe; none is allowed."""
+        """All teachers by their key in the recipe; may be empty."""
         return self.teacher.members() if self.teacher else {}
 
     @property
@@ -152,7 +152,7 @@ class Recipe(Section):
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
 
-        An exponential decay ends where it would have ended. The values follow from a validated
+        An exponential decay reaches the same final rate. The values follow from a validated
         section and may leave its bounds, so they are not validated again.
         """
         stretched = self.optim.schedule == "exponential"
@@ -168,7 +168,7 @@ class Recipe(Section):
         )
 
     def digest(self) -> str:
-        """Sixteen hex digits that name the outcome; `config.section` says which keys enter."""
+        """Sixteen hex digits that identify the outcome; `config.section` says which keys enter."""
         keys = self.absolute().outcome()
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
@@ -181,7 +181,7 @@ class Recipe(Section):
         return _dotted("", self.model_dump(mode="json"))
 
     def absolute(self) -> "Recipe":
-        """The same recipe with paths that mean the same in every working folder."""
+        """The same recipe with paths that are valid in every working folder."""
 
         def net(config: Any) -> Any:
             return config.model_copy(update={"weights": _absolute(config.weights)})

@@ -4,7 +4,7 @@ A ResNet teaches the plain CNN that remains when its shortcuts are removed, by t
 square error and the logits (`alignkd`), or by sending the student's features through the teacher's
 stages (`jointrd`, as the paper writes JointRD). `jointrd:released` is the code of JointRD
 (NeurIPS 2020). `plain18/scratch` and `kd` are ours: without them the tables cannot show that either
-method helps. The numbers of table 3 are lost from our text but for the teachers'.
+method helps. Of table 3 the copy of the paper we had states only the teachers' numbers.
 """
 
 from typing import Any
@@ -70,25 +70,25 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 SOURCES = {
-    "batch_size": "not said; JointRD's code",
-    "data.drop_last": "not said; JointRD's code",
-    "data.image_size": "not said, nor which version of Imagewoof",
-    "data.mean": "not said",
-    "data.std": "not said",
-    "augment.padding": "not said; JointRD's code",
-    "augment.crop": "not said",
-    "optim.momentum": "not said; OneCycle takes it through 0.95, 0.85 and back",
-    "optim.nesterov": "not said; the authors of JointRD have it",
-    "optim.weight_decay": "not said; JointRD's code",
+    "batch_size": "not stated; JointRD's code",
+    "data.drop_last": "not stated; JointRD's code",
+    "data.image_size": "not stated, nor which version of Imagewoof",
+    "data.mean": "not stated",
+    "data.std": "not stated",
+    "augment.padding": "not stated; JointRD's code",
+    "augment.crop": "not stated",
+    "optim.momentum": "not stated; OneCycle takes it through 0.95, 0.85 and back",
+    "optim.nesterov": "not stated; the authors of JointRD have it",
+    "optim.weight_decay": "not stated; JointRD's code",
     "losses.kd.temperature": "no temperature is named",
     "losses.stage_mse.reduction": "the text has `mse` only, of the stages' outputs",
     "losses.jointrd.feature": "equation 2 has the logits, sections 3.2 and 6 flattened features",
 }
-STEM = "only the pooling is said to go; a 3x3 convolution of stride 1 fits the numbers of CIFAR-100"
+STEM = "the paper removes only the pooling; a 3x3 convolution of stride 1 fits the CIFAR-100 table"
 FOR_CIFAR = {"student.stem": STEM, "teacher.stem": STEM}
 IMAGEWOOF = (
-    "data.root is Imagewoof as folders: train/ and val/, one folder a class. The paper's value is "
-    "lost from our text, except for the teachers."
+    "data.root is Imagewoof as folders: train/ and val/, one folder a class. Our copy of the paper "
+    "states only the teachers' values."
 )
 
 

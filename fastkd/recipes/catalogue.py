@@ -1,7 +1,7 @@
 """The named recipes: one module per paper or data set, entries by name, unbuilt.
 
 A module has `recipes() -> dict[name, Entry]`. Names read paper/dataset/TEACHER--STUDENT/method with
-zoo names, `:released` or `:paper` behind them where paper and released code differ.
+zoo names, followed by `:released` or `:paper` if paper and released code differ.
 """
 
 import difflib
@@ -30,7 +30,7 @@ def all_recipes() -> dict[str, Entry]:
 def find_entry(name: str) -> Entry:
     """A named recipe, unbuilt; UserError names the nearest.
 
-    `name:paper` is also `name` where that is the paper's mode already, and so for `:released`.
+    `name:paper` also finds `name` if that is the paper's mode already; the same for `:released`.
     """
     recipes = all_recipes()
     if name in recipes:

@@ -110,7 +110,7 @@ NOTES = {"cifar10": OF_CIFAR10, "cifar100": SETTING}
 
 
 def student_keys(student: str) -> dict[str, Any]:
-    """Its name, and the learning rate where RepDistiller has another one for it."""
+    """Its name, and the learning rate if RepDistiller uses another one for it."""
     return {"student.name": student, **({"optim.lr": 0.01} if student in LIGHT else {})}
 
 
@@ -121,12 +121,12 @@ def teacher_keys(teacher: str, student: str) -> dict[str, Any]:
 
 
 def stages(network: str) -> int:
-    """Stages of a network; both of a pair have as many."""
+    """Stages of a network; both networks of a pair have the same number."""
     return 4 if network.startswith(FOUR_STAGES) else 3
 
 
 def auxiliary(loss: str, student: str, *, torchvision: bool = False) -> dict[str, Any]:
-    """Weight and taps of a loss beside CE or KD. torchvision: the teacher is one of theirs."""
+    """Weight and taps of a loss added to CE or KD. torchvision: the teacher is from torchvision."""
     weight, where = AUXILIARY[loss]
     last = stages(student)
     numbers = {"second": [2], "last": [last], "all": range(1, last + 1), None: []}[where]
@@ -211,7 +211,7 @@ def _beta(teacher: str, student: str) -> float:
 
 
 def _of(cell: Published, entries: Mapping[str, Entry]) -> Entry:
-    """The recipe that a cell is about; a table has the pairs as rows or as columns."""
+    """The recipe of a cell; a table has the pairs as rows or as columns."""
     pair, method = (cell.column, cell.row) if "/" in cell.column else (cell.row, cell.column)
     teacher, student = (NETWORKS[label] for label in pair.split("/"))
     if method in ("teacher", "student"):

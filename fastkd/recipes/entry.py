@@ -1,8 +1,8 @@
 """A named recipe before it is built: dotted keys as on a command line, and what its paper says.
 
 Keys are not validated before `fastkd.recipes.loading.build`, so that hundreds of recipes can be
-listed at once, and a recipe may ask for what does not exist yet (`fastkd.recipes.missing` finds
-that).
+listed at once, and a recipe may need what does not exist yet (`fastkd.recipes.missing` finds
+it).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,13 +33,13 @@ class Entry:
     note: str = ""
     """What else differs from the paper or needs to be known."""
     mode: Mode | None = None
-    """Which of paper and released code decides where they differ; None: there is no paper."""
+    """Whether paper or released code decides if they differ; None: there is no paper."""
     row: str | None = None
-    """Name of the entry in the paper's table, where this is its other mode."""
+    """Name of the entry in the paper's table, if this is its other mode."""
 
     @property
     def silent(self) -> dict[str, str]:
-        """The keys of this recipe that are not from the paper, and where they are from."""
+        """The keys of this recipe that are not from the paper, and their sources."""
         return {key: self.sources[key] for key in self.keys if key in self.sources}
 
     def in_mode(
@@ -49,7 +49,7 @@ class Entry:
         note: str,
         sources: Mapping[str, str] = MappingProxyType({}),
     ) -> "Entry":
-        """The same row in the other mode, called `name:mode`.
+        """The same row in the other mode, named `name:mode`.
 
         A key with another value loses its source; `sources` gives the new ones, for values that
         are not from the paper.

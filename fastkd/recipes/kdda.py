@@ -1,16 +1,16 @@
 """Rows of "Understanding the Success of KD: A Data Augmentation Perspective", tables 1-5, 9, 10.
 
-x' is made from x by mixup, CutMix or Cutout, forwarded by itself, and only imitated:
+x' is made from x by mixup, CutMix or Cutout, gets its own forward pass, and is only imitated:
 0.1 CE(x) + 0.9 [KL(x) + KL(x')], T = 4 (section 3.2). `pick` makes two x' of every image and keeps
 the half on which the student is furthest from the teacher. A loss in front (`at+`, `crd+`) sees x
-only. `@960` is the number of epochs where it is not the usual one. Tables 6 to 8 count, 1 to 5, 9
-and 10 are these recipes; figures are left out.
+only. `@960` is the number of epochs if it is not the usual one. Tables 6 to 8 count networks; 1 to
+5, 9 and 10 are these recipes; figures are left out.
 
-The paper's "CRD" is CRD+KD: all seven values are that row of the CRD paper. AT and SP in table 5
+The paper's "CRD" is CRD+KD: all seven values equal that row of the CRD paper. AT and SP in table 5
 are without KD, as in the CRD paper, from which they are quoted.
 
 Where the paper is silent, the authors' later released code (Good-DA-in-KD) decides, and
-RepDistiller, on which it stands. `:released` is that code where it contradicts the text.
+RepDistiller, on which it is based. `:released` follows that code where it contradicts the text.
 """
 
 import re
@@ -88,9 +88,9 @@ SOURCES = {
     "augment.crop": CODE,
     "optim.momentum": REPDISTILLER,
     "optim.weight_decay": REPDISTILLER,
-    "teacher.lr": "the paper has one rate for all, and says none of teachers",
-    "teacher.epochs": "not said of longer runs; one teacher, of the usual schedule, for all",
-    "losses.kd.views": f"{CODE}: the KL of x' has full weight, it is not averaged with that of x",
+    "teacher.lr": "the paper has one rate for all, and none for teachers",
+    "teacher.epochs": "not stated for longer runs; one teacher, with the usual schedule, for all",
+    "losses.kd.views": f"{CODE}: the KL of x' has full weight, not averaged with the KL of x",
     "losses.at.weight": REPDISTILLER,
     "losses.at.pairs": f"{REPDISTILLER}: every stage",
     "losses.cc.weight": REPDISTILLER,
@@ -101,13 +101,13 @@ SOURCES = {
     "losses.vid.pairs": f"{REPDISTILLER}: every stage",
     "losses.crd.weight": REPDISTILLER,
     "losses.crd.pairs": f"{REPDISTILLER}: the pooled features",
-    "losses.mixed_ce.weight": "the text has a naive combination, no weight; here that of the KL",
-    "augment.pick.pool": f"{CODE}: mix_n_run; the text has only how many are picked of how many",
+    "losses.mixed_ce.weight": "the text has a naive combination, no weight; here the KL's",
+    "augment.pick.pool": f"{CODE}: mix_n_run; the text only has how many are picked",
     "augment.pick.update_statistics": f"{CODE}: scoring moves the student's batch norm statistics",
 }
 FOR_IMAGENET = {
     "optim.weight_decay": "PyTorch's ImageNet example; no script was released",
-    "data.drop_last": "not said; kept as on CIFAR",
+    "data.drop_last": "not stated; kept as on CIFAR",
     "data.mean": "torchvision's, like the teacher",
     "data.std": "torchvision's, like the teacher",
 }
@@ -116,8 +116,8 @@ FOR_CUTOUT = {
 }
 FOR_LIGHT_STUDENTS = {"optim.lr": f"{REPDISTILLER}; the paper has 0.05 for all"}
 FOR_AUXILIARY = {
-    "losses.kd.weight": "RepDistiller's CRD+KD script: weight 1 beside another loss",
-    "losses.kd.ce_weight": "RepDistiller's CRD+KD script: weight 1 beside another loss",
+    "losses.kd.weight": "RepDistiller's CRD+KD script: weight 1 with another loss",
+    "losses.kd.ce_weight": "RepDistiller's CRD+KD script: weight 1 with another loss",
 }
 
 
@@ -227,7 +227,7 @@ def _view(view: str) -> dict[str, Any]:
 
 
 def _released(entry: Entry) -> Iterator[Entry]:
-    """The entry as the released code runs it, where that differs from the text."""
+    """The entry as the released code runs it, if it differs from the text."""
     keys = dict(entry.keys)
     if "augment.pick.share" in keys and keys["batch_size"] == 64:
         del keys["augment.pick.share"]
@@ -236,7 +236,7 @@ def _released(entry: Entry) -> Iterator[Entry]:
             keys | {"augment.pick.images": 64},
             "The code picks 64 images of any pool, so that nothing is left out of the partial "
             f"batch at the end of an epoch. {entry.note}",
-            {"augment.pick.images": f"{CODE}: a constant, where the text has half of the pool"},
+            {"augment.pick.images": f"{CODE}: a constant; the text has half of the pool"},
         )
     if "losses.mixed_ce.weight" in keys:
         del keys["losses.mixed_ce.weight"]

@@ -18,7 +18,7 @@ from fastkd.recipes.published import papers
 
 __all__ = ["as_data", "details", "listing", "matching", "overview"]
 
-# Whose setting a module has, where it is not named after its paper.
+# The setting of a module that is not named after its paper.
 _PAPERS = {"cifar": "crd"}
 _BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
 _WHAT_NEXT = """\
@@ -70,7 +70,7 @@ def matching(pattern: str) -> list[Entry]:
 
 
 def listing(entries: Sequence[Entry]) -> Iterator[str]:
-    """Lines: name, the paper's number, what the recipe needs that does not exist."""
+    """Lines: name, the paper's number, what the recipe needs but does not exist."""
     from fastkd.recipes.missing import missing
 
     width = max(len(entry.name) for entry in entries)
@@ -149,7 +149,7 @@ def _losses(entry: Entry) -> list[str]:
 
 
 def _defaults(entry: Entry) -> dict[str, str]:
-    """Loss keys that the recipe leaves at their defaults, so that no number is hidden."""
+    """Loss keys at their defaults, so that no number is hidden."""
     from fastkd.losses.base.catalogue import entry_of
 
     keys = {
@@ -185,7 +185,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _files(entry: Entry) -> str:
-    """What only the reader knows: folder of the data, file of the initial weights."""
+    """What only the user knows: folder of the data, file of the initial weights."""
     root = "" if entry.keys["data.name"] in ("digits", "synthetic") else " data.root=DIR"
     return root + " student.weights=FILE" * ("student.weights" in entry.keys)
 

@@ -24,7 +24,7 @@ __all__ = ["build", "find_recipe", "load_recipe"]
 
 
 def find_recipe(name: str) -> Recipe:
-    """Build a recipe by name; UserError names the nearest, or what it needs that does not exist."""
+    """Build a recipe by name; UserError names the nearest, or what it needs but does not exist."""
     entry = find_entry(name)
     lacks = missing_networks(entry)
     try:
@@ -35,7 +35,7 @@ def find_recipe(name: str) -> Recipe:
             raise
     if lacks:
         raise UserError(
-            f"the recipe {name} needs what this version of fastkd does not have: "
+            f"the recipe {name} needs something that this version of fastkd does not have: "
             f"{', '.join(lacks)}. `fastkd recipes show {name}` prints all of its keys"
         )
     return recipe
@@ -57,7 +57,7 @@ def load_recipe(
 ) -> Recipe:
     """Resolve a recipe; UserError on any mistake, before anything is built.
 
-    values: keys to start from where there is neither a name nor a file.
+    values: keys to start from if there is neither a name nor a file.
     """
     values = dict(values or {})
     file_values = _read_yaml(Path(config)) if config is not None else {}
@@ -92,13 +92,13 @@ def load_recipe(
         given = ", ".join(f"teacher.{key}" for key in teacher)
         raise UserError(
             f"{given}: {name or config or 'the recipe'} has no teacher; leave it out, or name one "
-            f"by teacher.name and give it something to teach by, such as losses.kd.weight"
+            f"with teacher.name and add a loss that uses it, such as losses.kd.weight"
         )
     return _validate(values)
 
 
 def _is_whole(values: Mapping[str, Any]) -> bool:
-    """Whether a file says by itself what to train on what; else it varies a named recipe."""
+    """Whether a file alone says what to train on which data; else it varies a named recipe."""
     data = values.get("data")
     has_data = isinstance(data, Mapping) and "name" in data
     return has_data and "student" in values and "losses" in values
@@ -109,7 +109,7 @@ def _dump(recipe: Recipe) -> dict[str, Any]:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML asks for it, PyYAML takes the last of several without a word."""
+    """YAML requires unique keys; PyYAML silently takes the last of several."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; an error at the second of two equal keys."""

@@ -2,11 +2,11 @@
 (arXiv:2009.08453), tables 3 to 6 and the numbers in sections 6.2 and 6.3.
 
 A pretrained student imitates the mean probability of two pretrained teachers by soft cross entropy;
-a discriminator keeps it distinguishable from them. No labels, no weight decay. `:released` is the
-code where it contradicts the text. Weights are pinned by timm's tags, as timm's bare names have
-come to mean other weights since. `transfer/` are the rows of table 6: a new head on the backbone
-(`student.new_head`), which is tuned with it or stays as it is (`student.frozen`). Table 7 is
-detection, which fastkd does not train; torchvision's RetinaNet takes a run's backbone
+a discriminator keeps it distinguishable from them. No labels, no weight decay. `:released` follows
+the code where it contradicts the text. Weights are pinned by timm's tags, because timm's bare
+names have since come to mean other weights. `transfer/` are the rows of table 6: a new head on the
+backbone (`student.new_head`), which is tuned with it or stays as it is (`student.frozen`). Table 7
+is detection, which fastkd does not train; torchvision's RetinaNet takes a run's backbone
 (tests/runs/test_transfer.py). Rows quoted from other papers are left out.
 """
 
@@ -37,7 +37,7 @@ TEACHERS = {
 }
 PAIRS = {224: "senet154+resnet152s", 380: "tf_efficientnet_b4.ns+tf_efficientnet_b4.aa"}
 RESNET50 = ("resnet50", "resnet50.ram_in1k", 224, "")
-# Row -> student, its initial weights at timm, side in pixels, what else.
+# Row -> student, its initial weights in timm, side in pixels, anything else.
 ROWS: dict[str, tuple[str, str | None, int, str]] = {
     "ResNet-50": RESNET50,
     "ResNet-50, timm": RESNET50,
@@ -76,7 +76,7 @@ SOURCES = {
     "optim.momentum": CODE,
     "losses.soft_ce.weight": CODE,
     "losses.discriminator.weight": CODE,
-    "losses.discriminator.lr_rule": f"{CODE}: its rate is the student's, as the authors say of all "
+    "losses.discriminator.lr_rule": f"{CODE}: its rate is the student's, as the authors state for "
     "published models",
 }
 
@@ -96,11 +96,11 @@ TRANSFER_SETTING: dict[str, Any] = {
     "optim.schedule": "constant",
 }
 TRANSFER_SOURCES = {
-    "data.mean": "that of the backbone",
-    "data.std": "that of the backbone",
+    "data.mean": "the backbone's",
+    "data.std": "the backbone's",
     "data.drop_last": "the released code, in distillation",
-    "optim.schedule": "how the rate falls is not said",
-    "student.name": "which weights are the base is not said: timm's, where MEAL V2 starts",
+    "optim.schedule": "not stated how the rate falls",
+    "student.name": "not stated which weights are the base: timm's, where MEAL V2 starts",
     "student.weights": "the file of the authors' release",
 }
 WEIGHTS = "MEALV2_ResNet50_224.pth"
@@ -114,7 +114,7 @@ FOLDERS = {
     "folder a class.",
     "birdsnap": "data.root is Birdsnap as folders: train/ (47,386 images) and test/ (2,443), one "
     "folder a class.",
-    "voc2007": "The paper does not say of which kind its mAP is; here the area, not the 11 points.",
+    "voc2007": "The paper does not say which mAP it uses; here the area, not the 11 points.",
 }
 FROZEN = " The frozen batch norms use and keep the statistics of the weights; the paper is silent."
 
@@ -163,7 +163,7 @@ def _of(cell: Published) -> Entry:
 
 
 def _released(entry: Entry) -> Entry:
-    """The rate falls an epoch later; other commands than that of ResNet-50 at 224 run 200."""
+    """The rate falls an epoch later; all commands except ResNet-50 at 224 run 200 epochs."""
     *before, last = entry.keys["optim.milestones"]
     changed: dict[str, Any] = {
         "losses.discriminator.last_relu": True,

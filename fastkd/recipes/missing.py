@@ -1,4 +1,4 @@
-"""What a named recipe asks for that this version of fastkd does not have.
+"""What a named recipe needs but this version of fastkd does not have.
 
 Found by asking the schema of a recipe, the loss terms and the networks, never written down per
 recipe: a recipe becomes runnable when its last part is added.
@@ -56,7 +56,7 @@ def missing_networks(entry: Entry) -> tuple[str, ...]:
 def _unknown(section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
     """Dotted keys that the section does not have, and key=value that it does not allow.
 
-    Whether the parts fit together is left to `loading.build`; a stand-in replaces the losses.
+    Whether the parts fit together is left to `loading.build`; a placeholder replaces the losses.
     """
     try:
         section.model_validate(values)

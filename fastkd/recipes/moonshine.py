@@ -1,6 +1,6 @@
 """Rows of "Moonshine: Distilling with Cheap Convolutions" (arXiv:1711.02613), tables 2, 3 and 4.
 
-A student is the teacher with its 3x3 convolutions exchanged for a cheap block, or a smaller
+A student is the teacher with its 3x3 convolutions replaced by a cheap block, or a smaller
 network: `wrn_40_2--wrn_40_2-G:4/at`. `scratch` is without a teacher. The paper prints errors.
 
 KD: the table was made with the formula of the released code, element-wise mean and a factor of 2,
@@ -76,17 +76,17 @@ SOURCES: dict[str, dict[str, str]] = {
         "data.mean": CODE,
         "data.std": CODE,
         "data.drop_last": CODE,
-        "augment.padding": f"{CODE}; the text has lost the width",
+        "augment.padding": f"{CODE}; the width is not stated in our copy",
         "optim.weight_decay": f"{CODE}: on every tensor",
         "losses.kd.weight": f"{CODE}: 2 alpha / number of classes, alpha = 0.9",
     },
     "imagenet": {
-        "data.image_size": "not said; the multiply-adds of table 3 are those of 224 pixels",
+        "data.image_size": "not stated; the multiply-adds of table 3 fit 224 pixels",
         "data.mean": "torchvision's, like the teacher",
         "data.std": "torchvision's, like the teacher",
-        "data.drop_last": "not said",
-        "augment.crop": "the usual random resized crop; not said",
-        "optim.weight_decay": "the authors' other ImageNet code; the text has lost the number",
+        "data.drop_last": "not stated",
+        "augment.crop": "the usual random resized crop; not stated",
+        "optim.weight_decay": "the authors' other ImageNet code; the number is not in our copy",
     },
     "cityscapes": {
         key: ERFNET
@@ -107,8 +107,8 @@ SOURCES["cifar100"] = SOURCES["cifar10"]
 NOTES = {
     "imagenet": "data.root is ImageNet as folders: train/ and val/, one folder a class.",
     "cityscapes": "ERFNet's encoder is trained first, for 150 epochs on labels at an eighth of the "
-    "size (AT: layers 7, 12 and 16, beta 1000). These keys are the second stage; its weights come "
-    "by student.weights. Whether the student's convolutions have a bias is not known.",
+    "size (AT: layers 7, 12 and 16, beta 1000). These keys are the second stage; set its initial "
+    "weights with student.weights. Whether the student's convolutions have a bias is not known.",
 }
 AT_NOTE = (
     "Equation 2 has the norm of the difference of the maps; beta belongs to the mean square of the "

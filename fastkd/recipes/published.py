@@ -1,7 +1,7 @@
-"""The numbers that the papers print, cell by cell, from published.json beside this file.
+"""The numbers that the papers print, cell by cell, from published.json next to this file.
 
-The JSON holds the tables under the papers' own labels, null where a cell is empty or lost; the
-modules of the papers make a recipe of every cell. Nothing here is a result of fastkd.
+The JSON holds the tables under the papers' own labels, null if a cell is empty or unreadable; the
+modules of the papers make a recipe from every cell. Nothing here is a result of fastkd.
 """
 
 import json
@@ -25,7 +25,7 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One printed number and where it stands."""
+    """One printed number and its place."""
 
     paper: str
     """Key of the paper in published.json."""
@@ -39,7 +39,7 @@ class Published:
     std: float | None = None
     """Standard deviation over the paper's runs, in points."""
     epoch: str | None = None
-    """Whose value it is: of the `last` epoch or the `best`; None where the paper does not say."""
+    """Whether the value is from the `last` epoch or the `best`; None if the paper does not say."""
 
     @property
     def place(self) -> str:

@@ -1,7 +1,7 @@
 """The recipe that `fastkd train` runs without arguments: handwritten digits, no download.
 
-300 training images at 16x16, a teacher of 0.7 M parameters, a student of 5 k. The student alone
-gets the same budget and the best of three learning rates.
+300 training images at 16x16, a teacher with 0.7 M parameters, a student with 5 k. The student
+alone gets the same budget and the best of three learning rates.
 """
 
 from fastkd.recipes.entry import Entry
@@ -10,7 +10,7 @@ __all__ = ["recipes"]
 
 
 def recipes() -> dict[str, Entry]:
-    """WRN-16-2 teaches a ResNet-8 of a quarter of the width."""
+    """WRN-16-2 teaches a ResNet-8 at a quarter of its width."""
     keys = {
         "epochs": 40,
         "batch_size": 50,

@@ -1,4 +1,4 @@
-"""The end of a run: teacher, student alone and distilled student side by side, beside the paper.
+"""The end of a run: teacher, student alone, distilled student and the paper's number compared.
 
 `fastkd.runs.stages` passes the summaries of its stages; they become summary.json, curves.png and
 the last table on the screen.

@@ -1,7 +1,7 @@
-"""The paper's number beside ours, at the end of a run that is a row of a paper's table.
+"""The paper's number next to ours, at the end of a run that is a row of a paper's table.
 
-Only where the run is the named recipe unchanged; otherwise the keys that were overridden and decide
-the outcome are named instead.
+Shown only if the run is the named recipe unchanged; otherwise the overridden keys that decide the
+outcome are named instead.
 """
 
 import re
@@ -17,9 +17,9 @@ from fastkd.recipes.published import Published
 
 __all__ = ["PaperRow", "paper_row"]
 
-# Metric of a paper -> ours; an error is what is left of an accuracy.
+# Metric of a paper -> ours; an error is 1 - accuracy.
 _OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
-# Place of the data, speed, output; and the seed, which the papers vary.
+# Location of the data, speed, output; and the seed, which the papers vary.
 _NO_MATTER = frozenset(
     [
         "description",
@@ -41,7 +41,7 @@ _NO_MATTER = frozenset(
         "data.workers",
     ]
 )
-# A teacher from a file, as the papers have it, in place of one that is trained first.
+# A teacher from a file, as in the papers, instead of one that is trained first.
 _NO_MATTER_OF_TEACHERS = frozenset(
     [
         "weights",
@@ -62,21 +62,21 @@ class PaperRow:
     """What the closing table and summary.json say about the paper."""
 
     row: dict[str, Any] | None
-    """A row of the closing table; None where the run cannot be compared."""
+    """A row of the closing table; None if the run cannot be compared."""
     text: str
     facts: dict[str, Any]
 
 
 def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) -> PaperRow | None:
-    """The paper's number for a finished run; None where no paper prints one.
+    """The paper's number for a finished run; None if no paper prints one.
 
-    name, keys: those of the recipe that was run, as `Recipe.dotted` has them.
+    name, keys: of the recipe that was run, as in `Recipe.dotted`.
     summary: `accuracy_last` and `accuracy_best` (or `map_..`), shares of 1.
     """
     entry = all_recipes().get(name)
     cells = entry.published if entry is not None else ()
     cell = next((cell for cell in cells if cell.metric in _OURS), None)
-    # A recipe file may bear the name of a recipe that cannot be built.
+    # A recipe file may have the name of a recipe that cannot be built.
     if entry is None or cell is None or missing(entry):
         return None
     facts = {
@@ -94,7 +94,7 @@ def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) ->
     ours = 100 * summary[f"{_OURS[cell.metric]}_{which}"]
     if cell.metric == "top1_error":
         ours = 100 - ours
-    said = "" if cell.epoch else "; the paper does not say which it took"
+    said = "" if cell.epoch else "; the paper does not say which epoch it used"
     text = (
         f"the paper's {cell} ({cell.place}); here {ours:.2f} in the {which} epoch, "
         f"{ours - cell.value:+.2f} points{said}"
@@ -125,7 +125,7 @@ def _changed(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     for key in {**there, **here}:
         one, other = here.get(key), there.get(key)
         if key == "student.weights" and one and other:
-            # The same file, wherever it lies.
+            # The same file, wherever it is.
             one, other = Path(one).name, Path(other).name
         if one != other and not _no_matter(key):
             one, other = ("null" if value is None else value for value in (one, other))

@@ -13,8 +13,8 @@ from fastkd.storage.atomic import atomic_path
 
 __all__ = ["plot_curves"]
 
-# Okabe and Ito's palette, told apart with every common colour blindness; the line styles repeat
-# the distinction for print in grey.
+# Okabe and Ito's palette, which is safe for all common kinds of colour blindness; the line styles
+# keep the lines distinct in greyscale print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 

@@ -1,1 +1,1 @@
-"""What knows a whole recipe: stages, folders, dry runs, saved runs, sweeps."""
+"""The code that sees a whole recipe: stages, folders, dry runs, saved runs, sweeps."""

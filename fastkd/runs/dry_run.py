@@ -1,6 +1,6 @@
-"""What a run would cost, from a few steps of every stage that are thrown away: `--dry-run`.
+"""What a run would cost, measured on a few discarded steps of every stage: `--dry-run`.
 
-Flow: `cli` asks here instead of `runs.stages`, whose parts build the stages; nothing is written.
+Flow: `cli` calls this in place of `runs.stages`, whose parts build the run; nothing is written.
 """
 
 import resource
@@ -68,7 +68,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
 
 
 def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe, int]]:
-    """What is trained before the recipe's own student: its name, its recipe, how often."""
+    """What is trained before the recipe's own student: name, recipe, number of runs."""
     stages = []
     for key, one in recipe.teacher.members().items() if recipe.teacher else ():
         if not one.trains:
@@ -85,7 +85,7 @@ def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe,
 
 
 def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
-    """Seconds of the first and the last step and of all, peak memory, shapes of what it saw."""
+    """Seconds of the first step, the last step and all steps, peak memory, input shapes."""
     trainer.runner.train()
     clocks, shapes = [time.perf_counter()], {}
     for prepared in islice(_batches(trainer), steps):
@@ -113,7 +113,7 @@ def _batches(trainer: Trainer) -> Iterator[Prepared]:
 
 
 def _peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU's allocator, or of the process on a CPU."""
+    """Peak memory so far: of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -49,7 +49,7 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     """
     if not any(key.startswith("data.name=") for key in keys):
         raise UserError(
-            "say on which data: data.name=cifar10 data.root=FOLDER, or data.name=digits"
+            "name the data to evaluate on: data.name=cifar10 data.root=FOLDER, or data.name=digits"
         )
     blank = {
         "name": "eval",
@@ -86,12 +86,12 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
             )
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
-            # data.mean and data.std, where given, say what the network wants.
+            # data.mean and data.std, if given, are what the network expects.
             LoadedNet(model, None if recipe.data.mean else card.normalization),
             {},
             Placement(world, precision, recipe.channels_last),
             data_normalization=data.facts.normalization,
-            # To the digit what its training reported.
+            # Exactly the number that its training reported.
             fold_batch_norm=False,
         )
         size = count(model, data.facts.image_shape)

@@ -1,7 +1,7 @@
-"""Which folder a run or one of its stages writes to: a new one, or an old one to be resumed.
+"""Which folder a run or one of its stages writes to: a new one, or an old one to resume.
 
-Flow: `stages` asks here, on rank 0, once everything fits; a stage that fails before it has achieved
-anything leaves no folder behind.
+Flow: `stages` calls this, on rank 0, once everything fits; a stage that fails before it has any
+result leaves no folder behind.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ __all__ = ["RunIdentity", "choose_folder", "stage_folder"]
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a folder has to know of the recipe that writes to it."""
+    """What a folder must know about the recipe that writes to it."""
 
     name: str
     digest: str
     config: str
     """Text of config.yaml."""
     out: Path | None
-    """Folder that the user asked for."""
+    """Folder that the user chose."""
     tensorboard: bool
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RunIdentity":
         """The identity of a recipe's runs."""
-        # Without `out`: given back with --config it makes a new run, not one in this folder.
+        # Without `out`: passed back with --config it makes a new run, not one in this folder.
         saved = recipe.absolute().model_copy(update={"out": None})
         return cls(
             name=recipe.name,
@@ -47,7 +47,7 @@ class RunIdentity:
 def choose_folder(
     run: RunIdentity, root: Path, resume: str | None, console: Console
 ) -> tuple[RunFolder, bool]:
-    """The run's folder, and whether it is an old one to be resumed.
+    """The run's folder, and whether it is an old one to resume.
 
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     Raises UserError for a folder that is finished, foreign, or not empty without being resumed.
@@ -73,7 +73,7 @@ def choose_folder(
     if found.summary() is not None:
         raise UserError(f"{found.path} is finished: nothing to resume")
     if not (found.path / "last.pt").exists():
-        # Where there is a checkpoint, its own digest is compared as it is opened.
+        # If there is a checkpoint, its own digest is compared when it is opened.
         _describe_or_compare(run, found)
     return _equipped(run, found), True
 

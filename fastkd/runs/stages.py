@@ -1,6 +1,6 @@
 """A recipe as a whole: data, teacher, baselines, distilled student, comparison, report.
 
-Every stage is one training in its own run folder, so each can be resumed and reused by itself:
+Every stage is one training in its own run folder, so each can be resumed and reused separately:
 the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
@@ -61,7 +61,7 @@ class Session:
 
 
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
-    """Train what the recipe asks for and return its summary.
+    """Train everything in the recipe and return its summary.
 
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
     """
@@ -106,9 +106,9 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
 
 
 def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
-    """Build the student's training and drop it; the teachers, as they were loaded, are kept.
+    """Build the student's training and drop it, but keep the loaded teachers.
 
-    What does not fit is found before the teacher is trained, and leaves no folder behind.
+    Mismatches are found before the teacher is trained, and leave no folder behind.
     """
     teachers = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
@@ -118,14 +118,14 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
 
 @contextmanager
 def _advice(run: Path) -> Iterator[None]:
-    """Add to a stop how to resume it."""
+    """Add to an interruption how to resume the run."""
     advice = f"Resume it with: fastkd train --resume {run}"
     try:
         yield
     except Interrupted as stopped:
         raise Interrupted(f"{stopped} {advice}", stopped.exit_code) from None
     except KeyboardInterrupt:
-        # Where another rank failed first, the folder may be gone.
+        # If another rank failed first, the folder may be gone.
         raise Interrupted(f"stopped. {advice}" if run.exists() else "stopped.", 130) from None
 
 
@@ -148,7 +148,7 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
-    """Both splits as the recipe wants them, this rank's share."""
+    """Both splits as the recipe describes them, this rank's share."""
     return open_data(
         recipe.data,
         recipe.augment,
@@ -168,14 +168,14 @@ def build_stage(
 ) -> Trainer:
     """The recipe's own training, in a folder or without one.
 
-    checkpoint: the one that the caller will resume.
+    checkpoint: the checkpoint that the caller will resume.
     """
-    # Graphs of earlier stages are of no use now, and a long sweep would meet the limit of 256.
+    # Graphs of earlier stages are no longer needed, and a long sweep would reach the limit of 256.
     torch.compiler.reset()
     torch.manual_seed(recipe.seed)
     net = load_net(recipe.student, data, recipe.student.weights)
-    # What compile=auto came to when the run began: on another device it could be otherwise. The
-    # precision needs no such memory: its name is in the saved recipe.
+    # What compile=auto resolved to when the run began: on another device it could differ. The
+    # precision need not be stored: its name is in the saved recipe.
     compile = checkpoint.state["decisions"]["compile"] if checkpoint else recipe.compile
     if folder and session.world.is_main:
         for fact in start_of(recipe.student, net, data):
@@ -228,7 +228,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
         return folder, folder.summary()
 
     def waiting() -> None:
-        session.console.note(f"{recipe.name}: another run is at work in {path}, waiting for it")
+        session.console.note(f"{recipe.name}: another run is using {path}, waiting for it")
 
     with occupied(path, session.world, waiting):
         folder, finished = on_main(session.world, prepare)
@@ -249,13 +249,13 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
 
 
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
-    """Train a teacher, or find it trained: its run folder and summary."""
+    """Train a teacher, or find it already trained: its run folder and summary."""
     path = teacher_folder(lesson, session)
     return path, _train(lesson, data, session, path)
 
 
 def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
-    """Train; what summary.json says of a stage, whoever asked for it."""
+    """Train; returns the entries of summary.json that every stage has."""
     return trainer.fit() | {
         "recipe": recipe.name,
         "digest": recipe.digest(),
@@ -277,5 +277,5 @@ def _go_on(
 
 
 def teacher_folder(lesson: Recipe, session: Session) -> Path:
-    """Where a teacher is trained once for all recipes that want the same one."""
+    """Where a teacher is trained once for all recipes that need the same one."""
     return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"

@@ -1,1 +1,1 @@
-"""Files that survive a crash: atomic writing, checkpoints, weights of ours and of others."""
+"""Files that survive a crash: atomic writing, checkpoints, our weights and foreign ones."""

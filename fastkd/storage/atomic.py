@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: write beside, flush to the disk, rename.
+"""Files that exist completely or not at all: write a temporary file, flush it, rename it.
 
 Checkpoints, weights, run folders and plots are written through here.
 """
@@ -16,10 +16,10 @@ __all__ = ["atomic_path", "explain_full_disk"]
 
 @contextmanager
 def atomic_path(target: Path) -> Generator[Path]:
-    """A path beside `target` to write to; it takes the target's place when the block succeeds.
+    """A temporary path next to `target`; it replaces the target when the block succeeds.
 
     Raises:
-        RunFailed: the disk is full. `target` is then as it was before.
+        RunFailed: the disk is full. `target` is then unchanged.
     """
     beside = target.with_name(f".{target.name}.tmp")
     try:
@@ -36,7 +36,7 @@ def atomic_path(target: Path) -> Generator[Path]:
 
 
 def explain_full_disk(error: OSError, target: Path) -> None:
-    """Raise RunFailed if that is what the error means; return otherwise."""
+    """Raise RunFailed if the error means a full disk; return otherwise."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise RunFailed(f"no space left on the disk: {target} could not be written") from error
 

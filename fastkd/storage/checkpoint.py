@@ -1,7 +1,7 @@
-"""What survives a crash: `last.pt` holds everything a run needs to go on, bit for bit.
+"""What survives a crash: `last.pt` holds everything a run needs to resume, bit for bit.
 
-Saving is atomic (write beside, flush to disk, rename), so a kill inside a save leaves the previous
-checkpoint whole. Random state is not saved because none exists: order, augmentation and dropout
+Saving is atomic (temporary file, flush, rename), so a kill during a save leaves the previous
+checkpoint intact. Random state is not saved because none exists: order, augmentation and dropout
 follow from (seed, epoch, step).
 """
 
@@ -27,24 +27,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             try:
                 torch.save(state | {"format": FORMAT}, file)
             except RuntimeError as error:
-                # On the way out of an OSError torch's zip writer fails with a complaint of its own.
+                # While an OSError propagates, torch's zip writer fails with an error of its own.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
     except RunFailed as error:
         raise RunFailed(
-            f"{error}. The previous checkpoint is intact: free some space and go on with "
+            f"{error}. The previous checkpoint is intact: free some space and continue with "
             f"--resume {path.parent}"
         ) from None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read once; whoever needs a part of it is handed this object."""
+    """A checkpoint, read once and passed to everything that needs a part of it."""
 
     path: Path
     state: dict[str, Any]
-    """As `save_checkpoint` got it, its tensors on the CPU."""
+    """As passed to `save_checkpoint`, with tensors on the CPU."""
 
     @classmethod
     def open(cls, path: Path, digest: str | None = None) -> Self:
@@ -68,7 +68,7 @@ class Checkpoint:
         return opened
 
     def check_digest(self, digest: str) -> None:
-        """UserError where another recipe wrote the checkpoint."""
+        """UserError if another recipe wrote the checkpoint."""
         written: str = self.state["digest"]
         if written != digest:
             raise UserError(

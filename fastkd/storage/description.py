@@ -1,4 +1,4 @@
-"""What a weight file says of its network: metadata from which `create_model` builds it again."""
+"""What a weight file says about its network: metadata from which `create_model` rebuilds it."""
 
 import json
 from collections.abc import Mapping
@@ -54,15 +54,15 @@ class NetworkFacts:
 
 
 def facts_of(model: nn.Module) -> NetworkFacts:
-    """What a network says of itself on its card; nothing where it has none."""
+    """What a network's card says about it; nothing if it has none."""
     card = getattr(model, CARD, None)
     return NetworkFacts() if card is None else card.facts
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Metadata from which `fastkd.models.model_from_file` builds the network again.
+    """Metadata from which `fastkd.models.model_from_file` rebuilds the network.
 
     Keys: `architecture`, `num_classes`, `options` (JSON), `normalization` (JSON [mean, std]), each
-    only where the network has it; networks that `create_model` could not repeat give an empty dict.
+    only if the network has it; networks that `create_model` cannot rebuild give an empty dict.
     """
     return facts_of(model).to_metadata()

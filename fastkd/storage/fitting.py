@@ -1,4 +1,4 @@
-"""Weights copied into a network: names and shapes compared, and what does not fit explained."""
+"""Weights copied into a network: compares names and shapes, and explains mismatches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Every tensor of the file found its place and nothing was missing."""
+        """Every tensor of the file was used and nothing was missing."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
 
@@ -140,7 +140,7 @@ def _hint(
         return (
             f". The class counts differ: build the network with num_classes={classes}. In a recipe "
             "student.new_head=true (new_head=True) takes all but the classifier, and a teacher "
-            "needs teacher.class_map: which of its outputs the classes of the data are"
+            "needs teacher.class_map: the output for each class of the data"
         )
     if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'

@@ -28,12 +28,12 @@ WRAPPERS = (
     "ema_state_dict",
     "ema",
 )
-"""Keys under which training programs store the state dict; the first that is there wins, so plain
-weights go before averaged ones."""
+"""Keys under which training programs store the state dict; the first one present wins, so plain
+weights take precedence over averaged ones."""
 
 
 def find_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint: below a known wrapper key, itself, or the only one there."""
+    """The state dict of a checkpoint: below a known wrapper key, itself, or the only one inside."""
     found = _state_below(content)
     if found:
         return found
@@ -64,15 +64,15 @@ def _state_below(content: Any) -> dict[str, Tensor]:
 
 
 def bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names without the marks of wrappers (`bare_names`)."""
+    """The tensors by their names without wrapper prefixes (`bare_names`)."""
     return {name: state[key] for key, name in bare_names(state).items()}
 
 
 def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Name -> name without the marks of wrappers.
+    """Name -> name without wrapper prefixes.
 
-    `_orig_mod.` (torch.compile) goes wherever it stands, `module.` (data parallel, averaged models)
-    where all keys begin with it; the `n_averaged` counter of an averaged model goes with it.
+    `_orig_mod.` (torch.compile) is removed everywhere, `module.` (data parallel, averaged models)
+    if all keys begin with it, together with the `n_averaged` counter of an averaged model.
     """
     names = {key: key.replace("_orig_mod.", "") for key in keys}
     while True:
@@ -93,7 +93,7 @@ def without_first_component(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def renamed_for(
     model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state in the network's names, by the key map that fits most of them; as it is, on a tie.
+    """The state in the network's names, by the key map that fits most of them; unchanged on a tie.
 
     A 1x1 convolution of the source may be a linear layer here.
     """

@@ -1,7 +1,7 @@
 """Reading weight files of any origin: opened once, then passed on as a `WeightFile`.
 
-Nothing that is read can run code: safetensors holds no code, and `.pt`/`.pth` goes through torch's
-restricted unpickler. Beyond tensors it admits argparse namespaces, paths, sets and numpy numbers,
+Reading never runs code: safetensors holds none, and `.pt`/`.pth` goes through torch's
+restricted unpickler. Besides tensors it admits argparse namespaces, paths, sets and numpy numbers,
 strings and arrays; only the tensors are kept.
 """
 
@@ -37,7 +37,7 @@ class WeightFile:
 
     @classmethod
     def open(cls, source: "WeightSource") -> "WeightFile":
-        """Read a file; an opened one is returned as it is.
+        """Read a file; an opened one is returned unchanged.
 
         source: safetensors, a `torch.save` file (zip or legacy), or a run folder (its
             best.safetensors). Wrappers such as `state_dict` or `model` are opened; `module.` and
@@ -59,7 +59,7 @@ class WeightFile:
 
     @property
     def network(self) -> NetworkFacts:
-        """What the metadata say of the network. UserError where they cannot be read."""
+        """What the metadata say about the network. UserError if they cannot be read."""
         try:
             return NetworkFacts.from_metadata(self.facts)
         except (ValueError, TypeError, LookupError) as error:
@@ -70,7 +70,7 @@ class WeightFile:
 
 
 WeightSource = str | PathLike[str] | WeightFile
-"""A path, or a file that was opened before."""
+"""A path, or an already opened file."""
 
 
 def load_weights(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -97,7 +97,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> Any:
     # torch does not say what the entries' constructors return.
     known = cast(list[Any], torch.serialization.get_safe_globals())  # pyright: ignore[reportUnknownMemberType]
-    # Entries the user has admitted stay; safe_globals would take them away on leaving.
+    # Keep entries that the user has admitted; safe_globals would remove them on exit.
     admitted = [entry for entry in _admitted() if entry not in known]
     try:
         with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
@@ -117,14 +117,14 @@ def _read_pickle(path: Path) -> Any:
                 f"{path}: written with pickle protocol 4 or 5, which torch's safe loader cannot "
                 "read; where it was written, save it again without pickle_protocol="
             ) from error
-        # Before its reason torch advises to load the file unsafely.
+        # Before its reason torch advises loading the file unsafely.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
         reason = next(iter(reason.splitlines()), type(error).__name__)
         raise UserError(f"{path}: damaged, or not a PyTorch checkpoint ({reason[:200]})") from error
 
 
 def _admitted() -> list[Any]:
-    """What training scripts store beside tensors, none of which can run code."""
+    """What training scripts store besides tensors; none of it can run code."""
     rebuild_scalar = np.float64(0).__reduce__()[0]
     rebuild_array = np.empty(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"}

@@ -1,4 +1,4 @@
-"""Weights as safetensors, written atomically; and the public names of reading and fitting them."""
+"""Weights as safetensors, written atomically; also the public names for reading and fitting."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -30,7 +30,7 @@ def save_weights(
     source: nn.Module | Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write safetensors atomically: the file is there whole, or the old one stays.
+    """Write safetensors atomically: the new file is complete, or the old one stays.
 
     Tensors are stored contiguous and without wrapper prefixes; tensors that share memory are each
     stored in full, so that the file loads strictly into the same network elsewhere. A module adds

@@ -1,1 +1,1 @@
-"""Frozen networks that are imitated: one or several, loaded, proven, asked for their taps."""
+"""Frozen networks that are imitated: one or several, loaded, checked, asked for their taps."""

@@ -1,4 +1,4 @@
-"""Keys of a recipe on teachers: how they are trained or loaded, and what they are shown."""
+"""Recipe keys for teachers: how they are trained or loaded, and what they see."""
 
 from typing import Annotated
 
@@ -19,32 +19,32 @@ __all__ = ["MemberConfig", "TeacherConfig"]
 
 
 class MemberConfig(StudentConfig):
-    """One frozen network that is imitated, by itself or with others (`fastkd.teachers.teacher`)."""
+    """One frozen network that is imitated, alone or with others (`fastkd.teachers.teacher`)."""
 
     train: bool = False
-    """Train the teacher first with this recipe's data and optimizer, once, and keep it; not where
+    """Train the teacher first with this recipe's data and optimizer, once, and keep it; not if
     teacher.weights names a finished one."""
     epochs: PositiveInt | None = None
-    """Length of that training; by default that of the student."""
+    """Length of that training; by default the student's."""
     lr: PositiveFloat | None = None
-    """Learning rate of that training; by default that of the student."""
+    """Learning rate of that training; by default the student's."""
     seed: int | None = Field(default=None, ge=0)
-    """Seed of that training; by default that of the run. Set, it makes runs of several seeds share
+    """Seed of that training; by default the run's. Set it to let runs with several seeds share
     one teacher."""
     resolution: PositiveInt | None = None
-    """Side in pixels the teacher wants its images; by default that of the student's."""
+    """Side in pixels of the images the teacher expects; by default the student's."""
     mean: tuple[float, float, float] | None = None
-    """Channel means in 0..1 that the teacher wants; by default its checkpoint's or the data's."""
+    """Channel means in 0..1 that the teacher expects; by default its checkpoint's or the data's."""
     std: Deviations | None = None
-    """Likewise its channel standard deviations."""
+    """Channel standard deviations in 0..1 that the teacher expects."""
     class_map: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """class_map[c] is the teacher's output for our class c, where the orders differ."""
+    """class_map[c] is the teacher's output for our class c, if the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """Refuse a teacher below this accuracy; by default one that is not better than chance."""
     precision: PrecisionName | None = None
-    """Autocast type of its forward pass; by default that of the run."""
+    """Autocast type of its forward pass; by default the run's."""
     compile: Annotated[CompileSwitch | None, BeforeValidator(yaml_switch)] = None
-    """torch.compile for the teacher; by default as for the run."""
+    """torch.compile for the teacher; by default the run's."""
 
     @property
     def trains(self) -> bool:
@@ -57,10 +57,10 @@ class TeacherConfig(MemberConfig):
     `fastkd.teachers.ensemble`)."""
 
     ensemble: tuple[MemberConfig, ...] = ()
-    """Further teachers with keys of their own; the student imitates the mean probability."""
+    """Additional teachers, each with its own keys; the student imitates the mean probability."""
 
     def members(self) -> dict[str, MemberConfig]:
-        """All teachers, this one first, by the key under which they stand in the recipe."""
+        """All teachers, this one first, by their key in the recipe."""
         further = {f"teacher.ensemble.{n}": one for n, one in enumerate(self.ensemble)}
         return {"teacher": self, **further}
 
@@ -73,14 +73,14 @@ class TeacherConfig(MemberConfig):
     @model_validator(mode="after")
     def _different(self) -> "TeacherConfig":
         seen: dict[str, str] = {}
-        # How it computes, and what is asked of it, does not make it another teacher.
+        # How it computes, and what is required of it, does not make it another teacher.
         aside = {"ensemble", "min_accuracy", "precision", "compile"}
         for key, one in self.members().items():
             unread = set() if one.trains else {"train", "epochs", "lr", "seed"}
             same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)
             if same != key:
                 raise ValueError(
-                    f"{key} is {same} once more ({one.name}, the same weights): an ensemble wants "
+                    f"{key} is {same} again ({one.name}, the same weights): an ensemble needs "
                     f"another network or other weights"
                 )
         return self
@@ -97,15 +97,15 @@ def _check_member(key: str, one: MemberConfig) -> None:
     if not one.trains and (one.new_head or one.frozen):
         given = "new_head" if one.new_head else "frozen"
         raise ValueError(
-            f"{key}.{given} is for a teacher that is trained here ({key}.train=true); finished "
+            f"{key}.{given} is for a teacher trained by this recipe ({key}.train=true); finished "
             f"weights are imitated as they are: leave it out"
         )
-    # What it learned from is what it sees.
+    # It sees what it was trained on.
     own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}
     given = [name for name, value in own.items() if value is not None]
     if one.trains and given:
         raise ValueError(
-            f"{key}.{given[0]} is for finished weights; a teacher that is trained here "
+            f"{key}.{given[0]} is for finished weights; a teacher trained by this recipe "
             f"learns from this recipe's own images and classes: leave it out, or set "
             f"{key}.weights"
         )

@@ -1,7 +1,8 @@
-"""The teachers of a run, one or several that answer together, bound to what the step asks of them.
+"""The teachers of a run, one or several that answer together, bound to what the step needs.
 
-`bind_teacher` ties what was loaded to views and taps. Of several the step sees one teacher, whose
-probabilities are the mean of theirs (Shen and Savvides 2020, arXiv:2009.08453, equation 1).
+`bind_teacher` connects loaded networks to views and taps. Several appear to the step as one
+teacher, whose probabilities are the mean of theirs (Shen and Savvides 2020, arXiv:2009.08453,
+equation 1).
 """
 
 import math
@@ -31,22 +32,23 @@ def _mean_logits(each: Sequence[Tensor]) -> Tensor:
 
 
 TAPS = {"logits": _log_mean_probability, MEAN_LOGITS: _mean_logits}
-"""All that several networks have in common."""
+"""The taps that several networks have in common."""
 
 
 class Ensemble:
-    """Callable: views -> what several teachers say together, by need; stands in for a `Teacher`.
+    """Callable: views -> the joint answer of several teachers, by need; replaces a `Teacher`.
 
     `logits` is the natural logarithm of the mean over the members of their probabilities at
     temperature 1, fp32 [N, C]: its softmax is that mean. A loss of another temperature T therefore
     softens the mean, softmax(log(mean_k p_k) / T); it does not average softened probabilities.
     `mean_logits` is the mean of the raw logits, which is another distribution.
 
-    All members have the same say. There are no stages and no other taps: whose would they be?
+    All members have equal weight. There are no stages and no other taps: they belong to no one
+    network.
     """
 
     def __init__(self, members: Mapping[str, Teacher], taps: Mapping[str, tuple[str, ...]]) -> None:
-        """members: by name, each giving its logits on the views of `taps`."""
+        """members: by name, each returning its logits on the views of `taps`."""
         self.members = dict(members)
         self.taps = {view: tuple(dict.fromkeys(("logits", *own))) for view, own in taps.items()}
 
@@ -60,19 +62,19 @@ class Ensemble:
         return out
 
     def features(self, images_NCHW: Tensor) -> dict[str, Tensor]:
-        """Both taps, uncompiled; UserError where the members do not know the same classes."""
+        """Both taps, uncompiled; UserError if the members do not have the same classes."""
         each = [member.logits(images_NCHW) for member in self.members.values()]
         shapes = [tuple(logits_NC.shape[1:]) for logits_NC in each]
         if len(set(shapes)) > 1:
             found = ", ".join(f"{n} {s}" for n, s in zip(self.members, shapes, strict=True))
             raise UserError(
                 f"the teachers give logits of different shapes per image ({found}): all need the "
-                f"classes of the data, which class_map of a teacher picks out of its own"
+                f"classes of the data; a teacher's class_map selects them from its own"
             )
         return {tap: of(each) for tap, of in TAPS.items()}
 
     def logits(self, images_NCHW: Tensor) -> Tensor:
-        """[N, C], uncompiled; for the evaluation."""
+        """Logits [N, C], uncompiled; for the evaluation."""
         return self.features(images_NCHW)["logits"]
 
 
@@ -104,13 +106,13 @@ def bind_teacher(
     if len(nets) == 1:
         return bind(nets[0], taps)
     logits = dict.fromkeys(taps, ("logits",))
-    # By number too: two may be of one architecture.
+    # By number too: two may have the same architecture.
     members = {f"{n}: {net.name}": bind(net, logits) for n, net in enumerate(nets, 1)}
     return Ensemble(members, taps)
 
 
 def check_ensemble_needs(nets: Sequence[LoadedNet], terms: Iterable[LossTerm]) -> None:
-    """UserError where a loss wants of several teachers what only one network has."""
+    """UserError if a loss needs something from several teachers that only one network has."""
     if len(nets) < 2:
         return
     for term in terms:
@@ -119,7 +121,7 @@ def check_ensemble_needs(nets: Sequence[LoadedNet], terms: Iterable[LossTerm]) -
         if wanted is not None:
             names = ", ".join(net.name for net in nets)
             raise UserError(
-                f"the loss {term.name} asks for {wanted} of the teacher, but there are "
+                f"the loss {term.name} needs {wanted} of the teacher, but there are "
                 f"{len(nets)} teachers ({names}), which only have logits in common: drop "
                 f"that loss, or all teachers but one"
             )

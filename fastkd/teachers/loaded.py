@@ -1,4 +1,4 @@
-"""A network as it was loaded, with what a recipe or its weight file says of its use."""
+"""A network as it was loaded, with its settings from a recipe or its weight file."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,14 +16,14 @@ class LoadedNet:
 
     model: nn.Module
     normalization: Normalization | None = None
-    """That its weights expect; None: that of the data."""
+    """The normalisation that its weights expect; None: the data's."""
     resolution: int | None = None
-    """Side in pixels of the images it wants; None: that of the views."""
+    """Side in pixels of the images it expects; None: the views'."""
     class_map: tuple[int, ...] | None = None
-    """For every class of the data the network's output; None where the orders agree."""
+    """The network's output for every class of the data; None if the orders agree."""
     name: str = "teacher"
     """For messages."""
     precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """Autocast type of its forward pass; None: that of the run."""
+    """Autocast type of its forward pass; None: the run's."""
     compiled: bool | None = None
-    """Whether it is compiled; None: as the run."""
+    """Whether it is compiled; None: as in the run."""

@@ -1,7 +1,7 @@
-"""Student and teachers of a recipe: built, filled with weights, every teacher proven first.
+"""Student and teachers of a recipe: built, loaded with weights, every teacher checked first.
 
-Flow: `runs.stages` asks here before it builds a stage. A teacher that has to be trained first is
-trained by the function that `run` hands in.
+Flow: `runs.stages` calls this before it builds a stage. A teacher that has to be trained first is
+trained by a function that `runs.stages` passes in.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ __all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
 
 
 def load_teacher(config: TeacherConfig | None, data: DataPair) -> tuple[LoadedNet, ...]:
-    """The recipe's teachers, with their weights unless these are still to be trained."""
+    """The recipe's teachers, with their weights unless they have yet to be trained."""
     members = config.members() if config else {}
     return tuple(load_net(one, data, one.weights, key) for key, one in members.items())
 
@@ -48,18 +48,18 @@ def prove_teacher(
     say: Callable[[str], None],
     train: Callable[[MemberConfig], tuple[Path, dict[str, Any]]],
 ) -> tuple[tuple[LoadedNet, ...], dict[str, Any] | None]:
-    """The recipe's teachers, trained first where they ask for that, each better than chance.
+    """The recipe's teachers, trained first if the recipe says so, each better than chance.
 
-    nets: as `load_teacher` gave them; those that are trained first are filled in place.
-    placement: of the run; its precision is for teachers that have none of their own.
+    nets: as returned by `load_teacher`; those that are trained first are filled in place.
+    placement: of the run; its precision is for teachers without their own.
     say: shows a sentence to the user.
     train: trains one of them; its run folder and summary.
-    Returns also the facts for summary.json: name, accuracy, size; of several those of all together
-    and, as `members`, of each. UserError for one below `min_accuracy`.
+    Also returns the facts for summary.json: name, accuracy, size; for several teachers these are
+    joint, and each one's are in `members`. UserError for a teacher below `min_accuracy`.
     """
     if config is None:
         return (), None
-    # What a trial of the run has left on them.
+    # Hooks that a trial of the run has left on them.
     remove_taps(*(net.model for net in nets))
     proven = list[LoadedNet]()
     facts = list[dict[str, Any]]()
@@ -93,7 +93,7 @@ def load_net(
 ) -> LoadedNet:
     """Build a network of the data's class count and fill it from a file or a run folder.
 
-    key: where it stands in the recipe, for messages.
+    key: its key in the recipe, for messages.
     """
     own = config if isinstance(config, MemberConfig) else None
     class_map = own.class_map if own else None
@@ -132,7 +132,7 @@ def load_net(
 
 
 def _filled(net: LoadedNet, run: Path) -> LoadedNet:
-    """A network that was built before its training, with the weights that came out of it."""
+    """A network that was built before its training, with the trained weights."""
     file = WeightFile.open(run / "best.safetensors")
     load_into(net.model, file)
     card = card_of(net.model)
@@ -143,7 +143,7 @@ def _filled(net: LoadedNet, run: Path) -> LoadedNet:
 
 
 def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]:
-    """What the student starts from, in sentences: loaded, new, frozen, normalised how."""
+    """The student's starting point in sentences: what is loaded, new, frozen; normalisation."""
     source = config.weights or ("pretrained weights" if config.pretrained else None)
     said = []
     if config.new_head or config.frozen:
@@ -168,7 +168,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
         said.append(
             f"note: {source} learned from images normalised by data.mean={mean} data.std={std}, "
-            f"which are not those of this run"
+            f"but this run uses others"
         )
     return said
 
@@ -190,12 +190,12 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
         {},
         placement,
         data_normalization=data.facts.normalization,
-        # To the digit what its own training reported.
+        # Exactly the number that its own training reported.
         fold_batch_norm=False,
     )
     precision = placement.precision
     if len(nets) > 1:
-        # Members of different types each take the images as they come and cast them for themselves.
+        # Members of different types take the images as they come and cast them on their own.
         precision = Precision("fp32", placement.device.type)
     elif nets[0].precision is not None:
         precision = resolve_precision(nets[0].precision, placement.device)
@@ -217,11 +217,11 @@ def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data
 
 
 def _own_classes(name: str, file: WeightFile | None, of_data: int) -> int | None:
-    """Class count of a teacher whose outputs are mapped; None where the network's source knows."""
+    """Class count of a teacher whose outputs are mapped; None if the network's source knows it."""
     if file is None:
         return None if ":" in name else of_data
     if "num_classes" in file.facts:
         return int(file.facts["num_classes"])
-    # A checkpoint of others tells it by its last layer.
+    # In a foreign checkpoint the last layer shows it.
     heads = [tensor for tensor in file.tensors.values() if tensor.dim() == 2]
     return heads[-1].shape[0] if heads else of_data

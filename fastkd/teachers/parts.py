@@ -1,6 +1,6 @@
-"""Single layers of a teacher that some losses use: its classifier, what it pools, its last norm.
+"""Parts of a teacher that some losses use: its classifier, the taps it pools, its last norm.
 
-`fastkd.training.build` passes them on in a `BindContext`. SimKD and JointRD ask for them, always of
+`fastkd.training.build` passes them on in a `BindContext`. SimKD and JointRD need them, always from
 one network: an ensemble has no such parts.
 """
 
@@ -52,7 +52,7 @@ def taps_into_head(
 
 
 def last_norm(model: nn.Module) -> nn.BatchNorm2d | None:
-    """The last batch norm outside of shortcuts, which all families call downsample or shortcut."""
+    """The last batch norm outside shortcuts, which every family calls downsample or shortcut."""
     norms = [
         module
         for path, module in model.named_modules()

@@ -1,7 +1,7 @@
 """The frozen network that is imitated: evaluated first, never trained, wrapped or saved.
 
 The teacher is its own compiled unit with its own normalisation, resolution and class order. On a
-GPU it works one batch ahead on a side stream (`fastkd.training.ahead`).
+GPU it runs one batch ahead on a side stream (`fastkd.training.ahead`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,15 +33,15 @@ class Teacher:
     """Callable: views -> its tensors by need.
 
     Args:
-        net: a network that maps [N, 3, H, W] to logits [N, C], and what it wants to see. Its own
-            precision and compile switch go before those of the run.
-        taps: per view the taps that the loss terms ask for.
+        net: a network that maps [N, 3, H, W] to logits [N, C], and the inputs it expects. Its own
+            precision and compile switch override the run's.
+        taps: per view, the taps that the loss terms need.
         placement: device, autocast type and memory layout of the run.
         data_normalization: (mean, std) in 0..1 with which the views were normalised.
         layout: memory layout of the views; by default the one for this network.
-        fold_batch_norm: fold it into the convolutions of a teacher of which only the logits are
-            wanted, in a copy: the same logits within rounding, in less time. `model` is then that
-            copy. A network that cannot be copied or traced is used as it is.
+        fold_batch_norm: if only the teacher's logits are needed, fold it into the convolutions, in
+            a copy: the same logits within rounding, in less time. `model` is then that copy. A
+            network that cannot be copied or traced is used unchanged.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Teacher:
         }
         every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
         every.pop(MEAN_LOGITS, None)
-        # A tapped one keeps every layer where the taps expect it.
+        # A tapped network keeps every layer where the taps expect it.
         given = freeze(net.model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
         self.folded = model is not given
@@ -99,10 +99,10 @@ class Teacher:
         return out
 
     def _in_pieces(self, images_NCHW: Tensor, rows: int) -> dict[str, Tensor]:
-        """All taps; on a CPU the pool of a pick passes in batches as large as x.
+        """All taps; on a CPU the pool of a pick is processed in batches as large as x.
 
-        Twice as large ones fall out of its caches (benchmarks/bench_pick.py with ResNet-50), and
-        would be compiled once more.
+        Batches twice as large exceed its caches (benchmarks/bench_pick.py with ResNet-50) and would
+        need another compilation.
         """
         if images_NCHW.device.type != "cpu" or len(images_NCHW) == rows:
             return self.forward(images_NCHW)
@@ -110,7 +110,7 @@ class Teacher:
         return {tap: torch.cat([piece[tap] for piece in pieces]) for tap in pieces[0]}
 
     def features(self, images_NCHW: Tensor) -> dict[str, Tensor]:
-        """All taps that are wanted of any view, uncompiled."""
+        """All taps needed on any view, uncompiled."""
         with torch.no_grad():
             return _with_mean(self.unit(images_NCHW))
 
@@ -121,14 +121,14 @@ class Teacher:
     def stages(self, features: Tensor, after: str, taps: Iterable[str]) -> dict[str, Tensor]:
         """The layers after tap `after` up to the last of `taps`, with gradient to the features.
 
-        Only where `has_stages`.
+        Only if `has_stages`.
         """
         assert isinstance(self.model, ZooNetwork)
         return self.unit.in_class_order(self.model.forward_from(features, after, taps))
 
     @property
     def has_stages(self) -> bool:
-        """Whether the network can be run in part: one of the zoo, its batch norm not folded."""
+        """Whether the network can be run in part: from the zoo, with its batch norm not folded."""
         return isinstance(self.model, ZooNetwork) and not self.folded
 
 
@@ -146,9 +146,9 @@ def _folded(model: nn.Module) -> nn.Module:
 
 
 def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the weights the type to which autocast would round them anew at every step.
+    """Store the weights in the type to which autocast would round them in every step.
 
-    Only in layers that are exactly torch's own: what a subclass does with its weights is unknown.
+    Only in torch's own layer classes: what a subclass does with its weights is unknown.
     """
     for module in model.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
@@ -187,18 +187,18 @@ class _TeacherUnit(nn.Module):
             images_NCHW = moved_NCHW.to(images_NCHW.dtype)
         if self.resolution is not None:
             side = (self.resolution, self.resolution)
-            # In fp32: torch has no antialiased bf16 resize on a CPU.
+            # In fp32: torch has no antialiased bf16 resize on CPUs.
             resized_NCHW = F.interpolate(
                 images_NCHW.float(), side, mode="bilinear", antialias=True, align_corners=False
             )
             images_NCHW = resized_NCHW.to(images_NCHW.dtype)
-        # Of its own type, which need not be that of the run.
+        # In its own type, which may differ from the run's.
         with self.precision.autocast():
             features = self.tapped(images_NCHW.to(self.precision.dtype))
         return self.in_class_order(features)
 
     def in_class_order(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the logits, where there are any, in the class order of the data."""
+        """The same values, with any logits in the class order of the data."""
         if self.order is not None and "logits" in features:
             features = features | {"logits": features["logits"][:, self.order]}
         return features

@@ -2,7 +2,7 @@
 
 - tolerance.py: errors against float64, bounded by the error of plain torch
 - inputs.py: numbers, weights and batches that are the same everywhere
-- baselines.py: formulas as most training loops spell them
+- baselines.py: formulas as most training loops write them
 - terms.py: a loss term without a trainer around it
 - device.py: host synchronisation, CUDA graphs, the Triton interpreter
 - clock.py: sides timed in turns, and the spread of their ratios

@@ -1,4 +1,4 @@
-"""Formulas in plain torch, as most training loops spell them: what fastkd is held against."""
+"""Formulas in plain torch, as most training loops write them: what fastkd is compared with."""
 
 import copy
 import math
@@ -58,7 +58,7 @@ def eager_step_rows(
 ) -> tuple[Tensor, Tensor]:
     """(kd, ce) per image of a training step, which leaves both networks as they were.
 
-    dtype: float64 for the truth, otherwise what autocast computes in.
+    dtype: float64 for the truth, otherwise the autocast type.
     """
     student, teacher = copy.deepcopy(student).train(), copy.deepcopy(teacher).eval()
     if dtype == torch.float64:
@@ -101,7 +101,7 @@ def eager_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def freshly_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile(dynamic=False)` with an empty cache.
 
-    With a full one (its recompile limit) torch.compile quietly runs eager code.
+    With a full one (its recompile limit) torch.compile silently runs eager code.
     """
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)

@@ -23,7 +23,7 @@ WARM_UP = 3
 
 
 class Spread(NamedTuple):
-    """The middle of some samples and how far they scatter."""
+    """Median and spread of some samples."""
 
     median: float
     p10: float
@@ -38,7 +38,7 @@ def spread(samples: Iterable[float]) -> Spread:
 
 
 def turns(sides: Iterable[str], number: int) -> Iterator[str]:
-    """Every side once a turn, in alternating order: the second one finds caches and clocks warm."""
+    """Every side once a turn, in alternating order: the second one benefits from warm caches."""
     names = list(sides)
     for turn in range(number):
         yield from names if turn % 2 == 0 else reversed(names)

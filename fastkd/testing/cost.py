@@ -1,10 +1,10 @@
-"""Arithmetic of a training step, held against a count of real steps by tests/test_step_cost.py."""
+"""Arithmetic of a training step, compared with a count of real steps in test_step_cost.py."""
 
 __all__ = ["step_macs"]
 
 
 def step_macs(student: float, teacher: float, method: str = "kd") -> float:
-    """Multiply-accumulates of a training step per image of the batch, from those of the networks.
+    """Multiply-accumulates of a training step per image, computed from the networks' counts.
 
     A forward pass counts once, the student's backward pass twice. method: "kd", "tlcutmix" (x and
     x'), "pick" (a pool of two x' scored by both networks, the teacher's answers used again) or

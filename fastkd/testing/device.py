@@ -50,7 +50,7 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 
 def interpret_fma_as_fused() -> None:
-    """Make Triton's interpreter round `tl.fma` once, as every chip does; 3.6 rounds it twice."""
+    """Make Triton's interpreter round `tl.fma` once, as every GPU does; 3.6 rounds it twice."""
     interpreter: Any = import_module("triton.runtime.interpreter")
     if hasattr(interpreter._interpreter, "fma_fp32"):
         return

@@ -1,7 +1,7 @@
-"""Tolerances that nobody chooses: at most twice the error of plain torch, both against float64.
+"""Tolerances by one rule: at most twice the error of plain torch, both against float64.
 
-The rule is flash-attention's (tests/test_flash_attn.py). What is tested may use any dtype; plain
-torch runs on fp32 copies of the same inputs, or under the autocast of what is tested.
+The rule is flash-attention's (tests/test_flash_attn.py). The code under test may use any dtype;
+plain torch runs on fp32 copies of the same inputs, or under the same autocast.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def assert_as_accurate(
     factor: float = 2.0,
     floor: float = 0.0,
 ) -> None:
-    """RMS error of `got` against `truth` is at most `factor` times that of `eager`, or `floor`.
+    """Assert that the RMS error of `got` is at most `factor` times `eager`'s, or at most `floor`.
 
     Args:
         name: what is compared, for the message.
@@ -79,7 +79,7 @@ def assert_loss_as_accurate(
     *rest: Tensor,
     factor: float = 2.0,
 ) -> None:
-    """A scalar loss and its gradient at the student are as accurate as those of plain torch.
+    """Assert that a scalar loss and its gradient at the student are as accurate as plain torch's.
 
     `fast(student, *rest)` gets the tensors as they are, `eager` gets them in fp32 and in float64,
     labels as they are. The loss may always be off by one unit in the last place.
@@ -104,10 +104,10 @@ def assert_loss_as_accurate(
 def assert_mean_as_accurate(
     name: str, got: float, eager_N: Tensor, truth_N: Tensor, *, factor: float = 2.0
 ) -> None:
-    """A mean of N terms is off by at most `factor` times the RMS error of plain torch's terms.
+    """Assert that a mean of N terms is off by at most `factor` times plain torch's RMS term error.
 
-    For a program that shows only its mean loss. The error of a mean is never above the RMS error of
-    its terms, and the latter does not depend on how the errors happen to cancel.
+    For a program that reports only its mean loss. The error of a mean is never above the RMS error
+    of its terms, and the latter does not depend on how the errors happen to cancel.
 
     Raises:
         AssertionError: with the error and its limit.

@@ -1,4 +1,4 @@
-"""Work for the next step done while the present one computes: one item ahead, on a side stream."""
+"""Work for the next step, done while the current one runs: one item ahead, on a side stream."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ def run_ahead(
     """Work of `items` (augmentation, teacher) one item ahead on a side stream of a GPU.
 
     On a CPU the items come as they are. The side stream begins item n + 2 once the main stream is
-    done with item n, whose memory it may take from then on: at most three items are alive, however
-    far the host has run ahead (with record_stream it would be as many as the host is ahead).
+    done with item n, whose memory it may then reuse: at most three items are alive, however far the
+    host has run ahead (with record_stream there would be one per step that the host is ahead).
 
     stream_of: makes, or looks up, the side stream of a device.
     """

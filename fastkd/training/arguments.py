@@ -1,4 +1,4 @@
-"""What callers of `fastkd.distill` give: checked, and made what the trainer takes."""
+"""The arguments of `fastkd.distill`: checked, and converted to what the trainer takes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -29,13 +29,13 @@ __all__ = [
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """UserError for a value that is none of the choices."""
+    """UserError for a value that is not one of the choices."""
     if value not in choices:
         raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
 
 
 def check_numbers(epochs: object, accumulate: object, ema: float | None) -> None:
-    """UserError for a length of which there is none, or an average that never moves."""
+    """UserError for a length below 1, or an average that never moves."""
     for name, number in (("epochs", epochs), ("accumulate", accumulate)):
         if not isinstance(number, int) or number < 1:
             raise UserError(f"distill: {name}={number!r}; expected a whole number above 0")
@@ -44,8 +44,8 @@ def check_numbers(epochs: object, accumulate: object, ema: float | None) -> None
 
 
 def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
-    """The teachers as a list; UserError for what is no network, or trained as the student."""
-    # A name, too, is a sequence.
+    """The teachers as a list; UserError if one is not a network, or is trained as the student."""
+    # A name is a sequence too.
     several = isinstance(given, nn.ModuleList | Sequence) and not isinstance(given, str)
     teachers: list[Any] = list(given) if several else [] if given is None else [given]
     check_network("distill: student", student)
@@ -56,14 +56,14 @@ def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
         if teacher is student or not trained.isdisjoint(teacher.parameters()):
             what = "are one object" if teacher is student else "share layers that are to be trained"
             raise UserError(
-                f"distill: student and teacher {what}, and the teacher is frozen: give it a copy "
-                f"of its own, copy.deepcopy(model)"
+                f"distill: student and teacher {what}, and the teacher is frozen: give it its own "
+                f"copy, copy.deepcopy(model)"
             )
     return teachers
 
 
 def terms_of(losses: object) -> list[LossTerm]:
-    """The losses as they were given, KD for None; UserError where they are no list of LossTerms."""
+    """The losses as they were given, KD for None; UserError if they are not a list of LossTerms."""
     if losses is None:
         return [KD()]
     if isinstance(losses, nn.Module | type) or not isinstance(losses, Iterable):
@@ -72,8 +72,8 @@ def terms_of(losses: object) -> list[LossTerm]:
     for term in losses:
         if isinstance(term, KDLoss):
             raise UserError(
-                "distill: KDLoss is a function of logits, for a training loop of your own; as one "
-                "of losses=[..] the same loss is KD(temperature=.., weight=.., ce_weight=..)"
+                "distill: KDLoss is a function of logits, for your own training loop; in "
+                "losses=[..] the same loss is KD(temperature=.., weight=.., ce_weight=..)"
             )
         if isinstance(term, type) and issubclass(term, LossTerm):
             raise UserError(f"distill: losses=[{term.__name__}] has a class; call it, as in [KD()]")
@@ -107,9 +107,9 @@ def pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
 
 
 def check_needs(terms: Sequence[LossTerm], *, has_teacher: bool, xprime: str, picks: bool) -> None:
-    """UserError where a loss lacks its net or view, or a view or a pick lacks a loss.
+    """UserError if a loss lacks its net or view, or no loss uses a view or a pick.
 
-    The rules of a recipe (`fastkd.losses.base.registry.check_needs`), with the cures of a call.
+    The rules of a recipe (`fastkd.losses.base.registry.check_needs`), with remedies for a call.
     """
     needs = {need for term in terms for need in term.needs}
     sees_xprime = any(need.view == "xprime" for need in needs)
@@ -119,12 +119,12 @@ def check_needs(terms: Sequence[LossTerm], *, has_teacher: bool, xprime: str, pi
         raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
     if picks and XPRIME_TEACHER_LOGITS not in needs:
         raise UserError(
-            "pick chooses x' by what the teacher says to it, which no loss looks at: give "
+            "pick chooses x' by the teacher's answers to it, which no loss uses: give "
             "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
         )
     if xprime != "none" and not sees_xprime:
         raise UserError(
-            f"xprime={xprime!r} would make a view x' that no loss looks at: give "
+            f"xprime={xprime!r} would make a view x' that no loss uses: give "
             f"losses=[KD(views=('x', 'xprime'))], or leave it out"
         )
 

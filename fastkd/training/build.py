@@ -1,4 +1,4 @@
-"""Makes a Trainer out of networks, losses and loaders: the assembly between data and loop.
+"""Builds a Trainer from networks, losses and loaders: the assembly between data and loop.
 
 Used by `fastkd.runs.stages` (recipes) and `fastkd.api` (people with their own networks and
 loaders).
@@ -63,7 +63,7 @@ def build_trainer(
     placement: Placement,
     output: Output,
 ) -> Trainer:
-    """Tie everything together; UserError where student, teachers and losses do not fit."""
+    """Connect everything; UserError if student, teachers and losses do not fit."""
     facts, world = data.facts, placement.world
     engine = _engine(plan, student, teachers, terms, data, settings, placement)
     if note := check_exports(terms, averaged=bool(settings.ema)):
@@ -85,7 +85,7 @@ def build_trainer(
     loader = views.opened(data.loader)
     optimizer = _optimizer(student, terms, settings.optim, world.device)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
-    # Gradients of a first micro-batch would lie in memory that the second one's graph reuses.
+    # Gradients of a first micro-batch would be in memory that the second one's graph reuses.
     cuda_graphs = world.device.type == "cuda" and plan.accumulate == 1
     runner = wrap_ddp(engine.compile(step, cuda_graphs=cuda_graphs), world, ignore_buffers=banks)
     guard = Guard(
@@ -142,7 +142,7 @@ def decide_compile(
     """
     macs = 0.0
     if mode == "auto":
-        # Nothing goes back through a frozen backbone.
+        # There is no backward pass through a frozen backbone.
         passes = 1.0 if has_frozen_backbone(student) else 3.0
         macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
@@ -152,21 +152,21 @@ def decide_compile(
 
 @dataclass(frozen=True)
 class _Engine:
-    """How a run computes, all of it decided."""
+    """How a run computes, with all choices made."""
 
     placement: Placement
     layout: torch.memory_format
-    """Of the student, and with it of all images and teachers."""
+    """Memory layout of the student, and therefore of all images and teachers."""
     compiled: bool
     fullgraph: bool
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """Device of this rank."""
         return self.placement.device
 
     def compile(self, unit: T, *, cuda_graphs: bool = False) -> T:
-        """The unit compiled, or as it is."""
+        """The unit, compiled or unchanged."""
         return compile_unit(
             unit, enabled=self.compiled, fullgraph=self.fullgraph, cuda_graphs=cuda_graphs
         )
@@ -204,7 +204,7 @@ def _engine(
 
 
 def _placed(student: nn.Module, settings: TrainingSettings, engine: _Engine) -> nn.Module:
-    """The student on its device, in its layout, with the batch norm that was asked for."""
+    """The student on its device, in its layout, with synchronised batch norm if requested."""
     if settings.sync_bn and engine.device.type == "cpu":
         raise UserError("sync_bn=true needs GPUs: torch synchronises batch norm over NCCL only")
     if settings.sync_bn and engine.placement.world.size > 1:
@@ -219,7 +219,7 @@ def _bound_teacher(
     facts: Facts,
     engine: _Engine,
 ) -> Teacher | Ensemble | None:
-    """The teachers as one that answers on the views; None where no loss asks for an answer."""
+    """The teachers as one that answers on the views; None if no loss needs an answer."""
     check_ensemble_needs(teachers, terms)
     nets = {"student": student} | ({"teacher": teachers[0].model} if teachers else {})
     refuse_unknown_taps(terms, nets)
@@ -243,13 +243,13 @@ def _teacher_parts(
     facts: Facts,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What a loss may borrow of a teacher, for `BindContext`.
+    """The parts of a teacher that a loss may use, for `BindContext`.
 
-    Only of a single one that answers: several have no stages, head or norm in common.
+    Only of a single teacher: several have no stages, head or norm in common.
     """
     if not isinstance(bound, Teacher):
         return {}
-    # As it was loaded: the bound one may be folded, and held in the type of the run.
+    # As it was loaded: the bound one may be folded and stored in the run's type.
     (loaded,) = teachers
     return {
         "teacher_stages": bound.stages if bound.has_stages else None,
@@ -265,7 +265,7 @@ def _bind_terms(
     facts: Facts,
     teacher_parts: Mapping[str, Any],
 ) -> None:
-    """Let the losses make their connectors and memory banks."""
+    """Make the losses create their connectors and memory banks."""
     for term in terms:
         term.bind(
             BindContext(
@@ -281,7 +281,7 @@ def _bind_terms(
 def _optimizer(
     student: nn.Module, terms: Sequence[LossTerm], config: OptimConfig, device: torch.device
 ) -> Optimizer:
-    """The optimizer of the student and of what the losses train."""
+    """The optimizer of the student and of the losses' own parameters."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in student.parameters() if p.requires_grad], "lr_scale": 1.0}
     ]

@@ -1,7 +1,7 @@
-"""`last.pt`: the state of a run as named parts, which saving and resuming both walk.
+"""`last.pt`: the state of a run as named parts, used by both saving and resuming.
 
-A part has `state_dict` and `load_state_dict`; `Trainer.saved_parts` declares them all. Beside them
-the file has `digest` and `decisions`, which a resumed run must share.
+A part has `state_dict` and `load_state_dict`; `Trainer.saved_parts` declares them all. The file
+also has `digest` and `decisions`, which a resumed run must share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class SavedPart(Protocol):
         ...
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Go on from what `state_dict` gave."""
+        """Continue from the value of `state_dict`."""
         ...
 
 
@@ -59,7 +59,7 @@ class TermStates:
 
 @dataclass(frozen=True)
 class SumsOverRanks:
-    """Running sums of this rank; the file has those of all ranks."""
+    """Running sums of this rank; the file has the sums over all ranks."""
 
     sums_M: Tensor
     world: World
@@ -72,7 +72,7 @@ class SumsOverRanks:
         return sums_M
 
     def load_state_dict(self, sums_M: Tensor) -> None:
-        """Each rank takes up an equal share."""
+        """Each rank takes an equal share."""
         self.sums_M.copy_(sums_M / self.world.size)
 
 
@@ -102,7 +102,7 @@ def write(path: Path, digest: str, decisions: dict[str, str], states: dict[str, 
 
 
 def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint | None:
-    """The folder's last.pt, read once, on every rank; None where there is none yet.
+    """The folder's last.pt, read once, on every rank; None if there is none yet.
 
     Raises:
         UserError: it is damaged, or belongs to a run with another digest.
@@ -113,7 +113,7 @@ def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint 
 
 
 def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:
-    """Put every part back; UserError for another recipe's file."""
+    """Restore every part; UserError for another recipe's file."""
     checkpoint.check_digest(digest)
     for name, part in parts.items():
         if part is not None:

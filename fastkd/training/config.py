@@ -1,4 +1,4 @@
-"""Keys of a recipe on the optimizer and its schedule."""
+"""Recipe keys for the optimizer and its schedule."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ class OptimConfig(Section):
     name: OptimizerName = "sgd"
     """Update rule."""
     impl: OptimizerImpl = "torch"
-    """Whose implementation."""
+    """Which implementation."""
     lr: PositiveFloat = 0.05
     """Peak learning rate at the global batch size."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -30,7 +30,7 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 5e-4
     """Applied to every trained parameter, norms and biases included, as the papers do."""
     decay_norms: bool = True
-    """false: no weight decay on norms and biases (all of one dimension), as timm has it."""
+    """false: no weight decay on norms and biases (all one-dimensional), as in timm."""
     schedule: ScheduleKind = "multistep"
     """Shape of the learning rate over the run."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, as a network of its own.
+"""Exponential moving average of a network's weights, as a separate network.
 
 Flow: trainer calls `update(ok)` after each optimizer step, with the verdict of `guard.Guard`;
 evaluation and checkpoint take `module`. ema <- decay * ema + (1 - decay) * current, for parameters
@@ -31,7 +31,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float, *, on_device: bool | None = None) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of an average lies in [0, 1), got {decay}")
+            raise ValueError(f"the decay of an average must be in [0, 1), got {decay}")
         self.decay = decay
         self._module = copy.deepcopy(model).eval().requires_grad_(False)
         self._parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""What becomes of an epoch: one row of metrics, and of all rows a summary."""
+"""The end of an epoch: one row of metrics, and a summary of all rows."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median_high
@@ -33,7 +33,7 @@ def sync_statistics(
 def training_row(
     sums: Mapping[str, float], progress: Progress, *, lr: float, skipped: int
 ) -> dict[str, Any]:
-    """The row of metrics.jsonl on an epoch's training; the evaluation adds to it.
+    """The row of metrics.jsonl for an epoch's training; the evaluation adds to it.
 
     sums: over the epoch's images on all ranks, by name of the metric; `images` counts them.
     """

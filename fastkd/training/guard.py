@@ -1,11 +1,11 @@
-"""Decides, on the device and alike on all ranks, whether a step may count, and undoes it if not.
+"""Decides, on the device and equally on all ranks, whether a step counts, and undoes it if not.
 
 Flow: trainer, per optimizer step
 
     guard.before_step()                     # copy the buffers (batch norm statistics)
     ... forward and backward of all micro-batches ...
     ok = guard.judge(losses, gradients, clip_norm)
-    guard.apply(ok)                         # optimizer step, or everything as it was
+    guard.apply(ok)                         # optimizer step, or nothing changes
     ema.update(ok)
     ... where metrics are fetched anyway: guard.check()
 
@@ -38,13 +38,13 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 class Guard:
     """Watches one module and its optimizer.
 
-    `module` is the one whose buffers a bad step must not change, except `ignore_buffers`, named as
-    in `named_buffers` (memory banks, which only `LossTerm.commit` writes, would be copied for
-    nothing). A buffer that is replaced during a step rather than written to is covered as long as
-    it keeps its shape and type. `max_skips` is the number of consecutive bad steps that a run may
-    have. `on_device` undoes a bad step without asking the host for the verdict; by default on every
-    device but a CPU, where asking costs nothing. With `world_size` above 1 the default process
-    group must exist, and all ranks must call `judge` equally often.
+    A bad step must not change the buffers of `module`, except `ignore_buffers`, named as in
+    `named_buffers` (copying memory banks, which only `LossTerm.commit` writes, would be wasted
+    work). A buffer that is replaced during a step rather than written to is covered as long as it
+    keeps its shape and type. `max_skips` is the number of consecutive bad steps that a run may
+    have. `on_device` undoes a bad step without a host synchronisation; default on every device
+    except a CPU, where a synchronisation costs nothing. With `world_size` above 1 the default
+    process group must exist, and all ranks must call `judge` equally often.
 
     Raises:
         ValueError: a name in `ignore_buffers` is not a buffer of the module.
@@ -99,14 +99,14 @@ class Guard:
             dist.all_reduce(num_bad)
             ok = num_bad == 0
         if clip_norm is not None and gradients:
-            # As torch.nn.utils.clip_grad_norm_, which would compute the norm a second time.
+            # Like torch.nn.utils.clip_grad_norm_, which would compute the norm a second time.
             scale = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, scale)
         return ok
 
     @torch.no_grad()
     def apply(self, ok: Tensor) -> None:
-        """Step the optimizer where `ok`, restore the buffers where not, and count."""
+        """Step the optimizer if `ok`, else restore the buffers; count the step."""
         buffers = self._buffers()
         if not self._on_device:
             if ok:
@@ -124,12 +124,12 @@ class Guard:
         torch.maximum(longest, consecutive, out=longest)
 
     def counts(self) -> tuple[int, int]:
-        """Bad steps in a row up to now, and all bad steps. Waits for the device."""
+        """Current number of bad steps in a row, and of all bad steps. Waits for the device."""
         consecutive, total, _ = self._counts.tolist()
         return consecutive, total
 
     def check(self) -> tuple[int, int]:
-        """`counts`, for the place where metrics are fetched and before a checkpoint is written.
+        """`counts`, called where metrics are fetched and before a checkpoint is written.
 
         Raises:
             RunFailed: more than `max_skips` consecutive steps were bad at any time of the run: the
@@ -145,7 +145,7 @@ class Guard:
         return consecutive, total
 
     def never_good(self) -> RunFailed:
-        """What to say where not one step of a run was good, alike on all ranks."""
+        """The message for a run without a single good step, equal on all ranks."""
         return RunFailed(
             f"nothing was learned: every step ({self.counts()[1]}) had a loss or a gradient "
             "that was not finite. Look for NaN in the images and the networks' weights, lower "
@@ -157,7 +157,7 @@ class Guard:
         return {"counts": self._counts.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on counting where a checkpoint left off."""
+        """Continue counting from a checkpoint."""
         self._counts.copy_(state["counts"])
 
     def _step_on_device(self, ok: Tensor) -> None:
@@ -173,7 +173,7 @@ class Guard:
 def live_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> Callable[[], list[Tensor]]:
     """A cheap function that lists the module's buffers, each once, as they are when it is called.
 
-    It remembers where each buffer lives, not the buffer: a module may put another in its place.
+    It remembers where each buffer is stored, not the buffer: a module may replace it.
     """
     slots: dict[int, tuple[dict[str, Tensor | None], str]] = {}
     ignored = {id(buffer) for buffer in map(module.get_buffer, _known_buffers(module, ignore))}
@@ -189,11 +189,11 @@ def live_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> Callable[[
 
 
 def keep_where_(keep: Tensor, current: Sequence[Tensor], other: Sequence[Tensor]) -> None:
-    """Set every tensor of `current` to its counterpart in `other` where `keep` (0-dim) is false.
+    """Set every tensor of `current` to its counterpart in `other` if `keep` (0-dim) is false.
 
     Works in place and on the device, a handful of launches for any number of tensors. Computed on
     the bit patterns as integers, other + keep * (current - other), which wraps round and is exact:
-    the same sum of floats would let a NaN through.
+    the same sum in floats would propagate a NaN.
     """
     for group, other_group in _by_dtype(current, other):
         bits = [_as_integer(tensor) for tensor in group]
@@ -206,7 +206,7 @@ def keep_where_(keep: Tensor, current: Sequence[Tensor], other: Sequence[Tensor]
 def _known_buffers(module: nn.Module, names: Sequence[str]) -> Sequence[str]:
     known = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     if unknown := sorted(set(names) - known):
-        raise ValueError(f"these are no buffers of the module: {', '.join(unknown)}")
+        raise ValueError(f"these are not buffers of the module: {', '.join(unknown)}")
     return names
 
 

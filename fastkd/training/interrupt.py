@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: asked for at any moment, answered between two steps."""
+"""Ctrl-C, SIGTERM and a closed terminal: received at any moment, handled between two steps."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ _SAME_WISH_S = 1.0
 class StopSignal:
     """The signals become a flag that the loop reads between steps; a second one is final.
 
-    What follows within a second is the same wish: torchrun passes on what the terminal has already
-    told all its processes, a closing terminal tells by its shell and by itself.
-    SIGHUP comes when the terminal is closed; under `nohup` the run outlives that, as it should.
+    Signals within a second count as one: torchrun forwards what the terminal has already sent to
+    all its processes, and a closing terminal sends its own signal and its shell's.
+    SIGHUP comes when the terminal is closed; under `nohup` the run continues, as it should.
     """
 
     def __init__(self) -> None:
@@ -67,16 +67,16 @@ class StopSignal:
         decided = max((c for c, num in zip(codes, votes, strict=True) if num), default=0)
         # A signal that came during the vote stays for the next one.
         if decided:
-            # Told by another rank, this one may yet get its own echo.
+            # Stopped by another rank, this one may still receive its own signal.
             self._asked_at = self._asked_at if self.code else time.monotonic()
             self.code = decided
         return bool(decided)
 
 
 def _leave_terminal() -> None:
-    """What is still said goes nowhere: a write to a closed terminal is an error."""
+    """Discard further output: a write to a closed terminal is an error."""
     for fd in (1, 2):
-        # Closed by a daemon's start, there is nothing to leave; isatty would already say no.
+        # If a daemon has closed it, there is nothing to replace; isatty would already fail.
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(fd).st_mode):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""Whether student, teachers, losses and data fit together; a UserError says what does not.
+"""Checks that student, teachers, losses and data fit together; a UserError says what does not.
 
-Asked by `build_trainer` before anything is trained.
+Called by `build_trainer` before anything is trained.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,14 +29,14 @@ __all__ = [
 
 
 def check_exports(terms: Sequence[LossTerm], *, averaged: bool) -> str | None:
-    """A note on a loss that gives the student another classifier; UserError beside an average."""
+    """A note on a loss that gives the student another classifier; UserError with an average."""
     changed = next((t.name for t in terms if type(t).export is not LossTerm.export), None)
     if changed is None:
         return None
     if averaged:
         raise UserError(
-            f"ema averages the student, but the loss {changed} keeps layers of its own behind it, "
-            "which would not be averaged: set ema=null"
+            f"ema averages the student, but the loss {changed} appends layers of its own, which "
+            "would not be averaged: set ema=null"
         )
     logits = [
         term.name
@@ -46,20 +46,20 @@ def check_exports(terms: Sequence[LossTerm], *, averaged: bool) -> str | None:
     if not logits:
         return None
     return (
-        f"the loss {changed} gives the student another classifier in the end: that of its own, "
-        f"which {', '.join(logits)} trains, is not kept (losses.{logits[0]}=null leaves it out)"
+        f"the loss {changed} gives the student another classifier at the end: its own one, "
+        f"which {', '.join(logits)} trains, is not kept (losses.{logits[0]}=null removes that loss)"
     )
 
 
 def refuse_unknown_taps(terms: Iterable[LossTerm], nets: Mapping[str, nn.Module]) -> None:
-    """UserError where a loss looks at a tap that its network lacks, often one nobody wrote."""
+    """UserError if a loss uses a tap that its network lacks, often a default one."""
     for term in terms:
         teacher = nets.get("teacher")
         if term.uses_stages and teacher is not None and not isinstance(teacher, ZooNetwork):
             raise UserError(
                 f"losses.{term.name} sends the student's features through the teacher's stages, "
                 f"which only networks of the zoo expose, and {type(teacher).__name__} is not one: "
-                f"take one as teacher, or another loss"
+                f"use one as teacher, or another loss"
             )
         for need in term.needs:
             if need.net not in nets or need.tap == MEAN_LOGITS:
@@ -104,12 +104,12 @@ def shapes_of_needs(
         own = [need for need in term.needs if need.net == "student"]
         if own and not any(found[need].requires_grad for need in own):
             raise UserError(
-                f"the loss {term.name} looks at {', '.join(own)} of the student, where only frozen "
-                f"layers come before: it would teach nothing. Take it away, or let those layers "
+                f"the loss {term.name} uses {', '.join(own)} of the student, where only frozen "
+                f"layers come before: it would teach nothing. Remove it, or let those layers "
                 f"train (requires_grad_)"
             )
     if teacher is not None:
-        # Not through its compiled form, which this batch size would only cost a compilation.
+        # Not through its compiled form, which would need an extra compilation for this batch size.
         features = teacher.features(probe)
         for view, taps in teacher.taps.items():
             found |= {Need.of(view, "teacher", tap): features[tap] for tap in taps}
@@ -117,7 +117,7 @@ def shapes_of_needs(
 
 
 def check_classes(shapes: Mapping[Need, tuple[int, ...]], num_classes: int) -> None:
-    """UserError where a net has other classes than the data."""
+    """UserError if a net's classes differ from the data's."""
     for need, shape in shapes.items():
         if need.tap == "logits" and shape != (num_classes,):
             net = need.net
@@ -133,7 +133,7 @@ def check_classes(shapes: Mapping[Need, tuple[int, ...]], num_classes: int) -> N
 
 
 def check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
-    """A multi-hot row would pass for probabilities of classes, and silently teach nonsense."""
+    """A multi-hot row could pass as class probabilities and silently train nonsense."""
     kind = "multi" if multilabel else "class"
     for term in terms:
         if term.label_kind not in (None, kind):
@@ -144,6 +144,6 @@ def check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
             )
             wants = {"class": "one class id per image, [N]", "multi": "labels [N, classes]"}
             raise UserError(
-                f"the loss {term.name} wants {wants[term.label_kind or kind]}, the data has "
+                f"the loss {term.name} needs {wants[term.label_kind or kind]}, the data has "
                 f"{wants[kind]}: {cure}"
             )

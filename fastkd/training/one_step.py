@@ -1,8 +1,8 @@
 """One optimizer step: rates, pick, micro-batches, verdict, update, sums.
 
 Flow: `Trainer.prepare` -> [here] -> `Trainer` fetches the sums now and then. A step whose loss or
-gradient is not finite changes nothing on any rank. Nothing here asks the device for a number, but
-for optimizers that cannot skip a step by themselves (`guard`: LAMB, apex) and on a CPU.
+gradient is not finite changes nothing on any rank. Nothing here reads a number from the device,
+except for optimizers that cannot skip a step on their own (`guard`: LAMB, apex) and on a CPU.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class OneStep:
     runner: nn.Module
     """The same, compiled and wrapped by DDP."""
     pick: Pick | None
-    """Chooses x' from a pool; None uses what the views give."""
+    """Chooses x' from a pool; None uses x' as the views make it."""
     pool: int
     """x' per image of the batch, before the pick."""
 
@@ -54,9 +54,9 @@ class OneStep:
     optimizer: Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    """Of the loss in fp16; passes everything through in other types."""
+    """Scales the loss in fp16; does nothing in other types."""
     clip_norm: float | None
-    """Largest norm of all gradients together."""
+    """Largest global gradient norm."""
     guard: Guard
     """Judges the step, and undoes a bad one."""
     ema: EMA | None
@@ -69,7 +69,7 @@ class OneStep:
     metric_names: tuple[str, ...] = field(init=False)
     """What `totals_M` sums."""
     totals_M: Tensor = field(init=False)
-    """fp64 sums over the good steps of this rank, until somebody zeroes them."""
+    """fp64 sums over the good steps of this rank since they were last zeroed."""
 
     def __post_init__(self) -> None:
         self.terms = [term for term in self.step.terms if isinstance(term, LossTerm)]
@@ -87,8 +87,8 @@ class OneStep:
         schedules = self.scheduled(epoch + step / self.schedule.steps_per_epoch)
         self.guard.before_step()
 
-        # As many micro-batches on every rank, or terms and batch norms that gather over the ranks
-        # would wait for ever; a partial batch, or what is picked, may be fewer images than that.
+        # The same number of micro-batches on every rank, or terms and batch norms that gather over
+        # the ranks would wait forever; a partial batch, or a pick, may have fewer images than that.
         most = prepared.global_size // self.world.size
         pick_ratio: list[Tensor] = []
         if self.pick is not None:  # compiled, it has no truth value
@@ -126,9 +126,10 @@ class OneStep:
         return scheduled_values(self.terms, epoch / self.plan.epoch_factor, self.world.device)
 
     def _picked(self, prepared: Prepared, pick: Pick) -> tuple[Prepared, Tensor, tuple[int, ...]]:
-        """The batch with the chosen x', their hardness over the pool's, how many on each rank.
+        """The batch with the chosen x', their hardness over the pool's, and their number on each
+        rank.
 
-        Here and not with the views: the student scores with its weights of this step.
+        Done here and not with the views: the student scores with its weights of this step.
         """
         picked = pick(prepared.views["xprime"], prepared.targets["xprime/teacher/logits"])
         pools = [num * self.pool for num in prepared.rows_of_ranks["x"]]
@@ -137,7 +138,7 @@ class OneStep:
 
     def _backward(self, micro: Prepared, schedules: Schedules) -> tuple[StepOutput, Tensor]:
         """Gradients of a micro-batch; its share of the loss, detached."""
-        # DDP takes the mean over the ranks: of unequal parts the weighted one is wanted.
+        # DDP takes the plain mean over the ranks; unequal parts need the weighted one.
         share = len(micro.batch.labels_N) * self.world.size / micro.global_size
         out: StepOutput = self.runner(
             micro.views,
@@ -164,7 +165,7 @@ class OneStep:
         ]
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Step the optimizer where loss and gradients are finite; whether they were, on device."""
+        """Step the optimizer if loss and gradients are finite; whether they were, on the device."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.trained if p.grad is not None]

@@ -1,19 +1,19 @@
-"""Optimizers by name, built so that a bad step can be skipped without asking the device.
+"""Optimizers by name, built so that a bad step can be skipped without a host synchronisation.
 
 Flow: recipe -> `build_optimizer` -> `guard.Guard` steps it; `set_lr` applies the schedule.
 
 torch's SGD and AdamW run fused: those kernels read `optimizer.found_inf` on the device and leave
 everything alone where it is 1, so no step needs a host synchronisation. Two properties of the
 fused kernels are handled here, both found by test (torch 2.15): SGD allocates its momentum
-uninitialised in its first step, which leaves garbage when that very step is skipped, and breaks
+uninitialised in its first step, which leaves garbage when that step is skipped, and breaks
 when a parameter gets its first gradient later than the others; on a CPU the kernels walk raw
-memory, so a state restored into a parameter of another memory order gives wrong numbers in
-silence (gradients always come in their parameter's order: autograd sees to that).
+memory, so a state restored into a parameter of another memory order silently gives wrong
+numbers (gradients always have their parameter's order: autograd ensures that).
 
-Weight decay falls on every parameter, batch norm and biases included, because the reproduced
-papers do so; a group with its own `weight_decay` says otherwise for itself, and `spare_norms` makes
-such groups of norms and biases. LAMB is timm's, which clips to a global gradient norm of 1 by
-itself. apex is opt-in by name, never chosen silently.
+Weight decay applies to every parameter, batch norm and biases included, because the reproduced
+papers do so; a group with its own `weight_decay` overrides it, and `spare_norms` makes
+such groups for norms and biases. LAMB is timm's, which always clips to a global gradient norm of
+1. apex is opt-in by name, never chosen silently.
 """
 
 import importlib
@@ -56,7 +56,7 @@ def build_optimizer(
     betas (0.9, 0.999).
 
     Raises:
-        UserError: nothing to train; nesterov without momentum; apex asked for and not usable, or
+        UserError: nothing to train; nesterov without momentum; apex requested but not usable, or
             with bfloat16 parameters, which its FusedSGD silently skips.
     """
     if config.name == "sgd" and config.nesterov and config.momentum <= 0:
@@ -84,11 +84,11 @@ def build_optimizer(
 def spare_norms(
     named_groups: Sequence[Mapping[str, Any]], student: nn.Module
 ) -> list[dict[str, Any]]:
-    """The groups with every parameter of at most one dimension in a group without weight decay.
+    """The groups, with parameters of at most one dimension moved to groups without weight decay.
 
-    Those are the scales and shifts of norms and all biases; besides, what a timm network names in
+    These are the scales and shifts of norms and all biases, and also what a timm network names in
     `no_weight_decay()`, such as position embeddings. This is timm's rule for its own training
-    (`param_groups_weight_decay`). Groups that say their own weight decay stay as they are.
+    (`param_groups_weight_decay`). Groups with their own weight decay are unchanged.
     """
     exempt: Any = getattr(student, "no_weight_decay", set)
     names = exempt()
@@ -118,16 +118,16 @@ def set_lr(optimizer: Optimizer, factor: float, momentum: float | None = None) -
 
 
 def skip_aware(optimizer: Optimizer) -> bool:
-    """Whether a step does nothing where the 0-dim device tensor `optimizer.found_inf` is 1."""
+    """Whether a step does nothing if the 0-dim device tensor `optimizer.found_inf` is 1."""
     return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
         group.get("fused") for group in optimizer.param_groups
     )
 
 
 def apex_missing(class_name: str = "FusedSGD") -> str | None:
-    """Why apex's fused optimizer cannot be used here, or None where it can.
+    """Why apex's fused optimizer cannot be used here, or None if it can.
 
-    Asks for the capability: apex calls itself version 0.1 whatever it contains, and a Python-only
+    Checks the capability: apex reports version 0.1 whatever it contains, and a Python-only
     build imports but cannot step.
     """
     try:
@@ -158,7 +158,7 @@ def _with_rates(named_groups: Sequence[Mapping[str, Any]], lr: float) -> list[di
 
 
 def _options(config: OptimConfig) -> dict[str, Any]:
-    """Keyword arguments of the update rule, alike in torch, timm and apex."""
+    """Keyword arguments of the update rule, the same in torch, timm and apex."""
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         options |= {"momentum": config.momentum, "nesterov": config.nesterov}
@@ -168,7 +168,7 @@ def _options(config: OptimConfig) -> dict[str, Any]:
 
 
 def _apex_class(name: OptimizerName, groups: list[dict[str, Any]], device: torch.device) -> Any:
-    """apex's class of this update rule; UserError where it cannot be used."""
+    """apex's class for this update rule; UserError if it cannot be used."""
     class_name = _APEX_CLASS[name]
     if (missing := apex_missing(class_name)) is not None:
         raise UserError(f"optim.impl=apex cannot be used: {missing}. {_APEX_HELP}")
@@ -176,8 +176,8 @@ def _apex_class(name: OptimizerName, groups: list[dict[str, Any]], device: torch
         raise UserError(f"optim.impl=apex runs on CUDA devices only, got {device.type}")
     if any(one.dtype == torch.bfloat16 for group in groups for one in group["params"]):
         raise UserError(
-            f"apex's {class_name} does not handle bfloat16 parameters (FusedSGD leaves them as "
-            "they are without a word); keep fp32 parameters under autocast, or optim.impl=torch"
+            f"apex's {class_name} does not handle bfloat16 parameters (FusedSGD silently "
+            "skips them); keep fp32 parameters under autocast, or optim.impl=torch"
         )
     return getattr(importlib.import_module("apex.optimizers"), class_name)
 

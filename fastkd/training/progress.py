@@ -1,4 +1,4 @@
-"""What a run is to do, and how far it has come."""
+"""The plan of a run, and its progress."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,29 +8,29 @@ __all__ = ["Plan", "Progress"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the loop itself needs of a recipe."""
+    """What the loop itself needs from a recipe."""
 
     stage: str
     """Name of the training, for messages."""
     digest: str
-    """Names the outcome: a checkpoint of another digest is not resumed."""
+    """Identifies the outcome: a checkpoint with another digest is not resumed."""
     seed: int
     epochs: int
     accumulate: int = 1
     """Micro-batches per optimizer step."""
     save_steps: int | None = None
-    """Save every so many steps as well as after every epoch."""
+    """Save every N steps, in addition to after every epoch."""
     eval_epochs: int = 1
-    """Evaluate after every so many epochs, and after the last."""
+    """Evaluate every N epochs, and after the last."""
     epoch_factor: float = 1.0
-    """What the recipe multiplied its epochs with; the losses' schedules are stretched likewise."""
+    """The recipe's factor on its epochs; it also stretches the losses' schedules."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Goes into best.safetensors."""
+    """Written to best.safetensors."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, `best` in the headline metric; saved with every checkpoint."""
+    """The progress of a run, with `best` in the headline metric; saved with every checkpoint."""
 
     epoch: int = 0
     """Epochs done."""
@@ -44,7 +44,7 @@ class Progress:
     epoch_s: float = 0.0
     """Seconds spent on this epoch's steps."""
     wait_s: float = 0.0
-    """Of these, seconds in which the loop waited for data."""
+    """Seconds of these in which the loop waited for data."""
 
     def next_epoch(self) -> None:
         """One epoch done, its row written."""
@@ -58,6 +58,6 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where a checkpoint stood."""
+        """Continue from a checkpoint's progress."""
         for name, value in asdict(Progress(**state)).items():
             setattr(self, name, value)

@@ -1,8 +1,8 @@
 """Learning rate and momentum as pure functions of the optimizer step.
 
 Flow: recipe -> `Schedule` -> trainer, which calls `set_lr(optimizer, schedule.lr_factor(step))`
-before each optimizer step. There is no state, so a resumed run cannot disagree with an unbroken
-one.
+before each optimizer step. There is no state, so a resumed run cannot disagree with an
+uninterrupted one.
 
 Steps count from 0 and so do epochs, as in the losses' own schedules
 (`fastkd.losses.base.schedules`): steps 0 to steps_per_epoch - 1 are epoch 0. All kinds return a
@@ -53,7 +53,7 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     """multistep: from the start of each of these epochs the rate is multiplied by gamma."""
     gamma: float = 0.1
-    """multistep and exponential: the factor, of a milestone or of every epoch."""
+    """multistep and exponential: the factor at each milestone, or after every epoch."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs, rounded to whole steps; 0 is none."""
 
@@ -116,7 +116,7 @@ class Schedule:
         return warmup
 
     def momentum(self, step: int) -> float | None:
-        """Momentum (Adam: beta1) for step `step`, or None where the schedule leaves it alone."""
+        """Momentum (Adam: beta1) for step `step`, or None if the schedule does not change it."""
         if self.kind != "onecycle":
             return None
         high, low = _ONECYCLE_MOMENTUM_HIGH, _ONECYCLE_MOMENTUM_LOW
@@ -124,8 +124,8 @@ class Schedule:
 
 
 def _onecycle(step: int, total_steps: int, start: float, peak: float, end: float) -> float:
-    # torch puts the turn on a fractional step, and at 3 steps or fewer before the first one; kept
-    # as it is, so that a schedule equals torch's at every length.
+    # torch puts the turning point on a fractional step, and at 3 steps or fewer before the first
+    # one; kept, so that a schedule equals torch's at every length.
     turn = _ONECYCLE_RISING_SHARE * total_steps - 1
     if step <= turn:
         return _cosine(start, peak, step / turn)

@@ -1,4 +1,4 @@
-"""What `build_trainer` is told: images and labels, how to train, where results go."""
+"""The arguments of `build_trainer`: images and labels, how to train, where results go."""
 
 from dataclasses import dataclass, field
 
@@ -31,25 +31,25 @@ class TrainingSettings:
     """How to train, besides what the loop's `Plan` says."""
 
     optim: OptimConfig
-    """Milestones and warm-up are those of the run, in epochs."""
+    """Milestones and warm-up are in epochs of this run."""
     xprime: XPrime = "none"
     """The second view of every batch."""
     pick: PickConfig | None = None
     """Choose x' from a pool of them."""
     ema: float | None = None
-    """Decay of an average of the student, which is then what is evaluated and kept."""
+    """Decay of an average of the student, which is then evaluated and kept."""
     sync_bn: bool = False
     """Batch statistics over all ranks."""
     max_skips: int = 10
     """Consecutive bad steps before the run is given up."""
     compile: CompileChoice = "auto"
-    """torch.compile; auto where the run is long enough to pay for it."""
+    """torch.compile; auto: if the run is long enough to pay for it."""
     fullgraph: bool = True
-    """False lets somebody else's network break the graph."""
+    """False allows graph breaks, for users' own networks."""
 
     @property
     def pool(self) -> int:
-        """x' per image of the batch that are made."""
+        """How many x' are made per image of the batch."""
         return self.pick.pool if self.pick else 1
 
 

@@ -31,12 +31,12 @@ class Prepared(NamedTuple):
     views: dict[str, Tensor]
     """Images [N, 3, H, W] by name of the view."""
     targets: dict[str, Tensor]
-    """What needs no student, by need: the teacher's answers, and of the images that x' is mixed of
-    labels and logits, `xprime/mixed/..`."""
+    """Tensors that do not depend on the student, by need: the teacher's answers, and labels and
+    logits of the images that x' is mixed from, `xprime/mixed/..`."""
     global_size: int
     """Images of the whole batch, all ranks together."""
     rows_of_ranks: dict[str, tuple[int, ...]]
-    """How many rows of each view of this (micro-)batch each rank has."""
+    """For each view of this (micro-)batch, the number of rows on each rank."""
 
     def chosen(self, view: str, index_K: Tensor, rows_of_ranks: tuple[int, ...]) -> "Prepared":
         """The same batch with these rows of one view and of its targets.
@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
             return
 
         def share(tensor: Tensor, part: int) -> Tensor:
-            # Each by its own length: a view that was chosen from a pool may have another.
+            # Each by its own length: a view chosen from a pool may have another one.
             return tensor.split(split_evenly(len(tensor), parts))[part]
 
         for part in range(parts):
@@ -86,14 +86,14 @@ class StepOutput(NamedTuple):
     """0-dim, fp32, with gradient: the weighted sum over all parts."""
     metrics_M: Tensor
     """Detached fp32 vector in the order of `DistillStep.metric_names`: sums over the batch, the
-    parts times `images`. Images labelled -100 are counted among `images` and never `correct`: each
-    batch's part weighs as its images do, not as its labels do."""
+    parts times `images`. Images labelled -100 count in `images` but never in `correct`: each
+    batch is weighted by its images, not by its labels."""
     carry: dict[str, dict[str, Tensor]]
-    """Per term, what its `commit` wants back."""
+    """Per term, the input of its `commit`."""
 
 
 def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...]]:
-    """Taps per view that the terms ask of a net; the student's logits on each of these, x first."""
+    """Taps per view that the terms need from a net; x first; for the student always with logits."""
     wanted: dict[str, list[str]] = {}
     needs = [need for term in terms for need in term.needs]
     for need in sorted((need for need in needs if need.net == net), key=lambda need: need.view):
@@ -106,7 +106,7 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
 
 
 def _view_joined(term: LossTerm) -> str:
-    """The view whose rows on every rank the term is told: its only one, else x."""
+    """The view whose number of rows on every rank is passed to the term: its only one, else x."""
     views = {need.view for need in term.needs}
     return views.pop() if len(views) == 1 else "x"
 
@@ -128,7 +128,7 @@ class DistillStep(nn.Module):
         check_names(self._terms())
         self.precision = precision
         self.views = needed_taps(self._terms(), "student")
-        # As plain str, here and below: torch.compile traces a look-up by it.
+        # As plain str, here and below: torch.compile traces look-ups by it.
         self.student_keys = {
             view: {tap: str(Need.of(view, "student", tap)) for tap in taps}
             for view, taps in self.views.items()
@@ -141,14 +141,14 @@ class DistillStep(nn.Module):
         self.term_keys = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
         self.joins = {term.name: _view_joined(term) for term in self._terms()}
         self.part_names = [part for term in self._terms() for part in term.weights]
-        # A student that no loss shows the images themselves is not shown them for the count either:
-        # its batch norms would see them. mAP of several labels is no sum over batches.
+        # If no loss shows x to the student, it is not shown for the accuracy either: its batch
+        # norms would see it. mAP, for several labels, is not a sum over batches.
         self.counts = "x" in self.views and not multilabel
         counted = ("correct",) if self.counts else ()
         self.metric_names = ("images", "loss", *self.part_names, *counted)
 
     def train(self, mode: bool = True) -> "DistillStep":
-        """Training mode for all but the frozen part of the student."""
+        """Training mode for everything except the frozen part of the student."""
         super().train(mode)
         keep_frozen_still(self.student.model)
         return self
@@ -192,7 +192,7 @@ class DistillStep(nn.Module):
                 carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
 
         if not self.trains_head:
-            # DDP waits for a gradient of every parameter; that of a head without a loss is zero.
+            # DDP waits for a gradient of every parameter; a head without a loss gets zero.
             total = total + 0.0 * logits_NC.float().sum()
         images = labels_N.shape[0]
         means = [total, *(values[part] for part in self.part_names)]

@@ -1,6 +1,6 @@
 """The training loop: batches -> step -> update -> metrics -> checkpoint.
 
-It owns nothing that it can be handed; `fastkd.training.build` makes the parts. The host waits for
+All its parts are passed in; `fastkd.training.build` makes them. The host waits for
 the device
 
     in `_fetch`, every `LOG_STEPS` steps and at the end of an epoch
@@ -56,7 +56,7 @@ from fastkd.training.step import DistillStep, Prepared
 
 __all__ = ["Trainer"]
 
-LOG_STEPS = {"cpu": 10, "cuda": 50}  # a fetch lets the queue of a GPU run empty
+LOG_STEPS = {"cpu": 10, "cuda": 50}  # a fetch drains the queue of a GPU
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +66,7 @@ class Trainer:
     plan: Plan
     placement: Placement
     decisions: dict[str, str]
-    """What `auto` came to (precision, compile); a resumed run repeats it."""
+    """What `auto` resolved to (precision, compile); a resumed run repeats it."""
 
     # Batches.
     loader: TrainLoader
@@ -74,7 +74,7 @@ class Trainer:
     views: ViewMaker
     """Makes x' of a batch."""
     teacher: Teacher | Ensemble | None
-    """Answers before the step; None where no loss asks."""
+    """Answers before the step; None if no loss needs it."""
 
     # The step.
     student: nn.Module
@@ -94,7 +94,7 @@ class Trainer:
     step: DistillStep = field(init=False)
     """Student and losses as one module."""
     terms: list[LossTerm] = field(init=False)
-    """The losses, with connectors and memory banks of their own."""
+    """The losses, with their connectors and memory banks."""
     optimizer: Optimizer = field(init=False)
     guard: Guard = field(init=False)
     """Counts bad steps."""
@@ -127,7 +127,7 @@ class Trainer:
         """Train to the last epoch; the summary of the run.
 
         Interrupted after Ctrl-C, SIGTERM or a closed terminal (state saved), RunFailed after too
-        many bad steps, or where not one was good.
+        many bad steps, or if not one step was good.
         """
         self.console.stage(self.plan.stage)
         with StopSignal() as stop:
@@ -150,11 +150,11 @@ class Trainer:
             fetching = progress.step % LOG_STEPS[device.type] == 0 or progress.step == steps
             if fetching:
                 self._fetch()
-            # After the fetch: until then a GPU may still be at work on these steps.
+            # After the fetch: until then a GPU may still be computing these steps.
             now = time.perf_counter()
             progress.epoch_s += now - clock
             clock = now
-            # Asking the other ranks would make a GPU wait: there only where it waits anyway.
+            # Asking the other ranks would make a GPU wait, so ask only when it waits anyway.
             asking = fetching or self.world.size == 1 or device.type == "cpu"
             if asking and stop.agreed(self.world) and progress.step < steps:
                 self._interrupt(stop)
@@ -177,7 +177,7 @@ class Trainer:
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
             targets |= self.views.xprime_targets(batch, targets, epoch, step, rows_of_ranks)
-            # The step sees the views, not what they were made of.
+            # The step needs the views, not what they were made from.
             batch = batch._replace(second_NCHW=None)
             yield Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
             step += 1
@@ -212,7 +212,7 @@ class Trainer:
             self._keep_best(row)
         progress.next_epoch()
         self.totals_M.zero_()
-        # The row first: a kill in between leaves one row too many, which a resumed run cuts.
+        # The row first: a kill in between leaves an extra row, which a resumed run removes.
         if self.folder and self.world.is_main:
             self.folder.append_metrics(row)
         self.save()
@@ -230,7 +230,7 @@ class Trainer:
             )
 
     def kept(self) -> nn.Module:
-        """What is evaluated and kept: the student or its average, as the terms export it."""
+        """The network to evaluate and keep: the student or its average, as the terms export it."""
         kept = self.ema.module if self.ema else self.student
         for term in self.terms:
             kept = term.export(kept)
@@ -247,7 +247,7 @@ class Trainer:
         return summary_of(self.plan, self.progress, self.history)
 
     def saved_parts(self) -> dict[str, SavedPart | None]:
-        """All that `last.pt` saves and a resumed run restores, by its key there."""
+        """Everything that `last.pt` saves and a resumed run restores, by its key there."""
         return {
             "progress": self.progress,
             "student": self.student,
@@ -268,7 +268,7 @@ class Trainer:
             write(self.folder.path / "last.pt", self.plan.digest, self.decisions, states)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a last.pt, which every rank has read."""
+        """Continue from a last.pt, which every rank has read."""
         plan, progress = self.plan, self.progress
         restore(checkpoint, plan.digest, self.saved_parts())
         if self.folder and self.world.is_main:

@@ -106,7 +106,7 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         (numbered(Labelled.targets[:18]), "crd keeps state for 18 samples.* the sample id 18: "),
         (
             numbered((Labelled.targets + 1) % 4),
-            r"sample 0 comes with the label 0, but the dataset's `targets`.* crd goes, say 1: make",
+            r"sample 0 comes with the label 0, but the dataset's `targets`.* crd uses, say 1: make",
         ),
         # One wrong label, in the last batch.
         (numbered([*range(4)] * 4 + [0, 1, 2, 0]), "the sample 19 comes with the label 3"),
@@ -260,7 +260,7 @@ def test_a_loss_that_could_teach_nothing_is_refused(whole: bool) -> None:
     student = network()
     student[: 6 if whole else 2].requires_grad_(False)  # type: ignore[index]
     losses = [CrossEntropy()] if whole else [CrossEntropy(), AT(pairs={"2": "2"})]
-    looks = "ce looks at x/student/logits" if whole else "at looks at x/student/2"
+    looks = "ce uses x/student/logits" if whole else "at uses x/student/2"
     with pytest.raises(UserError, match=f"{looks} of the student, where only frozen"):
         distill(network(), student=student, losses=losses)
 

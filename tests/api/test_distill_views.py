@@ -98,9 +98,9 @@ def test_fewer_picked_than_micro_batches_make_fewer_micro_batches(size: dict[str
     ("options", "message"),
     [
         ({"xprime": "cutmix", "pick": "loss"}, "pick='loss'; choose one of kl, teacher_entropy"),
-        ({"xprime": "cutmix", "pick": "kl", "losses": [KD()]}, "which no loss looks at"),
+        ({"xprime": "cutmix", "pick": "kl", "losses": [KD()]}, "which no loss uses"),
         ({"xprime": "randaugment"}, "made of the pictures as they are stored, and a loader of"),
-        ({"xprime": "cutout", "losses": [KD()]}, "would make a view x' that no loss looks at"),
+        ({"xprime": "cutout", "losses": [KD()]}, "would make a view x' that no loss uses"),
         ({"xprime": "blur"}, "xprime='blur'; choose one of none, cutmix, mixup, cutout, cropflip"),
     ],
     ids=["criterion", "no loss", "picture view", "nobody looks", "unknown view"],

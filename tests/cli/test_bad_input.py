@@ -221,7 +221,7 @@ def test_a_teacher_no_better_than_chance(expect_refusal, tmp_path):
 
 def test_a_run_folder_that_exists(expect_refusal, command, tmp_path):
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
-    sentence = "the run folder run exists and is not empty: resume it by --resume run, or choose"
+    sentence = "the run folder run exists and is not empty: resume it with --resume run, or choose"
     expect_refusal(sentence, "train", *ALONE, *SYNTHETIC, "out=run")
     # Also where a teacher would have to be trained first.
     expect_refusal(sentence, "train", *SYNTHETIC, "teacher.name=resnet8", "out=run")
@@ -259,7 +259,9 @@ def test_a_run_to_evaluate_that_is_none_or_has_other_classes(
     expect_refusal, command, images, tmp_path
 ):
     expect_refusal("nowhere is not a run folder (no config.yaml)", "eval", "nowhere")
-    expect_refusal("say on which data: data.name=cifar10", "eval", "resnet8", "--weights", "w.pt")
+    expect_refusal(
+        "name the data to evaluate on: data.name=cifar10", "eval", "resnet8", "--weights", "w.pt"
+    )
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 0
     root, _ = images
     expect_refusal(
@@ -273,7 +275,7 @@ def test_a_run_to_evaluate_that_is_none_or_has_other_classes(
 def test_hardware_and_packages_that_are_missing(expect_refusal, monkeypatch):
     keys = ["train", *ALONE, *SYNTHETIC]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    expect_refusal("device=cuda was asked for, but torch sees no CUDA device", *keys, "device=cuda")
+    expect_refusal("device=cuda was requested, but torch sees no CUDA device", *keys, "device=cuda")
     expect_refusal("precision=fp16 needs a GPU", *keys, "precision=fp16")
     monkeypatch.setitem(__import__("sys").modules, "apex", None)
     expect_refusal("optim.impl=apex cannot be used", *keys, "optim.impl=apex")
@@ -320,7 +322,7 @@ def test_a_full_disk_in_the_second_epoch_keeps_the_first(command, monkeypatch, t
         "fastkd: no space left on the disk: run/last.pt could not be written"
     )
     assert said.err.count("\n") == 1
-    assert "free some space and go on with --resume run" in said.err
+    assert "free some space and continue with --resume run" in said.err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     said = command("train", "--resume", "run")

@@ -100,7 +100,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),
         (["train", "--resume"], "argument --resume: expected one argument. See `fastkd train -"),
         (["eval"], "the following arguments are required: RUN | MODEL. See `fastkd eval --help`"),
-        (["doctor", "now"], "`fastkd doctor` takes no further word, got 'now'"),
+        (["doctor", "now"], "`fastkd doctor` takes no further argument, got 'now'"),
         (["train", "quickstart", "cifar10/resnet20"], "one recipe at a time, got quickstart, cif"),
         (["train", "mine.yaml"], "mine.yaml is a file: fastkd train --config mine.yaml"),
         (["train", "quikstart"], "there is no recipe 'quikstart'. Nearest: quickstart."),

@@ -147,16 +147,16 @@ def test_other_names_lead_to_the_loss(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("name", [*NO_LOSSES, "TLCutMix", "label-smoothing"])
-def test_what_is_no_loss_is_told_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_loss_is_told_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["losses", name]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"fastkd: {plain(name)} is no loss but ")
+    assert said.startswith(f"fastkd: {plain(name)} is not a loss; set ")
     keys = [word.rstrip(",") for word in said.split() if "=" in word]
     assert keys
     given = ["augment.xprime=cutmix", "losses.kd.views=x,xprime"]
     given += ["losses.kd.ce_weight=0", "losses.ce.weight=1", "augment.flip=true"]
     load_recipe("quickstart", overrides=[*given, *keys])
-    with pytest.raises(UserError, match=f"{name} is no loss but "):
+    with pytest.raises(UserError, match=f"{name} is not a loss; set "):
         load_recipe("quickstart", overrides=[f"losses.{name}.weight=1"])
 
 

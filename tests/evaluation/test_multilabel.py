@@ -223,8 +223,8 @@ def test_a_teacher_helps_on_several_labels():
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([CrossEntropy()], r"the loss ce wants one class id per image, \[N\], the data has labels"),
-        ([KD(), BinaryCrossEntropy()], "the loss kd wants one class id .* KD with ce_weight=0"),
+        ([CrossEntropy()], r"the loss ce needs one class id per image, \[N\], the data has labels"),
+        ([KD(), BinaryCrossEntropy()], "the loss kd needs one class id .* KD with ce_weight=0"),
     ],
 )
 def test_losses_on_class_ids_are_refused(losses, said):
@@ -245,7 +245,7 @@ def test_labels_that_do_not_fit_are_refused():
     ids = DataLoader(TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 5), 4)
     with pytest.raises(UserError, match=r"gives labels \[N\], one class id per image, another one"):
         fastkd.distill(student, None, ids, val, epochs=1, losses=losses, **QUICK)
-    with pytest.raises(UserError, match=r"bce wants labels \[N, classes\], the data has one class"):
+    with pytest.raises(UserError, match=r"bce needs labels \[N, classes\], the data has one class"):
         fastkd.distill(student, None, ids, ids, epochs=1, losses=losses, **QUICK)
 
 

@@ -73,12 +73,12 @@ def test_half_types_are_summed_in_fp32() -> None:
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="fsp compares what lies between taps: give two or more"):
+    with pytest.raises(ValueError, match="fsp compares consecutive taps: give two or more"):
         FSP({"stage1": "stage1"})
     maps = [torch.zeros(2, c, 4, 4) for c in (3, 5)]
     message = (
-        "but x/student/stage1 has 5 channels and x/teacher/stage1 has 7: pair taps of as many, or "
-        "take losses.fitnet"
+        "but x/student/stage1 has 5 channels and x/teacher/stage1 has 7: pair taps of equal width, or "
+        "use losses.fitnet"
     )
     with pytest.raises(UserError, match=message):
         fsp(maps, [maps[0], torch.zeros(2, 7, 4, 4)])

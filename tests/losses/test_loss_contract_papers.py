@@ -294,7 +294,7 @@ def test_simkd_counts_the_training_accuracy_of_what_it_keeps() -> None:
 
 
 def test_an_average_of_half_a_network_is_refused() -> None:
-    with pytest.raises(UserError, match="the loss simkd keeps layers of its own behind it"):
+    with pytest.raises(UserError, match="the loss simkd appends layers of its own"):
         build(KD(), SimKD(), ema=0.9)
 
 

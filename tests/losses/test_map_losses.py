@@ -156,7 +156,9 @@ def test_jointrd_says_what_does_not_fit(teacher: Any) -> None:
     with pytest.raises(UserError, match="last batch norm, and it has none"):
         bind_term(JointRD(STAGES, form="released"), released, **known | {"teacher_norm": None})
     tensors["x/student/stage2"] = torch.zeros(5, 12, 4, 4)
-    with pytest.raises(UserError, match=r"behind stage2 do not take the student's .* \[12, 4, 4\]"):
+    with pytest.raises(
+        UserError, match=r"after stage2 do not accept the student's .* \[12, 4, 4\]"
+    ):
         bind_term(JointRD(STAGES), tensors, **known)
     tensors = taps(teacher) | {"x/student/stage3": torch.zeros(5, 32, 3, 3)}
     with pytest.raises(UserError, match=r"stage3 is \[32, 3, 3\] per image but x/teacher/stage3"):

@@ -145,7 +145,7 @@ def test_mixed_targets_need_a_second_view(losses: dict[str, Any]) -> None:
 
 def test_a_target_on_a_view_that_is_not_used_is_refused() -> None:
     keys = {"weight": 1.0, "ce_weight": 0, "xprime_target": "mixed_logits"}
-    with pytest.raises(UserError, match="which views leaves out: give views x and xprime"):
+    with pytest.raises(UserError, match="which is missing from views: give views x and xprime"):
         recipe({"kd": keys}, ["augment.xprime=cutmix"])
 
 

@@ -67,13 +67,13 @@ def test_a_finished_run_is_evaluated_and_rebuilt(
     # Beside it a loss on the classifier that is not kept; the run builds its training twice.
     said = command("train", "--config", "recipe.yaml", "losses.kd.weight=1",
                    "losses.kd.ce_weight=0", "epochs=1", "out=kd")  # fmt: skip
-    assert said.out.count("losses.kd=null leaves it out") == 1
+    assert said.out.count("losses.kd=null removes that loss") == 1
     # The same file under the student's name says what it is.
     said = command("eval", "resnet8", "--weights", "run/best.safetensors", "data.name=synthetic",
                    "data.image_size=8", "student.width=0.25")  # fmt: skip
     assert said.code == 2
     assert "simkd:resnet8" in said.err
-    with pytest.raises(UserError, match="comes out of a training with the SimKD loss"):
+    with pytest.raises(UserError, match="comes from training with the SimKD loss"):
         create_model("simkd:resnet8", 10)
 
 
@@ -86,7 +86,7 @@ def test_a_loss_on_the_classifier_that_goes_is_noted(
     student, teacher = create_model("resnet8", 4, width=0.25), create_model("resnet8", 4)
     options: dict[str, Any] = {"precision": "fp32", "device": "cpu", "compile": "off"}
     fastkd.distill(student, teacher, loader, loader, epochs=1, losses=losses, **options)
-    said = "that of its own, which kd trains, is not kept (losses.kd=null leaves it out)"
+    said = "its own one, which kd trains, is not kept (losses.kd=null removes that loss)"
     assert capsys.readouterr().out.count(said) == len(losses) - 1
 
 

@@ -143,7 +143,7 @@ def test_batch_norms_that_were_zeroed_for_the_shortcut_start_at_one():
     plain = remove_shortcuts(model)
     assert (plain.layer1[0].bn2.weight == 1).all()
     assert plain.rewrite_report.notes == (
-        "8 batch norms had scale 0, which lets nothing through, and start at 1",
+        "8 batch norms had scale 0, which blocks everything, and now start at 1",
     )
     assert not model.layer1[0].bn2.weight.any()
 
@@ -226,7 +226,11 @@ def test_plain_networks_train_and_export():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda: torchvision.models.vgg11(), {}, "VGG has no shortcut that can be removed; known"),
+        (
+            lambda: torchvision.models.vgg11(),
+            {},
+            "VGG has no shortcut that can be removed; supported",
+        ),
         (
             lambda: create_model("wrn_10_2", 7),
             {"keep_projection": True},

@@ -125,7 +125,7 @@ def test_forward_between_continues_a_pass(name: str) -> None:
 
 def test_forward_between_refuses_wrong_ends() -> None:
     model = create_model("resnet8", 10)
-    with pytest.raises(UserError, match="no tap 'stem' behind 'stage1'"):
+    with pytest.raises(UserError, match="no tap 'stem' after 'stage1'"):
         model.forward_between(torch.zeros(1, 16, 8, 8), "stage1", "stem")
     with pytest.raises(
         UserError, match="cannot start after 'stage1:preact'; expected one of images"

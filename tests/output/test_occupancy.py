@@ -27,7 +27,7 @@ def lock(path: Path) -> int:
 def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     other = lock(tmp_path / "run")
     with (
-        pytest.raises(UserError, match=r"another process is at work in .*run"),
+        pytest.raises(UserError, match=r"another process is using .*run"),
         occupied(tmp_path / "run", WORLD),
     ):
         pytest.fail("entered a folder that is in use")

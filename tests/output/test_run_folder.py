@@ -44,7 +44,7 @@ def test_out_is_taken_as_it_is_and_must_be_empty(tmp_path):
     assert create(tmp_path, out=tmp_path / "mine").path == tmp_path / "mine"
     assert create(tmp_path, out=tmp_path / "mine").path == tmp_path / "mine"
     (tmp_path / "mine" / "last.pt").touch()
-    with pytest.raises(UserError, match=r"mine exists and is not empty: resume it by --resume"):
+    with pytest.raises(UserError, match=r"mine exists and is not empty: resume it with --resume"):
         create(tmp_path, out=tmp_path / "mine")
 
 

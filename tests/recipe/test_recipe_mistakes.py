@@ -106,9 +106,9 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
         ),
         (
             "augment.xprime=cutmix",
-            "augment.xprime=cutmix would make a view x' that no loss looks at: set losses.kd.views",
+            "augment.xprime=cutmix would make a view x' that no loss uses: set losses.kd.views",
         ),
-        ("losses.ce.weight=1", "the losses kd and ce both report a part called 'ce': drop one"),
+        ("losses.ce.weight=1", "the losses kd and ce both report a part named 'ce': drop one"),
         (
             "data.root=DIR",
             "data.root=DIR would not be read, data.name=digits needs no folder: say w",

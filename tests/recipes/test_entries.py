@@ -281,7 +281,7 @@ def test_a_value_out_of_range_is_no_gap_but_a_mistake():
 def test_a_recipe_that_needs_more_than_there_is_says_so(monkeypatch):
     entry = entry_of(losses__nothing__weight=1.0)
     monkeypatch.setattr("fastkd.recipes.catalogue.all_recipes", lambda: {"plain": entry})
-    with pytest.raises(UserError, match=r"the recipe plain needs what .*: losses\.nothing\."):
+    with pytest.raises(UserError, match=r"the recipe plain needs something .*: losses\.nothing\."):
         load_recipe("plain")
 
 
@@ -299,7 +299,7 @@ def test_a_run_of_a_row_is_set_beside_the_paper():
     assert found.row == {"run": "paper, Table 1", "accuracy_last": 0.7066, "note": "+- 0.24"}
     assert found.text.startswith(
         "the paper's top-1 accuracy 70.66 +- 0.24 (Table 1); here 70.31 in the last epoch, -0.35 "
-        "points; the paper does not say which it took. 6 keys are not from the paper: fastkd"
+        "points; the paper does not say which epoch it used. 6 keys are not from the paper: fastkd"
     )
     assert found.facts["changed"] == []
 

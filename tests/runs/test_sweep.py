@@ -153,7 +153,7 @@ def test_a_broken_sweep_goes_on_and_repeats_nothing(command, tmp_path, monkeypat
     monkeypatch.setattr(fastkd.runs.sweep.running, "run_recipe", run)
     said = command("train", *KEYS, *SWEEP)
     assert said.code == 130
-    assert said.err.endswith("give the same command again to resume the whole sweep)\n")
+    assert said.err.endswith("run the same command again to resume the whole sweep)\n")
     again = command("train", *KEYS, *SWEEP)
     assert again.code == 0
     assert runs == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 0), (0.2, 1)]
@@ -319,7 +319,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(command, tmp_path, monke
         patch.setattr(Console, "epoch", epoch)
         said = command(*words)
     assert said.code == 130
-    assert said.err.endswith("give the same command again to resume the whole sweep)\n")
+    assert said.err.endswith("run the same command again to resume the whole sweep)\n")
     again = command(*words)
     assert (again.code, again.err) == (0, "")
     assert "sweep 1/3: student.block=S, finished before\n" in again.out
@@ -372,7 +372,7 @@ def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     assert said.decode().splitlines()[-1] == (
-        "fastkd: stopped with 2 runs under way; give the same command again to resume the whole "
+        "fastkd: stopped with 2 runs under way; run the same command again to resume the whole "
         "sweep"
     )
     logs = [file.read_text() for file in tmp_path.glob("runs/quickstart/sweep-*.log")]

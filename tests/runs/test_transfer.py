@@ -209,12 +209,12 @@ def test_images_normalised_otherwise_are_noted(place, train):
         (
             [*START, "student.frozen=backbone", "losses.at.weight=1", "teacher.weights=base",
              "teacher.name=resnet20", "losses.at.pairs={stage1: stage1}"],
-            "student.frozen=backbone leaves losses.at nothing to teach: it looks at stage1",
+            "student.frozen=backbone leaves losses.at nothing to teach: it uses stage1",
         ),
         (["student.frozen=head"], "student.frozen=head: expected one of backbone"),
         (
             ["teacher.name=resnet20", "teacher.weights=base", "teacher.new_head=true"],
-            "teacher.new_head is for a teacher that is trained here",
+            "teacher.new_head is for a teacher trained by this recipe",
         ),
     ],
 )  # fmt: skip

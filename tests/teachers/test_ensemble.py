@@ -257,7 +257,7 @@ def test_a_loss_that_wants_more_than_logits_is_told_so(loss: Any, tap: str) -> N
     with pytest.raises(UserError) as caught:
         distill(student, [one, nn.Sequential(nn.Flatten(), nn.Linear(192, 10))], losses=[loss])
     assert str(caught.value).startswith(
-        f"the loss {loss.name} asks for {tap} of the teacher, but there are 2 teachers (resnet8, "
+        f"the loss {loss.name} needs {tap} of the teacher, but there are 2 teachers (resnet8, "
         f"Sequential), which only have logits in common: drop that loss, or "
     )
 

@@ -90,8 +90,8 @@ def test_members_are_added_and_changed_by_their_number(tmp_path: Path) -> None:
             # Neither how it computes nor what it would have learned in makes it another.
             (*SECOND, "teacher.name=resnet8", "teacher.weights=b.pt", "teacher.epochs=null",
              "teacher.precision=fp32", "teacher.compile=on"),
-            "teacher.ensemble.0 is teacher once more (resnet8, the same weights): an ensemble "
-            "wants another network or other weights",
+            "teacher.ensemble.0 is teacher again (resnet8, the same weights): an ensemble "
+            "needs another network or other weights",
         ),
     ],
 )  # fmt: skip

@@ -135,7 +135,7 @@ def test_ignored_buffers_are_left_to_their_owner():
     train_step(net, optimizer, guard, poison="loss")
     assert net.bank.tolist() == [1.0] * 5
     assert net.body[1].num_batches_tracked == 0
-    with pytest.raises(ValueError, match=r"no buffers of the module: body\.1\.mean"):
+    with pytest.raises(ValueError, match=r"not buffers of the module: body\.1\.mean"):
         Guard(net, optimizer, max_skips=3, ignore_buffers=["bank", "body.1.mean"])
 
 
@@ -260,5 +260,5 @@ def test_the_average_is_a_frozen_network_in_eval_mode():
     other = EMA(Net(), decay=0.0)
     other.load_state_dict(ema.state_dict())
     assert torch.equal(other.module(x), ema.module(x))
-    with pytest.raises(ValueError, match=r"lies in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1"):
         EMA(net, decay=1.0)

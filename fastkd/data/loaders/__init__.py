@@ -1,1 +1,1 @@
-"""Batches of a data set: resident on the device, from workers, or from a loader of the user."""
+"""Batches of a data set: resident on the device, from workers, or from the user's own loader."""

@@ -1,7 +1,7 @@
-"""Loaders of the user's own, as `fastkd.distill` takes them, in the protocol of the trainer.
+"""Adapts users' own loaders, as passed to `fastkd.distill`, to the trainer's protocol.
 
-What they shuffle and augment follows from (seed, epoch, step, rank), so that a resumed run sees
-what an unbroken one would have seen; the price is that batches before the step are drawn again.
+Their shuffling and augmentation follow from (seed, epoch, step, rank), so that a resumed run sees
+what an uninterrupted one would have seen. The price: batches before the step are drawn again.
 """
 
 from collections.abc import Iterable, Iterator, Sized
@@ -55,12 +55,12 @@ class Shown(NamedTuple):
 
     @property
     def multilabel(self) -> bool:
-        """Whether an image has several labels, [N, C], and not one class id."""
+        """Whether an image has several labels, [N, C], instead of one class id."""
         return self.labels_N.dim() == 2
 
 
 def peek(items: Iterable[LoaderItem], device: torch.device, *, channels_last: bool) -> Shown:
-    """The first batch, on the device; UserError where there is none."""
+    """The first batch, on the device; UserError if there is none."""
     item = next(iter(items), None)
     if item is None:
         raise UserError("a loader yields nothing: its first batch is missing")
@@ -69,15 +69,15 @@ def peek(items: Iterable[LoaderItem], device: torch.device, *, channels_last: bo
 
 
 def images_per_epoch(items: Iterable[LoaderItem], batch_size: int) -> int:
-    """As the data set counts them; for a loader without one, full batches of `batch_size`."""
+    """Number of images in the data set; without a data set, full batches of `batch_size`."""
     return _num_samples(items) or _steps(items) * batch_size
 
 
 class ForeignLoader:
-    """The user's loader; one for each rank, with this rank's share of the images.
+    """The user's loader, one per rank, with this rank's share of the images.
 
-    train: False for an evaluation, in which the ranks' batches may be unlike.
-    Labels are class ids [N], or [N, C] where images have several (then float32: 1, 0, -1 unknown).
+    train: False for evaluation, where the ranks' batches may differ.
+    Labels are class ids [N], or [N, C] if images have several (then float32: 1, 0, -1 unknown).
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class ForeignLoader:
         self.train = train
         self.steps_per_epoch = _steps(items)
         self.labels_N = _labels_by_id(items, self.rules)
-        """By sample id where a loss wants ids, then also compared with every batch; else zeros."""
+        """Labels by sample id if a loss needs ids, then compared with every batch; else zeros."""
         self._compared = False
-        # Sizes are compared on the host: through NCCL they would wait for the device.
+        # Sizes are compared on the host: NCCL would wait for the device.
         shared = train and self.world.size > 1
         self._ranks: Any = dist.new_group(backend="gloo") if shared else None
 
     def with_views(self, views: SecondViews) -> Self:
-        """This loader: its ranks mix their own images, and it has no pictures.
+        """This loader itself: each rank mixes its own images, and there are no pictures.
 
         UserError for second views of the pictures.
         """
@@ -118,7 +118,7 @@ class ForeignLoader:
         return self
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches on the device; those before `start_step` are drawn and thrown away."""
+        """Batches on the device; batches before `start_step` are drawn and discarded."""
         for part in (self.items, getattr(self.items, "sampler", None)):
             set_epoch = getattr(part, "set_epoch", None)
             if set_epoch is not None:
@@ -153,10 +153,10 @@ class ForeignLoader:
             yield Batch(images, labels, ids, self._global_size(len(labels)))
 
     def _global_size(self, num: int) -> int:
-        """Of a batch of `num` images on this rank; 0 in an evaluation.
+        """Size of the global batch, given `num` images on this rank; 0 in an evaluation.
 
         Raises:
-            UserError: the ranks have batches of different sizes, over which they could not average.
+            UserError: the ranks have batches of different sizes, which cannot be averaged.
         """
         if not self.train:
             return 0
@@ -173,12 +173,12 @@ class ForeignLoader:
         return sum(found)
 
     def _check_ids(self, ids: Any, labels: Tensor) -> None:
-        """UserError for ids of no sample, and for a label that is not the one the loss knows."""
+        """UserError for ids without a sample, and for labels that differ from the loss's record."""
         if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
             got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids)
             raise UserError(f"sample ids must be whole numbers [N], one per image; got {got}")
         on_host = ids.device.type == labels.device.type == "cpu"
-        # What is on a GPU already is waited for once, not in every step.
+        # If the labels are on a GPU, wait for them once, not in every step.
         if self._compared and not on_host:
             return
         self._compared = True
@@ -188,15 +188,15 @@ class ForeignLoader:
             raise UserError(
                 f"the loss {self.rules.wants_ids} keeps state for {num} samples, as many as the "
                 f"loader's dataset has `targets`, but a batch has the sample id "
-                f"{int(ids_N[wrong_N][0])}: yield as id the position of the image in `targets`"
+                f"{int(ids_N[wrong_N][0])}: yield the position of the image in `targets` as its id"
             )
         known_N = self.labels_N[ids_N]
         wrong_N = (known_N != labels_N).view(len(ids_N), -1).any(1)
         if wrong_N.any():
             raise UserError(
                 f"the sample {int(ids_N[wrong_N][0])} comes with the label "
-                f"{labels_N[wrong_N][0].tolist()}, but the dataset's `targets`, by which the loss "
-                f"{self.rules.wants_ids} goes, say {known_N[wrong_N][0].tolist()}: make `targets` "
+                f"{labels_N[wrong_N][0].tolist()}, but the dataset's `targets`, which the loss "
+                f"{self.rules.wants_ids} uses, say {known_N[wrong_N][0].tolist()}: make `targets` "
                 f"and the ids what the loader yields (a target_transform changes only the labels)"
             )
 
@@ -237,7 +237,7 @@ def _parts(
 
 @dataclass(frozen=True)
 class ForeignPair:
-    """Both loaders of a user and what networks and losses must know of them."""
+    """Both of the user's loaders, and what networks and losses must know about them."""
 
     train: ForeignLoader
     val: ForeignLoader
@@ -255,10 +255,10 @@ def open_foreign(
     wants_ids: str | None = None,
     wants_classes: str | None = None,
 ) -> ForeignPair:
-    """Both loaders in the protocol of the trainer.
+    """Both loaders in the trainer's protocol.
 
-    shown: the first batch of either; both give labels of its kind.
-    wants_ids, wants_classes: what losses ask of the training labels, see `LabelRules`.
+    shown: the first batch of one of them; both yield labels of its kind.
+    wants_ids, wants_classes: what losses need from the training labels, see `LabelRules`.
 
     Raises:
         UserError: a loss wants sample ids and the data set does not say its labels.
@@ -280,7 +280,7 @@ def open_foreign(
 def check_loader(
     name: str, loader: Iterable[LoaderItem], world: World, *, exact: bool = False
 ) -> None:
-    """UserError for a loader that has no length, can be read only once, or is not shared out.
+    """UserError for a loader that has no length, can be read only once, or is not sharded.
 
     exact: the ranks together must see every image once, as in an evaluation.
     """
@@ -297,7 +297,7 @@ def check_loader(
     shares = "sampler=torch.utils.data.DistributedSampler(dataset)"
     if exact:
         shares = "sampler=range(rank, len(dataset), world_size)"
-    # Beside a batch sampler, which may well share out, a DataLoader has a sampler it does not ask.
+    # A DataLoader with a batch sampler, which may shard, also has a sampler that it does not use.
     own = type(loader.batch_sampler) is not BatchSampler and loader.batch_sampler is not None
     if not own and isinstance(loader.sampler, RandomSampler | SequentialSampler):
         raise UserError(
@@ -314,10 +314,10 @@ def check_loader(
 
 
 def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
-    """The data set's `targets` where a loss wants ids; UserError where they are no labels.
+    """The data set's `targets` if a loss needs ids; UserError if they are not labels.
 
-    Zeros where none does: what a data set calls its targets may be anything, in torchvision's
-    VOC they are file names.
+    Zeros if no loss does: a data set's `targets` can be anything; in torchvision's VOC they
+    are file names.
     """
     if rules.wants_ids is None:
         return torch.zeros(_num_samples(items), dtype=torch.int64)

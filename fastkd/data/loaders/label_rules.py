@@ -1,4 +1,4 @@
-"""What the labels of users' loaders must be, so that no loss is silently taught nonsense."""
+"""Checks the labels of users' loaders, so that no loss silently trains on nonsense."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,20 @@ class LabelRules:
     multilabel: bool | None = None
     """[N, C], several labels per image, or class ids [N]; None: either."""
     num_classes: int | None = None
-    """Class ids are checked against it where they come from the host; None: they are not."""
+    """Class ids are checked against it if they are on the host; None: no check."""
     wants_ids: str | None = None
-    """A loss that cannot do without sample ids."""
+    """A loss that requires sample ids."""
     wants_classes: str | None = None
-    """A loss that cannot do with images of unknown class."""
+    """A loss that does not accept images of unknown class."""
 
     def check(self, labels: Any) -> None:
-        """UserError for what are no labels, or not those of this run."""
+        """UserError for values that are not labels, or not of this run's kind."""
         wanted = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
         if not isinstance(labels, Tensor):
             raise UserError(f"{wanted}; got {type(labels).__name__}: make it a tensor")
         if labels.dim() not in (1, 2) or (labels.dim() == 1 and labels.is_floating_point()):
             raise UserError(f"{wanted}; got {list(labels.shape)} of {labels.dtype}")
-        # On the device it would be waited for.
+        # On the device this check would wait.
         if self.num_classes is None or labels.dim() == 2 or labels.device.type != "cpu":
             return
         labels = labels.long()  # 260 is 4 to a uint8

@@ -1,6 +1,6 @@
-"""From the data part of a recipe to a training and a validation loader.
+"""Builds a training and a validation loader from the data part of a recipe.
 
-`open_data` is the one entry that the trainer uses: it finds the data set, decides between the
+`open_data` is the only entry point for the trainer: it finds the data set, decides between the
 resident and the torch backend, and gives both loaders the same normalisation.
 """
 
@@ -50,8 +50,8 @@ class DataPair:
     def train(self) -> Loader:
         """Batches of the training images.
 
-        They are decoded, and on their device, when this is first asked for: an evaluation does
-        without.
+        They are decoded and moved to the device on first use, so that an evaluation does not pay
+        for it.
         """
         return self.open_train()
 
@@ -71,7 +71,7 @@ def open_data(
 
     Raises:
         UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
-            it is first asked for, also that it would have no step or fewer images than processes.
+            first used, also if it would have no step or fewer images than processes.
     """
     crop = geometry.crop
     if data.backend == "resident" and crop == "resized":
@@ -133,7 +133,7 @@ def open_data(
 
 
 def _normalization(data: DataConfig) -> Normalization:
-    """What the recipe says, or else the table of data sets."""
+    """The recipe's values, or else those in the table of data sets."""
     mean, std = normalization(data.name)
     return data.mean or mean, data.std or std
 
@@ -141,7 +141,7 @@ def _normalization(data: DataConfig) -> Normalization:
 def _square_size(
     source: ImageSet | FolderIndex, name: str, image_size: int | None, crop: Crop
 ) -> int:
-    """Side of the images that come out, in pixels."""
+    """Side of the output images, in pixels."""
     if image_size is not None:
         return image_size
     if isinstance(source, ImageSet):

@@ -92,12 +92,12 @@ class BatchPlan:
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def rank_part(self, step: int) -> slice:
-        """Where this rank's part lies within the global batch of a step; possibly empty."""
+        """Slice of this rank's part in the global batch of a step; possibly empty."""
         part, start = self.part(step), step * self.batch_size
         return slice(part.start - start, part.stop - start)
 
     def part(self, step: int) -> slice:
-        """Where in `order` this rank's part of global batch `step` lies; possibly empty."""
+        """Slice of `order` for this rank's part of global batch `step`; possibly empty."""
         start = step * self.batch_size
         each, larger = divmod(self.global_size(step), self.world_size)
         first = start + self.rank * each + min(self.rank, larger)

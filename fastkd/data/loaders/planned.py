@@ -1,4 +1,4 @@
-"""What the resident and the torch loader share: the plan, the labels, images of other ranks."""
+"""What the resident and the torch loader share: plan, labels, images of other ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ __all__ = ["Loading", "PlannedLoader"]
 
 @dataclass(frozen=True)
 class Loading:
-    """How a split is shown: in which batches, augmented how, and where the batches go."""
+    """How a split is served: in which batches, with which augmentation, on which device."""
 
     batch_size: int
     """Global, over all ranks."""
     seed: int
-    """With the epoch's number it decides order, corners and flips."""
+    """Together with the epoch's number it decides order, corners and flips."""
     train: bool
     """False: every sample once, unshuffled, unaugmented, nothing dropped; the ranks' counts differ,
     and a rank may yield one batch less than another."""
     normalization: Normalization
     placement: Placement
-    """Ranks, device, type and memory layout of the images that come out."""
+    """Ranks, device, and the type and memory layout of the output images."""
     geometry: Geometry = NO_GEOMETRY
     """Shift and flip in training."""
     shuffle: bool = True
@@ -103,14 +103,14 @@ class PlannedLoader(ABC):
         """This rank's part of global batches start_step, start_step + 1, ... of an epoch.
 
         Raises:
-            ValueError: start_step lies outside the epoch (its end is allowed and yields nothing).
+            ValueError: start_step is outside the epoch (its end is allowed and yields nothing).
         """
         parts = self._plan.parts(start_step)
         return self._completed(epoch, parts)
 
     @abstractmethod
     def with_views(self, views: SecondViews) -> Self:
-        """A loader of the same batches that also gives what x' is made of; this one stays."""
+        """A loader of the same batches that also yields what x' is made from; self is unchanged."""
 
     @abstractmethod
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:

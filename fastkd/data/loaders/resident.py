@@ -1,7 +1,7 @@
 """Small data sets resident on the device as uint8, augmented there in whole batches.
 
-An epoch costs the host a few tables (order, corners, flips), sent to the device once; a batch is
-then gathered, cropped, flipped and normalised where it lies, without a host synchronisation.
+Per epoch the host makes a few tables (order, corners, flips) and sends them to the device once. A
+batch is then gathered, cropped, flipped and normalised in place, without a host synchronisation.
 Memory on the device: N * (H + 2 * padding) * (W + 2 * padding) * 3 bytes; an unpadded set on the
 CPU stays in the memory-mapped cache file, whose pages all ranks of a host share.
 """
@@ -28,7 +28,7 @@ __all__ = ["ResidentLoader"]
 class ResidentLoader(PlannedLoader):
     """Batches of a decoded split, see `fastkd.data.batch.Loader` for the protocol.
 
-    padded_NPPC: the images as another loader of the same set holds them on the device; None puts
+    padded_NPPC: the images on the device, shared with another loader of the same set; None moves
     them there.
 
     Raises:
@@ -47,7 +47,7 @@ class ResidentLoader(PlannedLoader):
         super().__init__(images, loading, views)
         self._images = images
         self._crop_size = images.images_NHWC.shape[1:3]
-        # A policy works on the host, on which the pictures are anyway.
+        # A policy runs on the host, where the pictures already are.
         self._host_images_NHWC = torch.from_numpy(images.images_NHWC)
         geometry, num = loading.applied, len(images)
         self._tables = GeometryTables(geometry, loading.seed, num, self._device)
@@ -89,7 +89,7 @@ class ResidentLoader(PlannedLoader):
     def _second_views(
         self, second: PictureView, ids_N: np.ndarray, index_N: Tensor, epoch: int
     ) -> Tensor:
-        """uint8 on the device; the sample ids come from the host too, where a policy draws."""
+        """uint8 on the device; a policy draws on the host and needs the sample ids there."""
         if second.is_crop:
             return torch.cat([self._crops(index_N, epoch, k) for k in second.appearances])
         host_N = torch.from_numpy(ids_N)

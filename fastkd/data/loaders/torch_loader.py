@@ -1,9 +1,9 @@
 """Large folders: images decoded by torch DataLoader workers, batch by batch, every epoch.
 
 A worker gets (epoch, sample ids) and returns the uint8 pixels; normalisation, and the padded crop
-where a recipe has one, run on the device as in `resident`. What a sample looks like is a function
-of (seed, epoch, sample id), so it depends on neither the number of workers nor of ranks, and
-starting in mid-epoch decodes nothing earlier.
+if the recipe has one, run on the device as in `resident`. A sample's appearance is a function of
+(seed, epoch, sample id), so it does not depend on the number of workers or ranks, and starting in
+mid-epoch decodes nothing earlier.
 """
 
 import atexit
@@ -36,7 +36,7 @@ __all__ = ["TorchLoader"]
 _EVAL_RESIZE = 256 / 224
 
 _Key = tuple[int, np.ndarray]
-# Pictures, sample ids, and where there are any, second views that are finished on the host.
+# Pictures, sample ids and, if there are any, second views that are finished on the host.
 _Pixels = tuple[Tensor, ...]
 
 
@@ -90,7 +90,7 @@ class _Pictures(Dataset[_Pixels | str]):
         try:
             shown = [self._view.pixels(self._source, int(n), epoch, appearances) for n in index_B]
         except UserError as error:
-            # Returned, not raised: the DataLoader would wrap the sentence in a worker's traceback.
+            # Returned, not raised: the DataLoader would wrap the message in a worker's traceback.
             return str(error)
         ids_B = torch.from_numpy(index_B)
         if self._second is None:
@@ -126,8 +126,8 @@ def _start_worker(_worker: int) -> None:
 
 
 def _dismiss(loader: weakref.ref[DataLoader[_Pixels | str]]) -> None:
-    # Workers that multiprocessing finds and terminates at exit make torch end in a traceback; it
-    # forestalls that by itself only where it pins memory.
+    # If multiprocessing terminates the workers at exit, torch ends in a traceback; it prevents that
+    # itself only when it pins memory.
     iterator = getattr(loader(), "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
@@ -138,7 +138,7 @@ class TorchLoader(PlannedLoader):
 
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
     loading       as for ResidentLoader; of its geometry "resized" uses flip only
-    image_size    side of the square images that come out, in pixels
+    image_size    side of the square output images, in pixels
     crop          "resized": random area and aspect in training (see `decode.random_resized_crop`),
                   short side to round(image_size * 256 / 224) and central crop in evaluation;
                   "pad" and "none": short side to image_size and central crop, then the geometry,
@@ -201,7 +201,7 @@ class TorchLoader(PlannedLoader):
 
     @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        # Decoded in threads of this process; the workers stay with their batches.
+        # Decoded in threads of this process; the workers keep to their batches.
         if self._threads is None:
             self._threads = ThreadPoolExecutor()
         decoded = self._threads.map(

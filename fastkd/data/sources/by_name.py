@@ -1,6 +1,6 @@
-"""Data sets by name: find them under a root folder, read them, say plainly what is missing.
+"""Data sets by name: find them under a root folder, read them, report what is missing.
 
-`open_source` gives images in memory or the listing of a folder, `open_split` always the former.
+`open_source` returns images in memory or the listing of a folder, `open_split` always images.
 """
 
 from os import PathLike, fspath
@@ -38,7 +38,7 @@ def open_split(
     """One split of a data set, decoded: uint8 images of one square size.
 
     name        digits, cifar10, cifar100, folder or synthetic
-    root        where cifar10, cifar100 and folder lie; the others need none
+    root        folder of cifar10, cifar100 and folder; the others need none
     split       "train" or "val" (a folder called test/ serves as val)
     image_size  pixels; short side resized to it, centre cropped (digits: 16 only). None: as stored
                 (CIFAR 32, synthetic 32, folders: all images must agree)
@@ -48,7 +48,7 @@ def open_split(
     cache_dir   where decoded folders are kept; None: $FASTKD_CACHE or the user's cache folder
 
     Raises:
-        UserError: unknown name, data not found (says where was looked and for what), damaged or
+        UserError: unknown name, data not found (with the places searched), damaged or
             inconsistent files (named).
     """
     source = open_source(name, root, split, image_size=image_size, download=download, limit=limit)
@@ -80,7 +80,7 @@ def open_source(
     limit: int | None = None,
 ) -> ImageSet | FolderIndex:
     """As `open_split`, but a folder of images comes as its listing, not decoded."""
-    normalization(name)  # an unknown name ends here
+    normalization(name)  # refuses an unknown name
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
     source = _find(name, root, split, image_size, download)

@@ -1,9 +1,9 @@
-"""Decoded image folders on disk: one .npy of uint8 pixels and one .json that vouches for it.
+"""Decoded image folders on disk: one .npy of uint8 pixels and one .json with its checksums.
 
 Built once per host: the first process takes a file lock, the others wait for it and then read.
 The JSON holds the checksum of the listing (names, sizes, modification times) and of the pixels;
-whatever does not match is built again. Both files appear by atomic rename, pixels first, so a
-process killed anywhere leaves either a valid pair or one that is rebuilt.
+anything that does not match is rebuilt. Both files appear by atomic rename, pixels first, so a
+process killed at any point leaves either a valid pair or one that is rebuilt.
 
 Read back with np.memmap mode "c": pages are shared between the ranks of a host, and a stray write
 changes a private copy instead of the file (or crashing the process, as it would in mode "r").
@@ -33,7 +33,7 @@ __all__ = ["cache_folder", "decoded_images", "native_size"]
 
 _FORMAT = 1
 _CHUNK_BYTES = 32 << 20
-# Images per task of the thread pool: for 32x32 files a task of its own costs as much as decoding.
+# Images per task of the thread pool: for 32x32 files one task per image costs as much as decoding.
 _RUN = 16
 
 
@@ -159,14 +159,14 @@ def _build(
         with (
             show_progress(what, progress) as report,
             ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-            # Plain writes: on a full disk they raise, a store into a mapped file is a SIGBUS.
+            # Plain writes: on a full disk they raise, while a store into a mapped file is a SIGBUS.
             open(pixels_file, "wb") as stream,
         ):
             np.lib.format.write_array_header_1_0(
                 stream,
                 {"descr": "|u1", "fortran_order": False, "shape": tuple(record["shape"])},
             )
-            # A full disk shows here, before the minutes of decoding.
+            # A full disk is noticed here, before minutes of decoding.
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + math.prod(record["shape"]))
             for start, stop in _chunks(record["shape"]):
                 chunk = np.stack(

@@ -120,7 +120,7 @@ def load_cifar(name: str, folder: Path, binary: bool, split: str) -> ImageSet:
 def download_cifar(name: str, root: Path) -> None:
     """Fetch and unpack the python distribution below `root` with torchvision's own downloader.
 
-    One process does it, others that ask meanwhile wait; the folder appears when it is complete.
+    One process does it while the others wait; the folder appears when it is complete.
 
     Raises:
         UserError: no network, a wrong checksum, or a folder that cannot be written.
@@ -135,7 +135,7 @@ def download_cifar(name: str, root: Path) -> None:
             if find_archive(name, [root]):
                 return
             with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as unpacked:
-                # Not CIFAR10(download=True), which goes on to unpickle with the plain pickle.
+                # Not CIFAR10(download=True), which also unpickles without restrictions.
                 download_and_extract_archive(
                     source.url, str(root), unpacked, filename=source.filename, md5=source.tgz_md5
                 )
@@ -172,7 +172,7 @@ def _read_python(file: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarra
 
 
 def _class_names(folder: Path, layout: CifarLayout, binary: bool) -> tuple[str, ...]:
-    """Names from the meta file; the numbers as text where that file is missing."""
+    """Names from the meta file; the numbers as text if that file is missing."""
     file = folder / (layout.binary_meta if binary else layout.meta)
     if not file.is_file():
         return tuple(str(label) for label in range(layout.classes))
@@ -190,7 +190,7 @@ def _text(value: Any) -> str:
 
 
 def _load_arrays(file: Path) -> dict[str, Any]:
-    """The dictionary pickled in `file`, with text keys, under the restrictions named on top."""
+    """The dictionary pickled in `file`, with text keys, under the restrictions described above."""
     try:
         with open(file, "rb") as stream:
             content = _ArrayUnpickler(stream, encoding="bytes").load()

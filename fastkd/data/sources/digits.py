@@ -2,7 +2,7 @@
 
 1,797 images of 8x8 with 17 grey levels (UCI "Optical Recognition of Handwritten Digits", test
 part), enlarged to 16x16 and repeated over three channels. 30 images of each digit are the training
-split, the other 1,497 the validation split; both are the same everywhere, for ever.
+split, the other 1,497 the validation split; both are the same on every machine and never change.
 """
 
 import numpy as np
@@ -48,8 +48,8 @@ def load_digits(split: str) -> ImageSet:
 def _enlarge(levels_N88: np.ndarray) -> np.ndarray:
     """8x8 levels 0..16 -> 16x16 uint8, bilinear with half-pixel centres, in integers.
 
-    A new pixel is 3/4 of the old pixel it lies in and 1/4 of the nearest neighbour, along each
-    axis (edges repeat), so 16 * 16 is full white: no rounding depends on the machine.
+    A new pixel is 3/4 of the old pixel that contains it and 1/4 of the nearest neighbour, along
+    each axis (edges repeat), so 16 * 16 is full white: no rounding depends on the machine.
     """
     scaled = levels_N88
     for axis in (1, 2):

@@ -1,8 +1,8 @@
-"""ImageFolder data sets: ROOT/train/CLASS/*.jpg with ROOT/val/ or ROOT/test/ beside it.
+"""ImageFolder data sets: ROOT/train/CLASS/*.jpg and ROOT/val/ or ROOT/test/.
 
 Scanning gives a FolderIndex (names, sizes, labels); decoding happens in `cache` (small sets, once)
 or in the workers of `torch_loader` (large sets, every epoch). Canonical order: classes sorted by
-name, within a class folder by folder in sorted order, as torchvision's ImageFolder has it.
+name, then folder by folder in sorted order within a class, as in torchvision's ImageFolder.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class FolderIndex:
         return open_rgb(self.path(sample))
 
     def take(self, positions: np.ndarray) -> "FolderIndex":
-        """The samples at these positions as a split of its own; ids count from 0 again."""
+        """A new split of the samples at these positions; ids count from 0 again."""
         digest = hashlib.sha256(self.listing.encode() + positions.astype(np.int64).tobytes())
         return FolderIndex(
             self.name,

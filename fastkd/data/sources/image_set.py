@@ -17,7 +17,7 @@ __all__ = ["ImageSet", "ImageSource", "check_limit", "stratified_positions"]
 
 
 class ImageSource(Protocol):
-    """What the torch-workers loader needs of a split: its labels and one picture at a time."""
+    """What the torch-workers loader needs from a split: its labels and one picture at a time."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class ImageSet:
         return Image.fromarray(np.ascontiguousarray(self.images_NHWC[sample]))
 
     def take(self, positions: np.ndarray) -> "ImageSet":
-        """The samples at these positions as a set of its own; ids count from 0 again."""
+        """A new set of the samples at these positions; ids count from 0 again."""
         return ImageSet(
             self.name, self.images_NHWC[positions], self.labels_N[positions], self.classes
         )
@@ -111,6 +111,6 @@ def check_limit(name: str, limit: int, num_samples: int) -> None:
     """Refuse a subset that is empty or larger than the split."""
     if not 1 <= limit <= num_samples:
         raise UserError(
-            f"{name}: a subset of {limit} images was asked for, the split has {num_samples}; "
+            f"{name}: a subset of {limit} images was requested, the split has {num_samples}; "
             f"choose 1 to {num_samples}"
         )

@@ -1,4 +1,4 @@
-"""One process at a time, also under torchrun: who builds a cache or unpacks a download holds it."""
+"""One process at a time, also under torchrun: held to build a cache or unpack a download."""
 
 import fcntl
 from collections.abc import Iterator

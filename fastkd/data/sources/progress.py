@@ -1,4 +1,4 @@
-"""Progress of the one slow thing that loading does: decoding a folder into the cache."""
+"""Progress of the one slow part of loading: decoding a folder into the cache."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Random but learnable images for dry runs: each class is a coarse colour pattern under noise.
 
 No file is read. The label can be recovered from the pixels (nearest class pattern), so a loss that
-does not fall points at the code, not at the data.
+does not fall is the code's fault, not the data's.
 """
 
 import numpy as np

@@ -1,1 +1,1 @@
-"""What all losses share: the term, its needs, its schedules, the registry and its pages."""
+"""What all losses share: terms, needs, schedules, the registry and the catalogue."""

@@ -1,4 +1,4 @@
-"""What a loss declares of its arguments: kind, bounds and meaning, each in one place.
+"""What a loss declares about its arguments: type, bounds and meaning, each in one place.
 
 A constructor annotates them, `momentum: Annotated[float, Ge(0), Lt(1)] = 0.5`, and the docstring of
 its class explains them in an `Args:` list. In Python `checked` refuses other values; for recipes
@@ -47,9 +47,9 @@ class Argument:
     metadata: tuple[Any, ...]
     """Bounds, and `STATED`."""
     default: object
-    """`inspect.Parameter.empty` where there is none."""
+    """`inspect.Parameter.empty` if there is none."""
     meaning: str
-    """A sentence from the `Args:` of its class or a base; empty where none has it."""
+    """Its entry in the `Args:` of the class or a base; empty if there is none."""
 
     @property
     def is_stated(self) -> bool:
@@ -70,7 +70,7 @@ def arguments_of(loss: type) -> dict[str, Argument]:
 
 
 def sizes_of(argument: Argument) -> tuple[int, float]:
-    """How many entries it has, at least and at most."""
+    """Minimum and maximum number of entries."""
     return _sizes(argument.metadata)
 
 
@@ -103,7 +103,7 @@ def checked(init: Init) -> Init:
 
 
 def _declares(annotation: Any) -> bool:
-    """Whether it says which values are fine: a bound or a `Literal`, also inside of a tuple."""
+    """Whether it restricts its values: by a bound or a `Literal`, also inside a tuple."""
     kinds = (Annotated, Literal)
     return typing.get_origin(annotation) in kinds or any(
         map(_declares, typing.get_args(annotation))
@@ -111,10 +111,10 @@ def _declares(annotation: Any) -> bool:
 
 
 def check_argument(owner: str, name: str, annotation: Any, value: object) -> None:
-    """Refuse a value with which every step would be a bad one, when a loss is built.
+    """When a loss is built, refuse values with which every step would fail.
 
     Numbers (finite, in their bounds, whole where they count), words of a `Literal`, and lists of
-    these are looked at, other kinds pass. TypeError for another kind of value, else UserError.
+    these are checked, other kinds pass. TypeError for another kind of value, else UserError.
     """
     error = _mistake(annotation, value)
     if error is not None:
@@ -122,7 +122,7 @@ def check_argument(owner: str, name: str, annotation: Any, value: object) -> Non
 
 
 def _mistake(annotation: Any, value: Any) -> type[Exception] | None:
-    """The error for this value; None where it is fine or nothing is known of its kind."""
+    """The error for this value; None if it is fine or its kind is not checked."""
     kind, metadata = _split(annotation)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -195,6 +195,6 @@ def _split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _meanings(doc: str) -> Mapping[str, str]:
-    """By name what stands behind it in an `Args:` list."""
+    """The entries of an `Args:` list, by name."""
     entries = re.findall(r"^( *)(\w+): (.*(?:\n\1 +\S.*)*)", doc.partition("Args:\n")[2], re.M)
     return {name: " ".join(text.split()) for _, name, text in entries}

@@ -1,6 +1,6 @@
-"""What is known of every loss of the registry: formula, source, needs, weight, tests, keys.
+"""The facts about every loss of the registry: formula, source, needs, weight, tests, keys.
 
-All of it is read from the code: the term's docstring, which is written in one order (`FIELDS` come
+All of them are read from the code: the term's docstring, which has a fixed order (`FIELDS` come
 last), and its recipe keys. `fastkd losses NAME` and docs/make_losses.py print it.
 """
 
@@ -16,10 +16,10 @@ from fastkd.losses.base.term import LossTerm
 __all__ = ["FIELDS", "PATH", "CatalogueEntry", "Key", "catalogue", "entry_of"]
 
 FIELDS = ("Source", "Needs", "Weight", "Tests")
-"""Last paragraph of a term's docstring, each at the beginning of a line, in this order."""
+"""The last paragraph of a term's docstring: each begins a line, in this order."""
 
 PATH = r"[\w/]+\.(?:py|json)"
-"""A file in the text behind `Tests:`."""
+"""A file in the text after `Tests:`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Key:
 
     name: str
     default: str
-    """As a recipe spells it; empty where the recipe must say."""
+    """As a recipe spells it; empty if the recipe must set it."""
     meaning: str
 
 
@@ -43,17 +43,17 @@ class CatalogueEntry:
     """First sentence of the docstring."""
     formula: str
     notes: tuple[str, ...]
-    """Paragraphs behind the formula, as they stand, some of them indented."""
+    """Paragraphs after the formula, unchanged, some of them indented."""
     source: str
     needs: str
     weight: str
     proof: str
-    """Text behind `Tests:`: tests and oracles, or that no number was released; paths in full."""
+    """Text after `Tests:`: tests and oracles, or a note that no number was released; full paths."""
     tests: tuple[str, ...]
     """Its paths from the root of the repository: tests, then oracles."""
     keys: tuple[Key, ...]
     aliases: tuple[str, ...]
-    """What others call it, or it with a key: `fastkd losses ALIAS` leads here."""
+    """Other names for it, or for it with a key: `fastkd losses ALIAS` leads here."""
 
     @property
     def text(self) -> str:
@@ -69,7 +69,7 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def entry_of(name: str) -> CatalogueEntry:
-    """One loss; UserError names the nearest name, ValueError what its docstring lacks."""
+    """One loss; UserError names the nearest name, ValueError says what its docstring lacks."""
     term = term_class(name)
     text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
     summary, formula, *notes = _without_arguments(text).split("\n\n")
@@ -77,7 +77,7 @@ def entry_of(name: str) -> CatalogueEntry:
     paths = _paths(tests)
     in_full = iter(paths)
     if not formula.startswith("    "):
-        raise ValueError(f"the docstring of {term.__name__} has no indented formula behind its sum")
+        raise ValueError(f"the docstring of {term.__name__} has no indented formula after line 1")
     return CatalogueEntry(
         name=name,
         term=term,

@@ -1,4 +1,4 @@
-"""The types in which terms compute: sums in fp32 or wider, layers as their inputs come."""
+"""The types in which terms compute: sums in fp32 or wider, layers in the type of their inputs."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["autocast_like", "widened"]
 def autocast_like(features: Tensor) -> AbstractContextManager[Any]:
     """Autocast to the type of `features`, for connectors and teacher stages inside a term.
 
-    Terms run outside of autocast, so that their sums are exact, and get what the networks gave:
+    Terms run outside autocast, so that their sums are exact. Their inputs come from the networks:
     bf16 under autocast, which layers with fp32 weights refuse.
     """
     if features.dtype in (torch.bfloat16, torch.float16):

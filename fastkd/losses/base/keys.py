@@ -23,7 +23,7 @@ class LossKeys(Section):
     term: ClassVar[type[LossTerm]]
 
     def needs(self) -> tuple[Need, ...]:
-        """What the term will ask for."""
+        """What the term will need."""
         return self.term.needs_of(**dict(self))
 
     def weights(self, name: str) -> dict[str, float]:
@@ -37,7 +37,7 @@ class LossKeys(Section):
 
 @functools.cache
 def keys_of(term: type[LossTerm]) -> type[LossKeys]:
-    """One key for each argument but `name`, the weight first."""
+    """One key for each argument except `name`, the weight first."""
     arguments = arguments_of(term)
     del arguments["name"]
     ordered = sorted(arguments.values(), key=lambda argument: argument.name != "weight")
@@ -59,7 +59,7 @@ def _field(argument: Argument) -> tuple[Any, Any]:
 
 
 def _of_recipe(kind: Any) -> Any:
-    """The type that a recipe file has for it: lists become tuples, mappings dictionaries."""
+    """Its type in a recipe file: lists become tuples, mappings dictionaries."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Sequence:
         return tuple[inner[0], ...]

@@ -1,6 +1,7 @@
 """Needs: the names under which the step hands tensors to a loss, `view/net/tap`.
 
-The vocabulary stands here once. Taps of a network are its own (`fastkd.models.taps`).
+The only definition of the vocabulary, except for taps, which each network defines
+(`fastkd.models.taps`).
 """
 
 from typing import Literal, cast, get_args
@@ -24,22 +25,23 @@ View = Literal["x", "xprime"]
 """x: the images; xprime: x', a second view of them."""
 
 Net = Literal["student", "teacher", "mixed"]
-"""Where a tensor comes from: a network, or for `mixed` what the images of x' bring along."""
+"""Where a tensor comes from: a network or, for `mixed`, the images that x' is mixed from."""
 
 MEAN_LOGITS = "mean_logits"
-"""A tap of every teacher: the mean of the logits over all teachers, of one teacher its logits."""
+"""A tap of every teacher: the mean of the logits over all teachers; with one, its logits."""
 
 _MIXED_TAPS = ("labels", "logits")
 
 
 class Need(str):
-    """One tensor a term asks for: `view/net/tap`, such as `xprime/teacher/logits`.
+    """One tensor that a term needs: `view/net/tap`, such as `xprime/teacher/logits`.
 
     `x/teacher/stage3:preact` is a pre-activation tap; for a foreign network a tap is a module path.
     `xprime/mixed/labels` and `xprime/mixed/logits` come from no network: the labels (as one-hot
-    rows, fp32) and the teacher's logits of the images that x' is mixed of, mixed like their pixels.
+    rows, fp32) and the teacher's logits of the images that x' is mixed from, mixed like their
+    pixels.
 
-    Equal to its text and hashed like it: `tensors["x/student/logits"]` finds it. UserError where
+    Equal to its text and hashed like it: `tensors["x/student/logits"]` finds it. UserError if
     the text is not a need.
     """
 
@@ -59,7 +61,7 @@ class Need(str):
             )
         if net == "mixed" and (view != "xprime" or tap not in _MIXED_TAPS):
             mixed = " or ".join(f"xprime/mixed/{tap}" for tap in _MIXED_TAPS)
-            raise UserError(f"what x' takes over from its images is {mixed}; got {text!r}")
+            raise UserError(f"what x' inherits from its images is {mixed}; got {text!r}")
         need = super().__new__(cls, text)
         need.view, need.net, need.tap = cast(View, view), cast(Net, net), tap
         return need

@@ -38,9 +38,9 @@ def pool_alike(student_NCHW: Tensor, teacher_NCHW: Tensor) -> tuple[Tensor, Tens
 
 
 class PairTerm(LossTerm):
-    """Sum over pairs of taps of what `compare` makes of one pair. Part: `<name>`.
+    """Sum of `compare` over pairs of taps. Part: `<name>`.
 
-    Taps are those of the zoo or module paths; both networks are looked at on x.
+    Taps are zoo taps or module paths; both networks are compared on x.
 
     Args:
         weight: Factor in the total.
@@ -48,7 +48,7 @@ class PairTerm(LossTerm):
     """
 
     pairs_wanted = "needs at least one pair, e.g. pairs={'stage2': 'stage2'}"
-    """Said of a number of pairs that the annotation excludes."""
+    """Error message for a number of pairs that the annotation excludes."""
 
     def __init__(self, name: str, pairs: Mapping[str, str], weight: float) -> None:
         _check_pairs(type(self), name, pairs)
@@ -66,7 +66,7 @@ class PairTerm(LossTerm):
         return list(zip(shapes[::2], shapes[1::2], strict=True))
 
     def map_shapes(self, context: BindContext) -> list[tuple[Shape, Shape]]:
-        """`shapes`, each [C, H, W]; UserError names the tap that is no feature map."""
+        """`shapes`, each [C, H, W]; UserError names the tap that is not a feature map."""
         for need in self.needs:
             if len(context.shapes[need]) != 3:
                 raise UserError(

@@ -1,6 +1,6 @@
 """Names of loss terms: recipe keys in, LossTerm modules out.
 
-`losses.kd.temperature=4` is validated by the keys of the term called `kd` (`losses.base.keys`).
+`losses.kd.temperature=4` is validated by the keys of the term named `kd` (`losses.base.keys`).
 """
 
 import difflib
@@ -76,7 +76,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "residual_distillation": ("jointrd",),
     "similarity": ("sp",),
 }
-"""What other packages and papers call a loss -> what a recipe writes behind `losses.`."""
+"""Name of a loss in other packages and papers -> what a recipe writes after `losses.`."""
 
 _VIEWS = {"tlcutmix": "cutmix", "tlmixup": "mixup"} | {
     view: view for view in XPRIMES if view != "none"
@@ -89,7 +89,7 @@ NO_LOSSES = {
     "pick": "augment.pick.criterion=kl, a choice among the views of augment.xprime=cutmix",
     "label_smoothing": "losses.ce.label_smoothing=0.1 or losses.kd.label_smoothing=0.1, a key",
 }
-"""What people look for among the losses and is none -> what a recipe writes."""
+"""What people look for among the losses but is not a loss -> what a recipe writes instead."""
 
 
 def register(name: str, term: type[LossTerm]) -> None:
@@ -103,27 +103,27 @@ def term_names() -> list[str]:
 
 
 def plain(name: str) -> str:
-    """A loss name as it is spelled here: `LS-KD` and `ls_kd` are one."""
+    """A loss name in fastkd's spelling: `LS-KD` and `ls_kd` are the same."""
     return name.lower().replace("-", "_")
 
 
 def called(name: str) -> tuple[str, ...]:
-    """What a recipe writes for a loss of another name, spelling or case; () where none is like it.
+    """What a recipe writes for a loss with another name, spelling or case; () if none is similar.
 
     An entry is a loss, or a loss with a key: `kd.standardize=true`.
     """
     name = plain(name)
     if name in _TERMS:
         return (name,)
-    # Only the name itself may be an alias: a misspelled one is as likely a misspelled loss.
+    # Only an exact name counts as an alias: a misspelled one may equally be a misspelled loss.
     return ALIASES.get(name) or tuple(difflib.get_close_matches(name, _TERMS, n=1))
 
 
 def term_class(name: str) -> type[LossTerm]:
-    """The class of a loss; UserError names what it is called here, or the nearest."""
+    """The class of a loss; UserError gives its name in fastkd, or the nearest."""
     if name not in _TERMS:
         if plain(name) in NO_LOSSES:
-            raise UserError(f"{name} is no loss but {NO_LOSSES[plain(name)]}")
+            raise UserError(f"{name} is not a loss; set {NO_LOSSES[plain(name)]}")
         near = " and ".join(f"losses.{one}" for one in called(name))
         hint = f", did you mean {near}?" if near else "."
         raise UserError(f"there is no loss {name!r}{hint} Losses: {', '.join(term_names())}")
@@ -167,7 +167,7 @@ def check_needs(
     picks: bool = False,
     frozen: bool = False,
 ) -> None:
-    """UserError where a loss lacks its net or view in the recipe, or a pick lacks a loss.
+    """UserError if the recipe lacks a loss's net or view, or a pick has no loss that uses it.
 
     From the keys alone: no term is built.
     """
@@ -177,19 +177,19 @@ def check_needs(
     every = {need for own in needs.values() for need in own}
     if picks and XPRIME_TEACHER_LOGITS not in every:
         raise UserError(
-            "augment.pick chooses x' by what the teacher says to it, which no loss looks at: set "
+            "augment.pick chooses x' by the teacher's answers to it, which no loss uses: set "
             "augment.xprime=cutmix losses.kd.views=x,xprime"
         )
     if xprime != "none" and not any(need.view == "xprime" for need in every):
         raise UserError(
-            f"augment.xprime={xprime} would make a view x' that no loss looks at: set "
+            f"augment.xprime={xprime} would make a view x' that no loss uses: set "
             f"losses.kd.views=x,xprime, or leave it out (augment.xprime=none)"
         )
     for name, own in needs.items():
         taps = [need.tap for need in own if need.net == "student"]
         if frozen and "logits" not in taps:
             raise UserError(
-                f"student.frozen=backbone leaves losses.{name} nothing to teach: it looks at "
+                f"student.frozen=backbone leaves losses.{name} nothing to teach: it uses "
                 f"{', '.join(taps)}, where only frozen layers come before. Remove it "
                 f"(losses.{name}=null), or train all (student.frozen=null)"
             )

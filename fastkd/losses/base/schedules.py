@@ -1,8 +1,8 @@
 """Weights of losses that change over a run: functions of the epoch for `LossTerm.schedules`.
 
 Epochs count from 0, as in `fastkd.training.schedules`. All keep their value for a whole epoch, as
-the loops do that they come from. The trainer stretches them by the recipe's `epoch_factor`, like
-everything else.
+in the training loops they come from. The trainer stretches them by the recipe's `epoch_factor`,
+like everything else.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["cosine_decay", "linear_warmup", "scheduled_values"]
 def scheduled_values(
     terms: Iterable[LossTerm], epoch: float, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """By term and name what `LossTerm.schedules` gives at `epoch`, as 0-dim fp32 on the device."""
+    """Values of `LossTerm.schedules` at `epoch`, by term and name, as 0-dim fp32 on the device."""
     return {
         term.name: {
             # torch.full fills on the device; torch.tensor would copy from the host.

@@ -23,14 +23,14 @@ class TermInputs(NamedTuple):
     tensors: Mapping[str, Tensor]
     """One tensor per need, keyed by its spelling. Teacher tensors carry no gradient."""
     labels_N: Tensor
-    """int64 class ids; of images with several labels float32 [N, C] (`fastkd.data.batch`)."""
+    """int64 class ids; for images with several labels float32 [N, C] (`fastkd.data.batch`)."""
     index_N: Tensor
     """int64 sample ids, stable over epochs, in 0..num_samples-1."""
     schedule: Mapping[str, Tensor]
     """The term's scheduled values at this step, 0-dim float32, keyed as in `schedules()`."""
     rows_of_ranks: tuple[int, ...] = ()
     """Rows of this batch on every rank, for `fastkd.compute.collectives.join_rows`: a term that
-    compares samples with each other may see the rows of all ranks. One entry, or none, in one
+    compares samples with each other may use the rows of all ranks. At most one entry in one
     process.
     Counts rows of the term's only view (fewer after a pick); of x if it reads several."""
 
@@ -39,17 +39,17 @@ class TermOutput(NamedTuple):
     """What a term returns."""
 
     parts: dict[str, Tensor]
-    """Unweighted scalars by name; `weights` says with which factor each enters the total."""
+    """Unweighted scalars by name; `weights` gives the factor of each in the total."""
     carry: dict[str, Tensor] | None = None
-    """Detached tensors handed to `commit` once the step is known to be good."""
+    """Detached tensors passed to `commit` once the step is known to be good."""
     logits_NC: Tensor | None = None
-    """What the network of `export` answers on x, where the term changes the student's head: the
-    training accuracy is then counted on it."""
+    """Logits on x of the network from `export`, if the term changes the student's head: the
+    training accuracy is then measured on them."""
 
 
 @dataclass(frozen=True)
 class BindContext:
-    """What a term may know of the run; given once, before the first step."""
+    """What a term may know about the run; passed once, before the first step."""
 
     num_samples: int
     num_classes: int
@@ -59,8 +59,8 @@ class BindContext:
     """Shape of every need of the term without the batch axis."""
     teacher_stages: Callable[[Tensor, str, Iterable[str]], dict[str, Tensor]] | None = None
     """stages(features, after, taps): the frozen teacher's layers after tap `after`, applied to
-    features with gradient; the values of `taps`, of which the last ends the run (JointRD). None if
-    the teacher has no stages, as one from outside the zoo."""
+    features with gradient; the values of `taps`, stopping at the last (JointRD). None if
+    the teacher has no stages, such as one from outside the zoo."""
     teacher_head: nn.Linear | None = None
     """The teacher's frozen classifier, its outputs in the class order of the data (SimKD)."""
     teacher_norm: nn.BatchNorm2d | None = None
@@ -72,26 +72,26 @@ class BindContext:
 class LossTerm(nn.Module):
     """Base of all losses.
 
-    Parameters are trained with the student, buffers (memory banks) are saved with it; neither
-    needs to be named anywhere else. `forward` must not change state: what it wants to write it
-    returns as `carry`, and `commit` writes it where the step was good.
+    Parameters are trained with the student and buffers (memory banks) are saved with it, without
+    being named anywhere else. `forward` must not change state: it returns what it wants to write
+    as `carry`, and `commit` writes it if the step was good.
     """
 
     name: str
     needs: tuple[Need, ...]
     weights: dict[str, float]
     banks: tuple[str, ...] = ()
-    """Names of the buffers that only `commit` writes, with what `join_rows` made alike on all
-    ranks."""
+    """Names of the buffers that only `commit` writes, from values that `join_rows` made equal on
+    all ranks."""
     label_kind: Literal["class", "multi"] | None = None
-    """Which labels the term reads: class ids [N], or [N, C]; None where it reads none."""
+    """Which labels the term reads: class ids [N], or [N, C]; None if it reads none."""
     takes_no_label: bool = False
     """Whether the loss accepts unlabelled images (label -100)."""
     uses_index: bool = False
-    """True where the term keeps state per sample id, so that every batch must carry real ids."""
+    """True if the term keeps state per sample id, so that every batch must carry real ids."""
 
     uses_stages: bool = False
-    """True where the term runs the teacher's stages, which only networks of the zoo expose."""
+    """True if the term runs the teacher's stages, which only networks of the zoo expose."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -111,17 +111,17 @@ class LossTerm(nn.Module):
 
     @classmethod
     def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
-        """What a term with these recipe keys asks for; a recipe is checked without building it."""
+        """What a term with these recipe keys needs; a recipe is checked without building it."""
         raise TypeError(f"{cls.__name__} must define needs_of(**keys) to be a loss of a recipe")
 
     @classmethod
     def weights_of(cls, name: str, *, weight: float, **keys: Any) -> dict[str, float]:
-        """Factor of each part in the total, by the recipe keys."""
+        """Factor of each part in the total, from the recipe keys."""
         return {name: weight}
 
     @property
     def weight(self) -> float:
-        """Factor of the term's first part, for most its only one."""
+        """Factor of the term's first part, usually its only one."""
         return next(iter(self.weights.values()))
 
     def wanted(self, inputs: TermInputs) -> list[Tensor]:
@@ -141,8 +141,8 @@ class LossTerm(nn.Module):
         return {}
 
     def commit(self, carry: Mapping[str, Tensor], index_N: Tensor, ok: Tensor) -> None:
-        """Write state after the step. `ok` is a 0-dim bool on the device, alike on all ranks;
-        nothing may change where it is false, and it must not be read on the host."""
+        """Write state after the step. `ok` is a 0-dim bool on the device, equal on all ranks;
+        nothing may change if it is false, and it must not be read on the host."""
 
     def export(self, student: nn.Module) -> nn.Module:
         """The network to keep after training: the student, unless the term changed its head."""
@@ -159,7 +159,7 @@ def check_names(terms: Iterable[LossTerm]) -> None:
 
 
 def check_parts(losses: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """UserError where two losses share a name or report parts of one name.
+    """UserError if two losses share a name or report parts with the same name.
 
     Checkpoint, schedules and metrics know a term and its parts by name only.
     """
@@ -167,12 +167,12 @@ def check_parts(losses: Iterable[tuple[str, Iterable[str]]]) -> None:
     names: set[str] = set()
     for name, parts in losses:
         if name in names:
-            raise UserError(f"two losses are called {name!r}: give one of them another name=")
+            raise UserError(f"two losses are named {name!r}: give one of them another name=")
         names.add(name)
         for part in parts:
             if part in owner:
                 raise UserError(
-                    f"the losses {owner[part]} and {name} both report a part called {part!r}: "
+                    f"the losses {owner[part]} and {name} both report a part named {part!r}: "
                     f"drop one of them (in a recipe losses.ce=null, or losses.kd.ce_weight=0)"
                 )
             owner[part] = name

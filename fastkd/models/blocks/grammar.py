@@ -24,7 +24,7 @@ GRAMMAR = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One substitute; `str()` gives its canonical name, from which `parse_block` makes it again."""
+    """One substitute; `str()` gives its canonical name, which `parse_block` reads back."""
 
     kind: Literal["S", "S-2x2", "G", "B", "BG"]
     squeeze: int = 1
@@ -40,7 +40,7 @@ class Block:
         return self.kind in ("B", "BG")
 
     def width(self, out_channels: int) -> int:
-        """M, the channels of the bottleneck. UserError where b does not divide out_channels."""
+        """M, the channels of the bottleneck. UserError if b does not divide out_channels."""
         if out_channels % self.squeeze:
             raise UserError(
                 f"block {self}: {out_channels} channels cannot be divided by {self.squeeze}; "
@@ -49,7 +49,7 @@ class Block:
         return out_channels // self.squeeze
 
     def count_groups(self, channels: int) -> int:
-        """Groups of a 3x3 convolution that `channels` enter. UserError where they do not divide."""
+        """Groups of a 3x3 convolution with `channels` inputs. UserError if they do not divide."""
         if self.group_width is not None:
             if channels % self.group_width:
                 raise UserError(
@@ -79,10 +79,10 @@ class Block:
 
 
 def parse_block(text: str) -> Block:
-    """A block by name, in the papers' spelling or with colons; spaces do not count.
+    """A block by name, in the papers' spelling or with colons; spaces are ignored.
 
-    Demystification's `g4` means G(4), and its `G4` means G(N/4): a warning says how they were read.
-    Raises UserError with the grammar and the nearest valid name.
+    Demystification's `g4` means G(4), and its `G4` means G(N/4): a warning reports how they were
+    read. Raises UserError with the grammar and the nearest valid name.
     """
     if not isinstance(text, str):
         raise UserError(f"block {text!r}: expected text: {GRAMMAR}")
@@ -130,7 +130,7 @@ def _groups(number: str | None, width: str | None) -> dict[str, int]:
 
 def _near(wrong: str) -> str:
     """The valid name, with the numbers of the wrong one, that looks most like it."""
-    # The released code of Moonshine has its own names: G8B2 is BG(2,M/8), A8B2 is BG(2,8).
+    # Moonshine's released code has its own names: G8B2 is BG(2,M/8), A8B2 is BG(2,8).
     if code := re.fullmatch(r"([AG])([1-9]\d*)B([1-9]\d*)", wrong):
         return f"BG({code[3]},{'M/' if code[1] == 'G' else ''}{code[2]})"
     first, second, *_ = [*re.findall(r"[1-9]\d*", wrong), "4", "4"]

@@ -3,7 +3,7 @@
 Built by the families of the zoo (`block=`, `shortcuts=`) and by `models.rewrite` in any network.
 Moonshine (Crowley, Gray, Storkey 2018, arXiv 1711.02613) table 1 and its released code: the stride
 is on the spatial convolution; G changes the channels in its last convolution, B and BG in their
-first; nothing follows the last convolution, because the network normalises what a 3x3 gives anyway.
+first; nothing follows the last convolution, because the network normalises the output anyway.
 """
 
 import functools
@@ -41,14 +41,14 @@ JointRD's released code. False: none, a plain network."""
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What stands between the convolutions of a substitute; each is made from its channel count."""
+    """The layers between the convolutions of a substitute; each is made from its channel count."""
 
     norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d
     """None leaves the normalisation out and gives inner convolutions the outer one's bias."""
     activation: Callable[[int], nn.Module] = lambda channels: nn.ReLU()
 
     def make_norm(self, channels: int) -> nn.Module:
-        """The normalisation of so many channels, or nothing."""
+        """The normalisation for this number of channels, or nothing."""
         return nn.Identity() if self.norm is None else self.norm(channels)
 
 
@@ -58,7 +58,7 @@ PAPER_STYLE = Style()
 class GroupedPointwise(nn.Module):
     """G: grouped 3x3 (in -> in), norm, activation, 1x1 (in -> out).
 
-    Takes [N, in, H, W]; height and width go as in the convolution that it stands for.
+    Takes [N, in, H, W]; height and width change as in the convolution that it replaces.
 
     Args:
         groups: of the spatial convolution; must divide in_channels.
@@ -91,7 +91,7 @@ class GroupedPointwise(nn.Module):
 class Bottleneck(nn.Module):
     """B, BG: 1x1 (in -> M), norm, activation, 3x3 (M -> M), norm, activation, 1x1 (M -> out).
 
-    Arguments as of `GroupedPointwise`; `width` is M and `groups` are those of the 3x3.
+    Arguments as in `GroupedPointwise`; `width` is M and `groups` are the groups of the 3x3.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ def substitute(
     bias: bool = False,
     **spatial: Any,
 ) -> nn.Module:
-    """What stands for one 3x3 convolution in -> out, by default padded by 1; see `init_convs`.
+    """The substitute for one 3x3 convolution in -> out, by default padded by 1; see `init_convs`.
 
-    spatial: stride, padding, dilation, padding_mode and, for other kernels, kernel_size of that
-        convolution, as nn.Conv2d takes them.
-    Raises UserError where the groups or the bottleneck do not divide the channels.
+    spatial: its stride, padding, dilation, padding_mode and, for other kernels, kernel_size, as
+        nn.Conv2d takes them.
+    Raises UserError if the groups or the bottleneck do not divide the channels.
     """
     spatial = {"kernel_size": 3, "padding": 1} | spatial
     if block.kind == "S":
@@ -163,7 +163,7 @@ def _two_by_two(spatial: dict[str, Any]) -> dict[str, Any]:
 def init_convs(module: nn.Module) -> nn.Module:
     """Normal weights of variance 2 / (k * k * out), whatever the groups, as in the papers' code.
 
-    Biases, of which the papers have none, keep torch's default. Returns `module`.
+    Biases, which the papers do not use, keep torch's default. Returns `module`.
     """
     for each in module.modules():
         if isinstance(each, nn.Conv2d):
@@ -192,7 +192,7 @@ def make_shortcut(
     stride: int,
     projection: Callable[[int, int, int], nn.Module],
 ) -> nn.Module | None:
-    """nn.Identity, a projection, a PaddedShortcut, or None where nothing is added.
+    """nn.Identity, a projection, a PaddedShortcut, or None if nothing is added.
 
     projection: makes one from in_channels, out_channels and stride.
     """
@@ -216,10 +216,10 @@ def norm_projection(in_channels: int, out_channels: int, stride: int) -> nn.Modu
 
 
 class ResidualBlock(nn.Module):
-    """Base of the zoo's residual blocks: what `cheapen` and `remove_shortcuts` ask of them.
+    """Base of the zoo's residual blocks: what `cheapen` and `remove_shortcuts` need from them.
 
-    The constructor of a subclass has the arguments `block` (a name) and `shortcuts`; all that it is
-    given is recorded, so that the block can be built again. The network that holds it initialises
+    The constructor of a subclass has the arguments `block` (a name) and `shortcuts`; all its
+    arguments are recorded, so that the block can be rebuilt. The network that holds it initialises
     its convolutions (`init_convs`).
     """
 
@@ -227,7 +227,7 @@ class ResidualBlock(nn.Module):
     """The child that is added to the branch: nn.Identity, a projection, or None for nothing."""
 
     arguments: dict[str, Any]
-    """What the constructor was given, defaults included, by name."""
+    """The constructor's arguments by name, including defaults."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -243,7 +243,7 @@ class ResidualBlock(nn.Module):
 
         Layers whose weights have the same names and shapes are moved into it; the others are
         initialised, on the device and in the dtype of this block.
-        Raises UserError where the layers are no longer those that the block was built with.
+        Raises UserError if the layers have changed since the block was built.
         """
         kind, first = type(self), next(self.parameters())
         with torch.device("meta"):
@@ -263,14 +263,14 @@ class ResidualBlock(nn.Module):
         return new
 
     def remove_shortcut(self) -> None:
-        """Let the block be its branch alone, as with `shortcuts=False`."""
+        """Reduce the block to its branch, as with `shortcuts=False`."""
         delattr(self, self.shortcut_name)
         setattr(self, self.shortcut_name, None)
         self.arguments = self.arguments | {"shortcuts": False}
 
 
 def _recording(construct: Callable[..., None]) -> Callable[..., None]:
-    """The same constructor, which first notes its arguments in `self.arguments`."""
+    """The same constructor, which first records its arguments in `self.arguments`."""
     signature = inspect.signature(construct)
 
     @functools.wraps(construct)
@@ -278,7 +278,7 @@ def _recording(construct: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         _, *given = bound.arguments.items()
-        # Where one constructor calls another, the outer one rebuilds the block.
+        # If one constructor calls another, the outer one's arguments rebuild the block.
         vars(self).setdefault("arguments", dict(given))
         construct(self, *args, **kwargs)
 

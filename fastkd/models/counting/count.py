@@ -1,8 +1,8 @@
-"""Parameters, multiply-accumulates and activation memory of any network, by torch's own means.
+"""Parameters, multiply-accumulates and activation memory of any network, counted by torch.
 
-Used by the report, by `fastkd models` and by whoever wants to compare a student with its teacher.
+Used by the report, by `fastkd models` and for comparing a student with its teacher.
 One multiply-accumulate is one multiplication with its addition; biases, batch norm, activations,
-pooling and additions count nothing. The papers differ from that in ways of their own:
+pooling and additions count nothing. Each paper has its own variant:
 `counting.rules`.
 """
 
@@ -30,13 +30,13 @@ class Count:
     """Size and cost of a network; `str()` gives one readable line."""
 
     params: int
-    """All parameters, each shared one once."""
+    """All parameters; shared ones count once."""
     params_conv_linear: int
     """Weights and biases of convolutions and linear layers only."""
     macs: int
     """Multiply-accumulates of the forward pass of one image."""
     training_bytes: int
-    """Activations of one image that a forward pass leaves for the backward pass, and its output."""
+    """Activations of one image that a forward pass keeps for the backward pass, and its output."""
     inference_bytes: int
     """Activations of one image that exist at once in a forward pass, at its peak."""
 
@@ -54,18 +54,18 @@ def count(
 ) -> Count:
     """Count by two forward passes of a zero image of `input_shape` (C, H, W) in evaluation mode.
 
-    rule: `moonshine`, `demystification` or `kdda`: `params` and `macs` are then what that paper's
-        tables print (`fastkd.models.counting.rules`). None: all parameters, true MACs.
+    rule: `moonshine`, `demystification` or `kdda`: `params` and `macs` are then counted as in that
+        paper's tables (`fastkd.models.counting.rules`). None: all parameters, true MACs.
 
     The passes run eagerly on the model's device, the second with gradients, as if every parameter
-    were trained. The memory is that of the tensors, without the workspace of an algorithm and
-    without dropout masks; it differs a little between devices, whose operators keep different
-    statistics. The training flag of every submodule is put back afterwards and no running
-    statistic moves. An error of the network (an image too small, a wrong number of channels) comes
-    through as it is. Raises UserError for an unknown rule, for `moonshine` on a network for which
+    were trained. The memory covers tensors, but not the workspace of an algorithm or
+    dropout masks; it differs a little between devices, whose operators keep different
+    statistics. The training flag of every submodule is restored afterwards and running statistics
+    do not change. An error of the network (an image too small, a wrong number of channels) is
+    passed on. Raises UserError for an unknown rule, for `moonshine` on a network for which
     it was not defined, and for channels at the end of `input_shape`.
     """
-    # Imported here because this module of torch imports Triton where it is installed.
+    # Imported here because this module of torch imports Triton if it is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
     check_network("count", model)
@@ -77,7 +77,7 @@ def count(
         "dtype": None if first is None or not first.is_floating_point() else first.dtype,
     }
     modes = {module: module.training for module in model.modules()}
-    # Attention's fused inference path is one operator of which the counter knows nothing.
+    # Attention's fused inference path is one operator that the counter does not know.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False, custom_mapping=dict(counting.formulas))
     try:
@@ -120,20 +120,20 @@ def count(
 def _refuse_channels_last(
     model: nn.Module, input_shape: Sequence[int], error: RuntimeError
 ) -> None:
-    """UserError where the shape has its channels behind and the network wants them in front."""
+    """UserError if the shape has its channels last and the network expects them first."""
     conv = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
     if conv is None or len(input_shape) != 3 or input_shape[0] == conv.in_channels:
         return
     height, width, channels = input_shape
     if channels == conv.in_channels:
         raise UserError(
-            f"count: got input_shape={tuple(input_shape)}; expected the channels in front, "
+            f"count: got input_shape={tuple(input_shape)}; expected the channels first, "
             f"{(channels, height, width)}"
         ) from error
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Memory of the tensors that operators made and that are still there, but not of `model`'s."""
+    """Memory of live tensors made by operators, without the tensors of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            # A view, or the result of an operator in place, lies in memory that is known.
+            # A view, or the result of an in-place operator, uses memory that is already counted.
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)

@@ -2,8 +2,8 @@
 
 kdda             "Understanding the success of knowledge distillation: a data augmentation
                  perspective": tables 6, 7, 8. Parameters of convolutions and linear layers only.
-                 MACs, but those of a grouped convolution are divided by its groups once more, a
-                 slip of its counter. It prints FLOPs, two for a MAC.
+                 MACs, but a grouped convolution's are divided by its groups once more, a
+                 mistake of its counter. It prints FLOPs, two per MAC.
 demystification  Jha, Saini, Mittal 2020 (arXiv 2006.16589): tables 8, 9. MACs, one operation for
                  each bias of the classifier, one for each output of the average pooling.
 moonshine        Crowley, Gray, Storkey 2018 (arXiv 1711.02613): tables 2, 3, 4. MACs, one operation
@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What counts beside, or instead of, the multiply-accumulates that torch counts."""
+    """What counts in addition to, or instead of, the multiply-accumulates that torch counts."""
 
     formulas: Mapping[Any, Callable[..., int]] = field(default_factory=dict)
     """Operator -> twice its operations, from the shapes of its arguments and `out_shape`."""

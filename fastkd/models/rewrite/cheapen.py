@@ -1,7 +1,7 @@
 """`cheapen`: the 3x3 convolutions of any network replaced by cheap blocks, in a copy.
 
 Called by users, by `fastkd cheapen` and by `create_model(block=..)` for networks that have no
-blocks of their own. In the zoo's residual blocks it builds what their `block=` builds; elsewhere
+such blocks. In the zoo's residual blocks it builds what their `block=` builds; elsewhere
 each eligible convolution is replaced on its own: 3x3, not grouped, neither stem, shortcut nor head.
 Moonshine (Crowley, Gray, Storkey 2018, arXiv 1711.02613) section 3, for networks of any kind.
 """
@@ -43,22 +43,22 @@ STEM_NAME = re.compile(r".*stem.*|conv_?1")
 
 
 def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = None) -> nn.Module:
-    """A copy of `model` in which cheap blocks stand for 3x3 convolutions.
+    """A copy of `model` in which cheap blocks replace 3x3 convolutions.
 
     block: name of the substitute (`blocks.grammar`): `G(4)`, `BG(2,M/8)`, ..
-    where: shell patterns of module paths; a module stands for all below it. None takes what is
-        eligible: 3x3 convolutions that are not grouped and not in stem, shortcut or head. Patterns
-        are taken at their word: every convolution they name is replaced unless it is 1x1.
+    where: shell patterns of module paths; a module includes everything below it. None means all
+        eligible convolutions: 3x3, not grouped, not in stem, shortcut or head. Patterns are taken
+        literally: every convolution they name is replaced unless it is 1x1.
 
     In residual blocks of the zoo a bottleneck (B, BG) takes the place of both convolutions, exactly
     as with `create_model(.., block=block)`. In other networks each convolution is replaced alone by
     one of the same stride, padding, dilation, bias, device and dtype, with the norm and activation
     of the layers around it inside. All other weights are those of `model`; new ones are drawn from
-    torch's generator (`init_convs`). `result.rewrite_report` says what changed, what
+    torch's generator (`init_convs`). `result.rewrite_report` lists what changed, what
     was left and why; print it.
 
-    Raises UserError where nothing can be replaced, where a pattern names nothing, and where groups
-    do not divide the channels of a named convolution or of a zoo block.
+    Raises UserError if nothing can be replaced, if a pattern matches nothing, and if groups do
+    not divide the channels of a named convolution or of a zoo block.
     """
     wanted = parse_block(block)
     model = copied(model)
@@ -95,7 +95,7 @@ def cheapen(model: nn.Module, block: str, where: str | Sequence[str] | None = No
         raise UserError(
             f"no convolution of {type(model).__name__} can become {wanted}: "
             f"{'; '.join(grouped(left)) or 'it has none'}. "
-            "where=PATTERN takes convolutions by the names of their modules, whatever they are"
+            "where=PATTERN selects convolutions by their module names, whatever their kind"
         )
     card = card_of(model)
     cheap_before = card is not None and "block" in card.options
@@ -109,7 +109,7 @@ def _convs(module: nn.Module) -> dict[str, _ConvNd]:
 
 
 def _dearer(new_of: dict[nn.Module, nn.Module]) -> tuple[str, ...]:
-    """Substitutes widen a convolution that has few outputs: that is worth a note."""
+    """A note on substitutes that have more weights than the convolution they replace."""
     count = sum(_weights(new) > _weights(old) for old, new in new_of.items())
     return (f"{count} substitutes have more weights than what they replace",) if count else ()
 
@@ -119,7 +119,7 @@ def _weights(module: nn.Module) -> int:
 
 
 class _Named:
-    """`where=` given: what its patterns name, and nothing else."""
+    """`where=` given: exactly what its patterns name."""
 
     def __init__(self, where: str | Sequence[str], model: nn.Module) -> None:
         self.patterns = [where] if isinstance(where, str) else list(where)
@@ -131,7 +131,7 @@ class _Named:
                 raise UserError(f"where={pattern!r} names no module{hint}")
 
     def takes(self, path: str) -> bool:
-        """Whether a pattern fits the path or one that it lies below."""
+        """Whether a pattern matches the path or one of its parents."""
         parts = path.split(".")
         above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         return any(fnmatch.filter(above, pattern) for pattern in self.patterns)
@@ -193,7 +193,7 @@ def _roles(model: nn.Module) -> dict[str, str]:
             roles[path] = "shortcut"
         elif parts & HEAD_NAMES:
             roles[path] = "head"
-    # A last layer that nothing normalises gives the logits, whatever its name.
+    # A last layer without a normalisation after it gives the logits, whatever its name.
     ends = [
         (path, layer)
         for path, layer in model.named_modules()

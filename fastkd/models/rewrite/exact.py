@@ -1,10 +1,10 @@
 """A residual block as a chain of convolutions with the same output: shortcuts removed exactly.
 
-Called by `remove_shortcuts(exact=True)`. Behind a ReLU the block's input x is not negative, so the
-ReLUs inside the branch leave it alone: each convolution but the last gets extra output channels
-that pass x on through a Dirac kernel (the strides subsample it as the shortcut would), and the last
-one has the shortcut's matrix in its centre tap. The idea of RMNet (Meng et al. 2021, arXiv
-2111.00687), with batch norm folded in from its running statistics.
+Called by `remove_shortcuts(exact=True)`. After a ReLU the block's input x is not negative, so the
+ReLUs inside the branch do not change it: each convolution except the last gets extra output
+channels that pass x on through a Dirac kernel (the strides subsample it as the shortcut would),
+and the last one has the shortcut's matrix in its centre tap. The idea of RMNet (Meng et al. 2021,
+arXiv 2111.00687), with batch norm folded in from its running statistics.
 """
 
 from typing import Any
@@ -24,14 +24,14 @@ BETWEEN = ("se", "aa", "drop_block")
 
 
 class ReservedBlock(nn.Module):
-    """Convolutions with a ReLU behind each."""
+    """Convolutions with a ReLU after each."""
 
     def __init__(self, convs: list[nn.Conv2d]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
 
     def preact(self, x_NCHW: Tensor) -> Tensor:
-        """What was the residual sum, before the last ReLU."""
+        """The former residual sum, before the last ReLU."""
         *inner, last = self.convs
         for conv in inner:
             x_NCHW = F.relu(conv(x_NCHW))
@@ -43,9 +43,9 @@ class ReservedBlock(nn.Module):
 
 
 def reserved_block(path: str, block: nn.Module) -> ReservedBlock:
-    """The chain that equals a basic or bottleneck block in evaluation mode; `block` is used up.
+    """The chain that equals a basic or bottleneck block in evaluation mode; `block` is consumed.
 
-    Raises UserError, with the path, for blocks in which this construction does not hold.
+    Raises UserError, with the path, for blocks for which this construction is not valid.
     """
     training = block.training
     block.eval()
@@ -69,8 +69,8 @@ def reserved_block(path: str, block: nn.Module) -> ReservedBlock:
 def _widened(conv: nn.Conv2d, entering: int, matrix: Tensor, add: bool = False) -> nn.Conv2d:
     """`conv` with `entering` more input channels for x, which go through `matrix` in its centre.
 
-    Without channels of its own x is what the convolution reads anyway. add: the result goes to the
-    convolution's own outputs, not beside them.
+    Without extra channels x is the convolution's own input. add: add the result to the
+    convolution's outputs instead of appending it.
     """
     outputs, inputs = conv.weight.shape[:2]
     names = ("kernel_size", "stride", "padding", "dilation")
@@ -96,7 +96,7 @@ def _branch(block: nn.Module) -> list[nn.Conv2d]:
     numbers = sorted(name.removeprefix("conv") for name in layers if name.startswith("conv"))
     if not numbers or not (hasattr(block, "preact") or type(block).__module__ in RESNETS):
         raise UserError(
-            f"{type(block).__name__} is not a basic or bottleneck block behind a ReLU; only there "
+            f"{type(block).__name__} is not a basic or bottleneck block after a ReLU; only there "
             "x is not negative"
         )
     for name, layer in layers.items():

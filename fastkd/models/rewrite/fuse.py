@@ -1,4 +1,4 @@
-"""`fuse`: batch norm folded into the convolutions in front of it, in a copy for evaluation.
+"""`fuse`: batch norm folded into the preceding convolutions, in a copy for evaluation.
 
 Called by users before deployment and by `fastkd.teachers.teacher`. A symbolic trace of the forward
 pass (torch.fx) shows which batch norm reads one convolution and nothing else; the arithmetic is
@@ -31,14 +31,14 @@ WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode, with the same outputs and fewer layers.
 
-    A batch norm whose input is one convolution's output, which nothing else reads, is multiplied
-    into that convolution. It leaves nn.Identity, or its activation, in its place. The others stay:
+    A batch norm whose input is one convolution's output, read by nothing else, is multiplied into
+    that convolution and replaced by nn.Identity or its activation. The others stay:
     `result.rewrite_report` lists both. The copy is for inference: in training mode it would no
-    longer normalise, a tap on a folded convolution gives what its batch norm gave, and its weights
+    longer normalise, a tap on a folded convolution returns its batch norm's output, and its weights
     fit only a fused network. A network that cannot be traced as a whole is folded part by part,
-    which takes each part to be used by its forward pass.
+    assuming that each part is used through its forward pass.
 
-    Raises UserError where the network cannot be copied.
+    Raises UserError if the network cannot be copied.
     """
     model = copied(model).eval()
     norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
@@ -59,7 +59,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Somebody's hooks must not be called with the stand-ins of a trace."""
+    """Users' hooks must not be called with the proxies of a trace."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     hooked = [(one, name, getattr(one, name)) for one in model.modules() for name in names]
     try:
@@ -85,8 +85,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[_ConvNd, _BatchNorm]]:
     try:
         graph = _Tracer().trace(model)
     except Exception:
-        # Tracing runs foreign code on stand-ins for tensors, which can fail in any way. Then the
-        # parts are traced one by one; what lies between them is not folded.
+        # Tracing runs foreign code on proxies for tensors, which can fail in any way. Then the
+        # parts are traced one by one; nothing between them is folded.
         for child in model.children():
             yield from _pairs(child)
         return
@@ -124,6 +124,6 @@ def _has_activation(norm: _BatchNorm) -> bool:
 
 
 def _behind(norm: _BatchNorm) -> nn.Module:
-    """What a folded batch norm leaves in its place."""
+    """The replacement for a folded batch norm."""
     act = getattr(norm, "act", None) if _has_activation(norm) else None
     return act if isinstance(act, nn.Module) else nn.Identity()

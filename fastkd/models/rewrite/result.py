@@ -19,12 +19,12 @@ __all__ = ["copied", "finish"]
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. UserError for what is no network, or holds something that cannot be copied."""
+    """A deep copy. UserError for anything but a network, or if a part cannot be copied."""
     check_network("model", model)
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        # Whatever the attributes of a foreign network raise when they are copied.
+        # Attributes of a foreign network can raise anything when they are copied.
         raise UserError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); take "
             "wrappers and tensors with a history off it first"
@@ -37,10 +37,10 @@ def finish(
     report: RewriteReport,
     options: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """Put each new module wherever its old one stands; returns the model, or what replaces it.
+    """Replace each old module by its new one everywhere; returns the model or its replacement.
 
-    options: those with which `create_model` builds the result; None where it cannot, and then the
-        network loses the name under which a weight file would promise to rebuild it.
+    options: those with which `create_model` builds the result; None if it cannot. The network
+        then loses its name, so that no weight file claims to be able to rebuild it.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():

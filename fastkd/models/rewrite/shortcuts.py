@@ -3,7 +3,7 @@
 Three ways. All shortcuts go (the non-residual networks of Demystification, Jha et al. 2020, arXiv
 2006.16589; AlignKD's plain CNNs). Or projections stay and only identities go (JointRD's released
 code). Or the function stays exactly as it is and the network grows (`rewrite.exact`).
-Called by users and by `create_model(shortcuts=..)` for networks without that option of their own.
+Called by users and by `create_model(shortcuts=..)` for networks that lack the option.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,9 @@ class _Layout(NamedTuple):
     shortcut: str
     """Where its projection is."""
     branch: tuple[str, ...]
-    """Its layers in the order in which they run, without stochastic depth and the addition."""
+    """Its layers in execution order, without stochastic depth and the addition."""
     without: str | None = "identity"
-    """What is added where there is no projection."""
+    """What is added if there is no projection."""
 
 
 LAYOUTS = {
@@ -71,9 +71,9 @@ SWITCHES = ("use_res_connect", "has_skip")
 def remove_shortcuts(
     model: nn.Module, keep_projection: bool = False, *, exact: bool = False
 ) -> nn.Module:
-    """A copy of a residual network without its shortcuts; the weights that remain are those of it.
+    """A copy of a residual network without its shortcuts; the remaining weights are unchanged.
 
-    keep_projection: leave blocks whole whose shortcut is a 1x1 convolution; only identities go.
+    keep_projection: keep blocks whose shortcut is a 1x1 convolution; remove only identities.
     exact: keep the function instead. The block's input passes through its convolutions in reserved
         channels and is added by the last of them (RMNet, arXiv 2111.00687): equal logits in
         evaluation mode and no shortcut, for 1.8 times the parameters and multiply-accumulates in
@@ -82,9 +82,9 @@ def remove_shortcuts(
     Works on the zoo, on ResNets and RegNets of timm and torchvision, and on inverted residual
     blocks (MobileNet, EfficientNet) there. Without its shortcut a block drops stochastic depth,
     which would drop the image, and a last batch norm whose scales are all zero starts at one.
-    `result.rewrite_report` says what changed; print it.
+    `result.rewrite_report` lists what changed; print it.
 
-    Raises UserError where there is no shortcut that can be removed.
+    Raises UserError if there is no shortcut that can be removed.
     """
     if exact and keep_projection:
         raise UserError("keep_projection=True and exact=True exclude each other; give one of them")
@@ -104,11 +104,11 @@ def remove_shortcuts(
     if not changed:
         raise UserError(
             f"{type(model).__name__} has no shortcut that can be removed"
-            f"{' except projections' if left else ''}; known are those of fastkd's "
-            f"residual blocks, of {', '.join(LAYOUTS)}, and of blocks with a switch "
+            f"{' except projections' if left else ''}; supported are fastkd's "
+            f"residual blocks, {', '.join(LAYOUTS)}, and blocks with a switch "
             f"{' or '.join(SWITCHES)}"
         )
-    # What `create_model(shortcuts=..)` calls the result, if it has a name for it.
+    # The name of the result in `create_model(shortcuts=..)`, if it has one.
     names = {"": False, "projection kept": "projection"}
     kept = ",".join(sorted(set(left.values())))
     options = {"shortcuts": names[kept]} if kept in names and not exact else None
@@ -139,7 +139,7 @@ def _layout(block: nn.Module) -> _Layout | None:
 
 
 def _shortcut_kind(block: nn.Module) -> str | None:
-    """identity, padding or projection; None where nothing is added."""
+    """identity, padding or projection; None if nothing is added."""
     layout = _layout(block)
     if isinstance(block, ResidualBlock):
         shortcut, without = getattr(block, block.shortcut_name), None
@@ -154,7 +154,7 @@ def _shortcut_kind(block: nn.Module) -> str | None:
 
 
 def _plain(block: nn.Module) -> nn.Module:
-    """The block without its addition; changed in place but for foreign residual blocks."""
+    """The block without its addition; changed in place, except for foreign residual blocks."""
     layout = _layout(block)
     if layout is not None:
         return PlainBlock(block, layout.branch)
@@ -167,7 +167,7 @@ def _plain(block: nn.Module) -> nn.Module:
 
 
 def _wake(blocks: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Start batch norms at one that were zeroed so that their block began as its shortcut."""
+    """Set to one the scales of batch norms that were zeroed to start a block as its shortcut."""
     asleep = [
         norm
         for block in blocks
@@ -181,7 +181,7 @@ def _wake(blocks: Iterable[nn.Module]) -> tuple[str, ...]:
         nn.init.ones_(norm.weight)
     if not asleep:
         return ()
-    return (f"{len(asleep)} batch norms had scale 0, which lets nothing through, and start at 1",)
+    return (f"{len(asleep)} batch norms had scale 0, which blocks everything, and now start at 1",)
 
 
 def _cost(new_of: Mapping[nn.Module, nn.Module]) -> tuple[str, ...]:

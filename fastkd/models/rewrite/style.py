@@ -1,7 +1,7 @@
 """The normalisation and activation that a foreign network uses, for the layers put into it.
 
-Read by `models.rewrite`: a substitute's inner norm and activation are of the kind that stands
-nearest behind the convolution it replaces, in the order in which the network registers its layers.
+Used by `models.rewrite`: a substitute's inner norm and activation are of the first kind that
+follows the convolution it replaces, in the order in which the network registers its layers.
 """
 
 import copy
@@ -31,7 +31,7 @@ _ACTIVATIONS = (
     nn.Hardswish,
 )
 _TIMM_ACTIVATIONS = ("Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU")
-"""timm's own, without the sigmoids, which are gates of attention and not activations."""
+"""timm's own, without the sigmoids, which are attention gates rather than activations."""
 
 
 class StyleFinder:
@@ -42,9 +42,9 @@ class StyleFinder:
         self.position = {layer: number for number, layer in enumerate(self.layers)}
 
     def of(self, conv: nn.Conv2d) -> Style:
-        """Norm and activation of the nearest kind behind `conv`, else in front of it.
+        """Norm and activation of the nearest kind after `conv`, else before it.
 
-        A network without a normalisation that can be made anew gets none, one that calls its
+        A network whose normalisation cannot be built again gets none; one that calls its
         activation as a function gets the papers' ReLU.
         """
         norm, activation = self._near(conv, _norm_maker), self._near(conv, _activation_maker)
@@ -62,7 +62,7 @@ class StyleFinder:
 
 
 def _norm_maker(layer: nn.Module) -> Callable[[int], nn.Module] | None:
-    """A function channels -> new norm of the kind of `layer`, or None where it is none."""
+    """A function channels -> new norm of the kind of `layer`, or None if it is not a norm."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         # A subclass (timm's norm with an activation in it) is replaced by the norm alone.
         kind = nn.SyncBatchNorm if isinstance(layer, nn.SyncBatchNorm) else nn.BatchNorm2d
@@ -71,7 +71,7 @@ def _norm_maker(layer: nn.Module) -> Callable[[int], nn.Module] | None:
         return lambda channels: kind(channels, **options)
     if isinstance(layer, nn.GroupNorm):
         groups, eps = layer.num_groups, layer.eps
-        # One group per so many channels as the network has, where they divide.
+        # As many channels per group as in the network, if they divide.
         return lambda channels: nn.GroupNorm(math.gcd(groups, channels), channels, eps)
     if isinstance(layer, nn.InstanceNorm2d):
         eps, affine = layer.eps, layer.affine
@@ -90,7 +90,7 @@ def _channel_norm(channels: int, eps: float) -> nn.Module:
 
 
 def _activation_maker(layer: nn.Module) -> Callable[[int], nn.Module] | None:
-    """A function channels -> new activation of the kind of `layer`, or None where it is none."""
+    """A function channels -> new activation of the kind of `layer`, or None if it is not one."""
     if isinstance(layer, nn.PReLU):
         each = layer.num_parameters > 1
         return lambda channels: nn.PReLU(channels if each else 1)

@@ -34,7 +34,7 @@ __all__ = ["NAMES", "PATTERN", "ERFNet", "build"]
 NAMES = ("erfnet",)
 PATTERN = re.compile(NAMES[0])
 ENDS = {"images": 0, "stem": 1, "stage1": 7, "stage2": 12, "stage3": 16, "stage4": 19, "stage5": 22}
-"""Tap -> the layer whose output it is."""
+"""Tap -> the layer that outputs it."""
 
 _LAYERS = {
     **{rf"encoder\.layers\.{n}": f"layers.{n + 1}" for n in range(15)},
@@ -66,7 +66,7 @@ _norm = partial(nn.BatchNorm2d, eps=1e-3)
 def build(name: str, num_classes: int, *, block: str = "S") -> "ERFNet":
     """Network by zoo name; Cityscapes has `num_classes=20`: 19 and the ignored one.
 
-    block: what stands for each pair of convolutions (`blocks.grammar`); S is the pair itself.
+    block: substitute for each pair of convolutions (`blocks.grammar`); S is the pair itself.
     """
     return ERFNet(num_classes, block)
 
@@ -124,7 +124,7 @@ class ERFNet(ZooNetwork):
 
 
 class Down(nn.Module):
-    """[N, in, H, W] -> [N, out, H / 2, W / 2]: a 3x3 convolution beside a pooling, BN, ReLU."""
+    """[N, in, H, W] -> [N, out, H / 2, W / 2]: convolution and pooling, concatenated, BN, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class ResidualBlock1d(ResidualBlock):
 
 
 def _pair(channels: int, dilation: int, block: Block) -> nn.Module:
-    """3x1, ReLU, 1x3, or the cheap block that stands for both."""
+    """3x1, ReLU, 1x3, or the cheap block that replaces both."""
     if block.kind != "S":
         style = Style(norm=_norm)
         cheap = substitute(

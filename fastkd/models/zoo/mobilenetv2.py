@@ -76,8 +76,8 @@ class InvertedResidual(ResidualBlock):
         super().__init__()
         if self.block.kind not in ("S", "G"):
             raise UserError(
-                f"block {self.block} has no place in an inverted residual block, which is a "
-                "bottleneck of its own; use S, G(g), G(N/d) or G(N)"
+                f"block {self.block} does not fit an inverted residual block, which is already a "
+                "bottleneck; use S, G(g), G(N/d) or G(N)"
             )
         inside = in_channels * expansion
         groups = self.block.count_groups(inside)
@@ -129,7 +129,7 @@ class MobileNetV2(StagedNetwork):
         last = nn.Conv2d(before, 1280, 1, bias=bias)
         self.conv2 = nn.Sequential(last, nn.BatchNorm2d(1280), relu(inplace=True))
         self.fc = nn.Linear(1280, num_classes)
-        if half:  # as RepDistiller does; weiaicunzai leaves torch's own initial weights
+        if half:  # as RepDistiller does; weiaicunzai keeps torch's default initial weights
             init_convs(self)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)

@@ -4,7 +4,7 @@ stem 3x3 conv, BN, ReLU -> three stages of n = (depth - 2) / 6 post-activation b
 1, 2, 2 -> global average pool -> linear. Where stride or width changes, the shortcut is a 1x1
 convolution with BN. He et al. 2015 (arXiv 1512.03385) section 4.2, with the projection shortcuts
 and the widths (x4: 32; 64, 128, 256) of RepDistiller's zoo; parameter names are RepDistiller's too.
-`shortcuts="pad"` are those of the paper itself; cheap blocks as in Moonshine (arXiv 1711.02613).
+`shortcuts="pad"` is the paper's own kind; cheap blocks as in Moonshine (arXiv 1711.02613).
 """
 
 import re
@@ -53,7 +53,7 @@ def build(
     """Network by zoo name.
 
     width: factor on every channel count (resnet8, 0.25: 4, 4, 8, 16).
-    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    block: substitute for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
     shortcuts: see `blocks.layers.Shortcuts`.
     """
     depth, _, factor = name.removeprefix("resnet").partition("x")
@@ -69,7 +69,7 @@ def build(
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions, added to the shortcut, then ReLU.
 
-    A bottleneck (B, BG) stands for both: bottleneck - BN, added, then ReLU.
+    A bottleneck (B, BG) replaces both: bottleneck - BN, added, then ReLU.
     """
 
     shortcut_name: ClassVar[str] = "downsample"

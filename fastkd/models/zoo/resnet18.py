@@ -50,7 +50,7 @@ KEY_MAPS = {
         },
     },
 }
-"""Those of ResNet-50 too."""
+"""Also used by ResNet-50."""
 
 
 def build(
@@ -66,9 +66,9 @@ def build(
 
     stem: `cifar`, `imagenet` or `imagenet-nopool`, see the head of this file.
     width: factor on the channels of stages 2, 3 and 4; the stem and stage 1 keep 64.
-    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    block: substitute for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
     shortcuts: see `blocks.layers.Shortcuts`; by default True for resnetN and False for plainN,
-        which takes "projection" too.
+        which accepts "projection" too.
     """
     if stem not in STEMS:
         raise UserError(f"{name}: stem={stem!r}; expected one of {', '.join(STEMS)}")

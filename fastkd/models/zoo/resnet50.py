@@ -40,7 +40,7 @@ def build(name: str, num_classes: int) -> "CifarResNet50":
 class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolution, added to the shortcut, then ReLU.
 
-    block, shortcuts: what `cheapen` makes of the 3x3, and `remove_shortcuts` of the shortcut.
+    block, shortcuts: as `cheapen` changes the 3x3, and `remove_shortcuts` the shortcut.
     """
 
     shortcut_name: ClassVar[str] = "downsample"

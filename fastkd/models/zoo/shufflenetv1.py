@@ -4,7 +4,7 @@
 average pool -> linear. A unit: grouped 1x1 to a quarter of its width, shuffle, depthwise 3x3,
 grouped 1x1; the first of a stage has stride 2 and is concatenated with its input, average pooled
 3x3, the others are added to their input; then ReLU. Zhang et al. 2018 (arXiv 1707.01083) table 1,
-g = 3; the stem, and the ReLU after the depthwise convolution, are those of RepDistiller's zoo.
+g = 3; the stem, and the ReLU after the depthwise convolution, follow RepDistiller's zoo.
 """
 
 import re

@@ -2,10 +2,10 @@
 
 1x1 conv to 24 channels, BN, ReLU -> three stages of 116, 232, 464 channels, each a unit of stride 2
 and 3, 7, 3 more -> 1x1 conv to 1024, BN, ReLU -> global average pool -> linear. A unit of stride 1
-keeps half of its channels and sends the other half through 1x1, depthwise 3x3, 1x1; that of stride
+keeps half of its channels and sends the other half through 1x1, depthwise 3x3, 1x1; one of stride
 2 sends all through two branches. The halves are concatenated and their channels interleaved. Ma et
-al. 2018 (arXiv 1807.11164) figure 3 (c, d) and table 5; the stem without stride or pooling is that
-of RepDistiller's zoo. At 32, 64 and 224 pixels the last map has 4, 8 and 28 pixels a side.
+al. 2018 (arXiv 1807.11164) figure 3 (c, d) and table 5; the stem without stride or pooling is
+RepDistiller's. At 32, 64 and 224 pixels the last map has 4, 8 and 28 pixels a side.
 """
 
 import re
@@ -108,5 +108,5 @@ def _stage(in_channels: int, out_channels: int, units: int) -> nn.Sequential:
 
 
 def _rectify_and_interleave(halves_NCHW: Tensor) -> Tensor:
-    # The kept half comes out of a ReLU, which a second one leaves as it is.
+    # The kept half comes from a ReLU, so a second ReLU does not change it.
     return F.channel_shuffle(F.relu(halves_NCHW), 2)

@@ -1,7 +1,7 @@
 """The common form of the zoo's classifiers: stem, stages, global average pooling, linear layer.
 
-A family derives from `StagedNetwork`, builds `conv1`, `bn1`, `layer1`.., `fc`, and replaces only
-the steps in which it differs; the walk over the taps is here once.
+A family derives from `StagedNetwork`, builds `conv1`, `bn1`, `layer1`.., `fc`, and overrides only
+the steps in which it differs; the walk over the taps is defined here.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,10 +1,10 @@
 """VGG for small images: vgg8, vgg11, vgg13, vgg16, vgg19.
 
 Five blocks of 3x3 convolutions (with bias) + BN + ReLU of widths 64, 128, 256, 512, 512 -> global
-average pool -> linear. 2x2 max pooling stands before blocks 1, 2 and 3, before block 4 only where
-its input has at least 8 pixels a side, as for images of 64. Simonyan and Zisserman 2014 (arXiv
+average pool -> linear. 2x2 max pooling precedes blocks 1, 2 and 3, and block 4 only if its input
+has at least 8 pixels a side, as for images of 64. Simonyan and Zisserman 2014 (arXiv
 1409.1556) table 1, columns A, B, D, E, without the hidden linear layers; vgg8, the pooling and the
-initial weights are those of RepDistiller's zoo (its `vgg*_bn` builds).
+initial weights follow RepDistiller's zoo (its `vgg*_bn` builds).
 """
 
 import re

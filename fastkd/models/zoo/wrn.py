@@ -61,7 +61,7 @@ def build(
 ) -> "WideResNet":
     """Network by zoo name, any `wrn_D_W` with D = 6n + 4 and W >= 1.
 
-    block: what stands for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
+    block: substitute for the 3x3 convolutions of the residual blocks (`blocks.grammar`).
     shortcuts: see `blocks.layers.Shortcuts`. dropout: probability inside the residual blocks.
     """
     match = PATTERN.fullmatch(name)
@@ -83,7 +83,7 @@ def build(
 class PreactBlock(ResidualBlock):
     """Residual block that normalises and rectifies before each of its two 3x3 convolutions.
 
-    A bottleneck (B, BG) stands for both: BN - ReLU - bottleneck, added. Dropout is in front of
+    A bottleneck (B, BG) replaces both: BN - ReLU - bottleneck, added. Dropout is in front of
     `conv2`, or of the bottleneck.
     """
 

@@ -1,1 +1,1 @@
-"""One recipe for many values: the runs of a sweep, side by side, and their table."""
+"""One recipe with many values: the runs of a sweep and their table."""

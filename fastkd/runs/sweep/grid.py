@@ -32,9 +32,9 @@ def combinations(sweeps: Sequence[str]) -> list[Choice]:
 
 
 def check_sweep(recipes: Mapping[Choice, Recipe]) -> None:
-    """UserError where two choices would be the same run or share a folder."""
+    """UserError if two choices would be the same run or share a folder."""
     if len({(recipe.device, recipe.deterministic) for recipe in recipes.values()}) > 1:
-        raise UserError("--sweep cannot change device or deterministic: they hold for a process")
+        raise UserError("--sweep cannot change device or deterministic: they apply per process")
     seen: dict[str, Choice] = {}
     for choice, recipe in recipes.items():
         if recipe.out is not None:

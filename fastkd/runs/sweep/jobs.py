@@ -1,7 +1,7 @@
-"""Runs of a sweep in parallel, each in a process of its own; `running` says which.
+"""Runs of a sweep in parallel, each in its own process; `running` decides which.
 
 Every process is `fastkd train --config FILE --resume auto` with one GPU, or with its share of the
-threads, and writes what it says into a log beside the run folders.
+threads, and writes its output to a log next to the run folders.
 """
 
 import os
@@ -24,7 +24,7 @@ from fastkd.training.interrupt import StopSignal
 
 __all__ = ["HOW_TO_RESUME", "environments", "run_jobs"]
 
-HOW_TO_RESUME = "give the same command again to resume the whole sweep"
+HOW_TO_RESUME = "run the same command again to resume the whole sweep"
 _LOOK_AGAIN_S = 0.2
 
 
@@ -43,7 +43,7 @@ class _Job:
 def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None:
     """Run every recipe, `jobs` at a time. A run that fails does not stop the others.
 
-    recipes: by the name that is printed.
+    recipes: by their printed name.
 
     Raises:
         UserError: more jobs than GPUs, or the first mistake that a process found.
@@ -73,7 +73,7 @@ def run_jobs(recipes: Mapping[str, Recipe], session: Session, jobs: int) -> None
                     session.console.note(f"{job.name}: {ended}")
                 time.sleep(_LOOK_AGAIN_S)
         finally:
-            # They save their state, as they do for Ctrl-C.
+            # They save their state, as with Ctrl-C.
             for job in running:
                 job.process.send_signal(signal.SIGINT)
             for job in running:

@@ -1,8 +1,8 @@
-"""Carry a sweep out: what is finished is found by its digest, the rest is run, then the table.
+"""Run a sweep: finished runs are found by their digest, the rest is run, then the table.
 
-Each combination is a run of its own with its own folder, so a sweep that was stopped resumes when
-the same command is given again. The runs follow each other in this process, or go side by side in
-processes of their own (`jobs`).
+Each combination is a separate run with its own folder, so a stopped sweep resumes when the same
+command is run again. The runs follow each other in this process, or run in parallel in their own
+processes (`jobs`).
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ __all__ = ["run_sweep"]
 
 
 def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int = 1) -> int:
-    """Run what is not finished yet, print the table; the exit code, 1 where a run failed.
+    """Run what is not finished yet, print the table; returns the exit code, 1 if a run failed.
 
-    jobs: how many run at a time. In one process a failed run (such as one that diverged) does not
+    jobs: number of parallel runs. In one process a failed run (such as one that diverged) does not
     stop the others; a run's UserError ends the sweep, with the table of what is finished.
     """
     if jobs > 1 and session.world.size > 1:
         raise UserError(
-            "--jobs starts processes of its own and is not for torchrun; leave one of them out"
+            "--jobs starts its own processes and does not work with torchrun; leave one of them out"
         )
     check_networks(recipes)
     found: dict[Choice, dict[str, Any]] = {}
@@ -50,7 +50,7 @@ def _run_all(
     jobs: int,
     found: dict[Choice, dict[str, Any]],
 ) -> None:
-    """Summaries into `found`, as they come; those of other processes stay in their folders."""
+    """Put summaries into `found` as they arrive; other processes' stay in their folders."""
     wanted: dict[str, Recipe] = {}
     for number, (choice, recipe) in enumerate(recipes.items(), 1):
         name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
@@ -73,7 +73,7 @@ def _fill_in(
     found: dict[Choice, dict[str, Any]],
     otherwise: str,
 ) -> None:
-    """The summaries that other processes have written, a note in place of those that are not."""
+    """The summaries that other processes have written, with a note for each missing one."""
     for choice in recipes.keys() - found.keys():
         found[choice] = _finished(recipes[choice], session) or {"note": otherwise}
 

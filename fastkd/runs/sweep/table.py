@@ -1,6 +1,6 @@
-"""The table of a sweep: a row for each run, over seeds mean and standard deviation.
+"""The table of a sweep: a row per run, and mean and standard deviation over seeds.
 
-The rows of single runs are also in a CSV file beside the run folders.
+The rows of single runs are also in a CSV file next to the run folders.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def print_table(
 def _write_csv(
     recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]], root: Path
 ) -> Path:
-    """A line for each run, in a file beside the run folders: swept keys, digest, results."""
+    """One line per run, in a file next to the run folders: swept keys, digest, results."""
     metric = headline_of(rows)
     results = (f"{metric}_last", f"{metric}_best", "best_epoch", "of_teacher", "params", "macs")
     lines = []
@@ -65,7 +65,7 @@ def _of_teacher(summary: Mapping[str, Any]) -> float | None:
 
 
 def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
-    """A sentence where a key of the student also changed the teachers; else nothing."""
+    """A note if a key of the student also changed the teachers; else nothing."""
     swept = [override.partition("=")[0] for override in next(iter(recipes))]
     taught = {
         tuple(recipe.as_teacher(one).digest() for one in recipe.teachers().values() if one.trains)
@@ -84,7 +84,7 @@ def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
 def _over_seeds(
     recipes: Mapping[Choice, Recipe], found: Mapping[Choice, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for all runs that differ in the seed alone: mean, sample standard deviation, paper."""
+    """A row for runs that differ only in the seed: mean, sample standard deviation, paper."""
     groups: dict[Choice, list[Choice]] = {}
     for choice in recipes:
         rest = tuple(override for override in choice if not override.startswith("seed="))
