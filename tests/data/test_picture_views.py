@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2 as v2
 from PIL import Image
+from torchvision.transforms import v2
 
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision

@@ -1,8 +1,7 @@
 """Names, options, class counts and normalisation of the zoo, timm and torchvision."""
 
-import subprocess
-import sys
 from collections.abc import Callable
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -178,12 +177,11 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(program: Callable[..., Any]) -> None:
     code = (
         "import sys, fastkd.models, fastkd.storage.weights\n"
         "fastkd.models.create_model('resnet8', 10)\n"
         "print([m for m in ('timm', 'torchvision', 'triton', 'sklearn', 'matplotlib') "
         "if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert program("-c", code).out.strip() == "[]"

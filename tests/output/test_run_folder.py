@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -129,7 +127,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert target.read_text() == "after"
 
 
-def test_a_kill_inside_a_write_leaves_the_old_file(tmp_path):
+def test_a_kill_inside_a_write_leaves_the_old_file(program, tmp_path):
     folder = create(tmp_path, out=tmp_path / "run")
     folder.write_text("summary.json", '{"old": true}')
     code = (
@@ -138,8 +136,7 @@ def test_a_kill_inside_a_write_leaves_the_old_file(tmp_path):
         "run_folder.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "folder.write_json('summary.json', {'new': True})\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(folder.path)], timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    program("-c", code, folder.path, code=-signal.SIGKILL, timeout=60)
     assert folder.summary() == {"old": True}
     folder.write_json("summary.json", {"new": True})
     assert os.listdir(folder.path) == ["summary.json"]

@@ -8,9 +8,7 @@ float64.
 import copy
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 DATA = os.environ.get("FASTKD_TEST_DATA")
 NAME = "meal_v2/imagenet/senet154+resnet152s--resnet50/224px"
 RECIPES = {name: entry for name, entry in all_recipes().items() if name.startswith("meal_v2/")}
@@ -317,13 +314,11 @@ def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
     assert row["train_loss"] == pytest.approx(row["train_soft_ce"] + row["train_discriminator"])
 
 
-def test_two_ranks_with_two_teachers_end_bit_identical_after_a_kill(tmp_path: Path) -> None:
+def test_two_ranks_with_two_teachers_end_bit_identical_after_a_kill(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     name = "meal_v2 on two ranks, before step 5"
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "runs"), name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "runs" / "found.json").read_text())[name]
+    found = killed_runs(tmp_path / "runs", name)[name]
     assert found["codes"] == [[-9, -9], [0, 0]], found["log"]
     assert "resumed tiny/kd at epoch 2 of 2, step 1 of 4" in found["log"]
     assert found["log"].count("the 2 teachers together: accuracy") == 1

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -359,11 +357,9 @@ def test_a_mistake_that_a_process_finds_is_told_once(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
+def test_ctrl_c_saves_all_runs_that_go_side_by_side(start, tmp_path):
     words = [*KEYS, "epochs=500", "--sweep", "seed=0;1;2", "--jobs", "2"]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.train", *words], cwd=tmp_path, stderr=subprocess.PIPE
-    )
+    sweep = start("-m", "fastkd.train", *words, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("runs/quickstart/*/last.pt"))) < 2:
         assert time.monotonic() < deadline
@@ -371,7 +367,7 @@ def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
     sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
-    assert said.decode().splitlines()[-1] == (
+    assert said.splitlines()[-1] == (
         "fastkd: stopped with 2 runs under way; give the same command again to resume the whole "
         "sweep"
     )

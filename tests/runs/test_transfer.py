@@ -5,7 +5,6 @@ On real images where FASTKD_TEST_DATA has cifar10/ (a few hundred, as folders), 
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -288,12 +287,9 @@ def test_torchvisions_retinanet_takes_the_backbone(place, train, name):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
+def on_ranks(program, tmp_path_factory):
     target = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, str(PROGRAMS / "transfer_ranks.py"), str(target)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program("transfer_ranks.py", target)
     return torch.load(target)
 
 
