@@ -184,7 +184,7 @@ def killed_runs(program: Callable[..., Said]) -> Callable[..., dict[str, Any]]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device, but for rehearsals."""
+    """Tests marked `gpu` are skipped where there is no CUDA device, except in rehearsals."""
     rehearsed = REHEARSED and "device" in getattr(item, "fixturenames", ())
     if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
         pytest.skip("needs a CUDA device")

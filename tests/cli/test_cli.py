@@ -15,8 +15,15 @@ from fastkd.recipes.loading import load_recipe
 from fastkd.training.trainer import Trainer
 
 TINY = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "epochs=1",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
 ]
 TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
 ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
@@ -172,8 +179,15 @@ def test_models_are_listed_with_their_size(command):
     assert said.code == 0
     row = next(line.split() for line in said.out.splitlines() if line.startswith("resnet8 "))
     assert row == [
-        *("resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"),
-        *("stem", "stage1-3", "pooled", "logits"),
+        "resnet8",
+        f"{size.params:,}",
+        f"{size.macs:,}",
+        "3x32x32",
+        "100",
+        "stem",
+        "stage1-3",
+        "pooled",
+        "logits",
     ]
 
 

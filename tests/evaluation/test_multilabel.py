@@ -149,9 +149,16 @@ def test_a_training_on_several_labels(tmp_path, difficult):
     student = fastkd.create_model("resnet8", SHAPES, width=0.5)
     before = sklearn_map(*scores_of(student, val))
     result = fastkd.distill(
-        student, None, train, val, epochs=8, losses=[BinaryCrossEntropy()], optim=OPTIM,
-        out=tmp_path / "run", **QUICK,
-    )  # fmt: skip
+        student,
+        None,
+        train,
+        val,
+        epochs=8,
+        losses=[BinaryCrossEntropy()],
+        optim=OPTIM,
+        out=tmp_path / "run",
+        **QUICK,
+    )
     found = result.metrics
     assert found["map_last"] == pytest.approx(sklearn_map(*scores_of(result.student, val)), 1e-6)
     assert found["map_last"] > before + 0.25
@@ -177,9 +184,17 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         student = fastkd.create_model("resnet8", SHAPES, width=0.5)
         train, val = loaders()
         return fastkd.distill(
-            student, None, train, val, epochs=epochs, losses=[BinaryCrossEntropy()], optim=OPTIM,
-            out=out, resume=resume, **QUICK,
-        )  # fmt: skip
+            student,
+            None,
+            train,
+            val,
+            epochs=epochs,
+            losses=[BinaryCrossEntropy()],
+            optim=OPTIM,
+            out=out,
+            resume=resume,
+            **QUICK,
+        )
 
     whole = run(2, tmp_path / "whole")
     from fastkd.training.trainer import Trainer
@@ -191,9 +206,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         if self.progress.epoch == 1:
             raise RuntimeError("pulled the plug")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "end_epoch", stop_after_the_first)
-        run(2, tmp_path / "broken")
+        with pytest.raises(RuntimeError, match="plug"):
+            run(2, tmp_path / "broken")
     again = run(2, tmp_path / "broken", resume=True)
     for one, other in zip(
         whole.student.state_dict().values(), again.student.state_dict().values(), strict=True
@@ -237,8 +253,8 @@ def test_losses_on_class_ids_are_refused(losses, said):
 def test_labels_that_do_not_fit_are_refused():
     train, val = loaders()
     losses = [BinaryCrossEntropy()]
+    student = fastkd.create_model("resnet8", 7)
     with pytest.raises(UserError, match=r"labels are \[N, 5\].*gives 7 logits.*num_classes=5"):
-        student = fastkd.create_model("resnet8", 7)
         fastkd.distill(student, None, train, val, epochs=1, losses=losses, **QUICK)
     student = fastkd.create_model("resnet8", SHAPES)
     ids = DataLoader(TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 5), 4)

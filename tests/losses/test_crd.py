@@ -202,8 +202,8 @@ def test_of_a_repeated_sample_the_first_row_counts() -> None:
 
 
 def test_too_many_negatives_is_an_error_that_says_how_many_there_are() -> None:
+    rows = torch.zeros(4, 3)
     with pytest.raises(UserError, match=r"losses.crd.negatives=50, but .* set it to at most 16$"):
-        rows = torch.zeros(4, 3)
         bind_pair(CRD(negatives=50), rows, rows, num_samples=20, num_classes=5)
     context = BindContext(20, 5, torch.arange(20) % 5, {n: (3,) for n in CRD().needs})
     CRD(negatives=16).bind(context)

@@ -152,8 +152,8 @@ def test_jointrd_says_what_does_not_fit(teacher: Any) -> None:
     known = of_teacher(teacher)
     with pytest.raises(UserError, match="which only networks of the zoo with a classifier expose"):
         bind_term(JointRD(STAGES), tensors)
+    released = taps(teacher, "released")
     with pytest.raises(UserError, match="last batch norm, and it has none"):
-        released = taps(teacher, "released")
         bind_term(JointRD(STAGES, form="released"), released, **known | {"teacher_norm": None})
     tensors["x/student/stage2"] = torch.zeros(5, 12, 4, 4)
     with pytest.raises(UserError, match=r"behind stage2 do not take the student's .* \[12, 4, 4\]"):
@@ -222,8 +222,8 @@ def test_simkd_says_what_does_not_fit() -> None:
         bind_term(SimKD(), tensors, teacher_head=nn.Linear(8, 10))
     with pytest.raises(UserError, match=r"factor=7 leaves no channels of the teacher's 6"):
         bind_term(SimKD(factor=7), tensors, teacher_head=nn.Linear(6, 10))
+    vector = {"x/student/pooled": torch.zeros(2, 5), **tensors}
     with pytest.raises(UserError, match=r"maps \[C, H, W\], but x/student/pooled is \[5\]"):
-        vector = {"x/student/pooled": torch.zeros(2, 5), **tensors}
         bind_term(SimKD(student="pooled"), vector, teacher_head=nn.Linear(6, 10))
 
 

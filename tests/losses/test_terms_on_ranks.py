@@ -11,11 +11,32 @@ from typing import Any
 import pytest
 import torch
 
-JOINED = (
-    *("ce", "bce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
-    *("stage_mse", "jointrd", "discriminator", "ab", "fsp"),
-)
-APART = (*("dist_apart", "fitnet", "ft", "ab_connected", "reviewkd", "simkd", "jointrd_released"),)
+JOINED = [
+    "ce",
+    "bce",
+    "kd",
+    "kd_standardized",
+    "soft_ce",
+    "dkd",
+    "dist",
+    "at",
+    "nst",
+    "vid",
+    "stage_mse",
+    "jointrd",
+    "discriminator",
+    "ab",
+    "fsp",
+]
+APART = [
+    "dist_apart",
+    "fitnet",
+    "ft",
+    "ab_connected",
+    "reviewkd",
+    "simkd",
+    "jointrd_released",
+]
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,7 @@ def test_offline_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     def offline(*args: object, **kwargs: object) -> None:
         raise URLError("Name or service not known")
 
+    # Their own download functions: neither library can be told from outside to be offline.
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", offline)
     message = f"{name}: no pretrained weights .*Name or service not known.*weights=FILE"
@@ -160,6 +161,7 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
     name: str, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = torchvision.models.get_model(name).state_dict()
+    # Its own download function: nothing public takes its place.
     monkeypatch.setattr(
         torchvision.models._api, "load_state_dict_from_url", lambda *args, **kwargs: published
     )

@@ -117,9 +117,14 @@ def test_a_finished_run_has_its_metrics_as_csv(tmp_path):
 def test_writing_is_all_or_nothing(tmp_path):
     target = tmp_path / "x.txt"
     target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), atomic_path(target) as beside:
-        beside.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_path(target) as beside:
+            beside.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert target.read_text() == "before"
     assert os.listdir(tmp_path) == ["x.txt"]
     with atomic_path(target) as beside:
@@ -152,13 +157,13 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, write):
     folder.write_text("summary.json", '{"old": true}')
     monkeypatch.setattr(os, "fsync", full_disk)
     monkeypatch.setattr(os, "mkdir", full_disk)
+    writes = {
+        "json": lambda: folder.write_json("summary.json", {"new": True}),
+        "metrics": lambda: folder.append_metrics({"epoch": 1}),
+        "create": lambda: create(tmp_path / "more"),
+    }
     with pytest.raises(RunFailed, match=r"^no space left on the disk: \S+ could not be written$"):
-        if write == "json":
-            folder.write_json("summary.json", {"new": True})
-        elif write == "metrics":
-            folder.append_metrics({"epoch": 1})
-        else:
-            create(tmp_path / "more")
+        writes[write]()
     assert folder.summary() == {"old": True}
     assert not list(folder.path.glob(".*"))
 
@@ -318,6 +323,7 @@ def test_the_comparison_fits_80_columns_with_all_its_numbers():
 def test_curves_become_a_png_without_touching_matplotlib_s_state(tmp_path):
     import matplotlib
 
+    # Reading rcParams["backend"] would choose one.
     backend = matplotlib.rcParams._get("backend")
     history = [{"epoch": e, "val_accuracy": e / 10, "train_loss": 1 / e} for e in (1, 2, 3)]
     history[1] = history[1] | {"val_accuracy": None}

@@ -149,9 +149,19 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
 
 def test_a_run_whose_terminal_is_closed_saves(program: Callable[..., Any], tmp_path: Path) -> None:
     words = (
-        *("data.name=synthetic", "data.train_limit=64", "batch_size=16", "student.name=resnet8"),
-        *("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="),
-        *("epochs=1000", "save_steps=1", "device=cpu", "compile=off", "out=run"),
+        "data.name=synthetic",
+        "data.train_limit=64",
+        "batch_size=16",
+        "student.name=resnet8",
+        "teacher=null",
+        "losses.kd=null",
+        "losses.ce.weight=1",
+        "baseline.lrs=",
+        "epochs=1000",
+        "save_steps=1",
+        "device=cpu",
+        "compile=off",
+        "out=run",
     )
     # Not -1, a death by the signal; nor 1, a write to what is no longer there.
     saved = 128 + signal.SIGHUP

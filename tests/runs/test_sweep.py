@@ -1,4 +1,4 @@
-"""A sweep is one run per combination, goes on where it was broken off, and ends with one table."""
+"""A sweep is one run per combination, continues after an interruption, and ends with one table."""
 
 import csv
 import json
@@ -21,9 +21,19 @@ from fastkd.runs.sweep.table import different_teachers
 from fastkd.storage.weights import load_weights
 
 KEYS = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
-    *("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "epochs=1",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "teacher=null",
+    "losses.kd=null",
+    "losses.ce.weight=1",
+    "baseline.lrs=",
 ]
 SWEEP = ["--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1"]
 
@@ -230,8 +240,12 @@ def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monk
 
 
 TAUGHT = [
-    *(*KEYS[:9], "baseline.lrs=", "teacher.name=resnet8", "teacher.width=0.25"),
-    *("teacher.epochs=1", "teacher.min_accuracy=0"),
+    *KEYS[:9],
+    "baseline.lrs=",
+    "teacher.name=resnet8",
+    "teacher.width=0.25",
+    "teacher.epochs=1",
+    "teacher.min_accuracy=0",
 ]
 
 

@@ -25,12 +25,29 @@ from fastkd.training.trainer import Trainer
 DATA = os.environ.get("FASTKD_TEST_DATA")
 PROGRAMS = Path(__file__).parents[1] / "programs"
 KEYS = [
-    *("data.name=folder", "data.image_size=null", "epochs=3", "batch_size=20", "precision=fp32"),
-    *("compile=off", "device=cpu", "baseline.lrs=", "augment.crop=none", "augment.padding=0"),
-    *("optim.schedule=constant", "optim.weight_decay=1e-4", "data.mean=0.5,0.5,0.5"),
-    *("data.std=0.25,0.25,0.25", "student.width=null"),
+    "data.name=folder",
+    "data.image_size=null",
+    "epochs=3",
+    "batch_size=20",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "baseline.lrs=",
+    "augment.crop=none",
+    "augment.padding=0",
+    "optim.schedule=constant",
+    "optim.weight_decay=1e-4",
+    "data.mean=0.5,0.5,0.5",
+    "data.std=0.25,0.25,0.25",
+    "student.width=null",
 ]
 ALONE = ["teacher=null", "losses.kd=null", "losses.ce.weight=1"]
+TEACHER = [
+    "teacher.name=resnet8",
+    "teacher.train=true",
+    "teacher.epochs=1",
+    "teacher.min_accuracy=0",
+]
 START = ["student.name=resnet20", "student.weights=base", "student.new_head=true"]
 
 
@@ -81,11 +98,17 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("FASTKD_CACHE", str(folder / "cache"))
-        code = main([
-            "train", "quickstart", *KEYS, "data.root=ten", "optim.lr=0.02", "student.name=resnet20",
-            "teacher.name=resnet8", "teacher.train=true", "teacher.epochs=1",
-            "teacher.min_accuracy=0", "out=base",
-        ])  # fmt: skip
+        words = [
+            "train",
+            "quickstart",
+            *KEYS,
+            *TEACHER,
+            "data.root=ten",
+            "optim.lr=0.02",
+            "student.name=resnet20",
+            "out=base",
+        ]
+        code = main(words)
     assert code == 0
     return folder
 
@@ -169,9 +192,10 @@ def test_a_broken_run_goes_on_exactly(place, train, command, monkeypatch, frozen
         if self.progress.epoch == 1:
             raise RuntimeError("the plug is pulled")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "end_epoch", end_epoch)
-        train(*words, f"out={two}")
+        with pytest.raises(RuntimeError, match="plug"):
+            train(*words, f"out={two}")
     assert command("train", "--resume", two).code == 0
     whole, resumed = tensors_of(place / one), tensors_of(place / two)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -182,11 +206,8 @@ def test_a_broken_run_goes_on_exactly(place, train, command, monkeypatch, frozen
 
 def test_a_probe_under_a_teacher(place, train):
     """The teacher of the five classes is a probe of the same backbone, trained first."""
-    teacher = [*("teacher.name=resnet8", "teacher.train=true", "teacher.epochs=1")]
-    said = train(
-        *START, *teacher, "student.frozen=backbone", "teacher.min_accuracy=0", "epochs=1",
-        "optim.lr=0.1", "out=taught",
-    )  # fmt: skip
+    probe = [*START, "student.frozen=backbone"]
+    said = train(*probe, *TEACHER, "epochs=1", "optim.lr=0.1", "out=taught")
     assert said.code == 0, said.err
     assert moved(place, "taught") == set()
     row = json.loads((place / "taught/metrics.jsonl").read_text())
@@ -205,8 +226,14 @@ def test_images_normalised_otherwise_are_noted(place, train):
         (["student.frozen=backbone"], "frozen=backbone keeps the layers of a trained network: set"),
         (["student.weights=base"], "student.new_head=true"),
         (
-            [*START, "student.frozen=backbone", "losses.at.weight=1", "teacher.weights=base",
-             "teacher.name=resnet20", "losses.at.pairs={stage1: stage1}"],
+            [
+                *START,
+                "student.frozen=backbone",
+                "losses.at.weight=1",
+                "teacher.weights=base",
+                "teacher.name=resnet20",
+                "losses.at.pairs={stage1: stage1}",
+            ],
             "student.frozen=backbone leaves losses.at nothing to teach: it looks at stage1",
         ),
         (["student.frozen=head"], "student.frozen=head: expected one of backbone"),
@@ -215,7 +242,7 @@ def test_images_normalised_otherwise_are_noted(place, train):
             "teacher.new_head is for a teacher that is trained here",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_said(place, train, words, sentence):
     alone = ALONE if not any(word.startswith("teacher.") for word in words) else []
     said = train(*alone, "student.name=resnet20", *words)
@@ -233,12 +260,21 @@ def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch, data
     others = fastkd.create_model("torchvision:resnet18", 1000)
     torch.save({"state_dict": nn.DataParallel(others).state_dict()}, place / "released.pth")
     said = command(
-        "train", f"transfer/{dataset}/resnet50-meal_v2/linear", f"data.root={root}",
+        "train",
+        f"transfer/{dataset}/resnet50-meal_v2/linear",
+        f"data.root={root}",
         f"out=named-{root}",
-        "student.name=timm:resnet18", "student.weights=released.pth", "data.image_size=40",
-        "data.train_limit=40", "batch_size=16", "epochs=1", "device=cpu", "compile=off",
-        "precision=fp32", "data.workers=0",
-    )  # fmt: skip
+        "student.name=timm:resnet18",
+        "student.weights=released.pth",
+        "data.image_size=40",
+        "data.train_limit=40",
+        "batch_size=16",
+        "epochs=1",
+        "device=cpu",
+        "compile=off",
+        "precision=fp32",
+        "data.workers=0",
+    )
     assert said.code == 0, said.err
     assert "tensors from released.pth; new: fc (" in said.out
     assert f"only fc ({classes} classes) is trained" in said.out
