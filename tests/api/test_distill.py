@@ -389,6 +389,7 @@ def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
     monkeypatch.setattr(fastkd.training.build, "compile_unit", noted)
     # Forward, and twice as much backward; `auto` projects this for the images of all epochs.
     macs = 3 * count(small(2), (3, 8, 8)).macs * expected
+    auto: dict[str, Any] = QUIET | {"compile": "auto"}
     pays_s = PAYS_FROM * COMPILE_SECONDS["cpu"]
     for epochs in (1, 3):
         for speed, pays in ((0.999, True), (1.001, False)):
@@ -401,7 +402,7 @@ def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
                 val_loader,
                 epochs=epochs,
                 losses=[CrossEntropy()],
-                **QUIET | {"compile": "auto", "device": "cpu"},
+                **auto,
             )
             assert compiled
             assert set(compiled) == {pays}
