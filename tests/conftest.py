@@ -4,8 +4,12 @@ Tests marked `gpu` are skipped without a CUDA device. With FASTKD_REHEARSE=1 tho
 fixture `device` run on CPU tensors instead: every line that does not need the chip.
 """
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPS = Path(__file__).parent / "ops"
+PROGRAMS = Path(__file__).parent / "programs"
 REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_available()
 
 
@@ -92,8 +97,94 @@ def command(
     return run
 
 
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Start `python WORDS` on one thread; a first word that ends in .py is a file of `programs/`.
+
+    Further keywords are environment variables. With `own_group` a signal can be sent to the process
+    and all its children at once.
+    """
+
+    def start(
+        *words: str | Path,
+        cwd: str | Path | None = None,
+        own_group: bool = False,
+        **environment: str,
+    ) -> subprocess.Popen[str]:
+        first, *rest = map(str, words)
+        return subprocess.Popen(
+            [sys.executable, str(PROGRAMS / first) if first.endswith(".py") else first, *rest],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=own_group,
+        )
+
+    return start
+
+
+def ended(process: subprocess.Popen[str], timeout: float) -> Said:
+    """Wait for a process; it does not outlive the wait."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Said(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def program(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Said]:
+    """Run `python WORDS` as `start` does, to its end; `code` is what it must end with."""
+
+    def run(*words: str | Path, code: int = 0, timeout: float = 600, **how: Any) -> Said:
+        said = ended(start(*words, **how), timeout)
+        assert said.code == code, said.out + said.err
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ranks(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., list[Said]]:
+    """Run `python WORDS` as several ranks of one group, as torchrun would; all must succeed."""
+
+    def run(num: int, *words: str | Path, timeout: float = 240, **how: Any) -> list[Said]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num)}
+        started = [
+            start(*words, **{**group, "RANK": str(rank), "LOCAL_RANK": str(rank), **how})
+            for rank in range(num)
+        ]
+        try:
+            said = [ended(process, timeout) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [one.code for one in said] == [0] * num, "\n".join(o.out + o.err for o in said)
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed_runs(program: Callable[..., Said]) -> Callable[..., dict[str, Any]]:
+    """What programs/killed_runs.py found for the named scenarios, in a folder that it fills."""
+
+    def run(folder: Path, *names: str, timeout: float = 600) -> dict[str, Any]:
+        # A pool of compiling processes would not survive the program's forks.
+        one = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        program("killed_runs.py", folder, *names, timeout=timeout, **one)
+        return json.loads((folder / "found.json").read_text())
+
+    return run
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device, but for rehearsals."""
+    """Tests marked `gpu` are skipped where there is no CUDA device, except in rehearsals."""
     rehearsed = REHEARSED and "device" in getattr(item, "fixturenames", ())
     if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
         pytest.skip("needs a CUDA device")

@@ -47,10 +47,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def build_wheel(checkout: Path, out: Path, **environment: str) -> list[str]:
     """Names inside a wheel built without isolation: the build needs no torch and no index."""
-    done = run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, ".",
-        cwd=checkout, **environment,
-    )  # fmt: skip
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, "."]
+    done = run(sys.executable, *words, cwd=checkout, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -13,15 +13,19 @@ from fastkd.output.run_folder import RunFolder
 
 __all__ = ["occupied", "tidy"]
 
-_ASK_AGAIN_S = 2.0
-
 
 @contextmanager
-def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def occupied(
+    path: Path,
+    world: World,
+    waiting: Callable[[], None] | None = None,
+    *,
+    ask_again_s: float = 2.0,
+) -> Iterator[None]:
     """Keep other processes out of a run folder; the system releases it when this one dies.
 
     waiting: called once if another process has the folder, before waiting for it; None: do not wait
-    but raise UserError.
+    but raise UserError. ask_again_s: seconds between two tries.
     """
     held: list[int] = []
 
@@ -47,7 +51,7 @@ def occupied(path: Path, world: World, waiting: Callable[[], None] | None = None
         if asked == 1:
             waiting()
         # Ask all ranks every time, or the others would time out in a collective.
-        time.sleep(_ASK_AGAIN_S)
+        time.sleep(ask_again_s)
     try:
         yield
     finally:

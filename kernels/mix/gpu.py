@@ -64,7 +64,7 @@ def mixed(
     p = plan(height, width * near, images.element_size(), out.element_size())
     normalize, constants = "", ((0.0,),) * 3
     if mean:
-        inverse = _inverse(tuple(mean), tuple(std)) if images.dtype == torch.uint8 else None
+        inverse = proven_inverse(tuple(mean), tuple(std)) if images.dtype == torch.uint8 else None
         normalize = "multiply" if inverse else "divide"
         constants = (tuple(mean), *(inverse or (tuple(std), (0.0,) * channels)))
     # An index goes into the images.
@@ -101,7 +101,7 @@ def mixed(
 
 
 @cache
-def _inverse(
+def proven_inverse(
     mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """1 / std as the sum of two fp32 numbers, if multiplying with it gives the bits of dividing.

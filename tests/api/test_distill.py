@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastkd
+import fastkd.training.build
+from fastkd.compute.compiling import COMPILE_SECONDS, MACS_PER_SECOND, PAYS_FROM
 from fastkd.data.loaders.foreign import images_per_epoch
 from fastkd.errors import Interrupted, UserError
 from fastkd.losses import AT, KD, CrossEntropy
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.models import count
 from fastkd.storage.weights import load_weights
 from fastkd.training.config import OptimConfig
 
@@ -213,7 +216,10 @@ def test_both_networks_see_the_same_mixed_images(
         for name, net in (("student", student), ("teacher", teacher))
     ]
     fastkd.distill(
-        *(student, teacher, train_loader, val_loader),
+        student,
+        teacher,
+        train_loader,
+        val_loader,
         epochs=1,
         losses=[KD(views=("x", "xprime"))],
         xprime=kind,
@@ -256,7 +262,10 @@ def test_a_stopped_run_goes_on_bit_identical(
         generator = torch.Generator().manual_seed(5) if own_generator else None
         loader = DataLoader(images, batch_size=16, shuffle=True, generator=generator)
         return fastkd.distill(
-            *(small(2), teacher, loader, val_loader),
+            small(2),
+            teacher,
+            loader,
+            val_loader,
             epochs=3,
             optim=OptimConfig(name="adamw", lr=0.01, schedule="cosine"),
             losses=[KD(views=("x", "xprime"))],
@@ -291,7 +300,10 @@ def test_the_seed_decides_the_order(
     def trained(seed: int) -> dict[str, Tensor]:
         student = small(2)
         fastkd.distill(
-            *(student, None, train_loader, val_loader),
+            student,
+            None,
+            train_loader,
+            val_loader,
             epochs=1,
             losses=[CrossEntropy()],
             seed=seed,
@@ -326,7 +338,10 @@ def test_the_users_networks_and_random_numbers_are_left_alone(
 
     with pytest.raises(RuntimeError, match="no first batch"):
         fastkd.distill(
-            *(student, None, Failing(), val_loader),
+            student,
+            None,
+            Failing(),
+            val_loader,
             epochs=1,
             losses=[CrossEntropy()],
             out=tmp_path / "run",
@@ -358,9 +373,36 @@ class Plain:
 
 @pytest.mark.parametrize("kind", [Plain, lambda loader: loader], ids=["plain", "DataLoader"])
 def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
-    train_loader: DataLoader[Any], val_loader: DataLoader[Any], kind: Any
+    train_loader: DataLoader[Any], val_loader: DataLoader[Any], kind: Any, monkeypatch: Any
 ) -> None:
     batch_size = len(next(iter(val_loader))[0])
     # 120 images, or 8 batches as large as those of validation.
     expected = 8 * 16 if kind is Plain else 120
     assert images_per_epoch(kind(train_loader), batch_size) == expected
+
+    compiled: list[bool] = []
+
+    def noted(unit: Any, *, enabled: bool, **_: Any) -> Any:
+        compiled.append(enabled)
+        return unit
+
+    monkeypatch.setattr(fastkd.training.build, "compile_unit", noted)
+    # Forward, and twice as much backward; `auto` projects this for the images of all epochs.
+    macs = 3 * count(small(2), (3, 8, 8)).macs * expected
+    auto: dict[str, Any] = QUIET | {"compile": "auto"}
+    pays_s = PAYS_FROM * COMPILE_SECONDS["cpu"]
+    for epochs in (1, 3):
+        for speed, pays in ((0.999, True), (1.001, False)):
+            monkeypatch.setitem(MACS_PER_SECOND, "cpu", speed * macs * epochs / pays_s)
+            compiled.clear()
+            fastkd.distill(
+                small(2),
+                None,
+                kind(train_loader),
+                val_loader,
+                epochs=epochs,
+                losses=[CrossEntropy()],
+                **auto,
+            )
+            assert compiled
+            assert set(compiled) == {pays}

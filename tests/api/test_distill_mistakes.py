@@ -164,12 +164,15 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"train": [(images(8)[0], torch.arange(8))]}, "label 4 is no class of a network with 4"),
         ({"val": [(images(8)[0], torch.arange(8) - 1)]}, "label -1 is no class of a network wi"),
         (
-            {"train": [(images(8)[0], torch.full((8,), -100))], "teacher": network(),
-             "losses": [KD(), DKD()]},
+            {
+                "train": [(images(8)[0], torch.full((8,), -100))],
+                "teacher": network(),
+                "losses": [KD(), DKD()],
+            },
             "the loss dkd needs the class of every image, and some are labelled -100",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_sentence_and_leaves_no_folder(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

@@ -54,7 +54,10 @@ def test_x_prime_can_be_picked_from_a_pool(xprime: Any, pick: Any) -> None:
         lambda module, args: sizes.append(len(args[0])) if trained(module) else None
     )
     result = fastkd.distill(
-        *(student, network(1), loader(40), loader(12)),
+        student,
+        network(1),
+        loader(40),
+        loader(12),
         epochs=1,
         losses=[KD(views=("x", "xprime"))],
         xprime=xprime,
@@ -78,7 +81,10 @@ def test_fewer_picked_than_micro_batches_make_fewer_micro_batches(size: dict[str
         lambda module, args: rows.append(len(args[0])) if trained(module) else None
     )
     result = fastkd.distill(
-        *(student, network(1), loader(40), loader(12)),
+        student,
+        network(1),
+        loader(40),
+        loader(12),
         epochs=1,
         losses=[KD(views=("x", "xprime"))],
         xprime="cutmix",
@@ -111,6 +117,4 @@ def test_picks_and_views_that_cannot_be_are_refused(
 ) -> None:
     options = {"losses": [KD(views=("x", "xprime"))]} | options
     with pytest.raises(UserError, match=message):
-        fastkd.distill(
-            *(network(2), network(1), loader(40), loader(12)), epochs=1, **options, **QUIET
-        )
+        fastkd.distill(network(2), network(1), loader(40), loader(12), epochs=1, **options, **QUIET)

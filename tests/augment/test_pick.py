@@ -131,7 +131,7 @@ def test_statistics_see_the_pool_only_if_they_may():
 def test_it_is_one_graph():
     images, teacher = pool()
     net = student()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(pick(net), fullgraph=True, dynamic=False, backend="aot_eager")
     expected = pick(copy.deepcopy(net))(images, teacher)
     assert compiled(images, teacher).index_K.tolist() == expected.index_K.tolist()
@@ -195,7 +195,7 @@ def test_a_compiled_pick_is_trained_with(monkeypatch):
         "fastkd.training.build.compile_unit",
         lambda unit, **_: torch.compile(unit, **options) if isinstance(unit, Pick) else unit,
     )
-    torch._dynamo.reset()
+    torch.compiler.reset()
     trainer = trainer_of("compile=on", "student.width=0.5", "teacher.name=resnet8", "batch_size=8")
     trainer.runner.train()
     trainer.optimize(next(trainer.prepare(0)), 0, 0)
@@ -210,8 +210,13 @@ def test_any_second_view_can_be_picked_with_any_target(kind):
     rows = []
     for backend in ("resident", "torch"):
         trainer = trainer_of(
-            *(f"augment.xprime={kind}", "losses.mixed_ce.weight=0.5", "student.width=0.5"),
-            *("batch_size=8", f"data.backend={backend}", "data.workers=0", "augment.flip=true"),
+            f"augment.xprime={kind}",
+            "losses.mixed_ce.weight=0.5",
+            "student.width=0.5",
+            "batch_size=8",
+            f"data.backend={backend}",
+            "data.workers=0",
+            "augment.flip=true",
         )
         trainer.runner.train()
         prepared = next(trainer.prepare(0))
@@ -237,8 +242,13 @@ def trainer_of(*words):
     recipe = load_recipe(
         "quickstart",
         overrides=[
-            *("data.name=synthetic", "data.train_limit=64", "compile=off", "precision=fp32"),
-            *("augment.xprime=cutmix", "losses.kd.views=x,xprime", "augment.pick.criterion=kl"),
+            "data.name=synthetic",
+            "data.train_limit=64",
+            "compile=off",
+            "precision=fp32",
+            "augment.xprime=cutmix",
+            "losses.kd.views=x,xprime",
+            "augment.pick.criterion=kl",
             *words,
         ],
     )

@@ -71,12 +71,17 @@ def images(tmp_path_factory):
 def test_a_missing_data_folder(expect_refusal):
     expect_refusal(
         "data.root=nowhere is not a folder; expected train/ and val/ or test/ in it",
-        *("train", *ALONE, "data.name=folder", "data.root=nowhere"),
+        "train",
+        *ALONE,
+        "data.name=folder",
+        "data.root=nowhere",
     )
     expect_refusal("data.name=cifar10 needs data.root", "train", *ALONE, "data.name=cifar10")
     expect_refusal(
         "cifar10 was not found: looked in nowhere and nowhere/cifar10 for",
-        *("train", "cifar10/resnet20", "data.root=nowhere"),
+        "train",
+        "cifar10/resnet20",
+        "data.root=nowhere",
     )
 
 
@@ -142,7 +147,10 @@ def test_a_run_goes_on_from_another_working_folder(command, images, tmp_path, mo
 def test_too_few_images(expect_refusal):
     expect_refusal(
         "batch_size=65, but synthetic/train has 64 images: not one full batch",
-        *("train", *ALONE, *SYNTHETIC, "batch_size=65"),
+        "train",
+        *ALONE,
+        *SYNTHETIC,
+        "batch_size=65",
     )
 
 
@@ -175,7 +183,8 @@ def test_a_teacher_with_another_class_count(expect_refusal, tmp_path):
     expect_refusal(
         "teacher.safetensors does not fit resnet8 with 10 classes: 2 of wrong shape "
         "(fc.weight: file 100x32, network 10x32",
-        *("train", *keys),
+        "train",
+        *keys,
     )
     mapped = f"teacher.class_map={','.join(map(str, range(50, 59)))}"
     expect_refusal("the teacher gives logits of shape (9,) per image but", "train", *keys, mapped)
@@ -199,7 +208,9 @@ def test_a_checkpoint_of_another_network_or_of_none(expect_refusal, tmp_path):
     expect_refusal(depth, *keys, "student.name=wrn_15_2")
     said = expect_refusal(
         "teacher.safetensors does not fit wrn_10_1 with 10 classes: ",
-        *(*keys, "teacher.name=wrn_10_1", "teacher.width=null"),
+        *keys,
+        "teacher.name=wrn_10_1",
+        "teacher.width=null",
     )
     assert said.err.endswith("The file holds resnet8 with 10 classes\n")
     (tmp_path / "text.pt").write_text("no weights")
@@ -266,7 +277,10 @@ def test_a_run_to_evaluate_that_is_none_or_has_other_classes(
     root, _ = images
     expect_refusal(
         "the network resnet8 knows 10 classes, folder has 2: name the data it was trained on",
-        *("eval", "run", "data.name=folder", f"data.root={root}"),
+        "eval",
+        "run",
+        "data.name=folder",
+        f"data.root={root}",
     )
     (tmp_path / "run/best.safetensors").unlink()
     expect_refusal("run has no best.safetensors yet", "eval", "run")
@@ -299,7 +313,10 @@ def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
     monkeypatch.setattr(fastkd.output.run_folder.os, "fsync", full_disk(after=0))
     expect_refusal(
         "no space left on the disk: runs/quickstart/",
-        *("train", *ALONE, *SYNTHETIC, "max_skips=3"),
+        "train",
+        *ALONE,
+        *SYNTHETIC,
+        "max_skips=3",
         code=1,
     )
 

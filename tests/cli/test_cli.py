@@ -1,9 +1,6 @@
 """The command as a stranger meets it: what it prints, what it leaves, how it ends."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -18,8 +15,15 @@ from fastkd.recipes.loading import load_recipe
 from fastkd.training.trainer import Trainer
 
 TINY = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "epochs=1",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
 ]
 TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
 ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
@@ -31,45 +35,41 @@ def _few_validation_images(monkeypatch):
     monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 50)
 
 
-def python(*words, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, **options
-    )
-
-
-def loaded_after(code, tmp_path):
+@pytest.fixture
+def loaded_after(program, tmp_path):
     """The packages that a program has imported by its end."""
-    code += "\nimport sys; print('\\n', *{name.partition('.')[0] for name in sys.modules})"
-    found = python("-c", code, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    return set(found.stdout.splitlines()[-1].split())
+
+    def run(code):
+        code += "\nimport sys; print('\\n', *{name.partition('.')[0] for name in sys.modules})"
+        return set(program("-c", code, cwd=tmp_path).out.splitlines()[-1].split())
+
+    return run
 
 
-def test_the_package_and_its_help_load_nothing_heavy(tmp_path):
-    assert not loaded_after("import fastkd", tmp_path) & {*HEAVY, "pydantic", "rich"}
+def test_the_package_and_its_help_load_nothing_heavy(loaded_after):
+    assert not loaded_after("import fastkd") & {*HEAVY, "pydantic", "rich"}
     help_only = """
 from fastkd.cli.commands import main
 try:
     main(["train", "--help"])
 except SystemExit as end:
     assert end.code == 0"""
-    assert not loaded_after(help_only, tmp_path) & {*HEAVY, "pydantic", "rich", "yaml"}
+    assert not loaded_after(help_only) & {*HEAVY, "pydantic", "rich", "yaml"}
 
 
-def test_printing_a_recipe_loads_torch_at_most(tmp_path):
+def test_printing_a_recipe_loads_torch_at_most(loaded_after):
     code = 'from fastkd.cli.commands import main; assert main(["train", "--print-config"]) == 0'
-    assert not loaded_after(code, tmp_path) & {*HEAVY, "rich"} - {"torch", "numpy"}
+    assert not loaded_after(code) & {*HEAVY, "rich"} - {"torch", "numpy"}
 
 
 @pytest.mark.parametrize(
     ("module", "usage"),
     [("fastkd", "usage: fastkd [-h] [--version] COMMAND"), ("fastkd.train", "usage: fastkd train")],
 )
-def test_the_package_and_train_are_programs(module, usage, tmp_path):
-    found = python("-m", module, "--help", cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.startswith(usage)
+def test_the_package_and_train_are_programs(program, module, usage, tmp_path):
+    said = program("-m", module, "--help", cwd=tmp_path)
+    assert said.err == ""
+    assert said.out.startswith(usage)
 
 
 def test_without_a_command_it_says_what_there_is(command):
@@ -143,7 +143,7 @@ def test_ctrl_c_before_anything_was_saved(command, monkeypatch):
     assert (said.code, said.err) == (130, "fastkd: stopped\n")
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+def test_a_reader_that_goes_away_is_no_error(program, tmp_path):
     code = """
 import os, sys
 from fastkd.cli.commands import main
@@ -151,8 +151,7 @@ reading, writing = os.pipe()
 os.close(reading)
 os.dup2(writing, 1)
 sys.exit(main(["recipes"]))"""
-    found = python("-c", code, cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
+    assert program("-c", code, cwd=tmp_path).err == ""
 
 
 def test_print_config_shows_the_whole_recipe(command):
@@ -180,8 +179,15 @@ def test_models_are_listed_with_their_size(command):
     assert said.code == 0
     row = next(line.split() for line in said.out.splitlines() if line.startswith("resnet8 "))
     assert row == [
-        *("resnet8", f"{size.params:,}", f"{size.macs:,}", "3x32x32", "100"),
-        *("stem", "stage1-3", "pooled", "logits"),
+        "resnet8",
+        f"{size.params:,}",
+        f"{size.macs:,}",
+        "3x32x32",
+        "100",
+        "stem",
+        "stage1-3",
+        "pooled",
+        "logits",
     ]
 
 

@@ -79,6 +79,7 @@ losses.discriminator.last_relu losses.discriminator.lr_rule losses.discriminator
 
 def test_commands_and_options():
     _, commands = parsers()
+    # argparse lists its options nowhere else.
     found = {
         name: {flag for flag in parser._option_string_actions if flag not in ("-h", "--help")}
         for name, parser in commands.items()

@@ -94,7 +94,7 @@ def test_uncompiled_is_the_unit_itself():
 @pytest.fixture
 def backend(monkeypatch):
     """torch.compile with a backend that runs the graph as it is, and counts graphs."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     graphs = []
 
     def counting(graph, example_inputs):
@@ -109,7 +109,7 @@ def backend(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_for_counting)
     yield graphs
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_one_static_graph_per_batch_shape(backend):

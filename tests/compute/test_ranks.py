@@ -1,10 +1,7 @@
 """Two processes over gloo: same decisions, same weights, and no rank left hanging."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +15,20 @@ from fastkd.compute.ranks import World, broadcast_object, close_world, init_worl
 from fastkd.compute.wrapping import wrap_ddp
 from fastkd.errors import RunFailed, UserError
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "world_of_two.py"
 
-
-def launch(case, target):
+@pytest.fixture(scope="module")
+def launch(ranks):
     """Run the program as two ranks and return what each of them found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(PROGRAM), case, str(target)]
-        ranks.append(
-            subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True)
-        )
-    messages = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(messages)
-    return [json.loads(Path(f"{target}.{rank}").read_text()) for rank in range(2)]
+
+    def run(case, target):
+        ranks(2, "world_of_two.py", case, target)
+        return [json.loads(Path(f"{target}.{rank}").read_text()) for rank in range(2)]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(launch, tmp_path_factory):
     return launch("all", tmp_path_factory.mktemp("ranks") / "found")
 
 
@@ -99,7 +87,7 @@ def test_a_step_without_parameters_is_not_wrapped(both):
     assert all(found["closed"] for found in both)
 
 
-def test_a_failing_rank_frees_the_others_at_once(tmp_path):
+def test_a_failing_rank_frees_the_others_at_once(launch, tmp_path):
     rank_0, rank_1 = launch("crash", tmp_path / "found")
     assert rank_1["error"] == "RunFailed"
     assert "error" in rank_0

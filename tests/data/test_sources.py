@@ -1,8 +1,5 @@
 """Sources that need no files, the table of normalisations, subsets, and what is not found."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -118,11 +115,10 @@ def test_every_data_set_has_a_normalisation_for_three_channels():
         assert all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_loads_nothing_heavy(program):
     code = (
         "import sys, fastkd.data\n"
         "heavy = {'sklearn', 'torchvision', 'timm', 'matplotlib', 'triton', 'rich.progress'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert program("-c", code).out.strip() == "[]"

@@ -1,8 +1,6 @@
 """The torch-workers loader: the same protocol and, with padded crops, the same bytes."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +190,8 @@ next(epoch)
 """
 
 
-def test_a_loader_that_lives_to_the_end_of_the_program_ends_quietly(make_folder):
-    command = [sys.executable, "-c", AT_EXIT, str(make_folder())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_loader_that_lives_to_the_end_of_the_program_ends_quietly(program, make_folder):
+    assert program("-c", AT_EXIT, make_folder(), timeout=120).err == ""
 
 
 def test_images_in_memory_can_be_cut_at_random_too():

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there: its Python, in order, and its commands."""
+"""What the README shows runs as written: its Python, in order, and its commands."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What docs/transfer.md shows runs as it stands there: its Python, and its commands made small."""
+"""What docs/transfer.md shows runs as written: its Python, and its commands made small."""
 
 import re
 import shlex
@@ -21,8 +21,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text()
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^fastkd (.*)$", PAGE, re.MULTILINE)
 SMALL = [
-    *("data.image_size=32", "batch_size=4", "epochs=1", "device=cpu", "compile=off"),
-    *("precision=fp32", "data.workers=0"),
+    "data.image_size=32",
+    "batch_size=4",
+    "epochs=1",
+    "device=cpu",
+    "compile=off",
+    "precision=fp32",
+    "data.workers=0",
 ]
 
 

@@ -149,9 +149,16 @@ def test_a_training_on_several_labels(tmp_path, difficult):
     student = fastkd.create_model("resnet8", SHAPES, width=0.5)
     before = sklearn_map(*scores_of(student, val))
     result = fastkd.distill(
-        student, None, train, val, epochs=8, losses=[BinaryCrossEntropy()], optim=OPTIM,
-        out=tmp_path / "run", **QUICK,
-    )  # fmt: skip
+        student,
+        None,
+        train,
+        val,
+        epochs=8,
+        losses=[BinaryCrossEntropy()],
+        optim=OPTIM,
+        out=tmp_path / "run",
+        **QUICK,
+    )
     found = result.metrics
     assert found["map_last"] == pytest.approx(sklearn_map(*scores_of(result.student, val)), 1e-6)
     assert found["map_last"] > before + 0.25
@@ -177,9 +184,17 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         student = fastkd.create_model("resnet8", SHAPES, width=0.5)
         train, val = loaders()
         return fastkd.distill(
-            student, None, train, val, epochs=epochs, losses=[BinaryCrossEntropy()], optim=OPTIM,
-            out=out, resume=resume, **QUICK,
-        )  # fmt: skip
+            student,
+            None,
+            train,
+            val,
+            epochs=epochs,
+            losses=[BinaryCrossEntropy()],
+            optim=OPTIM,
+            out=out,
+            resume=resume,
+            **QUICK,
+        )
 
     whole = run(2, tmp_path / "whole")
     from fastkd.training.trainer import Trainer

@@ -1,9 +1,7 @@
 """CRD: the released values over two steps, the formula in float64, draws, banks and resume."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from fastkd.losses.base.term import TermInputs, TermOutput
 from fastkd.testing import assert_as_accurate, bind_pair, sines
 
 ORACLE = json.loads((Path(__file__).parent / "feature_oracle.json").read_text())["values"]
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
@@ -219,13 +216,11 @@ def test_one_pair_only() -> None:
         typed_config("crd", {"weight": 1, "pairs": {"a": "a", "b": "b"}})
 
 
-def test_killed_ranks_end_with_the_same_banks(tmp_path: Path) -> None:
+def test_killed_ranks_end_with_the_same_banks(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     name = "crd on two ranks, before step 5"
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "runs"), name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "runs" / "found.json").read_text())[name]
+    found = killed_runs(tmp_path / "runs", name)[name]
     assert found["codes"] == [[-9, -9], [0, 0]], found["log"]
     assert "resumed tiny/kd at epoch 2 of 2, step 1 of 4" in found["log"]
     # last.pt of the resumed run and of the run that nobody killed, bit by bit.

@@ -5,17 +5,12 @@ and a tap of each network on each view; here it goes through training, two ranks
 resume. test_loss_contract_papers.py trains the losses of the papers.
 """
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 
 # Where the resumed run goes on: (epoch, step), both from 0.
 PROOF = {
@@ -28,13 +23,11 @@ PROOF = {
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def proof(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("proof")
-    command = [sys.executable, str(PROGRAM), str(folder), *PROOF]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads((folder / "found.json").read_text())
+    return folder, killed_runs(folder, *PROOF)
 
 
 def checkpoint(folder: Path, name: str) -> dict[str, Any]:
@@ -78,10 +71,8 @@ def test_the_term_has_its_own_rates(proof: tuple[Path, dict[str, Any]]) -> None:
     student, connector, head = saved["optimizer"]["param_groups"]
     assert connector["lr"] == pytest.approx(0.1 * student["lr"])
     assert head["lr"] == pytest.approx(2.0 * student["lr"])
-    assert (student["weight_decay"], connector["weight_decay"], head["weight_decay"]) == (
-        *(5e-4, 5e-4),
-        0.0,
-    )
+    decays = [group["weight_decay"] for group in (student, connector, head)]
+    assert decays == [5e-4, 5e-4, 0.0]
     assert len(saved["optimizer"]["state"]) == sum(
         len(group["params"]) for group in (student, connector, head)
     )

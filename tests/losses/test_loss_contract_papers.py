@@ -197,7 +197,7 @@ def test_all_terms_together_are_one_graph_under_autocast() -> None:
     state = {key: value.clone() for key, value in trainer.step.state_dict().items()}
     eager = trainer.step(*arguments)
     trainer.step.load_state_dict(state)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
     out = compiled(*arguments)
     out.loss.backward()

@@ -1,25 +1,20 @@
 """Losses that compare samples give on two ranks what one process gives; the banks stay alike."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "relations_on_ranks.py"
 RELATIONS = ["sp", "pkt", "cc", "rkd"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def found(
+    program: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     target = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, str(PROGRAM), str(target)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program("relations_on_ranks.py", target)
     return torch.load(target)
 
 

@@ -65,12 +65,14 @@ def test_a_finished_run_is_evaluated_and_rebuilt(
     expected_NC = pooled_ND @ state["fc.weight"].T + state["fc.bias"]
     torch.testing.assert_close(kept(images_NCHW), expected_NC)
     # Beside it a loss on the classifier that is not kept; the run builds its training twice.
-    said = command("train", "--config", "recipe.yaml", "losses.kd.weight=1",
-                   "losses.kd.ce_weight=0", "epochs=1", "out=kd")  # fmt: skip
+    both = ["losses.kd.weight=1", "losses.kd.ce_weight=0"]
+    said = command("train", "--config", "recipe.yaml", *both, "epochs=1", "out=kd")
     assert said.out.count("losses.kd=null removes that loss") == 1
     # The same file under the student's name says what it is.
-    said = command("eval", "resnet8", "--weights", "run/best.safetensors", "data.name=synthetic",
-                   "data.image_size=8", "student.width=0.25")  # fmt: skip
+    data = ["data.name=synthetic", "data.image_size=8"]
+    said = command(
+        "eval", "resnet8", "--weights", "run/best.safetensors", *data, "student.width=0.25"
+    )
     assert said.code == 2
     assert "simkd:resnet8" in said.err
     with pytest.raises(UserError, match="comes from training with the SimKD loss"):
@@ -112,7 +114,10 @@ def test_networks_of_others(tmp_path: Path) -> None:
     val = DataLoader(TensorDataset(*tensors(40, 2)), batch_size=16)
     student, teacher = foreign(1, 4), foreign(2, 6)
     result = fastkd.distill(
-        *(student, teacher, train, val),
+        student,
+        teacher,
+        train,
+        val,
         epochs=2,
         losses=[SimKD(student="0", teacher="0")],
         out=tmp_path / "run",
@@ -156,7 +161,10 @@ class Normalised(nn.Module):
 def distilled(student: nn.Module, teacher: nn.Module, tap: str, own: str = "stage3") -> nn.Module:
     loader = DataLoader(TensorDataset(*tensors(16, 1)), batch_size=16)
     return fastkd.distill(
-        *(student, teacher, loader, loader),
+        student,
+        teacher,
+        loader,
+        loader,
         epochs=1,
         losses=[SimKD(student=own, teacher=tap)],
         precision="fp32",
@@ -210,7 +218,10 @@ def test_a_term_gets_the_head_and_the_norm_as_they_were_loaded() -> None:
     weight_CD = teacher.get_submodule("fc").weight.detach().clone()
     term = Noting()
     fastkd.distill(
-        *(create_model("resnet8", 10), teacher, loader, loader),
+        create_model("resnet8", 10),
+        teacher,
+        loader,
+        loader,
         epochs=1,
         losses=[term],
         precision="bf16",

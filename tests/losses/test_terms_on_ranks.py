@@ -5,30 +5,44 @@ joined batch; DIST with gather=False and losses with batch norms of their own th
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "terms_on_ranks.py"
-JOINED = (
-    *("ce", "bce", "kd", "kd_standardized", "soft_ce", "dkd", "dist", "at", "nst", "vid"),
-    *("stage_mse", "jointrd", "discriminator", "ab", "fsp"),
-)
-APART = (*("dist_apart", "fitnet", "ft", "ab_connected", "reviewkd", "simkd", "jointrd_released"),)
+JOINED = [
+    "ce",
+    "bce",
+    "kd",
+    "kd_standardized",
+    "soft_ce",
+    "dkd",
+    "dist",
+    "at",
+    "nst",
+    "vid",
+    "stage_mse",
+    "jointrd",
+    "discriminator",
+    "ab",
+    "fsp",
+]
+APART = [
+    "dist_apart",
+    "fitnet",
+    "ft",
+    "ab_connected",
+    "reviewkd",
+    "simkd",
+    "jointrd_released",
+]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(program: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     target = tmp_path_factory.mktemp("ranks") / "found.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), str(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program("terms_on_ranks.py", target)
     return torch.load(target)
 
 

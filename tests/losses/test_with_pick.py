@@ -105,11 +105,14 @@ def test_several_labels_beside_a_pick() -> None:
 
     def network(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             nn.Linear(4, 3))  # fmt: skip
+        pooled = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return nn.Sequential(*pooled, nn.Linear(4, 3))
 
     result = fastkd.distill(
-        *(network(1), network(2), loader, loader),
+        network(1),
+        network(2),
+        loader,
+        loader,
         epochs=1,
         losses=[KD(ce_weight=0, views=("x", "xprime")), BinaryCrossEntropy()],
         xprime="cutmix",

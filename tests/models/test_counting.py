@@ -85,7 +85,11 @@ def test_readable_line() -> None:
 def test_memory_of_a_network_counted_by_hand() -> None:
     """Float32; image 3x8x8, convolution and BN and ReLU 8x6x6, five logits."""
     model = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)),
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
     )
     image, map_, logits = 4 * 3 * 64, 4 * 8 * 36, 4 * 5
     size = count(model, (3, 8, 8))

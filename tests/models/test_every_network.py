@@ -1,7 +1,8 @@
 """Every network of the zoo does what a trainer asks of it, at 32 and 64 pixels.
 
 Backward pass, tracing as one graph, export, channels-last, bf16. By default one build of each form
-of a family; its other depths and widths, which repeat the same blocks, with `-m slow`.
+of a family (two siblings are traced with `-m matrix`); its other depths and widths, which repeat
+the same blocks, with `-m slow`.
 
 Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of
 two families (`SMALLEST`), of the other families with `-m matrix`, all others with `-m slow`.
@@ -51,6 +52,9 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """One network of each further family, whose compilation takes up to two minutes."""
 slow = pytest.mark.slow
+# Traced by default in another form: half as wide, with other blocks.
+SIBLINGS = {form: FORMS[form] for form in ("mobilenetv2", "erfnet-G(N)")}
+TRACED = {form: build for form, build in FORMS.items() if form not in SIBLINGS}
 
 
 def builds(
@@ -72,6 +76,7 @@ def builds(
 
 
 networks = builds(FORMS, OTHERS)
+traced_networks = builds(TRACED, OTHERS, SIBLINGS)
 sides = pytest.mark.parametrize("side", [32, 64])
 
 
@@ -151,13 +156,13 @@ def assert_compiles(model: nn.Module, side: int, backend: str) -> None:
         torch.testing.assert_close(model.get_buffer(key), buffer, rtol=1e-4, atol=1e-5)
 
 
-@networks
+@traced_networks
 @pytest.mark.parametrize("side", [32, pytest.param(64, marks=slow)])
 def test_a_training_step_traces_as_one_graph(name: str, options: dict[str, Any], side: int) -> None:
     assert_compiles(build(name, options), side, "aot_eager")
 
 
-@networks
+@traced_networks
 @pytest.mark.parametrize("side", [pytest.param(32, marks=slow), 64])
 def test_exports(name: str, options: dict[str, Any], side: int) -> None:
     model = build(name, options).eval()

@@ -107,8 +107,13 @@ def test_inverted_residuals_add_where_they_can_and_only_then() -> None:
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        *(("resnet18", "BG(2,M)"), ("plain34", "G(N)"), ("resnet50", "G(4)"), ("vgg8", "G(8)")),
-        *(("mobilenetv2", "G(4)"), ("mobilenetv2_half", "S"), ("erfnet", "G(N)")),
+        ("resnet18", "BG(2,M)"),
+        ("plain34", "G(N)"),
+        ("resnet50", "G(4)"),
+        ("vgg8", "G(8)"),
+        ("mobilenetv2", "G(4)"),
+        ("mobilenetv2_half", "S"),
+        ("erfnet", "G(N)"),
     ],
 )
 def test_cheapened_is_what_the_option_builds(name: str, block: str) -> None:

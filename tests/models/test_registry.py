@@ -1,8 +1,7 @@
 """Names, options, class counts and normalisation of the zoo, timm and torchvision."""
 
-import subprocess
-import sys
 from collections.abc import Callable
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -146,6 +145,7 @@ def test_offline_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     def offline(*args: object, **kwargs: object) -> None:
         raise URLError("Name or service not known")
 
+    # Their own download functions: neither library can be told from outside to be offline.
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", offline)
     message = f"{name}: no pretrained weights .*Name or service not known.*weights=FILE"
@@ -161,6 +161,7 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
     name: str, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = torchvision.models.get_model(name).state_dict()
+    # Its own download function: nothing public takes its place.
     monkeypatch.setattr(
         torchvision.models._api, "load_state_dict_from_url", lambda *args, **kwargs: published
     )
@@ -178,12 +179,11 @@ def test_torchvision_pretrained_keeps_all_but_the_head(
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(program: Callable[..., Any]) -> None:
     code = (
         "import sys, fastkd.models, fastkd.storage.weights\n"
         "fastkd.models.create_model('resnet8', 10)\n"
         "print([m for m in ('timm', 'torchvision', 'triton', 'sklearn', 'matplotlib') "
         "if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert program("-c", code).out.strip() == "[]"

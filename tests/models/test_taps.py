@@ -58,7 +58,9 @@ def test_only_what_is_asked_for_comes_back(name: str) -> None:
     images = torch.randn(2, 3, 16, 16)
     assert set(Tapped(model)(images)) == {"logits"}
     assert set(Tapped(model, ["stage2", "stage1:preact"])(images)) == {
-        *("logits", "stage2", "stage1:preact"),
+        "logits",
+        "stage2",
+        "stage1:preact",
     }
     found = Tapped(model.eval(), all_taps(name))(images)
     assert set(found) == {*all_taps(name)}

@@ -62,7 +62,10 @@ def test_quickstart_student_has_the_rounded_widths() -> None:
     names = ("stem", "stage1", "stage2", "stage3", "pooled")
     found = Tapped(model, names)(torch.randn(2, 3, 16, 16))
     assert [tuple(found[tap].shape[1:]) for tap in names] == [
-        *((4, 16, 16), (4, 16, 16), (8, 8, 8), (16, 4, 4)),
+        (4, 16, 16),
+        (4, 16, 16),
+        (8, 8, 8),
+        (16, 4, 4),
         (16,),
     ]
     # Stem 108, stages 288 + 896 + 3584, head 170, batch norms 2 * (4 + 2 * 4 + 3 * 8 + 3 * 16).

@@ -32,13 +32,12 @@ def test_every_op_with_kernels_takes_part() -> None:
     assert {file.parent.name for file in KERNELS.glob("*/gpu_kernels.py")} == set(OPS)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_interpreted_kernels_pass_the_tests_of_the_op(op: str) -> None:
+def passed_interpreted(*words: str) -> int:
+    """How many tests the interpreter passed; none fails."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is the interpreter")
-    files, at_least = OPS[op]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE,
         capture_output=True,
@@ -47,7 +46,19 @@ def test_interpreted_kernels_pass_the_tests_of_the_op(op: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= at_least
+    return int(passed[1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_interpreted_kernels_pass_the_tests_of_the_op(op: str) -> None:
+    files, at_least = OPS[op]
+    assert passed_interpreted(*files) >= at_least
+
+
+@pytest.mark.matrix
+def test_interpreted_kernels_pass_the_exhaustive_tests() -> None:
+    files = [file for files, _ in OPS.values() for file in files]
+    assert passed_interpreted("-m", "matrix", *files) >= 6
 
 
 class Compiled(NamedTuple):
@@ -60,7 +71,16 @@ class Compiled(NamedTuple):
     max_spilled: int
 
 
-@pytest.fixture(scope="module", params=OPS)
+# A reduction over rows and an elementwise op stand for the others.
+REPRESENTATIVE = {"kd_loss", "mix"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(op, marks=() if op in REPRESENTATIVE else pytest.mark.matrix) for op in OPS
+    ],
+)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -11,9 +11,18 @@ from fastkd.output.events import check_tensorboard
 from fastkd.output.run_folder import RunFolder
 
 KEYS = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "precision=fp32", "compile=off", "device=cpu", "tensorboard=true"),
-    *("teacher=null", "losses.kd=null", "losses.ce.weight=1"),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "tensorboard=true",
+    "teacher=null",
+    "losses.kd=null",
+    "losses.ce.weight=1",
 ]
 
 needs_tensorboard = pytest.mark.skipif(
@@ -32,7 +41,7 @@ def scalars(folder):
 def test_without_the_package_the_key_is_refused_before_anything_is_built(
     command, tmp_path, monkeypatch
 ):
-    # None in sys.modules is how Python notes that a module cannot be had.
+    # None in sys.modules is how Python notes that a module is not available.
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     said = command("train", *KEYS)
     assert (said.code, said.out) == (2, "")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastkd.output.occupancy
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.output.occupancy import occupied
@@ -37,22 +36,20 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
             assert (tmp_path / "run").is_dir()
 
 
-def test_a_shared_stage_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkd.output.occupancy, "_ASK_AGAIN_S", 0.01)
+def test_a_shared_stage_is_waited_for(tmp_path: Path) -> None:
     other, notes = lock(tmp_path / "teacher"), []
 
     def waiting() -> None:
         notes.append("waiting")
         threading.Timer(0.05, os.close, (other,)).start()
 
-    with occupied(tmp_path / "teacher", WORLD, waiting):
+    with occupied(tmp_path / "teacher", WORLD, waiting, ask_again_s=0.01):
         assert notes == ["waiting"]
 
 
 def test_a_folder_that_its_holder_took_away_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkd.output.occupancy, "_ASK_AGAIN_S", 0.01)
     path = tmp_path / "teacher"
     path.mkdir()
     original = fcntl.flock
@@ -63,7 +60,7 @@ def test_a_folder_that_its_holder_took_away_is_made_again(
         path.rmdir()
 
     monkeypatch.setattr(fcntl, "flock", taken_away)
-    with occupied(path, WORLD, lambda: None):
+    with occupied(path, WORLD, lambda: None, ask_again_s=0.01):
         assert path.is_dir()
         with pytest.raises(BlockingIOError):
             fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)

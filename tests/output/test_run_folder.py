@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -134,7 +132,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert target.read_text() == "after"
 
 
-def test_a_kill_inside_a_write_leaves_the_old_file(tmp_path):
+def test_a_kill_inside_a_write_leaves_the_old_file(program, tmp_path):
     folder = create(tmp_path, out=tmp_path / "run")
     folder.write_text("summary.json", '{"old": true}')
     code = (
@@ -143,8 +141,7 @@ def test_a_kill_inside_a_write_leaves_the_old_file(tmp_path):
         "run_folder.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "folder.write_json('summary.json', {'new': True})\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(folder.path)], timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    program("-c", code, folder.path, code=-signal.SIGKILL, timeout=60)
     assert folder.summary() == {"old": True}
     folder.write_json("summary.json", {"new": True})
     assert os.listdir(folder.path) == ["summary.json"]
@@ -330,6 +327,7 @@ def test_the_comparison_fits_80_columns_with_all_its_numbers():
 def test_curves_become_a_png_without_touching_matplotlib_s_state(tmp_path):
     import matplotlib
 
+    # Reading rcParams["backend"] would choose one.
     backend = matplotlib.rcParams._get("backend")
     history = [{"epoch": e, "val_accuracy": e / 10, "train_loss": 1 / e} for e in (1, 2, 3)]
     history[1] = history[1] | {"val_accuracy": None}

@@ -27,8 +27,13 @@ from fastkd.training.trainer import Trainer
 # More of everything that has state: averaged weights, Adam's moments, micro-batches, a momentum
 # that is scheduled.
 RICH = (
-    *("ema=0.9", "accumulate=2", "optim.name=adamw", "optim.lr=0.003", "optim.schedule=onecycle"),
-    *("optim.clip_norm=1.0", "losses.kd.label_smoothing=0.1"),
+    "ema=0.9",
+    "accumulate=2",
+    "optim.name=adamw",
+    "optim.lr=0.003",
+    "optim.schedule=onecycle",
+    "optim.clip_norm=1.0",
+    "losses.kd.label_smoothing=0.1",
 )
 PICKED = ("augment.pick.criterion=kl", "augment.pick.images=16")
 SECOND_VIEWS = (*PICKED, "augment.xprime=randaugment", "losses.mixed_ce.weight=1")
@@ -37,34 +42,53 @@ STAGED = ("teacher.train=true", "teacher.weights=null", "baseline.lrs=0.05,0.1",
 COMPILED = ("compile=on", "epochs=1", "augment.xprime=none", "losses.kd.views=x")
 # One graph of the student alone: the least that inductor can be asked for.
 COMPILED_SMALL = (
-    *("compile=on", "epochs=1", "data.drop_last=true", "augment.xprime=none"),
-    *("teacher=null", "losses.kd=null", "losses.ce.weight=1"),
+    "compile=on",
+    "epochs=1",
+    "data.drop_last=true",
+    "augment.xprime=none",
+    "teacher=null",
+    "losses.kd=null",
+    "losses.ce.weight=1",
 )
 # 57 images: the last batch has 9, that is 5 and 4 on two ranks.
 UNEVEN = ("data.train_limit=57",)
 # No loss on the logits: the student's head gets no gradient.
 HEADLESS = (
-    *("losses.kd=null", "losses.at.weight=100", "losses.at.pairs.stage2=stage2"),
-    *("augment.xprime=none", "epochs=1"),
+    "losses.kd=null",
+    "losses.at.weight=100",
+    "losses.at.pairs.stage2=stage2",
+    "augment.xprime=none",
+    "epochs=1",
 )
 PROOF = (*UNEVEN, "losses.proof.weight=2", "losses.kd.views=x", "accumulate=4", "ema=0.9")
 CRD = (*UNEVEN, "losses.crd.weight=0.8", "losses.crd.negatives=20", "losses.crd.dim=8")
 # Two teachers of unlike size, normalisation and resolution, the losses of MEAL V2, no labels.
 MEAL_V2 = (
     *UNEVEN,
-    *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.weights=../other.safetensors"),
-    *("teacher.ensemble.0.mean=0.5,0.5,0.5", "teacher.ensemble.0.std=0.25,0.25,0.25"),
-    *("teacher.ensemble.0.resolution=12", "teacher.ensemble.0.min_accuracy=0"),
-    *("losses.kd=null", "losses.soft_ce.weight=1", "losses.discriminator.weight=1"),
-    *("augment.xprime=none", "optim.weight_decay=0.01", "optim.decay_norms=false"),
+    "teacher.ensemble.0.name=wrn_10_1",
+    "teacher.ensemble.0.weights=../other.safetensors",
+    "teacher.ensemble.0.mean=0.5,0.5,0.5",
+    "teacher.ensemble.0.std=0.25,0.25,0.25",
+    "teacher.ensemble.0.resolution=12",
+    "teacher.ensemble.0.min_accuracy=0",
+    "losses.kd=null",
+    "losses.soft_ce.weight=1",
+    "losses.discriminator.weight=1",
+    "augment.xprime=none",
+    "optim.weight_decay=0.01",
+    "optim.decay_norms=false",
 )
 # Two views, a pool that the student scores in every step, and banks.
 CRD_PICKED = (*CRD, "augment.pick.criterion=kl", "augment.pick.share=0.5")
 # The teacher's stages on the student's features, a schedule of its own.
 JOINTRD = (
-    *(*UNEVEN, "losses.kd=null", "augment.xprime=none", "losses.ce.weight=1"),
-    *("losses.jointrd.weight=1", "losses.jointrd.stages=stage1,stage2,stage3"),
-    *("losses.jointrd.eta_epochs=2",),
+    *UNEVEN,
+    "losses.kd=null",
+    "augment.xprime=none",
+    "losses.ce.weight=1",
+    "losses.jointrd.weight=1",
+    "losses.jointrd.stages=stage1,stage2,stage3",
+    "losses.jointrd.eta_epochs=2",
 )
 
 
@@ -119,7 +143,7 @@ def before_config() -> None:
 
 
 def before_summary() -> None:
-    """Die when everything is done but for saying so."""
+    """Die when everything is done except saying so."""
     tiny.at_call(RunFolder, "write_csv", 0, lambda *_: tiny.die())
 
 

@@ -1,4 +1,4 @@
-"""An artificial loss term that uses everything the contract offers; see issue "Step and trainer".
+"""An artificial loss term that uses everything the contract offers.
 
 A connector with a learning rate of its own, a head without weight decay, a batch norm, two banks
 (one of integers) that are alike on all ranks, a scheduled value, and a tap of each network on each

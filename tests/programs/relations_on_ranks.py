@@ -39,8 +39,8 @@ class Repeating(ResidentLoader):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
-            if self._plan.rank == self._plan.world_size - 1:
-                batch.index_N[-1] = int(self._plan.global_index(epoch, step)[0])
+            if self.plan.rank == self.plan.world_size - 1:
+                batch.index_N[-1] = int(self.plan.global_index(epoch, step)[0])
             yield batch
 
 
@@ -52,7 +52,7 @@ class InMicroOrder(ResidentLoader):
             ranks = torch.arange(len(batch.labels_N)).tensor_split(2)
             micros = zip(*(rows.tensor_split(2) for rows in ranks), strict=True)
             order = torch.cat([rows for micro in micros for rows in micro])
-            alone = self._plan.world_size == 1
+            alone = self.plan.world_size == 1
             if alone:
                 rows = (batch.images_NCHW, batch.labels_N, batch.index_N)
                 batch = Batch(*(tensor[order] for tensor in rows), global_size=batch.global_size)
@@ -101,7 +101,7 @@ def compiled(world: World) -> dict[str, Any]:
     """A relation and CRD in one graph, with the exchange between the ranks in it."""
     torch.manual_seed(0)
     trainer = make(world, Plain(), [crd(), PKT(PAIR)], num=48, lr=1e-3)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     unit = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
     banks = [f"terms.0.{bank}" for bank in CRD.banks]
     trainer.one_step.runner = wrap_ddp(unit, world, ignore_buffers=banks)

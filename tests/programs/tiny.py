@@ -201,7 +201,7 @@ def _record_fetches(target: Path) -> None:
     target.touch()
 
     def fetch(self: ResidentLoader, index_N: torch.Tensor, epoch: int) -> torch.Tensor:
-        if self._plan.train:
+        if self.plan.train:
             with target.open("a") as file:
                 file.write(json.dumps([epoch, index_N.tolist()]) + "\n")
         return original(self, index_N, epoch)

@@ -82,7 +82,7 @@ def make_trainer(
     output: Output | None = None,
     **plan: Any,
 ) -> Trainer:
-    """In fp32; the teacher by name, half as wide. plan: `Plan` but for what names the run."""
+    """In fp32; the teacher by name, half as wide. plan: `Plan` without what names the run."""
     given = {"stage": "test", "digest": "0" * 16, "seed": 0, "epochs": 1} | plan
     return build_trainer(
         Plan(**given),

@@ -58,9 +58,17 @@ def probe() -> dict[str, object]:
     before = {key: value.clone() for key, value in student.state_dict().items()}
     loaders = [DataLoader(data, 4, sampler=DistributedSampler(data)) for _ in range(2)]
     result = distill(
-        student, None, *loaders, epochs=2, losses=[BinaryCrossEntropy()], lr=0.1, device="cpu",
-        precision="fp32", compile="off", quiet=True,
-    )  # fmt: skip
+        student,
+        None,
+        *loaders,
+        epochs=2,
+        losses=[BinaryCrossEntropy()],
+        lr=0.1,
+        device="cpu",
+        precision="fp32",
+        compile="off",
+        quiet=True,
+    )
     state = result.student.state_dict()
     return {
         "moved": [key for key, value in state.items() if not torch.equal(value, before[key])],

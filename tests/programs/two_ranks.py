@@ -41,7 +41,7 @@ class Poisoned(ResidentLoader):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(super().epoch(epoch, start_step)):
-            if step == 1 and self._plan.rank == 1:
+            if step == 1 and self.plan.rank == 1:
                 batch.images_NCHW[0, 0, 0, 0] = float("nan")
             yield batch
 

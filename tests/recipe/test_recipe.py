@@ -258,7 +258,10 @@ def test_a_milestone_in_the_first_epoch_of_a_teacher_is_no_share_of_its_run():
 
 def test_the_schedule_of_a_teacher_follows_its_length():
     recipe = quickstart(
-        *("optim.schedule=multistep", "epochs=40", "teacher.epochs=20", "optim.warmup_epochs=4"),
+        "optim.schedule=multistep",
+        "epochs=40",
+        "teacher.epochs=20",
+        "optim.warmup_epochs=4",
         "optim.milestones=0.25,30,35",
     )
     lesson = recipe.as_teacher()

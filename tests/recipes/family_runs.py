@@ -85,7 +85,9 @@ class Workplace:
         )
         if not DATA:
             self.data: tuple[str, ...] = (
-                *("data.name=digits", "data.image_size=null", f"batch_size={300 // STEPS}"),
+                "data.name=digits",
+                "data.image_size=null",
+                f"batch_size={300 // STEPS}",
             )
             return
         # As many as 30 steps want: listing all 60,000 takes longer than a run.

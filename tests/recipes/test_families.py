@@ -42,8 +42,14 @@ TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 0.1
 UNSTEADY = dict.fromkeys(("at-G:4", "at-G:N:8", "at-G:N", "at-BG:2:4", "rkd", "jointrd"), 1e-2)
 UNSTEADY["no-shortcuts-G"] = 0.2
 CHOICES = (
-    *("augment.xprime", "augment.pick.criterion", "losses.jointrd.form", "losses.kd.standardize"),
-    *("losses.dkd.standardize", "losses.kd.xprime_target", "student.frozen", "student.new_head"),
+    "augment.xprime",
+    "augment.pick.criterion",
+    "losses.jointrd.form",
+    "losses.kd.standardize",
+    "losses.dkd.standardize",
+    "losses.kd.xprime_target",
+    "student.frozen",
+    "student.new_head",
 )
 
 
@@ -91,7 +97,7 @@ def test_nothing_that_recipes_use_is_without_a_family() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_recipes_ask_for_their_golden_training(workplace: Workplace, name: str) -> None:
-    """Rates, decay and schedule stand there as they are: 30 steps cannot tell all of them."""
+    """Rates, decay and schedule are in the file as they are: 30 steps cannot tell all of them."""
     assert workplace.run(name).asked == json.loads(GOLDEN.read_text())[name]["asked"]
 
 

@@ -4,11 +4,8 @@ CRD + TLCutMix + pick has two views, a pool that the student scores and banks; J
 student's features through the teacher. Both ranks are killed in the middle of the second epoch.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import pytest
 
 from fastkd.output.run_folder import RunFolder
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 # Scenario -> steps of the second epoch that were done, parts of the loss.
 FAMILIES = {
     "crd, tlcutmix and pick on two ranks": (1, ("kd", "kd_xprime", "ce", "crd")),
@@ -25,13 +21,11 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def found(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("families") / "runs"
-    command = [sys.executable, str(PROGRAM), str(folder), *FAMILIES]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads((folder / "found.json").read_text())
+    return folder, killed_runs(folder, *FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -23,7 +23,7 @@ STATED = {
     f"losses.kd.temperature {ATTENTION}",
     ("moonshine", "imagenet"): f"{SGD} {ATTENTION}",
     ("moonshine", "cityscapes"): f"losses.ce.weight {ATTENTION}",
-    # The numbers of section 5 are lost but for these.
+    # The numbers of section 5 are lost, except these.
     ("demystification", "*"): "epochs batch_size augment.pad_mode optim.schedule student.dropout "
     "teacher.dropout losses.ce.weight",
     ("kdda", "*"): "epochs batch_size data.image_size optim.lr optim.milestones optim.gamma "

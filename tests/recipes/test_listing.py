@@ -2,8 +2,6 @@
 
 import fnmatch
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -27,17 +25,14 @@ def test_the_overview_counts_by_paper_and_data_set(command):
     assert len(lines) < 50
 
 
-def test_the_overview_loads_nothing_heavy(tmp_path):
+def test_the_overview_loads_nothing_heavy(program, tmp_path):
     code = """
 import sys
 from fastkd.cli.commands import main
 assert main(["recipes"]) == 0
 heavy = "torch triton timm torchvision matplotlib sklearn numpy pydantic rich".split()
 assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)"""
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert (found.returncode, found.stderr) == (0, "")
+    assert program("-c", code, cwd=tmp_path).err == ""
 
 
 def test_a_list_has_the_papers_numbers_and_what_is_missing(command):

@@ -8,9 +8,7 @@ float64.
 import copy
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 DATA = os.environ.get("FASTKD_TEST_DATA")
 NAME = "meal_v2/imagenet/senet154+resnet152s--resnet50/224px"
 RECIPES = {name: entry for name, entry in all_recipes().items() if name.startswith("meal_v2/")}
@@ -145,19 +142,29 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     recipe = load_recipe(
         NAME,
         overrides=[
-            *(f"data.root={folder}", "data.image_size=64", "data.workers=0"),
-            *("batch_size=8", "epochs=2", "device=cpu", "precision=fp32", "compile=off"),
-            *("student.name=timm:test_byobnet", "student.pretrained=false"),
+            f"data.root={folder}",
+            "data.image_size=64",
+            "data.workers=0",
+            "batch_size=8",
+            "epochs=2",
+            "device=cpu",
+            "precision=fp32",
+            "compile=off",
+            "student.name=timm:test_byobnet",
+            "student.pretrained=false",
             f"student.weights={folder}/test_byobnet.safetensors",
-            *("teacher.name=timm:test_resnet", f"teacher.weights={folder}/test_resnet.safetensors"),
-            *("teacher.min_accuracy=0", "teacher.pretrained=false"),
+            "teacher.name=timm:test_resnet",
+            f"teacher.weights={folder}/test_resnet.safetensors",
+            "teacher.min_accuracy=0",
+            "teacher.pretrained=false",
             "teacher.ensemble.0.name=timm:test_efficientnet",
             f"teacher.ensemble.0.weights={folder}/test_efficientnet.safetensors",
-            *("teacher.ensemble.0.min_accuracy=0", "teacher.ensemble.0.pretrained=false"),
+            "teacher.ensemble.0.min_accuracy=0",
+            "teacher.ensemble.0.pretrained=false",
             "teacher.ensemble.0.resolution=80",
             f"teacher.ensemble.0.class_map={','.join(map(str, OTHER_ORDER))}",
         ],
-    )  # fmt: skip
+    )
     session = Session(World(0, 0, 1, torch.device("cpu"), None), Console(enabled=False), folder)
     data = open_recipe_data(recipe, session)
     nets = load_teacher(recipe.teacher, data)
@@ -285,11 +292,22 @@ def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
     recipe = load_recipe(
         f"{NAME}-cutmix",
         overrides=[
-            *("data.name=synthetic", "data.train_limit=32", "data.image_size=16", "batch_size=16"),
-            *("augment.crop=none", "epochs=1", "device=cpu", "precision=fp32", "compile=off"),
-            *("student.name=resnet8", "student.pretrained=false", "teacher.name=resnet8"),
-            *(f"teacher.weights={tmp_path}/0.safetensors", "teacher.pretrained=false"),
-            *("teacher.ensemble.0.name=wrn_10_1", "teacher.ensemble.0.pretrained=false"),
+            "data.name=synthetic",
+            "data.train_limit=32",
+            "data.image_size=16",
+            "batch_size=16",
+            "augment.crop=none",
+            "epochs=1",
+            "device=cpu",
+            "precision=fp32",
+            "compile=off",
+            "student.name=resnet8",
+            "student.pretrained=false",
+            "teacher.name=resnet8",
+            f"teacher.weights={tmp_path}/0.safetensors",
+            "teacher.pretrained=false",
+            "teacher.ensemble.0.name=wrn_10_1",
+            "teacher.ensemble.0.pretrained=false",
             f"teacher.ensemble.0.weights={tmp_path}/1.safetensors",
         ],
     )
@@ -317,13 +335,11 @@ def test_with_cutmix_the_student_sees_mixed_images_only(tmp_path: Path) -> None:
     assert row["train_loss"] == pytest.approx(row["train_soft_ce"] + row["train_discriminator"])
 
 
-def test_two_ranks_with_two_teachers_end_bit_identical_after_a_kill(tmp_path: Path) -> None:
+def test_two_ranks_with_two_teachers_end_bit_identical_after_a_kill(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     name = "meal_v2 on two ranks, before step 5"
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "runs"), name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "runs" / "found.json").read_text())[name]
+    found = killed_runs(tmp_path / "runs", name)[name]
     assert found["codes"] == [[-9, -9], [0, 0]], found["log"]
     assert "resumed tiny/kd at epoch 2 of 2, step 1 of 4" in found["log"]
     assert found["log"].count("the 2 teachers together: accuracy") == 1

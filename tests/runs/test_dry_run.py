@@ -9,8 +9,15 @@ import pytest
 import fastkd.data.sources.synthetic
 
 TINY = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "epochs=1",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
 ]
 TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
 

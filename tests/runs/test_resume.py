@@ -5,11 +5,8 @@ are children of programs/killed_runs.py, which says where each of them does. The
 epochs of 4 batches, the last of which is partial, and saves after every step.
 """
 
-import json
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import pytest
 
 from fastkd.data.loaders.plan import BatchPlan
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "killed_runs.py"
 STEPS = 4
 
 # Where the resumed process must go on: (epoch, step), both from 0; None: from the beginning.
@@ -61,14 +57,6 @@ COMPILED: dict[str, tuple[int, int] | None] = {
 }
 
 
-def kill_and_resume(folder: Path, names: list[str]) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), str(folder), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "found.json").read_text())
-
-
 def batches_from(epoch: int, step: int, *, epochs: int, num: int = 60) -> list[list[Any]]:
     """(epoch, sample ids) of every batch from there to the end of the run."""
     plan = BatchPlan("tiny", num, 16, seed=0, train=True, drop_last=False)
@@ -97,10 +85,12 @@ def check_same_end(found: dict[str, Any], at: tuple[int, int] | None, *, epochs:
 
 
 @pytest.fixture(scope="module")
-def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def eager(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     staged = [f"staged, before step {step}" for step in STAGED]
     names = [*RESUMED_AT, *staged, *STOPPED, "stopped in the teacher's last step"]
-    return kill_and_resume(tmp_path_factory.mktemp("eager"), names)
+    return killed_runs(tmp_path_factory.mktemp("eager"), *names, timeout=1500)
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
@@ -157,20 +147,32 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
 """
 
 
-def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path) -> None:
+def test_a_run_whose_terminal_is_closed_saves(program: Callable[..., Any], tmp_path: Path) -> None:
     words = (
-        *("data.name=synthetic", "data.train_limit=64", "batch_size=16", "student.name=resnet8"),
-        *("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="),
-        *("epochs=1000", "save_steps=1", "device=cpu", "compile=off", "out=run"),
+        "data.name=synthetic",
+        "data.train_limit=64",
+        "batch_size=16",
+        "student.name=resnet8",
+        "teacher=null",
+        "losses.kd=null",
+        "losses.ce.weight=1",
+        "baseline.lrs=",
+        "epochs=1000",
+        "save_steps=1",
+        "device=cpu",
+        "compile=off",
+        "out=run",
     )
-    run = subprocess.run([sys.executable, "-c", TERMINAL, *words], cwd=tmp_path, timeout=120)
     # Not -1, a death by the signal; nor 1, a write to what is no longer there.
-    assert run.returncode == 128 + signal.SIGHUP
+    saved = 128 + signal.SIGHUP
+    program("-c", TERMINAL, *words, code=saved, cwd=tmp_path, timeout=120)
 
 
 @pytest.mark.matrix
-def test_a_killed_compiled_run_ends_bit_identical(tmp_path: Path) -> None:
-    found = kill_and_resume(tmp_path, ["compiled student"])["compiled student"]
+def test_a_killed_compiled_run_ends_bit_identical(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = killed_runs(tmp_path, "compiled student", timeout=1500)["compiled student"]
     assert found["codes"] == [[-9], [0]], found["log"]
     assert "resumed tiny/kd at epoch 1 of 1, step 2 of 3" in found["log"]
     assert len(found["fetched"][0]) == 1
@@ -178,8 +180,10 @@ def test_a_killed_compiled_run_ends_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return kill_and_resume(tmp_path_factory.mktemp("compiled"), list(COMPILED))
+def compiled(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return killed_runs(tmp_path_factory.mktemp("compiled"), *COMPILED, timeout=1500)
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
-"""A sweep is one run per combination, goes on where it was broken off, and ends with one table."""
+"""A sweep is one run per combination, continues after an interruption, and ends with one table."""
 
 import csv
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -23,9 +21,19 @@ from fastkd.runs.sweep.table import different_teachers
 from fastkd.storage.weights import load_weights
 
 KEYS = [
-    *("data.name=synthetic", "data.train_limit=64", "student.name=resnet8", "student.width=0.5"),
-    *("batch_size=32", "epochs=1", "precision=fp32", "compile=off", "device=cpu"),
-    *("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="),
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "student.name=resnet8",
+    "student.width=0.5",
+    "batch_size=32",
+    "epochs=1",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "teacher=null",
+    "losses.kd=null",
+    "losses.ce.weight=1",
+    "baseline.lrs=",
 ]
 SWEEP = ["--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1"]
 
@@ -232,8 +240,12 @@ def test_over_seeds_there_is_mean_and_standard_deviation(command, tmp_path, monk
 
 
 TAUGHT = [
-    *(*KEYS[:9], "baseline.lrs=", "teacher.name=resnet8", "teacher.width=0.25"),
-    *("teacher.epochs=1", "teacher.min_accuracy=0"),
+    *KEYS[:9],
+    "baseline.lrs=",
+    "teacher.name=resnet8",
+    "teacher.width=0.25",
+    "teacher.epochs=1",
+    "teacher.min_accuracy=0",
 ]
 
 
@@ -359,11 +371,9 @@ def test_a_mistake_that_a_process_finds_is_told_once(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
+def test_ctrl_c_saves_all_runs_that_go_side_by_side(start, tmp_path):
     words = [*KEYS, "epochs=500", "--sweep", "seed=0;1;2", "--jobs", "2"]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.train", *words], cwd=tmp_path, stderr=subprocess.PIPE
-    )
+    sweep = start("-m", "fastkd.train", *words, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("runs/quickstart/*/last.pt"))) < 2:
         assert time.monotonic() < deadline
@@ -371,7 +381,7 @@ def test_ctrl_c_saves_all_runs_that_go_side_by_side(tmp_path):
     sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
-    assert said.decode().splitlines()[-1] == (
+    assert said.splitlines()[-1] == (
         "fastkd: stopped with 2 runs under way; run the same command again to resume the whole "
         "sweep"
     )

@@ -5,7 +5,6 @@ On real images where FASTKD_TEST_DATA has cifar10/ (a few hundred, as folders), 
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,12 +25,29 @@ from fastkd.training.trainer import Trainer
 DATA = os.environ.get("FASTKD_TEST_DATA")
 PROGRAMS = Path(__file__).parents[1] / "programs"
 KEYS = [
-    *("data.name=folder", "data.image_size=null", "epochs=3", "batch_size=20", "precision=fp32"),
-    *("compile=off", "device=cpu", "baseline.lrs=", "augment.crop=none", "augment.padding=0"),
-    *("optim.schedule=constant", "optim.weight_decay=1e-4", "data.mean=0.5,0.5,0.5"),
-    *("data.std=0.25,0.25,0.25", "student.width=null"),
+    "data.name=folder",
+    "data.image_size=null",
+    "epochs=3",
+    "batch_size=20",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "baseline.lrs=",
+    "augment.crop=none",
+    "augment.padding=0",
+    "optim.schedule=constant",
+    "optim.weight_decay=1e-4",
+    "data.mean=0.5,0.5,0.5",
+    "data.std=0.25,0.25,0.25",
+    "student.width=null",
 ]
 ALONE = ["teacher=null", "losses.kd=null", "losses.ce.weight=1"]
+TEACHER = [
+    "teacher.name=resnet8",
+    "teacher.train=true",
+    "teacher.epochs=1",
+    "teacher.min_accuracy=0",
+]
 START = ["student.name=resnet20", "student.weights=base", "student.new_head=true"]
 
 
@@ -82,11 +98,17 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("FASTKD_CACHE", str(folder / "cache"))
-        code = main([
-            "train", "quickstart", *KEYS, "data.root=ten", "optim.lr=0.02", "student.name=resnet20",
-            "teacher.name=resnet8", "teacher.train=true", "teacher.epochs=1",
-            "teacher.min_accuracy=0", "out=base",
-        ])  # fmt: skip
+        words = [
+            "train",
+            "quickstart",
+            *KEYS,
+            *TEACHER,
+            "data.root=ten",
+            "optim.lr=0.02",
+            "student.name=resnet20",
+            "out=base",
+        ]
+        code = main(words)
     assert code == 0
     return folder
 
@@ -184,11 +206,8 @@ def test_a_broken_run_goes_on_exactly(place, train, command, monkeypatch, frozen
 
 def test_a_probe_under_a_teacher(place, train):
     """The teacher of the five classes is a probe of the same backbone, trained first."""
-    teacher = [*("teacher.name=resnet8", "teacher.train=true", "teacher.epochs=1")]
-    said = train(
-        *START, *teacher, "student.frozen=backbone", "teacher.min_accuracy=0", "epochs=1",
-        "optim.lr=0.1", "out=taught",
-    )  # fmt: skip
+    probe = [*START, "student.frozen=backbone"]
+    said = train(*probe, *TEACHER, "epochs=1", "optim.lr=0.1", "out=taught")
     assert said.code == 0, said.err
     assert moved(place, "taught") == set()
     row = json.loads((place / "taught/metrics.jsonl").read_text())
@@ -207,8 +226,14 @@ def test_images_normalised_otherwise_are_noted(place, train):
         (["student.frozen=backbone"], "frozen=backbone keeps the layers of a trained network: set"),
         (["student.weights=base"], "student.new_head=true"),
         (
-            [*START, "student.frozen=backbone", "losses.at.weight=1", "teacher.weights=base",
-             "teacher.name=resnet20", "losses.at.pairs={stage1: stage1}"],
+            [
+                *START,
+                "student.frozen=backbone",
+                "losses.at.weight=1",
+                "teacher.weights=base",
+                "teacher.name=resnet20",
+                "losses.at.pairs={stage1: stage1}",
+            ],
             "student.frozen=backbone leaves losses.at nothing to teach: it uses stage1",
         ),
         (["student.frozen=head"], "student.frozen=head: expected one of backbone"),
@@ -217,7 +242,7 @@ def test_images_normalised_otherwise_are_noted(place, train):
             "teacher.new_head is for a teacher trained by this recipe",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_said(place, train, words, sentence):
     alone = ALONE if not any(word.startswith("teacher.") for word in words) else []
     said = train(*alone, "student.name=resnet20", *words)
@@ -235,12 +260,21 @@ def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch, data
     others = fastkd.create_model("torchvision:resnet18", 1000)
     torch.save({"state_dict": nn.DataParallel(others).state_dict()}, place / "released.pth")
     said = command(
-        "train", f"transfer/{dataset}/resnet50-meal_v2/linear", f"data.root={root}",
+        "train",
+        f"transfer/{dataset}/resnet50-meal_v2/linear",
+        f"data.root={root}",
         f"out=named-{root}",
-        "student.name=timm:resnet18", "student.weights=released.pth", "data.image_size=40",
-        "data.train_limit=40", "batch_size=16", "epochs=1", "device=cpu", "compile=off",
-        "precision=fp32", "data.workers=0",
-    )  # fmt: skip
+        "student.name=timm:resnet18",
+        "student.weights=released.pth",
+        "data.image_size=40",
+        "data.train_limit=40",
+        "batch_size=16",
+        "epochs=1",
+        "device=cpu",
+        "compile=off",
+        "precision=fp32",
+        "data.workers=0",
+    )
     assert said.code == 0, said.err
     assert "tensors from released.pth; new: fc (" in said.out
     assert f"only fc ({classes} classes) is trained" in said.out
@@ -289,12 +323,9 @@ def test_torchvisions_retinanet_takes_the_backbone(place, train, name):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
+def on_ranks(program, tmp_path_factory):
     target = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, str(PROGRAMS / "transfer_ranks.py"), str(target)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program("transfer_ranks.py", target)
     return torch.load(target)
 
 

@@ -183,11 +183,23 @@ def save(path: Path, name: str, num_classes: int = 10, **options: Any) -> nn.Mod
 
 
 TINY = (
-    *("quickstart", "data.name=synthetic", "data.train_limit=64", "data.image_size=16"),
-    *("batch_size=32", "epochs=1", "student.width=0.5", "precision=fp32", "compile=off"),
-    *("device=cpu", "baseline.lrs=", "teacher.train=false", "teacher.min_accuracy=0"),
-    *("teacher.weights=one.safetensors", "teacher.ensemble.0.weights=two.safetensors"),
-    *("teacher.ensemble.0.name=resnet8", "teacher.ensemble.0.min_accuracy=0"),
+    "quickstart",
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "data.image_size=16",
+    "batch_size=32",
+    "epochs=1",
+    "student.width=0.5",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "baseline.lrs=",
+    "teacher.train=false",
+    "teacher.min_accuracy=0",
+    "teacher.weights=one.safetensors",
+    "teacher.ensemble.0.weights=two.safetensors",
+    "teacher.ensemble.0.name=resnet8",
+    "teacher.ensemble.0.min_accuracy=0",
 )
 
 
@@ -205,7 +217,8 @@ def test_every_member_is_evaluated_and_then_all_together(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())["teacher"]
     one, two = summary["members"]
     assert (one["name"], two["name"], summary["name"]) == (
-        *("wrn_16_2", "resnet8"),
+        "wrn_16_2",
+        "resnet8",
         "wrn_16_2 + resnet8",
     )
     assert summary["params"] == one["params"] + two["params"]
@@ -231,8 +244,10 @@ def test_members_are_trained_first_where_they_ask_for_it(
 ) -> None:
     save(tmp_path / "one.safetensors", "wrn_16_2")
     trained = (
-        *("teacher.ensemble.0.weights=null", "teacher.ensemble.0.train=true"),
-        *("teacher.ensemble.0.epochs=2", "teacher.ensemble.0.width=0.5"),
+        "teacher.ensemble.0.weights=null",
+        "teacher.ensemble.0.train=true",
+        "teacher.ensemble.0.epochs=2",
+        "teacher.ensemble.0.width=0.5",
     )
     dry = command("train", "--dry-run", *TINY, *trained)
     assert (dry.code, dry.err) == (0, "")

@@ -20,10 +20,14 @@ def ensemble_of(*keys: str) -> Any:
 
 
 def test_members_are_added_and_changed_by_their_number(tmp_path: Path) -> None:
-    recipe = ensemble_of(*SECOND, "teacher.ensemble.1.name=timm:resnet18.tv_in1k",
-                         "teacher.ensemble.1.pretrained=true",
-                         "teacher.ensemble.0.precision=fp32", "teacher.ensemble.0.compile=off",
-                         "teacher.ensemble.0.class_map=3")  # fmt: skip
+    recipe = ensemble_of(
+        *SECOND,
+        "teacher.ensemble.1.name=timm:resnet18.tv_in1k",
+        "teacher.ensemble.1.pretrained=true",
+        "teacher.ensemble.0.precision=fp32",
+        "teacher.ensemble.0.compile=off",
+        "teacher.ensemble.0.class_map=3",
+    )
     first, second = recipe.teacher.ensemble
     assert (first.name, first.weights, first.precision) == ("resnet8", "b.pt", "fp32")
     assert (first.compile, first.class_map) == ("off", (3,))
@@ -88,13 +92,19 @@ def test_members_are_added_and_changed_by_their_number(tmp_path: Path) -> None:
         (("teacher.ensemble=resnet8",), "teacher.ensemble=resnet8: expected a list such as [{na"),
         (
             # Neither how it computes nor what it would have learned in makes it another.
-            (*SECOND, "teacher.name=resnet8", "teacher.weights=b.pt", "teacher.epochs=null",
-             "teacher.precision=fp32", "teacher.compile=on"),
+            (
+                *SECOND,
+                "teacher.name=resnet8",
+                "teacher.weights=b.pt",
+                "teacher.epochs=null",
+                "teacher.precision=fp32",
+                "teacher.compile=on",
+            ),
             "teacher.ensemble.0 is teacher again (resnet8, the same weights): an ensemble "
             "needs another network or other weights",
         ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_the_member(keys: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         ensemble_of(*keys)

@@ -22,9 +22,19 @@ from fastkd.teachers.loading import load_teacher, prove_teacher
 
 PLACEMENT = Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu"))
 TINY = (
-    *("quickstart", "data.name=synthetic", "data.train_limit=64", "data.image_size=16"),
-    *("batch_size=32", "epochs=1", "student.width=0.5", "precision=fp32", "compile=off"),
-    *("device=cpu", "baseline.lrs=", "teacher.train=false", "teacher.min_accuracy=0"),
+    "quickstart",
+    "data.name=synthetic",
+    "data.train_limit=64",
+    "data.image_size=16",
+    "batch_size=32",
+    "epochs=1",
+    "student.width=0.5",
+    "precision=fp32",
+    "compile=off",
+    "device=cpu",
+    "baseline.lrs=",
+    "teacher.train=false",
+    "teacher.min_accuracy=0",
 )
 
 

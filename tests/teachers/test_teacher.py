@@ -232,8 +232,14 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
     recipe = load_recipe(
         "quickstart",
         overrides=[
-            *("data.name=synthetic", "data.train_limit=64", "batch_size=32", "epochs=1"),
-            *("student.width=0.5", "precision=fp32", "compile=off", "device=cpu"),
+            "data.name=synthetic",
+            "data.train_limit=64",
+            "batch_size=32",
+            "epochs=1",
+            "student.width=0.5",
+            "precision=fp32",
+            "compile=off",
+            "device=cpu",
         ],
     )
     session = Session(WORLD, Console(enabled=False), tmp_path)

@@ -49,15 +49,22 @@ def test_memory_of_an_item_is_taken_back_only_after_its_use(monkeypatch):
             log.append(f"made {number}")
             yield number
 
-    def use(number):
-        log.append(f"used {number}")
-
-    for number in run_ahead(items(), torch.device("cuda"), lambda device: side):
-        use(number)
+    made = run_ahead(items(), torch.device("cuda"), lambda device: side)
+    log.extend(f"used {number}" for number in made)
     assert log == [
-        *("side waits for main", "made 0", "made 1", "main waits for item 0", "used 0"),
-        *("side waits for main", "made 2", "main waits for item 1", "used 1"),
-        *("side waits for main", "main waits for item 2", "used 2", "side waits for main"),
+        "side waits for main",
+        "made 0",
+        "made 1",
+        "main waits for item 0",
+        "used 0",
+        "side waits for main",
+        "made 2",
+        "main waits for item 1",
+        "used 1",
+        "side waits for main",
+        "main waits for item 2",
+        "used 2",
+        "side waits for main",
     ]
 
 

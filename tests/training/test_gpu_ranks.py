@@ -4,58 +4,51 @@ NCCL wants a GPU for each rank: more than one is for a machine with several.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-PROGRAM = Path(__file__).parents[1] / "programs" / "gpu_ranks.py"
 
 
-def run(backend: str, device: torch.device, ranks: int, compiled: bool) -> list[dict[str, Any]]:
+@pytest.fixture
+def run(ranks: Callable[..., list[Any]]) -> Callable[..., list[dict[str, Any]]]:
     """What each rank printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, backend, str(device)],
-            env={**os.environ, **group, "RANK": str(rank), "COMPILED": str(int(compiled))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    told = [process.communicate(timeout=240) for process in started]
-    for process, (out, error) in zip(started, told, strict=True):
-        assert process.returncode == 0, out[-1000:] + error[-3000:]
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in told]
+
+    def run(backend: str, device: torch.device, num: int, compiled: bool) -> list[dict[str, Any]]:
+        # All ranks on the one GPU.
+        place = {"LOCAL_RANK": "0", "COMPILED": str(int(compiled))}
+        told = ranks(num, "gpu_ranks.py", backend, str(device), **place)
+        return [json.loads(said.out.strip().splitlines()[-1]) for said in told]
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("backend", "ranks", "compiled"), [("nccl", 1, True), ("gloo", 2, False)], ids=str
+    ("backend", "num", "compiled"), [("nccl", 1, True), ("gloo", 2, False)], ids=str
 )
-def test_ranks_train_alike(backend: str, ranks: int, compiled: bool, device: torch.device) -> None:
+def test_ranks_train_alike(
+    run: Callable[..., list[dict[str, Any]]],
+    backend: str,
+    num: int,
+    compiled: bool,
+    device: torch.device,
+) -> None:
     """DDP hands the same weights to all; compiled, its step is captured where the device can."""
     if device.type == "cpu":
         backend = "gloo"
-    found = run(backend, device, ranks, compiled)
+    found = run(backend, device, num, compiled)
     for rank in found:
         assert rank["same"]
         assert rank["skipped"] == 0
-        assert rank["rows"] == 16 // ranks
+        assert rank["rows"] == 16 // num
         assert rank["loss"] == found[0]["loss"]
 
 
 def test_one_of_eight_ranks_needs_no_more_memory_than_a_run_of_its_own(
+    run: Callable[..., list[dict[str, Any]]],
     device: torch.device,
 ) -> None:
     """Its share of a batch, and DDP's buckets in place of the gradients."""

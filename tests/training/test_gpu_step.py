@@ -105,7 +105,7 @@ def mean_loss(made: Trainer) -> float:
 
 @pytest.mark.parametrize("picks", [False, True], ids=["kd", "tlcutmix+pick"])
 def test_a_step_never_waits_breaks_or_compiles_anew(picks: bool, device: torch.device) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     made = trainer(device, picks=picks)
     epoch(made, 0, device)  # compiles, records the graphs
@@ -123,7 +123,7 @@ def test_a_step_never_waits_breaks_or_compiles_anew(picks: bool, device: torch.d
 
 def test_another_batch_size_costs_one_graph_per_unit(device: torch.device) -> None:
     """The last batch of an epoch is smaller; the second epoch compiles nothing."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     made = trainer(device, num=2 * BATCH + 6, drop_last=False)
     epoch(made, 0, device)
@@ -144,7 +144,7 @@ def test_compiled_and_captured_steps_train_like_eager_ones(
         return
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         made = trainer(device, precision=precision, compiled=compiled)
         losses[compiled] = []
         for number in range(3):
@@ -159,7 +159,7 @@ def test_compiled_and_captured_steps_train_like_eager_ones(
 
 
 def test_a_bad_batch_leaves_everything_as_it_was(device: torch.device) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     made = trainer(device)
     epoch(made, 0, device)
     state = {name: x.clone() for name, x in made.step.state_dict().items()}

@@ -45,9 +45,9 @@ def test_a_run_without_a_good_step_has_failed(tmp_path: Path) -> None:
         train({0, 1}, out=tmp_path / "run")
     assert failed.value.exit_code == 1
     assert not (tmp_path / "run" / "summary.json").exists()
-    # With images that are mended it goes on where it stood.
-    mended = train(set(), out=tmp_path / "run", resume=True)
-    assert mended.metrics["skipped_steps"] == 2
+    # With good images it continues where it stood.
+    resumed = train(set(), out=tmp_path / "run", resume=True)
+    assert resumed.metrics["skipped_steps"] == 2
 
 
 def test_an_epoch_without_a_good_step_has_no_loss(tmp_path: Path) -> None:
@@ -61,9 +61,18 @@ def test_an_epoch_without_a_good_step_has_no_loss(tmp_path: Path) -> None:
 
 
 def test_the_command_ends_with_code_1(command: Callable[..., Any], tmp_path: Path) -> None:
-    words = ("device=cpu", "compile=off", "epochs=1", "data.train_limit=64", "teacher=null",
-             "optim.lr=1e38", "losses.kd=null", "losses.ce.weight=1e38", "baseline.lrs=",
-             "out=run")  # fmt: skip
+    words = [
+        "device=cpu",
+        "compile=off",
+        "epochs=1",
+        "data.train_limit=64",
+        "teacher=null",
+        "optim.lr=1e38",
+        "losses.kd=null",
+        "losses.ce.weight=1e38",
+        "baseline.lrs=",
+        "out=run",
+    ]
     said = command("train", "quickstart", *words)
     assert said.code == 1
     assert "nothing was learned: every step (1) had" in said.err

@@ -54,10 +54,18 @@ def test_a_step_computes_what_the_arithmetic_says(method: str) -> None:
     recipe = load_recipe(
         "quickstart",
         overrides=[
-            *("data.name=synthetic", "data.train_limit=64", f"batch_size={BATCH}", "compile=off"),
-            *("precision=fp32", "student.name=wrn_10_1", "teacher.name=resnet20"),
-            *("teacher.width=null", "student.width=null", "augment.xprime=cutmix"),
-            *("losses.kd.views=x,xprime", *KEYS[method]),
+            "data.name=synthetic",
+            "data.train_limit=64",
+            f"batch_size={BATCH}",
+            "compile=off",
+            "precision=fp32",
+            "student.name=wrn_10_1",
+            "teacher.name=resnet20",
+            "teacher.width=null",
+            "student.width=null",
+            "augment.xprime=cutmix",
+            "losses.kd.views=x,xprime",
+            *KEYS[method],
         ],
     )
     world = World(0, 0, 1, torch.device("cpu"), None)

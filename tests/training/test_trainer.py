@@ -279,7 +279,7 @@ GRAPHS: dict[str, tuple[str, Loss]] = {
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     student, terms = GRAPHS[name]
     trainer = make(student, terms(), xprime="cutmix")
     prepared = next(trainer.prepare(0))
@@ -322,7 +322,7 @@ def test_a_run_compiles_once_per_batch_shape(drop_last: bool) -> None:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     trainer = make(
         "resnet8",
         [KD(views=("x", "xprime")), Scheduled()],

@@ -4,13 +4,12 @@ programs/two_ranks.py looks at trainers from inside, programs/killed_runs.py kil
 resumes whole runs; here their findings are judged. torchrun itself starts one run.
 """
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,6 @@ from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.storage.weights import load_weights
 
-PROGRAMS = Path(__file__).parents[1] / "programs"
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
 # Where the resumed ranks go on: (epoch, step), both from 0.
 RESUMED_AT = {
     "two ranks, before step 3": (0, 3),
@@ -46,24 +42,21 @@ RESUMED_AT = {
 }
 
 
-def program(name: str, *words: str) -> None:
-    command = [sys.executable, str(PROGRAMS / name), *words]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
-def inside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def inside(
+    program: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     target = tmp_path_factory.mktemp("inside") / "found.pt"
-    program("two_ranks.py", str(target))
+    program("two_ranks.py", target)
     return torch.load(target)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(
+    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
-    program("killed_runs.py", str(folder), *RESUMED_AT, "headless on two ranks")
-    return json.loads((folder / "found.json").read_text())
+    return killed_runs(folder, *RESUMED_AT, "headless on two ranks")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +234,9 @@ def test_views_are_those_of_one_process(kind: str, ranks: int) -> None:
         assert not torch.equal(expected["x"], expected["xprime"])
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 def recipe(folder: Path, **changes: Any) -> list[str]:
     values: dict[str, Any] = {
         **{"name": "tiny/ce", "epochs": 2, "batch_size": 16, "compile": "off", "device": "cpu"},
@@ -249,28 +245,13 @@ def recipe(folder: Path, **changes: Any) -> list[str]:
         "losses": {"ce": {"weight": 1.0}},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
-    return ["-m", "fastkd.train", "--config", "recipe.yaml"]
+    return [*TORCHRUN, "-m", "fastkd.train", "--config", "recipe.yaml"]
 
 
-def torchrun(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    place = ["--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *place, *arguments],
-        cwd=folder,
-        env=ONE_THREAD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_torchrun_trains(tmp_path: Path) -> None:
-    run = torchrun(tmp_path, [*recipe(tmp_path), "out=run"])
-    said, complaints = run.communicate(timeout=300)
-    assert run.returncode == 0, said + complaints
-    assert said.count("run folder run\n") == 1
-    assert said.count("tiny/ce  epoch 2/2") == 1
+def test_torchrun_trains(program: Callable[..., Any], tmp_path: Path) -> None:
+    said = program(*recipe(tmp_path), "out=run", cwd=tmp_path)
+    assert said.out.count("run folder run\n") == 1
+    assert said.out.count("tiny/ce  epoch 2/2") == 1
     tensors, facts = load_weights(tmp_path / "run")
     assert facts["architecture"] == "resnet8"
     assert tensors["fc.weight"].shape == (10, 32)
@@ -294,9 +275,11 @@ def test_what_only_one_rank_meets_it_says_itself(inside: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(
+    start: Callable[..., subprocess.Popen[str]], program: Callable[..., Any], tmp_path: Path
+) -> None:
     arguments = [*recipe(tmp_path, epochs=60), "out=run"]
-    run = torchrun(tmp_path, arguments)
+    run = start(*arguments, cwd=tmp_path, own_group=True)
     deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "last.pt").exists():
         assert time.monotonic() < deadline
@@ -311,7 +294,5 @@ def test_ctrl_c_in_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     progress = state["progress"]
     assert (progress["epoch"] + 1, progress["step"]) == tuple(map(int, stopped[0]))
-    go_on = torchrun(tmp_path, [*arguments, "--resume", "auto"])
-    said, complaints = go_on.communicate(timeout=300)
-    assert go_on.returncode == 0, said + complaints
-    assert f"resumed tiny/ce at epoch {stopped[0][0]} of 60" in said
+    said = program(*arguments, "--resume", "auto", cwd=tmp_path)
+    assert f"resumed tiny/ce at epoch {stopped[0][0]} of 60" in said.out

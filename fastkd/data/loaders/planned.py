@@ -76,7 +76,7 @@ class PlannedLoader(ABC):
         self, source: ImageSource, loading: Loading, views: SecondViews | None = None
     ) -> None:
         self._loading = loading
-        self._plan = loading.plan(source)
+        self.plan = loading.plan(source)
         self._device = loading.placement.device
         self._normalize = loading.normalizer
         self._labels_N = torch.from_numpy(source.labels_N)
@@ -87,12 +87,12 @@ class PlannedLoader(ABC):
     @property
     def num_samples(self) -> int:
         """Samples in the split, over all ranks."""
-        return self._plan.num_samples
+        return self.plan.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch."""
-        return self._plan.steps_per_epoch
+        return self.plan.steps_per_epoch
 
     @property
     def labels_N(self) -> Tensor:
@@ -105,7 +105,7 @@ class PlannedLoader(ABC):
         Raises:
             ValueError: start_step is outside the epoch (its end is allowed and yields nothing).
         """
-        parts = self._plan.parts(start_step)
+        parts = self.plan.parts(start_step)
         return self._completed(epoch, parts)
 
     @abstractmethod
@@ -122,15 +122,15 @@ class PlannedLoader(ABC):
 
     def _completed(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         for part, batch in zip(parts, self._batches(epoch, parts), strict=True):
-            step = part.start // self._plan.batch_size
-            batch = batch._replace(global_size=self._plan.global_size(step))
+            step = part.start // self.plan.batch_size
+            batch = batch._replace(global_size=self.plan.global_size(step))
             if self._partners is not None:
                 batch = batch._replace(second_NCHW=self._shown(self._partners, epoch, step))
             yield batch
 
     def _shown(self, partners: Partners, epoch: int, step: int) -> Tensor:
         """The images that this rank's part of the global batch is mixed with."""
-        index_N, mine = self._plan.global_index(epoch, step), self._plan.rank_part(step)
+        index_N, mine = self.plan.global_index(epoch, step), self.plan.rank_part(step)
         shown = [
             self.fetch(torch.from_numpy(index_N[partner_N][mine]), epoch)
             for partner_N in partners.draw(epoch, step, len(index_N))

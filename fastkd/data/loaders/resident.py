@@ -74,7 +74,7 @@ class ResidentLoader(PlannedLoader):
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
-        order = self._plan.order(epoch)
+        order = self.plan.order(epoch)
         order_N = to_device(order, self._device)
         for part in parts:
             index_N = order_N[part]
@@ -95,6 +95,6 @@ class ResidentLoader(PlannedLoader):
         host_N = torch.from_numpy(ids_N)
         pictures_NHWC = self._host_images_NHWC.index_select(0, host_N)
         crops_NHWC = self._host_tables.crop(pictures_NHWC, host_N, epoch)
-        seed, num = self._plan.seed, self._plan.num_samples
+        seed, num = self.plan.seed, self.plan.num_samples
         more_NHWC = second.of(crops_NHWC, ids_N, epoch, seed=seed, num_samples=num)
         return to_device(more_NHWC.numpy(), self._device)

@@ -171,7 +171,7 @@ class TorchLoader(PlannedLoader):
         self._workers = workers
         self._view = _View(image_size, crop, loading.train, geometry.flip, loading.seed)
         cut = NO_GEOMETRY if crop == "resized" else geometry
-        num = self._plan.num_samples
+        num = self.plan.num_samples
         self._tables = GeometryTables(cut, loading.seed, num, self._device)
         self._threads: ThreadPoolExecutor | None = None
         self._keys = _Keys()
@@ -217,7 +217,7 @@ class TorchLoader(PlannedLoader):
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
-        order_N = self._plan.order(epoch)
+        order_N = self.plan.order(epoch)
         self._keys.keys = [(epoch, order_N[part]) for part in parts]
         for pixels in self._loader:
             if isinstance(pixels, str):
