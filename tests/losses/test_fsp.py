@@ -77,8 +77,8 @@ def test_what_does_not_fit_is_an_error() -> None:
         FSP({"stage1": "stage1"})
     maps = [torch.zeros(2, c, 4, 4) for c in (3, 5)]
     message = (
-        "but x/student/stage1 has 5 channels and x/teacher/stage1 has 7: pair taps of equal width, or "
-        "use losses.fitnet"
+        "but x/student/stage1 has 5 channels and x/teacher/stage1 has 7: pair taps of equal width, "
+        "or use losses.fitnet"
     )
     with pytest.raises(UserError, match=message):
         fsp(maps, [maps[0], torch.zeros(2, 7, 4, 4)])
