@@ -192,7 +192,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             placement=placement,
             output=Output(console=Console(enabled=world.is_main and not quiet)),
         )
-        # Made only now: what does not fit leaves no folder, and takes away none of the user's.
+        # Made only now: a mistake found above creates no folder and deletes none of the user's.
         folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
         if folder is not None:
             stack.enter_context(occupied(folder.path, world))

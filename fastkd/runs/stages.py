@@ -77,7 +77,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         occupied(folder.path, session.world),
         tidy(folder, session.root, session.world),
     ):
-        # Under the lock: until then another process may have gone on with this run.
+        # Under the lock: until then another process may have continued this run.
         checkpoint = open_checkpoint(folder, identity.digest, session.world) if resumed else None
         teachers, teacher_summary = prove_teacher(
             recipe.teacher,

@@ -38,13 +38,13 @@ from fastkd.training.matching import (
     refuse_unknown_taps,
     shapes_of_needs,
 )
-from fastkd.training.one_step import OneStep
 from fastkd.training.optim import build_optimizer, spare_norms
 from fastkd.training.progress import Plan
 from fastkd.training.schedules import Schedule
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 from fastkd.training.step import DistillStep, needed_taps
 from fastkd.training.trainer import Trainer
+from fastkd.training.update import Update
 
 __all__ = ["build_trainer", "decide_compile"]
 
@@ -95,7 +95,7 @@ def build_trainer(
         world_size=world.size,
         ignore_buffers=banks,
     )
-    one_step = OneStep(
+    update = Update(
         plan=plan,
         world=world,
         runner=runner,
@@ -120,7 +120,7 @@ def build_trainer(
         views=views,
         teacher=teacher,
         student=student,
-        one_step=one_step,
+        update=update,
         folder=output.folder,
         console=output.console,
     )

@@ -50,9 +50,9 @@ from fastkd.training.ema import EMA
 from fastkd.training.epoch_end import summary_of, sync_statistics, training_row
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
-from fastkd.training.one_step import OneStep
 from fastkd.training.progress import Plan, Progress
 from fastkd.training.step import DistillStep, Prepared
+from fastkd.training.update import Update
 
 __all__ = ["Trainer"]
 
@@ -79,7 +79,7 @@ class Trainer:
     # The step.
     student: nn.Module
     """The network itself, neither compiled nor wrapped."""
-    one_step: OneStep
+    update: Update
     """A prepared batch -> updated weights."""
 
     # Results.
@@ -90,7 +90,7 @@ class Trainer:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
 
-    # Parts of `one_step` that the loop also evaluates, saves or reports.
+    # Parts of `update` that the loop also evaluates, saves or reports.
     step: DistillStep = field(init=False)
     """Student and losses as one module."""
     terms: list[LossTerm] = field(init=False)
@@ -105,18 +105,18 @@ class Trainer:
     """fp64 sums over the epoch's good steps on this rank, in the order of `metric_names`."""
 
     def __post_init__(self) -> None:
-        self.step = self.one_step.step
-        self.terms = self.one_step.terms
-        self.optimizer = self.one_step.optimizer
-        self.guard = self.one_step.guard
-        self.ema = self.one_step.ema
-        self.metric_names = self.one_step.metric_names
-        self.totals_M = self.one_step.totals_M
+        self.step = self.update.step
+        self.terms = self.update.terms
+        self.optimizer = self.update.optimizer
+        self.guard = self.update.guard
+        self.ema = self.update.ema
+        self.metric_names = self.update.metric_names
+        self.totals_M = self.update.totals_M
 
     @property
     def runner(self) -> nn.Module:
         """Student and losses as they run: compiled, wrapped by DDP."""
-        return self.one_step.runner
+        return self.update.runner
 
     @property
     def world(self) -> World:
@@ -184,7 +184,7 @@ class Trainer:
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""
-        self.one_step(prepared, epoch, step)
+        self.update(prepared, epoch, step)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best, write one row, save."""
@@ -254,7 +254,7 @@ class Trainer:
             "terms": TermStates(self.terms),
             "optimizer": self.optimizer,
             "guard": self.guard,
-            "scaler": self.one_step.scaler,
+            "scaler": self.update.scaler,
             "ema": self.ema,
             "totals": SumsOverRanks(self.totals_M, self.world),
             "history": Rows(self.history),

@@ -151,7 +151,7 @@ def build(
 
 def inputs_of(trainer: Trainer, prepared: Prepared) -> tuple[Any, ...]:
     views, batch, targets = prepared.views, prepared.batch, prepared.targets
-    scheduled = trainer.one_step.scheduled(0.0)
+    scheduled = trainer.update.scheduled(0.0)
     return views, batch.labels_N, batch.index_N, targets, scheduled
 
 
@@ -253,9 +253,9 @@ def test_schedules_stretch_with_the_epochs() -> None:
     short = build(DKD(), JointRD(STAGES), epoch_factor=0.05)
     long = build(DKD(), JointRD(STAGES))
     for epoch in (0.0, 0.15, 1.0, 3.0, 7.0):
-        assert short.one_step.scheduled(epoch) == long.one_step.scheduled(20 * epoch)
-    assert short.one_step.scheduled(3.0)["jointrd"]["eta"] == 0.5
-    assert short.one_step.scheduled(1.0)["dkd"]["warmup"] == 1
+        assert short.update.scheduled(epoch) == long.update.scheduled(20 * epoch)
+    assert short.update.scheduled(3.0)["jointrd"]["eta"] == 0.5
+    assert short.update.scheduled(1.0)["dkd"]["warmup"] == 1
 
 
 def test_simkd_evaluates_and_keeps_projector_and_teacher_head() -> None:

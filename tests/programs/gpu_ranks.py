@@ -38,7 +38,7 @@ def main(backend: str, device: torch.device) -> None:
     made = trainer(device, compiled=os.environ.get("COMPILED") == "1", world=world)
     if size == 1:
         # One rank needs no wrapper; here it is what is tried.
-        made.one_step.runner = DistributedDataParallel(
+        made.update.runner = DistributedDataParallel(
             made.runner,
             device_ids=[0] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,

@@ -104,7 +104,7 @@ def compiled(world: World) -> dict[str, Any]:
     torch.compiler.reset()
     unit = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
     banks = [f"terms.0.{bank}" for bank in CRD.banks]
-    trainer.one_step.runner = wrap_ddp(unit, world, ignore_buffers=banks)
+    trainer.update.runner = wrap_ddp(unit, world, ignore_buffers=banks)
     return train(trainer)
 
 

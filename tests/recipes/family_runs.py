@@ -222,7 +222,7 @@ def measured(trainer: Trainer) -> dict[str, Numbers]:
     student = [p for p in step.student.parameters() if p.requires_grad]
 
     def measuring(*arguments: Any) -> StepOutput:
-        trainer.one_step.runner = runner
+        trainer.update.runner = runner
         state = {key: value.clone() for key, value in step.state_dict().items()}
         weights = {term.name: term.weights for term in trainer.terms}
         for part in step.part_names:
@@ -243,7 +243,7 @@ def measured(trainer: Trainer) -> dict[str, Numbers]:
             term.weights = weights[term.name]
         return runner(*arguments)
 
-    trainer.one_step.runner = measuring  # type: ignore[assignment]
+    trainer.update.runner = measuring  # type: ignore[assignment]
     return found
 
 

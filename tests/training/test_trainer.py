@@ -284,12 +284,12 @@ def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
     trainer = make(student, terms(), xprime="cutmix")
     prepared = next(trainer.prepare(0))
     views, batch, targets = prepared.views, prepared.batch, prepared.targets
-    scheduled = trainer.one_step.scheduled(0.5)
+    scheduled = trainer.update.scheduled(0.5)
     arguments = (views, batch.labels_N, batch.index_N, targets, scheduled)
     state = copy.deepcopy(trainer.step.state_dict())
     eager = trainer.step(*arguments)
     eager.loss.backward()
-    gradients = [p.grad.clone() for p in trainer.one_step.trained if p.grad is not None]
+    gradients = [p.grad.clone() for p in trainer.update.trained if p.grad is not None]
     trainer.step.load_state_dict(state)
     trainer.step.zero_grad()
     unit = torch.compile(trainer.step, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -297,7 +297,7 @@ def test_step_is_one_graph_with_the_same_loss(name: str) -> None:
     out.loss.backward()
     torch.testing.assert_close(out.loss, eager.loss)
     torch.testing.assert_close(out.metrics_M, eager.metrics_M)
-    for parameter, gradient in zip(trainer.one_step.trained, gradients, strict=True):
+    for parameter, gradient in zip(trainer.update.trained, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
@@ -332,7 +332,7 @@ def test_a_run_compiles_once_per_batch_shape(drop_last: bool) -> None:
         ema=0.9,
         plan={"epochs": 3},
     )
-    trainer.one_step.runner = torch.compile(
+    trainer.update.runner = torch.compile(
         trainer.step, backend=counting, dynamic=False, fullgraph=True
     )
     trainer.fit()

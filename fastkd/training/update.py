@@ -27,14 +27,14 @@ from fastkd.training.progress import Plan
 from fastkd.training.schedules import Schedule
 from fastkd.training.step import DistillStep, Prepared, StepOutput
 
-__all__ = ["OneStep"]
+__all__ = ["Update"]
 
 Schedules = dict[str, dict[str, Tensor]]
 Commit = Callable[[Tensor], None]
 
 
 @dataclass(kw_only=True, eq=False)
-class OneStep:
+class Update:
     """Callable: a prepared batch -> updated weights, sums and memory banks."""
 
     plan: Plan
