@@ -62,11 +62,14 @@ def mixed(
     num, channels, height, width = images.shape
     near = channels if channels_last else 1
     p = plan(height, width * near, images.element_size(), out.element_size())
-    normalize, constants = "", ((0.0,),) * 3
+    nothing = (0.0,) * channels
+    normalize, means, stds, rest = "", nothing, nothing, nothing
     if mean:
-        inverse = proven_inverse(tuple(mean), tuple(std)) if images.dtype == torch.uint8 else None
-        normalize = "multiply" if inverse else "divide"
-        constants = (tuple(mean), *(inverse or (tuple(std), (0.0,) * channels)))
+        normalize, means, stds = "divide", tuple(mean), tuple(std)
+        inverse = proven_inverse(means, stds) if images.dtype == torch.uint8 else None
+        if inverse is not None:
+            normalize = "multiply"
+            stds, rest = inverse
     # An index goes into the images.
     partners = partners if index is None else images
     launch(
@@ -79,9 +82,9 @@ def mixed(
         boxes_ptr=boxes,
         lam_ptr=lam,
         out_ptr=out,
-        mean=constants[0],
-        std=constants[1],
-        rest=constants[2],
+        mean=means,
+        std=stds,
+        rest=rest,
         num=num,
         box_step=4 if boxes is not None and boxes.dim() == 2 else 0,
         lam_step=1 if lam is not None and lam.dim() == 1 else 0,

@@ -63,8 +63,18 @@ def place(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A rehearsal is about the way to the device: of the matrix, which it cannot prove, a share."""
+    """Leave to the interpreter a share of the matrix by default, and to a rehearsal another.
+
+    A rehearsal is about the way to the device: the matrix is nothing that it can prove.
+    """
+    if INTERPRETED:
+        for item in items:
+            share = item.get_closest_marker("interpreter_share")
+            parameters = item.callspec.params if share else {}  # type: ignore[attr-defined]
+            if share and any(parameters[k] not in values for k, values in share.kwargs.items()):
+                item.add_marker(pytest.mark.matrix)
     if LAUNCHED_ON == "cpu":
         items[:] = items[::16]
 

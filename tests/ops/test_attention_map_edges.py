@@ -42,6 +42,7 @@ def arranged(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.interpreter_share(window=[1])
 @pytest.mark.parametrize("window", [1, 2])
 def test_memory_order_does_not_matter(impl: str, window: int) -> None:
     student, teacher = pair()

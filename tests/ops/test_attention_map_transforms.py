@@ -39,8 +39,16 @@ def test_opcheck(dtype: torch.dtype, channels_last: bool, place: str) -> None:
         torch.library.opcheck(ops._attention_loss.default, args)
 
 
-@pytest.mark.parametrize("which", [None, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [
+        (None, torch.float32),
+        ("reference", torch.bfloat16),
+        pytest.param(None, torch.bfloat16, marks=pytest.mark.matrix),
+        pytest.param("reference", torch.float32, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -64,6 +72,7 @@ def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dty
 
 
 @needs_cpp
+@pytest.mark.matrix
 def test_inductor_runs_the_ops(place: str) -> None:
     student, teacher = pair(device=place)
     student.requires_grad_()

@@ -47,8 +47,16 @@ def test_opcheck(dtype: torch.dtype, place: str) -> None:
     torch.library.opcheck(ops._select_hardest.default, (scores, 4))
 
 
-@pytest.mark.parametrize("which", [None, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [
+        (None, torch.float32),
+        ("reference", torch.bfloat16),
+        pytest.param(None, torch.bfloat16, marks=pytest.mark.matrix),
+        pytest.param("reference", torch.float32, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(pick, fullgraph=True, backend=counter)
@@ -60,6 +68,7 @@ def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dty
 
 
 @needs_cpp
+@pytest.mark.matrix
 def test_inductor_runs_the_ops(place: str) -> None:
     arguments = inputs(device=place)
     compiled = torch.compile(pick, fullgraph=True)

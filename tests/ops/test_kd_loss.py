@@ -21,6 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(37, 10), (33, 101), (5, 1000), (3, 4099), (2, 2), (1, 33)]
 
 
+@pytest.mark.interpreter_share(shape=[(33, 101)])
 @pytest.mark.parametrize("teachers", [1, 3], ids=["one", "three"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -167,6 +168,7 @@ def option_case(shape: tuple[int, ...], option: str):
     return student, teachers, o.get("labels", labels), kwargs
 
 
+@pytest.mark.interpreter_share(shape=[(9, 101), (2, 19, 5, 13)])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", [(17, 10), (9, 101), (2, 19, 5, 13), (3, 150, 7)], ids=shape_id)
 def test_options_match_the_reference_in_float64(fast: str, shape, option: str) -> None:

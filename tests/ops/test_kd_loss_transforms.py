@@ -42,8 +42,16 @@ def test_opcheck(shape, place: str) -> None:
         torch.library.opcheck(ops._kd_loss_mean.default, (*common, 0.9, 0.1, with_grad))
 
 
-@pytest.mark.parametrize("which", [None, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [
+        (None, torch.float32),
+        ("reference", torch.bfloat16),
+        pytest.param(None, torch.bfloat16, marks=pytest.mark.matrix),
+        pytest.param("reference", torch.float32, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 def test_fullgraph_compile_gives_the_same_and_recompiles_at_most_once(which, dtype, place) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

@@ -94,6 +94,7 @@ def options(kind: str, images: Tensor, per_image: bool) -> tuple[Tensor | None, 
     return partner, chosen
 
 
+@pytest.mark.interpreter_share(per_image=[True])
 @pytest.mark.parametrize("per_image", [False, True], ids=["batch", "image"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32], ids=str)
@@ -110,6 +111,9 @@ def test_values_against_a_loop_in_float64(impl: str, source, kind: str, per_imag
         np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=3e-6)
 
 
+@pytest.mark.interpreter_share(
+    shape=[(5, 3, 7, 11)], source=[torch.uint8, torch.bfloat16], target=[torch.bfloat16]
+)
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "source", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str

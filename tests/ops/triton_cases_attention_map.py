@@ -18,6 +18,7 @@ CASES = {
     "64 x 64 x 8x8 vs 128 x 16x16 bf16": ((64, 64, 8), (64, 128, 16), torch.bfloat16, NCHW, True),
 }
 MAP_ALONE = "map of 64 x 64 x 8x8 bf16"
+REPRESENTATIVE = ("128 x 32 vs 128 x 32x32 fp32", "the same, channels-last")
 
 
 def launches() -> Iterator[Launch]:
@@ -35,10 +36,27 @@ def launches() -> Iterator[Launch]:
 
         for kernel, arguments, options in recorded(gpu, both):
             moved, operations = least(arguments.get("PHASE"), student, teacher, pixels)
-            yield Launch(kernel, case, arguments, options, moved, operations, wide_loads)
+            yield Launch(
+                kernel,
+                case,
+                arguments,
+                options,
+                moved_bytes=moved,
+                operations=operations,
+                wide_loads=wide_loads,
+                representative=case in REPRESENTATIVE,
+            )
     ((kernel, arguments, options),) = recorded(gpu, lambda: gpu.energy(student, 2, (1, 1)))
     moved = student.element_size() * student.numel() + 4 * len(student) * pixels
-    yield Launch(kernel, MAP_ALONE, arguments, options, moved, 2 * student.numel())
+    yield Launch(
+        kernel,
+        MAP_ALONE,
+        arguments,
+        options,
+        moved_bytes=moved,
+        operations=2 * student.numel(),
+        representative=True,
+    )
 
 
 def least(phase: int | None, student: Tensor, teacher: Tensor, pixels: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ CASES = [
     ("cross_entropy", 512, 1000, torch.bfloat16),
     ("margin", 512, 1000, torch.bfloat16),
 ]
+REPRESENTATIVE = (CASES[0], CASES[2], CASES[7])
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Per class: maxima, exponentials, sums, and the terms of the criterion.
 OPERATIONS = {"kl": 14, "entropy": 6, "cross_entropy": 4, "margin": 2}
@@ -47,6 +48,7 @@ def launches() -> Iterator[Launch]:
             operations=OPERATIONS[kind] * rows * classes,
             # An odd number of classes leaves rows at odd addresses.
             wide_loads=classes % 2 == 0,
+            representative=(kind, rows, classes, dtype) in REPRESENTATIVE,
         )
     num = gpu.MAX_POOL
     ((kernel, arguments, options),) = recorded(
@@ -60,4 +62,5 @@ def launches() -> Iterator[Launch]:
         moved_bytes=4 * num + 8 * num // 2,
         # Each score against each other: greater, equal, lower index, count.
         operations=4 * num**2,
+        representative=True,
     )

@@ -20,7 +20,9 @@ CASES = {
     "dense 19 classes bf16": ((4, 19, 131072), torch.bfloat16, True),
     "dense 150 classes bf16": ((4, 150, 131072), torch.bfloat16, True),
 }
-NO_COMPARISON = ("reduce_kernel",)
+REPRESENTATIVE = ("1x1000 fp32", "16x1000000 bf16, split", "dense 19 classes bf16")
+# One program over a few numbers.
+UNLISTED = ("reduce_kernel",)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,10 +42,19 @@ def launches() -> Iterator[Launch]:
 
         for kernel, arguments, options in recorded(gpu, both):
             name = kernel.fn.__name__
-            if name in NO_COMPARISON:
+            if name in UNLISTED:
                 continue
             moved, operations = least(name, student, arguments)
-            yield Launch(kernel, case, arguments, options, moved, operations, wide_loads)
+            yield Launch(
+                kernel,
+                case,
+                arguments,
+                options,
+                moved_bytes=moved,
+                operations=operations,
+                wide_loads=wide_loads,
+                representative=case in REPRESENTATIVE,
+            )
 
 
 def least(kernel: str, student: Tensor, arguments: dict) -> tuple[int, int]:

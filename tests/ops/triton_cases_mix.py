@@ -23,6 +23,7 @@ CASES = [
     ("mixup", 224, BF16, BF16, True, True),
     ("cutout", 224, BF16, BF16, True, True),
 ]
+REPRESENTATIVE = (CASES[1], CASES[5], CASES[8])
 BATCH = 64
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -34,7 +35,8 @@ def empty(*shape: int, dtype: torch.dtype, last: bool = False) -> Tensor:
 
 def launches() -> Iterator[Launch]:
     """Three channels; one box or lam for the batch, partners by index, as the trainer does it."""
-    for what, side, source, target, source_last, target_last in CASES:
+    for case in CASES:
+        what, side, source, target, source_last, target_last = case
         images = empty(BATCH, 3, side, side, dtype=source, last=source_last)
         by_bytes = source == U8
         call = partial(
@@ -62,4 +64,5 @@ def launches() -> Iterator[Launch]:
             operations=images.numel() * (3 * by_bytes * sources + 3 * (what == "mixup") + 1),
             # Where the layouts differ the bytes of a vector come from different planes.
             wide_loads=source_last == target_last,
+            representative=case in REPRESENTATIVE,
         )

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels of an op for real chips without one, and counts what came out.
 
-    python tests/ops/triton_offline.py OP [sm ...]       JSON, a row per kernel, case and chip
+    python tests/ops/triton_offline.py PART OP ..        JSON: every launch and chip; PART of them
+                                                         compiled: all, share or the rest
     python tests/ops/triton_offline.py --write           docs/kernels.md anew, all ops
 
 The launches of an op are listed by `launches()` in triton_cases_<op>.py beside this file.
@@ -28,8 +29,7 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHIPS = (80, 90, 100)
-# The columns of a row that we choose; the others are what a version of Triton makes of them.
-OURS = ("kernel", "case", "chip", "tile", "warps")
+SHARE_CHIP = 90
 OPS = ("kd_loss", "hardness", "attention_map", "mix")
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 # Bytes per thread. No version of Triton that was tried comes near it; a tile of ours that does not
@@ -64,15 +64,24 @@ class Launch:
     """fp32 operations of the formula, an exponential counted as one, without addressing."""
     wide_loads: bool = True
     """Whether 128-bit loads are expected."""
+    representative: bool = False
+    """Whether the tests compile it by default, for one chip."""
 
     def floor_us(self) -> float:
         """No H200 can be faster, the launch itself not counted."""
         by_bytes = self.moved_bytes / COPY_BYTES_PER_S
         return 1e6 * max(by_bytes, self.operations / VECTOR_OPS_PER_S)
 
-    def tile(self) -> str:
-        """The block sizes."""
-        return "x".join(str(self.arguments[name]) for name in TILE_NAMES if name in self.arguments)
+    def chosen(self, chip: int) -> dict[str, Any]:
+        """The columns of a row that are ours, not the compiler's."""
+        tile = [str(self.arguments[name]) for name in TILE_NAMES if name in self.arguments]
+        return {
+            "kernel": self.kernel.fn.__name__,
+            "case": self.case,
+            "chip": f"sm_{chip}",
+            "tile": "x".join(tile),
+            "warps": self.options["num_warps"],
+        }
 
     def source(self) -> ASTSource:
         """Signature, compile-time constants and attributes, as a launch specialises them."""
@@ -121,8 +130,8 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True).stdout
 
 
-def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
-    """Registers, spills, shared memory and instruction mix of one kernel on one chip."""
+def compiled(launch: Launch, chip: int) -> dict[str, Any]:
+    """Registers, spills, shared memory and instruction mix: the compiler's columns of a row."""
     target = GPUTarget("cuda", chip, 32)
     built = triton.compile(launch.source(), target=target, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -137,11 +146,6 @@ def compile_launch(launch: Launch, chip: int) -> dict[str, Any]:
         for names in (("LDG", "LD.E"), ("STG", "ST.E"))
     )
     return {
-        "kernel": launch.kernel.fn.__name__,
-        "case": launch.case,
-        "chip": f"sm_{chip}",
-        "tile": launch.tile(),
-        "warps": launch.options["num_warps"],
         "registers": count["REG"],
         "spilled": count["STACK"] + count["LOCAL"],
         "shared": built.metadata.shared,
@@ -184,7 +188,9 @@ def page() -> str:
     parts = [HEAD.format(triton=triton.__version__, bound=MAX_SPILLED)]
     for op in OPS:
         launches = launches_of(op)
-        rows = [compile_launch(launch, chip) for launch in launches for chip in CHIPS]
+        rows = [
+            launch.chosen(chip) | compiled(launch, chip) for launch in launches for chip in CHIPS
+        ]
         names = ["kernel", "case", "MB", "M operations", "floor us on an H200"]
         parts += [f"\n## {op}\n", line(names), "|" + " --- |" * len(names)]
         parts += list(dict.fromkeys(map(work, launches)))
@@ -215,21 +221,30 @@ has to do. It is not a time.
   of spills: use another version on a GPU."""
 
 
+def found(op: str, is_wanted: Callable[[Launch, int], bool]) -> Iterator[dict[str, Any]]:
+    """All launches of an op on all chips, those compiled that are wanted."""
+    for launch in launches_of(op):
+        for chip in CHIPS:
+            yield {
+                "chosen": launch.chosen(chip),
+                "compiled": compiled(launch, chip) if is_wanted(launch, chip) else None,
+                "work": work(launch),
+                "operations": launch.operations,
+                "bytes": launch.moved_bytes,
+                "wide_loads": launch.wide_loads,
+            }
+
+
+PARTS: dict[str, Callable[[Launch, int], bool]] = {
+    "all": lambda launch, chip: True,
+    "share": lambda launch, chip: launch.representative and chip == SHARE_CHIP,
+    "rest": lambda launch, chip: not (launch.representative and chip == SHARE_CHIP),
+}
+
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page())
     else:
-        chips = tuple(int(a) for a in sys.argv[2:] if a.isdigit()) or CHIPS
-        launches = [
-            {
-                "row": compile_launch(launch, chip),
-                "wide_loads": launch.wide_loads,
-                "work": work(launch),
-                "operations": launch.operations,
-                "bytes": launch.moved_bytes,
-            }
-            for launch in launches_of(sys.argv[1])
-            for chip in chips
-        ]
-        print(json.dumps({"ours": OURS, "max_spilled": MAX_SPILLED, "launches": launches}))
+        launches = {op: list(found(op, PARTS[sys.argv[1]])) for op in sys.argv[2:]}
+        print(json.dumps({"max_spilled": MAX_SPILLED, "launches": launches}))
