@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from fastkd.config.section import Section
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import parse_block
+from fastkd.models.blocks.layers import Shortcuts
 
 __all__ = ["NETWORK_OPTIONS", "StudentConfig"]
 
@@ -23,7 +24,7 @@ class StudentConfig(Section):
     """Factor on all widths of a zoo residual network."""
     block: str | None = None
     """Cheap block in place of its 3x3 convolutions: G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M, S-2x2."""
-    shortcuts: bool | Literal["pad", "projection"] | None = None
+    shortcuts: Shortcuts | None = None
     """false: none; projection: only where the shape changes; pad: there without weights."""
     stem: str | None = None
     """First layers of a ResNet-18 or 34: cifar, imagenet, or imagenet-nopool."""

@@ -1,10 +1,10 @@
 """A network as it was loaded, with its settings from a recipe or its weight file."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
+from fastkd.compute.precision import PrecisionName
 from fastkd.config.section import Normalization
 
 __all__ = ["LoadedNet"]
@@ -23,7 +23,7 @@ class LoadedNet:
     """The network's output for every class of the data; None if the orders agree."""
     name: str = "teacher"
     """For messages."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision: PrecisionName | None = None
     """Autocast type of its forward pass; None: the run's."""
     compiled: bool | None = None
     """Whether it is compiled; None: as in the run."""

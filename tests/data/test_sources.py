@@ -1,11 +1,14 @@
 """Sources that need no files, the table of normalisations, subsets, and what is not found."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
 from fastkd.data import DATASETS, ImageSet, normalization, open_split
+from fastkd.data.normalization import DataName
 from fastkd.data.sources.image_set import stratified_positions
 from fastkd.errors import UserError
 
@@ -110,6 +113,7 @@ def test_labels_outside_the_class_list_are_refused():
 
 
 def test_every_data_set_has_a_normalisation_for_three_channels():
+    assert set(DATASETS) == set(get_args(DataName))
     for mean, std in DATASETS.values():
         assert len(mean) == len(std) == 3
         assert all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
