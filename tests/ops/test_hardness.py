@@ -115,7 +115,7 @@ def test_classes_masked_with_minus_infinity(impl: str, shape, criterion: str) ->
         student, (teacher,), _ = kd_case(shape, torch.float32, seed)
         inner = [student[:, -kept:].clone(), teacher[:, -kept:].clone()]
         last = torch.full((shape[0],), kept - 1)
-        # The first ones: a whole block of them is nothing but minus infinity.
+        # The first ones, so that a whole block is minus infinity.
         student[:, :-kept] = teacher[:, :-kept] = -math.inf
         labels = last + shape[1] - kept
         got = hardness(student, teacher, labels, criterion=criterion, impl=impl)

@@ -257,7 +257,7 @@ BAD = {
     ),
     "label range": (
         lambda: kd_loss(torch.randn(4, 10), None, torch.tensor([0, 1, 10, 2]), check=True),
-        "label 10 is no class",
+        "label 10 is out of range",
     ),
     "bool labels": (
         lambda: kd_loss(torch.randn(4, 10), None, torch.ones(4, dtype=torch.bool)),
@@ -265,11 +265,11 @@ BAD = {
     ),
     "labels' sum": (
         lambda: kd_loss(torch.randn(4, 10), None, 1.02 * torch.rand(4, 10).softmax(1), check=True),
-        "labels are no probabilities: of a row the sum is 1.02",
+        "labels are not probabilities: a row sums to 1.02",
     ),
     "negative labels": (
         lambda: kd_loss(torch.randn(1, 3), None, torch.tensor([[1.5, -0.5, 0.0]]), check=True),
-        "of a row the sum is 1 and the least -0.5",
+        "a row sums to 1, its least value is -0.5",
     ),
     "infinite temperature": (
         lambda: kd_loss(torch.randn(4, 10), temperature=math.inf),
@@ -287,7 +287,7 @@ def test_probabilities_pass_the_check(dtype: torch.dtype, class_dim: int) -> Non
     mask = torch.tensor([True, True, False])
     soft[2] = math.nan
     kd_loss(logits, None, soft, mask=mask, class_dim=class_dim, check=True)
-    with pytest.raises(ValueError, match="the sum is nan"):
+    with pytest.raises(ValueError, match="a row sums to nan"):
         kd_loss(logits, None, soft, class_dim=class_dim, check=True)
 
 
@@ -303,5 +303,5 @@ def test_wrong_input_is_named(name: str) -> None:
 def test_bad_label_is_named_without_check(shape) -> None:
     student, others, labels = kd_case(shape, torch.float32, 0)
     labels[4] = 77
-    with pytest.raises(ValueError, match="label 77 in row 4 is no class"):
+    with pytest.raises(ValueError, match="label 77 in row 4 is out of range"):
         kd_loss(student, others, labels, impl="cpp")

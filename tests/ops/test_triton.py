@@ -169,7 +169,7 @@ def test_every_launch_says_what_it_has_to_do(op: str, compilation: Compilation) 
 def test_the_page_lists_every_launch_and_what_its_compiler_gave(op: str, compilation) -> None:
     """docs/kernels.md, section by section; `triton_offline.py --write` makes it.
 
-    Its launches under any version of Triton, the compiler's columns under the one that it names.
+    Its launches under any version of Triton, the compiler's columns under the version it names.
     """
     text = PAGE.read_text()
     version = re.search(r"Triton (\d+\.\d+\.\d+)", text)
