@@ -108,7 +108,7 @@ struct GradientFactors {
   X label;    // of y: ce_factor * label_share
 };
 
-// kd_factor * (p_s - p_t) + ce_factor * (mass * p_1 - target) of some classes, but for hard labels;
+// kd_factor * (p_s - p_t) + ce_factor * (mass * p_1 - target) of some classes, except for hard labels;
 // equal products cancel exactly.
 template <class T, bool KD, bool CE>
 FASTKD_INLINE V<T> gradient_of(const GradientFactors<V<T>>& f, const T* es, const T* et, const T* e1) {

@@ -191,7 +191,8 @@ def _save(ctx: Any, inputs: Inputs, *made: Tensor) -> None:
 def _saved(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Inputs, Sequence[Tensor]]:
     """The inputs and the rest that `_save` kept."""
     student, labels, weights, mask, *teachers = tensors[ctx.num_made :]
-    inputs = Inputs(student, teachers, labels, *ctx.numbers, weights, mask)
+    numbers: tuple[float, float, int, int] = ctx.numbers
+    inputs = Inputs(student, teachers, labels, *numbers, weights, mask)
     return inputs, tensors[: ctx.num_made]
 
 

@@ -66,7 +66,7 @@ def mixed(
     normalize, means, stds, rest = "", nothing, nothing, nothing
     if mean:
         normalize, means, stds = "divide", tuple(mean), tuple(std)
-        inverse = _inverse(means, stds) if images.dtype == torch.uint8 else None
+        inverse = proven_inverse(means, stds) if images.dtype == torch.uint8 else None
         if inverse is not None:
             normalize = "multiply"
             stds, rest = inverse
@@ -104,7 +104,7 @@ def mixed(
 
 
 @cache
-def _inverse(
+def proven_inverse(
     mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """1 / std as the sum of two fp32 numbers, if multiplying with it gives the bits of dividing.

@@ -29,7 +29,10 @@ HAS_CPP = status()["kd_loss"]["cpu"].startswith("c++") and not ON_TRITON
 
 
 def interpret_scalars_as_indices() -> None:
-    """Let `range` take scalars: NumPy 2.4 refuses the arrays of size 1 that Triton 3.6 hands it."""
+    """Let `range` take scalars: NumPy 2.4 refuses the arrays of size 1 that Triton 3.6 hands it.
+
+    Triton offers no hook for it.
+    """
     interpreter: Any = import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 

@@ -127,7 +127,7 @@ def test_second_backward_and_inputs_left_alone(impl: str, scale: float, dtype) -
 
 
 @pytest.mark.parametrize(
-    "student_dtype, teacher_dtype",
+    ("student_dtype", "teacher_dtype"),
     [
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float32),

@@ -33,8 +33,8 @@ def test_error_against_float64_is_at_most_twice_eager(
     for seed in range(3 if interpreted and shape[0] > 2 else 10):
         student, others, labels = kd_case(shape, dtype, seed, teachers=teachers)
         up_kd, up_ce = torch.randn(2, shape[0])
-        for name in parts:
-            parts[name].append([])
+        for seeds in parts.values():
+            seeds.append([])
         for kind in ("got", "eager", "truth"):
             wide = torch.float64 if kind == "truth" else torch.float32
             leaf = (student if kind == "got" else student.to(wide)).detach().requires_grad_()
