@@ -1,4 +1,4 @@
-"""Fused operations of fastkd, each with an eager reference beside it.
+"""Fused operations of fastkd, each with an eager reference.
 
 The device of the tensors picks the implementation: C++ on the CPU, Triton on a GPU, plain torch
 where neither is there. `status()` says which it is.

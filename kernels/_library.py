@@ -40,7 +40,7 @@ _IMPLS: tuple[str, ...] = get_args(Impl)
 
 LIBRARY = torch.library.Library("fastkd", "DEF")
 
-# How the C++ core is told what a tensor's elements are: `Storage` in csrc/storage.h.
+# Numbers by which the C++ core knows dtypes: `Storage` in csrc/storage.h.
 STORAGE = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -54,7 +54,7 @@ _CORE_FILE = Path(__file__).with_name("libfastkd_cpu.so")
 
 @dataclass(frozen=True)
 class Core:
-    """The opened C++ core. `isas` are the instruction sets of this machine, widest first."""
+    """The opened C++ core. `isas`: the instruction sets this machine supports, widest first."""
 
     library: ctypes.CDLL
     isas: tuple[str, ...]
@@ -74,7 +74,7 @@ def core() -> Core | str:
         library = ctypes.CDLL(str(_CORE_FILE))
         if not _built_from_these_sources(library):
             return (
-                "C++ core not used: libfastkd_cpu.so was built from other sources than these. Run "
+                "C++ core not used: libfastkd_cpu.so was built from different sources. Run "
                 "`pip install -e .` again"
             )
         library.fastkd_isas.restype = ctypes.c_char_p
@@ -87,10 +87,10 @@ def core() -> Core | str:
 
 
 def _built_from_these_sources(library: ctypes.CDLL) -> bool:
-    """Whether the C++ files beside this one, if there are any, are those that CMake compiled.
+    """Whether CMake compiled the C++ files in this folder, if there are any.
 
-    An update of a checkout changes the sources and leaves the library, and a call would pack its
-    arguments as the old library does not read them. CMakeLists.txt takes the same digest.
+    Updating a checkout changes the sources but not the library, which would then misread its
+    arguments. CMakeLists.txt computes the same digest.
     """
     folder = _CORE_FILE.parent
     found = (file for kind in ("*.cpp", "*.h") for file in folder.rglob(kind))
@@ -108,7 +108,7 @@ def _built_from_these_sources(library: ctypes.CDLL) -> bool:
 class Arguments:
     """The packed argument of a C function: the fields of its struct by name, in its order.
 
-    A field is 8 bytes wide, or several of those in a row ("4q"), so that there is no padding:
+    A field is 8 bytes wide, or several in a row ("4q"), so that there is no padding:
     "P" is a pointer given as a tensor, or None for null; "Q" one given as an address; "q" an
     integer; "d" a double.
     """
@@ -136,7 +136,7 @@ def entry_point(op: str, arguments: Arguments, isa: str | None = None) -> Callab
     """The C function `op`, which takes packed `arguments`; `isa` picks a clone, not the widest.
 
     Raises:
-        RuntimeError: no C++ core, or one whose struct has another size than the arguments.
+        RuntimeError: no C++ core, or its struct differs in size from the arguments.
     """
     found = core()
     if not isinstance(found, Core):
@@ -191,10 +191,10 @@ def attach(
     """Attach the functions of a folder's cpu.py and gpu.py to operators of the torch library.
 
     Args:
-        op: the name in `status()`, under which is noted which device types are served.
+        op: the name in `status()`.
         folder: where the functions are, below `fastkd.kernels`.
-        operators: name of a function, the same in both modules, to the operator it implements.
-        adapt: makes of each function what takes the operator's flat arguments; None: it does.
+        operators: the operator that each function implements; names are the same in both modules.
+        adapt: wraps a function so that it takes the operator's arguments; None: it does already.
     """
     backends: dict[str, Impl] = {}
     adapt = adapt or (lambda function: function)
@@ -221,7 +221,7 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
 
 
 def choose(op: str, device_type: str, impl: Impl | None) -> Impl:
-    """The implementation that runs `op` on a device type, or the one that was asked for."""
+    """The implementation that runs `op` on a device type: the default, or `impl` if it can."""
     if impl is None:
         return _OPS[op].get(device_type, "reference")
     if impl not in _IMPLS:
@@ -253,9 +253,9 @@ def choose_for(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Impl:
 
 
 def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether the dispatcher would do nothing but call the CPU kernel: nobody records the call.
+    """Whether the dispatcher would only call the CPU kernel, because nothing records the call.
 
-    Calling the kernel itself then saves some 10 us, more than a small pool takes to score.
+    Calling the kernel directly then saves some 10 us, more than scoring a small pool takes.
     """
     if (
         torch.compiler.is_compiling()

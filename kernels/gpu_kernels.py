@@ -1,6 +1,6 @@
 """What the Triton kernels of several ops share: the launch, tiles of logits, one term of KL.
 
-Only the gpu.py and gpu_kernels.py of the ops import it: Triton is loaded when a kernel is wanted.
+Only the ops' gpu_*.py and gpu.py import it, so that Triton is loaded when a kernel is needed.
 """
 
 from contextlib import nullcontext
@@ -18,9 +18,9 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:
-    """Run a kernel on the device of a tensor, which need not be the current one.
+    """Run a kernel on the device of `on`, which need not be the current one.
 
-    `arguments` are those of the kernel by name, and launch options (`num_warps`).
+    `arguments`: the kernel's, by name, and launch options (`num_warps`).
     """
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
         kernel[grid](**{**_OPTIONS, **arguments})

@@ -87,7 +87,7 @@ def attention_loss(
 
     Raises:
         ValueError: as `attention_map`; also different batch sizes or devices, an unknown form, and
-            swapped arguments (a teacher that requires grad beside a student that does not).
+            swapped arguments (a teacher that requires grad with a student that does not).
     """
     for name, x in (("student", student_NCHW), ("teacher", teacher_NCHW)):
         check_features("attention_loss", f"{name} features", x, p, eps)

@@ -1,5 +1,5 @@
 // From the energies of student and teacher to the loss and its derivative at the student's energies.
-// Reads two numbers a pixel, writes one: nothing beside the features it follows on.
+// Reads two numbers per pixel and writes one, which is little next to the features.
 #pragma once
 
 #include "runtime.h"
@@ -63,7 +63,7 @@ FASTKD_INLINE double both_sums(const T* s, const T* t, std::int64_t n, double* o
   return lane_sum<double>(sums[0]) + rest[0];
 }
 
-// In double: its cost is that of one channel, and it decides the error of the loss.
+// In double: it costs as much as one channel, and it decides the error of the loss.
 template <class T>
 void compare(void* context) {
   Comparison<T>& job = *static_cast<Comparison<T>*>(context);

@@ -1,6 +1,6 @@
 // Attention maps and their gradient for the CPU; the formulas are in README.md.
 //
-// Three passes: `energy` reads a feature map once and leaves one number per pixel; `compare`
+// Three passes: `energy` reads a feature map once and writes one number per pixel; `compare`
 // (compare.h) turns the energies of student and teacher into the loss and d loss / d energy;
 // `gradient` reads the student's features once more and writes their gradient. Features are walked
 // in lines along whichever axis is contiguous, pixels (NCHW) or channels (channels-last); with a
@@ -16,7 +16,7 @@
 
 namespace fastkd {
 
-// cpu.py has the same fields in the same order. Height and width are those of the map, after pooling.
+// cpu.py has the same fields in the same order. Height and width: of the map, after pooling.
 struct AttentionFeatures {
   const void* features;        // S
   const void* coefficients;    // T [samples, height * width]; gradient only
@@ -32,7 +32,7 @@ struct AttentionFeatures {
   std::int64_t type;           // Storage
   std::int64_t power;          // 1, 2 or 4
   std::int64_t threads;
-  double scale;                // gradient only: factor beside the coefficients
+  double scale;                // gradient only: factor of the coefficients
 };
 
 namespace FASTKD_ISA {
@@ -148,7 +148,7 @@ void add_strip(const L* const* x, T* sums, std::int64_t n) {
   }
 }
 
-// line(c): n numbers of channel c, as they are stored (L = S) or averaged (L = T).
+// line(c): n numbers of channel c, as stored (L = S) or averaged (L = T).
 template <int P, class L, class T, class Line>
 void energy_by_pixel(std::int64_t channels, std::int64_t n, T* scratch, T* out, Line line) {
   T* const part = scratch;

@@ -33,10 +33,10 @@ class Plan(NamedTuple):
 def plan(channels: int, pixels: int, by_pixel: bool, warps: int = 4) -> Plan:
     """Tile for `warps` warps or fewer; lanes run along the axis that is contiguous."""
     # Four or two 16-byte loads of bf16; sums along the lanes (channels-last) need registers too,
-    # and so do the addresses of rows that no such load fits.
+    # and so do the addresses of rows that are read in narrower loads.
     tile = warps * 32 * (32 if by_pixel and pixels % 8 == 0 else 16)
     width, height = (pixels, channels) if by_pixel else (channels, pixels)
-    # 16 deep: what a lane adds up in a row stays short, and with it the rounding error.
+    # 16 deep: each lane adds up few numbers, which keeps the rounding error small.
     width = min(tile // 16, triton.next_power_of_2(width))
     height = min(tile // width, triton.next_power_of_2(height))
     block_c, block_p = (height, width) if by_pixel else (width, height)
@@ -194,6 +194,6 @@ def _steps(strides: Strides, width: int) -> tuple[int, int, int, int]:
 
 
 def _align(*views: Strides) -> int:
-    """Elements whose multiples all samples, and all lines along the contiguous axis, begin at."""
+    """Samples, and lines along the contiguous axis, begin at multiples of this many elements."""
     steps = [s for v in views for s in (v.sample, v.channel if v.pixel == 1 else v.pixel)]
     return math.gcd(16, *steps)

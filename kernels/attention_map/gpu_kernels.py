@@ -193,8 +193,8 @@ def forward_kernel(
 ):
     """PHASE 0: one program per sample. 1: only energies, a stretch each. 2: only the comparison.
 
-    PIXELS and WIDTH are those of the map; windows of S_H x S_W pixels of the student's features and
-    of T_H x T_W of the teacher's are averaged to one of it.
+    PIXELS and WIDTH describe the map. Each of its pixels is the average of a window: S_H x S_W
+    pixels of the student's features and T_H x T_W of the teacher's.
     """
     n = tl.program_id(0).to(tl.int64)
     first = 0

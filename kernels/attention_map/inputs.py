@@ -26,9 +26,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_features(op: str, name: str, x: Tensor, p: float, eps: float) -> None:
-    """Raise ValueError for features, an exponent or an eps of which there is no map."""
+    """Raise ValueError for features, an exponent or an eps that give no map."""
     if x.dim() != 4 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{op}: {name} are {list(x.shape)}; expected [N, C, H, W], none but N 0")
+        raise ValueError(
+            f"{op}: {name} are {list(x.shape)}; expected [N, C, H, W], only N may be 0"
+        )
     if x.dtype not in _DTYPES:
         raise ValueError(f"{op}: {name} are {x.dtype}; expected fp32, bf16, fp16 or fp64")
     if not p >= 1:
@@ -40,7 +42,7 @@ def check_features(op: str, name: str, x: Tensor, p: float, eps: float) -> None:
 
 
 def map_size(features_NCHW: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of the map: `size`, or that of the features."""
+    """(height, width) of the map: `size`, or the features' own."""
     height, width = features_NCHW.shape[2:]
     if size is None:
         return height, width

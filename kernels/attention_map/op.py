@@ -34,7 +34,7 @@ LIBRARY.define(
 
 
 def backend(op: str, features: Sequence[Tensor], p: float, impl: Impl | None) -> Impl:
-    """The implementation of `op` (for messages) that runs on such features with exponent p."""
+    """The implementation that runs on these features with exponent p; `op` is for messages."""
     picked = choose_for("attention_map", features, impl)
     if picked == "reference" or p in _KERNEL_POWERS:
         return picked

@@ -1,4 +1,4 @@
-// How an op is called from Python: one C function per instruction set, whose one argument is a struct.
+// The C functions that Python calls: one per op and instruction set, with a struct as its argument.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 #define FASTKD_NAME(a, b) FASTKD_JOIN(a, b)
 #define FASTKD_EXPORT extern "C" __attribute__((visibility("default")))
 
-// FASTKD_ENTRY(op, Args) { .. } defines fastkd_<op>_<isa>(const Args* a), and beside it
+// FASTKD_ENTRY(op, Args) { .. } defines fastkd_<op>_<isa>(const Args* a) and
 // fastkd_<op>_bytes_<isa>(), the size of Args, which Python compares with what it packs. All fields
-// of Args are 8 bytes wide (pointers, std::int64_t, double), so that nobody has to think of padding.
+// of Args are 8 bytes wide (pointers, std::int64_t, double), so that there is no padding.
 #define FASTKD_ENTRY(op, Args)                                                                  \
   static_assert(std::is_standard_layout<Args>::value && std::is_trivial<Args>::value,           \
                 "Python packs " #Args " field by field");                                       \

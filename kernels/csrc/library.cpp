@@ -1,5 +1,5 @@
-// What the ops share and what must not be compiled for a wide instruction set: threads, scratch
-// memory, and the question which instruction sets this machine has.
+// Shared by the ops, and not to be compiled for a wide instruction set: threads, scratch memory, and
+// the list of instruction sets that this machine supports.
 
 #include "entry.h"
 #include "runtime.h"
@@ -41,11 +41,11 @@ void* scratch(std::size_t bytes) {
 
 }  // namespace fastkd
 
-// Digest of all C++ sources: Python uses no library that was built from others than it finds.
+// Digest of all C++ sources: Python refuses a library that was built from different ones.
 FASTKD_EXPORT const char* fastkd_sources() { return FASTKD_SOURCES; }
 
-// Hands over the OpenMP runtime that torch has loaded already. A second one would bring a second
-// pool of spinning threads, and the two would fight for the cores.
+// Sets the OpenMP runtime, which torch has loaded already. A second runtime would bring a second
+// pool of spinning threads that compete for the cores.
 FASTKD_EXPORT void fastkd_use_openmp(void* gomp_parallel) {
   fastkd::openmp_parallel = reinterpret_cast<fastkd::ParallelFn>(gomp_parallel);
 }

@@ -1,5 +1,5 @@
 // Softmax of a row at a temperature, for logits with contiguous classes: maxima, exponentials, sums,
-// and the KL divergence of two rows. Lanes run over classes. What kd_loss and hardness share.
+// and the KL divergence of two rows. Lanes run over classes. Shared by kd_loss and hardness.
 //
 // Names: s student, t teacher, e exponentials, z their sum, x logits minus the row maximum.
 #pragma once

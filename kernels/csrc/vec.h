@@ -129,7 +129,7 @@ FASTKD_INLINE typename Lanes<T>::V load_first(const T* p, int count, T fill) {
 }
 #endif
 
-// 2^(x*c) for x*c <= 0: relative error below 1e-7 (float), 2e-16 (double) plus that of x*c.
+// 2^(x*c) for x*c <= 0: relative error below 1e-7 (float), 2e-16 (double) plus the error of x*c.
 // Below the smallest normal number the result is exactly 0; NaN stays NaN.
 FASTKD_INLINE VF exp2_of(VF x, VF c) {
   const VF magic = splat(0x1.8p23f);

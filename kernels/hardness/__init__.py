@@ -48,10 +48,10 @@ def hardness(
 
     Args:
         student, teacher: raw logits [N, C] or [..., C], C >= 2; fp32, bf16, fp16 or fp64, also
-            mixed, any strides. Only what the criterion needs is asked for and read.
-        labels: class indices [N] or [...]. One that is no class (an ignore index) scores NaN.
+            mixed, any strides. Only what the criterion needs is required and read.
+        labels: class indices [N] or [...]. One out of range (an ignore index) scores NaN.
         criterion: see above.
-        temperature: T of "kl", above 0; use that of the loss.
+        temperature: T of "kl", above 0; use the loss's.
         impl: None picks by device; "reference", "cpp", "triton" force one.
 
     Returns:
@@ -101,8 +101,8 @@ def select_hardest(
         impl: None picks by device; "reference", "cpp", "triton" force one.
 
     Raises:
-        ValueError: scores that are no floating point vector, k and ratio both or neither given or
-            out of range, a tensor of `gather` with another number of rows.
+        ValueError: scores that are not a floating point vector, k and ratio both or neither given
+            or out of range, a tensor of `gather` with a different number of rows.
     """
     number = number_to_select(scores, k, ratio)
     tensors = rows_to_gather(gather, scores.shape[0])

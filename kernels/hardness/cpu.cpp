@@ -1,6 +1,6 @@
 // Scores of samples from their logits, and the order of scores, for the CPU; formulas in README.md.
 //
-// `score_rows`: one row at a time, lanes run over classes; the result of a row depends on neither the
+// `score_rows`: one row at a time, lanes run over classes; the result of a row depends neither on the
 // number of threads nor on how rows are shared out. `order`: a radix sort, stable, on one thread.
 //
 // Names: s student (or the one tensor of a criterion), t teacher, x logits minus the row maximum.
@@ -95,7 +95,7 @@ double kl(const T* s, const T* t, std::int64_t n, double temperature, T* es, T* 
   const T scale = static_cast<T>(1.4426950408889634 / temperature);
   const Sums z = exponentials<T, false>(s, t, n, ms, mt, scale, 0, es, et, nullptr);
   const double value = kl_of_row(s, t, n, ms, mt, z, 1 / temperature, es, et);
-  // From here on only the floor that stands for a logit of minus infinity can have come.
+  // Only the floor that replaces a logit of minus infinity can give so much.
   return value > 1e25 ? INFINITY : value;
 }
 
@@ -142,7 +142,7 @@ std::int64_t hardness(const HardnessArgs& a) {
   return j.failed != 0 ? -1 : 0;
 }
 
-// An unsigned number that grows as the score falls; the largest one stands for NaN.
+// An unsigned number that grows as the score falls; the largest is NaN's.
 template <class T, class U>
 U key_of(T score) {
   if (score != score) return ~static_cast<U>(0);

@@ -72,7 +72,7 @@ def score_kernel(
         new = tl.maximum(ms, tl.max(b_s, 1))
         fade = tl.exp2((ms - new) * c_t)
         if KIND == ENTROPY:
-            # What a new maximum makes of a sum of e * x.
+            # A sum of e * x after the maximum has changed.
             dot = dot * fade[:, None] + tl.where(zs > 0.0, zs * (fade * (ms - new))[:, None], 0.0)
         ms = new
         if KIND != MARGIN:
@@ -100,7 +100,7 @@ def score_kernel(
     if KIND == KL:
         r_zt = tl.sum(zt, 1)
         l_t = tl.log2(r_zt)
-        # The logarithm of the ratio: those of the sums are large and would round at their size.
+        # The logarithm of the ratio: the sums' own logarithms are large and round more.
         score = (r_dot / r_zt + (ms - mt)) / temperature - tl.log2(r_zt / r_zs) * LN2
         # A second walk only where the plain difference would cancel.
         low = m_r & (score < NEAR_EQUAL)

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["KINDS", "Criterion", "Inputs", "number_to_select", "prepare", "rows_to_gather"]
 
 Criterion = Literal["kl", "teacher_entropy", "student_entropy", "cross_entropy", "margin"]
-# What the op distinguishes. The place of a kind is its number in the kernels.
+# The op's criteria. The kernels know a kind by its place here.
 KINDS = ("kl", "entropy", "cross_entropy", "margin")
 # A criterion's kind and the inputs it reads; the first are the op's logits.
 _CRITERIA: dict[Criterion, tuple[str, tuple[str, ...]]] = {

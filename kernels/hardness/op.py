@@ -25,7 +25,7 @@ LIBRARY.define("_select_hardest(Tensor scores, SymInt k) -> (Tensor, Tensor)", t
 
 
 def implementation(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Callable[..., Any]:
-    """What scores (or selects) such tensors; it takes the op's arguments."""
+    """The function that scores (or selects) these tensors; it takes the op's arguments."""
     picked = choose_for(op, tensors, impl)
     if picked == "reference":
         return _REFERENCES[op]

@@ -73,7 +73,7 @@ def kd_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more
-            than 4 teachers, swapped arguments, and on the CPU a label that is no class.
+            than 4 teachers, swapped arguments, and on the CPU a label out of range.
     """
     given = Inputs(
         student,
@@ -114,7 +114,7 @@ def kd_loss_mean(
 
     A row counts unless it has the ignore index or mask is False; per-sample weights do not change
     the divisor; where no row counts the loss is 0. One pass over the logits: loss and gradient come
-    out together where that measures faster, else the backward pass computes the gradient anew.
+    out together where that measures faster, else the backward pass computes the gradient.
 
     Returns a scalar, fp32 (fp64 if an input is). Other arguments and errors: see `kd_loss`.
     """

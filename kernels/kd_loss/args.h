@@ -21,15 +21,15 @@ struct KdLossArgs {
   const void* weights;       // T [rows] or null
   const std::uint8_t* mask;  // [rows] or null; 0 drops the row
 
-  // What arrives from the loss in the backward pass.
+  // Factors of the gradient.
   const void* upstream_kd;         // T: incoming gradient of the per-row losses, null for 1
   const void* upstream_ce;
   std::int64_t upstream_kd_step;   // 1: one per row, 0: one for all
   std::int64_t upstream_ce_step;
-  double kd_scale;                 // factor of the gradient of kd beside the upstream one
+  double kd_scale;                 // further factor of the gradient of kd
   double ce_scale;
 
-  // What is asked for; null where it is not.
+  // Outputs; null where not wanted.
   void* kd;       // T [rows]
   void* ce;       // T [rows]
   void* agree;    // T [rows]

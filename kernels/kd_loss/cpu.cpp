@@ -40,7 +40,8 @@ void work(void* context) {
   }
 }
 
-// Counts the rows that do. 0: all labels are classes. r + 1: that of row r is none.
+// Counts the rows that are neither ignored nor masked. 0: all their labels are in range. r + 1: the
+// label of row r is not.
 std::int64_t check_labels(const KdLossArgs& a, std::int64_t* counting) {
   *counting = a.rows;
   if (a.label_kind != kHardLabels && a.mask == nullptr) return 0;
@@ -55,7 +56,7 @@ std::int64_t check_labels(const KdLossArgs& a, std::int64_t* counting) {
   return 0;
 }
 
-// 0: done. r + 1: the label of row r is no class. -1: out of memory.
+// 0: done. r + 1: the label of row r is out of range. -1: out of memory.
 template <class T>
 std::int64_t run(const KdLossArgs& a) {
   std::int64_t counting;

@@ -54,7 +54,7 @@ _TILE_CLASSES = 32
 
 
 class Outputs(NamedTuple):
-    """What is asked for: tensors to fill, None for what is not wanted."""
+    """Tensors to fill, or None."""
 
     kd: Tensor | None = None
     ce: Tensor | None = None
@@ -196,10 +196,10 @@ def fill(inputs: Inputs, outputs: Outputs, upstream: Upstream, isa: str | None =
     code = entry_point("kd_loss", _ARGUMENTS, isa)(packed)
     if code > 0:
         assert labels is not None
+        label = labels.reshape(-1)[code - 1].item()
         raise ValueError(
-            f"kd_loss: label {labels.reshape(-1)[code - 1].item()} in row {code - 1} is no class: "
-            f"the logits have {classes} classes (0 to {classes - 1}) and ignore_index is "
-            f"{inputs.ignore_index}"
+            f"kd_loss: label {label} in row {code - 1} is out of range: the logits have {classes} "
+            f"classes (0 to {classes - 1}) and ignore_index is {inputs.ignore_index}"
         )
     if code < 0:
         raise MemoryError(f"kd_loss: no memory for the scratch of rows of {classes} classes")

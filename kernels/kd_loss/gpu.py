@@ -65,7 +65,7 @@ def plan(rows: int, classes: int, class_stride: int) -> Plan:
         block_r=1,
         block_c=4096,
         warps=8,
-        # Below about half a wave of rows, one program per row would leave most of a chip idle.
+        # With fewer rows than half a wave, one program per row would leave most of a chip idle.
         splits=min(64, width // 8192) if rows <= 64 and width >= 32768 else 1,
         grad_block_r=1,
         grad_block_c=2048,
@@ -95,7 +95,7 @@ def _view(x: Tensor, class_dim: int) -> _View:
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """What the forward and the gradient kernel have in common, by the names of their arguments."""
+    """Arguments that the forward and the gradient kernel share, by name."""
     class_dim = inputs.class_dim
     s = _view(inputs.student, class_dim)
     teachers = [_view(t, class_dim) for t in inputs.teachers]
@@ -112,7 +112,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
     classes = inputs.student.shape[class_dim]
     return {
         "s_ptr": s.data,
-        # Never empty, for an empty tuple has no type; without teachers nobody reads it.
+        # An empty tuple would have no type. Without teachers it is not read.
         "t_ptrs": tuple(t.data for t in teachers) or (s.data,),
         "y_ptr": y_ptr,
         "w_ptr": None if inputs.weights is None else inputs.weights.contiguous(),

@@ -3,8 +3,8 @@
 A program owns a tile of [BLOCK_R rows, BLOCK_C classes]. Rows that fit one tile are read once;
 longer ones are walked with a running maximum; few and very long ones are split over programs
 (`part_kernel`), and `forward_kernel` merges the parts.
-The forward pass leaves four numbers per row and two per teacher (maxima, log2 of the sums, mass of
-the target), from which the gradient is one elementwise pass.
+The forward pass keeps four numbers per row and two per teacher (maxima, log2 of the sums, mass of
+the target), so that the gradient is one elementwise pass.
 
 Names: b_ block values, m_ masks, o_ offsets, p_ pointers; s student, t teacher, y labels; m maximum
 of logits, z sum of exponentials, l its log2. Addresses are int64. A pointer is None where its
@@ -52,7 +52,7 @@ def part_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """What one of `splits` parts of the classes of each row adds to its sums."""
+    """Maxima and sums of each row over one of `splits` parts of its classes."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < num_rows
     s = view_of(s_ptr, o_r, inner, s_strides, ALIGN)
@@ -166,7 +166,7 @@ def forward_kernel(
             mass = label_share * mass + smoothing
         ce = mass * (l_1 * LN2) - (dot - mass * ms)
 
-    # 4. What the rows leave behind.
+    # 4. Results and statistics.
     weight = weights_of(w_ptr, o_r, m_r)
     kd = tl.where(counts, weight * (temperature * temperature) * kl, 0.0)
     ce = tl.where(counts, weight * ce, 0.0)
@@ -227,7 +227,7 @@ def gradient_kernel(
     g_ptr,  # the gradient, of s_ptr's shape
     stats_ptr,  # [4 + 2 * TEACHERS, rows] fp32
     up_kd_ptr,  # [rows] or one number, or None: kd gives no gradient
-    up_ce_ptr,  # likewise of ce
+    up_ce_ptr,  # likewise, for ce
     divisor_ptr,  # fp32, or None
     num_rows,
     inner,  # pixels of a sample
@@ -268,7 +268,7 @@ def gradient_kernel(
     grad = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     if up_kd_ptr is not None and TEACHERS > 0:
         l_s = tl.load(p_x + n_x, mask=m_r, other=0.0)
-        # No product to contract: for equal logits the two are equal bits and leave exactly 0.
+        # No product to contract: for equal logits the two have equal bits and give exactly 0.
         p_s = tl.exp2(tl.fma(x_s, c_t, -l_s[:, None]))
         t = view_of(t_ptrs[0], o_r, inner, t_strides, ALIGN)
         p_t = _probability(t, o_col, m_tile, m_r, p_x + 4 * n_x, n_x, c_t)
@@ -298,7 +298,7 @@ def gradient_kernel(
         up = tl.load(up_ce_ptr + o_r * up_ce_step, mask=m_r, other=0.0).to(tl.float32)
         ce_factor = up * weight * ce_scale
         grad += ce_factor[:, None] * (p_1 - target)
-    # A row that does not count gets 0 even where its logits are no numbers.
+    # A row that does not count gets 0 even where its logits are NaN.
     grad = tl.where(counts[:, None], grad, 0.0)
     o_g = rows_at(o_r, inner, g_strides, ALIGN)
     tl.store(

@@ -1,7 +1,7 @@
-"""What the Triton kernels of `kd_loss` are made of: views of tensors, and walks over the classes.
+"""The parts of the Triton kernels of `kd_loss`: views of tensors, and walks over the classes.
 
 A view is (pointer, offset of each row's first class, distance between classes); strides are
-(sample, pixel, class). Names: those of gpu_kernels.py.
+(sample, pixel, class). Names: see gpu_kernels.py.
 """
 
 import triton
@@ -26,7 +26,7 @@ __all__ = [
 # The kinds of labels, also `LabelKind` in args.h. 0: there are none.
 HARD = tl.constexpr(1)
 SOFT = tl.constexpr(2)
-# What `walk` finds of a row: so many numbers per part of a split row.
+# How many numbers `walk` returns per row, and per part of a split row.
 PARTS = tl.constexpr(11)
 
 
@@ -113,7 +113,7 @@ def walk(
         else:
             top = tl.max(b_s, 1)
         new = tl.maximum(ms, top)
-        # The first block's old maximum is minus infinity: exp2(-inf) = 0 wipes nothing but zeros.
+        # The first block's old maximum is minus infinity: exp2(-inf) = 0 wipes only zeros.
         fade = tl.exp2((ms - new) * c_t)
         fade_1 = tl.exp2((ms - new) * LOG2E)
         ms = new
@@ -149,7 +149,7 @@ def walk(
 
 @triton.jit
 def merged(work_ptr, o_r, m_r, splits, c_t, SPLITS: tl.constexpr):
-    """The PARTS numbers of whole rows from those of their parts."""
+    """The PARTS numbers of whole rows, from their parts."""
     o_k = tl.arange(0, SPLITS)
     m_k = m_r[:, None] & (o_k < splits)[None, :]
     p_w = work_ptr + (o_r.to(tl.int64)[:, None] * splits + o_k[None, :]) * PARTS
@@ -207,7 +207,7 @@ def exact_kl(
     """KL without cancellation, and the teachers' most probable class: a second walk.
 
     student, and each of the teachers: (view, row maxima, log2 of sums). tiles: logits of student
-    and first teacher from the first walk, which are all of them if there is ONE_TILE.
+    and first teacher from the first walk; with ONE_TILE there are no others.
     """
     BLOCK_R: tl.constexpr = m_r.shape[0]
     o_c = tl.arange(0, BLOCK_C)
@@ -241,7 +241,7 @@ def exact_kl(
                 top, at = _first_max(p_t, o_c, base)
                 at_t = tl.where(top > best, at, at_t)
                 best = tl.maximum(best, top)
-        # Where p_t is 0, u may be no number.
+        # Where p_t is 0, u may be NaN.
         u = tl.where(p_t > 0.0, u, 0.0)
         kl += tl.where(m_tile, kl_term(p_t, p_s, u), 0.0)
     return tl.sum(kl, 1), at_t

@@ -13,7 +13,7 @@ MAX_TEACHERS = 4
 
 
 class Inputs(NamedTuple):
-    """What a loss is computed from, in the order that holds from the public functions to C++."""
+    """What a loss is computed from, in the order used from the public functions to C++."""
 
     student: Tensor
     """Raw logits, classes in `class_dim`."""
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 
 
 def as_list(teacher: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """The teachers as a list, from what the public functions take."""
+    """The `teacher` argument of the public functions as a list."""
     if teacher is None:
         return []
     return [teacher] if isinstance(teacher, Tensor) else list(teacher)
@@ -176,7 +176,7 @@ def _check_device(name: str, x: Tensor | None, student: Tensor) -> None:
 
 
 def check_values(inputs: Inputs) -> None:
-    """Raise ValueError for logits that are probabilities and labels that are none; waits."""
+    """Raise ValueError for logits that are probabilities, or wrong labels; waits for the device."""
     teachers = (("teacher", t) for t in inputs.teachers)
     for name, x in (("student", inputs.student), *teachers):
         sums = x.detach().float().sum(inputs.class_dim)
@@ -195,13 +195,13 @@ def check_values(inputs: Inputs) -> None:
 
 def _check_soft_labels(labels: Tensor, mask: Tensor | None, class_dim: int) -> None:
     sums, least = labels.detach().float().sum(class_dim), labels.detach().amin(class_dim)
-    # As wide as what rounding to bf16 leaves; a NaN is no probability either.
+    # Wide enough for values rounded to bf16; a NaN is wrong too.
     wrong = ~((sums - 1).abs() < 1e-2) | ~(least >= 0)
     wrong = wrong if mask is None else wrong & mask
     if bool(wrong.any().item()):
         raise ValueError(
-            f"kd_loss: labels are no probabilities: of a row the sum is {sums[wrong][0]:g} and "
-            f"the least {least[wrong][0]:g}; expected each row to be positive with the sum 1"
+            f"kd_loss: labels are not probabilities: a row sums to {sums[wrong][0]:g}, its least "
+            f"value is {least[wrong][0]:g}; expected rows that are positive and sum to 1"
         )
 
 
@@ -210,7 +210,7 @@ def _check_hard_labels(labels: Tensor, ignore_index: int, student: Tensor, class
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bool(wrong.any().item()):
         raise ValueError(
-            f"kd_loss: label {labels[wrong][0].item()} is no class: the logits have {classes} "
+            f"kd_loss: label {labels[wrong][0].item()} is out of range: the logits have {classes} "
             f"classes (0 to {classes - 1}) and ignore_index is {ignore_index}"
         )
 

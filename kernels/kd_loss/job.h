@@ -1,5 +1,5 @@
-// What both kernels of kd_loss share: the job they work on, access to the tensors, and the algebra of
-// targets and gradients in the names of README.md ("Names").
+// What both kernels of kd_loss share: their job, access to the tensors, and the algebra of targets
+// and gradients, in the names of README.md ("Names").
 #pragma once
 
 #include "args.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// What a kernel needs beside the raw arguments.
+// What a kernel needs in addition to the raw arguments.
 template <class T>
 struct Job {
   const KdLossArgs& a;
@@ -98,7 +98,7 @@ double ce_factor_of(const Job<T>& j, std::int64_t r, double weight) {
   return j.ce_scale * weight * per_row<T>(j.a.upstream_ce, r * j.a.upstream_ce_step);
 }
 
-// What the exponentials and the labels of a row are multiplied with to give its gradient.
+// Factors of the exponentials and labels of a row in its gradient.
 template <class X>
 struct GradientFactors {
   X student;  // of e_s: kd_factor / z_s
@@ -118,7 +118,7 @@ FASTKD_INLINE V<T> gradient_of(const GradientFactors<V<T>>& f, const T* es, cons
   return g;
 }
 
-// kl_term where p_t is a mean over teachers: 0 log 0 = 0, and log p_t is no number there.
+// kl_term where p_t is a mean over teachers: 0 log 0 = 0, and log p_t is not finite there.
 template <class T>
 FASTKD_INLINE V<T> mixed_term(V<T> pt, V<T> ps, V<T> u) {
   const T smallest = sizeof(T) == 4 ? static_cast<T>(0x1p-126f) : static_cast<T>(0x1p-1022);

@@ -1,8 +1,8 @@
 """`kd_loss` as torch sees it: schemas, shapes without data, gradients, and what implements them.
 
 The ops have leading underscores and no autograd of their own: the two Functions below bring it.
-Everything in this folder passes `Inputs` on as one value. Here it is taken apart, for torch takes
-flat arguments only: an op one per field, an autograd Function also one per teacher.
+Elsewhere in this folder `Inputs` is passed on as one value. Torch needs flat arguments: an op one
+per field, an autograd Function also one per teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def flatten(inputs: Inputs) -> tuple[Any, ...]:
-    """The inputs one by one, also the teachers: autograd looks for the student in such a list."""
+    """The inputs one by one, teachers too: autograd finds the student only in a flat list."""
     return (inputs.student, *inputs.teachers, *inputs[2:])
 
 
@@ -180,7 +180,7 @@ def _from_own_gradient(ctx: Any, upstream: Tensor) -> Tensor | None:
 
 
 def _save(ctx: Any, inputs: Inputs, *made: Tensor) -> None:
-    """Keep the inputs and what the forward pass made beside its results."""
+    """Keep the inputs, and what else the forward pass made."""
     ctx.numbers = inputs[3:7]
     ctx.num_made = len(made)
     ctx.save_for_backward(
@@ -189,7 +189,7 @@ def _save(ctx: Any, inputs: Inputs, *made: Tensor) -> None:
 
 
 def _saved(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Inputs, Sequence[Tensor]]:
-    """What `_save` kept, from the saved tensors."""
+    """The inputs and the rest that `_save` kept."""
     student, labels, weights, mask, *teachers = tensors[ctx.num_made :]
     numbers: tuple[float, float, int, int] = ctx.numbers
     inputs = Inputs(student, teachers, labels, *numbers, weights, mask)

@@ -1,7 +1,7 @@
 // The kernel for contiguous classes: one row at a time, lanes run over classes.
 //
-// Names: those of softmax.h and README.md. es, et, e1: exponentials of the student, of a teacher, and
-// of the student at temperature 1; zs, zt, z1: their sums; ms, mt: the maxima of the logits.
+// Names: see softmax.h and README.md. es, et, e1: exponentials of the student, of a teacher, and of
+// the student at temperature 1; zs, zt, z1: their sums; ms, mt: the maxima of the logits.
 #pragma once
 
 #include "job.h"
@@ -109,7 +109,7 @@ FASTKD_INLINE double softmaxes_and_kl(const Job<T>& j, const Row<T>& row, Sums* 
   return mean_teacher_kl(row, zt, z->zs, inv_t);
 }
 
-// What the labels say of a row.
+// A row's target.
 template <class T>
 struct Target {
   const T* y = nullptr;     // soft labels

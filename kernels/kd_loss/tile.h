@@ -2,7 +2,7 @@
 //
 // A tile is [C][kTileRows] in scratch. Classes of dense logits lie H*W elements apart, a distance
 // that maps many of them to one cache set, so each is copied once and everything else stays on chip.
-// Names: those of rows.h.
+// Names: see rows.h.
 #pragma once
 
 #include "job.h"
@@ -74,7 +74,7 @@ void store_tile(const Job<T>& j, const Place& p, T* row, const T* tile) {
   }
 }
 
-// What is known of each row of a tile before its lanes run, and what they find.
+// Inputs and results of the rows of a tile.
 template <class T>
 struct Lane {
   std::int64_t label[kTileRows];

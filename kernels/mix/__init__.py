@@ -46,7 +46,7 @@ def mix(
             None: 0.
         mean, std: per channel, in units of 0..1, applied to images and partners before they are
             mixed; None: not normalised.
-        dtype: floating, of the result; None: that of the images, fp32 for uint8.
+        dtype: of the result, floating; None: the images' dtype, fp32 for uint8.
         memory_format: of the result; None: channels-last if the images are, else contiguous.
         impl: None picks by device; "reference", "cpp", "triton" force one.
         check: also look at the values of partner and lam; this waits for the device.
@@ -54,8 +54,8 @@ def mix(
     Returns:
         The new batch, in memory of its own. Each operation is rounded to fp32 (fp64 where images or
         result are), the result once more to its dtype: all implementations give the same bits, and
-        those of normalised images are torchvision's. Nothing waits for the device. A partner index
-        that is no image gives NaN on a GPU and raises on the CPU.
+        normalised images have torchvision's. Nothing waits for the device. A partner index out of
+        range gives NaN on a GPU and raises on the CPU.
         Gradients flow to images, partners and lam: where one requires grad the reference runs.
 
     Raises:

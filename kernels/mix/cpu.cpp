@@ -2,8 +2,8 @@
 //
 // A piece of an image goes through scratch that stays in the first-level cache: gather (where a box
 // is pasted or the layouts differ), widen and normalise, blend or clear inside the box, narrow. Where
-// the elements stay what they are it is copied or blended in place of that. No result depends on how
-// the work is shared out.
+// elements stay as they are, it is copied or blended instead. No result depends on how the work is
+// shared out.
 
 #include "entry.h"
 #include "runtime.h"
@@ -62,7 +62,7 @@ struct Job {
   std::int64_t blocks;     // units of an image
   std::int64_t units_per_claim;
   std::int64_t piece;      // pixels of a piece
-  bool as_it_is;           // outside the box the elements of the images are those of the result
+  bool as_it_is;           // outside the box the result has the images' elements
   std::int64_t next;
   std::int64_t failed;
 
@@ -234,7 +234,7 @@ void compute(const Job& j, const Scratch& s, const Pair& p, std::int64_t from, s
   if (a.target == kFloat16) narrow_row(wide, reinterpret_cast<fp16*>(out), count);
 }
 
-// Pixels [from, to) of a result whose elements are those of the images outside the box.
+// Pixels [from, to) of a result that has the images' elements outside the box.
 void copy(const Job& j, const Pair& p, std::int64_t from, std::int64_t to) {
   const MixArgs& a = j.a;
   const std::int64_t size = bytes_of(a.target), step = size * j.per_pixel;
@@ -328,7 +328,7 @@ void work(void* context) {
   }
 }
 
-// 0: done. n + 1: the partner of image n is no image. -1: out of memory.
+// 0: done. n + 1: the partner of image n is out of range. -1: out of memory.
 std::int64_t mix(const MixArgs& a) {
   if (a.index != nullptr)
     for (std::int64_t n = 0; n < a.num; ++n)

@@ -92,8 +92,8 @@ def mixed(
     if code > 0:
         assert index is not None
         raise ValueError(
-            f"mix: partner {index[code - 1].item()} of image {code - 1} is no image: the batch has "
-            f"{len(images)} images (0 to {len(images) - 1})"
+            f"mix: partner {index[code - 1].item()} of image {code - 1} is out of range: the batch "
+            f"has {len(images)} images (0 to {len(images) - 1})"
         )
     if code < 0:
         raise MemoryError(f"mix: no memory for the scratch of {images.shape[1]} channels")

@@ -35,7 +35,7 @@ def plan(height: int, row: int, source_bytes: int, result_bytes: int) -> Plan:
     # A group fills a 16-byte access of the narrower side where the rows allow it.
     vec = math.gcd(row, 16 // min(source_bytes, result_bytes))
     groups_of_plane = height * row // vec
-    # Large images: enough elements a thread to hide what is computed once per program.
+    # Large images: enough elements per thread to hide the work done once per program.
     elements = 4096 if height * row >= 16384 else 2048
     groups = min(elements // vec, triton.next_power_of_2(groups_of_plane))
     return Plan(vec, groups, triton.cdiv(groups_of_plane, groups), 4)

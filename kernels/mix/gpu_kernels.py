@@ -45,7 +45,7 @@ def _loaded(pointers, m_g):
 
 @triton.jit
 def _normalized(b, b_mean, b_std, b_rest, NORMALIZE: tl.constexpr):
-    """(b - mean) / std in fp32 of elements as they were loaded."""
+    """(b - mean) / std in fp32, of elements as loaded."""
     x = b.to(tl.float32)
     if b.dtype == tl.int32:
         x = x * 0.00392156862745098
@@ -155,7 +155,7 @@ def mix_kernel(
         else:
             b = tl.where(inside, b_p, b)
             x = _normalized(b, b_mean, b_std, b_rest, NORMALIZE)
-        # An index that is no image reads no foreign memory, and shows.
+        # An index out of range reads no foreign memory, and shows as NaN.
         x = tl.where(known, x, float("nan"))
     else:
         x = _normalized(b, b_mean, b_std, b_rest, NORMALIZE)

@@ -65,9 +65,9 @@ def place(request: pytest.FixtureRequest) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to the interpreter a share of the matrix by default, and to a rehearsal another.
+    """Give the interpreter a share of the matrix by default, and a rehearsal another.
 
-    A rehearsal is about the way to the device: the matrix is nothing that it can prove.
+    A rehearsal tests the way to the device; the matrix would prove nothing there.
     """
     if INTERPRETED:
         for item in items:
@@ -91,7 +91,7 @@ def _launch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def moving(launch: Callable[..., None], device: str) -> Callable[..., None]:
     """`launch` on a copy of the tensors' memory on `device`, which is copied back afterwards.
 
-    Whole storages travel, so that strides, offsets, aliases and poison are those of the test.
+    Whole storages travel, so that strides, offsets, aliases and poison stay as the test made them.
     """
 
     def run(kernel: Any, grid: tuple[int, ...], on: Tensor, **arguments: Any) -> None:

@@ -15,7 +15,7 @@ def pair(student: tuple[int, ...] = (4, 6, 6, 10), channels: int = 9) -> tuple[T
 
 
 def arranged(x: Tensor) -> dict[str, Tensor]:
-    """The same values in memory of different order, with NaN wherever nobody should read."""
+    """The same values in memory of different order, with NaN wherever nothing should be read."""
     num, channels, height, width = x.shape
 
     def inside(

@@ -110,20 +110,20 @@ def test_a_probability_of_zero_adds_nothing(impl: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("shape", [(6, 10), (6, 40), (3, 4400)], ids=shape_id)
 def test_classes_masked_with_minus_infinity(impl: str, shape, criterion: str) -> None:
-    student, (teacher,), _ = kd_case(shape, torch.float32, 0)
-    classes, kept = shape[1], 7
-    labels = torch.full((shape[0],), classes - 1)
-    want = hardness(
-        student[:, -kept:],
-        teacher[:, -kept:],
-        labels - (classes - kept),
-        criterion=criterion,
-        impl="reference",
-    )
-    # The first ones: a whole block of them is nothing but minus infinity.
-    student[:, :-kept] = teacher[:, :-kept] = -math.inf
-    got = hardness(student, teacher, labels, criterion=criterion, impl=impl)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    kept, sides = 7, []
+    for seed in range(4):
+        student, (teacher,), _ = kd_case(shape, torch.float32, seed)
+        inner = [student[:, -kept:].clone(), teacher[:, -kept:].clone()]
+        last = torch.full((shape[0],), kept - 1)
+        # The first ones, so that a whole block is minus infinity.
+        student[:, :-kept] = teacher[:, :-kept] = -math.inf
+        labels = last + shape[1] - kept
+        got = hardness(student, teacher, labels, criterion=criterion, impl=impl)
+        eager = eager_hardness(*inner, last, criterion)
+        sides.append([got, eager, eager_hardness(*(x.double() for x in inner), last, criterion)])
+    got, eager, truth = (torch.stack(part) for part in zip(*sides, strict=True))
+    floor = torch.finfo(torch.float32).eps * rms(truth)
+    assert_as_accurate(criterion, got, eager, truth, floor=floor)
 
 
 def test_what_the_student_rules_out_and_the_teacher_does_not_is_infinitely_hard(impl: str) -> None:
@@ -190,8 +190,13 @@ def test_student_and_teacher_of_two_dtypes(impl: str, student_dtype, teacher_dty
     got = hardness(student, teacher, impl=impl)
     wide = torch.float64 in (student_dtype, teacher_dtype)
     assert got.dtype == (torch.float64 if wide else torch.float32)
-    want = eager_hardness(student.double(), teacher.double(), NO_LABELS, "kl")
-    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+    truth = eager_hardness(student.double(), teacher.double(), NO_LABELS, "kl")
+    if wide:
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
+        return
+    eager = eager_hardness(student.float(), teacher.float(), NO_LABELS, "kl")
+    floor = torch.finfo(torch.float32).eps * rms(truth)
+    assert_as_accurate("kl", got, eager, truth, floor=floor)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -213,6 +218,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same(criterion: str) -
     found = core()
     assert isinstance(found, Core)
     student, (teacher,), labels = kd_case((101, 1013), torch.float32, 0)
+    eager = eager_hardness(student, teacher, labels, criterion)
     truth = eager_hardness(student.double(), teacher.double(), labels, criterion)
     logits = teacher if criterion == "teacher_entropy" else student
     kind = criterion.removeprefix("teacher_").removeprefix("student_")
@@ -225,7 +231,8 @@ def test_every_instruction_set_and_thread_count_gives_the_same(criterion: str) -
                 results.append(cpu.hardness(logits, teacher, labels, kind, 4.0, isa=isa))
             assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2])
-            torch.testing.assert_close(results[0].double(), truth, rtol=2e-6, atol=1e-6)
+            floor = torch.finfo(torch.float32).eps * rms(truth)
+            assert_as_accurate(f"{criterion} {isa}", results[0], eager, truth, floor=floor)
     finally:
         torch.set_num_threads(before)
 

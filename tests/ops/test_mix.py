@@ -214,7 +214,7 @@ def test_an_index_that_is_no_image(impl: str, interpreted) -> None:
         assert got[1].isnan().all()
         assert not got[[0, 2]].isnan().any()
     elif impl == "cpp":
-        with pytest.raises(ValueError, match=r"partner 3 of image 1 is no image: .*0 to 2"):
+        with pytest.raises(ValueError, match=r"partner 3 of image 1 is out of range: .*0 to 2"):
             mix(images, wrong, lam=0.5, impl=impl)
     else:
         with pytest.raises(IndexError):

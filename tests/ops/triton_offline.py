@@ -2,9 +2,9 @@
 
     python tests/ops/triton_offline.py PART OP ..        JSON: every launch and chip; PART of them
                                                          compiled: all, share or the rest
-    python tests/ops/triton_offline.py --write           docs/kernels.md anew, all ops
+    python tests/ops/triton_offline.py --write           rewrites docs/kernels.md, all ops
 
-The launches of an op are listed by `launches()` in triton_cases_<op>.py beside this file.
+The launches of an op are listed by `launches()` in triton_cases_<op>.py in this folder.
 test_triton.py finds the op by that file and keeps docs/kernels.md current. Needs a process without
 TRITON_INTERPRET; the disassemblers come with Triton.
 """
