@@ -23,7 +23,7 @@ def test_torchvision_publishes_the_same_numbers(name: str) -> None:
 
 def test_channels_stand_in_front() -> None:
     model = create_model("resnet8", 10)
-    with pytest.raises(UserError, match=r"\(32, 30, 3\); .*in front, \(3, 32, 30\)"):
+    with pytest.raises(UserError, match=r"\(32, 30, 3\); .*channels first, \(3, 32, 30\)"):
         count(model, (32, 30, 3))
     with pytest.raises(RuntimeError):  # another mistake comes through
         count(model, (4, 32, 32))
