@@ -74,7 +74,7 @@ def core() -> Core | str:
         library = ctypes.CDLL(str(_CORE_FILE))
         if not _built_from_these_sources(library):
             return (
-                "C++ core not used: libfastkd_cpu.so was built from different sources. Run "
+                "C++ core not used: libfastkd_cpu.so was built from other sources than these. Run "
                 "`pip install -e .` again"
             )
         library.fastkd_isas.restype = ctypes.c_char_p
