@@ -13,6 +13,7 @@ from fastkd.kernels._library import Core, core
 from fastkd.kernels.attention_map import cpu as attention_map
 from fastkd.kernels.hardness import cpu as hardness
 from fastkd.kernels.kd_loss import cpu as kd_loss
+from fastkd.kernels.kd_loss.inputs import Inputs
 
 CORE = core()
 OnClone = Callable[[str], object]
@@ -23,24 +24,19 @@ def kd_loss_on() -> OnClone:
     labels = torch.randint(0, 1000, (256,))
     gradient, loss, divisor = torch.empty_like(student), torch.empty(()), torch.empty(())
 
-    def run(isa: str) -> None:
-        kd_loss._call(
-            student,
-            [teacher],
-            labels,
-            weights=None,
-            mask=None,
-            temperature=4.0,
-            label_smoothing=0.0,
-            ignore_index=-100,
-            class_dim=-1,
-            out=gradient,
-            loss=loss,
-            divisor=divisor,
-            isa=isa,
-        )
-
-    return run
+    inputs = Inputs(
+        student,
+        [teacher],
+        labels,
+        temperature=4.0,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        class_dim=-1,
+        weights=None,
+        mask=None,
+    )
+    outputs = kd_loss.Outputs(grad=gradient, loss=loss, divisor=divisor)
+    return lambda isa: kd_loss.fill(inputs, outputs, kd_loss.Upstream(), isa)
 
 
 def hardness_on() -> OnClone:
