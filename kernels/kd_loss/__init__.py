@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastkd.kernels._library import Impl, choose_for
-from fastkd.kernels.kd_loss.inputs import Inputs, as_list, check_values, prepare, rows_that_count
+from fastkd.kernels.kd_loss.inputs import Inputs, check_values, prepare, rows_that_count
 from fastkd.kernels.kd_loss.op import Mean, Rows, flatten
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
 from torch import Tensor
@@ -75,18 +75,8 @@ def kd_loss(
         ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more
             than 4 teachers, swapped arguments, and on the CPU a label out of range.
     """
-    given = Inputs(
-        student,
-        as_list(teacher),
-        labels,
-        temperature,
-        label_smoothing,
-        ignore_index,
-        class_dim,
-        weights,
-        mask,
-    )
-    inputs = prepare(given)
+    numbers = (temperature, label_smoothing, ignore_index, class_dim)
+    inputs = prepare(student, teacher, labels, *numbers, weights, mask)
     if check:
         check_values(inputs)
     if _impl(inputs, impl) == "reference":
@@ -118,18 +108,8 @@ def kd_loss_mean(
 
     Returns a scalar, fp32 (fp64 if an input is). Other arguments and errors: see `kd_loss`.
     """
-    given = Inputs(
-        student,
-        as_list(teacher),
-        labels,
-        temperature,
-        label_smoothing,
-        ignore_index,
-        class_dim,
-        weights,
-        mask,
-    )
-    inputs = prepare(given)
+    numbers = (temperature, label_smoothing, ignore_index, class_dim)
+    inputs = prepare(student, teacher, labels, *numbers, weights, mask)
     if check:
         check_values(inputs)
     if _impl(inputs, impl) == "reference":

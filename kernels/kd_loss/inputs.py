@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_TEACHERS", "Inputs", "as_list", "check_values", "prepare", "rows_that_count"]
+__all__ = ["MAX_TEACHERS", "Inputs", "check_values", "prepare", "rows_that_count"]
 
 # Also in C++: kMaxTeachers in args.h.
 MAX_TEACHERS = 4
@@ -32,13 +32,6 @@ class Inputs(NamedTuple):
     """Bool, one per row."""
 
 
-def as_list(teacher: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """The `teacher` argument of the public functions as a list."""
-    if teacher is None:
-        return []
-    return [teacher] if isinstance(teacher, Tensor) else list(teacher)
-
-
 def rows_that_count(
     like: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int
 ) -> Tensor:
@@ -51,26 +44,37 @@ def rows_that_count(
     return counts
 
 
-def prepare(given: Inputs) -> Inputs:
+def prepare(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor] | None,
+    labels: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+    ignore_index: int,
+    class_dim: int,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Inputs:
     """Check all that can be checked without waiting for a device; bring the inputs to one form."""
-    class_dim = _checked_class_dim(given.student, given.class_dim)
-    _check_logits(given.student, given.teachers)
-    _check_numbers(given)
-    shape = given.student.shape
+    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher or ())
+    class_dim = _checked_class_dim(student, class_dim)
+    _check_logits(student, teachers)
+    _check_numbers(temperature, label_smoothing)
+    shape = student.shape
     rows = shape[:-1] if class_dim == -1 else shape[:1] + shape[2:]
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"kd_loss: mask is {mask.dtype}; expected torch.bool")
     inputs = Inputs(
-        given.student,
-        given.teachers,
-        _checked_labels(given, rows),
-        float(given.temperature),
-        float(given.label_smoothing),
-        given.ignore_index,
+        student,
+        teachers,
+        _checked_labels(student, labels, rows, class_dim),
+        float(temperature),
+        float(label_smoothing),
+        ignore_index,
         class_dim,
-        _per_row("weights", given.weights, rows),
-        _per_row("mask", given.mask, rows),
+        _per_row("weights", weights, rows),
+        _per_row("mask", mask, rows),
     )
-    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
-        raise ValueError(f"kd_loss: mask is {inputs.mask.dtype}; expected torch.bool")
     _check_devices(inputs)
     return inputs
 
@@ -115,17 +119,18 @@ def _check_logits(student: Tensor, teachers: list[Tensor]) -> None:
             )
 
 
-def _check_numbers(given: Inputs) -> None:
-    if not 0 < given.temperature < float("inf"):
+def _check_numbers(temperature: float, label_smoothing: float) -> None:
+    if not 0 < temperature < float("inf"):
         raise ValueError(
-            f"kd_loss: got temperature={given.temperature}; expected a finite number above 0"
+            f"kd_loss: got temperature={temperature}; expected a finite number above 0"
         )
-    if not 0 <= given.label_smoothing <= 1:
-        raise ValueError(f"kd_loss: got label_smoothing={given.label_smoothing}; expected 0 to 1")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"kd_loss: got label_smoothing={label_smoothing}; expected 0 to 1")
 
 
-def _checked_labels(given: Inputs, rows: torch.Size) -> Tensor | None:
-    labels, student = given.labels, given.student
+def _checked_labels(
+    student: Tensor, labels: Tensor | None, rows: torch.Size, class_dim: int
+) -> Tensor | None:
     if labels is None:
         return None
     if labels.is_floating_point():
@@ -143,7 +148,7 @@ def _checked_labels(given: Inputs, rows: torch.Size) -> Tensor | None:
     if labels.shape != rows:
         raise ValueError(
             f"kd_loss: labels are {_shape(labels)}; expected {list(rows)}, one class index per "
-            f"row of the logits {_shape(student)} with class_dim={given.class_dim}"
+            f"row of the logits {_shape(student)} with class_dim={class_dim}"
         )
     return labels if labels.dtype == torch.int64 else labels.long()
 
