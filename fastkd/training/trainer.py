@@ -1,7 +1,7 @@
 """The training loop: batches -> step -> update -> metrics -> checkpoint.
 
-All its parts are passed in; `fastkd.training.build` makes them. The host waits for
-the device
+All its parts are passed in; `fastkd.training.build` makes them. `Trainer.end_epoch` evaluates,
+decides whether this epoch is the best, and saves. The host waits for the device
 
     in `_fetch`, every `LOG_STEPS` steps and at the end of an epoch
     when the ranks vote on a stop: on GPUs only after a fetch, on CPUs in every step
@@ -90,28 +90,17 @@ class Trainer:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
 
-    # Parts of `update` that the loop also evaluates, saves or reports.
-    step: DistillStep = field(init=False)
-    """Student and losses as one module."""
-    terms: list[LossTerm] = field(init=False)
-    """The losses, with their connectors and memory banks."""
-    optimizer: Optimizer = field(init=False)
-    guard: Guard = field(init=False)
-    """Counts bad steps."""
-    ema: EMA | None = field(init=False)
-    """Average of the student."""
-    metric_names: tuple[str, ...] = field(init=False)
-    totals_M: Tensor = field(init=False)
-    """fp64 sums over the epoch's good steps on this rank, in the order of `metric_names`."""
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        return self.placement.world
 
-    def __post_init__(self) -> None:
-        self.step = self.update.step
-        self.terms = self.update.terms
-        self.optimizer = self.update.optimizer
-        self.guard = self.update.guard
-        self.ema = self.update.ema
-        self.metric_names = self.update.metric_names
-        self.totals_M = self.update.totals_M
+    # Parts of `update` that the loop also evaluates, saves or reports.
+
+    @property
+    def step(self) -> DistillStep:
+        """Student and losses as one module."""
+        return self.update.step
 
     @property
     def runner(self) -> nn.Module:
@@ -119,9 +108,34 @@ class Trainer:
         return self.update.runner
 
     @property
-    def world(self) -> World:
-        """The ranks of the run."""
-        return self.placement.world
+    def terms(self) -> list[LossTerm]:
+        """The losses, with their connectors and memory banks."""
+        return self.update.terms
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What applies the gradients."""
+        return self.update.optimizer
+
+    @property
+    def guard(self) -> Guard:
+        """Counts bad steps."""
+        return self.update.guard
+
+    @property
+    def ema(self) -> EMA | None:
+        """Average of the student."""
+        return self.update.ema
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What `totals_M` sums."""
+        return self.update.metric_names
+
+    @property
+    def totals_M(self) -> Tensor:
+        """fp64 sums over the epoch's good steps on this rank, in the order of `metric_names`."""
+        return self.update.totals_M
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch; the summary of the run.
