@@ -10,7 +10,7 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import PickCriterion
 from fastkd.config.mistakes import explain
 from fastkd.errors import UserError
-from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
+from fastkd.losses.base.needs import NeedRule, first_unmet
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
@@ -26,6 +26,15 @@ __all__ = [
     "teachers_of",
     "terms_of",
 ]
+
+_UNMET: dict[NeedRule, str] = {
+    "pick": "pick chooses x' by the teacher's answers to it, which no loss uses: give "
+    "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]",
+    "xprime unused": "xprime={xprime} would make a view x' that no loss uses: give "
+    "losses=[KD(views=('x', 'xprime'))], or leave it out",
+    "teacher": "{loss} needs a teacher but teacher is None; use losses=[CrossEntropy()]",
+    "xprime": "{loss} needs the view x': give xprime='cutmix' or xprime='mixup'",
+}
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -107,26 +116,12 @@ def pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:
 
 
 def check_needs(terms: Sequence[LossTerm], *, has_teacher: bool, xprime: str, picks: bool) -> None:
-    """UserError if a loss lacks its net or view, or no loss uses a view or a pick.
-
-    The rules of a recipe (`fastkd.losses.base.registry.check_needs`), with remedies for a call.
-    """
-    needs = {need for term in terms for need in term.needs}
-    sees_xprime = any(need.view == "xprime" for need in needs)
-    if not has_teacher and any(need.net == "teacher" for need in needs):
-        raise UserError("a loss needs a teacher but teacher is None; use losses=[CrossEntropy()]")
-    if xprime == "none" and sees_xprime:
-        raise UserError("a loss needs the view x': give xprime='cutmix' or xprime='mixup'")
-    if picks and XPRIME_TEACHER_LOGITS not in needs:
-        raise UserError(
-            "pick chooses x' by the teacher's answers to it, which no loss uses: give "
-            "xprime='cutmix' and losses=[KD(views=('x', 'xprime'))]"
-        )
-    if xprime != "none" and not sees_xprime:
-        raise UserError(
-            f"xprime={xprime!r} would make a view x' that no loss uses: give "
-            f"losses=[KD(views=('x', 'xprime'))], or leave it out"
-        )
+    """UserError if a loss lacks its net or view, or no loss uses a view or a pick."""
+    needs = {f"{number} {type(term).__name__}": term.needs for number, term in enumerate(terms)}
+    unmet = first_unmet(needs, has_teacher=has_teacher, xprime=xprime, picks=picks)
+    if unmet is not None:
+        loss = unmet.loss.partition(" ")[2]
+        raise UserError(_UNMET[unmet.rule].format(loss=loss, xprime=repr(xprime)))
 
 
 def optim_config(optim: OptimConfig | None, epochs: int, lr: float | None) -> OptimConfig:

@@ -349,6 +349,6 @@ def test_a_module_list_of_teachers_is_a_list_of_teachers() -> None:
 
 def test_no_teacher_is_still_no_teacher() -> None:
     student = create_model("resnet8", 10, width=0.25)
-    with pytest.raises(UserError, match="a loss needs a teacher but teacher is None"):
+    with pytest.raises(UserError, match="needs a teacher but teacher is None"):
         distill(student, [])
     assert distill(student, [], losses=[CrossEntropy()]).metrics["epochs"] == 2

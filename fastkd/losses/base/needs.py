@@ -4,7 +4,8 @@ The only definition of the vocabulary, except for taps, which each network defin
 (`fastkd.models.taps`).
 """
 
-from typing import Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, cast, get_args
 
 from fastkd.errors import UserError
 
@@ -16,9 +17,12 @@ __all__ = [
     "TEACHER_LOGITS",
     "XPRIME_TEACHER_LOGITS",
     "Need",
+    "NeedRule",
     "Net",
+    "Unmet",
     "View",
     "both_logits",
+    "first_unmet",
 ]
 
 View = Literal["x", "xprime"]
@@ -82,3 +86,47 @@ MIXED_LOGITS = Need("xprime/mixed/logits")
 def both_logits(view: View) -> tuple[Need, Need]:
     """The logits of student and teacher on one view."""
     return Need.of(view, "student", "logits"), Need.of(view, "teacher", "logits")
+
+
+NeedRule = Literal["pick", "xprime unused", "frozen", "teacher", "xprime"]
+"""What a run must fulfil, in the order in which it is checked: a pick is seen by a loss, x' is seen
+by a loss, a loss reaches a layer that is trained, a loss has its teacher, a loss has its x'."""
+
+
+class Unmet(NamedTuple):
+    """A rule that a run breaks."""
+
+    rule: NeedRule
+    loss: str = ""
+    """The loss that lacks something; empty where no loss is to blame."""
+    taps: tuple[str, ...] = ()
+    """The student's taps that this loss uses."""
+
+
+def first_unmet(
+    needs: Mapping[str, Sequence[Need]],
+    *,
+    has_teacher: bool,
+    xprime: str,
+    picks: bool = False,
+    frozen: bool = False,
+) -> Unmet | None:
+    """The first rule that the needs of the losses break, by name of the loss; None if none.
+
+    xprime is how x' is made, "none" if it is not; frozen, whether only the classifier is trained.
+    The words of the message, with what to change, are the caller's.
+    """
+    every = {need for own in needs.values() for need in own}
+    if picks and XPRIME_TEACHER_LOGITS not in every:
+        return Unmet("pick")
+    if xprime != "none" and not any(need.view == "xprime" for need in every):
+        return Unmet("xprime unused")
+    for loss, own in needs.items():
+        taps = tuple(need.tap for need in own if need.net == "student")
+        if frozen and "logits" not in taps:
+            return Unmet("frozen", loss, taps)
+        if not has_teacher and any(need.net == "teacher" for need in own):
+            return Unmet("teacher", loss)
+        if xprime == "none" and any(need.view == "xprime" for need in own):
+            return Unmet("xprime", loss)
+    return None

@@ -14,7 +14,7 @@ from fastkd.config.mistakes import explain
 from fastkd.config.section import Section
 from fastkd.errors import UserError
 from fastkd.losses.base.keys import LossKeys, keys_of
-from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
+from fastkd.losses.base.needs import NeedRule, first_unmet
 from fastkd.losses.base.term import LossTerm, check_parts
 
 __all__ = [
@@ -90,6 +90,17 @@ NO_LOSSES = {
     "label_smoothing": "losses.ce.label_smoothing=0.1 or losses.kd.label_smoothing=0.1, a key",
 }
 """What people look for among the losses but is not a loss -> what a recipe writes instead."""
+
+_UNMET: dict[NeedRule, str] = {
+    "pick": "augment.pick chooses x' by the teacher's answers to it, which no loss uses: set "
+    "augment.xprime=cutmix losses.kd.views=x,xprime",
+    "xprime unused": "augment.xprime={xprime} would make a view x' that no loss uses: set "
+    "losses.kd.views=x,xprime, or leave it out (augment.xprime=none)",
+    "frozen": "student.frozen=backbone leaves {loss} nothing to teach: it uses {taps}, where only "
+    "frozen layers come before. Remove it ({loss}=null), or train all (student.frozen=null)",
+    "teacher": "{loss} needs a teacher: set teacher.name",
+    "xprime": "{loss} needs the view x': set augment.xprime=cutmix or another",
+}
 
 
 def register(name: str, term: type[LossTerm]) -> None:
@@ -173,32 +184,16 @@ def check_needs(
     """
     keys = _keys(losses)
     check_parts((name, one.weights(name)) for name, one in keys.items())
-    needs = {name: one.needs() for name, one in keys.items()}
-    every = {need for own in needs.values() for need in own}
-    if picks and XPRIME_TEACHER_LOGITS not in every:
-        raise UserError(
-            "augment.pick chooses x' by the teacher's answers to it, which no loss uses: set "
-            "augment.xprime=cutmix losses.kd.views=x,xprime"
-        )
-    if xprime != "none" and not any(need.view == "xprime" for need in every):
-        raise UserError(
-            f"augment.xprime={xprime} would make a view x' that no loss uses: set "
-            f"losses.kd.views=x,xprime, or leave it out (augment.xprime=none)"
-        )
-    for name, own in needs.items():
-        taps = [need.tap for need in own if need.net == "student"]
-        if frozen and "logits" not in taps:
-            raise UserError(
-                f"student.frozen=backbone leaves losses.{name} nothing to teach: it uses "
-                f"{', '.join(taps)}, where only frozen layers come before. Remove it "
-                f"(losses.{name}=null), or train all (student.frozen=null)"
-            )
-        if not has_teacher and any(need.net == "teacher" for need in own):
-            raise UserError(f"losses.{name} needs a teacher: set teacher.name")
-        if xprime == "none" and any(need.view == "xprime" for need in own):
-            raise UserError(
-                f"losses.{name} needs the view x': set augment.xprime=cutmix or another"
-            )
+    unmet = first_unmet(
+        {name: one.needs() for name, one in keys.items()},
+        has_teacher=has_teacher,
+        xprime=xprime,
+        picks=picks,
+        frozen=frozen,
+    )
+    if unmet is not None:
+        words = {"loss": f"losses.{unmet.loss}", "taps": ", ".join(unmet.taps), "xprime": xprime}
+        raise UserError(_UNMET[unmet.rule].format(**words))
 
 
 def _keys(losses: Mapping[str, Section]) -> dict[str, LossKeys]:
