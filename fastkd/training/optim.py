@@ -17,7 +17,7 @@ such groups for norms and biases. LAMB is timm's, which always clips to a global
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,13 @@ __all__ = [
     "spare_norms",
 ]
 
-_APEX_CLASS = {"sgd": "FusedSGD", "adamw": "FusedAdam", "lamb": "FusedLAMB"}
+# Every `OptimizerName` but lamb, which torch does not have (timm's is used).
+_TORCH_CLASS: dict[OptimizerName, Callable[..., Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+_APEX_CLASS = {
+    "sgd": "FusedSGD",
+    "adamw": "FusedAdam",
+    "lamb": "FusedLAMB",
+}
 _APEX_HELP = (
     "NVIDIA apex is built from source (github.com/NVIDIA/apex, with APEX_CPP_EXT=1 "
     "APEX_CUDA_EXT=1 and --no-build-isolation) or comes with NVIDIA's PyTorch containers; the "
@@ -74,8 +80,7 @@ def build_optimizer(
     fused = device.type in ("cpu", "cuda") and all(
         parameter.is_floating_point() for group in groups for parameter in group["params"]
     )
-    kind = SGD if config.name == "sgd" else AdamW
-    optimizer = kind(groups, **_options(config), fused=fused)
+    optimizer = _TORCH_CLASS[config.name](groups, **_options(config), fused=fused)
     if fused:
         _prepare_fused_steps(optimizer)
     return optimizer
