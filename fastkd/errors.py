@@ -1,7 +1,8 @@
 """The three ways in which a fastkd program ends early, and the exit code of each.
 
 The rest of fastkd raises these (`kernels` raises ValueError); `fastkd.cli.commands` turns them into
-one line on stderr and an exit code.
+one line on stderr and an exit code. The code of a stop (130, 143, 129) comes from the signal
+(`fastkd.training.interrupt`).
 """
 
 __all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]

@@ -1,6 +1,6 @@
 """What the ranks compute together; with a single process every function is the identity.
 
-Trainer, guard, losses and evaluation call these on all ranks; `ranks` opens the world first.
+Trainer, losses and evaluation call these on all ranks; `ranks` opens the world first.
 """
 
 from collections.abc import Sequence

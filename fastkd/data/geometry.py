@@ -1,7 +1,9 @@
 """Crop, flip and normalise whole batches of uint8 images on their own device, CPU or GPU.
 
 The loaders use it to make x from stored images; `fastkd.augment.views` makes x' from x.
-Nothing here draws a random number (`fastkd.data.draws` does) or synchronises with the host.
+`fastkd.data.loaders.open` builds the geometry of a recipe. Nothing here draws a random number
+(`fastkd.data.draws` does, `fastkd.data.tables` makes tables of the draws) or synchronises with the
+host.
 
 Formula per image n with corner (top, left) in the padded image and flip f:
     out[c, i, j] = (padded[top + i, left + (W-1-j if f else j), c] * (1/255) - mean[c]) / std[c]

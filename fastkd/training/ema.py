@@ -1,6 +1,6 @@
 """Exponential moving average of a network's weights, as a separate network.
 
-Flow: trainer calls `update(ok)` after each optimizer step, with the verdict of `guard.Guard`;
+Flow: `update.Update` calls `update(ok)` after each optimizer step, with the verdict of the guard;
 evaluation and checkpoint take `module`. ema <- decay * ema + (1 - decay) * current, for parameters
 and floating buffers alike (batch norm statistics; timm's ModelEmaV3 does the same); integer
 buffers are copied. There is no warm-up: the average starts at the weights it is given.

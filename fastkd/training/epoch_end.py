@@ -1,4 +1,7 @@
-"""The end of an epoch: one row of metrics, and a summary of all rows."""
+"""The row of metrics of an epoch, and a summary of all rows.
+
+Which epoch is the best: `fastkd.training.trainer.Trainer.end_epoch`.
+"""
 
 from collections.abc import Mapping, Sequence
 from statistics import median_high

@@ -1,6 +1,6 @@
 """Decides, on the device and equally on all ranks, whether a step counts, and undoes it if not.
 
-Flow: trainer, per optimizer step
+Flow: `update.Update`, per optimizer step
 
     guard.before_step()                     # copy the buffers (batch norm statistics)
     ... forward and backward of all micro-batches ...

@@ -1,8 +1,8 @@
 """Learning rate and momentum as pure functions of the optimizer step.
 
-Flow: recipe -> `Schedule` -> trainer, which calls `set_lr(optimizer, schedule.lr_factor(step))`
-before each optimizer step. There is no state, so a resumed run cannot disagree with an
-uninterrupted one.
+Flow: recipe -> `Schedule` -> `update.Update`, which calls
+`set_lr(optimizer, schedule.lr_factor(step))` before each optimizer step. There is no state, so a
+resumed run cannot disagree with an uninterrupted one.
 
 Steps count from 0 and so do epochs, as in the losses' own schedules
 (`fastkd.losses.base.schedules`): steps 0 to steps_per_epoch - 1 are epoch 0. All kinds return a

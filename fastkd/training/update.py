@@ -1,4 +1,4 @@
-"""One optimizer step: rates, pick, micro-batches, verdict, update, sums.
+"""One optimizer step: rates, pick, micro-batches, gradient scaler, verdict, update, EMA, sums.
 
 Flow: `Trainer.prepare` -> [here] -> `Trainer` fetches the sums now and then. A step whose loss or
 gradient is not finite changes nothing on any rank. Nothing here reads a number from the device,
