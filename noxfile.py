@@ -130,13 +130,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """Ops, steps and resuming on the oldest torch, and the Triton that it brings."""
+    """Ops, losses, steps and resuming on the oldest torch, and the Triton that it brings."""
     session.install("-e", ".[test]", *OLDEST)
     versions = (
         "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
     )
     session.run("python", "-c", versions)
-    chosen = session.posargs or ["tests/ops", "tests/training", "tests/runs/test_resume.py"]
+    parts = ["compute", "losses", "ops", "training", "runs/test_resume.py"]
+    chosen = session.posargs or [f"tests/{part}" for part in parts]
     session.run(*PYTEST, *chosen, env=QUIET)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.compute.ranks import World
@@ -46,7 +47,9 @@ def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
     rank = dist.get_rank()
     if len(rows) != rows_of_ranks[rank]:
         raise ValueError(f"rank {rank} has {len(rows)} rows, expected {rows_of_ranks[rank]}")
-    return _JoinRows.apply(rows, sum(rows_of_ranks[:rank]), sum(rows_of_ranks))
+    # Each rank's rows among zeros: a gather needs equal counts.
+    before, after = sum(rows_of_ranks[:rank]), sum(rows_of_ranks[rank + 1 :])
+    return _sum_over_ranks(F.pad(rows, (*[0, 0] * (rows.dim() - 1), before, after)))
 
 
 def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:
@@ -68,23 +71,30 @@ def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:
     return join_rows(rows, [shape[0][0] if shape else 0 for shape in shapes])
 
 
-class _JoinRows(torch.autograd.Function):
-    """Sums the ranks' rows, each placed among zeros; a gather needs equal counts."""
+@torch.library.custom_op("fastkd::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over all ranks; its gradient is the sum of the ranks' gradients.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, start: int, total: int) -> Tensor:
-        ctx.own = slice(start, start + len(rows))
-        joined = rows.new_zeros(total, *rows.shape[1:])
-        joined[ctx.own] = rows
-        dist.all_reduce(joined)
-        return joined
+    An op of its own, because torch.compile of torch 2.11 drops the gradient of an autograd function
+    with a collective in it, without a word.
+    """
+    # A copy: other holders of this tensor, or of this gradient, must not see the sum.
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        # A copy: other holders of this gradient must not see the sum.
-        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[ctx.own], None, None
+
+def _same_shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _sum_gradients(_: Any, gradient: Tensor) -> Tensor:
+    return _sum_over_ranks(gradient)
+
+
+_op: Any = _sum_over_ranks  # torch annotates its methods in part only
+_op.register_fake(_same_shape)
+_op.register_autograd(_sum_gradients)
 
 
 def sync_buffers(module: nn.Module, *, ignore: Sequence[str] = ()) -> None:

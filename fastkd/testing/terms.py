@@ -37,7 +37,7 @@ def term_inputs(
     rows_of_ranks: tuple[int, ...] = (),
 ) -> TermInputs:
     """What a step hands to a loss in `epoch`, counted from 0; sample ids are rows of the batch."""
-    some = tensors[term.needs[0]]
+    some = next(iter(tensors.values()))
     labels_N = torch.arange(len(some)) % 10 if labels_N is None else labels_N
     schedule = {
         name: torch.tensor(value(epoch), dtype=some.dtype)

