@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fastkd.config.mistakes import explain
+from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
-from fastkd.recipe.overrides import nested, parse_override, set_key, yaml_problem
+from fastkd.printable import shown
+from fastkd.recipe.overrides import nested, parse_override, set_key
 from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.catalogue import find_entry
@@ -108,35 +109,23 @@ def _dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML requires unique keys; PyYAML silently takes the last of several."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; an error at the second of two equal keys."""
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} appears twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
+    name = shown(str(path), 200)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        # One character more than a recipe may have, of a file or a device of any length.
+        with path.open(encoding="utf-8-sig") as file:
+            values = read_yaml(file.read(MAX_LENGTH + 1))
     except OSError as error:
-        raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the recipe file {path} is not valid YAML ({yaml_problem(error)})"
-        ) from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"cannot read the recipe file {name}: {error.strerror}") from None
+    except (NotPlain, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe file {name} is not valid YAML ({error})") from None
+    except ValueError:  # a NUL character in its name
+        raise UserError(f"cannot read the recipe file {name}: no file has this name") from None
+    if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(
-            f"the recipe file {path} must hold keys such as `epochs: 30`, one a line; it holds "
-            f"{found if not isinstance(values, dict) else 'keys that are not text'}"
+            f"the recipe file {name} must hold keys such as `epochs: 30`, one a line; it holds "
+            f"{found}"
         )
     return values
 
@@ -157,4 +146,4 @@ def _validate(values: dict[str, Any]) -> Recipe:
         losses = values.get("losses")
         used = [name for name in term_names() if isinstance(losses, dict) and name in losses]
         mistakes = explain(error, Recipe, values, valid_keys(used))
-        raise UserError("\n".join(mistakes)) from None
+        raise UserError(*mistakes) from None

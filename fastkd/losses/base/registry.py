@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.losses.base.keys import LossKeys, keys_of
 from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.term import LossTerm, check_parts
+from fastkd.printable import shown
 
 __all__ = [
     "ALIASES",
@@ -143,13 +144,15 @@ def typed_config(name: str, keys: object) -> Section:
     cls = config_class(name)
     if not isinstance(keys, Mapping):
         fields = ", ".join(cls.model_fields)
-        raise UserError(f"losses.{name}={keys}: expected keys of its own ({fields}), not a value")
+        raise UserError(
+            f"losses.{name}={shown(str(keys))}: expected keys of its own ({fields}), not a value"
+        )
     try:
         return cls.model_validate(dict(keys))
     except ValidationError as error:
         prefix = f"losses.{name}."
         known = [prefix + field for field in cls.model_fields]
-        raise UserError("\n".join(explain(error, cls, keys, known, prefix=prefix))) from None
+        raise UserError(*explain(error, cls, keys, known, prefix=prefix)) from None
 
 
 def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:
@@ -194,7 +197,10 @@ def check_needs(
                 f"(losses.{name}=null), or train all (student.frozen=null)"
             )
         if not has_teacher and any(need.net == "teacher" for need in own):
-            raise UserError(f"losses.{name} needs a teacher: set teacher.name")
+            raise UserError(
+                f"losses.{name} needs a teacher: set teacher.name, or train on the labels alone: "
+                f"losses.{name}=null losses.ce.weight=1"
+            )
         if xprime == "none" and any(need.view == "xprime" for need in own):
             raise UserError(
                 f"losses.{name} needs the view x': set augment.xprime=cutmix or another"
