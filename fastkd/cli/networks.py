@@ -31,11 +31,12 @@ def models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
+    uncounted = "other input" if shape else "not counted"
     # Rows appear as their networks are built, so only the names are known before.
     width = max(32, *map(len, names))
     print(_line(width, "network", "parameters", "MACs", "input", "classes", "taps"))
     for row in rows:
-        macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
+        macs = f"{row['macs']:,}" if row["macs"] is not None else uncounted
         taps = _short_taps(row["taps"])
         cells = (f"{row['params']:,}", macs, row["input"], row["classes"], taps)
         print(_line(width, row["name"], *cells), flush=True)
@@ -78,10 +79,10 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
     try:
         size = count(model, shape)
         row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
-    except (RuntimeError, ValueError, AssertionError):
-        # Some networks accept certain image sizes only; these are the errors they raise.
-        if wanted is None:
-            raise
+    except Exception:
+        # Networks that accept certain image sizes only, or that cannot be counted, raise whatever
+        # they like; the list goes on.
+        pass
     return row
 
 

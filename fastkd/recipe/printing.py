@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from fastkd.config.mistakes import entries_of, section_of
+from fastkd.config.plain_yaml import plain_scalar
 from fastkd.losses.base.registry import config_class
 from fastkd.recipe.schema import Recipe
 
@@ -18,8 +19,10 @@ class _OneLine(yaml.SafeDumper):
 
 
 def _text(dumper: _OneLine, text: str) -> yaml.ScalarNode:
-    # Without quotes YAML writes a line break as an empty line.
-    style = '"' if "\n" in text else None
+    # PyYAML quotes what YAML 1.1 would not read as text; `plain_scalar` differs in a few words.
+    style = None if plain_scalar(text) == text else "'"
+    # Without double quotes YAML writes a line break as an empty line.
+    style = '"' if "\n" in text else style
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -3,7 +3,7 @@
 Every mistake becomes one sentence that names the nearest valid key or value (`config.mistakes`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastkd.printable import shown
 from fastkd.recipe.overrides import nested, parse_override, set_key
 from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.brought import check_brought
 from fastkd.recipes.catalogue import find_entry
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.missing import missing, missing_networks
@@ -63,39 +64,77 @@ def load_recipe(
     values = dict(values or {})
     file_values = _read_yaml(Path(config)) if config is not None else {}
     overrides = list(overrides)
+    base = None
     if name is not None:
         base = find_recipe(name)
         if not file_values and not overrides:
             return base
-        values = _dump(base)
     elif file_values and not _is_whole(file_values):
-        base = file_values.get("name")
-        if not isinstance(base, str):
-            raise UserError(
-                f"{config} holds only part of a recipe and names no base: give one on the "
-                f"command line (fastkd train RECIPE --config {config}) or in it (name: RECIPE)"
-            )
-        try:
-            values = _dump(find_recipe(base))
-        except UserError as error:
-            raise UserError(
-                f"{config} says only in part what to train (that takes data.name, student and "
-                f"losses), so its name must be that of a recipe to start from. {error}"
-            ) from None
+        base = _base_of(file_values, config)
+    if base is not None:
+        values = _dump(base)
     if "losses" in file_values:
         values["losses"] = {}
     _merge(values, file_values)
+    given = set(_dotted(file_values))
     for text in overrides:
         key, value = parse_override(text)
         set_key(values, key, value)
+        given.add(key)
+    _check_teacher(values, name or str(config or "the recipe"))
+    if base is None:
+        return _validate(values)
+    _follow(find_entry(base.name), values, frozenset(given))
+    recipe = _validate(values)
+    check_brought(recipe, base, frozenset(given))
+    return recipe
+
+
+def _base_of(file_values: Mapping[str, Any], config: str | Path | None) -> Recipe:
+    """The recipe that a file varies."""
+    base = file_values.get("name")
+    if not isinstance(base, str):
+        raise UserError(
+            f"{config} holds only part of a recipe and names no base: give one on the "
+            f"command line (fastkd train RECIPE --config {config}) or in it (name: RECIPE)"
+        )
+    try:
+        return find_recipe(base)
+    except UserError as error:
+        raise UserError(
+            f"{config} says only in part what to train (that takes data.name, student and "
+            f"losses), so its name must be that of a recipe to start from. {error}"
+        ) from None
+
+
+def _check_teacher(values: Mapping[str, Any], where: str) -> None:
     teacher = values.get("teacher")
     if isinstance(teacher, Mapping) and teacher and "name" not in teacher:
-        given = ", ".join(f"teacher.{key}" for key in teacher)
+        given = ", ".join(f"teacher.{shown(str(key))}" for key in teacher)
         raise UserError(
-            f"{given}: {name or config or 'the recipe'} has no teacher; leave it out, or name one "
+            f"{given}: {where} has no teacher; leave it out, or name one "
             f"with teacher.name and add a loss that uses it, such as losses.kd.weight"
         )
-    return _validate(values)
+
+
+def _follow(entry: Entry, values: dict[str, Any], given: frozenset[str]) -> None:
+    """Set the keys of the recipe that follow from others and that nobody has set."""
+    if entry.follow is None:
+        return
+    for key, value in entry.follow(values, given).items():
+        parts = key.split(".")
+        starts = {".".join(parts[:number]) for number in range(1, len(parts) + 1)}
+        if not starts & given:
+            set_key(values, key, value)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested values, without the sections themselves."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _is_whole(values: Mapping[str, Any]) -> bool:
