@@ -3,6 +3,8 @@
 Flow: `loading` asks, once the user has put another network into a named recipe.
 """
 
+from typing import Any
+
 import torch
 
 from fastkd.errors import UserError
@@ -45,7 +47,7 @@ def _refuses(net: StudentConfig, option: str) -> bool:
     return _builds(net.name) and not _builds(net.name, **{option: getattr(net, option)})
 
 
-def _builds(name: str, **options: object) -> bool:
+def _builds(name: str, **options: Any) -> bool:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
