@@ -77,7 +77,9 @@ def _show_warning(
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
         _complain(f"note: {message}")
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+        sys.stderr.write(
+            warnings.formatwarning(printable(str(message)), category, filename, lineno)
+        )
 
 
 def _complain(*sentences: str, every_rank: bool = False) -> None:

@@ -5,6 +5,7 @@ Every mistake becomes one sentence that names the nearest valid key or value (`c
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
@@ -95,8 +96,8 @@ def _base_of(file_values: Mapping[str, Any], config: str | Path | None) -> Recip
     base = file_values.get("name")
     if not isinstance(base, str):
         raise UserError(
-            f"{config} holds only part of a recipe and names no base: give one on the "
-            f"command line (fastkd train RECIPE --config {config}) or in it (name: RECIPE)"
+            f"{config} holds only part of a recipe and names no base: give one on the command "
+            f"line (fastkd train RECIPE --config {quote(str(config))}) or in it (name: RECIPE)"
         )
     try:
         return find_recipe(base)

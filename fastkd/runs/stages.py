@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
 @contextmanager
 def _advice(run: Path) -> Iterator[None]:
     """Add to an interruption how to resume the run."""
-    advice = f"Resume it with: fastkd train --resume {run}"
+    advice = f"Resume it with: fastkd train --resume {quote(str(run))}"
     try:
         yield
     except Interrupted as stopped:

@@ -1,6 +1,14 @@
 """Words of other programs and from other systems: what fastkd would call them."""
 
+import signal
+import warnings
+
 import pytest
+import torch
+
+import fastkd.cli.listings
+import fastkd.training.trainer
+from fastkd.models import create_model
 
 
 @pytest.mark.parametrize(
@@ -107,3 +115,32 @@ def test_the_columns_of_the_models_never_run_together(command, pattern):
             assert int(macs.replace(",", "")) > 1000
         assert size.count("x") == 2 and classes.isdecimal()
     assert len(lines) > 1
+
+
+def test_an_advice_can_be_pasted_into_a_shell(command, monkeypatch):
+    def stopped(_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fastkd.training.trainer.Trainer, "summary", stopped)
+    words = ["teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs=", "epochs=1"]
+    said = command("train", *words, "compile=off", "device=cpu", "out=run #1; it's")
+    assert said.code == 130
+    assert said.err.endswith("Resume it with: fastkd train --resume 'run #1; it'\"'\"'s'\n")
+
+
+def test_a_warning_of_another_package_is_escaped(command, monkeypatch):
+    def warn():
+        warnings.warn("EXIF \x1b[2J\nof a stranger", RuntimeWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(fastkd.cli.listings.listing, "overview", warn)
+    said = command("recipes")
+    assert r"EXIF \x1b[2J\nof a stranger" in said.err and "\x1b" not in said.err
+
+
+def test_weights_of_the_same_network_without_its_block(command, tmp_path):
+    torch.save(create_model("resnet20", 10).state_dict(), tmp_path / "w.pt")
+    words = ["eval", "resnet20", "--weights", "w.pt", "data.name=digits", "student.block=BG:2:4"]
+    said = command(*words)
+    assert said.code == 2
+    assert "or like this one without its cheap block: block=BG(2,4)" in said.err
