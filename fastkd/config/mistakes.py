@@ -42,6 +42,9 @@ _BOUNDS = (
 
 _SIZES = ((MinLen, "min_length", "at least"), (MaxLen, "max_length", "at most"))
 
+MAX_MISTAKES = 20
+"""How many mistakes are explained; a file with more is another kind of file."""
+
 _ENTRY = r"(?<=\.)\d+(?=\.)"
 
 
@@ -59,11 +62,12 @@ def explain(
     prefix: what precedes every key of `section`, such as `losses.kd.`.
     """
     found: dict[str, None] = {}
-    for mistake in error.errors():
+    mistakes = error.errors()
+    for mistake in mistakes[:MAX_MISTAKES]:
         path, field = _locate(section, mistake["loc"])
         key = prefix + ".".join(path)
         if mistake["type"] == "extra_forbidden":
-            for unknown in _leaves(key, mistake["input"]):
+            for unknown in _leaves(key, mistake["input"])[:MAX_MISTAKES]:
                 found[_unknown(unknown, known)] = None
         elif mistake["type"] == "value_error":
             found |= dict.fromkeys(_sentences(mistake))
@@ -78,7 +82,8 @@ def explain(
             value = _at(values, path)
             hint = _near(value, field) or _quotes(value, field)
             found[f"{shown(key)}={_shown(value)}: expected {wanted}{hint}"] = None
-    return list(found)
+    more = len(mistakes) - MAX_MISTAKES
+    return [*found, *([f"and {more} more mistakes"] if more > 0 else [])]
 
 
 def _sentences(mistake: ErrorDetails) -> tuple[str, ...]:
