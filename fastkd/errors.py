@@ -5,20 +5,26 @@ one line on stderr and an exit code. The code of a stop (130, 143, 129) comes fr
 (`fastkd.training.interrupt`).
 """
 
+from fastkd.printable import printable
+
 __all__ = ["FastKDError", "Interrupted", "RunFailed", "UserError"]
 
 
 class FastKDError(Exception):
-    """Base of all errors whose message is meant for the user.
+    """Base of all errors whose message is meant for the user, one line for each sentence.
 
     shared: every rank raises the same error, and rank 0 prints it. False: only this rank has it.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, shared: bool = True) -> None:
-        super().__init__(message)
+    def __init__(self, *sentences: str, shared: bool = True) -> None:
+        # A sentence may quote a file name or a key that somebody else has written.
+        super().__init__(*(printable(sentence) for sentence in sentences))
         self.shared = shared
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class UserError(FastKDError, ValueError):

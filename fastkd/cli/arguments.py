@@ -12,6 +12,7 @@ from typing import NoReturn, TypeAlias
 
 from fastkd import __version__
 from fastkd.errors import UserError
+from fastkd.printable import shown
 
 __all__ = ["parse", "parsers"]
 
@@ -25,6 +26,8 @@ examples:
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
+A path or a name is taken as it stands (data.root=/d/set #2, in quotes for the
+shell); a semicolon inside a value of --sweep is written twice.
 `fastkd train RECIPE --print-config` shows every key, its value and its meaning.
 exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
 143 for SIGTERM and 129 for a closed terminal. torchrun ends with its own code,
@@ -36,10 +39,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors that name the nearest valid word."""
 
     def error(self, message: str) -> NoReturn:
-        match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        match = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
         if match:
             word, commands = match[1], match[2].replace("'", "").split(", ")
-            message = f"there is no command {word!r}{_near(word, commands)}"
+            message = f"there is no command '{word}'{_near(word, commands)}"
         raise UserError(f"{message}{_see(message, self.prog)}")
 
 
@@ -47,8 +50,8 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    if not re.fullmatch("0*[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number above 0")
     return int(text)
 
 
@@ -71,15 +74,49 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # argparse accepts a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
     for word in rest:
         if word.startswith("-"):
-            known = [flag for flag in commands[options.command]._option_string_actions]
-            command = f"fastkd {options.command}"
-            hint = _near(word.partition("=")[0], [flag for flag in known if len(flag) > 2])
-            message = f"there is no option {word}{hint}"
-            raise UserError(f"{message}{_see(message, command)}")
+            raise UserError(_no_option(word, arguments, options, commands[options.command]))
         if "words" not in options:
             raise UserError(f"`fastkd {options.command}` takes no further argument, got {word!r}")
         options.words.append(word)
     return options
+
+
+def _no_option(
+    word: str,
+    arguments: Sequence[str],
+    options: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+) -> str:
+    """What is wrong with an option that does not exist, and what to write instead."""
+    flag, _, value = word.partition("=")
+    says = f"there is no option {shown(flag)}"
+    command = f"fastkd {options.command}"
+    if "words" in options and options.command != "recipes":
+        following = [*arguments[arguments.index(word) + 1 :], ""][0]
+        if not value and "=" not in following and not following.startswith("-"):
+            value = following
+        if keys := _keys(flag, value):
+            return f"{says}; what decides a run is a key, without dashes: {keys}"
+    if word.endswith("\r"):
+        says += ": a script with the line ends of Windows puts \\r behind its last word"
+        return f"{says}. See `{command} --help`"
+    known = [known for known in parser._option_string_actions if len(known) > 2]
+    message = f"{says}{_near(flag, known)}"
+    return f"{message}{_see(message, command)}"
+
+
+def _keys(flag: str, value: str) -> str:
+    """`--batch-size 64` -> `batch_size=64`; empty if no key ends in this word."""
+    from fastkd.config.mistakes import nearest_keys
+    from fastkd.recipe.overrides import type_of
+    from fastkd.recipe.printing import valid_keys
+
+    name = flag.strip("-").replace("-", "_")
+    known = valid_keys(("kd", "ce"))
+    keys = [name] if name in known else nearest_keys(name, known)[:2]
+    # What a value looks like, if none was given.
+    examples = {int: "3", float: "0.1", bool: "true"}
+    return " or ".join(f"{key}={value or examples.get(type_of(key), '..')}" for key in keys)
 
 
 def parsers() -> tuple[_Parser, dict[str, _Parser]]:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from fastkd.cli.arguments import parse
 from fastkd.errors import FastKDError
+from fastkd.printable import printable
 
 __all__ = ["main"]
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except FastKDError as error:
-        _complain(str(error), every_rank=not error.shared)
+        _complain(*error.args, every_rank=not error.shared)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             _leave(error.exit_code)
         return error.exit_code
@@ -76,9 +77,11 @@ def _show_warning(
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
         _complain(f"note: {message}")
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+        sys.stderr.write(
+            warnings.formatwarning(printable(str(message)), category, filename, lineno)
+        )
 
 
-def _complain(text: str, *, every_rank: bool = False) -> None:
+def _complain(*sentences: str, every_rank: bool = False) -> None:
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print(f"fastkd: {text}", file=sys.stderr)
+        print("fastkd:", "\n".join(map(printable, sentences)), file=sys.stderr)

@@ -12,6 +12,7 @@ from fastkd.errors import UserError
 from fastkd.models import cheapen as cheapen_network
 from fastkd.models import count, create_model, list_models
 from fastkd.models.card import card_of
+from fastkd.models.hub import HUBS
 from fastkd.models.taps import available_taps
 
 __all__ = ["cheapen", "models"]
@@ -23,18 +24,31 @@ def models(options: argparse.Namespace) -> None:
     shape = _shape(options.input) if options.input else None
     names = list_models(options.pattern)
     if not names:
-        raise UserError(f"no network matches {options.pattern!r}; try 'resnet*' or 'timm:resnet*'")
+        others = [one for hub in HUBS if (one := f"{hub}:{options.pattern}") and list_models(one)]
+        hint = " or ".join(map(repr, others or ["resnet*", "timm:resnet*"]))
+        raise UserError(f"no network matches {options.pattern!r}; try {hint}")
     rows = (_model_row(name, shape) for name in names)
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
-    print(f"{'network':<34}{'parameters':>14}{'MACs':>16}{'input':>12}{'classes':>9}  taps")
+    uncounted = "other input" if shape else "not counted"
+    # Rows appear as their networks are built, so only the names are known before.
+    width = max(32, *map(len, names))
+    print(_line(width, "network", "parameters", "MACs", "input", "classes", "taps"))
     for row in rows:
-        macs = f"{row['macs']:,}" if row["macs"] is not None else "other input"
-        line = f"{row['name']:<34}{row['params']:>14,}{macs:>16}{row['input']:>12}"
-        print(f"{line}{row['classes']:>9}  {_short_taps(row['taps'])}", flush=True)
+        macs = f"{row['macs']:,}" if row["macs"] is not None else uncounted
+        taps = _short_taps(row["taps"])
+        cells = (f"{row['params']:,}", macs, row["input"], row["classes"], taps)
+        print(_line(width, row["name"], *cells), flush=True)
     if ":" not in options.pattern:
         print("each stage also before its last activation: stage1:preact")
+
+
+def _line(width: int, name: str, *cells: object) -> str:
+    """Two spaces between any two cells, also where one is wider than its column."""
+    widths = (14, 17, 10, 7)
+    numbers = [f"{cell:>{size}}" for cell, size in zip(cells, widths, strict=False)]
+    return "  ".join([f"{name:<{width}}", *numbers, str(cells[-1])])
 
 
 def _short_taps(taps: Sequence[str]) -> str:
@@ -65,10 +79,10 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
     try:
         size = count(model, shape)
         row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
-    except (RuntimeError, ValueError, AssertionError):
-        # Some networks accept certain image sizes only; these are the errors they raise.
-        if wanted is None:
-            raise
+    except Exception:
+        # Networks that accept certain image sizes only, or that cannot be counted, raise whatever
+        # they like; the list goes on.
+        pass
     return row
 
 
@@ -98,7 +112,8 @@ def cheapen(options: argparse.Namespace) -> None:
 
 
 def _shape(text: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    side = "([1-9][0-9]{0,4})"
+    match = re.fullmatch(f"{side}x{side}x{side}", text)
     if not match:
         raise UserError(f"--input={text}: expected CxHxW such as 3x32x32")
     return int(match[1]), int(match[2]), int(match[3])

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from fastkd.errors import UserError
 from fastkd.recipe.printing import annotated_yaml
@@ -90,7 +91,7 @@ def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Recipe:
     if len(names) > 1:
         raise UserError(f"one recipe at a time, got {', '.join(names)}")
     if names and names[0].endswith((".yaml", ".yml")):
-        raise UserError(f"{names[0]} is a file: fastkd train --config {names[0]}")
+        raise UserError(f"{names[0]} is a file: fastkd train --config {quote(names[0])}")
     config = options.config
     if not names and config is None and options.resume not in (None, "auto"):
         config = Path(options.resume) / "config.yaml"

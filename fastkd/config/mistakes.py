@@ -5,6 +5,7 @@ allowed values come from the schema itself, so a message cannot disagree with it
 """
 
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -15,10 +16,22 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from fastkd.config.values import is_list, is_mapping
+from fastkd.errors import FastKDError
+from fastkd.printable import shown
 
-__all__ = ["allowed", "bounds_in_words", "entries_of", "explain", "section_of"]
+__all__ = [
+    "allowed",
+    "bounds_in_words",
+    "entries_of",
+    "explain",
+    "holds_texts",
+    "is_text",
+    "nearest_keys",
+    "section_of",
+]
 
 _BOUNDS = (
     (Gt, "gt", "above"),
@@ -28,6 +41,9 @@ _BOUNDS = (
 )
 
 _SIZES = ((MinLen, "min_length", "at least"), (MaxLen, "max_length", "at most"))
+
+MAX_MISTAKES = 20
+"""How many mistakes are explained; a file with more is another kind of file."""
 
 _ENTRY = r"(?<=\.)\d+(?=\.)"
 
@@ -46,23 +62,33 @@ def explain(
     prefix: what precedes every key of `section`, such as `losses.kd.`.
     """
     found: dict[str, None] = {}
-    for mistake in error.errors():
+    mistakes = error.errors()
+    for mistake in mistakes[:MAX_MISTAKES]:
         path, field = _locate(section, mistake["loc"])
         key = prefix + ".".join(path)
         if mistake["type"] == "extra_forbidden":
-            for unknown in _leaves(key, mistake["input"]):
+            for unknown in _leaves(key, mistake["input"])[:MAX_MISTAKES]:
                 found[_unknown(unknown, known)] = None
         elif mistake["type"] == "value_error":
-            found[mistake["msg"].removeprefix("Value error, ")] = None
+            found |= dict.fromkeys(_sentences(mistake))
         elif mistake["type"] == "missing" and field is not None and path == _texts(mistake["loc"]):
             found[f"{key} is missing and has no default: set it, {allowed(field)}"] = None
         else:
             wanted = "text" if field is None else allowed(field)
             if mistake["type"] == "finite_number":
                 wanted = wanted.replace("a number", "a finite number")
+            if mistake["type"] == "too_large":
+                wanted = f"{wanted}, below 2^63"
             value = _at(values, path)
-            found[f"{key}={_shown(value)}: expected {wanted}{_near(value, field)}"] = None
-    return list(found)
+            hint = _near(value, field) or _quotes(value, field)
+            found[f"{shown(key)}={_shown(value)}: expected {wanted}{hint}"] = None
+    more = len(mistakes) - MAX_MISTAKES
+    return [*found, *([f"and {more} more mistakes"] if more > 0 else [])]
+
+
+def _sentences(mistake: ErrorDetails) -> tuple[str, ...]:
+    error = mistake.get("ctx", {}).get("error")
+    return error.args if isinstance(error, FastKDError) else (str(error),)
 
 
 def allowed(field: FieldInfo) -> str:
@@ -92,6 +118,29 @@ def entries_of(annotation: Any) -> type[BaseModel] | None:
     """The section class of the entries of a `tuple[Section, ...]`."""
     inner = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
     return section_of(inner[0]) if inner and inner[-1] is Ellipsis else None
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a key takes text, or one of some words, or null; and nothing else."""
+    kinds = [kind for kind in _options(annotation) if kind is not types.NoneType]
+    return bool(kinds) and all(map(_is_word, kinds))
+
+
+def holds_texts(annotation: Any) -> bool:
+    """Whether a key takes a list or a mapping in which every value is text."""
+    for kind in _options(annotation):
+        inner = [one for one in typing.get_args(kind) if one is not Ellipsis]
+        if typing.get_origin(kind) in (tuple, dict) and all(map(is_text, inner)):
+            return True
+    return False
+
+
+def _is_word(kind: Any) -> bool:
+    if typing.get_origin(kind) is Annotated:
+        return is_text(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is Literal:
+        return all(isinstance(word, str) for word in typing.get_args(kind))
+    return kind is str
 
 
 def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -160,7 +209,7 @@ def _locate(
         field = inner.model_fields.get(part)
         inner = section_of(field.annotation) if field else None
     # An entry that is not a mapping is a mistake in the whole list.
-    if field and entries_of(field.annotation) and path[-1].isdigit():
+    if field and entries_of(field.annotation) and path[-1].isdecimal():
         path.pop()
     return path, field
 
@@ -176,20 +225,27 @@ def _leaves(key: str, value: Any) -> list[str]:
     return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
 
 
+def nearest_keys(key: str, known: Sequence[str]) -> list[str]:
+    """The known keys that end in the same word, the most similar first.
+
+    `lr=0.1` means optim.lr: the right word in the wrong place beats a similar word.
+    """
+    near = [one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2]]
+    return sorted(near, key=lambda one: -difflib.SequenceMatcher(None, one, key).ratio())
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
     # All entries of a list of sections have the keys of the first.
     known = [re.sub(_ENTRY, _number(key), one) for one in known]
-    # `lr=0.1` means optim.lr: the right word in the wrong place beats a similar word.
-    near = [one for one in known if one.rpartition(".")[2] == last]
-    near.sort(key=lambda one: -difflib.SequenceMatcher(None, one, key).ratio())
+    near = nearest_keys(key, known)
     beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}
     if not near and section and beside:
         near = [beside[one] for one in difflib.get_close_matches(last, beside, n=1, cutoff=0.5)]
     elif not near:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
-        return f"unknown key {key}, did you mean {' or '.join(near[:2])}?"
+        return f"unknown key {shown(key)}, did you mean {' or '.join(near[:2])}?"
     # List the keys of the innermost section that exists.
     while section and not any(one.startswith(f"{section}.") for one in known):
         section = section.rpartition(".")[0]
@@ -198,7 +254,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
         one.removeprefix(start).partition(".")[0] for one in known if one.startswith(start)
     )
     where = f"the keys of {section}" if section else "the keys"
-    return f"unknown key {key}; {where} are {', '.join(siblings)}"
+    return f"unknown key {shown(key)}; {where} are {', '.join(siblings)}"
 
 
 def _number(key: str) -> str:
@@ -218,12 +274,16 @@ def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
 
 
 def _shown(value: Any) -> str:
+    """As on a command line, cut."""
     if isinstance(value, str):
-        return value
+        return shown(value)
     if is_list(value):
-        return ",".join(map(_shown, value))
+        return shown(",".join(map(_shown, value[:50])))
+    if is_mapping(value):
+        # A long one is cut anyway, so most of it need not be written out first.
+        value = dict(itertools.islice(value.items(), 20))
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
-    return text.strip() if len(text) < 80 else f"{text[:77]}..."
+    return shown(text.strip(), 80)
 
 
 def _near(value: Any, field: FieldInfo | None) -> str:
@@ -238,3 +298,15 @@ def _near(value: Any, field: FieldInfo | None) -> str:
     ]
     near = difflib.get_close_matches(value, words, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _quotes(value: Any, field: FieldInfo | None) -> str:
+    """A hint if YAML read something else where a file means text."""
+    kind = field.annotation if field else None
+    if is_text(kind) and not isinstance(value, str | None):
+        return "; in YAML put it in quotes"
+    if not holds_texts(kind):
+        return ""
+    entries = value.values() if is_mapping(value) else value if is_list(value) else ()
+    others = [one for one in entries if not isinstance(one, str)]
+    return f"; in YAML put {_shown(others[0])} in quotes" if others else ""

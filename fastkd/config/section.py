@@ -12,11 +12,13 @@ in another section, in a list of sections, or among the losses.
 """
 
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from fastkd.config.values import is_list, is_mapping
 
@@ -53,8 +55,9 @@ class NoEffect:
 
 
 def yaml_switch(value: object) -> object:
-    """YAML 1.1 reads a bare on / off as a boolean; the key needs the word."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    """true and false mean on and off."""
+    words = {"true": "on", "false": "off"}
+    return words.get(str(value).lower(), value) if isinstance(value, bool | str) else value
 
 
 class Section(BaseModel):
@@ -80,9 +83,37 @@ class Section(BaseModel):
         is_list = any(Ellipsis in typing.get_args(kind) for kind in lists)
         return (value,) if is_list and isinstance(value, str | int | float) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `epochs=true`, which pydantic takes for 1."""
+        kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
+        numbers = (int in kinds or float in kinds) and bool not in kinds
+        entries = value if is_list(value) else (value,)
+        if numbers and any(isinstance(one, bool) for one in entries):
+            raise PydanticCustomError("no_number", "a switch is no number")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_a_size(cls, value: Any) -> Any:
+        """Refuse whole numbers that no counter, seed or file holds."""
+        entries: Iterable[object] = value if is_list(value) else (value,)
+        if any(isinstance(one, int) and abs(one) >= 1 << 63 for one in entries):
+            raise PydanticCustomError("too_large", "beyond 64 bits")
+        return value
+
     def outcome(self) -> dict[str, Any]:
         """The keys that decide the outcome, as plain values; the digest is computed from them."""
         return _outcome(self, self.model_dump(mode="json"))
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The plain types that an annotation is made of."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal or not inner:
+        return [annotation]
+    return [leaf for one in inner for leaf in _leaves(one)]
 
 
 def _outcome(value: Any, plain: Any) -> Any:

@@ -56,10 +56,8 @@ class StudentConfig(Section):
     def _canonical(cls, value: object) -> object:
         if value is None:
             return None
-        # The comma of BG(2,4) turns an override into a list.
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
         try:
-            return str(parse_block(text))  # type: ignore[arg-type]
+            return str(parse_block(value))  # type: ignore[arg-type]
         except UserError as error:
             raise ValueError(str(error)) from None
 

@@ -239,12 +239,7 @@ def _build_zoo(
 ) -> hub.Built:
     family = _family(name)
     if family is None:
-        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(
-            f"unknown network {name!r}{hint}. The zoo has {', '.join(list_models())} (any wrn_D_W "
-            "with D = 6n + 4); other networks: timm:NAME, torchvision:NAME"
-        )
+        raise _unknown(name)
     if pretrained:
         raise UserError(f"{name}: the zoo has no pretrained weights; give weights=FILE")
     if num_classes is None:
@@ -262,6 +257,31 @@ def _build_zoo(
                 f"it: student.{option}=null or teacher.{option}=null"
             )
     return hub.Built(family.build(name, num_classes, **options), num_classes, None)
+
+
+def _unknown(name: str) -> UserError:
+    """The error for a bare name that the zoo does not have: who has it, or the nearest names."""
+    elsewhere = [f"{source}:{name}" for source in hub.HUBS if hub.knows(source, name)]
+    if elsewhere:
+        return UserError(
+            f"the zoo of fastkd has no network {name!r}: write {' or '.join(elsewhere)}"
+        )
+    found: list[str] = []
+    for prefix, names in (("", list_models()), *((f"{source}:", ()) for source in hub.HUBS)):
+        names = names or [one.removeprefix(prefix) for one in list_models(prefix)]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        found += [prefix + one for one in near]
+
+    def likeness(one: str) -> float:
+        return difflib.SequenceMatcher(None, one.rpartition(":")[2], name).ratio()
+
+    # Sorting is stable: of equally similar names the zoo's come first.
+    nearest = sorted(found, key=likeness, reverse=True)[:3]
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    return UserError(
+        f"unknown network {name!r}{hint}. The zoo has {', '.join(list_models())} (any wrn_D_W "
+        "with D = 6n + 4); other networks: timm:NAME, torchvision:NAME"
+    )
 
 
 def _family(name: str) -> ModuleType | None:

@@ -16,6 +16,7 @@ from rich.table import Column
 
 from fastkd.evaluation.headline import HEADLINES
 from fastkd.output.table import comparison_table
+from fastkd.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +44,15 @@ class Console:
         self, *, enabled: bool = True, file: TextIO | None = None, live: bool | None = None
     ) -> None:
         self._enabled = enabled
-        self._rich = RichConsole(file=file, force_terminal=live, highlight=False, soft_wrap=False)
+        # A path such as runs/:car:/[red] is neither an emoji nor a colour.
+        self._rich = RichConsole(
+            file=file,
+            force_terminal=live,
+            highlight=False,
+            soft_wrap=False,
+            markup=False,
+            emoji=False,
+        )
         self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: Progress | None = None
         self._stage = ""
@@ -70,7 +79,7 @@ class Console:
     def note(self, text: str) -> None:
         """One line, above the live one."""
         if self._enabled:
-            self._rich.print(text, markup=False, soft_wrap=True)
+            self._rich.print(printable(text), soft_wrap=True)
 
     def stage(self, name: str) -> None:
         """Name the stage of the following `progress` and `epoch` calls, and restart the clock."""
@@ -184,9 +193,11 @@ def _bar(console: RichConsole) -> "Progress":
 
     columns: list[ProgressColumn] = [
         TextColumn(
-            "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            "{task.description}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
         ),
-        TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True)),
     ]
     if console.width >= 100:
         columns.insert(1, BarColumn(bar_width=16))

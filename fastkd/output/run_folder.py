@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fastkd.errors import UserError
@@ -63,7 +64,7 @@ class RunFolder:
                 if path.is_dir() and any(path.iterdir()):
                     raise UserError(
                         f"the run folder {path} exists and is not empty: resume it with "
-                        f"--resume {path}, or choose another name for out="
+                        f"--resume {quote(str(path))}, or choose another name for out="
                     )
                 path.mkdir(parents=True, exist_ok=True)
                 return cls(path)

@@ -5,10 +5,15 @@ from typing import Any
 
 from rich import box
 from rich.table import Column, Table
+from rich.text import Text
 
 from fastkd.evaluation.headline import HEADLINES, headline_of
+from fastkd.printable import printable
 
 __all__ = ["comparison_table"]
+
+CELL = 400
+"""Longest cell, in characters."""
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -52,7 +57,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "images_per_s": "" if speed is None else f"{speed:,.0f}",
             "note": str(row.get("note", "")),
         }
-        table.add_row(*(cells[name] for name in columns))
+        # As Text: a swept value such as [red] is no markup.
+        table.add_row(*(Text(printable(cells[name], CELL)) for name in columns))
     return table
 
 

@@ -13,7 +13,16 @@ from fastkd.recipes.entry import Entry
 
 __all__ = ["all_recipes", "find_entry", "recipes_by_module"]
 
-_MODULES = ("quickstart", "cifar", "moonshine", "demystification", "kdda", "meal_v2", "alignkd")
+_MODULES = (
+    "quickstart",
+    "folder",
+    "cifar",
+    "moonshine",
+    "demystification",
+    "kdda",
+    "meal_v2",
+    "alignkd",
+)
 
 
 @cache

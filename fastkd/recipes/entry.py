@@ -36,6 +36,9 @@ class Entry:
     """Whether paper or released code decides if they differ; None: there is no paper."""
     row: str | None = None
     """Name of the entry in the paper's table, if this is its other mode."""
+    follow: Callable[[Mapping[str, Any], frozenset[str]], dict[str, Any]] | None = None
+    """Dotted keys that follow from others: called with nested values and the keys that the user
+    has set, which stay as they are."""
 
     @property
     def silent(self) -> dict[str, str]:

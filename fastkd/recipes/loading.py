@@ -3,19 +3,22 @@
 Every mistake becomes one sentence that names the nearest valid key or value (`config.mistakes`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fastkd.config.mistakes import explain
+from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
-from fastkd.recipe.overrides import nested, parse_override, set_key, yaml_problem
+from fastkd.printable import shown
+from fastkd.recipe.overrides import nested, parse_override, set_key
 from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
+from fastkd.recipes.brought import check_brought
 from fastkd.recipes.catalogue import find_entry
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.missing import missing, missing_networks
@@ -62,39 +65,77 @@ def load_recipe(
     values = dict(values or {})
     file_values = _read_yaml(Path(config)) if config is not None else {}
     overrides = list(overrides)
+    base = None
     if name is not None:
         base = find_recipe(name)
         if not file_values and not overrides:
             return base
-        values = _dump(base)
     elif file_values and not _is_whole(file_values):
-        base = file_values.get("name")
-        if not isinstance(base, str):
-            raise UserError(
-                f"{config} holds only part of a recipe and names no base: give one on the "
-                f"command line (fastkd train RECIPE --config {config}) or in it (name: RECIPE)"
-            )
-        try:
-            values = _dump(find_recipe(base))
-        except UserError as error:
-            raise UserError(
-                f"{config} says only in part what to train (that takes data.name, student and "
-                f"losses), so its name must be that of a recipe to start from. {error}"
-            ) from None
+        base = _base_of(file_values, config)
+    if base is not None:
+        values = _dump(base)
     if "losses" in file_values:
         values["losses"] = {}
     _merge(values, file_values)
+    given = set(_dotted(file_values))
     for text in overrides:
         key, value = parse_override(text)
         set_key(values, key, value)
+        given.add(key)
+    _check_teacher(values, name or str(config or "the recipe"))
+    if base is None:
+        return _validate(values)
+    _follow(find_entry(base.name), values, frozenset(given))
+    recipe = _validate(values)
+    check_brought(recipe, base, frozenset(given))
+    return recipe
+
+
+def _base_of(file_values: Mapping[str, Any], config: str | Path | None) -> Recipe:
+    """The recipe that a file varies."""
+    base = file_values.get("name")
+    if not isinstance(base, str):
+        raise UserError(
+            f"{config} holds only part of a recipe and names no base: give one on the command "
+            f"line (fastkd train RECIPE --config {quote(str(config))}) or in it (name: RECIPE)"
+        )
+    try:
+        return find_recipe(base)
+    except UserError as error:
+        raise UserError(
+            f"{config} says only in part what to train (that takes data.name, student and "
+            f"losses), so its name must be that of a recipe to start from. {error}"
+        ) from None
+
+
+def _check_teacher(values: Mapping[str, Any], where: str) -> None:
     teacher = values.get("teacher")
     if isinstance(teacher, Mapping) and teacher and "name" not in teacher:
-        given = ", ".join(f"teacher.{key}" for key in teacher)
+        given = ", ".join(f"teacher.{shown(str(key))}" for key in teacher)
         raise UserError(
-            f"{given}: {name or config or 'the recipe'} has no teacher; leave it out, or name one "
+            f"{given}: {where} has no teacher; leave it out, or name one "
             f"with teacher.name and add a loss that uses it, such as losses.kd.weight"
         )
-    return _validate(values)
+
+
+def _follow(entry: Entry, values: dict[str, Any], given: frozenset[str]) -> None:
+    """Set the keys of the recipe that follow from others and that nobody has set."""
+    if entry.follow is None:
+        return
+    for key, value in entry.follow(values, given).items():
+        parts = key.split(".")
+        starts = {".".join(parts[:number]) for number in range(1, len(parts) + 1)}
+        if not starts & given:
+            set_key(values, key, value)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested values, without the sections themselves."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _is_whole(values: Mapping[str, Any]) -> bool:
@@ -108,35 +149,23 @@ def _dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML requires unique keys; PyYAML silently takes the last of several."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; an error at the second of two equal keys."""
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} appears twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
+    name = shown(str(path), 200)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        # One character more than a recipe may have, of a file or a device of any length.
+        with path.open(encoding="utf-8-sig") as file:
+            values = read_yaml(file.read(MAX_LENGTH + 1))
     except OSError as error:
-        raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the recipe file {path} is not valid YAML ({yaml_problem(error)})"
-        ) from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"cannot read the recipe file {name}: {error.strerror}") from None
+    except (NotPlain, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe file {name} is not valid YAML ({error})") from None
+    except ValueError:  # a NUL character in its name
+        raise UserError(f"cannot read the recipe file {name}: no file has this name") from None
+    if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(
-            f"the recipe file {path} must hold keys such as `epochs: 30`, one a line; it holds "
-            f"{found if not isinstance(values, dict) else 'keys that are not text'}"
+            f"the recipe file {name} must hold keys such as `epochs: 30`, one a line; it holds "
+            f"{found}"
         )
     return values
 
@@ -157,4 +186,4 @@ def _validate(values: dict[str, Any]) -> Recipe:
         losses = values.get("losses")
         used = [name for name in term_names() if isinstance(losses, dict) and name in losses]
         mistakes = explain(error, Recipe, values, valid_keys(used))
-        raise UserError("\n".join(mistakes)) from None
+        raise UserError(*mistakes) from None

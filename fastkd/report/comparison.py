@@ -5,15 +5,19 @@ the last table on the screen.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastkd.evaluation.chance import Chance
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.report import plots
 from fastkd.report.paper import PaperRow
 
-__all__ = ["finish_report"]
+__all__ = ["failure", "finish_report"]
+
+DIVERGED = 10
+"""A validation loss of this many times that of chance is no overconfidence any more."""
 
 
 def finish_report(
@@ -24,10 +28,12 @@ def finish_report(
     teachers: Sequence[str] = (),
     block: str | None = None,
     paper: PaperRow | None = None,
+    chance: Chance | None = None,
 ) -> None:
     """Write summary.json and curves.png, print the table; `summary` gains the paper's number.
 
-    teachers: labels of the teachers. block: the student's cheap block.
+    teachers: labels of the teachers. block: the student's cheap block. chance: what a student must
+    exceed; None where that is not known.
     """
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []
@@ -56,6 +62,28 @@ def finish_report(
     plots.plot_curves(folder.path / "curves.png", curves)
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     console.comparison(rows)
+    if chance:
+        students = {"student alone": alone, kind: summary}
+        for label, one in students.items():
+            if one and (found := failure(label, one, chance)):
+                console.note(found)
     if paper:
         console.note(paper.text)
     console.note(f"curves {folder.path / 'curves.png'}")
+
+
+def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:
+    """One sentence on a student that has learned nothing, with advice; empty for any other."""
+    lower, loss = f"optim.lr={summary['lr'] / 10:g}", summary["history"][-1].get("val_loss")
+    if loss is not None and not loss <= DIVERGED * chance.loss:
+        return (
+            f"{label}: diverged, the validation loss is {loss:.4g} and that of guessing "
+            f"{chance.loss:.4g}. Lower the learning rate, such as {lower}"
+        )
+    accuracy = summary["accuracy_last"]
+    if accuracy > chance.floor:
+        return ""
+    return (
+        f"{label}: at chance, {accuracy:.2%} where always naming the commonest class gives "
+        f"{chance.accuracy:.2%}. Give it more epochs or another learning rate, such as {lower}"
+    )

@@ -6,6 +6,7 @@ result leaves no folder behind.
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, UserError
@@ -108,7 +109,7 @@ def _describe_or_compare(run: RunIdentity, folder: RunFolder) -> None:
     elif load_recipe(None, config=config).digest() != run.digest:
         raise UserError(
             f"{folder.path} belongs to another recipe: resume it with its own keys, "
-            f"fastkd train --resume {folder.path}"
+            f"fastkd train --resume {quote(str(folder.path))}"
         )
 
 

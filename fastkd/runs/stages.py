@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
+from fastkd.evaluation.chance import Chance, chance_of
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.console import Console
@@ -72,6 +74,8 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
     session.console.note(f"run folder {folder.path}")
+    if announced := _baselines(recipe):
+        session.console.note(announced)
     with (
         _advice(folder.path),
         occupied(folder.path, session.world),
@@ -101,8 +105,25 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 teachers=[one.label for one in recipe.teachers().values()],
                 block=recipe.student.block,
                 paper=paper_row(recipe.name, recipe.dotted(), summary),
+                chance=None if data.facts.multilabel else _chance(data),
             )
     return summary
+
+
+def _baselines(recipe: Recipe) -> str:
+    """What the comparison with the student alone will cost; empty if there is none."""
+    rates = recipe.baseline.lrs
+    if not rates:
+        return ""
+    runs = "1 more run" if len(rates) == 1 else f"{len(rates)} more runs"
+    return (
+        f"{runs} of the student alone, {recipe.total_epochs} epochs each (lr "
+        f"{', '.join(f'{rate:g}' for rate in rates)}): baseline.lrs= leaves them out"
+    )
+
+
+def _chance(data: DataPair) -> Chance:
+    return chance_of(data.facts.labels_N, data.facts.num_classes, data.val.num_samples)
 
 
 def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
@@ -119,7 +140,7 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
 @contextmanager
 def _advice(run: Path) -> Iterator[None]:
     """Add to an interruption how to resume the run."""
-    advice = f"Resume it with: fastkd train --resume {run}"
+    advice = f"Resume it with: fastkd train --resume {quote(str(run))}"
     try:
         yield
     except Interrupted as stopped:

@@ -145,8 +145,13 @@ def _hint(
     if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'
     if len(own.keys() & state.keys()) - len(wrong) < len(own) / 2:
-        return ". The file looks like another network"
+        return f". The file looks like another network{_or_another_block(model)}"
     return ""
+
+
+def _or_another_block(model: nn.Module) -> str:
+    block = facts_of(model).options.get("block")
+    return f", or like this one without its cheap block: block={block}" if block else ""
 
 
 def _dims(tensor: Tensor) -> str:

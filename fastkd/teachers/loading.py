@@ -16,6 +16,7 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
+from fastkd.evaluation.chance import surely_above
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import count, create_model
@@ -206,7 +207,7 @@ def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data
     reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
         chance = found.get("chance", 1 / data.facts.num_classes)
-        floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
+        floor = surely_above(chance, data.val.num_samples)
     if reached < floor:
         raise UserError(
             f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "

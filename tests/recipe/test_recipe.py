@@ -28,7 +28,7 @@ def mistake(*overrides, **options):
     ("text", "value"),
     [
         ("optim.lr=0.1", 0.1),
-        ("optim.lr=1e-3", "1e-3"),  # YAML 1.1 takes it for text, the schema for a number
+        ("optim.lr=1e-3", 1e-3),
         ("epochs=30", 30),
         ("flip=true", True),
         ("optim.milestones=150,180,210", [150, 180, 210]),
@@ -43,7 +43,7 @@ def mistake(*overrides, **options):
         ("data.root=a=b", "a=b"),
     ],
 )
-def test_an_override_is_yaml_and_a_comma_makes_a_list(text, value):
+def test_an_override_is_read_by_the_type_of_its_key(text, value):
     assert parse_override(text) == (text.partition("=")[0], value)
 
 

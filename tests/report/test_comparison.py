@@ -2,13 +2,16 @@
 
 import io
 import json
+import math
 
 import pytest
+import torch
 
+from fastkd.evaluation.chance import Chance, chance_of
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
-from fastkd.report.comparison import finish_report
+from fastkd.report.comparison import failure, finish_report
 from fastkd.report.paper import paper_row
 
 ROW = "kdda/cifar100/resnet56--resnet20/kd"
@@ -96,3 +99,60 @@ def test_a_run_of_no_paper_says_nothing_of_one(finish):
     assert not [line for line in lines if line.startswith(("paper", "the paper", "not compar"))]
     assert "paper" not in saved
     assert line_of(lines, "student distilled").split()[2] == "70.31%"
+
+
+CHANCE = Chance(accuracy=0.25, floor=0.3, loss=math.log(4))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "said"),
+    [
+        (0.31, 1.3, ""),
+        (0.31, 9.0, ""),  # overconfident
+        (
+            0.30,
+            1.4,
+            "student: at chance, 30.00% where always naming the commonest class gives 25.00",
+        ),
+        (0.05, 1.4, "student: at chance, 5.00% where"),
+        (
+            0.9,
+            14.0,
+            "student: diverged, the validation loss is 14 and that of guessing 1.386. Lower",
+        ),
+        (0.25, 1.6e21, "student: diverged, the validation loss is 1.6e+21 and"),
+        (0.25, math.nan, "student: diverged, the validation loss is nan and"),
+        (0.2, None, "student: at chance"),
+    ],
+)
+def test_a_student_that_has_learned_nothing_is_said(accuracy, loss, said):
+    summary = {"accuracy_last": accuracy, "lr": 0.4, "history": [{"val_loss": loss}]}
+    found = failure("student", summary, CHANCE)
+    assert found.startswith(said) and bool(found) == bool(said)
+    assert not found or found.endswith("optim.lr=0.04")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "samples", "accuracy", "floor"),
+    [
+        ([0, 1, 2, 3], 4, 100, 0.25, 0.25 + 2 * math.sqrt(0.25 * 0.75 / 100)),
+        ([0] * 9 + [1], 2, 64, 0.9, 0.9 + 2 * math.sqrt(0.9 * 0.1 / 64)),
+        ([0, 1, -1, -1], 3, 9, 0.5, 0.5 + 2 * math.sqrt(0.25 / 9)),
+        ([-100, -100], 5, 16, 0.2, 0.4),
+    ],
+)
+def test_chance_is_the_commonest_class(labels, classes, samples, accuracy, floor):
+    found = chance_of(torch.tensor(labels), classes, samples)
+    assert found == Chance(accuracy, pytest.approx(floor), math.log(classes))
+
+
+def test_both_students_are_judged(tmp_path):
+    screen = io.StringIO()
+    row = {"epoch": 1, "val_accuracy": 0.2, "val_loss": 1e9, "train_loss": 6967.0}
+    run = {"accuracy_last": 0.2, "accuracy_best": 0.2, "lr": 0.4, "history": [row]}
+    summary = run | {"teacher": None, "alone": run, "alone_tried": [{"lr": 0.4}]}
+    folder = RunFolder.create(tmp_path, "run", "0" * 16)
+    finish_report(summary, folder, Console(file=screen), chance=CHANCE)
+    said = screen.getvalue()
+    assert "\nstudent alone: diverged, the validation loss is 1e+09 and" in said
+    assert "\nstudent: diverged, " in said

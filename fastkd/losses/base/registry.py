@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.losses.base.keys import LossKeys, keys_of
 from fastkd.losses.base.needs import NeedRule, first_unmet
 from fastkd.losses.base.term import LossTerm, check_parts
+from fastkd.printable import shown
 
 __all__ = [
     "ALIASES",
@@ -98,7 +99,8 @@ _UNMET: dict[NeedRule, str] = {
     "losses.kd.views=x,xprime, or leave it out (augment.xprime=none)",
     "frozen": "student.frozen=backbone leaves {loss} nothing to teach: it uses {taps}, where only "
     "frozen layers come before. Remove it ({loss}=null), or train all (student.frozen=null)",
-    "teacher": "{loss} needs a teacher: set teacher.name",
+    "teacher": "{loss} needs a teacher: set teacher.name, or train on the labels alone: "
+    "{loss}=null losses.ce.weight=1",
     "xprime": "{loss} needs the view x': set augment.xprime=cutmix or another",
 }
 
@@ -154,13 +156,15 @@ def typed_config(name: str, keys: object) -> Section:
     cls = config_class(name)
     if not isinstance(keys, Mapping):
         fields = ", ".join(cls.model_fields)
-        raise UserError(f"losses.{name}={keys}: expected keys of its own ({fields}), not a value")
+        raise UserError(
+            f"losses.{name}={shown(str(keys))}: expected keys of its own ({fields}), not a value"
+        )
     try:
         return cls.model_validate(dict(keys))
     except ValidationError as error:
         prefix = f"losses.{name}."
         known = [prefix + field for field in cls.model_fields]
-        raise UserError("\n".join(explain(error, cls, keys, known, prefix=prefix))) from None
+        raise UserError(*explain(error, cls, keys, known, prefix=prefix)) from None
 
 
 def build_terms(losses: Mapping[str, Section]) -> list[LossTerm]:

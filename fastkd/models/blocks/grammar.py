@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastkd.errors import UserError
+from fastkd.printable import shown
 
 __all__ = ["GRAMMAR", "Block", "parse_block"]
 
@@ -20,6 +21,12 @@ GRAMMAR = (
     "S, S-2x2, G(g), G(N/d), G(N), B(b), BG(b,g), BG(b,M/d) or BG(b,M), "
     "in a shell G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M:8"
 )
+
+
+MAX_LENGTH = 40
+"""Characters of a name, spaces included."""
+
+_NUMBER = r"([1-9][0-9]{0,5})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +93,10 @@ def parse_block(text: str) -> Block:
     """
     if not isinstance(text, str):
         raise UserError(f"block {text!r}: expected text: {GRAMMAR}")
+    if len(text) > MAX_LENGTH:
+        raise UserError(f"there is no block {shown(text)}; expected {GRAMMAR}")
     compact = "".join(text.split())
-    column = re.fullmatch(r"([gG])([1-9]\d*)", compact)
+    column = re.fullmatch(rf"([gG]){_NUMBER}", compact)
     if column:
         many, number = column[1] == "g", int(column[2])
         block = Block(kind="G", groups=number) if many else Block(kind="G", group_width=number)
@@ -114,7 +123,7 @@ def _parenthesised(compact: str) -> str:
 def _parse(name: str) -> Block | None:
     if name in ("S", "S-2x2"):
         return Block(kind=name)
-    number = r"([1-9]\d*)"
+    number = _NUMBER
     if match := re.fullmatch(rf"B\({number}\)", name):
         return Block(kind="B", squeeze=int(match[1]))
     if match := re.fullmatch(rf"G\(({number}|N(?:/{number})?)\)", name):
@@ -131,9 +140,9 @@ def _groups(number: str | None, width: str | None) -> dict[str, int]:
 def _near(wrong: str) -> str:
     """The valid name, with the numbers of the wrong one, that looks most like it."""
     # Moonshine's released code has its own names: G8B2 is BG(2,M/8), A8B2 is BG(2,8).
-    if code := re.fullmatch(r"([AG])([1-9]\d*)B([1-9]\d*)", wrong):
+    if code := re.fullmatch(rf"([AG]){_NUMBER}B{_NUMBER}", wrong):
         return f"BG({code[3]},{'M/' if code[1] == 'G' else ''}{code[2]})"
-    first, second, *_ = [*re.findall(r"[1-9]\d*", wrong), "4", "4"]
+    first, second, *_ = [*re.findall(_NUMBER, wrong), "4", "4"]
     names = ["S", "S-2x2", f"G({first})", "G(N)", f"G(N/{first})", f"B({first})"]
     names += [f"BG({first},M)", f"BG({first},{second})", f"BG({first},M/{second})"]
     return max(names, key=lambda name: difflib.SequenceMatcher(None, wrong.upper(), name).ratio())

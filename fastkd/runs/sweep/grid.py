@@ -1,12 +1,14 @@
 """The runs of a sweep: `--sweep key=a;b;c` makes one for every combination of values."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from fastkd.errors import UserError
 from fastkd.models.registry import create_model, model_options
+from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
 
 __all__ = ["Choice", "check_networks", "check_sweep", "combinations"]
@@ -16,19 +18,36 @@ Choice = tuple[str, ...]
 
 
 def combinations(sweeps: Sequence[str]) -> list[Choice]:
-    """["optim.lr=0.1;0.2", "seed=0;1"] -> the four choices, the last key changing fastest."""
+    """["optim.lr=0.1;0.2", "seed=0;1"] -> the four choices, the last key changing fastest.
+
+    A semicolon inside a value is written twice: `student.weights=a;;b.pt;c.pt`.
+    """
     axes: dict[str, list[str]] = {}
     for text in sweeps:
-        key, _, values = text.partition("=")
-        if not key or ";" not in values or not all(values.split(";")):
+        key, _, joined = text.partition("=")
+        values = _values(joined)
+        if not key or len(values) < 2 or not all(values):
             raise UserError(
-                f"--sweep {text}: expected a key and at least two values, in quotes because of the "
-                f"semicolon: --sweep 'optim.lr=0.05;0.1'"
+                f"--sweep {shown(text)}: expected a key and at least two values, in quotes because "
+                f"of the semicolon: --sweep 'optim.lr=0.05;0.1'; a semicolon inside a value is "
+                f"written twice"
             )
         if key in axes:
             raise UserError(f"--sweep names {key} twice: join the values by semicolons")
-        axes[key] = [f"{key}={value}" for value in values.split(";")]
+        axes[key] = [f"{key}={value}" for value in values]
     return list(itertools.product(*axes.values()))
+
+
+def _values(joined: str) -> list[str]:
+    """`a;;b;c` -> ["a;b", "c"]."""
+    parts = re.split(r"(;;|;)", joined)
+    values = [""]
+    for part in parts:
+        if part == ";":
+            values.append("")
+        else:
+            values[-1] += ";" if part == ";;" else part
+    return values
 
 
 def check_sweep(recipes: Mapping[Choice, Recipe]) -> None:
