@@ -32,8 +32,9 @@ def map_by_name(
     unknown = [name for name in ours if name not in known]
     others = [name for name in theirs.classes if name not in ours]
     raise UserError(
-        f"{network} learned other classes: of the data's {len(ours)} it does not know "
-        f"{few(unknown)}; its own others are {few(others) or 'none'}. {cure}"
+        f"{network} learned other classes: it does not know {few(unknown)} of the data's "
+        f"{len(ours)}, and of its own {len(theirs.classes)} the data lack {few(others) or 'none'}. "
+        f"{cure}"
     )
 
 
