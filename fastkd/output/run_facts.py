@@ -48,7 +48,7 @@ def refuse_other_data(folder: Path, now: DataFacts, say: Callable[[str], None]) 
     known = remembered(folder)
     if known is None:
         return
-    if changes := known.training_changes(now) + known.evaluation_changes(now):
+    if changes := known.changes(now):
         raise UserError(
             f"the data have changed since {folder} began: {'; '.join(changes)}. Bring back what "
             f"it saw, or start a new run without --resume; to go on with the data as they are, "

@@ -133,7 +133,7 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         size = count(model, data.facts.image_shape)
         found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
     return found | {
-        "evaluation": str(data.facts.evaluation),
+        "shown": str(data.facts.evaluation),
         "params": size.params,
         "macs": size.macs,
         "precision": precision.name,

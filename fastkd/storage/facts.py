@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastkd.config.section import Channels, Deviations
+from fastkd.config.values import is_mapping
 
 __all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing", "few"]
 
@@ -128,8 +129,8 @@ class DataFacts(_Fact):
         values: dict[str, Any] = {
             key: json.loads(metadata[key]) for key in _IN_METADATA if key in metadata
         }
-        more = json.loads(metadata.get("data", "{}"))
-        if not isinstance(more, dict):
+        more: object = json.loads(metadata.get("data", "{}"))
+        if not is_mapping(more):
             raise ValueError("data: expected a mapping")
         values = {key: more[key] for key in ("name", "train", "val") if key in more} | values
         if not values:
@@ -163,7 +164,9 @@ class DataFacts(_Fact):
 
         evaluation: nor a validation image, nor how it is shown.
         """
-        keys = {"classes", "image_size", "train"} | ({"val", "evaluation"} if evaluation else set())
+        keys = {"classes", "image_size", "train"}
+        if evaluation:
+            keys |= {"val", "evaluation"}
         split = {"times": True}
         known = self.model_dump(mode="json", include=keys, exclude={"train": split, "val": split})
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
@@ -181,6 +184,10 @@ class DataFacts(_Fact):
         if self.evaluation and now.evaluation and self.evaluation != now.evaluation:
             changes.append(f"evaluation by {now.evaluation}, before by {self.evaluation}")
         return changes
+
+    def changes(self, now: "DataFacts") -> list[str]:
+        """All that a run sees differently now."""
+        return self.training_changes(now) + self.evaluation_changes(now)
 
     def touched(self, now: "DataFacts") -> list[str]:
         """The splits of which only modification times differ and not every content was read."""

@@ -30,9 +30,12 @@ from fastkd.data.sources.listing import listing_of
 from fastkd.errors import UserError
 from fastkd.storage.facts import DataFacts, Framing
 
-__all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "open_data"]
+__all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "data_facts", "open_data"]
 
 RESIDENT_LIMIT_BYTES = 2 << 30
+
+
+Sources = tuple[ImageSet | FolderIndex, ImageSet | FolderIndex]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class DataPair:
     """"resident" or "torch"."""
     seed: int
     """Seed of order and augmentation."""
-    sources: tuple[ImageSet | FolderIndex, ImageSet | FolderIndex]
+    sources: Sources
     """Training and validation images before they are decoded for the loaders."""
 
     @cached_property
@@ -63,16 +66,10 @@ class DataPair:
     @cached_property
     def remembered(self) -> DataFacts:
         """What a run remembers of its data; some files are read for it on first use."""
-        train, val = self.sources
-        return DataFacts(
-            name=self.name,
-            classes=self.facts.classes,
-            image_size=self.facts.image_shape[1],
-            evaluation=self.facts.evaluation,
-            normalization=self.facts.normalization,
-            train=listing_of(train),
-            val=listing_of(val),
-        )
+        facts = self.facts
+        assert facts.evaluation is not None
+        side = facts.image_shape[1]
+        return _remembered(self.name, self.sources, side, facts.evaluation, facts.normalization)
 
 
 def open_data(
@@ -99,17 +96,7 @@ def open_data(
             "data.backend=resident cannot cut random areas from the original pictures "
             "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
-    train = open_source(
-        data.name,
-        data.root,
-        "train",
-        image_size=data.image_size,
-        download=data.download,
-        limit=data.train_limit,
-    )
-    val = open_source(data.name, data.root, "val", image_size=data.image_size)
-    if train.classes != val.classes:
-        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+    train, val = _open_sources(data)
     size = _square_size(train, data.name, data.image_size, crop)
     backend = data.backend
     if backend == "auto":
@@ -164,6 +151,48 @@ def open_data(
         backend=backend,
         seed=seed,
         sources=(train, val),
+    )
+
+
+def data_facts(data: DataConfig) -> DataFacts:
+    """What `open_data(..).remembered` would be, without loaders."""
+    train, val = _open_sources(data)
+    size = _square_size(train, data.name, data.image_size, "none")
+    evaluation = evaluation_framing(data, train, size)
+    return _remembered(data.name, (train, val), size, evaluation, _normalization(data))
+
+
+def _open_sources(data: DataConfig) -> Sources:
+    train = open_source(
+        data.name,
+        data.root,
+        "train",
+        image_size=data.image_size,
+        download=data.download,
+        limit=data.train_limit,
+    )
+    val = open_source(data.name, data.root, "val", image_size=data.image_size)
+    if train.classes != val.classes:
+        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+    return train, val
+
+
+def _remembered(
+    name: str,
+    sources: Sources,
+    image_size: int,
+    evaluation: Framing,
+    normalization: Normalization,
+) -> DataFacts:
+    train, val = sources
+    return DataFacts(
+        name=name,
+        classes=train.classes,
+        image_size=image_size,
+        evaluation=evaluation,
+        normalization=normalization,
+        train=listing_of(train),
+        val=listing_of(val),
     )
 
 
