@@ -127,16 +127,16 @@ class DataFacts(_Fact):
     def from_metadata(cls, metadata: Mapping[str, str]) -> Self | None:
         """What `to_metadata` wrote; None if nothing is there. Raises ValueError otherwise."""
         values: dict[str, Any] = {
-            key: json.loads(metadata[key]) for key in _IN_METADATA if key in metadata
+            key: _parsed(metadata[key]) for key in _IN_METADATA if key in metadata
         }
-        more: object = json.loads(metadata.get("data", "{}"))
+        more = _parsed(metadata.get("data", "{}"))
         if not is_mapping(more):
             raise ValueError("data: expected a mapping")
         values = {key: more[key] for key in ("name", "train", "val") if key in more} | values
         if not values:
             return None
         if "normalization" in metadata:
-            values["normalization"] = json.loads(metadata["normalization"])
+            values["normalization"] = _parsed(metadata["normalization"])
         return cls.read(values)
 
     def to_metadata(self) -> dict[str, str]:
@@ -203,6 +203,13 @@ class DataFacts(_Fact):
 
 
 _IN_METADATA = ("classes", "image_size", "evaluation")
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def few(names: Iterable[str]) -> str:

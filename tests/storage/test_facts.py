@@ -62,6 +62,8 @@ def test_metadata_and_json_hold_all_of_it(tmp_path: Path) -> None:
         {"evaluation": '{"resize": 10, "crop": 8, "interpolation": "exec"}'},
         {"evaluation": "3"},
         {"data": "[]"},
+        {"data": "[" * 100_000},
+        {"image_size": "9" * 5000},
         {"data": '{"train": {"counts": "many"}}'},
         {"normalization": "[[0, 0, 0], [1, 0, 1]]", "image_size": "3"},
         {"normalization": "[[0, 0, NaN], [1, 1, 1]]", "image_size": "3"},
