@@ -57,7 +57,8 @@ def build_timm(
     model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
     details: Any = model
     mean_std = tuple(details.pretrained_cfg["mean"]), tuple(details.pretrained_cfg["std"])
-    shown = _shown_by_timm(details.pretrained_cfg, options.get("img_size"))
+    size = options.get("img_size")
+    shown = _shown_by_timm(details.pretrained_cfg, size if isinstance(size, int) else None)
     return Built(model, details.num_classes, mean_std, shown)
 
 
@@ -122,8 +123,11 @@ def _shown_by_timm(config: dict[str, Any], size: int | None) -> DataFacts | None
     if interpolation not in get_args(Interpolation):
         return None
     side = size or height
+    resize = math.floor(side / found["crop_pct"])
+    if resize < side:
+        return None
     framing = Framing(
-        resize=math.floor(side / found["crop_pct"]),
+        resize=resize,
         crop=side,
         interpolation=interpolation,
         mode=mode,

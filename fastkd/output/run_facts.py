@@ -51,8 +51,8 @@ def refuse_other_data(folder: Path, now: DataFacts, say: Callable[[str], None]) 
     if changes := known.changes(now):
         raise UserError(
             f"the data have changed since {folder} began: {'; '.join(changes)}. Bring back what "
-            f"it saw, or start a new run without --resume; to go on with the data as they are, "
-            f"remove {folder / FACTS}"
+            f"it saw, or start a new run (without --resume, or remove that folder); to go on with "
+            f"the data as they are, remove {folder / FACTS}"
         )
     if touched := known.touched(now):
         say(

@@ -24,7 +24,7 @@ from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
 from fastkd.models.taps import remove_taps
-from fastkd.storage.facts import few
+from fastkd.storage.facts import DataFacts, few
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm
@@ -102,6 +102,7 @@ def load_net(
     own = config if isinstance(config, MemberConfig) else None
     file = None if weights is None else WeightFile.open(weights)
     class_map, notes = _class_map(own, file, data, key) if own else (None, ())
+    notes += _other_size(own, file, data, key) if own else ()
     classes = data.facts.num_classes
     if class_map is not None:
         classes = _own_classes(config.name, file, classes)
@@ -163,6 +164,20 @@ def _class_map(
     )
 
 
+def _other_size(
+    config: MemberConfig, file: WeightFile | None, data: DataPair, key: str
+) -> tuple[str, ...]:
+    """A note if the teacher learned from images of another size than it will be shown."""
+    facts = file.network.data if file else None
+    size, shown = facts.image_size if facts else None, data.facts.image_shape[1]
+    if size is None or size == shown or config.resolution is not None:
+        return ()
+    return (
+        f"note: {file} learned from images of {size} pixels and is shown {shown}; "
+        f"{key}.resolution={size} shows it its own size",
+    )
+
+
 def _filled(net: LoadedNet, run: Path) -> LoadedNet:
     """A network that was built before its training, with the trained weights."""
     file = WeightFile.open(run / "best.safetensors")
@@ -216,9 +231,9 @@ def _other_classes(config: StudentConfig, net: LoadedNet, data: DataPair) -> str
     """A note if the student's classifier was trained for other classes, or in another order."""
     card, ours = card_of(net.model), data.facts.classes
     learned = card.data if card else None
-    if config.new_head or ours is None or learned is None or learned.classes in (None, ours):
+    if config.new_head or ours is None or learned is None or learned.classes == ours:
         return None
-    if learned.named is None:
+    if learned.named is None or DataFacts(classes=ours).named is None:
         return None
     return (
         f"note: the classifier of {config.weights} is for the classes {few(learned.named)}, those "

@@ -317,6 +317,8 @@ def test_classes_that_a_teacher_does_not_know_are_refused(
     said = command("train", *GIVEN, "teacher.class_map=0,2,3,1")
     assert said.code == 0, said
     assert command("eval", "known", "data.root=set").code == 2
+    said = command("train", *GIVEN, "teacher.class_map=0,2,3,1", "data.image_size=16")
+    assert "note: known learned from images of 8 pixels and is shown 16; teacher.res" in said.out
     # A student that starts from it is told.
     said = command("train", *ALONE, "student.weights=known")
     assert said.code == 0

@@ -18,7 +18,7 @@ from fastkd.storage.facts import Listing
 __all__ = ["READ_FILES", "listing_of"]
 
 READ_FILES = 512
-"""Files of a split whose contents are read; half a second on a disk, however large the set is."""
+"""At most so many files of a split are read, however large it is."""
 
 
 def listing_of(source: ImageSet | FolderIndex) -> Listing:
