@@ -1,5 +1,6 @@
 """`fastkd eval`: accuracy of a finished run or of a weight file, on the whole validation set."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
-from fastkd.storage.facts import DataFacts
+from fastkd.storage.facts import DataFacts, few
 from fastkd.storage.weight_file import WeightFile
-from fastkd.teachers.class_names import map_by_name
+from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
@@ -66,10 +67,19 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
 
     file = WeightFile.open(weights)
     shown = file.network.data
-    if not file.facts.get("architecture") and recipe.data.name == "folder":
+    of_timm = name.startswith("timm:") and not file.facts.get("architecture")
+    if of_timm and recipe.data.name == "folder":
         shown = shown or convention(name, recipe.data.image_size)
 
     def build(data: DataPair) -> nn.Module:
+        classes = data.facts.classes or ()
+        if of_timm and other_order_in_timm(classes):
+            warnings.warn(
+                f"class folders such as {few(classes)} are in this order here, timm sorts them by "
+                f"number: if timm trained {file}, give the folders names of equal length (01, 02, "
+                f"10) in lower case, or the accuracy is wrong",
+                stacklevel=1,
+            )
         if options := recipe.student.options():
             return create_model(name, data.facts.num_classes, weights=file, **options)
         if file.facts.get("architecture") == name:

@@ -271,7 +271,7 @@ def test_classes_in_another_order_are_matched_by_name(
     classes = json.dumps([renamed[name] for name in NAMES])
     model = model_from_file("known")
     save_weights("known/best.safetensors", model, metadata | {"classes": classes})
-    said = command("eval", "resnet8", "--weights", "known", *("data.name=folder", "data.root=set"))
+    said = command("eval", "resnet8", "--weights", "known", "data.name=folder", "data.root=set")
     assert accuracy(said.out) == told
     said = command("train", *GIVEN)
     assert said.code == 0, said
@@ -353,6 +353,13 @@ def test_an_evaluation_shows_what_the_network_is_used_to(
     timms = ("eval", "timm:test_resnet", "--weights", "timm.pt", *words)
     said = command(*timms)
     assert said.code == 0 and shown.format(168, 160) in said.out
+    assert said.err.count("note:") == 0
+    for old, new in (("apple", "class1"), ("banana", "class10"), ("cherry", "class2")):
+        rename(old, new)
+    assert "timm sorts them by number: if timm trained timm.pt" in command(*timms).err
+    for old, new in (("class1", "class01"), ("class2", "class02")):
+        rename(old, new)
+    assert "note:" not in command(*timms).err
     assert shown.format(33, 32) in command(*timms, "data.image_size=32").out
     assert shown.format(40, 32) in command(*timms, "data.image_size=32", "data.eval_resize=40").out
 

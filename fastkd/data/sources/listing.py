@@ -18,7 +18,7 @@ from fastkd.storage.facts import Listing
 __all__ = ["READ_FILES", "listing_of"]
 
 READ_FILES = 512
-"""At most so many files of a split are read, however large it is."""
+"""The most files of a split that are read, however large it is."""
 
 
 def listing_of(source: ImageSet | FolderIndex) -> Listing:
