@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fastkd.config.section import Deviations, NoEffect, Section
+from fastkd.config.section import Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
 from fastkd.data.normalization import DataName
+from fastkd.storage.facts import FramingMode, Interpolation
 
 __all__ = ["Backend", "DataConfig", "GeometryConfig"]
 
@@ -36,6 +37,15 @@ class DataConfig(Section):
     """Channel standard deviations in 0..1; by default the data set's own."""
     drop_last: bool = True
     """Drop the partial batch at the end of an epoch; the papers keep it."""
+    eval_resize: Annotated[PositiveInt | None, Since("0.2")] = None
+    """Short side in pixels of a picture in evaluation, of which the centre is cut out; by default
+    256/224 of the crop for photographs, the crop itself for small images."""
+    eval_crop: Annotated[PositiveInt | None, Since("0.2")] = None
+    """Side in pixels of the images in evaluation; by default image_size."""
+    eval_interpolation: Annotated[Interpolation | None, Since("0.2")] = None
+    """How pictures are resized for the evaluation; by default bilinear."""
+    eval_mode: Annotated[FramingMode | None, Since("0.2")] = None
+    """`center`, the default, keeps the aspect ratio of a picture in evaluation; `squash`: not."""
 
     @model_validator(mode="after")
     def _reads_its_root(self) -> "DataConfig":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastkd.config.section import Normalization
+from fastkd.storage.facts import Framing
 
 __all__ = ["Facts"]
 
@@ -22,3 +23,7 @@ class Facts:
     """Whether an image has several labels, and not one class id."""
     normalization: Normalization
     """Channel means and standard deviations in 0..1 that the loader has applied."""
+    classes: tuple[str, ...] | None = None
+    """Names by label; None if the loader does not know them."""
+    evaluation: Framing | None = None
+    """How pictures are shown in evaluation; None if a loader of the user's decides it."""

@@ -12,6 +12,7 @@ from torch import nn
 from fastkd.config.section import Normalization
 from fastkd.models.report import RewriteReport
 from fastkd.storage.description import CARD, NetworkFacts
+from fastkd.storage.facts import DataFacts
 
 __all__ = ["Card", "card_of", "sign", "title_of"]
 
@@ -26,6 +27,9 @@ class Card:
     num_classes: int | None = None
     normalization: Normalization | None = None
     """(mean, std) per channel that its weights expect, for images in [0, 1]."""
+    data: DataFacts | None = None
+    """What its weights were trained on: class names, image size, how pictures are shown to it. Of
+    timm's networks what timm states; a training clears it."""
     head: tuple[str, ...] | None = None
     """Paths of the classifier layers; None until `classifier_paths` has searched."""
     trained: tuple[str, ...] | None = None
@@ -41,6 +45,7 @@ class Card:
             num_classes=self.num_classes,
             options=dict(self.options),
             normalization=self.normalization,
+            data=self.data,
         )
 
 

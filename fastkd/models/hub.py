@@ -7,16 +7,18 @@ interface.
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from torch import nn
 
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models.head import class_layers
+from fastkd.storage.facts import DataFacts, Framing, FramingMode, Interpolation
 
-__all__ = ["HUBS", "Built", "knows", "list_timm", "list_torchvision"]
+__all__ = ["HUBS", "Built", "convention", "knows", "list_timm", "list_torchvision"]
 
 BARE_IN_TIMM_0_2 = {
     "resnet18": "tv_in1k",
@@ -33,6 +35,8 @@ class Built(NamedTuple):
     model: nn.Module
     num_classes: int
     normalization: Normalization | None
+    data: DataFacts | None = None
+    """How its publisher shows pictures to it."""
 
 
 def build_timm(
@@ -53,7 +57,9 @@ def build_timm(
     model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
     details: Any = model
     mean_std = tuple(details.pretrained_cfg["mean"]), tuple(details.pretrained_cfg["std"])
-    return Built(model, details.num_classes, mean_std)
+    size = options.get("img_size")
+    shown = _shown_by_timm(details.pretrained_cfg, size if isinstance(size, int) else None)
+    return Built(model, details.num_classes, mean_std, shown)
 
 
 def build_torchvision(
@@ -81,7 +87,52 @@ def build_torchvision(
         fresh = _build("torchvision", name, False, lambda: get_model(name, weights=None, **sized))
         _take_heads(model, fresh)
     preset = weights.transforms()
-    return Built(model, num_classes, (tuple(preset.mean), tuple(preset.std)))
+    shown = None
+    if hasattr(preset, "crop_size"):  # not of segmentation
+        (resize,), (crop,) = preset.resize_size, preset.crop_size
+        framing = Framing(resize=resize, crop=crop, interpolation=preset.interpolation.value)
+        shown = DataFacts(image_size=crop, evaluation=framing)
+    return Built(model, num_classes, (tuple(preset.mean), tuple(preset.std)), shown)
+
+
+def convention(name: str, size: int | None = None) -> DataFacts | None:
+    """How timm shows pictures to one of its networks, found without building it.
+
+    size: side of the images in pixels, if not the network's own. None if nothing is known, as of
+    torchvision's networks, whose convention depends on the weights.
+    """
+    hub, _, rest = name.partition(":")
+    # Only a download would tell about hf-hub:NAME and the like.
+    if hub != "timm" or ":" in rest or not knows(hub, rest):
+        return None
+    import timm
+
+    config = timm.get_pretrained_cfg(rest)
+    return _shown_by_timm(config.to_dict() if config else {}, size)
+
+
+def _shown_by_timm(config: dict[str, Any], size: int | None) -> DataFacts | None:
+    """timm's rule: sides of size / crop_pct, the centre of it kept. None for other shapes."""
+    from timm.data.config import resolve_data_config
+
+    found = resolve_data_config(pretrained_cfg=config)
+    _, height, width = found["input_size"]
+    mode, interpolation = found["crop_mode"], found["interpolation"]
+    if height != width or mode not in get_args(FramingMode):
+        return None
+    if interpolation not in get_args(Interpolation):
+        return None
+    side = size or height
+    resize = math.floor(side / found["crop_pct"])
+    if resize < side:
+        return None
+    framing = Framing(
+        resize=resize,
+        crop=side,
+        interpolation=interpolation,
+        mode=mode,
+    )
+    return DataFacts(image_size=side, evaluation=framing)
 
 
 HUBS: dict[str, Callable[[str, int | None, bool, dict[str, Any]], Built]] = {

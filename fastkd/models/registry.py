@@ -35,6 +35,7 @@ from fastkd.models.zoo import (
     wrn,
 )
 from fastkd.storage.description import NetworkFacts
+from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
 
@@ -77,9 +78,10 @@ def create_model(
         "projection": only those): if a family does not support them, `fastkd.cheapen` and
         `fastkd.remove_shortcuts` rewrite the finished network.
 
-    `card_of(model)` (`fastkd.models.card`) has the name, the options, the class count and the
-    normalisation ((mean, std) per channel for images in [0, 1], or None): timm states its own,
-    torchvision's comes with pretrained weights, a weight file's is in the file.
+    `card_of(model)` (`fastkd.models.card`) has the name, the options, the class count, the
+    normalisation ((mean, std) per channel for images in [0, 1], or None) and `data`, how pictures
+    are shown to it: timm states its own, torchvision's come with pretrained weights, a weight
+    file's are in the file, together with the class names.
     Raises UserError for unknown names and options (with the nearest), and for weights that do not
     fit.
     """
@@ -98,7 +100,8 @@ def create_model(
     if new_head and pretrained:
         donor, pretrained = create_model(name, pretrained=True, **options), False
         donor_card = card_of(donor)
-        facts = NetworkFacts(normalization=donor_card.normalization if donor_card else None)
+        facts = donor_card.facts if donor_card else NetworkFacts()
+        facts = NetworkFacts(normalization=facts.normalization, data=facts.data)
     if num_classes is None:
         num_classes = facts.num_classes
     if "block" in options:
@@ -115,6 +118,7 @@ def create_model(
             options=dict(options),
             num_classes=built.num_classes,
             normalization=facts.normalization or built.normalization,
+            data=_data(facts.data or built.data, new_head),
             head=(model.head_path,) if isinstance(model, ZooNetwork) else None,
         ),
     )
@@ -124,6 +128,11 @@ def create_model(
     elif file is not None:
         load_into(model, file, new=new)
     return model
+
+
+def _data(facts: DataFacts | None, new_head: bool) -> DataFacts | None:
+    """What a new classifier leaves of the facts: it knows no class yet."""
+    return facts.model_copy(update={"classes": None}) if facts and new_head else facts
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ it.
 
     runs/<recipe>/<UTC time>-<digest8>/      or the folder that `out=` names
         config.yaml environment.json         when it is created
+        facts.json                           likewise: its data and network (`run_facts`)
         metrics.jsonl                        one row per epoch
         last.pt best.safetensors             by the trainer (`save`, `_keep_best`)
         metrics.csv summary.json             when the run is finished
@@ -32,10 +33,11 @@ from fastkd.errors import UserError
 from fastkd.output.events import Events
 from fastkd.storage.atomic import atomic_path, explain_full_disk
 
-__all__ = ["RunFolder", "csv_text", "find_finished", "find_resumable"]
+__all__ = ["FACTS", "RunFolder", "csv_text", "find_finished", "find_resumable"]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
-_DESCRIPTION = ("config.yaml", "environment.json")
+FACTS = "facts.json"
+_DESCRIPTION = ("config.yaml", "environment.json", FACTS)
 # A folder with any of these is a run folder.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastkd.compute.ranks import on_main
+from fastkd.data import DataPair
 from fastkd.models import count
 from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
@@ -34,7 +35,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     data = open_recipe_data(recipe, session)
     image_shape = data.facts.image_shape
     stages: dict[str, float] = {}
-    for name, stage, times in _earlier_stages(recipe, session):
+    for name, stage, times in _earlier_stages(recipe, data, session):
         found = rehearse(build_stage(stage, data, (), session))
         stages[name] = times * found["projected_seconds"]
     teachers = load_teacher(recipe.teacher, data)
@@ -51,6 +52,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "val_images": data.val.num_samples,
         "image": image_shape,
         "classes": data.facts.num_classes,
+        "evaluation": str(data.facts.evaluation),
         "backend": data.backend,
         "student": f"{recipe.student.label}: {count(trainer.student, image_shape)}",
         "teacher": "; ".join(
@@ -67,14 +69,16 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     }
 
 
-def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe, int]]:
+def _earlier_stages(
+    recipe: Recipe, data: DataPair, session: Session
+) -> list[tuple[str, Recipe, int]]:
     """What is trained before the recipe's own student: name, recipe, number of runs."""
     stages = []
     for key, one in recipe.teacher.members().items() if recipe.teacher else ():
         if not one.trains:
             continue
         lesson = recipe.as_teacher(one)
-        summary = teacher_folder(lesson, session) / "summary.json"
+        summary = teacher_folder(lesson, data, session) / "summary.json"
         if not on_main(session.world, summary.exists):
             stages.append((f"{key} {one.label}", lesson, 1))
     if rates := recipe.baseline.lrs:

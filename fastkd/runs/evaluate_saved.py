@@ -1,5 +1,6 @@
 """`fastkd eval`: accuracy of a finished run or of a weight file, on the whole validation set."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
 from fastkd.models.card import card_of
+from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
+from fastkd.storage.facts import DataFacts, few
 from fastkd.storage.weight_file import WeightFile
+from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
@@ -38,14 +42,16 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     if not weights.exists():
         raise UserError(f"{run} has no best.safetensors yet: it has not been evaluated so far")
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
-    return _evaluate(recipe, lambda _: model_from_file(weights))
+    file = WeightFile.open(weights)
+    return _evaluate(_shown_as(recipe, file.network.data), lambda _: model_from_file(file))
 
 
 def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, Any]:
     """Evaluate a network with weights from a file on the data that the keys name.
 
     Options such as the width come from the file if fastkd wrote it, else from the keys
-    (`student.width=0.5`).
+    (`student.width=0.5`). So does the way in which pictures are shown, and for a network of timm
+    with a file that does not say it, from timm.
     """
     if not any(key.startswith("data.name=") for key in keys):
         raise UserError(
@@ -59,15 +65,45 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     }
     recipe = load_recipe(None, values=blank, overrides=keys)
 
+    file = WeightFile.open(weights)
+    shown = file.network.data
+    of_timm = name.startswith("timm:") and not file.facts.get("architecture")
+    if of_timm and recipe.data.name == "folder":
+        shown = shown or convention(name, recipe.data.image_size)
+
     def build(data: DataPair) -> nn.Module:
+        classes = data.facts.classes or ()
+        if of_timm and other_order_in_timm(classes):
+            warnings.warn(
+                f"class folders such as {few(classes)} are in this order here, timm sorts them by "
+                f"number: if timm trained {file}, give the folders names of equal length (01, 02, "
+                f"10) in lower case, or the accuracy is wrong",
+                stacklevel=1,
+            )
         if options := recipe.student.options():
-            return create_model(name, data.facts.num_classes, weights=weights, **options)
-        file = WeightFile.open(weights)
+            return create_model(name, data.facts.num_classes, weights=file, **options)
         if file.facts.get("architecture") == name:
             return model_from_file(file)
         return create_model(name, data.facts.num_classes, weights=file)
 
-    return _evaluate(recipe, build)
+    return _evaluate(_shown_as(recipe, shown), build)
+
+
+def _shown_as(recipe: Recipe, facts: DataFacts | None) -> Recipe:
+    """The recipe that shows pictures as the network is used to, where no key says otherwise."""
+    keys = recipe.data
+    # Digits come in one size.
+    if facts is None or keys.name == "digits":
+        return recipe
+    own: dict[str, Any] = {"image_size": facts.image_size}
+    if framing := facts.evaluation:
+        crop = framing.crop
+        if keys.image_size and facts.image_size:
+            crop = round(crop * keys.image_size / facts.image_size)
+        framing = framing.at(keys.eval_crop or crop)
+        own |= {f"eval_{name}": value for name, value in framing.model_dump().items()}
+    missing = {key: value for key, value in own.items() if getattr(keys, key) is None}
+    return recipe.model_copy(update={"data": keys.model_copy(update=missing)})
 
 
 def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
@@ -79,7 +115,13 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         model = build(data)
         card = card_of(model)
         assert card is not None
-        if card.num_classes != data.facts.num_classes:
+        class_map = map_by_name(
+            card.data,
+            data.facts.classes,
+            network=f"the network {card.name}",
+            cure="Name the data it was trained on",
+        )
+        if class_map is None and card.num_classes != data.facts.num_classes:
             raise UserError(
                 f"the network {card.name} knows {card.num_classes} classes, "
                 f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
@@ -87,7 +129,11 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
             # data.mean and data.std, if given, are what the network expects.
-            LoadedNet(model, None if recipe.data.mean else card.normalization),
+            LoadedNet(
+                model,
+                None if recipe.data.mean else card.normalization,
+                class_map=class_map,
+            ),
             {},
             Placement(world, precision, recipe.channels_last),
             data_normalization=data.facts.normalization,
@@ -96,4 +142,9 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         )
         size = count(model, data.facts.image_shape)
         found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
-    return found | {"params": size.params, "macs": size.macs, "precision": precision.name}
+    return found | {
+        "shown": str(data.facts.evaluation),
+        "params": size.params,
+        "macs": size.macs,
+        "precision": precision.name,
+    }

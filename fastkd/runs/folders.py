@@ -1,5 +1,7 @@
 """Which folder a run or one of its stages writes to: a new one, or an old one to resume.
 
+An old one must have seen the same data (`fastkd.output.run_facts`).
+
 Flow: `stages` calls this, on rank 0, once everything fits; a stage that fails before it has any
 result leaves no folder behind.
 """
@@ -11,10 +13,13 @@ from shlex import quote
 from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
+from fastkd.output.run_facts import refuse_other_data, write_facts
 from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.storage.description import NetworkFacts
+from fastkd.storage.facts import DataFacts
 
 __all__ = ["RunIdentity", "choose_folder", "stage_folder"]
 
@@ -30,10 +35,13 @@ class RunIdentity:
     out: Path | None
     """Folder that the user chose."""
     tensorboard: bool
+    data: DataFacts
+    network: NetworkFacts
+    """The network before its training."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "RunIdentity":
-        """The identity of a recipe's runs."""
+    def of(cls, recipe: Recipe, data: DataFacts) -> "RunIdentity":
+        """The identity of a recipe's runs on this data."""
         # Without `out`: passed back with --config it makes a new run, not one in this folder.
         saved = recipe.absolute().model_copy(update={"out": None})
         return cls(
@@ -42,6 +50,12 @@ class RunIdentity:
             config=recipe_to_yaml(saved),
             out=Path(recipe.out) if recipe.out else None,
             tensorboard=recipe.tensorboard,
+            data=data,
+            network=NetworkFacts(
+                architecture=recipe.student.name,
+                num_classes=len(data.classes) if data.classes else None,
+                options=recipe.student.options(),
+            ),
         )
 
 
@@ -51,7 +65,8 @@ def choose_folder(
     """The run's folder, and whether it is an old one to resume.
 
     resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
-    Raises UserError for a folder that is finished, foreign, or not empty without being resumed.
+    Raises UserError for a folder that is finished, foreign, or not empty without being resumed, and
+    if the data have changed.
     """
     out = run.out
     found = None
@@ -76,6 +91,8 @@ def choose_folder(
     if not (found.path / "last.pt").exists():
         # If there is a checkpoint, its own digest is compared when it is opened.
         _describe_or_compare(run, found)
+    refuse_other_data(found.path, run.data, console.note)
+    write_facts(found, run.data, run.network)
     return _equipped(run, found), True
 
 
@@ -85,6 +102,8 @@ def stage_folder(run: RunIdentity, path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     if not (path / "config.yaml").exists():
         _describe(run, folder)
+    elif folder.summary() is None:
+        write_facts(folder, run.data, run.network)
     return _equipped(run, folder)
 
 
@@ -116,3 +135,4 @@ def _describe_or_compare(run: RunIdentity, folder: RunFolder) -> None:
 def _describe(run: RunIdentity, folder: RunFolder) -> None:
     folder.write_text("config.yaml", run.config)
     folder.write_json("environment.json", environment())
+    write_facts(folder, run.data, run.network)

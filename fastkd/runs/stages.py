@@ -4,7 +4,6 @@ Every stage is one training in its own run folder, so each can be resumed and re
 the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,12 +23,14 @@ from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
+from fastkd.output.run_facts import facts_of_run, place_for
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
 from fastkd.runs.folders import RunIdentity, choose_folder, stage_folder
 from fastkd.storage.checkpoint import Checkpoint
+from fastkd.storage.description import facts_of
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
 from fastkd.training.build import build_trainer
@@ -45,6 +46,10 @@ __all__ = [
     "run_recipe",
     "teacher_folder",
 ]
+
+
+_OF_THE_FOLDER = ("data", "network")
+"""Entries of summary.json that every stage of a run would repeat."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     """
     data = open_recipe_data(recipe, session)
     teachers = _try_out(recipe, data, session)
-    identity = RunIdentity.of(recipe)
+    identity = _identity(recipe, data, session)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
@@ -98,6 +103,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         del checkpoint  # as large as the student and its optimizer
         summary = _fit(trainer, recipe, data) | {"teacher": teacher_summary} | alone
         if session.world.is_main:
+            summary |= _facts(trainer, data)
             finish_report(
                 summary,
                 folder,
@@ -152,15 +158,16 @@ def _advice(run: Path) -> Iterator[None]:
 
 def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
     """The baselines below `path`, for summary.json: the best one, and what every rate reached."""
-    runs = [
-        _train(
-            recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr),
-            data,
-            session,
-            path / f"lr-{lr:g}",
+    runs: list[dict[str, Any]] = []
+    for lr in recipe.baseline.lrs:
+        alone = recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr)
+        place = on_main(
+            session.world,
+            lambda own=path / f"lr-{lr:g}": place_for(
+                own, data.remembered, session.console.note, evaluated_anew=False
+            ),
         )
-        for lr in recipe.baseline.lrs
-    ]
+        runs.append(_train(alone, data, session, place))
     last = f"{headline(runs[0])}_last" if runs else ""
     return {
         "alone": max(runs, key=lambda run: run[last], default=None),
@@ -202,7 +209,7 @@ def build_stage(
         for fact in start_of(recipe.student, net, data):
             session.console.note(fact)
     return build_trainer(
-        _plan(recipe, data),
+        _plan(recipe, data, session.world),
         student=net.model,
         teachers=teachers,
         terms=build_terms(recipe.losses),
@@ -221,8 +228,10 @@ def build_stage(
     )
 
 
-def _plan(recipe: Recipe, data: DataPair) -> Plan:
+def _plan(recipe: Recipe, data: DataPair, world: World) -> Plan:
     digest = recipe.digest()
+    # Rank 0 alone writes weights.
+    remembered = data.remembered.to_metadata() if world.is_main else {}
     return Plan(
         stage=recipe.name,
         digest=digest,
@@ -232,17 +241,22 @@ def _plan(recipe: Recipe, data: DataPair) -> Plan:
         save_steps=recipe.save_steps,
         eval_epochs=recipe.eval_epochs,
         epoch_factor=recipe.epoch_factor,
-        metadata={
-            "normalization": json.dumps(data.facts.normalization),
-            "recipe": recipe.name,
-            "digest": digest,
-        },
+        metadata=remembered | {"recipe": recipe.name, "digest": digest},
     )
+
+
+def _identity(recipe: Recipe, data: DataPair, session: Session) -> RunIdentity:
+    return on_main(session.world, lambda: RunIdentity.of(recipe, data.remembered))
+
+
+def _facts(trainer: Trainer, data: DataPair) -> dict[str, Any]:
+    """What summary.json says of data and network."""
+    return facts_of_run(data.remembered, facts_of(trainer.kept()))
 
 
 def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
     """Train a teacher or a baseline in `path`, or resume it; a finished one's summary is read."""
-    identity = RunIdentity.of(recipe)
+    identity = _identity(recipe, data, session)
 
     def prepare() -> tuple[RunFolder, dict[str, Any] | None]:
         folder = stage_folder(identity, path)
@@ -255,7 +269,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
         folder, finished = on_main(session.world, prepare)
         if finished is not None:
             session.console.note(f"{recipe.name}: finished before, {path}")
-            return finished
+            return {key: value for key, value in finished.items() if key not in _OF_THE_FOLDER}
         if data.seed != recipe.seed:
             # A teacher's own seed also decides the order in which it sees the images.
             data = open_recipe_data(recipe, session)
@@ -265,13 +279,13 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             _go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = _fit(trainer, recipe, data)
-        on_main(session.world, lambda: folder.finish(summary))
+        on_main(session.world, lambda: folder.finish(summary | _facts(trainer, data)))
     return summary
 
 
 def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict[str, Any]]:
     """Train a teacher, or find it already trained: its run folder and summary."""
-    path = teacher_folder(lesson, session)
+    path = teacher_folder(lesson, data, session)
     return path, _train(lesson, data, session, path)
 
 
@@ -297,6 +311,13 @@ def _go_on(
         folder.cut_metrics(0)
 
 
-def teacher_folder(lesson: Recipe, session: Session) -> Path:
-    """Where a teacher is trained once for all recipes that need the same one."""
-    return session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+def teacher_folder(lesson: Recipe, data: DataPair, session: Session) -> Path:
+    """Where a teacher is trained once for all recipes that need the same one, from the same data.
+
+    The digest knows the place of the data, not what lies there.
+    """
+    path = session.root / "teachers" / f"{lesson.student.name}-{lesson.digest()[:8]}"
+    return on_main(
+        session.world,
+        lambda: place_for(path, data.remembered, session.console.note, evaluated_anew=True),
+    )

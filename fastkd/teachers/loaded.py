@@ -27,3 +27,5 @@ class LoadedNet:
     """Autocast type of its forward pass; None: the run's."""
     compiled: bool | None = None
     """Whether it is compiled; None: as in the run."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was loaded."""

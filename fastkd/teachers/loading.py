@@ -25,8 +25,10 @@ from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
 from fastkd.models.taps import remove_taps
+from fastkd.storage.facts import DataFacts, few
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
+from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.teachers.ensemble import bind_teacher
 from fastkd.teachers.loaded import LoadedNet
@@ -70,6 +72,8 @@ def prove_teacher(
             path, summary = train(one)
             net = _filled(net, path)
             lesson = {"training": summary}
+        for note in net.notes:
+            say(note)
         found = _evaluated((net,), data, placement)
         metric = headline(found)
         say(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
@@ -97,8 +101,9 @@ def load_net(
     key: its key in the recipe, for messages.
     """
     own = config if isinstance(config, MemberConfig) else None
-    class_map = own.class_map if own else None
     file = None if weights is None else WeightFile.open(weights)
+    class_map, notes = _class_map(own, file, data, key) if own else (None, ())
+    notes += _other_size(own, file, data, key) if own else ()
     classes = data.facts.num_classes
     if class_map is not None:
         classes = _own_classes(config.name, file, classes)
@@ -129,6 +134,48 @@ def load_net(
         name=own.name,
         precision=own.precision,
         compiled=None if own.compile is None else own.compile == "on",
+        notes=notes,
+    )
+
+
+def _class_map(
+    config: MemberConfig, file: WeightFile | None, data: DataPair, key: str
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """The teacher's output for every class of the data, by key or by name, and a sentence on it."""
+    classes = data.facts.classes
+    if config.class_map is not None or file is None or classes is None:
+        return config.class_map, ()
+    by_name = map_by_name(
+        file.network.data,
+        classes,
+        network=f"the teacher {config.name} ({file})",
+        cure=f"If only the names differ, set {key}.class_map: the teacher's output for each class "
+        f"of the data, in the order {few(classes)}",
+    )
+    if by_name is not None:
+        return by_name, (f"teacher {config.label}: its classes are matched by name ({file})",)
+    timms = other_order_in_timm(classes)
+    if timms is None or file.facts:
+        return None, ()
+    given = ",".join(map(str, timms))
+    return None, (
+        f"note: {file} does not name its classes. Folders such as {few(classes)} are in this "
+        f"order for fastkd and torchvision, timm sorts them by number: if timm trained it, set "
+        f"{key}.class_map={given}",
+    )
+
+
+def _other_size(
+    config: MemberConfig, file: WeightFile | None, data: DataPair, key: str
+) -> tuple[str, ...]:
+    """A note if the teacher learned from images of another size than it will be shown."""
+    facts = file.network.data if file else None
+    size, shown = facts.image_size if facts else None, data.facts.image_shape[1]
+    if size is None or size == shown or config.resolution is not None:
+        return ()
+    return (
+        f"note: {file} learned from images of {size} pixels and is shown {shown}; "
+        f"{key}.resolution={size} shows it its own size",
     )
 
 
@@ -138,7 +185,12 @@ def _filled(net: LoadedNet, run: Path) -> LoadedNet:
     load_into(net.model, file)
     card = card_of(net.model)
     assert card is not None
-    card = replace(card, normalization=file.network.normalization or card.normalization)
+    facts = file.network
+    card = replace(
+        card,
+        normalization=facts.normalization or card.normalization,
+        data=facts.data or card.data,
+    )
     sign(net.model, card)
     return replace(net, normalization=card.normalization)
 
@@ -164,6 +216,8 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
             said.append(
                 f"only {names} is trained; the rest, batch norm statistics included, stays as it is"
             )
+    if config.weights and (note := _other_classes(config, net, data)):
+        said.append(note)
     wanted = net.normalization
     if source and wanted and not _close(wanted, data.facts.normalization):
         mean, std = (",".join(f"{value:g}" for value in values) for values in wanted)
@@ -172,6 +226,20 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
             f"but this run uses others"
         )
     return said
+
+
+def _other_classes(config: StudentConfig, net: LoadedNet, data: DataPair) -> str | None:
+    """A note if the student's classifier was trained for other classes, or in another order."""
+    card, ours = card_of(net.model), data.facts.classes
+    learned = card.data if card else None
+    if config.new_head or ours is None or learned is None or learned.classes == ours:
+        return None
+    if learned.named is None or DataFacts(classes=ours).named is None:
+        return None
+    return (
+        f"note: the classifier of {config.weights} is for the classes {few(learned.named)}, those "
+        f"of this run are {few(ours)}; student.new_head=true starts with a new one"
+    )
 
 
 def size(model: nn.Module, data: DataPair) -> dict[str, int]:

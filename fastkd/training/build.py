@@ -5,7 +5,7 @@ loaders).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from fastkd.data.facts import Facts
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import BindContext, LossTerm
+from fastkd.models.card import card_of, sign
 from fastkd.models.counting.count import count
 from fastkd.models.head import has_frozen_backbone
 from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
@@ -69,6 +70,9 @@ def build_trainer(
     if note := check_exports(terms, averaged=bool(settings.ema)):
         output.console.note(note)
     student = _placed(student, settings, engine)
+    if (card := card_of(student)) and card.data:
+        # What it knew before is not what it learns now.
+        sign(student, replace(card, data=None))
     # Copied before any hook is placed on the student.
     ema = EMA(student, settings.ema) if settings.ema else None
 

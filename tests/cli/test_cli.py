@@ -257,8 +257,8 @@ def test_a_run_ends_with_the_table_and_all_its_files(command, tmp_path):
     said = command("train", *TINY, *TAUGHT, "epochs=2", "baseline.lrs=0.1,0.2")
     assert (said.code, said.err) == (0, "")
     (run,) = (tmp_path / "runs/quickstart").iterdir()
-    names = "config.yaml environment.json metrics.jsonl metrics.csv last.pt best.safetensors "
-    names += "summary.json curves.png alone"
+    names = "config.yaml environment.json facts.json metrics.jsonl metrics.csv last.pt "
+    names += "best.safetensors summary.json curves.png alone"
     assert {entry.name for entry in run.iterdir()} == set(names.split())
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     summary = json.loads((run / "summary.json").read_text())

@@ -18,6 +18,7 @@ from fastkd.data.draws import sample_uniforms
 from fastkd.data.geometry import Geometry
 from fastkd.data.sources.decode import UNIFORMS_PER_CROP, _crop_box, random_resized_crop
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -115,11 +116,16 @@ def test_training_view_is_torchvisions_resized_crop_of_the_drawn_box(make_folder
 
 def test_evaluation_view_is_torchvisions_resize_and_centre_crop(make_folder):
     source = open_source("folder", make_folder(size=(61, 47)), "val")
-    own = loader(source, train=False)
+    own = TorchLoader(
+        source,
+        loading(train=False),
+        image_size=16,
+        crop="resized",
+        framing=Framing(resize=18, crop=16),
+    )
     everything = concatenated(list(own.epoch(0)))
     assert everything.index_N.tolist() == list(range(12))
     for pixels, n in zip(denormalised(everything.images_NCHW), range(12), strict=True):
-        # round(16 * 256 / 224) = 18
         expected = tv.center_crop(tv.resize(source.image(n), [18]), [16, 16])
         np.testing.assert_array_equal(pixels, np.asarray(expected))
 

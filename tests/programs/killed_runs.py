@@ -187,7 +187,7 @@ SCENARIOS: dict[str, Scenario] = {
     **{f"before step {step}": Scenario((), (partial(before_step, step),)) for step in range(5)},
     **{f"before save {step}": Scenario((), (partial(before_save, step),)) for step in (0, 3)},
     **{f"inside save {step}": Scenario((), (partial(inside_save, step),)) for step in (0, 2, 3)},
-    **{f"before rename {num}": Scenario((), (partial(before_rename, num),)) for num in (2, 6)},
+    **{f"before rename {num}": Scenario((), (partial(before_rename, num),)) for num in (2, 3, 7)},
     "before best": Scenario((), (before_best,)),
     "inside row": Scenario((), (inside_row,)),
     "before config": Scenario((), (before_config,)),

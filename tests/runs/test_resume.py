@@ -24,8 +24,9 @@ RESUMED_AT: dict[str, tuple[int, int] | None] = {
     "before save 3": (0, 3),
     "inside save 0": None,
     **{f"inside save {step}": divmod(step, STEPS) for step in (2, 3)},
-    "before rename 2": None,
-    "before rename 6": (0, 3),
+    "before rename 2": None,  # of facts.json
+    "before rename 3": None,
+    "before rename 7": (0, 3),
     "before best": (0, 3),
     "inside row": (1, 3),
     "before config": None,
@@ -80,8 +81,8 @@ def check_same_end(found: dict[str, Any], at: tuple[int, int] | None, *, epochs:
         assert f"resumed tiny/kd after its last epoch, {epochs}" in found["log"]
     assert found["fetched"] == [batches_from(*(at or (0, 0)), epochs=epochs)]
     assert found["different"] == []
-    whole = ["best.safetensors", "config.yaml", "environment.json", "last.pt", "metrics.csv"]
-    assert found["files"] == [*whole, "metrics.jsonl", "summary.json"]
+    whole = ["best.safetensors", "config.yaml", "environment.json", "facts.json", "last.pt"]
+    assert found["files"] == [*whole, "metrics.csv", "metrics.jsonl", "summary.json"]
 
 
 @pytest.fixture(scope="module")

@@ -273,7 +273,7 @@ def test_files_that_do_not_describe_a_network(tmp_path: Path) -> None:
 
 def test_options_that_text_cannot_repeat_leave_no_description() -> None:
     model = create_model("timm:test_resnet", 3, norm_layer=nn.BatchNorm2d)
-    assert describe(model) == {}
+    assert not {"architecture", "num_classes", "options"} & describe(model).keys()
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "resnet10t"])

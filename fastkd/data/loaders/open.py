@@ -15,6 +15,7 @@ from fastkd.config.section import Normalization
 from fastkd.data.batch import Loader
 from fastkd.data.config import DataConfig, GeometryConfig
 from fastkd.data.facts import Facts
+from fastkd.data.framing import evaluation_framing
 from fastkd.data.geometry import Crop, Geometry
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
@@ -25,11 +26,16 @@ from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.listing import listing_of
 from fastkd.errors import UserError
+from fastkd.storage.facts import DataFacts, Framing
 
-__all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "open_data"]
+__all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "data_facts", "open_data"]
 
 RESIDENT_LIMIT_BYTES = 2 << 30
+
+
+Sources = tuple[ImageSet | FolderIndex, ImageSet | FolderIndex]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class DataPair:
     """"resident" or "torch"."""
     seed: int
     """Seed of order and augmentation."""
+    sources: Sources
+    """Training and validation images before they are decoded for the loaders."""
 
     @cached_property
     def train(self) -> Loader:
@@ -54,6 +62,14 @@ class DataPair:
         for it.
         """
         return self.open_train()
+
+    @cached_property
+    def remembered(self) -> DataFacts:
+        """What a run remembers of its data; some files are read for it on first use."""
+        facts = self.facts
+        assert facts.evaluation is not None
+        side = facts.image_shape[1]
+        return _remembered(self.name, self.sources, side, facts.evaluation, facts.normalization)
 
 
 def open_data(
@@ -67,7 +83,8 @@ def open_data(
     """Open a data set for training and evaluation; sources are described in `open_split`.
 
     The backend "auto" is resident unless the crop is "resized" or both splits, decoded, exceed
-    2 GiB. data.train_limit takes a stratified subset of the training images; validation is whole.
+    2 GiB. data.train_limit takes a stratified subset of the training images; validation is whole,
+    and shows pictures as `evaluation_framing` says.
 
     Raises:
         UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
@@ -79,17 +96,7 @@ def open_data(
             "data.backend=resident cannot cut random areas from the original pictures "
             "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
-    train = open_source(
-        data.name,
-        data.root,
-        "train",
-        image_size=data.image_size,
-        download=data.download,
-        limit=data.train_limit,
-    )
-    val = open_source(data.name, data.root, "val", image_size=data.image_size)
-    if train.classes != val.classes:
-        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+    train, val = _open_sources(data)
     size = _square_size(train, data.name, data.image_size, crop)
     backend = data.backend
     if backend == "auto":
@@ -110,25 +117,82 @@ def open_data(
         drop_last=data.drop_last,
     )
 
-    def loader(source: ImageSet | FolderIndex, loading: Loading) -> Loader:
+    evaluation = evaluation_framing(data, train, size)
+    whole = Framing.whole(size)
+
+    def loader(source: ImageSet | FolderIndex, loading: Loading, framing: Framing) -> Loader:
         if backend == "resident":
-            return ResidentLoader(decode_source(source, data.image_size), loading)
-        return TorchLoader(source, loading, image_size=size, crop=crop, workers=data.workers)
+            # Without a size all pictures must have the same, which decoding then checks.
+            as_stored = data.image_size is None and framing == whole
+            return ResidentLoader(decode_source(source, None if as_stored else framing), loading)
+        return TorchLoader(
+            source,
+            loading,
+            image_size=framing.crop,
+            crop=crop,
+            workers=data.workers,
+            framing=framing,
+        )
 
     labels_N = torch.from_numpy(train.labels_N)
     return DataPair(
-        open_train=lambda: loader(train, loading),
-        val=loader(val, replace(loading, train=False)),
+        open_train=lambda: loader(train, loading, whole),
+        val=loader(val, replace(loading, train=False), evaluation),
         facts=Facts(
             image_shape=(3, size, size),
             num_classes=len(train.classes),
             labels_N=labels_N,
             multilabel=labels_N.dim() == 2,
             normalization=loading.normalization,
+            classes=train.classes,
+            evaluation=evaluation,
         ),
         name=data.name,
         backend=backend,
         seed=seed,
+        sources=(train, val),
+    )
+
+
+def data_facts(data: DataConfig) -> DataFacts:
+    """What `open_data(..).remembered` would be, without loaders."""
+    train, val = _open_sources(data)
+    size = _square_size(train, data.name, data.image_size, "none")
+    evaluation = evaluation_framing(data, train, size)
+    return _remembered(data.name, (train, val), size, evaluation, _normalization(data))
+
+
+def _open_sources(data: DataConfig) -> Sources:
+    train = open_source(
+        data.name,
+        data.root,
+        "train",
+        image_size=data.image_size,
+        download=data.download,
+        limit=data.train_limit,
+    )
+    val = open_source(data.name, data.root, "val", image_size=data.image_size)
+    if train.classes != val.classes:
+        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+    return train, val
+
+
+def _remembered(
+    name: str,
+    sources: Sources,
+    image_size: int,
+    evaluation: Framing,
+    normalization: Normalization,
+) -> DataFacts:
+    train, val = sources
+    return DataFacts(
+        name=name,
+        classes=train.classes,
+        image_size=image_size,
+        evaluation=evaluation,
+        normalization=normalization,
+        train=listing_of(train),
+        val=listing_of(val),
     )
 
 

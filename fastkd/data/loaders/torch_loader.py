@@ -25,15 +25,13 @@ from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.geometry import NO_GEOMETRY, Crop
 from fastkd.data.loaders.planned import Loading, PlannedLoader
 from fastkd.data.picture_views import PictureView
-from fastkd.data.sources.decode import random_resized_crop, resize_center_crop
+from fastkd.data.sources.decode import framed, random_resized_crop
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import GeometryTables
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
 __all__ = ["TorchLoader"]
-
-# ImageNet's customary evaluation: short side 256 for a 224 crop.
-_EVAL_RESIZE = 256 / 224
 
 _Key = tuple[int, np.ndarray]
 # Pictures, sample ids and, if there are any, second views that are finished on the host.
@@ -45,6 +43,7 @@ class _View:
     """How one picture becomes size x size pixels on the host."""
 
     size: int
+    framing: Framing
     crop: Crop
     train: bool
     flip: bool
@@ -58,13 +57,11 @@ class _View:
         return [np.asarray(self._cut(image, sample, epoch, k)) for k in appearances]
 
     def _cut(self, image: Image.Image, sample: int, epoch: int, appearance: int) -> Image.Image:
-        if self.crop != "resized":
-            return resize_center_crop(image, self.size, self.size)
-        if self.train:
+        if self.crop == "resized" and self.train:
             return random_resized_crop(
                 image, self.size, self.seed, epoch, sample, self.flip, appearance
             )
-        return resize_center_crop(image, round(self.size * _EVAL_RESIZE), self.size)
+        return framed(image, self.framing)
 
 
 class _Pictures(Dataset[_Pixels | str]):
@@ -139,10 +136,11 @@ class TorchLoader(PlannedLoader):
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
     loading       as for ResidentLoader; of its geometry "resized" uses flip only
     image_size    side of the square output images, in pixels
-    crop          "resized": random area and aspect in training (see `decode.random_resized_crop`),
-                  short side to round(image_size * 256 / 224) and central crop in evaluation;
-                  "pad" and "none": short side to image_size and central crop, then the geometry,
-                  the same bytes as ResidentLoader gives
+    crop          "resized": random area and aspect in training (see `decode.random_resized_crop`);
+                  "pad" and "none": `framing`, then the geometry, the same bytes as ResidentLoader
+                  gives
+    framing       what is shown of a picture in evaluation, and in training unless the crop is
+                  "resized"; its crop is image_size. None: all of it
     workers       processes that decode, from the first batch on; 0: in this process
     One epoch can be iterated at a time.
 
@@ -158,6 +156,7 @@ class TorchLoader(PlannedLoader):
         image_size: int,
         crop: Crop,
         workers: int = 0,
+        framing: Framing | None = None,
         views: SecondViews | None = None,
     ) -> None:
         super().__init__(source, loading, views)
@@ -169,7 +168,8 @@ class TorchLoader(PlannedLoader):
             )
         self._source = source
         self._workers = workers
-        self._view = _View(image_size, crop, loading.train, geometry.flip, loading.seed)
+        framing = framing or Framing.whole(image_size)
+        self._view = _View(image_size, framing, crop, loading.train, geometry.flip, loading.seed)
         cut = NO_GEOMETRY if crop == "resized" else geometry
         num = self.plan.num_samples
         self._tables = GeometryTables(cut, loading.seed, num, self._device)
@@ -196,6 +196,7 @@ class TorchLoader(PlannedLoader):
             image_size=self._view.size,
             crop=self._view.crop,
             workers=self._workers,
+            framing=self._view.framing,
             views=views,
         )
 

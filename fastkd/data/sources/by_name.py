@@ -18,6 +18,7 @@ from fastkd.data.sources.image_set import ImageSet, check_limit, stratified_posi
 from fastkd.data.sources.progress import Progress
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
 __all__ = ["decode_source", "open_source", "open_split"]
 
@@ -52,21 +53,25 @@ def open_split(
             inconsistent files (named).
     """
     source = open_source(name, root, split, image_size=image_size, download=download, limit=limit)
-    return decode_source(source, image_size, cache_dir, progress)
+    framing = Framing.whole(image_size) if image_size else None
+    return decode_source(source, framing, cache_dir, progress)
 
 
 def decode_source(
     source: ImageSet | FolderIndex,
-    image_size: int | None,
+    framing: Framing | None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """What `open_source` found, in memory; a folder comes from the cache, see `cache`."""
+    """What `open_source` found, in memory; a folder comes from the cache, see `cache`.
+
+    framing: what is shown of each picture; None: all of it, as it is stored.
+    """
     if isinstance(source, ImageSet):
-        return source.resized(image_size or source.images_NHWC.shape[1])
-    is_cifar = source.name.split("/")[0] in LAYOUTS
-    size = image_size or (_CIFAR_SIZE if is_cifar else None)
-    images = decoded_images(source, size, cache_dir, progress)
+        return source.framed(framing) if framing else source
+    if framing is None and source.name.split("/")[0] in LAYOUTS:
+        framing = Framing.whole(_CIFAR_SIZE)
+    images = decoded_images(source, framing, cache_dir, progress)
     return ImageSet(source.name, images, source.labels_N, source.classes)
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.data.sources.decode import resize_center_crop
+from fastkd.data.sources.decode import framed
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.lock import locked
 from fastkd.data.sources.progress import Progress, show_progress
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
 __all__ = ["cache_folder", "decoded_images", "native_size"]
 
@@ -63,23 +64,24 @@ def native_size(index: FolderIndex) -> int:
 
 def decoded_images(
     index: FolderIndex,
-    image_size: int | None,
+    framing: Framing | None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """All images of a split, uint8 [N, S, S, 3], from the cache, which is built if need be.
 
-    image_size  short side is resized to it, then the central square is cut out;
-                None: all images must have one square size already
+    framing  what is shown of each; None: all images must have one square size already
 
     Raises:
-        UserError: a corrupt image (named), unequal sizes without image_size, no space left, or a
+        UserError: a corrupt image (named), unequal sizes without a framing, no space left, or a
             cache folder that cannot be written.
     """
-    size = image_size or native_size(index)
+    size = framing.crop if framing else native_size(index)
     folder = cache_folder(cache_dir)
     source = os.path.realpath(index.folder)
-    place = f"{source}|{image_size}|{len(index)}"
+    # Of whole pictures only the size, so that caches of fastkd 0.1 are found.
+    shown = framing if framing is None or framing != Framing.whole(size) else size
+    place = f"{source}|{shown}|{len(index)}"
     stem = f"{index.name.replace('/', '-')}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     record = {
         "format": _FORMAT,
@@ -95,7 +97,7 @@ def decoded_images(
         with locked(folder / f"{stem}.lock"):
             images = _read_valid(folder / stem, record)
             if images is None:
-                _build(index, folder, stem, record, image_size, progress)
+                _build(index, folder, stem, record, framing, progress)
                 images = _read_valid(folder / stem, record)
     except OSError as error:
         raise _explain(error, folder, record) from error
@@ -129,7 +131,7 @@ def _build(
     folder: Path,
     stem: str,
     record: dict[str, Any],
-    image_size: int | None,
+    framing: Framing | None,
     progress: Progress | None,
 ) -> None:
     """Decode everything in threads (Pillow releases the GIL) and write the pair of files."""
@@ -139,8 +141,8 @@ def _build(
 
     def pixels(sample: int) -> np.ndarray:
         image = index.image(sample)
-        if image_size is not None:
-            image = resize_center_crop(image, image_size, image_size)
+        if framing is not None:
+            image = framed(image, framing)
         elif image.size != (size, size):
             raise UserError(
                 f"{index.name}: {index.path(sample)} is {image.size[0]}x{image.size[1]} pixels, "

@@ -13,13 +13,9 @@ from PIL import Image
 
 from fastkd.data.draws import sample_uniforms
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
-__all__ = [
-    "UNIFORMS_PER_CROP",
-    "open_rgb",
-    "random_resized_crop",
-    "resize_center_crop",
-]
+__all__ = ["UNIFORMS_PER_CROP", "framed", "open_rgb", "random_resized_crop"]
 
 _ATTEMPTS = 10
 # Two per attempt for area and aspect, two for the place, one for the flip.
@@ -43,18 +39,21 @@ def open_rgb(path: str | PathLike[str]) -> Image.Image:
         ) from error
 
 
-def resize_center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Short side to `resize` pixels, then the central size x size square (size <= resize).
+def framed(image: Image.Image, framing: Framing) -> Image.Image:
+    """The square that a framing shows of a picture.
 
     Rounding as torchvision's Resize and CenterCrop: the long side is floored, the offset rounded.
     """
     width, height = image.size
-    if width <= height:
-        new_width, new_height = resize, int(resize * height / width)
-    else:
-        new_width, new_height = int(resize * width / height), resize
+    resize, size = framing.resize, framing.crop
+    new_width = new_height = resize
+    if framing.mode == "center" and width <= height:
+        new_height = int(resize * height / width)
+    elif framing.mode == "center":
+        new_width = int(resize * width / height)
     if (new_width, new_height) != (width, height):
-        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        method = Image.Resampling[framing.interpolation.upper()]
+        image = image.resize((new_width, new_height), method)
     left = round((new_width - size) / 2.0)
     top = round((new_height - size) / 2.0)
     return image.crop((left, top, left + size, top + size))

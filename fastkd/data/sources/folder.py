@@ -33,6 +33,7 @@ class FolderIndex:
     labels_N  int64
     classes   names by label
     listing   SHA-256 over names, sizes and modification times: changes when a file does
+    sizes     SHA-256 over names and sizes: the same for a copy
     """
 
     name: str
@@ -41,6 +42,7 @@ class FolderIndex:
     labels_N: np.ndarray
     classes: tuple[str, ...]
     listing: str
+    sizes: str = ""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -55,14 +57,19 @@ class FolderIndex:
 
     def take(self, positions: np.ndarray) -> "FolderIndex":
         """A new split of the samples at these positions; ids count from 0 again."""
-        digest = hashlib.sha256(self.listing.encode() + positions.astype(np.int64).tobytes())
+        chosen = positions.astype(np.int64).tobytes()
+        listing, sizes = (
+            hashlib.sha256(digest.encode() + chosen).hexdigest()
+            for digest in (self.listing, self.sizes)
+        )
         return FolderIndex(
             self.name,
             self.folder,
             self.files_N[positions],
             self.labels_N[positions],
             self.classes,
-            digest.hexdigest(),
+            listing,
+            sizes,
         )
 
 
@@ -98,7 +105,7 @@ def _scan(name: str, folders: dict[str, Path], split: str) -> FolderIndex:
             f"only in train: {_few(only_train)}; only in {folders['val'].name}: {_few(only_val)}"
         )
     folder = folders[split]
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), hashlib.sha256()
     files: list[bytes] = []
     labels: list[int] = []
     for label, class_name in enumerate(classes):
@@ -111,6 +118,7 @@ def _scan(name: str, folders: dict[str, Path], split: str) -> FolderIndex:
         for path, stat in entries:
             relative = os.fsencode(os.path.relpath(path, folder))
             digest.update(b"%s\0%d\0%d\n" % (relative, stat.st_size, stat.st_mtime_ns))
+            sizes.update(b"%s\0%d\n" % (relative, stat.st_size))
             files.append(relative)
         labels.extend([label] * len(entries))
     return FolderIndex(
@@ -120,6 +128,7 @@ def _scan(name: str, folders: dict[str, Path], split: str) -> FolderIndex:
         np.array(labels, dtype=np.int64),
         classes,
         digest.hexdigest(),
+        sizes.hexdigest(),
     )
 
 

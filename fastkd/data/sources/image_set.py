@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from fastkd.data.sources.decode import resize_center_crop
+from fastkd.data.sources.decode import framed
 from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
 
 __all__ = ["ImageSet", "ImageSource", "check_limit", "stratified_positions"]
 
@@ -85,13 +86,14 @@ class ImageSet:
             self.name, self.images_NHWC[positions], self.labels_N[positions], self.classes
         )
 
-    def resized(self, size: int) -> "ImageSet":
-        """The same pictures as size x size pixels, as a folder's are resized."""
-        if self.images_NHWC.shape[1:3] == (size, size):
+    def framed(self, framing: Framing) -> "ImageSet":
+        """What a framing shows of each picture, as of a folder's."""
+        size = framing.crop
+        if framing.resize == size and self.images_NHWC.shape[1:3] == (size, size):
             return self
         pictures = (self.image(sample) for sample in range(len(self)))
-        resized = [np.asarray(resize_center_crop(picture, size, size)) for picture in pictures]
-        return ImageSet(self.name, np.stack(resized), self.labels_N, self.classes)
+        shown = [np.asarray(framed(picture, framing)) for picture in pictures]
+        return ImageSet(self.name, np.stack(shown), self.labels_N, self.classes)
 
 
 def stratified_positions(labels_N: np.ndarray, limit: int) -> np.ndarray:

@@ -6,9 +6,12 @@ processes (`jobs`).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.compute.ranks import on_main
+from fastkd.data.config import DataConfig
+from fastkd.data.loaders.open import data_facts
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.run_folder import find_finished
 from fastkd.recipe.schema import Recipe
@@ -16,6 +19,7 @@ from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
 from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
 from fastkd.runs.sweep.table import print_table
+from fastkd.storage.facts import DataFacts
 
 __all__ = ["run_sweep"]
 
@@ -32,29 +36,31 @@ def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int =
         )
     check_networks(recipes)
     found: dict[Choice, dict[str, Any]] = {}
+    past = _Past(session)
     try:
-        _run_all(recipes, session, jobs, found)
+        _run_all(recipes, past, jobs, found)
     except UserError:
-        _fill_in(recipes, session, found, "not run")
+        _fill_in(recipes, past, found, "not run")
         if any(len(summary) > 1 for summary in found.values()):
             print_table(recipes, session, found)
         raise
-    _fill_in(recipes, session, found, "failed")
+    _fill_in(recipes, past, found, "failed")
     print_table(recipes, session, found)
     return 1 if any(summary == {"note": "failed"} for summary in found.values()) else 0
 
 
 def _run_all(
     recipes: Mapping[Choice, Recipe],
-    session: Session,
+    past: "_Past",
     jobs: int,
     found: dict[Choice, dict[str, Any]],
 ) -> None:
     """Put summaries into `found` as they arrive; other processes' stay in their folders."""
+    session = past.session
     wanted: dict[str, Recipe] = {}
     for number, (choice, recipe) in enumerate(recipes.items(), 1):
         name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
-        summary = on_main(session.world, lambda recipe=recipe: _finished(recipe, session))
+        summary = on_main(session.world, lambda recipe=recipe: past.finished(recipe))
         if summary is not None:
             session.console.note(f"{name}, finished before")
             found[choice] = summary
@@ -69,13 +75,13 @@ def _run_all(
 
 def _fill_in(
     recipes: Mapping[Choice, Recipe],
-    session: Session,
+    past: "_Past",
     found: dict[Choice, dict[str, Any]],
     otherwise: str,
 ) -> None:
     """The summaries that other processes have written, with a note for each missing one."""
     for choice in recipes.keys() - found.keys():
-        found[choice] = _finished(recipes[choice], session) or {"note": otherwise}
+        found[choice] = past.written(recipes[choice]) or {"note": otherwise}
 
 
 def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
@@ -92,5 +98,35 @@ def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
         ) from None
 
 
-def _finished(recipe: Recipe, session: Session) -> dict[str, Any] | None:
-    return find_finished(session.root, recipe.name, recipe.digest())
+@dataclass
+class _Past:
+    """The finished runs of a sweep, as far as their data are still what they saw."""
+
+    session: Session
+    data: dict[DataConfig, DataFacts] = field(default_factory=dict)
+    """What lies there now, read once for all runs on the same data."""
+    outdated: set[str] = field(default_factory=set)
+    """Summaries of runs on other data, by the time at which they were finished."""
+
+    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The summary of the newest finished run; None if there is none on these data."""
+        found = self.written(recipe)
+        if found is None or "data" not in found:
+            return found
+        now = self.data.get(recipe.data) or data_facts(recipe.data)
+        self.data[recipe.data] = now
+        changes = DataFacts.read(found["data"]).changes(now)
+        if not changes:
+            return found
+        self.session.console.note(f"{recipe.name} is run again: {'; '.join(changes)}")
+        self.outdated.add(_name_of(found))
+        return None
+
+    def written(self, recipe: Recipe) -> dict[str, Any] | None:
+        """Likewise, but only outdated runs are left out: this sweep may have made it."""
+        found = find_finished(self.session.root, recipe.name, recipe.digest())
+        return None if found and _name_of(found) in self.outdated else found
+
+
+def _name_of(summary: Mapping[str, Any]) -> str:
+    return f"{summary.get('digest')} {summary.get('finished')}"
