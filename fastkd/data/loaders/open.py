@@ -25,6 +25,7 @@ from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
 
 __all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "open_data"]
@@ -45,6 +46,8 @@ class DataPair:
     """"resident" or "torch"."""
     seed: int
     """Seed of order and augmentation."""
+    remarks: tuple[str, ...] = ()
+    """How many images there are, and what a user should know of them: a line each."""
 
     @cached_property
     def train(self) -> Loader:
@@ -86,8 +89,17 @@ def open_data(
         image_size=data.image_size,
         download=data.download,
         limit=data.train_limit,
+        decoding=data.decoding,
+        holdout=data.holdout,
     )
-    val = open_source(data.name, data.root, "val", image_size=data.image_size)
+    val = open_source(
+        data.name,
+        data.root,
+        "val",
+        image_size=data.image_size,
+        decoding=data.decoding,
+        holdout=data.holdout,
+    )
     if train.classes != val.classes:
         raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
     size = _square_size(train, data.name, data.image_size, crop)
@@ -129,7 +141,17 @@ def open_data(
         name=data.name,
         backend=backend,
         seed=seed,
+        remarks=(
+            f"{data.name}: {len(train):,} training and {len(val):,} validation images of "
+            f"{len(train.classes):,} classes, {size}x{size} pixels, data.backend={backend}",
+            *_remarks(train),
+            *_remarks(val),
+        ),
     )
+
+
+def _remarks(source: ImageSet | FolderIndex) -> tuple[str, ...]:
+    return (*source.remarks, *survey(source)) if isinstance(source, FolderIndex) else ()
 
 
 def _normalization(data: DataConfig) -> Normalization:
