@@ -16,9 +16,10 @@ from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
 from fastkd.data.draws import sample_uniforms
-from fastkd.data.sources.formats import foreign_format, formats_for
+from fastkd.data.sources.formats import foreign_format, formats_for, missing_format, suffix
 from fastkd.data.sources.pixels import DEFAULTS, Decoding, to_rgb
 from fastkd.data.sources.shown import shown
 from fastkd.errors import UserError
@@ -80,7 +81,7 @@ def _named(
 ) -> _Found:
     """What `use` makes of an open file; every error becomes a UserError with its name."""
     try:
-        return _opened(stream, formats_for(name), decoding, use)
+        return _opened(stream, formats_for(suffix(name)), decoding, use)
     except UserError as error:
         raise UserError(f"cannot read the image {shown(name)}: {error}") from error
     except UnidentifiedImageError as error:
@@ -133,6 +134,11 @@ def _unidentified(name: str, stream: IO[bytes]) -> str:
     found = foreign_format(start)
     if found:
         return f"cannot read the image {shown(name)}: it is {found}; convert it to PNG or remove it"
+    if start and (missing := missing_format(suffix(name))):
+        return (
+            f"cannot read the image {shown(name)}: Pillow {pillow_version} reads no {missing}; "
+            "install a newer one, or convert the image to PNG"
+        )
     what = "the file is empty" if not start else "it is no image of a format that is read"
     return f"cannot decode the image {shown(name)}: {what}; repair or remove the file"
 

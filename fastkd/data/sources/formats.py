@@ -5,12 +5,22 @@ whatever lies inside them (IPTC), or are drawings and measurements rather than p
 name does not decide what Pillow takes it for, so a data set could bring them in under `.jpg`.
 """
 
+import functools
 import os
 
-__all__ = ["EXTENSIONS", "FORMATS", "foreign_format", "formats_for", "suffix"]
+from PIL import Image
+
+__all__ = [
+    "EXTENSIONS",
+    "FORMATS",
+    "foreign_format",
+    "formats_for",
+    "missing_format",
+    "suffix",
+]
 
 FORMATS: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
@@ -19,7 +29,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    "MPO": (".mpo",),
     "DIB": (".dib",),
     "ICO": (".ico",),
     "ICNS": (".icns",),
@@ -49,7 +58,6 @@ EXTENSIONS = frozenset(extension for each in FORMATS.values() for extension in e
 
 # No signature: Pillow takes nearly any file for one of these, so the name must say so.
 _BY_NAME_ONLY = ("TGA", "IM", "PCD")
-_BY_CONTENT = tuple(name for name in FORMATS if name not in _BY_NAME_ONLY)
 
 _RUNS_PROGRAMS = "which is not opened, because drawing it can start another program"
 _NO_PICTURE = "which is not a picture that is read here"
@@ -61,7 +69,7 @@ _FOREIGN = (
     (b"\x01\x00\x00\x00", "a Windows metafile (EMF)", _RUNS_PROGRAMS),
     (b"\x00\x00\x01\xb3", "an MPEG video", _NO_PICTURE),
     (b"\x00\x00\x01\xba", "an MPEG video", _NO_PICTURE),
-    (b"\x1c\x02", "IPTC", "which is not opened, because it can hold any other format"),
+    (b"\x1c", "IPTC", "which is not opened, because it can hold any other format"),
     (b"\x89HDF", "HDF5", _NO_PICTURE),
     (b"SIMPLE  =", "FITS", "whose scale of brightness Pillow does not read"),
     (b"GRIB", "GRIB", _NO_PICTURE),
@@ -79,10 +87,22 @@ def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def formats_for(name: str) -> tuple[str, ...]:
-    """The formats that a file of this name is tried as."""
-    extension = suffix(name)
-    return (*_BY_CONTENT, *(one for one in _BY_NAME_ONLY if extension in FORMATS[one]))
+@functools.cache
+def formats_for(extension: str) -> tuple[str, ...]:
+    """The formats that a file with this extension is tried as; all of them, but for a few."""
+    Image.init()
+    return tuple(
+        name
+        for name, extensions in FORMATS.items()
+        if name in Image.OPEN and (name not in _BY_NAME_ONLY or extension in extensions)
+    )
+
+
+def missing_format(extension: str) -> str | None:
+    """The format that files with this extension have, if this Pillow does not read it."""
+    Image.init()
+    owners = [name for name, extensions in FORMATS.items() if extension in extensions]
+    return next((name for name in owners if name not in Image.OPEN), None)
 
 
 def foreign_format(start: bytes) -> str | None:

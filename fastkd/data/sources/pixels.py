@@ -122,14 +122,14 @@ def _from_floats(values_HW: np.ndarray, image: Image.Image, white: float | None)
 
 def _from_integers(values_HW: np.ndarray, image: Image.Image, white: float | None) -> np.ndarray:
     full = _full_scale(image)
-    if white is None and full is None:
+    brightest = full if white is None else white
+    if brightest is None:
         raise UserError(_unknown_range(image, "integers", "65535 if they use 16 bits"))
     if full is not None and _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:
         values_HW = full - values_HW.astype(np.int64)
-    if white is None and full == 65535:
-        return (values_HW >> 8).astype(np.uint8)
-    scale = 256.0 / ((full if white is None else white) + 1.0)
-    return np.clip(np.floor(values_HW * scale), 0, 255).astype(np.uint8)
+    if brightest == 65535 and full is not None:
+        return (values_HW >> 8).astype(np.uint8)  # the same, and faster
+    return np.clip(np.floor(values_HW * (256.0 / (brightest + 1.0))), 0, 255).astype(np.uint8)
 
 
 def _full_scale(image: Image.Image) -> int | None:
@@ -142,8 +142,10 @@ def _full_scale(image: Image.Image) -> int | None:
 
 def _tag(image: Image.Image, number: int) -> int | None:
     """The (first) value of a TIFF tag; None for other formats."""
-    value = getattr(image, "tag_v2", {}).get(number)
-    return value[0] if isinstance(value, tuple) and value else value
+    value: object = getattr(image, "tag_v2", {}).get(number)
+    if isinstance(value, tuple):
+        value = next(iter(value), None)
+    return value if isinstance(value, int) else None
 
 
 def _unknown_range(image: Image.Image, what: str, example: str) -> str:
