@@ -87,7 +87,7 @@ def lookalikes(names: tuple[str, ...]) -> str | None:
         return None
     listed = ", ".join(" and ".join(map(ascii, group)) for group in alike[:5])
     more = f" and {len(alike) - 5} more" if len(alike) > 5 else ""
-    return f"different classes by case or characters one cannot see: {listed}{more}"
+    return f"has classes that differ only in case or unseen characters: {listed}{more}"
 
 
 def _check_name(folder: Path, name: str) -> None:

@@ -125,7 +125,8 @@ def scan_whole(
         f"back for validation (data.val_share={holdout.share:g} data.val_seed={holdout.seed})"
     ]
     if alone := int((sizes < 2).sum()):
-        remarks.append(f"{alone} classes of one image have none in the validation images")
+        what = "class of one image has" if alone == 1 else "classes of one image have"
+        remarks.append(f"{alone} {what} none in the validation images")
     return replace(whole.take(positions), remarks=(*whole.remarks, *remarks))
 
 
@@ -161,7 +162,7 @@ def _scan(
         tuple(classes),
         digest.hexdigest(),
         decoding,
-        tuple(f"{name}/{split}: {remark}" for remark in remarks),
+        tuple(f"{name}/{split} {remark}" for remark in remarks),
     )
 
 
@@ -172,5 +173,5 @@ def _no_image(name: str, folder: Path, found: Found) -> UserError:
         target = shown(os.readlink(folder))
         message += f", or only what another class holds: it is a link to {target}"
     if remark := found.remark():
-        message += f"; {remark}"
+        message += f"; the split {remark}"
     return UserError(f"{message}; add some, or remove the class from train and val")

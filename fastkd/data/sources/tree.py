@@ -69,20 +69,25 @@ class Found:
 
     def remark(self) -> str | None:
         """What was left out, as the end of a sentence that begins with the split's name."""
-        counts = self.left_out
-        by_name = {name: n for name, n in counts.most_common() if name not in _REASONS}
-        said = [f"{counts[key]} {reason}" for key, reason in _REASONS.items() if counts[key]]
+        said: list[str] = []
+        by_name = sorted((-n, name) for name, n in self.left_out.items() if name not in _REASONS)
         if by_name:
-            listed = [f"{shown(name) or 'no extension'} {n}" for name, n in by_name.items()]
-            shortened = listed[:5] + [".."] * (len(listed) > 5)
-            said.insert(0, f"{sum(by_name.values())} no images by name ({', '.join(shortened)})")
-        return f"files left out: {'; '.join(said)}" if said else None
+            listed = [f"{shown(name) or 'no extension'} {-n}" for n, name in by_name]
+            number = -sum(n for n, _ in by_name)
+            what = "files that are no images by their names"
+            if number == 1:
+                what = "file that is no image by its name"
+            said.append(f"{number} {what} ({', '.join(listed[:5] + ['..'] * (len(listed) > 5))})")
+        for reason, (one, several) in _REASONS.items():
+            if number := self.left_out[reason]:
+                said.append(f"{number} {one if number == 1 else several}")
+        return f"leaves out {', '.join(said)}" if said else None
 
 
 _REASONS = {
-    _REPEATED: "linked to what is listed anyway",
-    _SPECIAL: "pipes, sockets or devices",
-    _OUTSIDE: "images beside the class folders",
+    _REPEATED: ("link to what is listed anyway", "links to what is listed anyway"),
+    _SPECIAL: ("pipe, socket or device", "pipes, sockets or devices"),
+    _OUTSIDE: ("image beside the class folders", "images beside the class folders"),
 }
 
 
