@@ -127,7 +127,7 @@ def test_what_there_is_is_said(photos):
     for backend in ("resident", "torch"):
         remarks = opened(photos, val_share=0.25, backend=backend, workers=0).remarks
         assert remarks == (
-            f"folder: 37 training and 13 validation images of 4 classes, 8x8 pixels, "
+            "37 training and 13 validation images of 4 classes, 8x8 pixels, "
             f"data.backend={backend}",
             "folder/train leaves out 1 file that is no image by its name (.txt 1)",
             f"13 of the 50 images in {photos} are held back for validation "
@@ -231,3 +231,30 @@ def test_opaque_upright_eight_bit_images_and_broken_ones_need_no_words(make_fold
     )
     (root / "train" / "cow" / "000.png").write_bytes(b"broken")
     assert len(opened(root).remarks) == 1
+
+
+TRAIN = [
+    *("train", "quickstart", "data.name=folder", "teacher=null", "losses.kd=null"),
+    *("losses.ce.weight=1", "baseline.lrs=", "epochs=1", "batch_size=8", "compile=off"),
+    *("data.workers=0", "augment.padding=1"),
+]
+
+
+@pytest.mark.parametrize("backend", ["resident", "torch"])
+def test_a_run_counts_its_images_and_an_evaluation_sees_the_same(
+    command, photos, tmp_path, backend
+):
+    said = command(
+        *TRAIN, f"data.root={photos}", "data.val_share=0.25", f"data.backend={backend}", "out=run"
+    )
+    assert said.code == 0, said.err
+    assert "37 training and 13 validation images of 4 classes, 8x8 pixels" in said.out
+    again = command("eval", str(tmp_path / "run"))
+    assert again.code == 0 and "13" in again.out
+
+
+@pytest.mark.parametrize("keys", [[], ["data.val_share=2"]], ids=["without", "too much"])
+def test_a_run_without_validation_images_is_refused_in_a_sentence(command, photos, keys):
+    said = command(*TRAIN, f"data.root={photos}", *keys)
+    assert said.code == 2
+    assert "data.val_share" in said.err and "Traceback" not in said.err

@@ -47,7 +47,7 @@ class DataPair:
     seed: int
     """Seed of order and augmentation."""
     remarks: tuple[str, ...] = ()
-    """How many images there are, and what a user should know of them: a line each."""
+    """How many images a folder holds, and what a user should know of them: a line each."""
 
     @cached_property
     def train(self) -> Loader:
@@ -141,17 +141,21 @@ def open_data(
         name=data.name,
         backend=backend,
         seed=seed,
-        remarks=(
-            f"{data.name}: {len(train):,} training and {len(val):,} validation images of "
-            f"{len(train.classes):,} classes, {size}x{size} pixels, data.backend={backend}",
-            *_remarks(train),
-            *_remarks(val),
-        ),
+        remarks=_remarks(train, val, f"{size}x{size} pixels, data.backend={backend}"),
     )
 
 
-def _remarks(source: ImageSet | FolderIndex) -> tuple[str, ...]:
-    return (*source.remarks, *survey(source)) if isinstance(source, FolderIndex) else ()
+def _remarks(
+    train: ImageSet | FolderIndex, val: ImageSet | FolderIndex, how: str
+) -> tuple[str, ...]:
+    """What was found in a folder; the other sets hold what they always hold."""
+    if not (isinstance(train, FolderIndex) and isinstance(val, FolderIndex)):
+        return ()
+    counted = (
+        f"{len(train):,} training and {len(val):,} validation images of {len(train.classes):,} "
+        f"classes, {how}"
+    )
+    return (counted, *train.remarks, *survey(train), *val.remarks, *survey(val))
 
 
 def _normalization(data: DataConfig) -> Normalization:

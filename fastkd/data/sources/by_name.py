@@ -161,7 +161,7 @@ def _find_cifar(
                 expected = LAYOUTS[name].classes
                 if len(index.classes) != expected:
                     raise UserError(
-                        f"{place} holds {len(index.classes)} classes, {name} has {expected}; "
+                        f"{shown(place)} has {len(index.classes)} classes, {name} has {expected}; "
                         "use data.name=folder for another data set"
                     )
                 return index
@@ -171,8 +171,8 @@ def _find_cifar(
     if archive is None:
         layout = LAYOUTS[name]
         raise UserError(
-            f"{name} was not found: looked in {root} and {root / name} for {layout.python_dir}/, "
-            f"{layout.binary_dir}/ and train/ with val/ or test/ (images by class); "
+            f"{name} was not found: looked in {shown(root)} and {shown(root / name)} for "
+            f"{layout.python_dir}/, {layout.binary_dir}/ and train/ with val/ or test/ (images by class); "
             "set data.root, or data.download=true to fetch it"
         )
     return load_cifar(name, *archive, split)
