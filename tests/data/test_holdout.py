@@ -102,18 +102,17 @@ def test_loaders_of_all_ranks_and_seeds_share_it(photos, backend):
     for seed in (0, 1):
         seen = []
         for rank in (0, 1):
-            pair = opened(
-                photos, rank, 2, seed, val_share=0.25, backend=backend, workers=0, mean=(0.0,) * 3,
-                std=(1.0,) * 3,
-            )  # fmt: skip
+            keys = {"val_share": 0.25, "backend": backend, "workers": 0}
+            pair = opened(photos, rank, 2, seed, **keys, mean=(0.0,) * 3, std=(1.0,) * 3)
             for batch in pair.val.epoch(0):
                 levels = (batch.images_NCHW[:, 0, 0, 0] * 255).round().int().tolist()
                 seen += zip(batch.labels_N.tolist(), levels, strict=True)
         assert len(seen) == 1 + 2 + 10
         shown.add(frozenset(seen))
     assert len(shown) == 1
-    expected = {(sorted(SIZES).index(file[:3]), int(file[4:6])) for file in
-                files(photos, "val", share=0.25)}  # fmt: skip
+    names = sorted(SIZES)
+    held = files(photos, "val", share=0.25)
+    expected = {(names.index(file[:3]), int(file[4:6])) for file in held}
     assert shown == {frozenset(expected)}
 
 
@@ -217,7 +216,7 @@ def test_what_a_key_would_show_differently_is_said_once(make_folder, draw, keys,
     root = make_folder(size=(8, 8))
     for file in root.rglob("*.png"):
         draw(file)
-    (key, value), = keys.items()  # fmt: skip
+    key, value = next(iter(keys.items()))
     remarks = "\n".join(opened(root).remarks)
     assert remark in remarks and f"data.{key}={value}" in remarks
     assert len(opened(root, **keys).remarks) == 1
@@ -234,9 +233,18 @@ def test_opaque_upright_eight_bit_images_and_broken_ones_need_no_words(make_fold
 
 
 TRAIN = [
-    *("train", "quickstart", "data.name=folder", "teacher=null", "losses.kd=null"),
-    *("losses.ce.weight=1", "baseline.lrs=", "epochs=1", "batch_size=8", "compile=off"),
-    *("data.workers=0", "augment.padding=1"),
+    "train",
+    "quickstart",
+    "data.name=folder",
+    "teacher=null",
+    "losses.kd=null",
+    "losses.ce.weight=1",
+    "baseline.lrs=",
+    "epochs=1",
+    "batch_size=8",
+    "compile=off",
+    "data.workers=0",
+    "augment.padding=1",
 ]
 
 

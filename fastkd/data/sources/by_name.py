@@ -172,7 +172,7 @@ def _find_cifar(
         layout = LAYOUTS[name]
         raise UserError(
             f"{name} was not found: looked in {shown(root)} and {shown(root / name)} for "
-            f"{layout.python_dir}/, {layout.binary_dir}/ and train/ with val/ or test/ (images by class); "
-            "set data.root, or data.download=true to fetch it"
+            f"{layout.python_dir}/, {layout.binary_dir}/ and train/ with val/ or test/ (images by "
+            "class); set data.root, or data.download=true to fetch it"
         )
     return load_cifar(name, *archive, split)

@@ -89,7 +89,7 @@ def suffix(name: str) -> str:
 
 @functools.cache
 def formats_for(extension: str) -> tuple[str, ...]:
-    """The formats that a file with this extension is tried as; all of them, but for a few."""
+    """The formats that a file with this extension is tried as; all, except for a few."""
     Image.init()
     return tuple(
         name
