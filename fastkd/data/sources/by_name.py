@@ -161,8 +161,8 @@ def _find_cifar(
                 expected = LAYOUTS[name].classes
                 if len(index.classes) != expected:
                     raise UserError(
-                        f"{shown(place)} has {len(index.classes)} classes, {name} has {expected}; "
-                        "use data.name=folder for another data set"
+                        f"{shown(place)} holds {len(index.classes)} classes, {name} has "
+                        f"{expected}; use data.name=folder for another data set"
                     )
                 return index
         if download:
