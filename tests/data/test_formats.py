@@ -12,6 +12,7 @@ from PIL import Image
 from fastkd.data import open_split
 from fastkd.data.sources.decode import open_rgb
 from fastkd.data.sources.formats import EXTENSIONS, FORMATS
+from fastkd.data.sources.pixels import Decoding
 from fastkd.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -203,3 +204,36 @@ def test_the_page_on_data_lists_the_extensions():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     listed = page.partition("capital letters:\n")[2].partition("\n- ")[0]
     assert listed.strip().strip("`").split() == [one for each in FORMATS.values() for one in each]
+
+
+def damaged(content: bytes, random: np.random.Generator) -> bytes:
+    """Cut short, with other bytes in places, or with a piece left out."""
+    body = bytearray(content)
+    kind = random.integers(3)
+    if kind == 0:
+        return bytes(body[: random.integers(len(body))])
+    if kind == 1:
+        for place in random.integers(0, len(body), random.integers(1, 20)):
+            body[place] = random.integers(256)
+        return bytes(body)
+    start, stop = sorted(random.integers(0, len(body), 2))
+    return bytes(body[:start] + body[stop:])
+
+
+@pytest.mark.parametrize("extension", [one for one in SAVED if one not in (".avifs", ".blp")])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_named_or_read_and_nothing_else(tmp_path, trap, extension):
+    kind = Image.registered_extensions()[extension]
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole", format=kind)
+    content = (tmp_path / "whole").read_bytes()
+    random, path = np.random.default_rng(2), tmp_path / f"a\n{extension}"
+    for _ in range(25):
+        path.write_bytes(damaged(content, random))
+        try:
+            image = open_rgb(path, Decoding(white=1.0, max_pixels=1 << 20))
+            assert image.mode == "RGB" and np.asarray(image).shape[2] == 3
+        except UserError as error:
+            message = str(error)
+            assert r"a\n" in message and message.isprintable() and len(message) < 1000
+    assert not trap.exists()

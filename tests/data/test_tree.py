@@ -216,6 +216,14 @@ def test_a_folder_that_cannot_be_read_is_named(root, monkeypatch, where):
         open_source("folder", root)
 
 
+@pytest.mark.parametrize("name", ["folder", "cifar10"])
+@pytest.mark.parametrize("root", ["x" * 5000, "~nobody-of-this-name/set", "a\x1b[31m"])
+def test_roots_that_cannot_be_looked_at_are_a_sentence(root, name):
+    with pytest.raises(UserError) as error:
+        open_source(name, root)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("suffixes", [(".jfif", ".jpe"), (".gif", ".JPG"), (".bmp", ".tga")])
 def test_every_extension_counts_alike(root, suffixes):
     for number, suffix in enumerate(suffixes):
@@ -306,3 +314,61 @@ def test_an_empty_class_says_what_lies_there(root):
         match=r"train/cat holds no image .*2 files that are no images by their names \(\.webp2 2",
     ):
         open_source("folder", root)
+
+
+NAMES = ["a.png", "b.JPG", "c.txt", "d", "._a.png", "Thumbs.db", "e.tif", "f.eps", "g\n.png"]
+FOLDERS = ["deep", ".hidden", "@eaDir", "more.png", "__MACOSX", " "]
+UNSEEN = ("._a.png", ".hidden", "@eaDir", "__MACOSX")
+
+
+def grow(random: np.random.Generator, folder: Path, depth: int) -> None:
+    """Files and folders of all kinds, at random."""
+    folder.mkdir(exist_ok=True)
+    for name in random.choice(NAMES, 4, replace=False):
+        (folder / str(name)).write_bytes(b"")
+    for name in random.choice(FOLDERS, 2, replace=False) if depth else ():
+        grow(random, folder / str(name), depth - 1)
+
+
+def seen(split: Path) -> list[Path]:
+    """What lies in a split, is not hidden, and is no link."""
+    return [
+        place
+        for place in sorted(split.rglob("*"))
+        if not (set(place.relative_to(split).parts) & set(UNSEEN) or place.is_symlink())
+    ]
+
+
+def plain_images(split: Path) -> list[Path]:
+    """The images of a split that are no links."""
+    suffixes = (".png", ".jpg", ".tif")
+    return [file for file in seen(split) if file.is_file() and file.suffix.lower() in suffixes]
+
+
+def link(random: np.random.Generator, split: Path, number: int) -> None:
+    """Links within a split to its images and folders, which are listed anyway, and to itself."""
+    places = [place for place in seen(split) if place.is_dir()]
+    targets = [split, split.parent, *places, *plain_images(split)]
+    for n in range(number):
+        place = places[random.integers(len(places))]
+        target = targets[random.integers(len(targets))]
+        (place / f"link{n}.png").symlink_to(os.path.relpath(target, place))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_trees_with_links_give_every_plain_image_once(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cow"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            grow(random, tmp_path / split / name, int(random.integers(0, 3)))
+            (tmp_path / split / name / "own.png").write_bytes(b"")
+        link(random, tmp_path / split, int(random.integers(0, 12)))
+    for split in ("train", "val"):
+        index = open_source("folder", tmp_path, split)
+        files = [index.path(n) for n in range(len(index))]
+        assert len(set(files)) == len(files)
+        for label, name in enumerate(index.classes):
+            own = [file for file, of in zip(files, index.labels_N, strict=True) if of == label]
+            plain = plain_images(tmp_path / split)
+            assert set(own) == {str(file) for file in plain if f"/{split}/{name}/" in str(file)}

@@ -3,6 +3,7 @@
 `open_source` returns images in memory or the listing of a folder, `open_split` always images.
 """
 
+import os
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -110,10 +111,18 @@ def open_source(
         source = make_synthetic(split, image_size or 32)
     elif root is None or not fspath(root):
         raise UserError(f"data.name={name} needs data.root, the folder that holds it")
-    elif name == "folder":
-        source = _find_folder(Path(root).expanduser(), split, decoding, holdout)
     else:
-        source = _find_cifar(name, Path(root).expanduser(), split, download, decoding)
+        place = Path(os.path.expanduser(root))
+        try:
+            if name == "folder":
+                source = _find_folder(place, split, decoding, holdout)
+            else:
+                source = _find_cifar(name, place, split, download, decoding)
+        except OSError as error:
+            unread = shown(error.filename or place)
+            raise UserError(
+                f"data.root={shown(place)}: {unread} cannot be read: {error.strerror}"
+            ) from error
     if limit is None:
         return source
     check_limit(source.name, limit, len(source))
