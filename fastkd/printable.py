@@ -4,7 +4,10 @@ The lowest module: `fastkd.errors` and `fastkd.output.console` pass everything t
 so that no file name can move the cursor, colour the screen or forge a line.
 """
 
-__all__ = ["printable", "shown"]
+from collections.abc import Iterable
+from os import PathLike, fsdecode
+
+__all__ = ["few", "printable", "shown"]
 
 MESSAGE = 2000
 """Longest sentence, in characters."""
@@ -23,7 +26,19 @@ def printable(text: str, limit: int = MESSAGE) -> str:
     return f"{text[:head]} .. {text[head + 4 - limit :]}"
 
 
-def shown(text: str, limit: int = 100) -> str:
-    """Somebody's word inside a sentence: as it is, or as repr where a character cannot be seen."""
-    cut = text if len(text) <= limit else f"{text[: limit - 2]}.."
-    return cut if cut.isprintable() else printable(repr(cut), limit)
+def shown(word: str | bytes | PathLike[str], limit: int = 300) -> str:
+    """Somebody's word or file name inside a sentence: as it is, or as repr where a reader could
+    not see what it is. A long one loses its middle.
+    """
+    text = fsdecode(word)
+    if len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]} .. {text[-half:]}"
+    return text if text.isprintable() and text == text.strip() else printable(repr(text))
+
+
+def few(words: Iterable[str | bytes | PathLike[str]]) -> str:
+    """The first five words and how many more there are; "none" without any."""
+    every = list(words)
+    more = f" and {len(every) - 5} more" if len(every) > 5 else ""
+    return ", ".join(shown(word) for word in every[:5]) + more if every else "none"

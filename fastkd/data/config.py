@@ -2,11 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fastkd.config.section import Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
 from fastkd.data.normalization import DataName
+from fastkd.data.sources.holdout import Holdout
+from fastkd.data.sources.pixels import MAX_PIXELS, Alpha, Decoding, Exif
 from fastkd.storage.facts import FramingMode, Interpolation
 
 __all__ = ["Backend", "DataConfig", "GeometryConfig"]
@@ -18,7 +20,7 @@ class DataConfig(Section):
     """Where the images come from (`fastkd.data`)."""
 
     name: DataName
-    """Data set. `folder` is any ImageFolder with train/ and val/ or test/."""
+    """Data set. `folder` is any ImageFolder with train/ and val/ or test/, see `val_share`."""
     root: str | None = None
     """Folder of the data set; digits and synthetic need none."""
     backend: Backend = "auto"
@@ -46,6 +48,45 @@ class DataConfig(Section):
     """How pictures are resized for the evaluation; by default bilinear."""
     eval_mode: Annotated[FramingMode | None, Since("0.2")] = None
     """`center`, the default, keeps the aspect ratio of a picture in evaluation; `squash`: not."""
+    val_share: Annotated[float | None, Since("0.2")] = Field(default=None, gt=0, lt=1)
+    """Share of every class that is held back for validation, for a folder that has only train/, or
+    only class folders; one with val/ or test/ uses these."""
+    val_seed: Annotated[int, Since("0.2")] = Field(default=0, ge=0)
+    """Seed of that choice. It does not follow `seed`, so that no teacher has seen these images."""
+    exif: Annotated[Exif, Since("0.2")] = "ignore"
+    """`apply` turns photos upright by their EXIF orientation; torchvision ignores it."""
+    alpha: Annotated[Alpha, Since("0.2")] = "drop"
+    """What lies behind transparent pixels: `white`, `black`, or as in torchvision `drop`, which
+    shows their hidden colour."""
+    white: Annotated[PositiveFloat | None, Since("0.2")] = None
+    """Brightest value of grey images deeper than 8 bits, e.g. 4095 for 12 bits or 1 for floats. By
+    default 65535 for 16 bits; 32-bit integers and floats need it."""
+    max_pixels: Annotated[PositiveInt, NoEffect] = MAX_PIXELS
+    """Largest image that is opened, in pixels; a damaged or hostile file can claim any size."""
+
+    @property
+    def decoding(self) -> Decoding:
+        """How image files are read."""
+        return Decoding(self.exif, self.alpha, self.white, self.max_pixels)
+
+    @property
+    def holdout(self) -> Holdout | None:
+        """Which images are held back for validation."""
+        return None if self.val_share is None else Holdout(self.val_share, self.val_seed)
+
+    @model_validator(mode="after")
+    def _reads_image_files(self) -> "DataConfig":
+        if self.val_share is not None and self.name != "folder":
+            raise ValueError(
+                f"data.val_share={self.val_share:g} is for data.name=folder, {self.name} has "
+                "validation images; leave it out (data.val_share=null)"
+            )
+        if self.name in ("digits", "synthetic") and self.decoding.pixels != Decoding().pixels:
+            raise ValueError(
+                f"data.exif, data.alpha and data.white are for image files, data.name={self.name} "
+                "reads none; leave them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reads_its_root(self) -> "DataConfig":

@@ -18,10 +18,11 @@ from fastkd.models.card import card_of
 from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
+from fastkd.printable import few
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
-from fastkd.storage.facts import DataFacts, few
+from fastkd.storage.facts import DataFacts
 from fastkd.storage.weight_file import WeightFile
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.loaded import LoadedNet

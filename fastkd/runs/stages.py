@@ -176,7 +176,14 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
 
 
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
-    """Both splits as the recipe describes them, this rank's share."""
+    """Both splits as the recipe describes them, this rank's share; says what they hold."""
+    data = _open_data(recipe, session)
+    for remark in data.remarks:
+        session.console.note(remark)
+    return data
+
+
+def _open_data(recipe: Recipe, session: Session) -> DataPair:
     return open_data(
         recipe.data,
         recipe.augment,
@@ -272,7 +279,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             return {key: value for key, value in finished.items() if key not in _OF_THE_FOLDER}
         if data.seed != recipe.seed:
             # A teacher's own seed also decides the order in which it sees the images.
-            data = open_recipe_data(recipe, session)
+            data = _open_data(recipe, session)
         with tidy(folder, session.root, session.world):
             checkpoint = open_checkpoint(folder, identity.digest, session.world)
             trainer = build_stage(recipe, data, (), session, folder, checkpoint)

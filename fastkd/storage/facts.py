@@ -7,15 +7,16 @@ is validated when it is read.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastkd.config.section import Channels, Deviations
 from fastkd.config.values import is_mapping
+from fastkd.printable import few
 
-__all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing", "few"]
+__all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 """Filters by which Pillow resizes."""
@@ -210,13 +211,6 @@ def _parsed(text: str) -> object:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def few(names: Iterable[str]) -> str:
-    """The first names of many, for a message; repr shows what cannot be printed."""
-    every = list(names)
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in every[:5])
-    return shown + (f" and {len(every) - 5} more" if len(every) > 5 else "")
 
 
 def _class_changes(before: tuple[str, ...] | None, now: tuple[str, ...] | None) -> list[str]:

@@ -6,7 +6,8 @@
 import re
 
 from fastkd.errors import UserError
-from fastkd.storage.facts import DataFacts, few
+from fastkd.printable import few
+from fastkd.storage.facts import DataFacts
 
 __all__ = ["map_by_name", "other_order_in_timm"]
 
@@ -33,7 +34,7 @@ def map_by_name(
     others = [name for name in theirs.classes if name not in ours]
     raise UserError(
         f"{network} learned other classes: it does not know {few(unknown)} of the data's "
-        f"{len(ours)}, and of its own {len(theirs.classes)} the data lack {few(others) or 'none'}. "
+        f"{len(ours)}, and of its own {len(theirs.classes)} the data lack {few(others)}. "
         f"{cure}"
     )
 

@@ -25,7 +25,8 @@ from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
 from fastkd.models.registry import classifier_paths
 from fastkd.models.taps import remove_taps
-from fastkd.storage.facts import DataFacts, few
+from fastkd.printable import few
+from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm

@@ -22,7 +22,7 @@ name description seed epochs epoch_factor batch_size accumulate precision compil
 device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboard
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
-data.eval_mode
+data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics

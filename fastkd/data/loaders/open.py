@@ -27,6 +27,7 @@ from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.listing import listing_of
+from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
 from fastkd.storage.facts import DataFacts, Framing
 
@@ -53,6 +54,8 @@ class DataPair:
     """Seed of order and augmentation."""
     sources: Sources
     """Training and validation images before they are decoded for the loaders."""
+    remarks: tuple[str, ...] = ()
+    """How many images a folder holds, and what a user should know of them: a line each."""
 
     @cached_property
     def train(self) -> Loader:
@@ -151,6 +154,7 @@ def open_data(
         backend=backend,
         seed=seed,
         sources=(train, val),
+        remarks=_remarks(train, val, f"{size}x{size} pixels, data.backend={backend}"),
     )
 
 
@@ -170,8 +174,17 @@ def _open_sources(data: DataConfig) -> Sources:
         image_size=data.image_size,
         download=data.download,
         limit=data.train_limit,
+        decoding=data.decoding,
+        holdout=data.holdout,
     )
-    val = open_source(data.name, data.root, "val", image_size=data.image_size)
+    val = open_source(
+        data.name,
+        data.root,
+        "val",
+        image_size=data.image_size,
+        decoding=data.decoding,
+        holdout=data.holdout,
+    )
     if train.classes != val.classes:
         raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
     return train, val
@@ -194,6 +207,19 @@ def _remembered(
         train=listing_of(train),
         val=listing_of(val),
     )
+
+
+def _remarks(
+    train: ImageSet | FolderIndex, val: ImageSet | FolderIndex, how: str
+) -> tuple[str, ...]:
+    """What was found in a folder; the other sets hold what they always hold."""
+    if not (isinstance(train, FolderIndex) and isinstance(val, FolderIndex)):
+        return ()
+    counted = (
+        f"{len(train):,} training and {len(val):,} validation images of {len(train.classes):,} "
+        f"classes, {how}"
+    )
+    return (counted, *train.remarks, *survey(train), *val.remarks, *survey(val))
 
 
 def _normalization(data: DataConfig) -> Normalization:

@@ -3,6 +3,8 @@
 `open_source` returns images in memory or the listing of a folder, `open_split` always images.
 """
 
+import os
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -13,11 +15,20 @@ from fastkd.data.sources.cache import decoded_images
 from fastkd.data.sources.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
 from fastkd.data.sources.digits import IMAGE_SIZE as DIGITS_SIZE
 from fastkd.data.sources.digits import load_digits
-from fastkd.data.sources.folder import FolderIndex, find_split_folders, scan_folder
+from fastkd.data.sources.folder import (
+    VAL_FOLDERS,
+    FolderIndex,
+    find_split_folders,
+    scan_folder,
+    scan_whole,
+)
+from fastkd.data.sources.holdout import Holdout
 from fastkd.data.sources.image_set import ImageSet, check_limit, stratified_positions
+from fastkd.data.sources.pixels import DEFAULTS, Decoding
 from fastkd.data.sources.progress import Progress
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
+from fastkd.printable import few, shown
 from fastkd.storage.facts import Framing
 
 __all__ = ["decode_source", "open_source", "open_split"]
@@ -83,12 +94,40 @@ def open_source(
     image_size: int | None = None,
     download: bool = False,
     limit: int | None = None,
+    decoding: Decoding = DEFAULTS,
+    holdout: Holdout | None = None,
 ) -> ImageSet | FolderIndex:
-    """As `open_split`, but a folder of images comes as its listing, not decoded."""
+    """As `open_split`, but a folder of images comes as its listing, not decoded.
+
+    decoding  how the files of a folder are read
+    holdout   what becomes the "val" split of a folder that has none
+    """
     normalization(name)  # refuses an unknown name
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
-    source = _find(name, root, split, image_size, download)
+    if name == "digits":
+        if image_size not in (None, DIGITS_SIZE):
+            raise UserError(
+                f"data.image_size={image_size}, but digits comes as {DIGITS_SIZE}x{DIGITS_SIZE}; "
+                f"leave it out or set {DIGITS_SIZE}"
+            )
+        source = load_digits(split)
+    elif name == "synthetic":
+        source = make_synthetic(split, image_size or 32)
+    elif root is None or not fspath(root):
+        raise UserError(f"data.name={name} needs data.root, the folder that holds it")
+    else:
+        place = Path(os.path.expanduser(root))
+        try:
+            if name == "folder":
+                source = _find_folder(place, split, decoding, holdout)
+            else:
+                source = _find_cifar(name, place, split, download, decoding)
+        except OSError as error:
+            unread = shown(error.filename or place)
+            raise UserError(
+                f"data.root={shown(place)}: {unread} cannot be read: {error.strerror}"
+            ) from error
     if limit is None:
         return source
     check_limit(source.name, limit, len(source))
@@ -97,57 +136,47 @@ def open_source(
     return source.take(stratified_positions(np.asarray(source.labels_N), limit))
 
 
-def _find(
-    name: str,
-    root: str | PathLike[str] | None,
-    split: str,
-    image_size: int | None,
-    download: bool,
-) -> ImageSet | FolderIndex:
-    if name == "digits":
-        if image_size not in (None, DIGITS_SIZE):
-            raise UserError(
-                f"data.image_size={image_size}, but digits comes as {DIGITS_SIZE}x{DIGITS_SIZE}; "
-                f"leave it out or set {DIGITS_SIZE}"
-            )
-        return load_digits(split)
-    if name == "synthetic":
-        return make_synthetic(split, image_size or 32)
-    if root is None or not fspath(root):
-        raise UserError(f"data.name={name} needs data.root, the folder that holds it")
-    folder = Path(root).expanduser()
-    if name == "folder":
-        return _find_folder(folder, split)
-    return _find_cifar(name, folder, split, download)
-
-
-def _find_folder(root: Path, split: str) -> FolderIndex:
+def _find_folder(
+    root: Path, split: str, decoding: Decoding, holdout: Holdout | None
+) -> FolderIndex:
     if not root.is_dir():
         raise UserError(
-            f"data.root={root} is not a folder; expected train/ and val/ or test/ in it"
+            f"data.root={shown(root)} is not a folder; expected train/ and val/ or test/ in it"
         )
     folders = find_split_folders(root)
-    if folders is None:
+    if folders is not None:
+        index = scan_folder("folder", folders, split, decoding)
+        if holdout is None or split == "val":
+            return index
+        idle = f"data.val_share is not used, {shown(folders['val'])} has the validation images"
+        return replace(index, remarks=(*index.remarks, idle))
+    present = [part for part in ("train", *VAL_FOLDERS) if (root / part).is_dir()]
+    if holdout is None or (present and "train" not in present):
+        inside = sorted(place.name for place in root.iterdir() if place.is_dir())
         raise UserError(
-            f"data.root={root} lacks train/ or val/ (test/ will do): expected "
-            "train/CLASS/IMAGE and val/CLASS/IMAGE below it"
+            f"data.root={shown(root)} lacks train/ or val/ (test/ will do); it has {few(inside)}. "
+            "Expected train/CLASS/IMAGE and val/CLASS/IMAGE below it, or, with a part of the "
+            "images held back for validation by data.val_share=0.1, train/CLASS/IMAGE alone or "
+            "CLASS/IMAGE"
         )
-    return scan_folder("folder", folders, split)
+    return scan_whole("folder", root / "train" if present else root, split, holdout, decoding)
 
 
-def _find_cifar(name: str, root: Path, split: str, download: bool) -> ImageSet | FolderIndex:
+def _find_cifar(
+    name: str, root: Path, split: str, download: bool, decoding: Decoding
+) -> ImageSet | FolderIndex:
     places = [root, root / name]
     archive = find_archive(name, places)
     if archive is None:
         for place in places:
             folders = find_split_folders(place)
             if folders is not None:
-                index = scan_folder(name, folders, split)
+                index = scan_folder(name, folders, split, decoding)
                 expected = LAYOUTS[name].classes
                 if len(index.classes) != expected:
                     raise UserError(
-                        f"{place} holds {len(index.classes)} classes, {name} has {expected}; "
-                        "use data.name=folder for another data set"
+                        f"{shown(place)} holds {len(index.classes)} classes, {name} has "
+                        f"{expected}; use data.name=folder for another data set"
                     )
                 return index
         if download:
@@ -156,8 +185,8 @@ def _find_cifar(name: str, root: Path, split: str, download: bool) -> ImageSet |
     if archive is None:
         layout = LAYOUTS[name]
         raise UserError(
-            f"{name} was not found: looked in {root} and {root / name} for {layout.python_dir}/, "
-            f"{layout.binary_dir}/ and train/ with val/ or test/ (images by class); "
-            "set data.root, or data.download=true to fetch it"
+            f"{name} was not found: looked in {shown(root)} and {shown(root / name)} for "
+            f"{layout.python_dir}/, {layout.binary_dir}/ and train/ with val/ or test/ (images by "
+            "class); set data.root, or data.download=true to fetch it"
         )
     return load_cifar(name, *archive, split)

@@ -28,11 +28,13 @@ from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.lock import locked
 from fastkd.data.sources.progress import Progress, show_progress
 from fastkd.errors import UserError
+from fastkd.printable import shown
 from fastkd.storage.facts import Framing
 
 __all__ = ["cache_folder", "decoded_images", "native_size"]
 
-_FORMAT = 1
+# 2: grey images of more than 8 bits are scaled, before they were clipped.
+_FORMAT = 2
 _CHUNK_BYTES = 32 << 20
 # Images per task of the thread pool: for 32x32 files one task per image costs as much as decoding.
 _RUN = 16
@@ -56,8 +58,8 @@ def native_size(index: FolderIndex) -> int:
     width, height = index.image(0).size
     if width != height:
         raise UserError(
-            f"{index.name}: {index.path(0)} is {width}x{height} pixels; set data.image_size to "
-            "have the images resized and cropped to a square"
+            f"{index.name}: {shown(index.path(0))} is {width}x{height} pixels; set data.image_size "
+            "to have the images resized and cropped to a square"
         )
     return width
 
@@ -79,15 +81,15 @@ def decoded_images(
     size = framing.crop if framing else native_size(index)
     folder = cache_folder(cache_dir)
     source = os.path.realpath(index.folder)
-    # Of whole pictures only the size, so that caches of fastkd 0.1 are found.
-    shown = framing if framing is None or framing != Framing.whole(size) else size
-    place = f"{source}|{shown}|{len(index)}"
+    decoding = list(index.decoding.pixels)
+    place = f"{source}|{framing}|{len(index)}|{decoding}"
     stem = f"{index.name.replace('/', '-')}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     record = {
         "format": _FORMAT,
         "source": source,
         "shape": [len(index), size, size, 3],
         "listing_sha256": index.listing,
+        "decoding": decoding,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +147,8 @@ def _build(
             image = framed(image, framing)
         elif image.size != (size, size):
             raise UserError(
-                f"{index.name}: {index.path(sample)} is {image.size[0]}x{image.size[1]} pixels, "
-                f"the first image is {size}x{size}; set data.image_size to have all resized"
+                f"{index.name}: {shown(index.path(sample))} is {image.width}x{image.height} "
+                f"pixels, the first image is {size}x{size}; set data.image_size to have all resized"
             )
         return np.asarray(image)
 
@@ -199,8 +201,8 @@ def _explain(error: OSError, folder: Path, record: dict[str, Any]) -> UserError:
     needed_mib = math.prod(record["shape"]) / 2**20
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"no space left in {folder} for the {needed_mib:.0f} MiB cache of {record['source']}; "
-            "free some or set FASTKD_CACHE to a folder on another disk"
+            f"no space left in {folder} for the {needed_mib:.0f} MiB cache of "
+            f"{shown(record['source'])}; free some or set FASTKD_CACHE to a folder on another disk"
         )
     return UserError(
         f"the cache folder {folder} cannot be used: {error}; set FASTKD_CACHE to a writable folder"

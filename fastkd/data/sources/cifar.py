@@ -17,6 +17,7 @@ import numpy as np
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.lock import locked
 from fastkd.errors import UserError
+from fastkd.printable import shown
 
 __all__ = ["LAYOUTS", "CifarLayout", "download_cifar", "find_archive", "load_cifar"]
 
@@ -105,7 +106,7 @@ def load_cifar(name: str, folder: Path, binary: bool, split: str) -> ImageSet:
     files = [folder / file for file in layout.files(split, binary)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{name}: {', '.join(missing)} missing in {folder}; unpack it again")
+        raise UserError(f"{name}: {', '.join(missing)} missing in {shown(folder)}; unpack it again")
     read = _read_binary if binary else _read_python
     parts = [read(file, layout) for file in files]
     planes_N3HW = np.concatenate([planes for planes, _ in parts]).reshape(-1, 3, 32, 32)
@@ -142,7 +143,7 @@ def download_cifar(name: str, root: Path) -> None:
                 (Path(unpacked) / folder).rename(root / folder)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{name} could not be downloaded from {source.url} to {root}: {error}; "
+            f"{name} could not be downloaded from {source.url} to {shown(root)}: {error}; "
             "fetch it by hand, unpack it there and leave data.download out"
         ) from error
 
@@ -152,7 +153,8 @@ def _read_binary(file: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarra
     content = np.fromfile(file, dtype=np.uint8)
     if len(content) == 0 or len(content) % row:
         raise UserError(
-            f"{file} is damaged: {len(content)} bytes are not a multiple of {row}; unpack it again"
+            f"{shown(file)} is damaged: {len(content)} bytes are not a multiple of {row}; "
+            "unpack it again"
         )
     rows = content.reshape(-1, row)
     return rows[:, layout.label_bytes :], rows[:, layout.label_bytes - 1].astype(np.int64)
@@ -162,10 +164,12 @@ def _read_python(file: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarra
     content = _load_arrays(file)
     pixels, labels = content.get("data"), content.get(layout.label_key)
     if not (isinstance(pixels, np.ndarray) and isinstance(labels, list)):
-        raise UserError(f"{file} holds no 'data' array with '{layout.label_key}'; unpack it again")
+        raise UserError(
+            f"{shown(file)} holds no 'data' array with '{layout.label_key}'; unpack it again"
+        )
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
         raise UserError(
-            f"{file} is damaged: data is {pixels.dtype} {pixels.shape}, "
+            f"{shown(file)} is damaged: data is {pixels.dtype} {pixels.shape}, "
             f"expected uint8 ({len(labels)}, {_PIXELS}); unpack it again"
         )
     return pixels, np.array([int(label) for label in labels], dtype=np.int64)
@@ -181,7 +185,9 @@ def _class_names(folder: Path, layout: CifarLayout, binary: bool) -> tuple[str, 
     else:
         names = _load_arrays(file).get(layout.names_key)
     if not isinstance(names, list) or len(names) != layout.classes:
-        raise UserError(f"{file} does not list {layout.classes} class names; unpack it again")
+        raise UserError(
+            f"{shown(file)} does not list {layout.classes} class names; unpack it again"
+        )
     return tuple(_text(name) for name in names)
 
 
@@ -195,12 +201,12 @@ def _load_arrays(file: Path) -> dict[str, Any]:
         with open(file, "rb") as stream:
             content = _ArrayUnpickler(stream, encoding="bytes").load()
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{shown(file)}: {error}") from error
     except Exception as error:
         # A damaged pickle can raise nearly anything (EOFError, KeyError, ValueError, MemoryError).
-        raise UserError(f"{file} cannot be read: {error or type(error).__name__}") from error
+        raise UserError(f"{shown(file)} cannot be read: {error or type(error).__name__}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected a dictionary")
+        raise UserError(f"{shown(file)} holds a {type(content).__name__}, expected a dictionary")
     return {_text(key): value for key, value in content.items()}
 
 

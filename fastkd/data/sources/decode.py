@@ -1,42 +1,158 @@
 """From image files to RGB pixels, and the crops that depend on the size of the original.
 
 Pillow decodes and resizes (antialiased bilinear), so the pixels are those of torchvision's
-transforms on Pillow images. EXIF orientation is not applied, as in torchvision's ImageFolder.
+transforms on Pillow images. Only the formats of `formats` are opened; how their pixels become RGB
+is said in `pixels`.
 """
 
 import math
-from os import PathLike, fspath
-from pathlib import Path
+import os
+import re
+import stat
+from collections.abc import Callable
+from io import BytesIO
+from os import PathLike
+from typing import IO, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
 from fastkd.data.draws import sample_uniforms
+from fastkd.data.sources.formats import foreign_format, formats_for, missing_format, suffix
+from fastkd.data.sources.pixels import DEFAULTS, Decoding, to_rgb
 from fastkd.errors import UserError
+from fastkd.printable import shown
 from fastkd.storage.facts import Framing
 
-__all__ = ["UNIFORMS_PER_CROP", "framed", "open_rgb", "random_resized_crop"]
+__all__ = [
+    "UNIFORMS_PER_CROP",
+    "framed",
+    "open_rgb",
+    "random_resized_crop",
+    "read_image",
+]
 
 _ATTEMPTS = 10
 # Two per attempt for area and aspect, two for the place, one for the flip.
 UNIFORMS_PER_CROP = 2 * _ATTEMPTS + 3
 
+# A picture that would have more pixels than this is cut before it is enlarged: one of 1 x 40,000
+# pixels would become 224 x 8,960,000.
+_LARGEST_RESIZED = 1 << 24
 
-def open_rgb(path: str | PathLike[str]) -> Image.Image:
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_WORDS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+_Found = TypeVar("_Found")
+
+
+def open_rgb(path: str | PathLike[str], decoding: Decoding = DEFAULTS) -> Image.Image:
     """Decode an image file to RGB.
 
     Raises:
-        UserError: the file is missing, truncated or not an image; the message names it.
+        UserError: the file is missing, damaged, too large or of a format that is not opened, or
+            nothing says how its pixels become RGB; the message names it.
     """
+    return read_image(path, decoding, lambda image: to_rgb(image, decoding))
+
+
+def read_image(
+    path: str | PathLike[str], decoding: Decoding, use: Callable[[Image.Image], _Found]
+) -> _Found:
+    """What `use` makes of the opened, not yet decoded image.
+
+    Raises:
+        UserError: as `open_rgb`, also for whatever goes wrong in `use`.
+    """
+    name = os.fsdecode(path)
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        # Opening a pipe would wait for whoever writes to it.
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise UserError(f"{shown(name)} is no regular file, so no image can be read from it")
+        with open(name, "rb") as stream:
+            return _named(name, stream, decoding, use)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"the image {shown(name)} cannot be read: {reason}") from error
+
+
+def _named(
+    name: str, stream: IO[bytes], decoding: Decoding, use: Callable[[Image.Image], _Found]
+) -> _Found:
+    """What `use` makes of an open file; every error becomes a UserError with its name."""
+    try:
+        return _opened(stream, formats_for(suffix(name)), decoding, use)
+    except UserError as error:
+        raise UserError(f"cannot read the image {shown(name)}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(_unidentified(name, stream)) from error
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files.
-        reason = str(error).replace(repr(fspath(path)), "it") or type(error).__name__
+        reason = shown(str(error) or type(error).__name__)
         raise UserError(
-            f"cannot decode the image {Path(path)}: {reason}; repair or remove the file"
+            f"cannot decode the image {shown(name)}: {reason}; repair or remove the file"
         ) from error
+
+
+def _opened(
+    stream: IO[bytes],
+    formats: tuple[str, ...],
+    decoding: Decoding,
+    use: Callable[[Image.Image], _Found],
+) -> _Found:
+    # Pillow's own limit is one for the process, and its message names no key.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, decoding.max_pixels)
+    try:
+        with Image.open(stream, formats=formats) as image:
+            width, height = image.size
+            if width * height > decoding.max_pixels:
+                raise UserError(_too_large(f"{width * height}", decoding))
+            return use(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        number = re.search(r"\d+", str(error))
+        raise UserError(_too_large(number[0] if number else "", decoding)) from error
+    except ValueError as error:
+        if isinstance(error, UserError) or "MAX_TEXT" not in str(error):
+            raise
+        # The words in a PNG are too long for Pillow; the picture does not need them.
+        bare = _without_words(stream)
+    with Image.open(bare, formats=("PNG",)) as image:
+        return use(image)
+
+
+def _too_large(pixels: str, decoding: Decoding) -> str:
+    return (
+        f"it has {pixels} pixels, more than data.max_pixels={decoding.max_pixels}: set "
+        f"data.max_pixels={pixels} if the file can be trusted, or make the picture smaller"
+    )
+
+
+def _unidentified(name: str, stream: IO[bytes]) -> str:
+    stream.seek(0)
+    start = stream.read(64)
+    found = foreign_format(start)
+    if found:
+        return f"cannot read the image {shown(name)}: it is {found}; convert it to PNG or remove it"
+    if start and (missing := missing_format(suffix(name))):
+        return (
+            f"cannot read the image {shown(name)}: Pillow {pillow_version} reads no {missing}; "
+            "install a newer one, or convert the image to PNG"
+        )
+    what = "the file is empty" if not start else "it is no image of a format that is read"
+    return f"cannot decode the image {shown(name)}: {what}; repair or remove the file"
+
+
+def _without_words(stream: IO[bytes]) -> BytesIO:
+    """A PNG without its text and its colour profile: a signature, then length, type, data, CRC."""
+    stream.seek(len(_PNG_SIGNATURE))
+    kept = [_PNG_SIGNATURE]
+    while len(head := stream.read(8)) == 8:
+        body = stream.read(int.from_bytes(head[:4], "big") + 4)
+        if head[4:] not in _PNG_WORDS:
+            kept += [head, body]
+    return BytesIO(b"".join(kept))
 
 
 def framed(image: Image.Image, framing: Framing) -> Image.Image:
@@ -46,16 +162,22 @@ def framed(image: Image.Image, framing: Framing) -> Image.Image:
     """
     width, height = image.size
     resize, size = framing.resize, framing.crop
+    method = Image.Resampling[framing.interpolation.upper()]
     new_width = new_height = resize
     if framing.mode == "center" and width <= height:
         new_height = int(resize * height / width)
     elif framing.mode == "center":
         new_width = int(resize * width / height)
-    if (new_width, new_height) != (width, height):
-        method = Image.Resampling[framing.interpolation.upper()]
-        image = image.resize((new_width, new_height), method)
     left = round((new_width - size) / 2.0)
     top = round((new_height - size) / 2.0)
+    if new_width * new_height > _LARGEST_RESIZED:
+        # The same square; the filter still sees the pixels around it.
+        across, down = width / new_width, height / new_height
+        right, bottom = min((left + size) * across, width), min((top + size) * down, height)
+        box = left * across, top * down, right, bottom
+        return image.resize((size, size), method, box)
+    if (new_width, new_height) != (width, height):
+        image = image.resize((new_width, new_height), method)
     return image.crop((left, top, left + size, top + size))
 
 
