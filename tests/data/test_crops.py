@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastkd.data import open_split
 from fastkd.data.sources import decode
-from fastkd.data.sources.decode import resize_center_crop
+from fastkd.data.sources.decode import framed
+from fastkd.storage.facts import Framing
 
 
 @pytest.mark.parametrize(
@@ -24,10 +25,10 @@ from fastkd.data.sources.decode import resize_center_crop
 )
 def test_both_ways_give_the_same_square(monkeypatch, size, resize, crop):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    whole = np.asarray(resize_center_crop(image, resize, crop)).astype(int)
+    image, framing = Image.fromarray(pixels), Framing(resize=resize, crop=crop)
+    whole = np.asarray(framed(image, framing)).astype(int)
     monkeypatch.setattr(decode, "_LARGEST_RESIZED", 0)
-    cut = np.asarray(resize_center_crop(image, resize, crop)).astype(int)
+    cut = np.asarray(framed(image, framing)).astype(int)
     assert cut.shape == (crop, crop, 3)
     # Coordinates of the cut are 32-bit floats: a step of brightness here and there.
     assert np.abs(whole - cut).max() <= 1

@@ -48,7 +48,7 @@ def test_a_long_text_is_cut_and_keeps_its_end():
     said = str(UserError(f"{'x' * 5000}: set data.root=FOLDER"))
     assert len(said) == MESSAGE and said.endswith("x: set data.root=FOLDER")
     assert len(printable("\x1b" * 100_000)) == MESSAGE
-    assert shown("y" * 5000) == "y" * 98 + ".."
+    assert shown("a" + "y" * 5000 + "z", 100) == f"a{49 * 'y'} .. {49 * 'y'}z"
     assert len(shown("\x1b" * 5000)) <= 100
 
 
