@@ -22,3 +22,5 @@ class Facts:
     """Whether an image has several labels, and not one class id."""
     normalization: Normalization
     """Channel means and standard deviations in 0..1 that the loader has applied."""
+    labelled: bool = True
+    """Whether training images have labels, as their first batch shows."""
