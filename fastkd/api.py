@@ -28,6 +28,7 @@ from fastkd.compute.ranks import DeviceChoice, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     check_loader,
+    first_kind,
     images_per_epoch,
     open_foreign,
     peek,
@@ -55,6 +56,7 @@ from fastkd.training.arguments import (
 from fastkd.training.build import build_trainer, decide_compile
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
+from fastkd.training.matching import check_labels
 from fastkd.training.progress import Plan
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 
@@ -224,12 +226,15 @@ def _data(
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
     shown = peek("train_loader", train_items, placement)
+    use, num_classes = label_use(terms), _num_classes(student, shown.images_NCHW[:1])
+    if first_kind(shown.labels, use, num_classes) == "multi":
+        check_labels(terms, multilabel=True)
     pair = open_foreign(
         train_items,
         val_items,
         shown,
-        label_use(terms),
-        num_classes=_num_classes(student, shown.images_NCHW[:1]),
+        use,
+        num_classes=num_classes,
         seed=seed,
         placement=placement,
     )

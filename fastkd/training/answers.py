@@ -26,8 +26,6 @@ __all__ = ["TrainingPass", "look_at_training", "notes_on"]
 
 PASSES = 20
 """Passes in training mode until every tap has been seen; the first is enough unless taps skip."""
-PROBED = 4
-"""Images of noise for what a teacher's answers are."""
 
 
 class TrainingPass(NamedTuple):
@@ -41,19 +39,19 @@ class TrainingPass(NamedTuple):
 
 
 def look_at_training(
-    student: nn.Module, taught: Set[Need], probe: Tensor, precision: Precision
+    student: nn.Module, taught: Set[Need], probe: Tensor, precision: Precision, *, ranks: int = 1
 ) -> TrainingPass:
-    """Passes of the student in training mode.
+    """Passes of the student in training mode; none for its logits alone on one rank.
 
     taught: the needs of the student that carry a gradient in evaluation mode.
 
     Raises:
         UserError: one carries none in training, or its module never runs in training.
     """
-    if isinstance(student, ZooNetwork):
-        return TrainingPass()
     learning = {need.tap for need in taught if need.net == "student"}
     taps = ("logits", *sorted(learning - {"logits"}))
+    if isinstance(student, ZooNetwork) or (ranks == 1 and len(taps) == 1):
+        return TrainingPass()
     tapped = Tapped(student, taps, may_skip=True)
     seen: dict[str, Tensor] = {}
     skipped: set[str] = set()
@@ -142,9 +140,7 @@ def notes_on(
     # A loss on pairs of taps takes logits as features like any others.
     needs = [need for t in terms if not isinstance(t, PairTerm) for need in t.needs]
     read = {need.net for need in needs if need.tap in ("logits", MEAN_LOGITS)}
-    noise = torch.randn(
-        PROBED, *probe.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    ).to(probe)
+    noise = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     if "student" in read and not isinstance(student, ZooNetwork):
         modes = [(module, module.training) for module in student.modules()]
         try:

@@ -80,7 +80,9 @@ def build_trainer(
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     check_classes(terms, shapes, facts.num_classes)
     check_labels(terms, facts.multilabel)
-    seen = look_at_training(student, taught, engine.probe(facts), placement.precision)
+    seen = look_at_training(
+        student, taught, engine.probe(facts), placement.precision, ranks=world.size
+    )
     for note in notes_on(seen, student, teacher, terms, engine.probe(facts), placement.precision):
         output.console.note(note)
     _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))

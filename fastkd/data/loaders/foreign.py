@@ -18,7 +18,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.items import item_of
-from fastkd.data.loaders.label_rules import LabelRules, kind_of
+from fastkd.data.loaders.label_rules import LabelKind, LabelRules, kind_of, unlike
 from fastkd.data.loaders.readable import (
     BEST,
     LoaderItem,
@@ -40,6 +40,7 @@ __all__ = [
     "LoaderItem",
     "Shown",
     "check_loader",
+    "first_kind",
     "images_per_epoch",
     "open_foreign",
     "peek",
@@ -287,11 +288,13 @@ def open_foreign(
             f"(images, labels), or use a loss that does without, such as KD(ce_weight=0)"
         )
     judged = None if val_items is None else peek("val_loader", val_items, placement).labels
-    # Without a loss that reads labels, those of validation say what is measured.
-    of_run = shown.labels if use.reads or not isinstance(judged, Tensor) else judged
-    kind = "class"
-    if isinstance(of_run, Tensor):
-        kind = kind_of(of_run, num_classes, multi=use.multi)
+    kind = first_kind(shown.labels, use, num_classes)
+    if judged is not None:
+        measured = first_kind(judged, use, num_classes)
+        if use.reads and measured != kind:
+            raise unlike(kind)
+        # Without a loss that reads labels, those of validation say what is measured.
+        kind = measured
     rules = LabelRules(
         kind=kind,
         num_classes=num_classes,
@@ -317,6 +320,13 @@ def open_foreign(
         labelled=bool(rules.any_known(first)),
     )
     return ForeignPair(train, val, facts)
+
+
+def first_kind(labels: Any, use: LabelUse, num_classes: int) -> LabelKind:
+    """The kind of a loader's labels, as its first batch shows it."""
+    if not isinstance(labels, Tensor):
+        return "class"
+    return kind_of(labels, num_classes, multi=use.multi)
 
 
 def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.data.batch import IGNORED, NO_LABEL
 from fastkd.errors import UserError
 
-__all__ = ["LabelKind", "LabelRules", "kind_of"]
+__all__ = ["LabelKind", "LabelRules", "kind_of", "unlike"]
 
 LabelKind = Literal["class", "multi"]
 """One class per image, as an id or a row of probabilities; or several labels per image, [N, C]."""
@@ -22,12 +22,22 @@ LabelKind = Literal["class", "multi"]
 WANTED = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
 
 
+def unlike(kind: LabelKind) -> UserError:
+    """The message for a loader with labels of this kind, where the run has the other one."""
+    kinds = {"multi": "[N, classes], several per image", "class": "[N], one class id per image"}
+    other = kinds["class" if kind == "multi" else "multi"]
+    return UserError(
+        f"this loader gives labels {kinds[kind]}, another one of this run gives {other}: make them "
+        f"alike"
+    )
+
+
 def kind_of(labels: Tensor, num_classes: int, *, multi: bool) -> LabelKind:
     """The kind of some labels.
 
     multi: a loss reads several labels per image: rows are then such labels whatever they sum to.
     """
-    if labels.dim() < 2 or _is_column(labels, num_classes):
+    if labels.dim() != 2 or _is_column(labels, num_classes):
         return "class"
     return "multi" if multi or not bool(_probable(labels).all()) else "class"
 
@@ -90,9 +100,9 @@ class LabelRules:
             return self._checked_ids(labels, got)
         if self.num_classes not in (None, labels.shape[1]):
             raise UserError(
-                f"the labels are {list(labels.shape)}, one column per class, but the student gives "
-                f"{self.num_classes} logits: build it with num_classes={labels.shape[1]}. Class "
-                f"ids, one per image, are labels [N]"
+                f"the labels are [N, {labels.shape[1]}], one column per class, but the student "
+                f"gives {self.num_classes} logits: build it with num_classes={labels.shape[1]}. "
+                f"Class ids, one per image, are labels [N]"
             )
         return self._checked_rows(labels)
 
@@ -100,13 +110,7 @@ class LabelRules:
         if labels.is_floating_point():
             raise UserError(f"{WANTED}; {got}: class ids are labels.long()")
         if self.kind == "multi":
-            cure = (
-                "labels.unsqueeze(1)" if self.num_classes == 1 else "one row of 0 and 1 per image"
-            )
-            raise UserError(
-                f"this loader gives labels [N], one class id per image, and this run needs labels "
-                f"[N, classes], several per image: give {cure}"
-            )
+            raise unlike("class")
         labels = labels.long()  # 260 is 4 to a uint8
         # On the device the checks would wait.
         if self.num_classes is None or labels.device.type != "cpu":
@@ -130,7 +134,10 @@ class LabelRules:
         rows_NC = labels.float()
         on_host = labels.device.type == "cpu"
         if self.kind == "multi":
-            wrong = rows_NC[~((rows_NC >= 0) & (rows_NC <= 1) | (rows_NC == IGNORED))]
+            fits_NC = (rows_NC >= 0) & (rows_NC <= 1)
+            if self.nearest:
+                fits_NC = (rows_NC == 0) | (rows_NC == 1)
+            wrong = rows_NC[~(fits_NC | (rows_NC == IGNORED))]
             if on_host and wrong.numel():
                 raise UserError(
                     f"{WANTED}; one of them is {wrong[0].item():g}: several labels per image are "
