@@ -144,7 +144,7 @@ class ForeignLoader:
             known = known.to(seen.device) | seen
             if batch is not None:
                 yield batch
-        if self.train and self.rules.needed and not self._anywhere(bool(known)):
+        if self.train and self.rules.needed and not self.anywhere(bool(known)):
             raise RunFailed(
                 f"nothing was learned in epoch {epoch + 1}: none of its images has a label, and "
                 f"every loss of this run reads labels ({self.rules.needed} for one). Give labels, "
@@ -193,8 +193,8 @@ class ForeignLoader:
         dist.all_gather(numbers, torch.tensor([number]), group=self._ranks)
         return [int(one) for one in numbers]
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether it holds on any rank."""
+    def anywhere(self, here: bool) -> bool:
+        """Whether it holds on any rank; in an evaluation on this one."""
         return any(self._of_ranks(int(here)))
 
     def _global_size(self, num: int) -> int:
@@ -317,7 +317,7 @@ def open_foreign(
         labels_N=train.labels_N,
         multilabel=kind == "multi",
         normalization=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        labelled=bool(rules.any_known(first)),
+        labelled=train.anywhere(bool(rules.any_known(first))),
     )
     return ForeignPair(train, val, facts)
 
