@@ -28,11 +28,11 @@ from fastkd.compute.ranks import DeviceChoice, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     check_loader,
-    first_kind,
     images_per_epoch,
     open_foreign,
     peek,
 )
+from fastkd.data.loaders.label_rules import first_kind
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm

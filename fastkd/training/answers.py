@@ -46,8 +46,15 @@ def look_at_training(
     taught: the needs of the student that carry a gradient in evaluation mode.
 
     Raises:
-        UserError: one carries none in training, or its module never runs in training.
+        UserError: one carries none in training, or its module never runs in training; or evaluation
+            uses a head that training leaves out.
     """
+    if any(getattr(module, "distilled_training", False) for module in student.modules()):
+        raise UserError(
+            "the student returns two heads in training (distilled_training=True of timm), of which "
+            "the losses see the first, and evaluation takes the mean of both: call "
+            "student.set_distilled_training(False), which trains that mean"
+        )
     learning = {need.tap for need in taught if need.net == "student"}
     taps = ("logits", *sorted(learning - {"logits"}))
     if isinstance(student, ZooNetwork) or (ranks == 1 and len(taps) == 1):
@@ -89,7 +96,7 @@ def look_at_training(
 def _undone(student: nn.Module, device: torch.device) -> Iterator[None]:
     """Modes, buffers and random state are afterwards as before."""
     modes = [(module, module.training) for module in student.modules()]
-    buffers = [
+    buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
         (module._buffers, name, buffer, buffer.clone())
         for module in student.modules()
         for name, buffer in module.named_buffers(recurse=False)
@@ -105,8 +112,8 @@ def _undone(student: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for owner, name, buffer, value in buffers:
                     # It may have been replaced, or resized in place.
-                    owner[name] = buffer
-                    buffer.set_(value) if buffer.shape != value.shape else buffer.copy_(value)
+                    owner[name] = buffer if buffer.shape == value.shape else value
+                    owner[name].copy_(value)
 
 
 def _reentrant(tensors: Iterable[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import PickCriterion
 from fastkd.config.mistakes import explain
-from fastkd.data.loaders.foreign import LabelUse
+from fastkd.data.loaders.label_rules import LabelUse
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import XPRIME_TEACHER_LOGITS
 from fastkd.losses.base.term import LossTerm

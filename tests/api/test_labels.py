@@ -388,6 +388,27 @@ def test_what_cannot_be_used_is_said_before_the_first_step(
     assert not out.exists()
 
 
+LATE = torch.cat([IDS, IDS + 1])
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        [(X, IDS), (X, IDS + 1)],
+        ((X, IDS), (X, torch.full((8,), -3))),
+        DataLoader(TensorDataset(torch.cat([X, X]), LATE), batch_size=8),
+    ],
+    ids=["list", "tuple", "TensorDataset"],
+)
+@pytest.mark.parametrize("place", ["train_loader", "val_loader"])
+def test_a_wrong_label_of_a_later_batch_is_found_too(late: Any, place: str) -> None:
+    student, before = net(1), net(1)[1].weight
+    train, val = (late, PLAIN) if place == "train_loader" else (PLAIN, late)
+    with pytest.raises(UserError, match=f"{place}: the label .* is no class of a network with 4"):
+        fastkd.distill(student, None, train, val, epochs=1, losses=[CrossEntropy()], **QUIET)
+    assert torch.equal(student[1].weight, before)  # type: ignore[arg-type]
+
+
 def test_a_loader_that_ends_for_ever_is_found_when_it_does() -> None:
     with pytest.raises(UserError, match="yields nothing in epoch 2: it can be read only once"):
         stepped(Once(same=False), [CrossEntropy()], epochs=2)

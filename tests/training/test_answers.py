@@ -206,14 +206,14 @@ def test_a_skipped_tap_teaches_nothing_in_that_step(beside: bool) -> None:
         x = student.conv1(X).relu()
         ce = F.cross_entropy(student.fc((x if p else student.second(x)).mean((2, 3))), LOADER[0][1])
         if p:
-            expected = float(ce) if beside else 0.0
-            assert float(out.loss) == pytest.approx(expected, abs=1e-7)
+            expected = ce.item() if beside else 0.0
+            assert out.loss.item() == pytest.approx(expected, abs=1e-7)
             assert metrics["at"] == metrics["fitnet"] == 0
             assert student.conv2.weight.grad is None
         else:
             maps = [F.normalize(m.square().mean(1).flatten(1)) for m in (student.conv2(x), found_t)]
             at = (maps[0] - maps[1]).square().mean()
-            assert metrics["at"] / 8 == pytest.approx(float(at), rel=1e-4)
+            assert metrics["at"] / 8 == pytest.approx(at.item(), rel=1e-4)
             assert student.conv2.weight.grad is not None
 
 
@@ -274,6 +274,16 @@ def test_wrapped_networks_are_tapped_by_their_own_names(wrap: Any) -> None:
     assert list(wrapped.state_dict()) == names
     assert same(weights(wrapped), weights(plain))
     torch.testing.assert_close(wrapped.eval()(X), plain.eval()(X))
+
+
+@pytest.mark.parametrize("name", ["ModelEmaV2", "ModelEmaV3"])
+def test_an_average_of_timm_teaches_as_its_network(name: str) -> None:
+    import timm.utils
+
+    one, other, losses = Net(), Net(), [KD(), AT(**AT_CONV2)]
+    distill(one, losses)
+    distill(other, losses, getattr(timm.utils, name)(Net(2)))
+    assert same(weights(one), weights(other))
 
 
 class Output(dict[str, Any]):
@@ -539,6 +549,20 @@ def test_a_teacher_in_inference_mode_teaches_as_any_other() -> None:
     distill(one, losses)
     distill(other, losses, InferenceTeacher(2))
     assert same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "levit_128s", "efficientformer_l1"]
+)
+def test_a_second_head_that_training_leaves_out_is_refused(name: str) -> None:
+    import timm
+
+    taught = frozenset({Need("x/student/logits")})
+    student = timm.create_model(name, num_classes=4)
+    assert look_at_training(student, taught, X, FP32).skipped == ()
+    student.set_distilled_training(True)
+    with pytest.raises(UserError, match=r"call student.set_distilled_training\(False\)"):
+        look_at_training(student, taught, X, FP32)
 
 
 class NoReturn(Net):

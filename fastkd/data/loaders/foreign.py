@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
 
 from fastkd.compute.collectives import all_reduce_sum
 from fastkd.compute.placement import Placement
@@ -18,7 +19,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.items import item_of
-from fastkd.data.loaders.label_rules import LabelKind, LabelRules, kind_of, unlike
+from fastkd.data.loaders.label_rules import LabelRules, LabelUse, first_kind, unlike
 from fastkd.data.loaders.readable import (
     BEST,
     LoaderItem,
@@ -36,11 +37,9 @@ from fastkd.errors import RunFailed, UserError
 __all__ = [
     "ForeignLoader",
     "ForeignPair",
-    "LabelUse",
     "LoaderItem",
     "Shown",
     "check_loader",
-    "first_kind",
     "images_per_epoch",
     "open_foreign",
     "peek",
@@ -48,24 +47,6 @@ __all__ = [
 
 _LAST = -1
 """Sent in place of a number of images by a rank whose loader has ended."""
-
-
-@dataclass(frozen=True)
-class LabelUse:
-    """What the losses of a run do with the training labels."""
-
-    reads: str | None = None
-    """A loss that reads them."""
-    multi: bool = False
-    """Whether one reads several labels per image."""
-    soft: bool = True
-    """Whether all that read classes also take rows of probabilities."""
-    needed: str | None = None
-    """A loss that reads them, if every loss does."""
-    ids: str | None = None
-    """A loss that needs sample ids."""
-    classes: str | None = None
-    """A loss that accepts no image of unknown class."""
 
 
 class ForeignLoader:
@@ -305,10 +286,12 @@ def open_foreign(
         wants_classes=use.classes,
     )
     first = _checked("train_loader", shown, rules)
+    _check_stored("train_loader", train_items, rules)
     val_rules = LabelRules(kind=kind, num_classes=num_classes, nearest=True)
     train = ForeignLoader(train_items, placement, seed, rules)
     val = None
     if val_items is not None and judged is not None:
+        _check_stored("val_loader", val_items, val_rules)
         _check_validation(val_items, val_rules, placement.world)
         val = ForeignLoader(val_items, placement, seed, val_rules, train=False)
     facts = Facts(
@@ -322,13 +305,6 @@ def open_foreign(
     return ForeignPair(train, val, facts)
 
 
-def first_kind(labels: Any, use: LabelUse, num_classes: int) -> LabelKind:
-    """The kind of a loader's labels, as its first batch shows it."""
-    if not isinstance(labels, Tensor):
-        return "class"
-    return kind_of(labels, num_classes, multi=use.multi)
-
-
 def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:
     """The labels of a first batch, checked on the host wherever they are."""
     labels = shown.labels.cpu() if isinstance(shown.labels, Tensor) else shown.labels
@@ -336,6 +312,21 @@ def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:
         return rules.of(labels, len(shown.images_NCHW))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def _check_stored(name: str, items: Iterable[LoaderItem], rules: LabelRules) -> None:
+    """UserError for labels that cannot be used, where all can be read at once, without images."""
+    if isinstance(items, list | tuple):
+        for item in items:
+            images, labels, _ = item_of(item)
+            _checked(name, Shown(images, labels), rules)
+    dataset = getattr(items, "dataset", None)
+    # Not of a subclass, which may yield something else.
+    if type(dataset) is not TensorDataset or len(dataset.tensors) < 2:
+        return
+    if getattr(items, "collate_fn", None) is default_collate:
+        images, labels, *_ = dataset.tensors
+        _checked(name, Shown(images, labels), rules)
 
 
 def _check_validation(items: Iterable[LoaderItem], rules: LabelRules, world: World) -> None:

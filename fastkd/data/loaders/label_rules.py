@@ -14,12 +14,30 @@ from torch import Tensor
 from fastkd.data.batch import IGNORED, NO_LABEL
 from fastkd.errors import UserError
 
-__all__ = ["LabelKind", "LabelRules", "kind_of", "unlike"]
+__all__ = ["LabelKind", "LabelRules", "LabelUse", "first_kind", "unlike"]
 
 LabelKind = Literal["class", "multi"]
 """One class per image, as an id or a row of probabilities; or several labels per image, [N, C]."""
 
 WANTED = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
+
+
+@dataclass(frozen=True)
+class LabelUse:
+    """What the losses of a run do with the training labels."""
+
+    reads: str | None = None
+    """A loss that reads them."""
+    multi: bool = False
+    """Whether one reads several labels per image."""
+    soft: bool = True
+    """Whether all that read classes also take rows of probabilities."""
+    needed: str | None = None
+    """A loss that reads them, if every loss does."""
+    ids: str | None = None
+    """A loss that needs sample ids."""
+    classes: str | None = None
+    """A loss that accepts no image of unknown class."""
 
 
 def unlike(kind: LabelKind) -> UserError:
@@ -32,14 +50,12 @@ def unlike(kind: LabelKind) -> UserError:
     )
 
 
-def kind_of(labels: Tensor, num_classes: int, *, multi: bool) -> LabelKind:
-    """The kind of some labels.
-
-    multi: a loss reads several labels per image: rows are then such labels whatever they sum to.
-    """
-    if labels.dim() != 2 or _is_column(labels, num_classes):
+def first_kind(labels: Any, use: LabelUse, num_classes: int) -> LabelKind:
+    """The kind of a loader's labels, as its first batch shows it."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or _is_column(labels, num_classes):
         return "class"
-    return "multi" if multi or not bool(_probable(labels).all()) else "class"
+    # To a loss on several labels per image, rows are such labels whatever they sum to.
+    return "multi" if use.multi or not bool(_probable(labels).all()) else "class"
 
 
 @dataclass(frozen=True)
