@@ -300,8 +300,10 @@ def _digest(
 
 
 def _num_classes(student: nn.Module, image: Tensor) -> int:
+    # Cast as in training, whatever the loader yields.
+    dtypes = (p.dtype for p in student.parameters() if p.is_floating_point())
     with torch.no_grad(), evaluating(student):
-        logits = logits_of(student(image))
+        logits = logits_of(student(image.to(next(dtypes, torch.float32))))
     if logits.ndim != 2:
         raise UserError(
             f"the student must return logits [N, classes], got {list(logits.shape)} for one image"

@@ -47,11 +47,11 @@ def stepped(train: Any, losses: Any, val: Any = PLAIN, **options: Any) -> Tensor
     return student[1].weight.detach()  # type: ignore[union-attr,return-value]
 
 
-def formula(loss: Any) -> Tensor:
+def formula(loss: Any, images: Tensor = X) -> Tensor:
     """The weights after one step on `loss` of the student's and the teacher's logits."""
     student, teacher = net(1).double(), net(2).double()
     weight: Any = student[1].weight
-    value = loss(student(X.double()), teacher(X.double()).detach())
+    value = loss(student(images.double()), teacher(images.double()).detach())
     return (weight - 0.5 * torch.autograd.grad(value, weight)[0]).detach().float()
 
 
@@ -286,6 +286,12 @@ class Once:
 
     def __len__(self) -> int:
         return 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_training_images_of_any_floating_type_are_cast(dtype: torch.dtype) -> None:
+    rounded = X.to(dtype)
+    close(stepped([(rounded, IDS)], [CrossEntropy()]), formula(ce, rounded))
 
 
 def test_an_iterable_data_set_with_a_length_works() -> None:

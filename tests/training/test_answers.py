@@ -73,14 +73,6 @@ class NoGrad(Net):
             return self.second(x)
 
 
-class Detached(Net):
-    def trained(self, x: Tensor) -> Tensor:
-        return self.second(x.detach()) if random.random() < 2 else x
-
-    def second(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.conv2.weight.detach() if self.training else self.conv2.weight)
-
-
 class Inferred(Net):
     def trained(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
