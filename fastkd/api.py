@@ -32,11 +32,13 @@ from fastkd.data.loaders.foreign import (
     open_foreign,
     peek,
 )
+from fastkd.data.loaders.label_rules import first_kind
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.taps import remove_taps
+from fastkd.models.taps import logits_of, remove_taps
+from fastkd.models.unwrap import uncompiled, unwrapped
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
@@ -45,6 +47,7 @@ from fastkd.training.arguments import (
     check_choice,
     check_needs,
     check_numbers,
+    label_use,
     optim_config,
     pick_config,
     teachers_of,
@@ -53,6 +56,7 @@ from fastkd.training.arguments import (
 from fastkd.training.build import build_trainer, decide_compile
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
+from fastkd.training.matching import check_labels
 from fastkd.training.progress import Plan
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 
@@ -77,7 +81,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | None,
     train_loader: Iterable[LoaderItem],
-    val_loader: Iterable[LoaderItem],
+    val_loader: Iterable[LoaderItem] | None,
     *,
     epochs: int,
     losses: Sequence[LossTerm] | None = None,
@@ -99,18 +103,22 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
     Args:
-        student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place and
+        student: any nn.Module, images [N, C, H, W] -> logits [N, classes], or an output of which
+            `fastkd.models.taps.logits_of` finds them; trained in place, without its wrappers, and
             in training mode, except for what `fastkd.models.head.freeze_backbone` froze. Parameters
             that require no gradient stay as they are.
         teacher: a network of the same form, frozen here (evaluation mode, no gradients); None to
             train on labels. It sees exactly the images that the student sees. With a list of
             networks the student imitates the mean of their probabilities
             (`fastkd.teachers.ensemble.Ensemble`).
-        train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
-            epoch, a sampler's `set_epoch` is called. Sized (`len`).
-        val_loader: the same, with every sample once. Labels are class ids [N], or [N, classes] of 0
-            and 1 (-1: unknown) for images with several labels: then pass a loss such as
+        train_loader: yields (images, labels) or (images, labels, sample ids), a mapping with such
+            keys, or images alone if no loss reads labels; re-iterated every epoch, a sampler's
+            `set_epoch` is called. Sized (`len`). Labels are class ids [N] (-100: none) or rows of
+            probabilities [N, classes], one-hot or as MixUp and CutMix make them; or [N, classes] of
+            0 and 1 (-1: unknown) for images with several labels: then pass a loss such as
             `BinaryCrossEntropy`; the metrics report mAP instead of accuracy.
+        val_loader: the same, with every sample once; of a row of probabilities the most probable
+            class counts. None, or images alone: nothing is measured, and the last epoch is kept.
         losses: LossTerms; a tap of your own network is a module path, as in
             `AT(pairs={"layer2": "layer2"}, weight=1000)`. Default: KD at T 4, 0.1 CE + 0.9 KL.
         optim: optimizer and schedule; default SGD with momentum 0.9, cosine, lr 0.05.
@@ -133,14 +141,17 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
     teachers = teachers_of(student, teacher)
+    student = unwrapped(student)
     terms = terms_of(losses)
     picking = pick_config(pick)
     check_needs(terms, has_teacher=bool(teachers), xprime=xprime, picks=picking is not None)
     config = optim_config(optim, epochs, lr)
     with ExitStack() as stack:
         world = stack.enter_context(open_world(device))
-        for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
-            check_loader(name, loader, world, exact=name == "val_loader")
+        check_loader("train_loader", train_loader, world)
+        if val_loader is not None:
+            check_loader("val_loader", val_loader, world, exact=True)
+        stack.enter_context(uncompiled(student, *teachers))
         # Leave the caller's random state untouched.
         devices = [world.device] if world.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
@@ -206,7 +217,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
 
 
 def _data(
-    loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem]],
+    loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem] | None],
     student: nn.Module,
     terms: Sequence[LossTerm],
     placement: Placement,
@@ -214,21 +225,21 @@ def _data(
 ) -> TrainData:
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
-    shown = peek(val_items, placement.device, channels_last=placement.channels_last)
+    shown = peek("train_loader", train_items, placement)
+    use, num_classes = label_use(terms), _num_classes(student, shown.images_NCHW[:1])
+    if first_kind(shown.labels, use, num_classes) == "multi":
+        check_labels(terms, multilabel=True)
     pair = open_foreign(
         train_items,
         val_items,
         shown,
-        num_classes=_num_classes(student, shown.images_NCHW[:1], shown.labels_N[:1]),
+        use,
+        num_classes=num_classes,
         seed=seed,
         placement=placement,
-        wants_ids=next((term.name for term in terms if term.uses_index), None),
-        wants_classes=next(
-            (term.name for term in terms if term.label_kind and not term.takes_no_label), None
-        ),
     )
-    # A loader without a data set to count: assume the batch size of validation.
-    images = images_per_epoch(train_items, len(shown.labels_N) * placement.world.size)
+    # A loader without a data set to count: assume that all batches are like the first.
+    images = images_per_epoch(train_items, len(shown.images_NCHW) * placement.world.size)
     return TrainData(pair.train, pair.val, pair.facts, images)
 
 
@@ -288,15 +299,13 @@ def _digest(
     return sha256(repr(every).encode()).hexdigest()[:16]
 
 
-def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
+def _num_classes(student: nn.Module, image: Tensor) -> int:
+    # Cast as in training, whatever the loader yields.
+    dtypes = (p.dtype for p in student.parameters() if p.is_floating_point())
     with torch.no_grad(), evaluating(student):
-        logits = student(image)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise UserError("the student must return logits [N, classes] as one tensor")
-    if label.dim() == 2 and label.shape[1] != logits.shape[1]:
+        logits = logits_of(student(image.to(next(dtypes, torch.float32))))
+    if logits.ndim != 2:
         raise UserError(
-            f"the labels are [N, {label.shape[1]}], one column per class, but the student gives "
-            f"{logits.shape[1]} logits: build it with num_classes={label.shape[1]}. Class ids, one "
-            f"per image, are labels [N]"
+            f"the student must return logits [N, classes], got {list(logits.shape)} for one image"
         )
     return logits.shape[1]

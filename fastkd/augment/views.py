@@ -103,7 +103,9 @@ class ViewMaker:
         found: dict[str, Tensor] = {}
         for tap in self.mixes:
             if tap == "labels":
-                rows_NC = F.one_hot(batch.labels_N, self.num_classes)
+                rows_NC = batch.labels_N
+                if not rows_NC.is_floating_point():
+                    rows_NC = F.one_hot(rows_NC, self.num_classes)
             else:
                 rows_NC = teacher["x/teacher/logits"]
             found[f"xprime/mixed/{tap}"] = self._mixed_rows(

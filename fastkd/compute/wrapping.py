@@ -1,5 +1,6 @@
 """How a step is wrapped for several ranks, in DistributedDataParallel."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,12 +18,16 @@ def wrap_ddp(
     world: World,
     *,
     ignore_buffers: Sequence[str] = (),
+    may_idle: bool = False,
 ) -> nn.Module:
     """`step`, raw or from `torch.compile`, in DDP; unchanged if there is nothing to synchronise.
 
     Rank 0's buffers (batch norm statistics) go to the others before each forward pass, except
     `ignore_buffers`, named as in the raw step: frozen teachers and per-rank banks. The gradients
     of the wrapped step are views into DDP's buckets, which saves one copy of them.
+
+    may_idle: parameters may get no gradient in a step, on one rank or on all: layers that never
+    run, or are skipped at random. It costs a walk through the graph in every step.
 
     Raises:
         ValueError: a name in `ignore_buffers` is not a buffer of the step.
@@ -41,8 +46,12 @@ def wrap_ddp(
     ]
     # Private and untyped, but DDP has no public way.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    if may_idle:
+        # It is said once where all layers run, which nobody can know in advance.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return DistributedDataParallel(
         step,
+        find_unused_parameters=may_idle,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )

@@ -29,7 +29,8 @@ class Batch(NamedTuple):
     """Floating, normalised, channels-last in memory unless the loader is set otherwise."""
     labels_N: Tensor
     """int64 class ids; for images with several labels float32 [N, C]: 1 where a class is present, 0
-    where it is absent, IGNORED where that is unknown."""
+    where it is absent, IGNORED where that is unknown. Of a user's loader also rows of probabilities
+    of the classes, float32 [N, C], if every loss that reads labels takes them."""
     index_N: Tensor
     """int64 stable sample ids: the position in the source's canonical order, the same in every
     epoch and on every rank (memory banks and teacher caches are keyed by it)."""

@@ -27,3 +27,5 @@ class Facts:
     """Names by label; None if the loader does not know them."""
     evaluation: Framing | None = None
     """How pictures are shown in evaluation; None if a loader of the user's decides it."""
+    labelled: bool = True
+    """Whether training images have labels, as their first batch shows."""

@@ -5,7 +5,7 @@ Accuracy if an image has one class, mean average precision if it has several lab
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
+from fastkd.models.taps import logits_of
 
 __all__ = ["EvalLoader", "evaluate", "evaluating"]
 
@@ -34,14 +35,15 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode within the block; every module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        model.eval()  # an overridden train() may not return the model
+        yield model
     finally:
         for module, training in modes:
             module.training = training
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Any],
     loader: EvalLoader,
     precision: Precision,
     world: World,
@@ -50,7 +52,8 @@ def evaluate(
     """Metrics over all samples of all ranks, equal on every rank; `fastkd.evaluation.headline`
     names the main one.
 
-    forward: images [N, 3, H, W] -> logits [N, C], in evaluation mode already.
+    forward: images [N, 3, H, W] -> logits [N, C], or what `logits_of` finds them in; in evaluation
+    mode already.
     multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].
 
     One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy), over
@@ -74,13 +77,13 @@ def evaluate(
 
 
 def _answers(
-    forward: Callable[[Tensor], Tensor], loader: EvalLoader, precision: Precision
+    forward: Callable[[Tensor], Any], loader: EvalLoader, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """fp32 logits [N, C] and labels of every batch."""
     with torch.no_grad():
         for batch in loader.epoch(0):
             with precision.autocast():
-                logits_NC = forward(batch.images_NCHW.to(precision.dtype))
+                logits_NC = logits_of(forward(batch.images_NCHW.to(precision.dtype)))
             yield logits_NC.float(), batch.labels_N
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from fastkd.losses.base.arguments import Weight
-from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.dtypes import as_rows, widened
 from fastkd.losses.base.needs import MEAN_LOGITS, Need, View
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
@@ -99,7 +99,7 @@ class Discriminator(LossTerm):
     @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Mean over rows and outputs."""
-        student_NC, teacher_NC = map(widened, self.wanted(inputs))
+        student_NC, teacher_NC = (as_rows(widened(x)) for x in self.wanted(inputs))
         if self.mode == "reversed":
             student_NC = 2 * student_NC.detach() - student_NC
         elif self.mode == "detached":

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fastkd.compute.collectives import join_rows
 from fastkd.losses.base.arguments import Weight
-from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.dtypes import as_rows, widened
 from fastkd.losses.base.needs import Need, View, both_logits
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
 
@@ -29,7 +29,8 @@ class DIST(LossTerm):
         intra = mean over classes of 1 - Pearson(p_student_c, p_teacher_c), over samples
         loss = T^2 (inter + intra)
 
-    The total of the paper is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet.
+    The total of the paper is cross entropy + 2 * DIST; T is 4 on CIFAR and 1 on ImageNet. With
+    dense logits [N, C, H, W] a sample is a pixel.
 
     With several ranks, `gather=True` takes the columns over the samples of all ranks, which equals
     one process on the joined batch; otherwise each rank uses its own samples, and the mean over
@@ -73,11 +74,11 @@ class DIST(LossTerm):
         student_NC, teacher_NC = (
             (widened(logits_NC) / self.temperature).softmax(1) for logits_NC in self.wanted(inputs)
         )
-        inter = between_rows(student_NC, teacher_NC)
+        inter = between_rows(as_rows(student_NC), as_rows(teacher_NC))
         if self.gather:
             student_NC = join_rows(student_NC, inputs.rows_of_ranks)
             teacher_NC = join_rows(teacher_NC, inputs.rows_of_ranks)
-        intra = between_rows(student_NC.T, teacher_NC.T)
+        intra = between_rows(as_rows(student_NC).T, as_rows(teacher_NC).T)
         return TermOutput({self.name: self.temperature**2 * (inter + intra)})
 
 

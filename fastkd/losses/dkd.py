@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from fastkd.data.batch import NO_LABEL
 from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
 from fastkd.losses.base.arguments import Weight
-from fastkd.losses.base.dtypes import widened
+from fastkd.losses.base.dtypes import as_rows, widened
 from fastkd.losses.base.needs import Need, both_logits
 from fastkd.losses.base.schedules import linear_warmup
 from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
@@ -34,7 +35,8 @@ class DKD(LossTerm):
     Defaults are mdistiller's on CIFAR-100, where beta is 8 for resnet32x4 teachers, resnet50 to
     MobileNetV2 and wrn_40_2 to ShuffleNetV1, but 6 for vgg13 teachers and wrn_40_2 to another wide
     ResNet, and 2 for resnet56 and resnet110 teachers. On ImageNet T is 1 and the warm-up 1 epoch,
-    with beta 0.5 for ResNet-34 to ResNet-18 and 2 for ResNet-50 to MobileNetV1. `standardize` takes
+    with beta 0.5 for ResNet-34 to ResNet-18 and 2 for ResNet-50 to MobileNetV1. With dense logits
+    [N, C, H, W] a row is a pixel, and those labelled -100 do not count. `standardize` takes
     both logits to zero mean and unit deviation first (arXiv:2403.01427, there with T 2 and a weight
     of 9).
 
@@ -94,10 +96,19 @@ class DKD(LossTerm):
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Mean over the rows."""
         student_NC, teacher_NC = self.wanted(inputs)
+        dense = student_NC.dim() > 2
+        student_NC, teacher_NC = as_rows(student_NC), as_rows(teacher_NC)
         if self.standardize:
             student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
-        tckd_N, nckd_N = decoupled_rows(student_NC, teacher_NC, inputs.labels_N, self.temperature)
-        loss = (self.alpha * tckd_N + self.beta * nckd_N).mean()
+        labels_N = inputs.labels_N.flatten()
+        counts_N = labels_N != NO_LABEL
+        known_N = labels_N.clamp(min=0) if dense else labels_N
+        tckd_N, nckd_N = decoupled_rows(student_NC, teacher_NC, known_N, self.temperature)
+        loss_N = self.alpha * tckd_N + self.beta * nckd_N
+        if dense:
+            loss = torch.where(counts_N, loss_N, 0.0).sum() / counts_N.sum().clamp_min(1)
+        else:
+            loss = loss_N.mean()
         return TermOutput({self.name: inputs.schedule["warmup"] * loss})
 
 

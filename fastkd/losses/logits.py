@@ -51,7 +51,13 @@ def standardize(logits_NC: Tensor) -> Tensor:
 
 
 def labelled_ce(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in fp32 of the rows with a label; 0 if there are none."""
+    """Mean cross entropy in fp32 of the rows with a label; 0 if there are none.
+
+    labels_N: class ids, or probabilities of the logits' shape.
+    """
+    if labels_N.is_floating_point():
+        wide_NC = widened(logits_NC)
+        return F.cross_entropy(wide_NC, labels_N.to(wide_NC), label_smoothing=label_smoothing)
     total = F.cross_entropy(
         widened(logits_NC),
         labels_N,
@@ -67,9 +73,11 @@ class CrossEntropy(LossTerm):
 
         loss = -mean over rows of log p_student[label],  p = softmax(logits)
 
-    With `label_smoothing` e the label counts 1 - e and every class e / C more. Rows labelled -100
-    count in neither the sum nor the divisor. With several processes, or with accumulate, each rank
-    or micro-batch divides by its own number of rows. Part: `<name>`.
+    With `label_smoothing` e the label counts 1 - e and every class e / C more. Labels may be rows
+    of probabilities, as MixUp and CutMix make them. With dense logits [N, C, H, W] a row is a
+    pixel. Rows labelled -100 count in neither the sum nor the divisor; an epoch without any other
+    label has failed where every loss reads labels. With several processes, or with accumulate, each
+    rank or micro-batch divides by its own number of rows. Part: `<name>`.
 
     Args:
         weight: Factor in the total.
@@ -84,6 +92,7 @@ class CrossEntropy(LossTerm):
 
     label_kind = "class"
     takes_no_label = True
+    takes_soft_labels = True
 
     def __init__(
         self, *, weight: Weight = 1.0, label_smoothing: Smoothing = 0.0, name: str = "ce"
@@ -113,9 +122,15 @@ class KD(LossTerm):
     Parts: `<name>` (x), `<name>_xprime` (x', full weight, not averaged with x) and `ce` where
     ce_weight > 0; one pass of the fused kernel per view. `standardize` takes both logits of the KL,
     not of the cross entropy, to zero mean and unit deviation first; its paper has T 2, weight 9.
-    On x, rows labelled -100 are ignored as in `KDLoss`: they count in neither a sum nor the
-    divisor. With several processes, or with accumulate, each rank or micro-batch divides by its own
-    number of rows.
+    Labels may be rows of probabilities, as MixUp and CutMix make them. With dense logits
+    [N, C, H, W] a row is a pixel.
+
+    Images without a label (-100): with ce_weight=0 the loss reads no labels, and every image
+    counts, as in `KDLoss` without labels. With ce_weight > 0 a row labelled -100 counts in neither
+    a sum nor the divisor, as in `KDLoss` with labels, so the teacher would not be imitated on it
+    either: training refuses such an image. [KD(ce_weight=0), CrossEntropy(weight=0.1)] is the way
+    out; there it counts in the KL alone. With several processes, or with accumulate, each rank or
+    micro-batch divides by its own number of rows.
 
     xprime_target: what is imitated on x': "teacher", its logits of x' (TLmixup, TLCutMix), or
     "mixed_logits", its logits of the two images, mixed like their pixels, which the released code
@@ -141,7 +156,7 @@ class KD(LossTerm):
     peer_losses.json (the authors' code).
     """
 
-    takes_no_label = True
+    takes_soft_labels = True
 
     def __init__(
         self,
@@ -169,6 +184,8 @@ class KD(LossTerm):
         self.standardize = standardize
         self.ce_weight = ce_weight
         self.label_kind = "class" if ce_weight else None
+        # A row without a label would not count in the KL either.
+        self.takes_no_label = not ce_weight
 
     @override
     @classmethod
@@ -209,8 +226,8 @@ class KD(LossTerm):
                 student_NC, teacher_NC = standardize(student_NC), standardize(teacher_NC)
             with_labels = view == "x" and self.ce_weight and not self.standardize
             counts_N = None
-            # Several labels per image, [N, C], have no row to ignore.
-            if view == "x" and not labels_N.is_floating_point():
+            # Rows of probabilities have none to ignore.
+            if view == "x" and self.ce_weight and not labels_N.is_floating_point():
                 counts_N = rows_that_count(labels_N, labels_N, None, NO_LABEL)
             kd_N, ce_N, _ = kd_loss(
                 student_NC,
@@ -219,9 +236,10 @@ class KD(LossTerm):
                 temperature=self.temperature,
                 label_smoothing=self.label_smoothing,
                 ignore_index=NO_LABEL,
+                class_dim=1,
                 mask=None if with_labels else counts_N,
             )
-            rows = len(kd_N) if counts_N is None else counts_N.sum().clamp_min(1)
+            rows = kd_N.numel() if counts_N is None else counts_N.sum().clamp_min(1)
             parts[_part(self.name, view)] = kd_N.sum() / rows
             if with_labels:
                 parts["ce"] = ce_N.sum() / rows
@@ -264,6 +282,7 @@ class MixedCE(LossTerm):
     """
 
     label_kind = "class"
+    takes_soft_labels = True
 
     def __init__(self, *, weight: Weight = 1.0, name: str = "mixed_ce") -> None:
         super().__init__(name, self.needs_of(), {name: weight})

@@ -5,6 +5,8 @@ Used by losses that read a network's inner tensors. Networks of the zoo walk thr
 of them can be run alone. In any other module a tap is the path of a submodule, as in
 `named_modules()`, and its output is caught by a forward hook that is idle outside the forward pass
 of its own `Tapped`. Tap lists: RepDistiller's `is_feat` and `preact` lists.
+
+`logits_of` alone decides what of a network's output counts as its logits.
 """
 
 import difflib
@@ -23,6 +25,7 @@ __all__ = [
     "available_taps",
     "check_network",
     "check_taps",
+    "logits_of",
     "pooled_taps",
     "remove_taps",
 ]
@@ -132,7 +135,7 @@ def pooled_taps(model: nn.Module, classifier: nn.Module, images_NCHW: Tensor) ->
                 for tap, value in features.items():
                     note(tap, value)
             else:
-                logits = _first_tensor(model(images_NCHW), "the model")
+                logits = logits_of(model(images_NCHW))
     finally:
         for handle in handles:
             handle.remove()
@@ -154,18 +157,27 @@ class Tapped(nn.Module):
 
     The model stays usable on its own and its `state_dict` is unchanged. For modules outside the zoo
     forward hooks are installed; `remove()` removes them. A submodule that runs several
-    times in one pass reports its last output; of a tuple or list the first tensor counts.
+    times in one pass reports its last output; of a tuple or list the first tensor counts. A map
+    [N, H, W, C], as the blocks of Swin give it, comes as [N, C, H, W]: it is recognised by the
+    proportions of the images.
+
+    The result lacks `logits` where the taps do not name them and the output has none that
+    `logits_of` knows: an encoder has none. may_skip: in training mode it lacks a tap whose module
+    did not run in this pass (LayerDrop, stochastic depth); otherwise that is an error.
 
     Raises UserError for an unknown tap (with the nearest name), for a tapped module that did not
     run, and for a tapped output that a later layer overwrote in place (seen in eager mode only).
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, taps: Sequence[str] = (), *, may_skip: bool = False
+    ) -> None:
         super().__init__()
         if isinstance(taps, str):
             raise TypeError(f"taps must be a list of names, got {taps!r}; write [{taps!r}]")
         self.model = model
         self.taps = tuple(dict.fromkeys(taps))
+        self.may_skip = may_skip
         check_taps(self.taps, model)
         self._catch = None if isinstance(model, ZooNetwork) else _Catch()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -187,14 +199,22 @@ class Tapped(nn.Module):
         finally:
             catch.active = False
             catch.tensors.clear()
-        result = {"logits": _first_tensor(output, "the model")}
+        result: dict[str, Tensor] = {}
+        logits = _tensor_in(output, _LOGITS)
+        if logits is not None:
+            result["logits"] = logits
+        elif not self.taps or "logits" in self.taps:
+            logits_of(output)  # which raises
         for tap in self.taps:
             if tap == "logits":
                 continue
             if tap not in caught:
+                if self.may_skip and self._handles and self.model.training:
+                    continue
                 raise UserError(_did_not_run(tap, removed=not self._handles))
-            result[tap], version = caught[tap]
-            if _version(result[tap]) != version:
+            tensor, version = caught[tap]
+            result[tap] = _channels_first(tensor, images_NCHW)
+            if _version(tensor) != version:
                 raise UserError(
                     f"tap {tap!r}: a later layer overwrites this output in place, so a loss would "
                     "see changed values; tap that layer, or build the network with inplace=False"
@@ -234,7 +254,9 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.catch.active:
-            tensor = _first_tensor(output, f"tap {self.tap!r}")
+            tensor = _tensor_in(output, _FEATURES)
+            if tensor is None:
+                raise UserError(_no_tensor(f"tap {self.tap!r}", output, _FEATURES))
             self.catch.tensors[self.tap] = (tensor, _version(tensor))
 
 
@@ -245,18 +267,67 @@ def _version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def _first_tensor(output: Any, owner: str) -> Tensor:
-    """The tensor to use from an output: itself, `logits` or `out` of a mapping, or the first."""
-    value = output
+_LOGITS = ("logits", "out")
+"""Under these names a mapping, or another object, holds the logits: the first that it has."""
+_FEATURES = (*_LOGITS, "last_hidden_state")
+
+
+def logits_of(output: Any) -> Tensor:
+    """What counts as the logits in what a network returns; the one rule of fastkd.
+
+    A tensor is the logits itself. A mapping or another object with fields, such as a ModelOutput of
+    Hugging Face or the dict of torchvision's segmentation networks, has them as `logits`, else as
+    `out`. Of a tuple or list the first entry counts, by the same rule: the heads that Inception and
+    GoogLeNet add in training, and a list of features, come after it.
+
+    Raises:
+        UserError: the output is none of these.
+    """
+    found = _tensor_in(output, _LOGITS)
+    if found is None:
+        raise UserError(_no_tensor("the model", output, _LOGITS))
+    return found
+
+
+def _tensor_in(output: Any, names: Sequence[str]) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
-        value = output.get("logits", output.get("out"))
-    elif isinstance(output, (tuple, list)) and output:
-        value = output[0]
-    if not isinstance(value, Tensor):
-        raise UserError(
-            f"{owner} returned {type(output).__name__}; expected a tensor, a tuple that starts "
-            "with one, or a mapping with the key 'logits' or 'out'"
-        )
+        held = [output[name] for name in names if name in output]
+    else:
+        held = [getattr(output, name) for name in names if hasattr(output, name)]
+    if held:
+        return held[0] if isinstance(held[0], Tensor) else None
+    if isinstance(output, tuple | list) and output:
+        first = output[0]
+        # A list inside a list holds features, not logits.
+        return None if isinstance(first, tuple | list) else _tensor_in(first, names)
+    return None
+
+
+def _no_tensor(owner: str, output: Any, names: Sequence[str]) -> str:
+    got = type(output).__name__
+    if isinstance(output, Mapping):
+        got += f" with {', '.join(map(str, output)) or 'no keys'}"
+    keys = " or ".join(map(repr, names))
+    return (
+        f"{owner} returned {got}; expected a tensor, a tuple that starts with one, or a mapping "
+        f"with the key {keys}: wrap it in a module whose forward returns that"
+    )
+
+
+def _channels_first(value: Tensor, images_NCHW: Tensor) -> Tensor:
+    """A map [N, H, W, C] as [N, C, H, W]; anything else as it is."""
+    if value.dim() != 4 or images_NCHW.dim() != 4:
+        return value
+    _, one, two, three = value.shape
+    height, width = images_NCHW.shape[2:]
+
+    def proportioned(h: int, w: int) -> bool:
+        return abs(h * width - w * height) < max(height, width)
+
+    if proportioned(one, two) and not proportioned(two, three):
+        return value.permute(0, 3, 1, 2)
     return value
 
 

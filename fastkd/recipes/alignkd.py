@@ -82,7 +82,8 @@ SOURCES = {
     "optim.weight_decay": "not stated; JointRD's code",
     "losses.kd.temperature": "no temperature is named",
     "losses.stage_mse.reduction": "the text has `mse` only, of the stages' outputs",
-    "losses.jointrd.feature": "equation 2 has the logits, sections 3.2 and 6 flattened features",
+    "losses.jointrd.feature": "our reading: equation 2 has the logits (feature=logits), sections "
+    "3.2 and 6 flattened features of the last layer, which pooled and map both could be",
 }
 STEM = "the paper removes only the pooling; a 3x3 convolution of stride 1 fits the CIFAR-100 table"
 FOR_CIFAR = {"student.stem": STEM, "teacher.stem": STEM}

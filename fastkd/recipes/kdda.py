@@ -11,10 +11,13 @@ are without KD, as in the CRD paper, from which they are quoted.
 
 Where the paper is silent, the authors' later released code (Good-DA-in-KD) decides, and
 RepDistiller, on which it is based. `:released` follows that code where it contradicts the text.
+MobileNets and ShuffleNets train at RepDistiller's 0.01; `-lr0.05` is the same row at the rate that
+the text has for all.
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastkd.recipes.cifar import CIFAR100, KD, SCHEDULE, auxiliary, student_keys, teacher_keys
@@ -125,6 +128,11 @@ def recipes() -> dict[str, Entry]:
     """Entries of this module by name."""
     entries = by_cell(cells("kdda"), _of)
     for entry in [*entries.values()]:
+        if entry.sources.get("optim.lr") == FOR_LIGHT_STUDENTS["optim.lr"]:
+            entries[entry.name] = _titled(entry, "RepDistiller's")
+            at_text = _at_the_rate_of_the_text(entry)
+            entries[at_text.name] = at_text
+    for entry in [*entries.values()]:
         for other in _released(entry):
             entries[other.name] = other
     return entries
@@ -142,6 +150,26 @@ def _of(cell: Published) -> Entry:
     if dataset == "imagenet" and label in BESIDE_KD:
         method = label.lower()
     return _distilled(dataset, teacher, student, method, int(epochs) if epochs else None)
+
+
+def _at_the_rate_of_the_text(entry: Entry) -> Entry:
+    rate = SCHEDULE["optim.lr"]
+    sources = {key: source for key, source in entry.sources.items() if key != "optim.lr"}
+    faster = replace(
+        entry,
+        name=f"{entry.name}-lr{rate}",
+        keys={**entry.keys, "optim.lr": rate},
+        sources=sources,
+        published=(),
+        note=f"The same row as {entry.name}, which shows the paper's number. {entry.note}".strip(),
+    )
+    return _titled(faster, "the text's")
+
+
+def _titled(entry: Entry, whose: str) -> Entry:
+    """The entry with its learning rate, and whose it is, in its title."""
+    title = f"{entry.description}, at {whose} learning rate {entry.keys['optim.lr']}"
+    return replace(entry, description=title)
 
 
 def _alone(dataset: str, network: str) -> Entry:

@@ -103,6 +103,8 @@ TRANSFER_SOURCES = {
     "student.name": "not stated which weights are the base: timm's, where MEAL V2 starts",
     "student.weights": "the file of the authors' release",
 }
+UNSTATED = "not stated for training from scratch; the paper's setting of fine-tuning"
+FROM_SCRATCH = dict.fromkeys(("epochs", "batch_size", "optim.lr", "optim.weight_decay"), UNSTATED)
 WEIGHTS = "MEALV2_ResNet50_224.pth"
 RELEASE = (
     f" student.weights=FILE is {WEIGHTS} of the authors' release v1.0.0 at "
@@ -206,7 +208,7 @@ def _transfer(cell: Published) -> Entry:
         name=f"transfer/{dataset}/resnet50-{start}/{method}",
         description=f"resnet50 ({backbone or 'random'} weights) on {dataset}, {how.lower()}",
         keys=keys,
-        sources=TRANSFER_SOURCES,
+        sources=TRANSFER_SOURCES | (FROM_SCRATCH if method == "scratch" else {}),
         note=FOLDERS[dataset]
         + (RELEASE if backbone == "MEAL V2" else "")
         + (FROZEN if frozen else ""),

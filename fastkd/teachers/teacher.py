@@ -64,8 +64,10 @@ class Teacher:
         self.taps = {
             view: tuple(dict.fromkeys(("logits", *wanted))) for view, wanted in taps.items()
         }
-        every = dict.fromkeys(tap for wanted in self.taps.values() for tap in wanted)
-        every.pop(MEAN_LOGITS, None)
+        every = dict.fromkeys(tap for wanted in taps.values() for tap in wanted)
+        if MEAN_LOGITS in every:
+            every = {"logits": None} | every
+            del every[MEAN_LOGITS]
         # A tapped network keeps every layer where the taps expect it.
         given = freeze(net.model)
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
@@ -95,7 +97,9 @@ class Teacher:
         with torch.no_grad():
             for view, taps in self.taps.items():
                 features = _with_mean(self._in_pieces(views[view], rows))
-                out |= {str(Need.of(view, "teacher", tap)): features[tap] for tap in taps}
+                # An encoder has no logits, and no loss has asked for them.
+                found = {tap: features[tap] for tap in taps if tap in features}
+                out |= {str(Need.of(view, "teacher", tap)): _usable(found[tap]) for tap in found}
         return out
 
     def _in_pieces(self, images_NCHW: Tensor, rows: int) -> dict[str, Tensor]:
@@ -133,7 +137,12 @@ class Teacher:
 
 
 def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    return features | {MEAN_LOGITS: features["logits"]}
+    return features | ({MEAN_LOGITS: features["logits"]} if "logits" in features else {})
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A copy, if the teacher runs itself in inference mode, whose tensors no gradient may meet."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _folded(model: nn.Module) -> nn.Module:

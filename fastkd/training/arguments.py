@@ -9,18 +9,21 @@ from torch import nn
 from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import PickCriterion
 from fastkd.config.mistakes import explain
+from fastkd.data.loaders.label_rules import LabelUse
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import NeedRule, first_unmet
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
 from fastkd.models.taps import check_network
+from fastkd.models.unwrap import unwrapped
 from fastkd.training.config import OptimConfig
 
 __all__ = [
     "check_choice",
     "check_needs",
     "check_numbers",
+    "label_use",
     "optim_config",
     "pick_config",
     "teachers_of",
@@ -53,13 +56,15 @@ def check_numbers(epochs: object, accumulate: object, ema: float | None) -> None
 
 
 def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
-    """The teachers as a list; UserError if one is not a network, or is trained as the student."""
+    """The teachers as a list, without wrappers; UserError if one is not a network, or is trained
+    as the student."""
     # A name is a sequence too.
     several = isinstance(given, nn.ModuleList | Sequence) and not isinstance(given, str)
     teachers: list[Any] = list(given) if several else [] if given is None else [given]
     check_network("distill: student", student)
     for teacher in teachers:
         check_network("distill: teacher", teacher)
+    student, teachers = unwrapped(student), [unwrapped(teacher) for teacher in teachers]
     trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
     for teacher in teachers:
         if teacher is student or not trained.isdisjoint(teacher.parameters()):
@@ -101,6 +106,21 @@ def _called(given: object) -> str:
     if isinstance(given, nn.Module):
         return f"{type(given).__name__}(..)"
     return given.__name__ if isinstance(given, type) else repr(given)
+
+
+def label_use(terms: Sequence[LossTerm]) -> LabelUse:
+    """What the losses do with the labels of the training images."""
+    readers = [term for term in terms if term.label_kind]
+    reads = next((term.name for term in readers), None)
+    return LabelUse(
+        reads=reads,
+        multi=any(term.label_kind == "multi" for term in readers),
+        soft=all(term.takes_soft_labels for term in readers if term.label_kind == "class"),
+        needed=reads if len(readers) == len(terms) else None,
+        ids=next((term.name for term in terms if term.uses_index), None),
+        # The last: another loss than KD, which names itself as the way out.
+        classes=next((t.name for t in reversed(readers) if not t.takes_no_label), None),
+    )
 
 
 def pick_config(pick: PickConfig | PickCriterion | None) -> PickConfig | None:

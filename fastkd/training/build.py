@@ -29,6 +29,7 @@ from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_need
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import Teacher
+from fastkd.training.answers import look_at_training, notes_on
 from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
 from fastkd.training.guard import Guard
@@ -77,13 +78,26 @@ def build_trainer(
     ema = EMA(student, settings.ema) if settings.ema else None
 
     teacher = _bound_teacher(teachers, student, terms, facts, engine)
-    shapes = shapes_of_needs(student, teacher, terms, engine.probe(facts), placement.precision)
+    shapes, taught = shapes_of_needs(
+        student, teacher, terms, engine.probe(facts), placement.precision
+    )
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
-    check_classes(shapes, facts.num_classes)
+    check_classes(terms, shapes, facts.num_classes)
     check_labels(terms, facts.multilabel)
+    seen = look_at_training(
+        student, taught, engine.probe(facts), placement.precision, ranks=world.size
+    )
+    for note in notes_on(seen, student, teacher, terms, engine.probe(facts), placement.precision):
+        output.console.note(note)
     _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))
 
-    step = DistillStep(student, terms, placement.precision, multilabel=facts.multilabel)
+    step = DistillStep(
+        student,
+        terms,
+        placement.precision,
+        multilabel=facts.multilabel,
+        labelled=facts.labelled,
+    )
     step = step.to(world.device)
     views = _view_maker(plan, settings, step, facts, engine)
     loader = views.opened(data.loader)
@@ -91,7 +105,12 @@ def build_trainer(
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     # Gradients of a first micro-batch would be in memory that the second one's graph reuses.
     cuda_graphs = world.device.type == "cuda" and plan.accumulate == 1
-    runner = wrap_ddp(engine.compile(step, cuda_graphs=cuda_graphs), world, ignore_buffers=banks)
+    runner = wrap_ddp(
+        engine.compile(step, cuda_graphs=cuda_graphs),
+        world,
+        ignore_buffers=banks,
+        may_idle=seen.may_idle,
+    )
     guard = Guard(
         step,
         optimizer,

@@ -58,13 +58,15 @@ def training_row(
 def summary_of(
     plan: Plan, progress: Progress, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Last and best headline metric and the rates of the run; for summary.json."""
+    """Last and best headline metric, if measured, and the rates of the run; for summary.json."""
     last = history[-1]
     metric = headline(last)
+    measured = {}
+    if f"val_{metric}" in last:
+        measured = {f"{metric}_last": last[f"val_{metric}"], f"{metric}_best": progress.best}
     return {
         "epochs": plan.epochs,
-        f"{metric}_last": last[f"val_{metric}"],
-        f"{metric}_best": progress.best,
+        **measured,
         "best_epoch": progress.best_epoch,
         "images_per_s": median_high(row["images_per_s"] for row in history),
         "data_wait": median_high(row["data_wait"] for row in history),

@@ -1,6 +1,6 @@
 """Checks that student, teachers, losses and data fit together; a UserError says what does not.
 
-Called by `build_trainer` before anything is trained.
+Called by `build_trainer` before anything is trained; `fastkd.training.answers` looks at the values.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
+from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.teachers.ensemble import Ensemble
@@ -87,10 +88,12 @@ def shapes_of_needs(
     terms: Sequence[LossTerm],
     probe: Tensor,
     precision: Precision,
-) -> dict[Need, tuple[int, ...]]:
-    """Shape of every need without the batch axis, from one forward pass on zeros.
+) -> tuple[dict[Need, tuple[int, ...]], frozenset[Need]]:
+    """Shape of every need without the batch axis, from one forward pass on zeros; and the needs
+    through which the student learns.
 
-    UserError for a term that would teach the student nothing.
+    UserError for a term that would teach the student nothing, and for a tap without one row per
+    image.
     """
     found: dict[Need, Tensor] = {}
     wanted = needed_taps(terms, "student")
@@ -112,14 +115,41 @@ def shapes_of_needs(
         # Not through its compiled form, which would need an extra compilation for this batch size.
         features = teacher.features(probe)
         for view, taps in teacher.taps.items():
-            found |= {Need.of(view, "teacher", tap): features[tap] for tap in taps}
-    return {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
+            known = [tap for tap in taps if tap in features]
+            found |= {Need.of(view, "teacher", tap): features[tap] for tap in known}
+    for term in terms:
+        for need in term.needs:
+            if need in found:
+                _check_rows(term, need, found[need], len(probe))
+    shapes = {need: tuple(tensor.shape[1:]) for need, tensor in found.items()}
+    return shapes, frozenset(need for need, tensor in found.items() if tensor.requires_grad)
 
 
-def check_classes(shapes: Mapping[Need, tuple[int, ...]], num_classes: int) -> None:
-    """UserError if a net's classes differ from the data's."""
+def _check_rows(term: LossTerm, need: Need, tensor: Tensor, images: int) -> None:
+    """UserError for anything but numbers, one row of them per image."""
+    if tensor.dim() and len(tensor) == images and tensor.is_floating_point():
+        return
+    raise UserError(
+        f"the loss {term.name} uses {need}, which is {list(tensor.shape)} of {tensor.dtype} for "
+        f"{images} images: it needs one row per image, first, of floating-point numbers. Windows "
+        f"and sequences whose first axis is the position have none: name a module around them"
+        f"{_where_taps_are_named(term, need.net)}"
+    )
+
+
+def check_classes(
+    terms: Iterable[LossTerm], shapes: Mapping[Need, tuple[int, ...]], num_classes: int
+) -> None:
+    """UserError if a net's classes differ from the data's, where a loss reads them as classes.
+
+    A loss on pairs of taps takes logits as features like any others and checks the shapes itself.
+    """
+    # The student's are evaluated, whatever the losses read.
+    read = {need for term in terms if not isinstance(term, PairTerm) for need in term.needs}
+    read |= {need for need in shapes if need.net == "student"}
     for need, shape in shapes.items():
-        if need.tap == "logits" and shape != (num_classes,):
+        named = need in read and need.tap in ("logits", MEAN_LOGITS)
+        if named and shape != (num_classes,):
             net = need.net
             cure = (
                 "give another teacher, or in a recipe teacher.class_map, one entry per class"

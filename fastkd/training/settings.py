@@ -20,7 +20,8 @@ class TrainData:
     """What is trained and evaluated on, this rank's share."""
 
     loader: TrainLoader
-    val_loader: EvalLoader
+    val_loader: EvalLoader | None
+    """None without labels to evaluate on: the last epoch is then kept as the best."""
     facts: Facts
     images: int
     """Training images of one epoch, all ranks together; decides whether compiling pays."""

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from fastkd.compute.collectives import split_evenly
 from fastkd.compute.precision import Precision
 from fastkd.data.batch import Batch
+from fastkd.errors import UserError
 from fastkd.losses.base.needs import STUDENT_LOGITS, Need
+from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.taps import Tapped
 
-__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps"]
+__all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_skips"]
 
 _ANSWER = str(STUDENT_LOGITS)
 
@@ -87,7 +89,7 @@ class StepOutput(NamedTuple):
     metrics_M: Tensor
     """Detached fp32 vector in the order of `DistillStep.metric_names`: sums over the batch, the
     parts times `images`. Images labelled -100 count in `images` but never in `correct`: each
-    batch is weighted by its images, not by its labels."""
+    batch is weighted by its images, not by its labels. A part whose tap did not run counts as 0."""
     carry: dict[str, dict[str, Tensor]]
     """Per term, the input of its `commit`."""
 
@@ -103,6 +105,17 @@ def needed_taps(terms: Iterable[LossTerm], net: str) -> dict[str, tuple[str, ...
     if net == "student" and not wanted:
         wanted["x"] = ["logits"]
     return {view: tuple(taps) for view, taps in wanted.items()}
+
+
+def refuse_skips(term: LossTerm, ranks: int) -> None:
+    """UserError for a tap that was skipped at random by a loss that other ranks may wait for."""
+    alone = isinstance(term, PairTerm) and not term.banks and not getattr(term, "gather", False)
+    if ranks > 1 and not alone:
+        raise UserError(
+            f"the loss {term.name} uses a tap that is skipped at random in training, and the "
+            f"{ranks} processes skip it in different steps: tap the module around it, or set its "
+            f"drop rate to 0"
+        )
 
 
 def _view_joined(term: LossTerm) -> str:
@@ -121,7 +134,9 @@ class DistillStep(nn.Module):
         precision: Precision,
         *,
         multilabel: bool = False,
+        labelled: bool = True,
     ) -> None:
+        """multilabel, labelled: as in `fastkd.data.facts.Facts`."""
         super().__init__()
         self.multilabel = multilabel
         self.terms = nn.ModuleList(terms)
@@ -134,16 +149,20 @@ class DistillStep(nn.Module):
             for view, taps in self.views.items()
         }
         taps = dict.fromkeys(tap for wanted in self.views.values() for tap in wanted)
-        self.student = Tapped(student, tuple(taps))
+        self.student = Tapped(student, tuple(taps), may_skip=True)
         needs = [need for term in self._terms() for need in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
         self.term_keys = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
+        self.taps_of = {
+            term.name: tuple(str(need) for need in term.needs if need.net == "student")
+            for term in self._terms()
+        }
         self.joins = {term.name: _view_joined(term) for term in self._terms()}
         self.part_names = [part for term in self._terms() for part in term.weights]
         # If no loss shows x to the student, it is not shown for the accuracy either: its batch
         # norms would see it. mAP, for several labels, is not a sum over batches.
-        self.counts = "x" in self.views and not multilabel
+        self.counts = "x" in self.views and labelled and not multilabel
         counted = ("correct",) if self.counts else ()
         self.metric_names = ("images", "loss", *self.part_names, *counted)
 
@@ -170,8 +189,7 @@ class DistillStep(nn.Module):
         with self.precision.autocast():
             for view, keys in self.student_keys.items():
                 features = self.student(views[view])
-                for tap, key in keys.items():
-                    tensors[key] = features[tap]
+                tensors.update({keys[tap]: features[tap] for tap in keys if tap in features})
 
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
@@ -179,9 +197,13 @@ class DistillStep(nn.Module):
         logits_NC = tensors[next(iter(self.student_keys.values()))["logits"]]
         answer_NC = tensors.get(_ANSWER)
         for term in self._terms():
+            rows = rows_of_ranks.get(self.joins[term.name], ()) if rows_of_ranks else ()
+            if any(need not in tensors for need in self.taps_of[term.name]):
+                refuse_skips(term, len(rows))
+                values |= dict.fromkeys(term.weights, total.new_zeros(()))
+                continue
             wanted = {need: tensors[need] for need in self.term_keys[term.name]}
             scheduled = schedule.get(term.name, {})
-            rows = rows_of_ranks.get(self.joins[term.name], ()) if rows_of_ranks else ()
             output = term(TermInputs(wanted, labels_N, index_N, scheduled, rows))
             for part, weight in term.weights.items():
                 total = total + weight * output.parts[part]
@@ -191,7 +213,7 @@ class DistillStep(nn.Module):
             if output.carry:
                 carry[term.name] = {key: value.detach() for key, value in output.carry.items()}
 
-        if not self.trains_head:
+        if not self.trains_head or not total.requires_grad:
             # DDP waits for a gradient of every parameter; a head without a loss gets zero.
             total = total + 0.0 * logits_NC.float().sum()
         images = labels_N.shape[0]
@@ -199,5 +221,6 @@ class DistillStep(nn.Module):
         counts = torch.full((), float(images), device=labels_N.device)
         metrics = [counts, *(m.detach().float() * images for m in means)]
         if self.counts and answer_NC is not None:
-            metrics.append((answer_NC.detach().argmax(1) == labels_N).sum().float())
+            classes_N = labels_N.argmax(1) if labels_N.is_floating_point() else labels_N
+            metrics.append((answer_NC.detach().argmax(1) == classes_N).sum().float())
         return StepOutput(total, torch.stack(metrics), carry)

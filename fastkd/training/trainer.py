@@ -70,7 +70,8 @@ class Trainer:
 
     # Batches.
     loader: TrainLoader
-    val_loader: EvalLoader
+    val_loader: EvalLoader | None
+    """None without labels to evaluate on: the last epoch is then kept as the best."""
     views: ViewMaker
     """Makes x' of a batch."""
     teacher: Teacher | Ensemble | None
@@ -144,6 +145,11 @@ class Trainer:
         many bad steps, or if not one step was good.
         """
         self.console.stage(self.plan.stage)
+        if self.val_loader is None:
+            self.console.note(
+                "there are no validation labels: no accuracy is measured, and the last epoch is "
+                "kept as the best"
+            )
         with StopSignal() as stop:
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
@@ -213,8 +219,10 @@ class Trainer:
         # Images of bad steps do not count.
         if last and not any(one["images_per_s"] for one in (*self.history, row)):
             raise self.guard.never_good()
-        better = False
-        if last or row["epoch"] % plan.eval_epochs == 0:
+        better = self.val_loader is None
+        if better:
+            progress.best_epoch = row["epoch"]
+        elif last or row["epoch"] % plan.eval_epochs == 0:
             found = self._evaluate()
             row |= of_epoch(found)
             metric = found[headline(found)]
@@ -233,6 +241,7 @@ class Trainer:
         self.console.epoch(row, plan.epochs)
 
     def _evaluate(self) -> dict[str, float]:
+        assert self.val_loader is not None
         kept = self.kept()
         with evaluating(kept):
             return evaluate(
@@ -253,7 +262,9 @@ class Trainer:
     def _keep_best(self, row: dict[str, Any]) -> None:
         if not self.folder or not self.world.is_main:
             return
-        facts = {"epoch": str(row["epoch"]), headline(row): f"{self.progress.best:.6f}"}
+        facts = {"epoch": str(row["epoch"])}
+        if self.val_loader is not None:
+            facts[headline(row)] = f"{self.progress.best:.6f}"
         save_weights(self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts)
 
     def summary(self) -> dict[str, Any]:

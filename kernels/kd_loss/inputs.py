@@ -140,6 +140,12 @@ def _checked_labels(
                 f"of the logits, {_shape(student)} (or class indices as int64)"
             )
         return labels
+    if labels.shape == student.shape:
+        raise ValueError(
+            f"kd_loss: labels are {labels.dtype} of the logits' shape {_shape(student)}; expected "
+            "class indices, one per row, or floating-point probabilities: one-hot labels are "
+            "labels.float()"
+        )
     if labels.dtype == torch.bool:
         raise ValueError(
             "kd_loss: labels are torch.bool; expected class indices (int64), one per row, or "

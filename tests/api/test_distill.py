@@ -277,9 +277,9 @@ def test_a_stopped_run_goes_on_bit_identical(
         )
 
     whole = run("whole")
-    # In the third batch of the second epoch of 8 batches.
+    # In the third batch of the second epoch of 8 batches, after a first look at 16 images.
     with pytest.raises(Interrupted, match=r"stopped at epoch 2, step 3; the state is saved"):
-        run("broken", 120 + 40)
+        run("broken", 16 + 120 + 40)
     assert not (tmp_path / "broken" / "summary.json").exists()
     resumed = run("broken", resume=True)
     assert same(weights(resumed.student), weights(whole.student))

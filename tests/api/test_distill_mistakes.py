@@ -140,7 +140,11 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"train": DataLoader(Stream(), batch_size=4)}, "needs a length"),
         ({"train": iter(LOADER)}, "can be read only once"),
         ({"val": []}, "val_loader needs a length above 0"),
-        ({"val": [{"image": images(8)[0]}]}, "must yield .*, got dict"),
+        (
+            {"val": [{"picture": images(8)[0]}]},
+            "must yield .*, got dict with the keys picture, of which none can be the images",
+        ),
+        ({"train": [{"image": images(8)[0]}]}, "yields images alone, and the loss ce reads lab"),
         ({"val": [(torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long())]}, "floating point"),
         ({"precision": "bf32"}, "precision='bf32'; choose one of auto, bf16"),
         ({"compile": "yes"}, "compile='yes'; choose one of auto, on, off"),

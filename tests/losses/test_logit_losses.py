@@ -156,11 +156,31 @@ def test_dist_with_a_class_that_nobody_gives_a_chance() -> None:
     assert (gradient_NC[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("ce_weight", [0.1, 0.0])
 @pytest.mark.parametrize("standardized", [False, True])
-def test_rows_without_a_label_count_neither_in_a_sum_nor_in_the_divisor(
-    standardized: bool, ce_weight: float
-) -> None:
+def test_a_kd_that_reads_no_labels_counts_rows_without_one(standardized: bool) -> None:
+    """As `KDLoss` does without labels; -100 switches off what reads labels."""
+    student_NC, (teacher_NC,), labels_N = kd_case((7, 5), torch.float32, 1)
+    term = KD(ce_weight=0, temperature=2, standardize=standardized)
+    leaf_NC = student_NC.clone().requires_grad_()
+    s_NC, t_NC = leaf_NC.double(), teacher_NC.double()
+    if standardized:
+        s_NC, t_NC = standardize(s_NC), standardize(t_NC)
+    truth = 0.9 * 4 * kl((t_NC / 2).softmax(1), (s_NC / 2).softmax(1))
+    (expected_NC,) = torch.autograd.grad(-0.37 * truth, leaf_NC)
+    for hidden in ([1, 4, 6], list(range(7))):
+        labels_N[hidden] = -100
+        found = total(term, inputs(leaf_NC, teacher_NC), labels_N)
+        assert found.item() == pytest.approx(truth.item(), rel=1e-5)
+        (gradient_NC,) = torch.autograd.grad(-0.37 * found, leaf_NC)
+        torch.testing.assert_close(gradient_NC, expected_NC, rtol=1e-5, atol=1e-7)
+    if not standardized:
+        drop_in = KDLoss(temperature=2, ce_weight=0, kd_weight=0.9)
+        assert drop_in(student_NC, teacher_NC).item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_rows_without_a_label_count_neither_in_a_sum_nor_in_the_divisor(standardized: bool) -> None:
+    ce_weight = 0.1
     student_NC, (teacher_NC,), labels_N = kd_case((7, 5), torch.float32, 1)
     labels_N[[1, 4, 6]] = -100
     kept = labels_N >= 0

@@ -4,28 +4,35 @@ Their shuffling and augmentation follow from (seed, epoch, step, rank), so that 
 what an uninterrupted one would have seen. The price: batches before the step are drawn again.
 """
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import TensorDataset, default_collate
 
+from fastkd.compute.collectives import all_reduce_sum
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.facts import Facts
-from fastkd.data.loaders.label_rules import LabelRules
+from fastkd.data.loaders.items import item_of
+from fastkd.data.loaders.label_rules import LabelRules, LabelUse, first_kind, unlike
+from fastkd.data.loaders.readable import (
+    BEST,
+    LoaderItem,
+    Shown,
+    check_loader,
+    images_per_epoch,
+    layout_of,
+    num_samples,
+    num_steps,
+    peek,
+)
 from fastkd.data.picture_views import PictureView
-from fastkd.errors import UserError
+from fastkd.errors import RunFailed, UserError
 
 __all__ = [
     "ForeignLoader",
@@ -38,46 +45,15 @@ __all__ = [
     "peek",
 ]
 
-LoaderItem = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
-
-
-class Shown(NamedTuple):
-    """The first batch of a loader."""
-
-    images_NCHW: Tensor
-    labels_N: Tensor
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W]."""
-        _, channels, height, width = self.images_NCHW.shape
-        return (channels, height, width)
-
-    @property
-    def multilabel(self) -> bool:
-        """Whether an image has several labels, [N, C], instead of one class id."""
-        return self.labels_N.dim() == 2
-
-
-def peek(items: Iterable[LoaderItem], device: torch.device, *, channels_last: bool) -> Shown:
-    """The first batch, on the device; UserError if there is none."""
-    item = next(iter(items), None)
-    if item is None:
-        raise UserError("a loader yields nothing: its first batch is missing")
-    images, labels, _ = _parts(item, LabelRules(), device, _layout(channels_last))
-    return Shown(images, labels)
-
-
-def images_per_epoch(items: Iterable[LoaderItem], batch_size: int) -> int:
-    """Number of images in the data set; without a data set, full batches of `batch_size`."""
-    return _num_samples(items) or _steps(items) * batch_size
+_LAST = -1
+"""Sent in place of a number of images by a rank whose loader has ended."""
 
 
 class ForeignLoader:
     """The user's loader, one per rank, with this rank's share of the images.
 
     train: False for evaluation, where the ranks' batches may differ.
-    Labels are class ids [N], or [N, C] if images have several (then float32: 1, 0, -1 unknown).
+    Labels are in the form of `LabelRules.of`.
     """
 
     def __init__(
@@ -92,17 +68,23 @@ class ForeignLoader:
         self.items = items
         self.world = placement.world
         self.device = placement.device
-        self.layout = _layout(placement.channels_last)
+        self.layout = layout_of(placement.channels_last)
         self.seed = seed
         self.rules = rules or LabelRules()
         self.train = train
-        self.steps_per_epoch = _steps(items)
+        self.steps_per_epoch = num_steps(items)
         self.labels_N = _labels_by_id(items, self.rules)
         """Labels by sample id if a loss needs ids, then compared with every batch; else zeros."""
         self._compared = False
         # Sizes are compared on the host: NCCL would wait for the device.
         shared = train and self.world.size > 1
         self._ranks: Any = dist.new_group(backend="gloo") if shared else None
+        lengths = self._of_ranks(self.steps_per_epoch)
+        if len(set(lengths)) > 1:
+            raise UserError(
+                f"the processes have loaders of different lengths ({lengths} batches): give them "
+                f"a torch DistributedSampler, which makes them equal"
+            )
 
     def with_views(self, views: SecondViews) -> Self:
         """This loader itself: each rank mixes its own images, and there are no pictures.
@@ -132,25 +114,69 @@ class ForeignLoader:
                 generator.manual_seed(seed)
         torch.manual_seed(seed)
         items = iter(self.items)
+        known = torch.zeros((), dtype=torch.bool)
         for step in range(self.steps_per_epoch):
             torch.manual_seed(seed << 32 | step)
             item = next(items, None)
             if item is None:
-                return
-            if step < start_step:
-                continue
-            images, labels, ids = _parts(item, self.rules, self.device, self.layout)
-            if self.rules.wants_ids and ids is None:
-                raise UserError(
-                    f"the loss {self.rules.wants_ids} keeps state per sample: make the training "
-                    f"loader yield (images, labels, sample ids)"
-                )
-            if self.rules.wants_ids:
-                self._check_ids(ids, item[1])
-            if ids is None:
-                ids = torch.full((len(labels),), -1, device=self.device)
-            ids = ids.to(self.device, non_blocking=True)
-            yield Batch(images, labels, ids, self._global_size(len(labels)))
+                self._end(step, epoch)
+                break
+            batch, seen = self._batch(item, share=step >= start_step)
+            known = known.to(seen.device) | seen
+            if batch is not None:
+                yield batch
+        if self.train and self.rules.needed and not self.anywhere(bool(known)):
+            raise RunFailed(
+                f"nothing was learned in epoch {epoch + 1}: none of its images has a label, and "
+                f"every loss of this run reads labels ({self.rules.needed} for one). Give labels, "
+                f"or a loss that does without, such as KD(ce_weight=0)"
+            )
+
+    def _batch(self, item: LoaderItem, *, share: bool) -> tuple[Batch | None, Tensor]:
+        """The batch on the device, None if it is not to be shared; whether it has any label."""
+        images, raw, ids = item_of(item)
+        labels = self.rules.of(raw, len(images))
+        seen = self.rules.any_known(labels)
+        if not share:
+            return None, seen
+        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+        if self.rules.wants_ids and ids is None:
+            raise UserError(
+                f"the loss {self.rules.wants_ids} keeps state per sample: make the training "
+                f"loader yield (images, labels, sample ids)"
+            )
+        if self.rules.wants_ids:
+            self._check_ids(ids, labels)
+        elif not _are_ids(ids, len(images)):
+            # Whatever comes third, such as paths; no loss asks for it.
+            ids = torch.full((len(images),), -1, device=self.device)
+        ids = ids.to(self.device, non_blocking=True)
+        size = self._global_size(len(images))
+        labels = labels.to(self.device, non_blocking=True)
+        return Batch(images, labels, ids, size), seen
+
+    def _end(self, drawn: int, epoch: int) -> None:
+        """UserError if the loader has ended before its first batch, or only on this rank."""
+        sizes = self._of_ranks(_LAST)
+        if len(set(sizes)) > 1:
+            raise UserError(_UNEVEN)
+        if not drawn and self.train:
+            raise UserError(
+                f"train_loader yields nothing in epoch {epoch + 1}: it can be read only once. "
+                f"Its __iter__ must begin anew: {BEST}"
+            )
+
+    def _of_ranks(self, number: int) -> list[int]:
+        """This number on every rank."""
+        if self._ranks is None:
+            return [number]
+        numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
+        dist.all_gather(numbers, torch.tensor([number]), group=self._ranks)
+        return [int(one) for one in numbers]
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether it holds on any rank; in an evaluation on this one."""
+        return any(self._of_ranks(int(here)))
 
     def _global_size(self, num: int) -> int:
         """Size of the global batch, given `num` images on this rank; 0 in an evaluation.
@@ -160,11 +186,9 @@ class ForeignLoader:
         """
         if not self.train:
             return 0
-        if self._ranks is None:
-            return num
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
-        dist.all_gather(sizes, torch.tensor([num]), group=self._ranks)
-        found = [int(size) for size in sizes]
+        found = self._of_ranks(num)
+        if _LAST in found:
+            raise UserError(_UNEVEN)
         if min(found) != max(found):
             raise UserError(
                 f"the processes have batches of different sizes ({found}); give the loader a "
@@ -174,7 +198,7 @@ class ForeignLoader:
 
     def _check_ids(self, ids: Any, labels: Tensor) -> None:
         """UserError for ids without a sample, and for labels that differ from the loss's record."""
-        if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
+        if not _are_ids(ids, len(labels)):
             got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids)
             raise UserError(f"sample ids must be whole numbers [N], one per image; got {got}")
         on_host = ids.device.type == labels.device.type == "cpu"
@@ -201,38 +225,13 @@ class ForeignLoader:
             )
 
 
-def _parts(
-    item: Any, rules: LabelRules, device: torch.device, layout: torch.memory_format
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Images and labels on the device, and the sample ids if there are any."""
-    if not isinstance(item, tuple | list) or not 2 <= len(item) <= 3:
-        raise UserError(
-            f"a loader must yield (images, labels) or (images, labels, sample ids), got "
-            f"{type(item).__name__}; wrap it in a generator class that picks them out"
-        )
-    images, labels, *ids = item
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        what = (
-            f"{list(images.shape)} of {images.dtype}"
-            if isinstance(images, Tensor)
-            else type(images).__name__
-        )
-        raise UserError(
-            f"images must be [N, C, H, W], floating point and normalised as the networks want "
-            f"them, got {what}"
-        )
-    images = images.to(device, non_blocking=True, memory_format=layout)
-    rules.check(labels)
-    multilabel = labels.dim() == 2
-    if rules.multilabel not in (None, multilabel):
-        kinds = {True: "[N, classes], several per image", False: "[N], one class id per image"}
-        raise UserError(
-            f"this loader gives labels {kinds[multilabel]}, another one of this run gives "
-            f"{kinds[not multilabel]}: make them alike"
-        )
-    dtype = torch.float32 if multilabel else torch.int64
-    labels = labels.to(device, dtype, non_blocking=True)
-    return images, labels, ids[0] if ids else None
+def _are_ids(ids: Any, num: int) -> bool:
+    return (
+        isinstance(ids, Tensor)
+        and ids.shape == (num,)
+        and not ids.is_floating_point()
+        and not ids.is_complex()
+    )
 
 
 @dataclass(frozen=True)
@@ -240,77 +239,120 @@ class ForeignPair:
     """Both of the user's loaders, and what networks and losses must know about them."""
 
     train: ForeignLoader
-    val: ForeignLoader
+    val: ForeignLoader | None
+    """None without labels to evaluate on."""
     facts: Facts
 
 
 def open_foreign(
     train_items: Iterable[LoaderItem],
-    val_items: Iterable[LoaderItem],
+    val_items: Iterable[LoaderItem] | None,
     shown: Shown,
+    use: LabelUse,
     *,
     num_classes: int,
     seed: int,
     placement: Placement,
-    wants_ids: str | None = None,
-    wants_classes: str | None = None,
 ) -> ForeignPair:
     """Both loaders in the trainer's protocol.
 
-    shown: the first batch of one of them; both yield labels of its kind.
-    wants_ids, wants_classes: what losses need from the training labels, see `LabelRules`.
+    shown: the first batch of training.
 
     Raises:
-        UserError: a loss wants sample ids and the data set does not say its labels.
+        UserError: labels that the losses or the evaluation cannot use, as the first batches show
+            them; no validation image has a label; a loss wants sample ids and the data set does not
+            say its labels.
     """
-    val_rules = LabelRules(multilabel=shown.multilabel, num_classes=num_classes)
-    rules = replace(val_rules, wants_ids=wants_ids, wants_classes=wants_classes)
+    if use.reads and shown.labels is None:
+        raise UserError(
+            f"train_loader yields images alone, and the loss {use.reads} reads labels: yield "
+            f"(images, labels), or use a loss that does without, such as KD(ce_weight=0)"
+        )
+    judged = None if val_items is None else peek("val_loader", val_items, placement).labels
+    kind = first_kind(shown.labels, use, num_classes)
+    if judged is not None:
+        measured = first_kind(judged, use, num_classes)
+        if use.reads and measured != kind:
+            raise unlike(kind)
+        # Without a loss that reads labels, those of validation say what is measured.
+        kind = measured
+    rules = LabelRules(
+        kind=kind,
+        num_classes=num_classes,
+        read=use.reads is not None,
+        needed=use.needed,
+        soft=use.soft,
+        wants_ids=use.ids,
+        wants_classes=use.classes,
+    )
+    first = _checked("train_loader", shown, rules)
+    _check_stored("train_loader", train_items, rules)
+    val_rules = LabelRules(kind=kind, num_classes=num_classes, nearest=True)
     train = ForeignLoader(train_items, placement, seed, rules)
-    val = ForeignLoader(val_items, placement, seed, val_rules, train=False)
+    val = None
+    if val_items is not None and judged is not None:
+        _check_stored("val_loader", val_items, val_rules)
+        _check_validation(val_items, val_rules, placement.world)
+        val = ForeignLoader(val_items, placement, seed, val_rules, train=False)
     facts = Facts(
         image_shape=shown.image_shape,
         num_classes=num_classes,
         labels_N=train.labels_N,
-        multilabel=shown.multilabel,
+        multilabel=kind == "multi",
         normalization=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        labelled=train.anywhere(bool(rules.any_known(first))),
     )
     return ForeignPair(train, val, facts)
 
 
-def check_loader(
-    name: str, loader: Iterable[LoaderItem], world: World, *, exact: bool = False
-) -> None:
-    """UserError for a loader that has no length, can be read only once, or is not sharded.
-
-    exact: the ranks together must see every image once, as in an evaluation.
-    """
-    wanted = "a torch DataLoader over a map-style data set"
+def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:
+    """The labels of a first batch, checked on the host wherever they are."""
+    labels = shown.labels.cpu() if isinstance(shown.labels, Tensor) else shown.labels
     try:
-        if not isinstance(loader, Sized) or not len(loader):
-            raise TypeError
-    except TypeError:
-        raise UserError(f"{name} needs a length above 0: {wanted}") from None
-    if isinstance(loader, Iterator):
-        raise UserError(f"{name} can be read only once, and an epoch is not enough: {wanted}")
-    if world.size == 1 or not isinstance(loader, DataLoader):
+        return rules.of(labels, len(shown.images_NCHW))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _check_stored(name: str, items: Iterable[LoaderItem], rules: LabelRules) -> None:
+    """UserError for labels that cannot be used, where all can be read at once, without images."""
+    if isinstance(items, list | tuple):
+        for item in items:
+            images, labels, _ = item_of(item)
+            _checked(name, Shown(images, labels), rules)
+    dataset = getattr(items, "dataset", None)
+    # Not of a subclass, which may yield something else.
+    if type(dataset) is not TensorDataset or len(dataset.tensors) < 2:
         return
-    shares = "sampler=torch.utils.data.DistributedSampler(dataset)"
-    if exact:
-        shares = "sampler=range(rank, len(dataset), world_size)"
-    # A DataLoader with a batch sampler, which may shard, also has a sampler that it does not use.
-    own = type(loader.batch_sampler) is not BatchSampler and loader.batch_sampler is not None
-    if not own and isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    if getattr(items, "collate_fn", None) is default_collate:
+        images, labels, *_ = dataset.tensors
+        _checked(name, Shown(images, labels), rules)
+
+
+def _check_validation(items: Iterable[LoaderItem], rules: LabelRules, world: World) -> None:
+    """UserError if no validation image of any rank has a label; reads on until one has."""
+    found = False
+    for item in items:
+        images, labels, _ = item_of(item)
+        known = _checked("val_loader", Shown(images, labels), rules)
+        found = bool((known == 1).any() if known.dim() == 2 else rules.any_known(known))
+        if found:
+            break
+    anywhere = torch.tensor(float(found), device=world.device)
+    if world.size > 1:
+        all_reduce_sum(anywhere)
+    if not anywhere.item():
+        none = "no positive label" if rules.kind == "multi" else "no label (all are -100)"
         raise UserError(
-            f"{name} gives each of the {world.size} processes all images: pass {shares} to the "
-            f"DataLoader"
+            f"the images of val_loader have {none}, so nothing can be measured on them: give "
+            f"labels, or val_loader=None, which measures nothing and keeps the last epoch"
         )
-    if exact and isinstance(loader.sampler, DistributedSampler):
-        images = len(loader.sampler.dataset)  # type: ignore[arg-type]
-        if images % world.size:
-            raise UserError(
-                f"{name} counts some images twice or not at all: its DistributedSampler gives each "
-                f"of the {world.size} processes equally many of {images}: pass {shares} instead"
-            )
+
+
+_UNEVEN = (
+    "the processes have different numbers of batches in an epoch: give the loader a torch "
+    "DistributedSampler, which makes them equal"
+)
 
 
 def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
@@ -320,7 +362,7 @@ def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
     are file names.
     """
     if rules.wants_ids is None:
-        return torch.zeros(_num_samples(items), dtype=torch.int64)
+        return torch.zeros(num_samples(items), dtype=torch.int64)
     wanted = (
         f"the loss {rules.wants_ids} needs the label of every training sample: give the "
         f"loader's dataset an attribute `targets`, a list of labels by sample id"
@@ -330,22 +372,9 @@ def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
         raise UserError(wanted)
     try:
         targets_M = torch.as_tensor(targets).cpu()
-        rules.check(targets_M)
-    except (TypeError, ValueError, RuntimeError, UserError) as error:
+        if targets_M.dim() == 1 + (rules.kind == "multi"):
+            return replace(rules, read=True).of(targets_M, len(targets_M))
+    except (TypeError, ValueError, RuntimeError) as error:
+        # A UserError is a ValueError too.
         raise UserError(f"{wanted}; in what it has, {error}") from None
-    if targets_M.dim() != 1 + bool(rules.multilabel):
-        raise UserError(f"{wanted} as it yields them; it has {list(targets_M.shape)}")
-    return targets_M if rules.multilabel else targets_M.long()
-
-
-def _steps(items: Iterable[LoaderItem]) -> int:
-    return len(items) if isinstance(items, Sized) else 0
-
-
-def _num_samples(items: Iterable[LoaderItem]) -> int:
-    dataset = getattr(items, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else 0
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+    raise UserError(f"{wanted} as it yields them; it has {list(targets_M.shape)}")

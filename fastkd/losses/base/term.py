@@ -23,7 +23,8 @@ class TermInputs(NamedTuple):
     tensors: Mapping[str, Tensor]
     """One tensor per need, keyed by its spelling. Teacher tensors carry no gradient."""
     labels_N: Tensor
-    """int64 class ids; for images with several labels float32 [N, C] (`fastkd.data.batch`)."""
+    """int64 class ids; for images with several labels float32 [N, C] (`fastkd.data.batch`). A term
+    with `takes_soft_labels` may get float32 rows of probabilities [N, C]."""
     index_N: Tensor
     """int64 sample ids, stable over epochs, in 0..num_samples-1."""
     schedule: Mapping[str, Tensor]
@@ -87,6 +88,8 @@ class LossTerm(nn.Module):
     """Which labels the term reads: class ids [N], or [N, C]; None if it reads none."""
     takes_no_label: bool = False
     """Whether the loss accepts unlabelled images (label -100)."""
+    takes_soft_labels: bool = False
+    """Whether class ids may also come as rows of probabilities [N, C], as after MixUp."""
     uses_index: bool = False
     """True if the term keeps state per sample id, so that every batch must carry real ids."""
 
