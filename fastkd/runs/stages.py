@@ -5,6 +5,7 @@ the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,7 +113,11 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
     """
     teachers = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
-    build_stage(recipe, data, teachers, silent)
+    trainer = build_stage(recipe, data, teachers, silent)
+    trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
+    if recipe.compile == "on" and trains_first:
+        # Whether the student's step compiles would come out only after those.
+        trainer.try_step()
     return teachers
 
 
@@ -171,7 +176,8 @@ def build_stage(
     checkpoint: the checkpoint that the caller will resume.
     """
     # Graphs of earlier stages are no longer needed, and a long sweep would reach the limit of 256.
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     torch.manual_seed(recipe.seed)
     net = load_net(recipe.student, data, recipe.student.weights)
     # What compile=auto resolved to when the run began: on another device it could differ. The
@@ -194,6 +200,7 @@ def build_stage(
             sync_bn=recipe.sync_bn,
             max_skips=recipe.max_skips,
             compile=compile,
+            compile_reason="checkpoint" if checkpoint else "key",
         ),
         placement=session.placement(recipe),
         output=Output(folder, session.console),

@@ -14,7 +14,10 @@ and nowhere else.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,6 +51,7 @@ from fastkd.training.checkpointing import (
 )
 from fastkd.training.ema import EMA
 from fastkd.training.epoch_end import summary_of, sync_statistics, training_row
+from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Progress
@@ -100,6 +104,8 @@ class Trainer:
     """Counts bad steps."""
     ema: EMA | None = field(init=False)
     """Average of the student."""
+    fallback: Fallback = field(init=False)
+    """Runs the compiled parts, eagerly if they do not compile."""
     metric_names: tuple[str, ...] = field(init=False)
     totals_M: Tensor = field(init=False)
     """fp64 sums over the epoch's good steps on this rank, in the order of `metric_names`."""
@@ -110,6 +116,7 @@ class Trainer:
         self.optimizer = self.update.optimizer
         self.guard = self.update.guard
         self.ema = self.update.ema
+        self.fallback = self.update.fallback
         self.metric_names = self.update.metric_names
         self.totals_M = self.update.totals_M
 
@@ -130,7 +137,7 @@ class Trainer:
         many bad steps, or if not one step was good.
         """
         self.console.stage(self.plan.stage)
-        with StopSignal() as stop:
+        with StopSignal() as stop, closing(self.fallback):
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()
@@ -173,7 +180,7 @@ class Trainer:
                 return
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
-            targets = self.teacher(views) if self.teacher else {}
+            targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
             targets |= self.views.xprime_targets(batch, targets, epoch, step, rows_of_ranks)
@@ -185,6 +192,13 @@ class Trainer:
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""
         self.update(prepared, epoch, step)
+
+    def try_step(self) -> None:
+        """One step, to find what fails in it; the trainer and its student are then spoilt."""
+        self.runner.train()
+        with closing(self.fallback):
+            for prepared in islice(self.prepare(0), 1):
+                self.optimize(prepared, 0, 0)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best, write one row, save."""
