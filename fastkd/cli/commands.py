@@ -5,7 +5,6 @@ start-up time: `fastkd --help` and `fastkd recipes` do not wait for torch.
 """
 
 import atexit
-import errno
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from fastkd.cli.arguments import parse
 from fastkd.errors import FastKDError
+from fastkd.storage.atomic import FULL, sentence
 
 __all__ = ["main"]
 
@@ -51,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # `fastkd models | head`: the reader closed the pipe, which is not an error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # Without a file it is no answer of a disk, but a mistake of ours.
+        if error.filename is None and error.errno not in FULL:
             raise
-        _complain(f"no space left on the disk: {error.filename or 'a file'} could not be written")
+        _complain(sentence(error))
         return 1
     except KeyboardInterrupt:
         _complain("stopped")

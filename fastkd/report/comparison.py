@@ -53,9 +53,9 @@ def finish_report(
     if paper:
         summary["paper"] = paper.facts
         rows += [paper.row] if paper.row else []
-    plots.plot_curves(folder.path / "curves.png", curves)
+    drawn = plots.draw_curves(folder.path / "curves.png", curves)
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     console.comparison(rows)
     if paper:
         console.note(paper.text)
-    console.note(f"curves {folder.path / 'curves.png'}")
+    console.note(drawn)

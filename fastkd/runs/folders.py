@@ -14,6 +14,7 @@ from fastkd.output.run_folder import RunFolder, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.storage.atomic import writing
 
 __all__ = ["RunIdentity", "choose_folder", "stage_folder"]
 
@@ -80,7 +81,8 @@ def choose_folder(
 
 def stage_folder(run: RunIdentity, path: Path) -> RunFolder:
     """Folder of a teacher or a baseline; an existing one is resumed."""
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder.open(path)
     if not (path / "config.yaml").exists():
         _describe(run, folder)

@@ -280,7 +280,7 @@ def _go_on(
     if checkpoint is not None:
         trainer.resume(checkpoint)
     elif session.world.is_main:
-        folder.cut_metrics(0)
+        folder.set_metrics(())
 
 
 def teacher_folder(lesson: Recipe, session: Session) -> Path:

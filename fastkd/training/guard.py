@@ -83,7 +83,7 @@ class Guard:
 
     @torch.no_grad()
     def undo_step(self) -> None:
-        """Put back the buffers of a step that broke off; it did not come to the optimizer."""
+        """Put back the buffers of a step that was interrupted; it did not come to the optimizer."""
         for current, saved in _by_dtype(self._buffers(), self._saved):
             torch._foreach_copy_(current, saved)
 

@@ -286,7 +286,7 @@ class Trainer:
         plan, progress = self.plan, self.progress
         restore(checkpoint, plan.digest, self.saved_parts())
         if self.folder and self.world.is_main:
-            self.folder.cut_metrics(progress.rows)
+            self.folder.set_metrics(self.history)
         if progress.epoch == plan.epochs:
             self.console.note(f"resumed {plan.stage} after its last epoch, {plan.epochs}")
             return

@@ -134,7 +134,7 @@ class Update:
         return loss, sums, commits
 
     def _undo(self) -> None:
-        """Forget a computation that broke off."""
+        """Forget a computation that failed half-way."""
         self.guard.undo_step()
         self.optimizer.zero_grad(set_to_none=True)
 

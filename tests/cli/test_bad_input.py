@@ -310,7 +310,7 @@ def full_disk(after):
 
 
 def test_a_full_disk_before_the_first_file(expect_refusal, monkeypatch):
-    monkeypatch.setattr(fastkd.output.run_folder.os, "fsync", full_disk(after=0))
+    monkeypatch.setattr(os, "fsync", full_disk(after=0))
     expect_refusal(
         "no space left on the disk: runs/quickstart/",
         "train",
