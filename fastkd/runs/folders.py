@@ -6,17 +6,18 @@ result leaves no folder behind.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
-from fastkd.output.run_folder import RunFolder, find_resumable
+from fastkd.output.run_folder import RunFolder, find_finished, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.storage.atomic import writing
 
-__all__ = ["RunIdentity", "choose_folder", "stage_folder"]
+__all__ = ["RunIdentity", "choose_folder", "finished_before", "stage_folder"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,19 @@ def choose_folder(
         # If there is a checkpoint, its own digest is compared when it is opened.
         _describe_or_compare(run, found)
     return _equipped(run, found), True
+
+
+def finished_before(run: RunIdentity, root: Path) -> dict[str, Any] | None:
+    """The summary of the run that `--resume auto` means, if it has come to its end; else None.
+
+    A job that a scheduler starts again after its last step has nothing to do.
+    """
+    if run.out is None:
+        if find_resumable(root, run.name, run.digest):
+            return None
+        return find_finished(root, run.name, run.digest)
+    summary = RunFolder(run.out).summary()
+    return summary if summary and summary.get("digest") == run.digest else None
 
 
 def stage_folder(run: RunIdentity, path: Path) -> RunFolder:

@@ -27,7 +27,7 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
-from fastkd.runs.folders import RunIdentity, choose_folder, stage_folder
+from fastkd.runs.folders import RunIdentity, choose_folder, finished_before, stage_folder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
@@ -64,11 +64,17 @@ class Session:
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
     """Train everything in the recipe and return its summary.
 
-    resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
+    resume: None, "auto" (the newest unfinished run of this digest, else a finished one, else a new
+    one) or a run folder.
     """
+    identity = RunIdentity.of(recipe)
+    if resume == "auto" and (
+        finished := on_main(session.world, lambda: finished_before(identity, session.root))
+    ):
+        session.console.note(f"{recipe.name}: finished before, nothing to resume")
+        return finished
     data = open_recipe_data(recipe, session)
     teachers = _try_out(recipe, data, session)
-    identity = RunIdentity.of(recipe)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )

@@ -228,10 +228,9 @@ def test_a_dry_run_with_auto_shows_what_the_run_would_do(command, machine, pays,
 
 def test_an_unusable_folder_does_not_hinder_a_run_without_compiling(program, tmp_path):
     """torch makes the folder as soon as there is an optimizer."""
-    said = program(
-        "-m", "fastkd", "train", "quickstart", *WORDS, "compile=off",
-        cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/nowhere", FASTKD_CACHE=str(tmp_path / "c"),
-    )  # fmt: skip
+    environment = {"TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere", "FASTKD_CACHE": str(tmp_path / "c")}
+    words = ["-m", "fastkd", "train", "quickstart", *WORDS, "compile=off"]
+    said = program(*words, cwd=tmp_path, **environment)
     assert "accuracy" in said.out
 
 
