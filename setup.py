@@ -2,7 +2,7 @@
 
 An editable install is a plain path in site-packages: `.editable/`, which holds nothing but a link
 to `fastkd/`, in which a link leads to `kernels/`. With setuptools' import hook in its place, the
-folder above a clone named fastkd would hide the package: there the clone itself looks like a package
+folder above a clone named fastkd would hide the package: there the clone looks like a package
 without `__init__.py`, and Python asks hooks last.
 
 The core (`libfastkd_cpu.so`) needs neither torch nor Python to build: it is a plain C library that
