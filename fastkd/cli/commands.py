@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkd.cli.arguments import parse
 from fastkd.errors import FastKDError
+from fastkd.output.streams import discard
 from fastkd.storage.atomic import FULL, sentence
 
 __all__ = ["main"]
@@ -33,6 +35,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code. With several ranks an error ends the process."""
+    _prepare_streams()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with warnings.catch_warnings():
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # `fastkd models | head`: the reader closed the pipe, which is not an error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard(sys.stdout)
             return 0
         # Without a file it is no answer of a disk, but a mistake of ours.
         if error.filename is None and error.errno not in FULL:
@@ -59,6 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+
+
+def _prepare_streams() -> None:
+    """Standard streams that take any text; closed ones lead nowhere.
+
+    A file that is opened later would else get the number of a closed stream, and what is printed.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue  # open, but Python was told not to use it
+            while os.open(os.devnull, os.O_WRONLY) < number:
+                pass
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, TextIOWrapper):
+            # Names of files and classes may not exist in the encoding of a terminal.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code: int) -> NoReturn:

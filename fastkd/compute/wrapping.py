@@ -43,7 +43,7 @@ def wrap_ddp(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, names)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     return DistributedDataParallel(
         step,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
 

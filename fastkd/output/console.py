@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.table import Column
+from typing_extensions import override
 
 from fastkd.evaluation.headline import HEADLINES
+from fastkd.output.streams import discard
 from fastkd.output.table import comparison_table
 
 if TYPE_CHECKING:
@@ -32,6 +34,18 @@ _OF_AN_EPOCH = {
 }
 
 
+_LEAST_WIDTH, _USUAL_WIDTH = 20, 80
+
+
+class _Screen(RichConsole):
+    """When the reader of its output has gone, the run goes on without one."""
+
+    @override
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard(self.file)
+
+
 class Console:
     """The output of one process; with `enabled=False` there is none.
 
@@ -43,7 +57,10 @@ class Console:
         self, *, enabled: bool = True, file: TextIO | None = None, live: bool | None = None
     ) -> None:
         self._enabled = enabled
-        self._rich = RichConsole(file=file, force_terminal=live, highlight=False, soft_wrap=False)
+        self._rich = _Screen(file=file, force_terminal=live, highlight=False, soft_wrap=False)
+        # COLUMNS may be anything, and in 0 columns nothing would be printed.
+        if self._rich.width < _LEAST_WIDTH:
+            self._rich.width = _USUAL_WIDTH
         self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: Progress | None = None
         self._stage = ""
@@ -70,6 +87,9 @@ class Console:
     def note(self, text: str) -> None:
         """One line, above the live one."""
         if self._enabled:
+            # A path may have characters that the encoding of the terminal lacks.
+            encoding = self._rich.encoding
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
             self._rich.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import yaml
 from pydantic import BaseModel
 
+from fastkd.config.docstrings import docstring_of
 from fastkd.config.mistakes import entries_of, section_of
 from fastkd.losses.base.registry import config_class
 from fastkd.recipe.schema import Recipe
@@ -66,7 +67,7 @@ def _optional_sections(section: type[BaseModel], prefix: str) -> dict[str, str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner and field.default is None:
-            what = " ".join((field.description or inner.__doc__ or "").split())
+            what = " ".join((field.description or docstring_of(inner)).split())
             found[f"{prefix}{name}"] = f"{what} Keys: {', '.join(inner.model_fields)}."
         elif inner:
             found |= _optional_sections(inner, f"{prefix}{name}.")

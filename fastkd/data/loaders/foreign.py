@@ -24,6 +24,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.label_rules import LabelRules
+from fastkd.data.loaders.workers import from_workers
 from fastkd.data.picture_views import PictureView
 from fastkd.errors import UserError
 
@@ -61,7 +62,7 @@ class Shown(NamedTuple):
 
 def peek(items: Iterable[LoaderItem], device: torch.device, *, channels_last: bool) -> Shown:
     """The first batch, on the device; UserError if there is none."""
-    item = next(iter(items), None)
+    item = next(from_workers(items, "num_workers"), None)
     if item is None:
         raise UserError("a loader yields nothing: its first batch is missing")
     images, labels, _ = _parts(item, LabelRules(), device, _layout(channels_last))
@@ -131,7 +132,7 @@ class ForeignLoader:
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
         torch.manual_seed(seed)
-        items = iter(self.items)
+        items = from_workers(iter(self.items), "num_workers")
         for step in range(self.steps_per_epoch):
             torch.manual_seed(seed << 32 | step)
             item = next(items, None)
