@@ -69,7 +69,8 @@ def take_ranks(environment: MutableMapping[str, str]) -> str | None:
                 f"MASTER_PORT to a free port, or let torchrun start them; to train one each, set "
                 f"WORLD_SIZE=1"
             )
-        environment |= {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": local_rank or rank}
+        own = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": local_rank or rank}
+        environment.update(own)
         return launcher.name
     return None
 
