@@ -160,13 +160,14 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             device_type=world.device.type,
         )
         began = on_main(world, lambda: _compile_of(out)) if resume else None
+        settled: CompileSwitch = began or ("on" if pays else "off")
         reason: CompileReason = "checkpoint" if began else "auto" if compile == "auto" else "key"
         settings = TrainingSettings(
             optim=config,
             xprime=xprime,
             pick=picking,
             ema=ema,
-            compile=began or ("on" if pays else "off"),
+            compile=settled,
             compile_reason=reason,
             fullgraph=False,
         )

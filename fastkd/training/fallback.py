@@ -40,7 +40,7 @@ class Fallback:
     ) -> None:
         self._decisions = decisions
         self._compiled = compiled
-        self._reason = reason
+        self._reason: CompileReason = reason
         self._say = say
         self._stopped = False
 

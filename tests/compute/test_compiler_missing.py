@@ -205,6 +205,31 @@ def test_on_is_refused_before_anything_is_made(machine, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+TWO_RANKS = """
+from fastkd.compute import compiling
+from fastkd.compute.ranks import open_world
+from fastkd.errors import UserError
+
+with open_world("cpu") as world:
+    # The second host alone has no compiler.
+    compiling.compiler_problem = lambda _: "no g++: install it" if world.rank else None
+    print(compiling.compiler_works(world, "auto", print))
+    try:
+        compiling.compiler_works(world, "key", print)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_ranks_agree_on_what_one_of_them_lacks(ranks):
+    for said in ranks(2, "-c", TWO_RANKS):
+        assert said.out.splitlines() == [
+            "note: this run is not compiled: no g++: install it",
+            "False",
+            "compile=on, but no g++: install it, or set compile=off",
+        ]
+
+
 WORDS = ("teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs=", "epochs=1")
 
 
