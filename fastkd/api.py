@@ -159,15 +159,14 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             images=data.images * epochs,
             device_type=world.device.type,
         )
-        began = on_main(world, lambda: _compile_of(out)) if resume else None
-        settled: CompileSwitch = began or ("on" if pays else "off")
+        began: CompileSwitch | None = on_main(world, lambda: _compile_of(out)) if resume else None
         reason: CompileReason = "checkpoint" if began else "auto" if compile == "auto" else "key"
         settings = TrainingSettings(
             optim=config,
             xprime=xprime,
             pick=picking,
             ema=ema,
-            compile=settled,
+            compile=began or ("on" if pays else "off"),
             compile_reason=reason,
             fullgraph=False,
         )
