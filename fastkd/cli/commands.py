@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             module, function = _COMMANDS[options.command]
             code = getattr(import_module(module), function)(options) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # what fails in writing shall fail here
         return code
     except FastKDError as error:
         _complain(str(error), every_rank=not error.shared)
