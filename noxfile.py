@@ -90,12 +90,12 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """The import contracts and pyright, on a copy that is laid out as fastkd is installed.
 
-    The default editable install maps `kernels/` to `fastkd.kernels` by an import hook that neither
-    tool sees. Both read their tables of pyproject.toml.
+    A clone that is not installed has no `fastkd.kernels`. Both read their tables of pyproject.toml.
     """
     copy = Path(session.create_tmp()).resolve() / "copy"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT / "fastkd", copy / "fastkd")
+    # An editable install has put a link to kernels/ into fastkd/.
+    shutil.copytree(ROOT / "fastkd", copy / "fastkd", ignore=shutil.ignore_patterns("kernels"))
     shutil.copytree(ROOT / "kernels", copy / "fastkd" / "kernels")
     shutil.copy(ROOT / "pyproject.toml", copy)
     pyright = ["pyright", "--pythonpath", shutil.which("python") or "python"]

@@ -1,5 +1,10 @@
 """Maps `kernels/` to `fastkd.kernels` and builds the C++ core; all metadata is in pyproject.toml.
 
+An editable install is a plain path in site-packages: `.editable/`, which holds nothing but a link
+to `fastkd/`, in which a link leads to `kernels/`. With setuptools' import hook in its place, the
+folder above a clone named fastkd would hide the package: there the clone looks like a package
+without `__init__.py`, and Python asks hooks last.
+
 The core (`libfastkd_cpu.so`) needs neither torch nor Python to build: it is a plain C library that
 `kernels/_library.py` opens with ctypes. Without a C++ compiler, or with FASTKD_NO_CPP=1 in the
 environment, fastkd installs without it and `fastkd doctor` says so.
@@ -58,11 +63,23 @@ class BuildCore(build_ext):
                 )
 
 
+def linked() -> dict[str, str]:
+    """Make the links of an editable install; where its packages are."""
+    links = {ROOT / ".editable" / "fastkd": "../fastkd", ROOT / "fastkd" / "kernels": "../kernels"}
+    for link, target in links.items():
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+    return {"": ".editable"}
+
+
 KERNELS = ["fastkd.kernels"] + [f"fastkd.kernels.{p}" for p in find_packages("kernels")]
+# The word with which pip asks for an editable install (PEP 660).
+EDITABLE = linked() if "editable_wheel" in sys.argv else None
 
 setup(
-    packages=find_packages(include=["fastkd", "fastkd.*"]) + KERNELS,
-    package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
+    packages=find_packages(include=["fastkd", "fastkd.*"], exclude=["fastkd.kernels*"]) + KERNELS,
+    package_dir=EDITABLE or {"fastkd": "fastkd", "fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed", "losses/__init__.pyi", "recipes/published.json"]},
     # Only where a compiler exists but CMake does not is CMake asked of the package index.
     setup_requires=["cmake>=3.18"] if core_is_wanted() and not shutil.which("cmake") else [],

@@ -12,10 +12,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastkd.kernels import attention_loss
-from fastkd.kernels._library import Impl
 from torch.profiler import ProfilerActivity, profile
 
+from fastkd.kernels import attention_loss
+from fastkd.kernels._library import Impl
 from fastkd.testing import (
     assert_loss_as_accurate,
     eager_attention_loss,

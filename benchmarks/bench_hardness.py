@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastkd.kernels import hardness, select_hardest
-from fastkd.kernels._library import Impl
 from torch import Tensor
 
+from fastkd.kernels import hardness, select_hardest
+from fastkd.kernels._library import Impl
 from fastkd.testing import assert_as_accurate, eager_hardness, freshly_compiled, shape_id, ulp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

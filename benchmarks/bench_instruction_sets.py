@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from fastkd.kernels._library import Core, core
 from fastkd.kernels.attention_map import cpu as attention_map
 from fastkd.kernels.hardness import cpu as hardness

@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 import torch
+
 from fastkd.kernels import kd_loss_mean
 from fastkd.kernels._library import Impl
-
 from fastkd.losses import KDLoss
 from fastkd.testing import (
     assert_loss_as_accurate,

@@ -13,11 +13,11 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastkd.kernels import mix
 from fastkd.kernels._library import Impl
 from fastkd.kernels.mix.reference import mix_reference
-from torch import Tensor
-
 from fastkd.testing import assert_as_accurate, freshly_compiled, shape_id
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
-from fastkd.compute.compiling import CompileChoice
+from fastkd.compute.compiling import CompileChoice, CompileReason, CompileSwitch
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import PrecisionChoice, resolve_precision
@@ -42,6 +42,7 @@ from fastkd.models.unwrap import uncompiled, unwrapped
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
+from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.arguments import (
     check_choice,
@@ -158,8 +159,9 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         for model in (student, *teachers):
             model.to(world.device)
         placement = Placement(world, resolve_precision(precision, world.device), channels_last)
+        console = Console(enabled=world.is_main and not quiet)
         data = _data((train_loader, val_loader), student, terms, placement, seed)
-        compiled = decide_compile(
+        pays = decide_compile(
             compile,
             student=student,
             teachers=teachers,
@@ -168,13 +170,15 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             images=data.images * epochs,
             device_type=world.device.type,
         )
+        began: CompileSwitch | None = on_main(world, lambda: _compile_of(out)) if resume else None
+        reason: CompileReason = "checkpoint" if began else "auto" if compile == "auto" else "key"
         settings = TrainingSettings(
             optim=config,
             xprime=xprime,
             pick=picking,
             ema=ema,
-            # Decided this early because the digest includes the decision.
-            compile="on" if compiled else "off",
+            compile=began or ("on" if pays else "off"),
+            compile_reason=reason,
             fullgraph=False,
         )
         # The losses start from the same random draws in every call and on every rank.
@@ -183,7 +187,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         stack.callback(remove_taps, student, *teachers)
         digest = _digest(
             _facts_of(student, teachers, terms, config),
-            (epochs, seed, xprime, accumulate, ema, placement.precision.name, compiled),
+            (epochs, seed, xprime, accumulate, ema, placement.precision.name, pays),
             data.loader.steps_per_epoch,
             picking,
         )
@@ -201,7 +205,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             data=data,
             settings=settings,
             placement=placement,
-            output=Output(console=Console(enabled=world.is_main and not quiet)),
+            output=Output(console=console),
         )
         # Made only now: a mistake found above creates no folder and deletes none of the user's.
         folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
@@ -241,6 +245,14 @@ def _data(
     # A loader without a data set to count: assume that all batches are like the first.
     images = images_per_epoch(train_items, len(shown.images_NCHW) * placement.world.size)
     return TrainData(pair.train, pair.val, pair.facts, images)
+
+
+def _compile_of(out: str | Path | None) -> CompileSwitch | None:
+    """What the run in this folder came to when it began; None if it has no checkpoint yet."""
+    last = Path(out) / "last.pt" if out is not None else None
+    if last is None or not last.exists():
+        return None
+    return Checkpoint.open(last).state["decisions"]["compile"]
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:

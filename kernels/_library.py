@@ -9,7 +9,9 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
+import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,6 +178,10 @@ def triton_reason() -> str | None:
     """Why the Triton kernels cannot run on a GPU here, or None. Asks no device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    given = os.environ.get("CC")
+    names = (given.split()[0],) if given and given.split() else ("gcc", "clang")
+    if not any(map(shutil.which, names)) and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a C compiler and finds none ({' or '.join(names)}); install gcc"
     return None
 
 

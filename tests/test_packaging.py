@@ -32,16 +32,22 @@ def python(code: str, cwd: Path, **environment: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of what git would ship, so that nothing here touches the tree under test."""
-    target = tmp_path / "checkout"
+    return copied(tmp_path / "checkout")
+
+
+def copied(target: Path) -> Path:
     target.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, target)
     for name in ("README.md", "CHANGELOG.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, target)
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("fastkd", "kernels"):
-        shutil.copytree(ROOT / name, target / name, ignore=skip)
+    skip = ("*.so", "__pycache__", "*.egg-info")
+    # fastkd/kernels is a link that an editable install has made.
+    shutil.copytree(
+        ROOT / "fastkd", target / "fastkd", ignore=shutil.ignore_patterns(*skip, "kernels")
+    )
+    shutil.copytree(ROOT / "kernels", target / "kernels", ignore=shutil.ignore_patterns(*skip))
     return target
 
 
@@ -188,6 +194,74 @@ def test_bare_checkout_and_foreign_name_are_one_clear_sentence(
     assert "Install the checkout once: pip install -e ." in done.stderr
     done = run(sys.executable, "-c", "import kernels", cwd=checkout)
     assert "this folder is the package `fastkd.kernels`" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A clone named fastkd, installed with `pip install -e .`; its folder and the interpreter."""
+    base = tmp_path_factory.mktemp("home")
+    checkout = copied(base / "fastkd")
+    run(sys.executable, "-m", "venv", "--without-pip", base / "venv", cwd=base)
+    (site,) = (base / "venv" / "lib").glob("python*/site-packages")
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    # A path of a .pth file is not searched for further .pth files: the tree under test stays out.
+    (site / "dependencies.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
+    python = base / "venv" / "bin" / "python"
+    words = ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
+    done = run(python, *words, cwd=checkout, FASTKD_NO_CPP="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return checkout, python
+
+
+WHERE = {
+    "above-the-clone": lambda checkout: checkout.parent,
+    "in-the-clone": lambda checkout: checkout,
+    "in-a-folder-of-it": lambda checkout: checkout / "fastkd" / "losses",
+    "elsewhere": lambda checkout: Path("/"),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_an_editable_install_is_imported_from_any_folder(installed, where) -> None:
+    checkout, python = installed
+    code = (
+        "import fastkd, fastkd.kernels as k, importlib.util, pathlib; "
+        "files = [pathlib.Path(m.__file__).resolve() for m in (fastkd, k)]; "
+        "print(*files, callable(fastkd.count), k.status()['kd_loss']['cpu'][:9]); "
+        "print([n for n in ('tests', 'docs', 'tools') if importlib.util.find_spec(n)])"
+    )
+    folder = WHERE[where](checkout)
+    done = run(python, "-P" if where.startswith("in-") else "-B", "-c", code, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    files = [checkout / "fastkd/__init__.py", checkout / "kernels/__init__.py"]
+    assert first == f"{files[0]} {files[1]} True reference"
+    assert second == "[]"  # nothing else of the clone can be imported
+
+
+@pytest.mark.parametrize("module", ["fastkd", "fastkd.train", "fastkd.cli.commands"])
+def test_modules_run_from_above_the_clone(installed, module) -> None:
+    checkout, python = installed
+    done = run(python, "-m", module, "--help", cwd=checkout.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_new_modules_need_no_second_install(installed) -> None:
+    checkout, python = installed
+    (checkout / "fastkd" / "later.py").write_text("NAME = __name__\n")
+    (checkout / "kernels" / "later").mkdir()
+    (checkout / "kernels" / "later" / "__init__.py").write_text("NAME = __name__\n")
+    code = "import fastkd.later, fastkd.kernels.later as k; print(fastkd.later.NAME, k.NAME)"
+    done = run(python, "-c", code, cwd=checkout.parent)
+    assert done.stdout == "fastkd.later fastkd.kernels.later\n", done.stderr
+
+
+def test_after_an_editable_install_a_wheel_holds_everything_once(installed, tmp_path: Path) -> None:
+    names = build_wheel(installed[0], tmp_path / "wheels", FASTKD_NO_CPP="1")
+    assert len(names) == len(set(names))
+    assert "fastkd/kernels/kd_loss/reference.py" in names
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"fastkd"}
 
 
 def test_unknown_name_is_an_attribute_error(tmp_path: Path) -> None:

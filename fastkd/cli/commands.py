@@ -5,19 +5,21 @@ start-up time: `fastkd --help` and `fastkd recipes` do not wait for torch.
 """
 
 import atexit
-import errno
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkd.cli.arguments import parse
 from fastkd.errors import FastKDError
+from fastkd.output.streams import discard
 from fastkd.printable import printable
+from fastkd.storage.atomic import FULL, sentence
 
 __all__ = ["main"]
 
@@ -34,13 +36,14 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code. With several ranks an error ends the process."""
+    _prepare_streams()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             module, function = _COMMANDS[options.command]
             code = getattr(import_module(module), function)(options) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # what fails in writing shall fail here
         return code
     except FastKDError as error:
         _complain(*error.args, every_rank=not error.shared)
@@ -50,15 +53,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # `fastkd models | head`: the reader closed the pipe, which is not an error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard(sys.stdout)
             return 0
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # Without a file it is no answer of a disk, but a mistake of ours.
+        if error.filename is None and error.errno not in FULL:
             raise
-        _complain(f"no space left on the disk: {error.filename or 'a file'} could not be written")
+        _complain(sentence(error))
         return 1
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+
+
+def _prepare_streams() -> None:
+    """Standard streams that take any text; closed ones lead nowhere.
+
+    A file that is opened later would else get the number of a closed stream, and what is printed.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue  # open, but Python was told not to use it
+            while os.open(os.devnull, os.O_WRONLY) < number:
+                pass
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, TextIOWrapper):
+            # Names of files and classes may not exist in the encoding of a terminal.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code: int) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.compute.compiling import compiler_problem
 from fastkd.compute.machine import cpu_facts, gpu_facts, in_words, kernel_facts, version_of
 from fastkd.training.optim import apex_missing
 
@@ -60,7 +61,7 @@ def facts() -> dict[str, Any]:
 
 
 def _parts() -> list[Part]:
-    return [_compiled_core(), _triton(), _dali(), _apex()]
+    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex()]
 
 
 def _compiled_core() -> Part:
@@ -84,6 +85,15 @@ def _triton() -> Part:
     if not torch.cuda.is_available():
         return Part("Triton", version, False, used_for, "idle: torch sees no CUDA device")
     return Part("Triton", version, True, used_for, "")
+
+
+def _torch_compile() -> Part:
+    used_for = "long runs (compile=auto), or all with compile=on"
+    problem = compiler_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is None:
+        return Part("torch.compile", "", True, used_for, "")
+    eager = "until then runs are not compiled: slower"
+    return Part("torch.compile", "", False, used_for, f"{problem}; {eager}")
 
 
 def _dali() -> Part:

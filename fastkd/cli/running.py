@@ -38,6 +38,7 @@ def train(options: argparse.Namespace) -> int:
 def _run(recipes: dict[tuple[str, ...], Recipe], options: argparse.Namespace) -> int:
     import torch
 
+    from fastkd.compute.machine import keep_to_quota
     from fastkd.compute.precision import resolve_precision
     from fastkd.compute.ranks import open_world
     from fastkd.output.console import Console
@@ -46,6 +47,7 @@ def _run(recipes: dict[tuple[str, ...], Recipe], options: argparse.Namespace) ->
     from fastkd.runs.stages import Session, run_recipe
     from fastkd.runs.sweep.running import run_sweep
 
+    keep_to_quota()
     recipe = next(iter(recipes.values()))
     if recipe.tensorboard:
         check_tensorboard()

@@ -4,7 +4,7 @@ Trainer, losses and evaluation call these on all ranks; `ranks` opens the world 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from fastkd.compute.ranks import World
 
-__all__ = ["all_reduce_sum", "gather_rows", "join_rows", "split_evenly", "sync_buffers"]
+__all__ = [
+    "all_reduce_sum",
+    "first_of_ranks",
+    "gather_rows",
+    "join_rows",
+    "split_evenly",
+    "sync_buffers",
+]
+
+T = TypeVar("T")
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -21,6 +30,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def first_of_ranks(value: T | None, world: World) -> T | None:
+    """The first value, by rank, that is not None, on every rank; it must be picklable."""
+    if world.size == 1:
+        return value
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return next((one for one in values if one is not None), None)
 
 
 def split_evenly(num: int, parts: int) -> tuple[int, ...]:

@@ -10,13 +10,23 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from fastkd.compute.precision import computes_in_bf16
 
-__all__ = ["cpu_facts", "environment", "gpu_facts", "in_words", "kernel_facts", "version_of"]
+__all__ = [
+    "cpu_facts",
+    "cpu_quota",
+    "environment",
+    "gpu_facts",
+    "in_words",
+    "keep_to_quota",
+    "kernel_facts",
+    "version_of",
+]
 
 
 def version_of(name: str) -> str | None:
@@ -37,6 +47,30 @@ def cpu_facts() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16": computes_in_bf16(torch.device("cpu")),
     }
+
+
+def keep_to_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> None:
+    """No more threads than a container may use cores, unless OMP_NUM_THREADS says how many.
+
+    torch counts the cores of the machine; threads beyond the quota spin while they wait for each
+    other, and the quota pays for it.
+    """
+    quota = cpu_quota(cgroup)
+    if quota and quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(quota)
+
+
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Cores that the container's limit amounts to, rounded up; None without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((cgroup / name).read_text(encoding="ascii") for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):
+            continue  # no such file, or "max"
+        if quota > 0 and period > 0:
+            return max(1, -(-quota // period))
+    return None
 
 
 def gpu_facts() -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The ranks of a run: who they are, on which device, and how rank 0 decides for all.
 
 Flow: `cli` opens the world around everything else (`with open_world(device) as world`). Ranks come
-from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), or from the caller's existing process
-group; a single process has none.
+from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), from that of another launcher
+(`launchers`), or from the caller's existing process group; a single process has none.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torch.distributed as dist
 
+from fastkd.compute.launchers import take_ranks
 from fastkd.errors import FastKDError, RunFailed, UserError
 
 __all__ = [
@@ -40,7 +41,7 @@ class World:
     rank: int
     """0 to size - 1; rank 0 writes files and talks to the user."""
     local_rank: int
-    """Rank among the processes of this host; also the number of its GPU."""
+    """Rank among the processes of this host."""
     size: int
     """Number of processes on all hosts."""
     device: torch.device
@@ -66,6 +67,7 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         choices = ", ".join(get_args(DeviceChoice))
         raise UserError(f"device={device} is unknown; choose one of {choices}")
     joined = dist.is_initialized()
+    launcher = None if joined else take_ranks(os.environ)
     size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -77,10 +79,13 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     if device == "cpu" or not has_cuda:
         chosen = torch.device("cpu")
     else:
+        if launcher and torch.cuda.device_count() == 1:
+            # Such launchers can show each task its own GPU only.
+            local_rank = 0
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this host has no GPU: torchrun started more processes "
-                f"than the {torch.cuda.device_count()} GPUs that torch sees; lower "
+                f"process {local_rank} of this host has no GPU: {launcher or 'torchrun'} started "
+                f"more processes than the {torch.cuda.device_count()} GPUs that torch sees; lower "
                 "--nproc-per-node or use device=cpu",
                 shared=False,
             )

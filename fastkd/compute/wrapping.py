@@ -52,7 +52,7 @@ def wrap_ddp(
     return DistributedDataParallel(
         step,
         find_unused_parameters=may_idle,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
 

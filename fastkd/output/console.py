@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.table import Column
+from typing_extensions import override
 
 from fastkd.evaluation.headline import HEADLINES
+from fastkd.output.streams import discard
 from fastkd.output.table import comparison_table
 from fastkd.printable import printable
 
@@ -33,6 +35,18 @@ _OF_AN_EPOCH = {
 }
 
 
+_LEAST_WIDTH, _USUAL_WIDTH = 20, 80
+
+
+class _Screen(RichConsole):
+    """When the reader of its output has gone, the run goes on without one."""
+
+    @override
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard(self.file)
+
+
 class Console:
     """The output of one process; with `enabled=False` there is none.
 
@@ -45,7 +59,7 @@ class Console:
     ) -> None:
         self._enabled = enabled
         # A path such as runs/:car:/[red] is neither an emoji nor a colour.
-        self._rich = RichConsole(
+        self._rich = _Screen(
             file=file,
             force_terminal=live,
             highlight=False,
@@ -53,6 +67,9 @@ class Console:
             markup=False,
             emoji=False,
         )
+        # COLUMNS may be anything, and in 0 columns nothing would be printed.
+        if self._rich.width < _LEAST_WIDTH:
+            self._rich.width = _USUAL_WIDTH
         self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._bar: Progress | None = None
         self._stage = ""
@@ -79,7 +96,10 @@ class Console:
     def note(self, text: str) -> None:
         """One line, above the live one."""
         if self._enabled:
-            self._rich.print(printable(text), soft_wrap=True)
+            # A path may have characters that the encoding of the terminal lacks.
+            encoding = self._rich.encoding
+            text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+            self._rich.print(text, soft_wrap=True)
 
     def stage(self, name: str) -> None:
         """Name the stage of the following `progress` and `epoch` calls, and restart the clock."""

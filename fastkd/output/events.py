@@ -5,7 +5,9 @@ resumed run tells TensorBoard to drop what comes after its checkpoint.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,22 @@ class Events:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: Any = None
+        self._failed = False
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Add the numbers of one metric row at its epoch, and flush them."""
+        """Add the numbers of one metric row at its epoch, and flush them.
+
+        The numbers are in metrics.jsonl as well: the first failure is a warning, and ends them.
+        """
+        if self._failed:
+            return
+        try:
+            self._write(row)
+        except Exception as error:  # a thread of tensorboard writes, and passes on what it met
+            self._failed = True
+            warnings.warn(f"no more events in {self.folder}: {error}", stacklevel=2)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -47,5 +62,6 @@ class Events:
     def close(self) -> None:
         """Finish the file."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
             self._writer = None

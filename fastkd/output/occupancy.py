@@ -4,12 +4,13 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import Interrupted, UserError
 from fastkd.output.run_folder import RunFolder
+from fastkd.storage.atomic import remove_leftovers, writing
 
 __all__ = ["occupied", "tidy"]
 
@@ -30,8 +31,9 @@ def occupied(
     held: list[int] = []
 
     def take() -> bool:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -41,7 +43,10 @@ def occupied(
             pass  # a file system without locks: the user must not start two runs in one folder
         held.append(handle)
         # Its last holder may have removed it before releasing it.
-        return path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
+        mine = path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
+        if mine:
+            remove_leftovers(path)
+        return mine
 
     asked = 0
     while not on_main(world, take):
@@ -68,5 +73,7 @@ def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
         raise
     except BaseException:
         if world.is_main:
-            folder.discard(root)
+            # What ended the run is to be told, not that its folder cannot be removed.
+            with suppress(OSError):
+                folder.discard(root)
         raise

@@ -12,7 +12,7 @@ it.
         tensorboard/                         events, if asked for
 
 Text files are written next to their final place, flushed to the disk and renamed; metrics.jsonl
-grows by whole lines, and `cut_metrics` drops what a kill left behind. A folder without
+grows by whole lines, and a resumed run writes it anew from its checkpoint. A folder without
 summary.json is unfinished.
 """
 
@@ -20,18 +20,18 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from fastkd.errors import UserError
+from fastkd.errors import RunFailed, UserError
 from fastkd.output.events import Events
-from fastkd.storage.atomic import atomic_path, explain_full_disk
+from fastkd.storage.atomic import FULL, append_line, atomic_path, remove_leftovers, sentence
 
 __all__ = ["FACTS", "RunFolder", "csv_text", "find_finished", "find_resumable"]
 
@@ -73,7 +73,8 @@ class RunFolder:
             return cls(_make_dated(Path(root) / recipe_name, digest))
         except OSError as error:
             place = Path(out if out is not None else root)
-            explain_full_disk(error, place)
+            if error.errno in FULL:
+                raise RunFailed(sentence(error, place)) from error
             raise UserError(
                 f"the run folder {place} cannot be made: {error.strerror}; choose another one "
                 f"with out="
@@ -95,7 +96,7 @@ class RunFolder:
         return cls(path)
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write one file atomically; RunFailed when the disk is full."""
+        """Write one file atomically; RunFailed where the disk refuses."""
         target = self.path / name
         with atomic_path(target) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -106,47 +107,53 @@ class RunFolder:
         return self.write_text(name, json.dumps(_plain(value), indent=1) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; RunFailed when the disk is full."""
-        target = self.path / "metrics.jsonl"
-        try:
-            with target.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(row)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            if self.events:
-                self.events.row(row)
-        except OSError as error:
-            explain_full_disk(error, target)
-            raise
+        """Add one line to metrics.jsonl; RunFailed where the disk refuses."""
+        append_line(self.path / "metrics.jsonl", json.dumps(_plain(row)))
+        if self.events:
+            self.events.row(row)
 
     def with_events(self) -> "RunFolder":
         """The same folder, whose rows also become TensorBoard events in tensorboard/."""
         return RunFolder(self.path, Events(self.path / "tensorboard"))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The complete rows of metrics.jsonl; a line cut short by a kill is left out."""
+        """The complete rows of metrics.jsonl, up to a line that was cut short by a kill."""
         target = self.path / "metrics.jsonl"
         if not target.exists():
             return []
-        lines = target.read_text(encoding="utf-8", errors="replace").split("\n")
-        # Whatever follows the last newline is empty or an incomplete line.
-        return [json.loads(line) for line in lines[:-1]]
+        rows = []
+        for line in target.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith("\n") or not isinstance(row, dict):
+                break
+            rows.append(row)
+        return rows
 
-    def cut_metrics(self, rows: int) -> None:
-        """Keep the first `rows` rows, which the checkpoint knows."""
-        text = "".join(json.dumps(row) + "\n" for row in self.metrics()[:rows])
-        self.write_text("metrics.jsonl", text)
+    def set_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make metrics.jsonl these rows, as a checkpoint knows them; RunFailed as above."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
     def write_csv(self) -> Path:
         """metrics.csv from metrics.jsonl."""
         return self.write_text("metrics.csv", csv_text(self.metrics()))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write metrics.csv, then summary.json, which marks the run as finished."""
+        """Write metrics.csv, then summary.json, which marks the run as finished.
+
+        The CSV repeats metrics.jsonl: where it cannot be written, a warning says so. RunFailed if
+        the summary cannot be.
+        """
         if self.events:
             self.events.close()
-        self.write_csv()
+        try:
+            self.write_csv()
+        except RunFailed as error:
+            warnings.warn(str(error), stacklevel=2)
         self.write_json("summary.json", summary)
+        remove_leftovers(self.path)
 
     def discard(self, root: Path | str) -> None:
         """Remove the folder if it holds no results, and its parents below `root` if empty.

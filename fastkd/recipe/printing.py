@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import yaml
 from pydantic import BaseModel
 
+from fastkd.config.docstrings import docstring_of
 from fastkd.config.mistakes import entries_of, section_of
 from fastkd.config.plain_yaml import plain_scalar
 from fastkd.losses.base.registry import config_class
@@ -84,7 +85,7 @@ def _optional_sections(section: type[BaseModel], prefix: str) -> dict[str, str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner and field.default is None:
-            what = " ".join((field.description or inner.__doc__ or "").split())
+            what = " ".join((field.description or docstring_of(inner)).split())
             found[f"{prefix}{name}"] = f"{what} Keys: {', '.join(inner.model_fields)}."
         elif inner:
             found |= _optional_sections(inner, f"{prefix}{name}.")

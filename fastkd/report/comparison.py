@@ -59,7 +59,7 @@ def finish_report(
     if paper:
         summary["paper"] = paper.facts
         rows += [paper.row] if paper.row else []
-    plots.plot_curves(folder.path / "curves.png", curves)
+    drawn = plots.draw_curves(folder.path / "curves.png", curves)
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     console.comparison(rows)
     if chance:
@@ -69,7 +69,7 @@ def finish_report(
                 console.note(found)
     if paper:
         console.note(paper.text)
-    console.note(f"curves {folder.path / 'curves.png'}")
+    console.note(drawn)
 
 
 def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:

@@ -8,15 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.compute.machine import in_words
+from fastkd.errors import RunFailed
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.storage.atomic import atomic_path
 
-__all__ = ["plot_curves"]
+__all__ = ["draw_curves", "plot_curves"]
 
 # Okabe and Ito's palette, which is safe for all common kinds of colour blindness; the line styles
 # keep the lines distinct in greyscale print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
+
+
+def draw_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """`plot_curves`, and where they are; or why not: a trained run never fails for its picture."""
+    try:
+        plot_curves(path, runs)
+    except Exception as error:  # matplotlib also fails on fonts and on caches of its own
+        return f"no curves: {error if isinstance(error, RunFailed) else in_words(error)}"
+    return f"curves {path}"
 
 
 def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -26,7 +37,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
     and `train_loss` are used, rows that lack one of them are left out of that panel.
 
     Raises:
-        RunFailed: the disk is full.
+        RunFailed: the file cannot be written.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -6,6 +6,7 @@ Flow: `cli` calls this in place of `runs.stages`, whose parts build the run; not
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count as forever
 from itertools import islice
 from typing import Any
@@ -92,12 +93,13 @@ def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
     """Seconds of the first step, the last step and all steps, peak memory, input shapes."""
     trainer.runner.train()
     clocks, shapes = [time.perf_counter()], {}
-    for prepared in islice(_batches(trainer), steps):
-        trainer.optimize(prepared, 0, 0)
-        trainer.totals_M.tolist()  # waits for the device
-        clocks.append(time.perf_counter())
-        tensors = prepared.views | prepared.targets
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    with closing(trainer.fallback):
+        for prepared in islice(_batches(trainer), steps):
+            trainer.optimize(prepared, 0, 0)
+            trainer.totals_M.tolist()  # waits for the device
+            clocks.append(time.perf_counter())
+            tensors = prepared.views | prepared.targets
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     first_s, each_s = clocks[1] - clocks[0], clocks[-1] - clocks[-2]
     num_steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
     return {

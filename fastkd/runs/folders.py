@@ -9,19 +9,21 @@ result leaves no folder behind.
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_facts import refuse_other_data, write_facts
-from fastkd.output.run_folder import RunFolder, find_resumable
+from fastkd.output.run_folder import RunFolder, find_finished, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.storage.atomic import writing
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 
-__all__ = ["RunIdentity", "choose_folder", "stage_folder"]
+__all__ = ["RunIdentity", "choose_folder", "finished_before", "stage_folder"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,27 @@ def choose_folder(
     return _equipped(run, found), True
 
 
+def finished_before(run: RunIdentity, root: Path) -> dict[str, Any] | None:
+    """The summary of the run that `--resume auto` means, if it has come to its end; else None.
+
+    A job that a scheduler starts again after its last step has nothing to do. A run on data that
+    have changed since is not this one.
+    """
+    if run.out is None:
+        resumable = find_resumable(root, run.name, run.digest)
+        summary = None if resumable else find_finished(root, run.name, run.digest)
+    else:
+        summary = RunFolder(run.out).summary()
+    if not summary or summary.get("digest") != run.digest:
+        return None
+    known = DataFacts.read(summary["data"]) if "data" in summary else None
+    return None if known and known.changes(run.data) else summary
+
+
 def stage_folder(run: RunIdentity, path: Path) -> RunFolder:
     """Folder of a teacher or a baseline; an existing one is resumed."""
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder.open(path)
     if not (path / "config.yaml").exists():
         _describe(run, folder)

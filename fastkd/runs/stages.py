@@ -4,6 +4,7 @@ Every stage is one training in its own run folder, so each can be resumed and re
 the teacher below runs/teachers, the baselines below the run's own folder.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
-from fastkd.runs.folders import RunIdentity, choose_folder, stage_folder
+from fastkd.runs.folders import RunIdentity, choose_folder, finished_before, stage_folder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
 from fastkd.teachers.loaded import LoadedNet
@@ -70,11 +71,17 @@ class Session:
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
     """Train everything in the recipe and return its summary.
 
-    resume: None, "auto" (the newest unfinished run of this digest, else a new one) or a run folder.
+    resume: None, "auto" (the newest unfinished run of this digest, else a finished one, else a new
+    one) or a run folder.
     """
     data = open_recipe_data(recipe, session)
-    teachers = _try_out(recipe, data, session)
     identity = _identity(recipe, data, session)
+    if resume == "auto" and (
+        finished := on_main(session.world, lambda: finished_before(identity, session.root))
+    ):
+        session.console.note(f"{recipe.name}: finished before, nothing to resume")
+        return finished
+    teachers = _try_out(recipe, data, session)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
@@ -139,7 +146,11 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
     """
     teachers = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
-    build_stage(recipe, data, teachers, silent)
+    trainer = build_stage(recipe, data, teachers, silent)
+    trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
+    if recipe.compile == "on" and trains_first:
+        # Whether the student's step compiles would come out only after those.
+        trainer.try_step()
     return teachers
 
 
@@ -206,7 +217,8 @@ def build_stage(
     checkpoint: the checkpoint that the caller will resume.
     """
     # Graphs of earlier stages are no longer needed, and a long sweep would reach the limit of 256.
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     torch.manual_seed(recipe.seed)
     net = load_net(recipe.student, data, recipe.student.weights)
     # What compile=auto resolved to when the run began: on another device it could differ. The
@@ -229,6 +241,7 @@ def build_stage(
             sync_bn=recipe.sync_bn,
             max_skips=recipe.max_skips,
             compile=compile,
+            compile_reason="checkpoint" if checkpoint else "key",
         ),
         placement=session.placement(recipe),
         output=Output(folder, session.console),
@@ -315,7 +328,7 @@ def _go_on(
     if checkpoint is not None:
         trainer.resume(checkpoint)
     elif session.world.is_main:
-        folder.cut_metrics(0)
+        folder.set_metrics(())
 
 
 def teacher_folder(lesson: Recipe, data: DataPair, session: Session) -> Path:

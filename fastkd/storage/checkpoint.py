@@ -13,7 +13,7 @@ import torch
 
 from fastkd.config.values import is_mapping
 from fastkd.errors import RunFailed, UserError
-from fastkd.storage.atomic import atomic_path
+from fastkd.storage.atomic import FULL, atomic_path
 
 __all__ = ["FORMAT", "Checkpoint", "save_checkpoint"]
 
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values atomically; RunFailed when the disk is full."""
+    """Write tensors and plain values atomically; RunFailed where the disk refuses."""
     try:
         with atomic_path(path) as beside, beside.open("wb") as file:
             try:
@@ -32,10 +32,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
                     raise error.__context__ from None
                 raise
     except RunFailed as error:
+        if not path.exists():
+            raise
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
         raise RunFailed(
-            f"{error}. The previous checkpoint is intact: free some space and continue with "
-            f"--resume {path.parent}"
-        ) from None
+            f"{error}. The previous checkpoint is intact: {'free some space and ' if full else ''}"
+            f"continue with --resume {path.parent}"
+        ) from error.__cause__
 
 
 @dataclass(frozen=True)

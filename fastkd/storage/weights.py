@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastkd.errors import RunFailed
 from fastkd.storage.atomic import atomic_path
 from fastkd.storage.description import describe
 from fastkd.storage.fitting import LoadReport, load_into
@@ -35,7 +34,7 @@ def save_weights(
     Tensors are stored contiguous and without wrapper prefixes; tensors that share memory are each
     stored in full, so that the file loads strictly into the same network elsewhere. A module adds
     its own description (`describe`) to the metadata; given entries win.
-    Raises RunFailed when the file cannot be written, such as on a full disk.
+    Raises RunFailed where the file cannot be written, such as on a full disk.
     """
     path = Path(path)
     facts = {"format": "pt"}
@@ -53,11 +52,6 @@ def save_weights(
         stored[key] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
 
-    try:
-        # Not by safetensors' save_file, which makes files that only their owner can read.
-        with atomic_path(path) as beside:
-            beside.write_bytes(save(stored, metadata=facts))
-    except OSError as error:
-        raise RunFailed(
-            f"{path}: cannot write the weights ({error}); free space or choose another place"
-        ) from error
+    # Not by safetensors' save_file, which makes files that only their owner can read.
+    with atomic_path(path) as beside:
+        beside.write_bytes(save(stored, metadata=facts))

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from fastkd.augment.config import PickConfig
 from fastkd.augment.pick import Pick
 from fastkd.augment.views import ViewMaker
-from fastkd.compute.compiling import CompileChoice, compile_unit, worth_compiling
+from fastkd.compute.compiling import (
+    CompileChoice,
+    CompileReason,
+    compile_unit,
+    compiler_folder_problem,
+    compiler_works,
+    worth_compiling,
+)
 from fastkd.compute.placement import Placement
 from fastkd.compute.wrapping import wrap_ddp
 from fastkd.data.facts import Facts
@@ -25,6 +32,7 @@ from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.card import card_of, sign
 from fastkd.models.counting.count import count
 from fastkd.models.head import has_frozen_backbone
+from fastkd.output.console import Console
 from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
@@ -32,6 +40,7 @@ from fastkd.teachers.teacher import Teacher
 from fastkd.training.answers import look_at_training, notes_on
 from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
+from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.matching import (
     check_classes,
@@ -67,7 +76,7 @@ def build_trainer(
 ) -> Trainer:
     """Connect everything; UserError if student, teachers and losses do not fit."""
     facts, world = data.facts, placement.world
-    engine = _engine(plan, student, teachers, terms, data, settings, placement)
+    engine = _engine(plan, student, teachers, terms, data, settings, placement, output.console)
     if note := check_exports(terms, averaged=bool(settings.ema)):
         output.console.note(note)
     student = _placed(student, settings, engine)
@@ -118,6 +127,7 @@ def build_trainer(
         world_size=world.size,
         ignore_buffers=banks,
     )
+    decisions = engine.decisions()
     update = Update(
         plan=plan,
         world=world,
@@ -133,11 +143,17 @@ def build_trainer(
         clip_norm=settings.optim.clip_norm,
         guard=guard,
         ema=ema,
+        fallback=Fallback(
+            decisions,
+            compiled=engine.compiled or any(one.compiled for one in teachers),
+            reason=engine.reason,
+            say=output.console.note,
+        ),
     )
     return Trainer(
         plan=plan,
         placement=placement,
-        decisions=engine.decisions(),
+        decisions=decisions,
         loader=loader,
         val_loader=data.val_loader,
         views=views,
@@ -182,6 +198,8 @@ class _Engine:
     """Memory layout of the student, and therefore of all images and teachers."""
     compiled: bool
     fullgraph: bool
+    reason: CompileReason
+    """Who wants what is compiled to be compiled."""
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +231,7 @@ def _engine(
     data: TrainData,
     settings: TrainingSettings,
     placement: Placement,
+    console: Console,
 ) -> _Engine:
     compiled = decide_compile(
         settings.compile,
@@ -223,7 +242,14 @@ def _engine(
         images=data.images * plan.epochs,
         device_type=placement.device.type,
     )
-    return _Engine(placement, placement.layout(student), compiled, settings.fullgraph)
+    compiler_folder_problem()
+    reason = "auto" if settings.compile == "auto" else settings.compile_reason
+    if compiled:
+        compiled = compiler_works(placement.world, reason, console.note)
+    elif any(one.compiled for one in teachers):
+        reason = "key"
+        compiler_works(placement.world, reason, console.note, key="teacher.compile")
+    return _Engine(placement, placement.layout(student), compiled, settings.fullgraph, reason)
 
 
 def _placed(student: nn.Module, settings: TrainingSettings, engine: _Engine) -> nn.Module:

@@ -97,7 +97,7 @@ def states_of(parts: Mapping[str, SavedPart | None]) -> dict[str, Any]:
 
 
 def write(path: Path, digest: str, decisions: dict[str, str], states: dict[str, Any]) -> None:
-    """Save atomically; RunFailed when the disk is full."""
+    """Save atomically; RunFailed where the disk refuses."""
     save_checkpoint(path, {"digest": digest, "decisions": decisions} | states)
 
 

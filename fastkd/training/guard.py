@@ -82,6 +82,12 @@ class Guard:
             torch._foreach_copy_(saved, current)
 
     @torch.no_grad()
+    def undo_step(self) -> None:
+        """Put back the buffers of a step that was interrupted; it did not come to the optimizer."""
+        for current, saved in _by_dtype(self._buffers(), self._saved):
+            torch._foreach_copy_(current, saved)
+
+    @torch.no_grad()
     def judge(
         self, losses: Tensor, grads: Iterable[Tensor], clip_norm: float | None = None
     ) -> Tensor:
@@ -112,8 +118,7 @@ class Guard:
             if ok:
                 self.optimizer.step()
             else:
-                for current, saved in _by_dtype(buffers, self._saved):
-                    torch._foreach_copy_(current, saved)
+                self.undo_step()
         else:
             self._step_on_device(ok)
             keep_where_(ok, buffers, self._saved)

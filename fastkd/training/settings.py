@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from fastkd.augment.config import PickConfig
 from fastkd.augment.views import XPrime
-from fastkd.compute.compiling import CompileChoice
+from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.data.batch import TrainLoader
 from fastkd.data.facts import Facts
 from fastkd.evaluation.evaluate import EvalLoader
@@ -45,6 +45,8 @@ class TrainingSettings:
     """Consecutive bad steps before the run is given up."""
     compile: CompileChoice = "auto"
     """torch.compile; auto: if the run is long enough to pay for it."""
+    compile_reason: CompileReason = "key"
+    """Who has settled `compile`, unless it is auto."""
     fullgraph: bool = True
     """False allows graph breaks, for users' own networks."""
 

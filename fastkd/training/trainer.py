@@ -14,7 +14,10 @@ and nowhere else.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,6 +51,7 @@ from fastkd.training.checkpointing import (
 )
 from fastkd.training.ema import EMA
 from fastkd.training.epoch_end import summary_of, sync_statistics, training_row
+from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Progress
@@ -124,6 +128,11 @@ class Trainer:
         return self.update.guard
 
     @property
+    def fallback(self) -> Fallback:
+        """Runs the compiled parts, eagerly if they do not compile."""
+        return self.update.fallback
+
+    @property
     def ema(self) -> EMA | None:
         """Average of the student."""
         return self.update.ema
@@ -150,7 +159,7 @@ class Trainer:
                 "there are no validation labels: no accuracy is measured, and the last epoch is "
                 "kept as the best"
             )
-        with StopSignal() as stop:
+        with StopSignal() as stop, closing(self.fallback):
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()
@@ -193,7 +202,7 @@ class Trainer:
                 return
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
-            targets = self.teacher(views) if self.teacher else {}
+            targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
             targets |= self.views.xprime_targets(batch, targets, epoch, step, rows_of_ranks)
@@ -205,6 +214,13 @@ class Trainer:
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""
         self.update(prepared, epoch, step)
+
+    def try_step(self) -> None:
+        """One step, to find what fails in it; the trainer and its student are then spoilt."""
+        self.runner.train()
+        with closing(self.fallback):
+            for prepared in islice(self.prepare(0), 1):
+                self.optimize(prepared, 0, 0)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best, write one row, save."""
@@ -297,7 +313,7 @@ class Trainer:
         plan, progress = self.plan, self.progress
         restore(checkpoint, plan.digest, self.saved_parts())
         if self.folder and self.world.is_main:
-            self.folder.cut_metrics(progress.rows)
+            self.folder.set_metrics(self.history)
         if progress.epoch == plan.epochs:
             self.console.note(f"resumed {plan.stage} after its last epoch, {plan.epochs}")
             return

@@ -21,6 +21,7 @@ from fastkd.data.draws import step_seed
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.training.ema import EMA
+from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.optim import set_lr
 from fastkd.training.progress import Plan
@@ -60,6 +61,8 @@ class Update:
     guard: Guard
     """Judges the step, and undoes a bad one."""
     ema: EMA | None
+    fallback: Fallback
+    """Computes losses and gradients, eagerly if they do not compile."""
 
     # What follows from these.
     terms: list[LossTerm] = field(init=False)
@@ -83,10 +86,27 @@ class Update:
         """Do step `step` of `epoch`, both from 0; a bad one changes nothing."""
         done = epoch * self.schedule.steps_per_epoch + step
         set_lr(self.optimizer, self.schedule.lr_factor(done), self.schedule.momentum(done))
-        torch.manual_seed(step_seed(self.plan.seed, epoch, step, self.world.rank))
         schedules = self.scheduled(epoch + step / self.schedule.steps_per_epoch)
-        self.guard.before_step()
 
+        def compute() -> tuple[Tensor, list[Tensor], list[Commit]]:
+            torch.manual_seed(step_seed(self.plan.seed, epoch, step, self.world.rank))
+            self.guard.before_step()
+            return self._computed(prepared, schedules)
+
+        loss, sums, commits = self.fallback.run(compute, self._undo)
+        ok = self._update(loss)
+        for sums_M in sums:
+            self.totals_M += torch.where(ok, sums_M, 0.0)
+        for commit in commits:
+            commit(ok)
+        if self.ema:
+            self.ema.update(ok)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _computed(
+        self, prepared: Prepared, schedules: Schedules
+    ) -> tuple[Tensor, list[Tensor], list[Commit]]:
+        """Loss, sums and what the losses want to write; the gradients are in the parameters."""
         # The same number of micro-batches on every rank, or terms and batch norms that gather over
         # the ranks would wait forever; a partial batch, or a pick, may have fewer images than that.
         most = prepared.global_size // self.world.size
@@ -111,14 +131,11 @@ class Update:
             metrics = [out.metrics_M, *(num * ratio for ratio in pick_ratio)]
             sums.append(torch.cat(metrics).double())
             commits += self._commits(out, micro.batch.index_N)
+        return loss, sums, commits
 
-        ok = self._update(loss)
-        for sums_M in sums:
-            self.totals_M += torch.where(ok, sums_M, 0.0)
-        for commit in commits:
-            commit(ok)
-        if self.ema:
-            self.ema.update(ok)
+    def _undo(self) -> None:
+        """Forget a computation that failed half-way."""
+        self.guard.undo_step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def scheduled(self, epoch: float) -> Schedules:

@@ -6,6 +6,8 @@ in plain torch; `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fastkd.kernels._library import Impl
 from fastkd.kernels.attention_map.inputs import (
     AttentionForm,
@@ -16,7 +18,6 @@ from fastkd.kernels.attention_map.inputs import (
 )
 from fastkd.kernels.attention_map.op import Energy, Loss, backend
 from fastkd.kernels.attention_map.reference import attention_map_reference, loss_of_maps
-from torch import Tensor
 
 __all__ = ["AttentionForm", "attention_loss", "attention_map"]
 

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
-from torch import Tensor
 
 __all__ = ["energy", "energy_grad", "loss"]
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from fastkd.kernels.attention_map.gpu_kernels import forward_kernel, gradient_kernel
 from fastkd.kernels.attention_map.inputs import Strides, gradient_like, readable
 from fastkd.kernels.gpu_kernels import launch
-from torch import Tensor
 
 __all__ = ["Plan", "energy", "energy_grad", "loss", "plan"]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastkd.kernels._library import LIBRARY, Impl, attach, choose_for
-from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
 from torch import Tensor
 from typing_extensions import override
+
+from fastkd.kernels._library import LIBRARY, Impl, attach, choose_for
+from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
 
 __all__ = ["Energy", "Loss", "backend"]
 

@@ -8,10 +8,11 @@ Formulas and error budget: README.md of this folder. `reference.py` says the sam
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastkd.kernels._library import Impl
 from fastkd.kernels.hardness.inputs import Criterion, number_to_select, prepare, rows_to_gather
 from fastkd.kernels.hardness.op import implementation
-from torch import Tensor
 
 __all__ = ["Criterion", "Hardest", "hardness", "select_hardest"]
 

@@ -5,9 +5,10 @@ and `SelectArgs` in cpu.cpp.
 """
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.hardness.inputs import KINDS
-from torch import Tensor
 
 __all__ = ["hardness", "select_hardest"]
 

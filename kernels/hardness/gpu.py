@@ -8,12 +8,13 @@ import math
 
 import torch
 import triton
+from torch import Tensor
+
 from fastkd.kernels.gpu_kernels import launch
 from fastkd.kernels.hardness.gpu_kernels import rank_kernel, score_kernel
 from fastkd.kernels.hardness.inputs import KINDS
 from fastkd.kernels.hardness.reference import select_hardest_reference
 from fastkd.kernels.kd_loss.gpu import plan
-from torch import Tensor
 
 __all__ = ["MAX_POOL", "RANK_TILE", "hardness", "select_hardest"]
 

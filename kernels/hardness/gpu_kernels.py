@@ -11,6 +11,7 @@ t teacher. Addresses are int64.
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL, kl_term, tile
 
 __all__ = ["rank_kernel", "score_kernel"]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import LIBRARY, Impl, attach, choose_for, is_plain_cpu
 from fastkd.kernels.hardness import cpu
 from fastkd.kernels.hardness.reference import hardness_reference, select_hardest_reference
-from torch import Tensor
 
 __all__ = ["implementation"]
 

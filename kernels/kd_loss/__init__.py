@@ -7,11 +7,12 @@ Formula and error budget: README.md of this folder. `reference.py` says the same
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastkd.kernels._library import Impl, choose_for
 from fastkd.kernels.kd_loss.inputs import Inputs, check_values, prepare, rows_that_count
 from fastkd.kernels.kd_loss.op import Mean, Rows, flatten
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
-from torch import Tensor
 
 __all__ = ["KDRows", "kd_loss", "kd_loss_mean", "rows_that_count"]
 

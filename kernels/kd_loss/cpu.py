@@ -7,9 +7,10 @@ args.h.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.kd_loss.inputs import MAX_TEACHERS, Inputs
-from torch import Tensor
 
 __all__ = ["Outputs", "Upstream", "fill", "grad", "mean", "rows"]
 

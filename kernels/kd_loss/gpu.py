@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from fastkd.kernels.gpu_kernels import launch
 from fastkd.kernels.kd_loss.gpu_kernels import (
     forward_kernel,
@@ -19,7 +21,6 @@ from fastkd.kernels.kd_loss.gpu_kernels import (
 )
 from fastkd.kernels.kd_loss.gpu_rows import HARD, PARTS, SOFT
 from fastkd.kernels.kd_loss.inputs import Inputs
-from torch import Tensor
 
 __all__ = ["Plan", "grad", "mean", "plan", "rows"]
 

@@ -13,6 +13,7 @@ tensor is absent.
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.gpu_kernels import LN2, LOG2E, NEAR_EQUAL
 from fastkd.kernels.kd_loss.gpu_rows import (
     HARD,

@@ -6,6 +6,7 @@ A view is (pointer, offset of each row's first class, distance between classes);
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.gpu_kernels import LN2, LOG2E, kl_term, tile
 
 __all__ = [

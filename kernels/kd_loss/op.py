@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import override
+
 from fastkd.kernels._library import LIBRARY, attach, is_plain_cpu
 from fastkd.kernels.kd_loss import cpu
 from fastkd.kernels.kd_loss.inputs import Inputs
 from fastkd.kernels.kd_loss.reference import kd_loss_reference
-from torch import Tensor
-from typing_extensions import override
 
 __all__ = ["Mean", "Rows", "flatten", "takes_fields", "unflatten"]
 

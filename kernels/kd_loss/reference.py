@@ -9,8 +9,9 @@ It runs where no kernel does, and the kernels are tested against it in float64.
 
 import torch
 import torch.nn.functional as F
-from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor
+
+from fastkd.kernels.kd_loss.inputs import Inputs
 
 __all__ = ["kd_loss_reference"]
 

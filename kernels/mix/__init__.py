@@ -7,10 +7,11 @@ torch; `cpu.cpp` (through cpu.py) and `gpu.py` (Triton) are what runs.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import Impl
 from fastkd.kernels.mix.inputs import check_values, prepare
 from fastkd.kernels.mix.op import implementation
-from torch import Tensor
 
 __all__ = ["mix"]
 

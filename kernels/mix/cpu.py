@@ -7,9 +7,10 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import STORAGE, Arguments, entry_point
 from fastkd.kernels.mix.inputs import dense
-from torch import Tensor
 
 __all__ = ["mixed"]
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import triton
+from torch import Tensor
+
 from fastkd.kernels.gpu_kernels import launch
 from fastkd.kernels.mix.gpu_kernels import mix_kernel
 from fastkd.kernels.mix.inputs import dense
-from torch import Tensor
 
 __all__ = ["Plan", "mixed", "plan"]
 

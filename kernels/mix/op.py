@@ -6,10 +6,11 @@ The op has a leading underscore and no gradient: where one is asked for, the ref
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from fastkd.kernels._library import LIBRARY, Impl, attach, choose
 from fastkd.kernels.mix.inputs import Inputs
 from fastkd.kernels.mix.reference import mix_reference
-from torch import Tensor
 
 __all__ = ["implementation"]
 

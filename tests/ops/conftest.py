@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd.kernels import status
 from torch import Tensor
 
+from fastkd.kernels import status
 from fastkd.testing import interpret_fma_as_fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

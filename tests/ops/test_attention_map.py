@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastkd.kernels import attention_loss, attention_map
 from torch import Tensor
 
+from fastkd.kernels import attention_loss, attention_map
 from fastkd.testing import assert_as_accurate, eager_attention_loss, rms
 
 ORACLE = json.loads((Path(__file__).parent / "attention_oracle.json").read_text())

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from fastkd.kernels import attention_loss, attention_map
 from torch import Tensor
+
+from fastkd.kernels import attention_loss, attention_map
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

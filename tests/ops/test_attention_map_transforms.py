@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from fastkd.kernels import attention_loss, attention_map, status
 from torch import Tensor, nn
+
+from fastkd.kernels import attention_loss, attention_map, status
 
 needs_cpp = pytest.mark.skipif(
     not status()["attention_map"]["cpu"].startswith("c++"),

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastkd.kernels import (
     attention_loss,
     attention_map,
@@ -18,8 +20,6 @@ from fastkd.kernels import (
     mix,
     select_hardest,
 )
-from torch import Tensor
-
 from fastkd.testing import captured, no_host_sync
 
 pytestmark = pytest.mark.gpu

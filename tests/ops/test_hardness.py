@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastkd.kernels import hardness, select_hardest
 from torch import Tensor
 
+from fastkd.kernels import hardness, select_hardest
 from fastkd.testing import assert_as_accurate, eager_hardness, kd_case, rms, shape_id, sines
 
 ORACLE = json.loads((Path(__file__).parent / "hardness_oracle.json").read_text())

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from fastkd.kernels import hardness, select_hardest, status
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.kernels import hardness, select_hardest, status
 
 CRITERIA = ["kl", "teacher_entropy", "student_entropy", "cross_entropy", "margin"]
 needs_cpp = pytest.mark.skipif(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastkd.kernels import kd_loss, kd_loss_mean
 from torch import Tensor
 
+from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.testing import assert_as_accurate, eager_kd_rows, kd_case, rms, shape_id, sines
 
 ORACLE = json.loads((Path(__file__).parent / "kd_loss_oracle.json").read_text())

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from fastkd.kernels import kd_loss, kd_loss_mean
 from torch import Tensor
 
+from fastkd.kernels import kd_loss, kd_loss_mean
 from fastkd.testing import assert_as_accurate, eager_kd_rows, kd_case, rms, shape_id
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

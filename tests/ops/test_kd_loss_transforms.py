@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from fastkd.kernels import kd_loss, kd_loss_mean, status
-from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastkd.kernels import kd_loss, kd_loss_mean, status
+from fastkd.kernels.kd_loss.inputs import Inputs
 from fastkd.losses import KDLoss
 
 needs_cpp = pytest.mark.skipif(

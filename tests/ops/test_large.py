@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastkd.kernels import hardness, kd_loss
 from torch import Tensor
 
+from fastkd.kernels import hardness, kd_loss
 from fastkd.testing import assert_as_accurate, eager_hardness, eager_kd_rows, kd_case, rms
 
 # Row 4 starts 2^32 elements after row 0: beyond what 32 bits, signed or not, can say.

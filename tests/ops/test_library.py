@@ -1,6 +1,7 @@
 """How Python hands arguments to the C++ core."""
 
 import pytest
+
 from fastkd.kernels._library import Arguments, entry_point
 
 

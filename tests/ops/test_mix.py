@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
-from fastkd.kernels import mix
 from torch import Tensor
 
+from fastkd.kernels import mix
 from fastkd.testing import shape_id
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

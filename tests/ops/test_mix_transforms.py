@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from fastkd.kernels import mix, status
 from torch import Tensor, nn
+
+from fastkd.kernels import mix, status
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 needs_cpp = pytest.mark.skipif(

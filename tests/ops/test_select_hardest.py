@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from fastkd.kernels import hardness, select_hardest
 from torch import Tensor
+
+from fastkd.kernels import hardness, select_hardest
 
 
 def hardest(scores: Tensor, k: int) -> list[int]:

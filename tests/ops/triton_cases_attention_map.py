@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from fastkd.kernels.attention_map import gpu
 from torch import Tensor
 from triton_offline import Launch, recorded
+
+from fastkd.kernels.attention_map import gpu
 
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 # name: (student, teacher, dtype, layout, whether 128-bit loads are expected)

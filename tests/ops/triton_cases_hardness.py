@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from fastkd.kernels.hardness import gpu
 from torch import Tensor
 from triton_offline import Launch, recorded
+
+from fastkd.kernels.hardness import gpu
 
 # (kind, rows, classes, dtype)
 CASES = [

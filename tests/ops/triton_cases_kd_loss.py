@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from fastkd.kernels.kd_loss import gpu
-from fastkd.kernels.kd_loss.inputs import Inputs
 from torch import Tensor
 from triton_offline import Launch, recorded
+
+from fastkd.kernels.kd_loss import gpu
+from fastkd.kernels.kd_loss.inputs import Inputs
 
 # name: (shape, dtype, whether 128-bit loads are expected: an odd number of classes leaves rows at
 # odd addresses)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from fastkd.kernels.mix import gpu
 from torch import Tensor
 from triton_offline import Launch, recorded
+
+from fastkd.kernels.mix import gpu
 
 NAMES = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32"}
 U8, BF16, FP32 = NAMES

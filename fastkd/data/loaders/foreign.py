@@ -31,6 +31,7 @@ from fastkd.data.loaders.readable import (
     num_steps,
     peek,
 )
+from fastkd.data.loaders.workers import from_workers
 from fastkd.data.picture_views import PictureView
 from fastkd.errors import RunFailed, UserError
 
@@ -113,7 +114,7 @@ class ForeignLoader:
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
         torch.manual_seed(seed)
-        items = iter(self.items)
+        items = from_workers(iter(self.items), "num_workers")
         known = torch.zeros((), dtype=torch.bool)
         for step in range(self.steps_per_epoch):
             torch.manual_seed(seed << 32 | step)

@@ -20,6 +20,7 @@ from torch.utils.data import (
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.items import item_of
+from fastkd.data.loaders.workers import from_workers
 from fastkd.errors import UserError
 
 __all__ = [
@@ -59,7 +60,7 @@ class Shown(NamedTuple):
 def peek(name: str, items: Iterable[LoaderItem], placement: Placement) -> Shown:
     """The first batch; UserError if there is none, or if there would be none in a second epoch."""
     iterator = iter(items)
-    item = next(iterator, None)
+    item = next(from_workers(iterator, "num_workers"), None)
     if item is None:
         raise UserError(f"{name} yields nothing: its first batch is missing")
     if not isinstance(items, DataLoader) and iter(items) is iterator:

@@ -24,6 +24,7 @@ from typing_extensions import override
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.geometry import NO_GEOMETRY, Crop
 from fastkd.data.loaders.planned import Loading, PlannedLoader
+from fastkd.data.loaders.workers import from_workers
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.decode import framed, random_resized_crop
 from fastkd.data.sources.image_set import ImageSource
@@ -220,7 +221,7 @@ class TorchLoader(PlannedLoader):
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         order_N = self.plan.order(epoch)
         self._keys.keys = [(epoch, order_N[part]) for part in parts]
-        for pixels in self._loader:
+        for pixels in from_workers(self._loader, "data.workers"):
             if isinstance(pixels, str):
                 raise UserError(pixels, shared=False)
             pictures_NHWC, index_N, *more = (

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,12 +42,20 @@ _RUN = 16
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, else $FASTKD_CACHE, else $XDG_CACHE_HOME/fastkd, else ~/.cache/fastkd."""
+    """`cache_dir`, else $FASTKD_CACHE, else $XDG_CACHE_HOME/fastkd, else ~/.cache/fastkd.
+
+    A user without a home, as in many containers, has it in the folder for temporary files.
+    """
     if cache_dir is not None:
         return Path(cache_dir)
     if chosen := os.environ.get("FASTKD_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "fastkd"
+    try:
+        return Path.home() / ".cache" / "fastkd"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"fastkd-{os.getuid()}"
 
 
 def native_size(index: FolderIndex) -> int:
@@ -114,7 +123,7 @@ def decoded_images(
 def _read_valid(stem: Path, record: dict[str, Any]) -> np.ndarray | None:
     """The mapped pixels when the pair of files is complete and matches `record`, else None."""
     try:
-        stored = json.loads(Path(f"{stem}.json").read_text())
+        stored = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         images = np.load(f"{stem}.npy", mmap_mode="c")
     except (OSError, ValueError, EOFError):
         return None

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
+from fastkd.config.docstrings import docstring_of
 from fastkd.config.mistakes import bounds_in_words
 from fastkd.errors import UserError
 
@@ -61,7 +62,7 @@ def arguments_of(loss: type) -> dict[str, Argument]:
     """All arguments of the constructor, in its order."""
     meanings: dict[str, str] = {}
     for base in reversed(loss.__mro__):
-        meanings |= _meanings(inspect.cleandoc(base.__doc__ or ""))
+        meanings |= _meanings(docstring_of(base))
     found = {}
     for name, parameter in inspect.signature(loss).parameters.items():
         kind, metadata = _split(parameter.annotation)

@@ -9,6 +9,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 
+from fastkd.config.docstrings import docstring_of
 from fastkd.losses.base.keys import keys_of
 from fastkd.losses.base.registry import ALIASES, term_class, term_names
 from fastkd.losses.base.term import LossTerm
@@ -58,7 +59,7 @@ class CatalogueEntry:
     @property
     def text(self) -> str:
         """The docstring without `Args:`, the paths of its tests and oracles in full."""
-        doc = inspect.getdoc(self.term) or ""
+        doc = docstring_of(self.term)
         before = _without_arguments(doc[: doc.rindex("\nTests:") + 1])
         return before + textwrap.fill(f"Tests: {self.proof}", 96, break_long_words=False)
 
@@ -71,7 +72,7 @@ def catalogue() -> list[CatalogueEntry]:
 def entry_of(name: str) -> CatalogueEntry:
     """One loss; UserError names the nearest name, ValueError says what its docstring lacks."""
     term = term_class(name)
-    text, *fields = _split(inspect.getdoc(term) or "", term.__name__)
+    text, *fields = _split(docstring_of(term), term.__name__)
     summary, formula, *notes = _without_arguments(text).split("\n\n")
     source, needs, weight, tests = (" ".join(field.split()) for field in fields)
     paths = _paths(tests)

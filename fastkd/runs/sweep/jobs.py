@@ -20,6 +20,7 @@ from fastkd.errors import Interrupted, UserError
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session
+from fastkd.storage.atomic import writing
 from fastkd.training.interrupt import StopSignal
 
 __all__ = ["HOW_TO_RESUME", "environments", "run_jobs"]
@@ -36,7 +37,7 @@ class _Job:
     process: subprocess.Popen[bytes]
 
     def last_line(self) -> str:
-        lines = self.log.read_text(errors="replace").split("\n")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
@@ -87,9 +88,11 @@ def _start(
 ) -> _Job:
     digest = recipe.digest()[:8]
     config = Path(configs) / f"{digest}.yaml"
-    config.write_text(recipe_to_yaml(recipe))
+    config.write_text(recipe_to_yaml(recipe), encoding="utf-8")
     log = session.root / recipe.name / f"sweep-{digest}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
     command = [sys.executable, "-m", "fastkd.train", "--config", str(config), "--resume", "auto"]
     with log.open("ab") as out:
         process = subprocess.Popen(

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.errors import RunFailed
 from fastkd.evaluation.headline import headline, headline_of
 from fastkd.output.run_folder import csv_text
 from fastkd.recipe.schema import Recipe
 from fastkd.report.paper import paper_row
 from fastkd.runs.stages import Session
 from fastkd.runs.sweep.grid import Choice
-from fastkd.storage.atomic import atomic_path
+from fastkd.storage.atomic import atomic_path, writing
 
 __all__ = ["different_teachers", "print_table"]
 
@@ -27,9 +28,19 @@ def print_table(
     rows = [_row(choice, found[choice]) for choice in recipes]
     session.console.comparison(rows + _over_seeds(recipes, found))
     if session.world.is_main:
-        session.console.note(f"table {_write_csv(recipes, rows, session.root)}")
+        session.console.note(_written(recipes, rows, session.root))
     if note := different_teachers(recipes):
         session.console.note(note)
+
+
+def _written(
+    recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]], root: Path
+) -> str:
+    """Where the CSV file is, or why there is none: the runs and the table stand without it."""
+    try:
+        return f"table {_write_csv(recipes, rows, root)}"
+    except RunFailed as error:
+        return f"no CSV file: {error}"
 
 
 def _write_csv(
@@ -45,7 +56,8 @@ def _write_csv(
         lines.append(keys | {"digest": recipe.digest()} | kept)
     of_all = hashlib.sha256(" ".join(line["digest"] for line in lines).encode()).hexdigest()
     target = root / next(iter(recipes.values())).name / f"sweep-{of_all[:8]}.csv"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as beside:
         beside.write_text(csv_text(lines), encoding="utf-8")
     return target
