@@ -54,16 +54,16 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     blank = {
         "name": "eval",
         "data": {"name": "digits"},
-        "student": {"name": name},
+        "student": {"name": name, "weights": weights},
         "losses": {"ce": {"weight": 1.0}},
     }
     recipe = load_recipe(None, values=blank, overrides=keys)
 
     def build(data: DataPair) -> nn.Module:
+        file = WeightFile.open(weights, recipe.student.weights_key)
         if options := recipe.student.options():
-            return create_model(name, data.facts.num_classes, weights=weights, **options)
-        file = WeightFile.open(weights)
-        if file.facts.get("architecture") == name:
+            return create_model(name, data.facts.num_classes, weights=file, **options)
+        if file.network.architecture in (name, f"simkd:{name}"):
             return model_from_file(file)
         return create_model(name, data.facts.num_classes, weights=file)
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastkd.compute.collectives import all_reduce_sum
 from fastkd.compute.ranks import World, on_main
+from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
+from fastkd.training.saved_state import check_optimizer, check_part, check_rows
 
 __all__ = [
     "Rows",
@@ -113,8 +116,23 @@ def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint 
 
 
 def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:
-    """Restore every part; UserError for another recipe's file."""
+    """Restore every part; UserError for another recipe's file, or if one does not fit this run.
+
+    All ranks must call this. All parts are compared before the first one is changed.
+    """
     checkpoint.check_digest(digest)
+    path, saved = checkpoint.path, checkpoint.state
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name not in saved:
+            raise UserError(f"{path} does not fit this run: it has no {name}")
+        if isinstance(part, Optimizer):
+            check_optimizer(path, name, part, saved[name])
+        elif isinstance(part, Rows):
+            check_rows(path, name, saved[name])
+        else:
+            check_part(path, name, part.state_dict(), saved[name])
     for name, part in parts.items():
         if part is not None:
-            part.load_state_dict(checkpoint.state[name])
+            part.load_state_dict(saved[name])
