@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.storage.foreign_checkpoints import Groups, joined, renamings, unwrapped_names
+from fastkd.storage.foreign_checkpoints import WRAPPING, Groups, joined, renamings, unwrapped_names
 
 __all__ = ["Found", "find_network", "lies_in"]
 
@@ -84,7 +84,7 @@ def find_network(
     fits = [found for found in places if found.fits]
     if not fits:
         # A part of the network, such as the head, may lie beside the rest.
-        fits = [both for found in places if (both := _with_part_beside(found, places, wanted))]
+        fits = [both for found in places if (both := _with_part_beside(found, groups, wanted))]
     if fits:
         return _chosen(fits, groups, own, origin)
     return max(places, key=lambda found: (len(found.fitting(wanted)), -len(found.unexpected)))
@@ -95,8 +95,9 @@ def lies_in(name: str, layers: Sequence[str]) -> bool:
     return name.startswith(tuple(f"{layer}." for layer in layers))
 
 
-def _plain(at: str) -> str:
-    return unwrapped_names([f"{at}._"])[f"{at}._"].removesuffix("._").removesuffix("_")
+def _plain(path: str) -> str:
+    """A path in a file without the components of wrappers."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPING)
 
 
 def _prefixes(named: Mapping[str, Tensor], size: int) -> list[str]:
@@ -171,25 +172,28 @@ def _as_in(own: Tensor | None, value: Tensor) -> Tensor:
     return value.flatten(1) if flat else value
 
 
-def _with_part_beside(
-    found: Found, places: Sequence[Found], wanted: Mapping[str, Tensor]
-) -> Found | None:
-    """The network of two places, if the second holds exactly what the first one lacks."""
+def _with_part_beside(found: Found, groups: Groups, wanted: Mapping[str, Tensor]) -> Found | None:
+    """The network in two places, if one beside the first holds exactly what that one lacks."""
     if not found.missing or found.unexpected or found.wrong_shape or not found.place:
         return None
     above = found.place.rpartition(".")[0]
-    parts = [
-        other
-        for other in places
-        if other.place.rpartition(".")[0] == above
-        and other.place not in ("", found.place)
-        and not other.unexpected
-        and {*other.state} & {*wanted} == {*found.missing}
-        and not other.wrong_shape
+    parts: dict[str, dict[str, Tensor]] = {}
+    for at, tensors in groups.items():
+        for name, tensor in tensors.items():
+            path = _plain(joined(at, name))
+            if path.startswith(f"{above}." if above else ""):
+                part, _, inside = path.removeprefix(f"{above}.").partition(".")
+                parts.setdefault(joined(above, part), {})[inside] = tensor
+    lacking = {name: wanted[name].shape for name in found.missing}
+    suitable = [
+        part
+        for place, part in parts.items()
+        if place != found.place
+        and {n: t.shape for n, t in part.items() if n in wanted or t.is_floating_point()} == lacking
     ]
-    if len(parts) != 1:
+    if len(suitable) != 1:
         return None
-    return replace(found, state=found.state | parts[0].state, missing=())
+    return replace(found, state=found.state | suitable[0], missing=())
 
 
 def _chosen(fits: Sequence[Found], groups: Groups, own: Mapping[str, Tensor], origin: str) -> Found:

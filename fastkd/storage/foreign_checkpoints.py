@@ -14,6 +14,7 @@ from fastkd.config.values import is_list, is_mapping
 from fastkd.errors import UserError
 
 __all__ = [
+    "WRAPPING",
     "Groups",
     "KeyMap",
     "bare",

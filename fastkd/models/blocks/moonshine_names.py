@@ -6,10 +6,10 @@ BayesWatch/pytorch-moonshine keeps a stage as a list of parts, each with its res
     block2.0.layer.3.conv1.conv1x1_down.weight      ->  layer2.3.conv1.reduce.weight
 
 Several parts (its AT_split) are numbered on. Wide residual networks have `block1` to `block3`, the
-ImageNet networks `layer1` to `layer4`. Its `DConv..` are G, `Conv..B..`, `G..B..` and `A..B..` are
-B and BG, `Conv2x2` is S-2x2. One bottleneck for both convolutions (its blocktype Bottle) is
-`block="B(2)"`; one for each of them (Basic) is made by `cheapen` with `where="layer?.*.conv1"`, then
-with `where="layer?.*.conv2"`.
+ImageNet networks `layer1` to `layer4`. Its `DConv..` are G, `ConvB..`, `G..B..` and `A..B..` are B
+and BG, `Conv2x2` is S-2x2. One bottleneck for both convolutions of a residual block (its blocktype
+Bottle) is `block="B(2)"`; one for each of them (Basic) is made by `cheapen`, once with
+`where="layer?.*.conv1"` and once with `where="layer?.*.conv2"`.
 """
 
 import re
