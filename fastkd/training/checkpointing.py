@@ -7,12 +7,13 @@ also has `digest` and `decisions`, which a resumed run must share.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastkd.compute.collectives import all_reduce_sum
+from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm
@@ -112,7 +113,13 @@ def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint 
     """
     path = folder.path / "last.pt"
     # Rank 0 decides: another host may see a new file of a shared folder late.
-    return Checkpoint.open(path, digest) if on_main(world, path.exists) else None
+    if not on_main(world, path.exists):
+        return None
+    opened = Checkpoint.open(path, digest)
+    compile = opened.state["decisions"]["compile"]
+    if compile not in get_args(CompileSwitch):
+        raise UserError(f"{path} does not fit this run: decisions.compile is {compile[:40]!r}")
+    return opened
 
 
 def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:

@@ -56,11 +56,20 @@ def check_optimizer(path: Path, name: str, optimizer: Optimizer, saved: Any) -> 
     """UserError unless its groups are this run's, and each state has the shape of its parameter."""
     own = optimizer.state_dict()
     _check_names(path, name, own, saved)
-    check_part(path, f"{name}.param_groups", own["param_groups"], saved["param_groups"])
+    groups = saved["param_groups"]
+    if is_list(groups) and all(map(is_mapping, groups)):
+        # Flags come and go with torch's versions, which fill them in themselves.
+        pairs = list(zip(own["param_groups"], groups, strict=False))
+        groups = [_with_flags_of(one, group) for one, group in pairs] + [*groups[len(pairs) :]]
+    layout, counters = _layout(optimizer)
+    expected = [
+        {key: value for key, value in counters.items() if key in group} | one
+        for one, group in zip(own["param_groups"], groups, strict=False)
+    ]
+    check_part(path, f"{name}.param_groups", expected + own["param_groups"][len(groups) :], groups)
     listed = [number for group in own["param_groups"] for number in group["params"]]
     known = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = dict(zip(listed, known, strict=True))
-    layout = _layout(optimizer)
     states = saved["state"] if is_mapping(saved["state"]) else {None: None}
     for number, state in states.items():
         at = f"{name}.state.{number}"
@@ -78,8 +87,21 @@ def check_optimizer(path: Path, name: str, optimizer: Optimizer, saved: Any) -> 
             check_part(path, f"{at}.{key}", model, value)
 
 
-def _layout(optimizer: Optimizer) -> dict[str, Any]:
-    """What one step leaves for a parameter of two dimensions, found by making one."""
+def _with_flags_of(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    flags = {key: value for key, value in own.items() if value is None or isinstance(value, bool)}
+    kept = {
+        key: value
+        for key, value in saved.items()
+        if key in own or not (value is None or isinstance(value, bool))
+    }
+    return flags | kept
+
+
+def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one step leaves for a parameter of two dimensions, and adds to a group.
+
+    Found by making a step with another optimizer of this kind.
+    """
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tried = torch.zeros(2, 3, dtype=like.dtype, device=like.device, requires_grad=True)
     tried.grad = torch.zeros_like(tried)
@@ -89,7 +111,7 @@ def _layout(optimizer: Optimizer) -> dict[str, Any]:
     options |= {key: group[key] for key in options if key in group}
     scratch = type(optimizer)([tried], **options)
     scratch.step()
-    return dict(scratch.state[tried])
+    return dict(scratch.state[tried]), dict(scratch.state_dict()["param_groups"][0])
 
 
 def _check_tensor(path: Path, name: str, own: Any, saved: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.errors import UserError
 from fastkd.models import create_model
+from fastkd.storage.weights import load_into
 
 State = dict[str, Tensor]
 PLAIN, GROUPED, SQUEEZED = "Conv", "DConv", "ConvB"
@@ -187,5 +188,5 @@ def test_a_bottleneck_for_each_convolution(tmp_path: Path) -> None:
     model = create_model("wrn_16_2", 10)
     for conv in ("conv1", "conv2"):
         model = fastkd.cheapen(model, "BG(2,M/8)", where=f"layer?.*.{conv}")
-    fastkd.storage.weights.load_into(model, file)
+    load_into(model, file)
     assert_equal(model, expected)
