@@ -154,7 +154,7 @@ def _facts_for(name: str, file: WeightFile, new_head: bool) -> NetworkFacts:
             f"{file} holds {facts.architecture}: {name} with a projector and the classifier of its "
             f"teacher, while its own classifier was not trained. "
             f"fastkd.models.model_from_file({str(file)!r}) builds it, fastkd eval and "
-            f"teacher.weights take it; new_head=True takes the body alone"
+            f"teacher.weights take it; new_head=True (student.new_head=true) takes the body alone"
         )
     return replace(facts, architecture=name, options=dict(facts.options.get("student") or {}))
 

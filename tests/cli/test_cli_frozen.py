@@ -34,7 +34,8 @@ teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.clas
 teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
-teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained teacher.ensemble.0.new_head
+teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained
+teacher.ensemble.0.new_head
 teacher.ensemble.0.frozen teacher.ensemble.0.train
 teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.seed
 teacher.ensemble.0.resolution teacher.ensemble.0.mean teacher.ensemble.0.std

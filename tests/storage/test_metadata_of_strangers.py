@@ -48,7 +48,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "name: huge": {"architecture": "timm:vit_giant_patch14_224"},
     "name: huge regnet": {"architecture": "torchvision:regnet_y_128gf"},
     "name: a repository": {"architecture": "timm:hf-hub:timm/resnet18.a1_in1k"},
-    "name: a folder": {"architecture": "timm:local-dir:/tmp/net"},
+    "name: a folder": {"architecture": "timm:local-dir:/elsewhere/net"},
     "name: a path": {"architecture": "../../etc/passwd"},
     "name: simkd alone": {"architecture": "simkd:resnet8"},
     "name: simkd twice": {"architecture": "simkd:simkd:resnet8"},
@@ -88,7 +88,7 @@ TIMM: dict[str, dict[str, str]] = {
     "pretrained": options(pretrained=True),
     "a url": options(pretrained_cfg={"url": "http://localhost/x.pth"}),
     "an overlay": options(pretrained_cfg_overlay={"file": "/etc/passwd"}),
-    "a cache": options(cache_dir="/tmp"),
+    "a cache": options(cache_dir="/elsewhere"),
     "layers": options(layers=[60000, 1, 1, 1]),
     "channels": options(channels=[60000, 60000, 60000, 60000]),
     "a negative": options(in_chans=-3),
@@ -101,7 +101,7 @@ TIMM: dict[str, dict[str, str]] = {
 
 @pytest.fixture
 def _nothing_foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No connection, no file of /etc or /tmp/net, little memory."""
+    """No connection, no file of /etc or /elsewhere/net, little memory."""
 
     def refuse(*args: Any, **keys: Any) -> Any:
         raise AssertionError("a connection")
@@ -109,7 +109,7 @@ def _nothing_foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real_open = builtins.open
 
     def opening(file: Any, *args: Any, **keys: Any) -> Any:
-        assert not str(file).startswith(("/etc/passwd", "/tmp/net")), file
+        assert not str(file).startswith(("/etc/passwd", "/elsewhere/net")), file
         return real_open(file, *args, **keys)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
