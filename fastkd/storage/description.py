@@ -42,8 +42,11 @@ class NetworkFacts:
         A file may come from a stranger: what it says must not make `create_model` load other files,
         download, or build anything that is out of proportion.
         """
-        name, classes = metadata.get("architecture"), metadata.get("num_classes")
-        if name is not None and not NAME.fullmatch(name):
+        normalization = _normalization(_json(metadata, "normalization", None))
+        if "architecture" not in metadata:  # written by other programs
+            return cls(normalization=normalization)
+        name, classes = metadata["architecture"], metadata.get("num_classes")
+        if not NAME.fullmatch(name):
             raise ValueError(f"architecture={_short(name)}: expected the name of a network")
         if classes is not None and not CLASSES.fullmatch(classes):
             raise ValueError(f"num_classes={_short(classes)}: expected 1 to 99999999")
@@ -55,7 +58,7 @@ class NetworkFacts:
             architecture=name,
             num_classes=None if classes is None else int(classes),
             options=dict(options),
-            normalization=_normalization(_json(metadata, "normalization", None)),
+            normalization=normalization,
         )
 
     def to_metadata(self) -> dict[str, str]:
@@ -181,7 +184,13 @@ def other_options(model: nn.Module, metadata: Mapping[str, str]) -> str | None:
     if written.architecture is None or written.options == own.options:
         return None
     names = {*written.options, *own.options}
-    differing = sorted(n for n in names if written.options.get(n) != own.options.get(n))
+    differing = sorted(
+        name
+        for name in names
+        if "drop" not in name and written.options.get(name) != own.options.get(name)
+    )
+    if not differing:
+        return None
     keys = keys_in_words({name: written.options.get(name) for name in differing})
     built = {name: own.options[name] for name in differing if name in own.options}
     return (

@@ -39,7 +39,7 @@ class Found:
     unexpected: tuple[str, ...]
     """In the file, not in the network, and not a counter or buffer without effect."""
     wrong_shape: tuple[str, ...]
-    """In both, with different shapes."""
+    """In both, with different shapes, or of an integer type where the network has weights."""
     note: str | None = None
     """What was chosen, if there was a choice."""
 
@@ -50,7 +50,7 @@ class Found:
 
     def fitting(self, own: Mapping[str, Tensor]) -> list[str]:
         """The names in both, with the same shape."""
-        return [k for k in own if k in self.state and self.state[k].shape == own[k].shape]
+        return [name for name in own if name in self.state and _suits(self.state[name], own[name])]
 
 
 def find_network(
@@ -151,9 +151,15 @@ def _compared(
             and not (new and name.partition(".")[0] not in beginnings)
         ),
         wrong_shape=tuple(
-            name for name in wanted if name in state and state[name].shape != wanted[name].shape
+            name for name in wanted if name in state and not _suits(state[name], wanted[name])
         ),
     )
+
+
+def _suits(value: Tensor, own: Tensor) -> bool:
+    """The same shape, and no integer (of a quantised network) for a weight."""
+    plain = value.is_floating_point() or not own.is_floating_point()
+    return value.shape == own.shape and plain
 
 
 def _is_idle(name: str, value: Tensor, buffers: Mapping[str, Tensor]) -> bool:
@@ -214,7 +220,8 @@ def _chosen(fits: Sequence[Found], groups: Groups, own: Mapping[str, Tensor], or
 
 def _same(one: Found, other: Found, own: Mapping[str, Tensor]) -> bool:
     names = [name for name in one.fitting(own) if not name.endswith("num_batches_tracked")]
-    return all(torch.equal(one.state[name], other.state[name]) for name in names)
+    pairs = [(one.state[name], other.state[name]) for name in names]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def _is_average(place: str, groups: Groups) -> bool:

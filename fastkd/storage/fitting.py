@@ -69,7 +69,7 @@ def load_into(
         found.missing,
         found.unexpected,
         tuple(
-            f"{key}: file {_dims(found.state[key])}, network {_dims(own[key])}"
+            f"{key}: file {_dims(found.state[key], own[key])}, network {_dims(own[key])}"
             for key in found.wrong_shape
         ),
     )
@@ -110,7 +110,9 @@ def _hint(
 ) -> str:
     name = facts_of(model).architecture
     if facts.get("architecture", name) != name:
-        return f". The file holds {facts['architecture']} with {facts.get('num_classes')} classes"
+        shown = (facts["architecture"], facts.get("num_classes", "unknown"))
+        held, classes = ("".join(filter(str.isprintable, text))[:80] for text in shown)
+        return f". The file holds {held} with {classes} classes"
     if said := other_options(model, facts):
         return f". The file holds {name} {said}"
     state, wrong = found.state, found.wrong_shape
@@ -133,5 +135,8 @@ def _hint(
     return ""
 
 
-def _dims(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _dims(tensor: Tensor, other: Tensor | None = None) -> str:
+    """Its shape; with its type, where the shape alone is that of the other."""
+    same = other is not None and other.shape == tensor.shape
+    kind = f" of {str(tensor.dtype).removeprefix('torch.')}" if same else ""
+    return ("x".join(map(str, tensor.shape)) or "scalar") + kind

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastkd.config.values import is_list, is_mapping
@@ -81,7 +82,9 @@ def _collect(content: Any, at: str, depth: int, groups: Groups) -> None:
     own: dict[str, Tensor] = {}
     for key, value in entries:
         if isinstance(value, Tensor):
-            own[str(key)] = value.detach()
+            # Sparse, quantised and empty ones are the weights of no network here.
+            if value.layout == torch.strided and not (value.is_quantized or value.is_meta):
+                own[str(key)] = value.detach()
         elif is_mapping(value) or is_list(value):
             _collect(value, joined(at, str(key)), depth + 1, groups)
     if own:

@@ -31,7 +31,8 @@ def check_part(path: Path, name: str, own: Any, saved: Any) -> None:
     elif is_mapping(own):
         _check_names(path, name, own, saved)
         for key, value in own.items():
-            check_part(path, f"{name}.{key}", value, saved[key])
+            if not str(key).endswith("_extra_state"):  # of a module of the user's, of any form
+                check_part(path, f"{name}.{key}", value, saved[key])
     elif is_list(own):
         if not is_list(saved) or len(saved) != len(own):
             _refuse(path, name, _called(saved), _called(own))

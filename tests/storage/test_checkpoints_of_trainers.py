@@ -280,6 +280,31 @@ def test_another_network_is_not_taken_for_it(content: Any, tmp_path: Path) -> No
         create_model("resnet8", 10, width=0.25, weights=tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda value: value.to(torch.int8), r"conv1\.weight: file \S+ of int8, network"),
+        (lambda value: value.to_sparse(), r"1 missing \(conv1\.weight\)"),
+        (lambda value: value.to("meta"), r"1 missing \(conv1\.weight\)"),
+        (lambda value: value[:1], r"conv1\.weight: file 1x3x3x3, network 4x3x3x3"),
+    ],
+    ids=["quantised", "sparse", "without values", "another shape"],
+)
+def test_tensors_that_are_no_weights(
+    change: Callable[[Tensor], Tensor], sentence: str, tmp_path: Path
+) -> None:
+    state = under("")
+    torch.save(state | {"conv1.weight": change(state["conv1.weight"])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=sentence):
+        create_model("resnet8", 10, width=0.25, weights=tmp_path / "odd.pth")
+
+
+def test_metadata_of_other_programs_do_not_matter(tmp_path: Path) -> None:
+    facts = {"format": "pt", "options": "--lr 0.1", "num_classes": "ten", "step": "3"}
+    save_weights(tmp_path / "theirs.safetensors", GOOD.state_dict(), facts)
+    assert is_good(create_model("resnet8", 10, width=0.25, weights=tmp_path / "theirs.safetensors"))
+
+
 def test_buffers_that_a_network_makes_itself(tmp_path: Path) -> None:
     """Older timm stored the masks and indices of its window attention."""
     model = create_model("timm:swin_tiny_patch4_window7_224", 3)
