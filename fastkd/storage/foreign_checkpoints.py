@@ -58,13 +58,13 @@ WRAPPING = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 """Components that data parallel modules, averages, torch.compile, FSDP and activation checkpoints
 put into names, at any depth."""
 
-MOST_TENSORS, DEEPEST = 1_000_000, 20
+MOST_PLACES, DEEPEST = 100_000, 20
 
 
 def tensor_groups(content: Any, path: Path) -> Groups:
     """Every tensor of a checkpoint with the place where it lies. UserError if there is none."""
     groups: Groups = {}
-    _collect(content, "", 0, groups)
+    _collect(content, "", [], groups)
     if sum(map(len, groups.values())):
         return groups
     keys = list(content) if is_mapping(content) else []
@@ -75,18 +75,22 @@ def tensor_groups(content: Any, path: Path) -> Groups:
     )
 
 
-def _collect(content: Any, at: str, depth: int, groups: Groups) -> None:
-    if depth > DEEPEST or len(groups) > MOST_TENSORS:  # a mapping may contain itself
+def _collect(content: Any, at: str, seen: list[str], groups: Groups) -> None:
+    # A mapping may contain itself, or the same ones many times over.
+    if (
+        len(seen) >= MOST_PLACES
+        or at.count(".") > DEEPEST
+        or not (is_mapping(content) or is_list(content))
+    ):
         return
-    entries = content.items() if is_mapping(content) else enumerate(content)
+    seen.append(at)
     own: dict[str, Tensor] = {}
-    for key, value in entries:
-        if isinstance(value, Tensor):
-            # Sparse, quantised and empty ones are the weights of no network here.
-            if value.layout == torch.strided and not (value.is_quantized or value.is_meta):
-                own[str(key)] = value.detach()
-        elif is_mapping(value) or is_list(value):
-            _collect(value, joined(at, str(key)), depth + 1, groups)
+    for key, value in content.items() if is_mapping(content) else enumerate(content):
+        if not isinstance(value, Tensor):
+            _collect(value, joined(at, str(key)), seen, groups)
+        # Sparse, quantised and empty ones are the weights of no network here.
+        elif value.layout == torch.strided and not (value.is_quantized or value.is_meta):
+            own[str(key)] = value.detach()
     if own:
         groups[at] = own
 

@@ -106,3 +106,8 @@ def test_mappings_without_end_are_read(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "ring.pth")
     net = nn.Sequential(nn.Linear(3, 2))
     assert load_into(net, tmp_path / "ring.pth").complete
+    many: dict[str, object] = {}
+    for _ in range(25):
+        many = {str(number): many for number in range(10)}
+    torch.save({"state_dict": NET.state_dict(), "many": many}, tmp_path / "many.pth")
+    assert load_into(net, tmp_path / "many.pth").complete
