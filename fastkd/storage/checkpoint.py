@@ -83,10 +83,13 @@ class Checkpoint:
 def _check_envelope(path: Path, state: dict[str, Any]) -> None:
     """UserError unless every part has a name, and what all runs share is there."""
     decisions = state.get("decisions")
-    named = is_mapping(decisions) and all(
-        isinstance(word, str) for pair in decisions.items() for word in pair
+    whole = (
+        is_mapping(decisions)
+        and all(isinstance(word, str) for pair in decisions.items() for word in pair)
+        and "compile" in decisions
+        and isinstance(state.get("digest"), str)
     )
-    if not (named and "compile" in decisions and isinstance(state.get("digest"), str)):
+    if not whole:
         raise UserError(
             f"{path} cannot be read as a checkpoint: its digest or its decisions are missing, so "
             f"it is damaged, or not fastkd's"

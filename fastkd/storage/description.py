@@ -162,7 +162,7 @@ def options_in_words(options: Mapping[str, Any]) -> str:
 
 def keys_in_words(options: Mapping[str, Any]) -> str:
     """`block=G:4 width=0.5`, as a shell takes them."""
-    words = []
+    words: list[str] = []
     for name, value in options.items():
         text = "null" if value is None else str(value).lower() if value in (True, False) else value
         if name.rpartition(".")[2] == "block":
