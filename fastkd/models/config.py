@@ -1,10 +1,10 @@
 """Recipe keys for one network: which one, from which weights, which part is trained."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from fastkd.config.section import Section
+from fastkd.config.section import Section, Since
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.blocks.layers import Shortcuts
@@ -31,7 +31,10 @@ class StudentConfig(Section):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability inside the residual blocks of a WRN."""
     weights: str | None = None
-    """Initial weights: a .safetensors, .pt or .pth file, or a run folder."""
+    """Initial weights: a .safetensors, .pt or .pth file, a run folder, or one of transformers."""
+    weights_key: Annotated[str | None, Since("0.2")] = Field(default=None, min_length=1)
+    """Which network in the weight file, if several fit: a dotted path, such as state_dict or
+    model.teacher; by default the only one that fits, an average (EMA) before others."""
     pretrained: bool = False
     """Download the published weights of a timm or torchvision network; weights=... overrides it."""
     new_head: bool = False
@@ -48,6 +51,15 @@ class StudentConfig(Section):
             raise ValueError(
                 f"{what} of a trained network: set weights=FILE or a run folder, or (timm and "
                 f"torchvision) pretrained=true as well"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> "StudentConfig":
+        if self.weights_key and not self.weights:
+            raise ValueError(
+                f"weights_key={self.weights_key} names a network in a weight file: set "
+                f"weights=FILE as well"
             )
         return self
 

@@ -8,17 +8,24 @@ of a safetensors file.
 import difflib
 import fnmatch
 import inspect
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from fastkd.config.mistakes import explain
+from fastkd.config.values import is_list
 from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.card import Card, card_of, sign
+from fastkd.models.config import NETWORK_OPTIONS, StudentConfig
 from fastkd.models.head import class_layers
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.shortcuts import remove_shortcuts
@@ -61,6 +68,7 @@ def create_model(
     *,
     pretrained: bool = False,
     weights: WeightSource | None = None,
+    weights_key: str | None = None,
     new_head: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -70,7 +78,11 @@ def create_model(
         `torchvision:NAME`.
     num_classes: required for the zoo unless `weights` names it; None keeps the count of the others.
     pretrained: weights of timm or torchvision; the head is new where the class count differs.
-    weights: a checkpoint that is loaded strictly: a path, or an already opened `WeightFile`.
+    weights: a checkpoint that is loaded strictly: a path, or an already opened `WeightFile`. If
+        fastkd wrote it for this network, options that are not given are those of its network
+        (except dropout).
+    weights_key: which network in that file, if several fit: a dotted path such as `state_dict` or
+        `model.teacher`; by default the only one that fits, an average (EMA) before others.
     new_head: load everything except the classifier from `weights` or the pretrained network,
         whatever their class count; the classifier keeps its initialisation.
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
@@ -94,14 +106,20 @@ def create_model(
             "new_head=True replaces the classifier of a trained network: give weights=FILE or "
             "pretrained=True"
         )
-    file = None if weights is None else WeightFile.open(weights)
-    facts = NetworkFacts() if file is None else file.network
+    file = None if weights is None else WeightFile.open(weights, weights_key)
+    facts = NetworkFacts() if file is None else _facts_for(name, file, new_head)
     donor = None
     if new_head and pretrained:
         donor, pretrained = create_model(name, pretrained=True, **options), False
         donor_card = card_of(donor)
         facts = donor_card.facts if donor_card else NetworkFacts()
         facts = NetworkFacts(normalization=facts.normalization, data=facts.data)
+    taken = unnamed_options(name, facts, options)
+    if file is not None and (taken or (num_classes is None and facts.num_classes)):
+        check_proportion(
+            file, name, 2 if num_classes else facts.num_classes, options=taken | options
+        )
+    options = taken | options
     if num_classes is None:
         num_classes = facts.num_classes
     if "block" in options:
@@ -133,6 +151,39 @@ def create_model(
 def _data(facts: DataFacts | None, new_head: bool) -> DataFacts | None:
     """What a new classifier leaves of the facts: it knows no class yet."""
     return facts.model_copy(update={"classes": None}) if facts and new_head else facts
+
+
+def _facts_for(name: str, file: WeightFile, new_head: bool) -> NetworkFacts:
+    """The metadata of a file as far as they are about this network: of SimKD's, about its body."""
+    facts = file.network
+    if facts.architecture != f"simkd:{name}":
+        return facts
+    if not new_head:
+        raise UserError(
+            f"{file} holds {facts.architecture}: {name} with a projector and the classifier of its "
+            f"teacher, while its own classifier was not trained. "
+            f"fastkd.models.model_from_file({str(file)!r}) builds it, fastkd eval and "
+            f"teacher.weights take it; new_head=True (student.new_head=true) takes the body alone"
+        )
+    return replace(facts, architecture=name, options=dict(facts.options.get("student") or {}))
+
+
+def unnamed_options(name: str, facts: NetworkFacts, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a file's network that were not given and are not the defaults.
+
+    Rates of dropout and the like are left out: they belong to a training, not to its result.
+    """
+    if facts.architecture != name:
+        return {}
+    family = _family(name)
+    defaults = inspect.signature(family.build).parameters if family else {}
+    return {
+        option: value
+        for option, value in facts.options.items()
+        if option not in given
+        and "drop" not in option
+        and not (option in defaults and defaults[option].default == value)
+    }
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:
@@ -210,7 +261,57 @@ def model_from_file(path: WeightSource) -> nn.Module:
             "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "
             "fastkd.storage.weights.load_into"
         )
+    check_proportion(file, facts.architecture, facts.num_classes, options=facts.options)
     return create_model(facts.architecture, facts.num_classes, weights=file, **facts.options)
+
+
+class _Proportion(TorchFunctionMode):
+    """Ends the building of a network that has many times the tensors of its file."""
+
+    def __init__(self, file: WeightFile) -> None:
+        super().__init__()
+        sizes = [tensor.numel() for group in file.groups.values() for tensor in group.values()]
+        self.tensors = 6 * len(sizes) + 500
+        self.elements = 4 * sum(sizes) + 2**22
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full):
+            size = (kwargs or {}).get("size", args[0] if args and is_list(args[0]) else args)
+            self.tensors -= 1
+            self.elements -= math.prod(side for side in size if isinstance(side, int))
+            if min(self.tensors, self.elements) < 0:
+                raise UserError("it is many times as large as the file")
+        return func(*args, **(kwargs or {}))
+
+
+def check_proportion(
+    file: WeightFile, name: str, num_classes: int | None, *, options: Mapping[str, Any]
+) -> None:
+    """UserError if a network that a file describes is not one of ours, or larger than the file.
+
+    It is built without memory first. Metadata may come from strangers.
+    """
+    try:
+        if reserved := options.keys() & inspect.signature(create_model).parameters.keys():
+            raise UserError(f"{', '.join(sorted(reserved))} is no option of a network")
+        plain = {option: value for option, value in options.items() if option in NETWORK_OPTIONS}
+        StudentConfig.model_validate({"name": name, **plain})
+        with torch.random.fork_rng(devices=[]), _Proportion(file):
+            try:
+                with torch.device("meta"):
+                    create_model(name, num_classes, **options)
+            except NotImplementedError:
+                # A constructor that reads tensors, of torchvision's RegNets.
+                create_model(name, num_classes, **options)
+    except Exception as error:  # whatever a constructor makes of absurd values
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if isinstance(error, ValidationError):
+            reason = "; ".join(explain(error, StudentConfig, options, ()))
+        raise UserError(
+            f"{file}: its metadata describe a network that cannot be built ({reason[:200]})"
+        ) from error
 
 
 def _build(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd.errors import UserError
 from fastkd.models.card import Card, card_of, sign
-from fastkd.models.taps import Tapped, ZooNetwork
+from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 
 __all__ = ["Projector", "ReusedHead", "build", "pooled_to"]
 
@@ -100,6 +101,10 @@ def build(
     factor: int,
 ) -> ReusedHead:
     """The network with fresh weights, around the student `body`."""
+    # The options of a weight file, which may come from a stranger.
+    check_taps((tap,), body)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"size={size!r}: expected height and width of a map")
     projector = Projector(student_channels, teacher_channels, factor)
     head = nn.Linear(teacher_channels, num_classes, bias=bias)
     return ReusedHead(body, projector, head, tap=tap, size=size)

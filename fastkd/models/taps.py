@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
+from fastkd.storage.foreign_checkpoints import KeyMap
 
 __all__ = [
     "Tapped",
@@ -38,10 +39,10 @@ class ZooNetwork(nn.Module):
     """In the order of the walk; the last is `logits`."""
     head_path: ClassVar[str] = "fc"
     """Path of the classifier layer."""
-    key_maps: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
+    key_maps: ClassVar[Mapping[str, KeyMap]] = {}
     """Repository -> how its checkpoints name the parameters: a regular expression for the beginning
     of a name, up to a dot -> its replacement here, None if the tensor has no counterpart. The first
-    match counts; names without a match are the same.
+    match counts; names without a match are the same. Or a function from all names to the new ones.
     `fastkd.storage.fitting.load_into` finds out which repository it is."""
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:

@@ -61,12 +61,12 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     blank = {
         "name": "eval",
         "data": {"name": "digits"},
-        "student": {"name": name},
+        "student": {"name": name, "weights": weights},
         "losses": {"ce": {"weight": 1.0}},
     }
     recipe = load_recipe(None, values=blank, overrides=keys)
 
-    file = WeightFile.open(weights)
+    file = WeightFile.open(weights, recipe.student.weights_key)
     shown = file.network.data
     of_timm = name.startswith("timm:") and not file.facts.get("architecture")
     if of_timm and recipe.data.name == "folder":
@@ -83,7 +83,7 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
             )
         if options := recipe.student.options():
             return create_model(name, data.facts.num_classes, weights=file, **options)
-        if file.facts.get("architecture") == name:
+        if file.network.architecture in (name, f"simkd:{name}"):
             return model_from_file(file)
         return create_model(name, data.facts.num_classes, weights=file)
 

@@ -64,7 +64,9 @@ class Checkpoint:
         state = dict(content) if is_mapping(content) else {}
         found = state.get("format")
         if found != FORMAT:
-            raise UserError(f"{path} has checkpoint format {found!r}, this fastkd reads {FORMAT}")
+            shown = repr(found)[:40]
+            raise UserError(f"{path} has checkpoint format {shown}, this fastkd reads {FORMAT}")
+        _check_envelope(path, state)
         opened = cls(path, state)
         if digest is not None:
             opened.check_digest(digest)
@@ -79,3 +81,19 @@ class Checkpoint:
                 f"{digest[:8]}): resume it with its own keys, fastkd train --resume "
                 f"{self.path.parent}"
             )
+
+
+def _check_envelope(path: Path, state: dict[str, Any]) -> None:
+    """UserError unless every part has a name, and what all runs share is there."""
+    decisions = state.get("decisions")
+    whole = (
+        is_mapping(decisions)
+        and all(isinstance(word, str) for pair in decisions.items() for word in pair)
+        and "compile" in decisions
+        and isinstance(state.get("digest"), str)
+    )
+    if not whole:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: its digest or its decisions are missing, so "
+            f"it is damaged, or not fastkd's"
+        )

@@ -4,16 +4,28 @@ What it says about the data is in `fastkd.storage.facts`.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from fastkd.config.section import Normalization
+from fastkd.config.values import is_list, is_mapping
 from fastkd.storage.facts import DataFacts
 
-__all__ = ["CARD", "NetworkFacts", "describe", "facts_of"]
+__all__ = [
+    "CARD",
+    "NetworkFacts",
+    "describe",
+    "facts_of",
+    "keys_in_words",
+    "options_in_words",
+    "other_options",
+]
 
 CARD = "fastkd_card"
 """The attribute that holds a network's `fastkd.models.card.Card`."""
@@ -31,13 +43,28 @@ class NetworkFacts:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "NetworkFacts":
-        """Read what `to_metadata` wrote. Raises ValueError, TypeError or LookupError otherwise."""
-        mean_std = json.loads(metadata.get("normalization", "null"))
+        """Read what `to_metadata` wrote. Raises ValueError for what it never writes.
+
+        A file may come from a stranger: what it says must not make `create_model` load other files,
+        download, or build anything that is out of proportion.
+        """
+        normalization = _normalization(_json(metadata, "normalization", None))
+        if "architecture" not in metadata:  # perhaps written by other programs
+            return cls(normalization=normalization, data=_data_if_ours(metadata))
+        name, classes = metadata["architecture"], metadata.get("num_classes")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"architecture={_short(name)}: expected the name of a network")
+        if classes is not None and not CLASSES.fullmatch(classes):
+            raise ValueError(f"num_classes={_short(classes)}: expected 1 to 99999999")
+        options = _json(metadata, "options", {})
+        if not is_mapping(options):
+            raise ValueError(f"options={_short(options)}: expected values by name")
+        _check_options(options)
         return cls(
-            architecture=metadata.get("architecture"),
-            num_classes=int(metadata["num_classes"]) if "num_classes" in metadata else None,
-            options=dict(json.loads(metadata.get("options", "{}"))),
-            normalization=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
+            architecture=name,
+            num_classes=None if classes is None else int(classes),
+            options=dict(options),
+            normalization=normalization,
             data=DataFacts.from_metadata(metadata),
         )
 
@@ -66,6 +93,133 @@ class NetworkFacts:
         if self.normalization is not None:
             metadata["normalization"] = json.dumps(self.normalization)
         return metadata
+
+
+NAME = re.compile(r"(simkd:)?((timm|torchvision):)?[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""Not timm:hf-hub:NAME or timm:local-dir:NAME, which read other places."""
+
+CLASSES = re.compile(r"[1-9][0-9]{0,7}")
+
+LOADING = re.compile(r"(pretrained|weights).*|checkpoint_path|cache_dir|.*(file|url|_dir|hub_id)")
+"""Options of timm and torchvision that download or read a file."""
+
+WORD = re.compile(r"[A-Za-z0-9_.:+,()/ -]{0,64}")
+
+MOST_TEXT, MOST_ENTRIES, LARGEST, DEEPEST = 10_000, 64, 65_536, 4
+
+
+def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
+    text = metadata.get(key)
+    if text is None:
+        return default
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{key} has {len(text)} characters, expected at most {MOST_TEXT}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{key}={_short(text)}: expected JSON") from None
+
+
+def _data_if_ours(metadata: Mapping[str, str]) -> DataFacts | None:
+    """Facts of the data; None where keys of the same names, of another program, mean another thing."""
+    with suppress(ValueError):
+        return DataFacts.from_metadata(metadata)
+    return None
+
+
+def _normalization(given: Any) -> Normalization | None:
+    if given is None:
+        return None
+    rows = list(given) if is_list(given) else []
+    whole = len(rows) == 2 and all(is_list(row) and len(row) == 3 for row in rows)
+    if not whole or not all(_is_number(value, 1e4) for row in rows for value in row):
+        raise ValueError(f"normalization={_short(given)}: expected two times three numbers")
+    if min(rows[1]) < 1e-4:
+        raise ValueError(f"normalization={_short(given)}: expected deviations above 0")
+    mean, std = (tuple(float(value) for value in row) for row in rows)
+    return mean, std  # type: ignore[return-value]
+
+
+def _check_options(options: Mapping[Any, Any], depth: int = 0) -> None:
+    if len(options) > MOST_ENTRIES or depth > DEEPEST:
+        raise ValueError("options: too many")
+    for name, value in options.items():
+        if LOADING.fullmatch(name):
+            raise ValueError(f"options: {_short(name)} would read another file or download")
+        _check_value(name, value, depth)
+
+
+def _check_value(name: str, value: Any, depth: int) -> None:
+    if is_mapping(value):
+        _check_options(value, depth + 1)
+    elif is_list(value) and len(value) <= MOST_ENTRIES and depth <= DEEPEST:
+        for entry in value:
+            _check_value(name, entry, depth + 1)
+    elif isinstance(value, str):
+        if not WORD.fullmatch(value) or "://" in value or ".." in value:
+            raise ValueError(f"options: {_short(name)}={_short(value)}: expected a word")
+    elif not (value is None or isinstance(value, bool) or _is_number(value, LARGEST)):
+        raise ValueError(
+            f"options: {_short(name)}={_short(value)}: expected at most {LARGEST} in size"
+        )
+
+
+def _is_number(value: Any, largest: float) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared before it is converted: an integer may be too large for that.
+    return plain and -largest <= value <= largest and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def options_in_words(options: Mapping[str, Any]) -> str:
+    """`block=G(4), width=0.5`, or `no options`."""
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+
+
+def keys_in_words(options: Mapping[str, Any]) -> str:
+    """`block=G:4 width=0.5`, as a shell takes them."""
+    words: list[str] = []
+    for name, value in options.items():
+        text = "null" if value is None else str(value).lower() if value in (True, False) else value
+        if name.rpartition(".")[2] == "block":
+            text = re.sub(r"[(),/]+", ":", str(text)).rstrip(":")
+        words.append(f"{name}={text}")
+    return " ".join(words)
+
+
+def other_options(model: nn.Module, metadata: Mapping[str, str]) -> str | None:
+    """What a file of the same network says about its options if the network was built with others.
+
+    In words, with the keys of a recipe to set.
+    """
+    try:
+        written = NetworkFacts.from_metadata(metadata)
+    except ValueError:
+        return None
+    own = facts_of(model)
+    if written.architecture is None or written.options == own.options:
+        return None
+    names = {*written.options, *own.options}
+    differing = sorted(
+        name
+        for name in names
+        if "drop" not in name and written.options.get(name) != own.options.get(name)
+    )
+    if not differing:
+        return None
+    keys = keys_in_words({name: written.options.get(name) for name in differing})
+    built = {name: own.options[name] for name in differing if name in own.options}
+    return (
+        f"with {options_in_words(written.options)}, this one has {options_in_words(built)}: set "
+        f"{keys} below student or teacher, or as arguments"
+    )
 
 
 def facts_of(model: nn.Module) -> NetworkFacts:

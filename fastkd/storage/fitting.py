@@ -1,5 +1,6 @@
 """Weights copied into a network: compares names and shapes, and explains mismatches."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,13 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.storage.description import facts_of
-from fastkd.storage.foreign_checkpoints import (
-    bare,
-    bare_names,
-    renamed_for,
-    without_first_component,
-)
+from fastkd.storage.description import facts_of, other_options
+from fastkd.storage.finding import Found, find_network, lies_in
+from fastkd.storage.foreign_checkpoints import unwrapped_names
 from fastkd.storage.weight_file import WeightFile, WeightSource
 
 __all__ = ["LoadReport", "load_into"]
@@ -50,52 +47,41 @@ def load_into(
 ) -> LoadReport:
     """Copy weights from a file (path or opened) or a state dict into a network, by name and shape.
 
-    Wrapper prefixes on either side do not matter, nor does one common first component on all keys
-    of the source (`model.` of Lightning). Networks of the zoo also know the names that other
-    repositories use (`ZooNetwork.key_maps`). Values are cast to the network's dtype and device.
+    `fastkd.storage.finding` says where in a file the network is looked for: prefixes and wrappers
+    on either side do not matter. Networks of the zoo also know the names that other repositories
+    use (`ZooNetwork.key_maps`). Values are cast to the network's dtype and device. A warning says
+    which weights were taken if the file has an average of them, too.
     `metadata` and `origin` (where they came from) improve the error message for a state dict.
     Raises UserError when strict and anything is missing, unexpected or wrongly shaped, and always
     when nothing fits; the network is then unchanged.
     """
     if isinstance(source, Mapping):
-        state, facts = bare(source), metadata or {}
+        groups, facts = {"": dict(source)}, metadata or {}
     else:
         file = WeightFile.open(source)
-        state, facts, origin = file.tensors, file.facts, str(file)
+        groups, facts, origin = file.groups, file.facts, str(file)
     tensors = {key: value for key, value in model.state_dict().items() if torch.is_tensor(value)}
-    names = {name: key for key, name in bare_names(tensors).items()}
+    names = {name: key for key, name in unwrapped_names(tensors).items()}
     own = {name: tensors[key] for name, key in names.items()}
-    if not state.keys() & own.keys():
-        state = without_first_component(state)
-    state = renamed_for(model, state, own)
-    own = {key: value for key, value in own.items() if not _lies_in(key, new)}
-    state = {key: value for key, value in state.items() if not _lies_in(key, new)}
-
-    common = [key for key in own if key in state]
-    fitting = [key for key in common if state[key].shape == own[key].shape]
+    found = find_network(model, own, groups, new=new, origin=origin)
+    fitting = [key for key in found.fitting(own) if not lies_in(key, new)]
     report = LoadReport(
-        # Files older than torch 0.4.1 lack this counter; only cumulative averages need it.
-        missing=tuple(
-            key for key in own if key not in state and not key.endswith("num_batches_tracked")
-        ),
-        unexpected=tuple(key for key in state if key not in own),
-        wrong_shape=tuple(
-            f"{key}: file {_dims(state[key])}, network {_dims(own[key])}"
-            for key in common
-            if state[key].shape != own[key].shape
+        found.missing,
+        found.unexpected,
+        tuple(
+            f"{key}: file {_dims(found.state[key], own[key])}, network {_dims(own[key])}"
+            for key in found.wrong_shape
         ),
     )
     if (strict and not report.complete) or not fitting:
-        hint = _hint(model, report, facts, state, own)
+        hint = _hint(model, found, facts, own)
         title = f"{_title(model)}, of which {', '.join(new)} is new" if new else _title(model)
         listing = _listing(report) or "it has no tensor of this network"
         raise UserError(f"{origin} does not fit {title}: {listing}{hint}")
-    model.load_state_dict({names[key]: state[key] for key in fitting}, strict=False)
+    if found.note:
+        warnings.warn(found.note, stacklevel=1)
+    model.load_state_dict({names[key]: found.state[key] for key in fitting}, strict=False)
     return report
-
-
-def _lies_in(key: str, layers: Sequence[str]) -> bool:
-    return key.startswith(tuple(f"{layer}." for layer in layers))
 
 
 def _title(model: nn.Module) -> str:
@@ -120,18 +106,18 @@ def _listing(report: LoadReport) -> str:
 
 
 def _hint(
-    model: nn.Module,
-    report: LoadReport,
-    facts: Mapping[str, str],
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
+    model: nn.Module, found: Found, facts: Mapping[str, str], own: Mapping[str, Tensor]
 ) -> str:
     name = facts_of(model).architecture
     if facts.get("architecture", name) != name:
-        return f". The file holds {facts['architecture']} with {facts.get('num_classes')} classes"
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+        shown = (facts["architecture"], facts.get("num_classes", "unknown"))
+        held, classes = ("".join(filter(str.isprintable, text))[:80] for text in shown)
+        return f". The file holds {held} with {classes} classes"
+    if said := other_options(model, facts):
+        return f". The file holds {name} {said}"
+    state, wrong = found.state, found.wrong_shape
     only_head = (
-        not (report.missing or report.unexpected)
+        not (found.missing or found.unexpected)
         and len({key.rpartition(".")[0] for key in wrong}) == 1
         and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong)
     )
@@ -142,9 +128,9 @@ def _hint(
             "student.new_head=true (new_head=True) takes all but the classifier, and a teacher "
             "needs teacher.class_map: the output for each class of the data"
         )
-    if report.missing and all(".downsample." in key for key in report.missing) and not wrong:
+    if found.missing and all(".downsample." in key for key in found.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'
-    if len(own.keys() & state.keys()) - len(wrong) < len(own) / 2:
+    if len(found.fitting(own)) < len(own) / 2:
         return f". The file looks like another network{_or_another_block(model)}"
     return ""
 
@@ -154,5 +140,8 @@ def _or_another_block(model: nn.Module) -> str:
     return f", or like this one without its cheap block: block={block}" if block else ""
 
 
-def _dims(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _dims(tensor: Tensor, other: Tensor | None = None) -> str:
+    """Its shape; with its type, where the shape alone is that of the other."""
+    same = other is not None and other.shape == tensor.shape
+    kind = f" of {str(tensor.dtype).removeprefix('torch.')}" if same else ""
+    return ("x".join(map(str, tensor.shape)) or "scalar") + kind

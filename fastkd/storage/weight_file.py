@@ -6,12 +6,13 @@ strings and arrays; only the tensors are kept.
 """
 
 import argparse
+import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path, PosixPath
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,14 @@ from torch import Tensor
 
 from fastkd.errors import UserError
 from fastkd.storage.description import NetworkFacts
-from fastkd.storage.foreign_checkpoints import bare, find_state
+from fastkd.storage.file_kinds import refuse_other_kinds, weights_in
+from fastkd.storage.foreign_checkpoints import (
+    Groups,
+    bare,
+    groups_below,
+    main_group,
+    tensor_groups,
+)
 
 __all__ = ["WeightFile", "WeightSource", "load_weights"]
 
@@ -30,39 +38,60 @@ class WeightFile:
     """The contents of a weight file, read once. `str()` is the path as it was given."""
 
     given: str
-    tensors: dict[str, Tensor]
-    """By name, on the CPU, without the prefixes of wrappers."""
+    groups: Groups
+    """All tensors, on the CPU, by the place where they lie."""
     facts: dict[str, str]
     """The metadata of a safetensors file, else empty."""
 
     @classmethod
-    def open(cls, source: "WeightSource") -> "WeightFile":
+    def open(cls, source: "WeightSource", key: str | None = None) -> "WeightFile":
         """Read a file; an opened one is returned unchanged.
 
-        source: safetensors, a `torch.save` file (zip or legacy), or a run folder (its
-            best.safetensors). Wrappers such as `state_dict` or `model` are opened; `module.` and
-            `_orig_mod.` prefixes removed.
+        source: safetensors, a `torch.save` file (zip or legacy), the index of a file in several
+            parts, or a folder with one of these (of a run: its best.safetensors).
+        key: what to read of it: a dotted path below which the network lies, such as
+            `state_dict_ema` or `model.teacher`.
         Raises UserError when the file is missing, damaged, or holds objects other than data.
         """
         if isinstance(source, WeightFile):
-            return source
+            return source if key is None else source.below(key)
         path = Path(source)
         if path.is_dir():
-            path = path / "best.safetensors"
+            path = weights_in(path)
         if not path.is_file():
             raise UserError(f"{path}: no such weight file")
-        if _is_safetensors(path):
-            state, facts = _read_safetensors(path)
-        else:
-            state, facts = find_state(_read_pickle(path), path), {}
-        return cls(str(source), bare(state), facts)
+        file = cls(str(source), *_read(path))
+        return file if key is None else file.below(key)
+
+    def below(self, key: str) -> Self:
+        """Only what lies below a dotted path in the file; UserError if there is nothing."""
+        groups = groups_below(self.groups, key)
+        if not groups:
+            known = dict.fromkeys(
+                place.partition(".")[0]
+                for at, tensors in self.groups.items()
+                for place in ([at] if at else tensors)
+            )
+            raise UserError(
+                f"{self}: weights_key={key!r} names nothing in this file, which holds "
+                f"{', '.join(list(known)[:12])}"
+            )
+        return replace(self, groups=groups)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict by name, without the prefixes of wrappers; averaged (EMA) weights first.
+
+        UserError if it has several, and none of them stands out.
+        """
+        return bare(main_group(self.groups, str(self)))
 
     @property
     def network(self) -> NetworkFacts:
         """What the metadata say about the network. UserError if they cannot be read."""
         try:
             return NetworkFacts.from_metadata(self.facts)
-        except (ValueError, TypeError, LookupError) as error:
+        except ValueError as error:
             raise UserError(f"{self}: its metadata cannot be read ({error})") from error
 
     def __str__(self) -> str:
@@ -74,15 +103,51 @@ WeightSource = str | PathLike[str] | WeightFile
 
 
 def load_weights(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name and metadata of a file or a run folder; see `WeightFile.open`."""
+    """Tensors by name and metadata of a file or a folder; see `WeightFile.open`."""
     file = WeightFile.open(path)
     return file.tensors, file.facts
+
+
+def _read(path: Path) -> tuple[Groups, dict[str, str]]:
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
+    if _is_safetensors(path):
+        tensors, facts = _read_safetensors(path)
+        if not tensors:
+            raise UserError(f"{path}: no state dict found, the file holds no tensor")
+        return {"": tensors}, facts
+    refuse_other_kinds(path)
+    return tensor_groups(_read_pickle(path), path), {}
+
+
+def _read_parts(index: Path) -> tuple[Groups, dict[str, str]]:
+    """All parts that an index of Hugging Face's libraries names, as one state dict."""
+    try:
+        parts: Any = json.loads(index.read_text())["weight_map"]
+        names = sorted({str(part) for part in parts.values()})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: damaged, or not an index of weight files") from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        part = index.parent / name
+        if Path(name).name != name or name.endswith(".index.json"):
+            raise UserError(f"{index}: names {name!r}, which is not a weight file beside it")
+        if not part.is_file():
+            raise UserError(f"{part}: no such weight file; {index.name} names it as a part")
+        groups, _ = _read(part)
+        tensors |= groups.get("", {})
+    return {"": tensors}, {}
 
 
 def _is_safetensors(path: Path) -> bool:
     """By suffix, or by the opening brace of the header that follows its 8-byte length."""
     with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and not _is_text(start))
+
+
+def _is_text(start: bytes) -> bool:
+    return not start or (start.isascii() and all(byte >= 9 for byte in start))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

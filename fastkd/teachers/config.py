@@ -23,7 +23,8 @@ class MemberConfig(StudentConfig):
 
     train: bool = False
     """Train the teacher first with this recipe's data and optimizer, once, and keep it; not if
-    teacher.weights names a finished one."""
+    teacher.weights names a finished one. With teacher.new_head=true these weights are the start of
+    that training."""
     epochs: PositiveInt | None = None
     """Length of that training; by default the student's."""
     lr: PositiveFloat | None = None
@@ -49,7 +50,7 @@ class MemberConfig(StudentConfig):
     @property
     def trains(self) -> bool:
         """Whether it is trained first."""
-        return self.train and self.weights is None
+        return self.train and (self.weights is None or self.new_head)
 
 
 class TeacherConfig(MemberConfig):
@@ -96,16 +97,17 @@ def _check_member(key: str, one: MemberConfig) -> None:
         )
     if not one.trains and (one.new_head or one.frozen):
         given = "new_head" if one.new_head else "frozen"
+        more = f"{key}.train=true" + ("" if one.new_head else f" {key}.new_head=true")
         raise ValueError(
-            f"{key}.{given} is for a teacher trained by this recipe ({key}.train=true); finished "
-            f"weights are imitated as they are: leave it out"
+            f"{key}.{given} is for a teacher trained by this recipe ({more}); finished weights are "
+            f"imitated as they are: leave it out, or set {more} to train them on this data"
         )
     # It sees what it was trained on.
     own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}
     given = [name for name, value in own.items() if value is not None]
     if one.trains and given:
+        cure = f"leave out {key}.new_head" if one.new_head else f"set {key}.weights"
         raise ValueError(
             f"{key}.{given[0]} is for finished weights; a teacher trained by this recipe "
-            f"learns from this recipe's own images and classes: leave it out, or set "
-            f"{key}.weights"
+            f"learns from this recipe's own images and classes: leave it out, or {cure}"
         )

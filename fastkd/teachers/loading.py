@@ -23,9 +23,10 @@ from fastkd.models import count, create_model
 from fastkd.models.card import card_of, sign
 from fastkd.models.config import StudentConfig
 from fastkd.models.head import freeze_backbone
-from fastkd.models.registry import classifier_paths
+from fastkd.models.registry import classifier_paths, model_from_file, unnamed_options
 from fastkd.models.taps import remove_taps
 from fastkd.printable import few
+from fastkd.storage.description import keys_in_words, options_in_words
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
@@ -77,7 +78,7 @@ def prove_teacher(
             say(note)
         found = _evaluated((net,), data, placement)
         metric = headline(found)
-        say(f"teacher {one.label}: {HEADLINES[metric]} {found[metric]:.2%}")
+        say(f"teacher {_title(one, net)}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
         proven.append(net)
         facts.append({"name": one.name, metric: found[metric]} | size(net.model, data) | lesson)
@@ -94,6 +95,17 @@ def prove_teacher(
     }
 
 
+def _title(config: MemberConfig, net: LoadedNet) -> str:
+    """Its label, with what only its weight file says."""
+    card = card_of(net.model)
+    if card is None or card.name is None:
+        return config.label
+    if card.name != config.name:
+        return f"{config.label} ({card.name})"
+    more = {name: value for name, value in card.options.items() if name not in config.options()}
+    return f"{config.label} ({options_in_words(more)})" if more else config.label
+
+
 def load_net(
     config: StudentConfig, data: DataPair, weights: WeightSource | None, key: str = "student"
 ) -> LoadedNet:
@@ -102,20 +114,26 @@ def load_net(
     key: its key in the recipe, for messages.
     """
     own = config if isinstance(config, MemberConfig) else None
-    file = None if weights is None else WeightFile.open(weights)
+    file = None if weights is None else WeightFile.open(weights, config.weights_key)
     class_map, notes = _class_map(own, file, data, key) if own else (None, ())
     notes += _other_size(own, file, data, key) if own else ()
     classes = data.facts.num_classes
     if class_map is not None:
         classes = _own_classes(config.name, file, classes)
-    model = create_model(
-        config.name,
-        classes,
-        pretrained=config.pretrained and file is None,
-        weights=file,
-        new_head=config.new_head,
-        **config.options(),
-    )
+    finished = own is not None and not own.trains
+    if file is not None and finished and file.network.architecture == f"simkd:{config.name}":
+        model = model_from_file(file)
+    else:
+        if file is not None and not finished:
+            _check_written(config, file, key)
+        model = create_model(
+            config.name,
+            classes,
+            pretrained=config.pretrained and file is None,
+            weights=file,
+            new_head=config.new_head,
+            **config.options(),
+        )
     card = card_of(model)
     assert card is not None and card.num_classes is not None
     if config.frozen and own is None:
@@ -178,6 +196,17 @@ def _other_size(
         f"note: {file} learned from images of {size} pixels and is shown {shown}; "
         f"{key}.resolution={size} shows it its own size",
     )
+
+
+def _check_written(config: StudentConfig, file: WeightFile, key: str) -> None:
+    """UserError if a network to be trained would silently become another than the recipe says."""
+    missing = unnamed_options(config.name, file.network, config.options())
+    if missing:
+        words = keys_in_words({f"{key}.{name}": value for name, value in missing.items()})
+        raise UserError(
+            f"{file} holds {config.name} with {options_in_words(missing)}, {key}.name="
+            f"{config.name} is another network: set {words}"
+        )
 
 
 def _filled(net: LoadedNet, run: Path) -> LoadedNet:
@@ -290,8 +319,8 @@ def _own_classes(name: str, file: WeightFile | None, of_data: int) -> int | None
     """Class count of a teacher whose outputs are mapped; None if the network's source knows it."""
     if file is None:
         return None if ":" in name else of_data
-    if "num_classes" in file.facts:
-        return int(file.facts["num_classes"])
+    if (written := file.network.num_classes) is not None:
+        return written
     # In a foreign checkpoint the last layer shows it.
     heads = [tensor for tensor in file.tensors.values() if tensor.dim() == 2]
     return heads[-1].shape[0] if heads else of_data

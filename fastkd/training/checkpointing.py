@@ -7,15 +7,19 @@ also has `digest` and `decisions`, which a resumed run must share.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastkd.compute.collectives import all_reduce_sum
+from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.ranks import World, on_main
+from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
+from fastkd.training.saved_state import check_optimizer, check_part, check_rows
 
 __all__ = [
     "Rows",
@@ -109,12 +113,33 @@ def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint 
     """
     path = folder.path / "last.pt"
     # Rank 0 decides: another host may see a new file of a shared folder late.
-    return Checkpoint.open(path, digest) if on_main(world, path.exists) else None
+    if not on_main(world, path.exists):
+        return None
+    opened = Checkpoint.open(path, digest)
+    compile = opened.state["decisions"]["compile"]
+    if compile not in get_args(CompileSwitch):
+        raise UserError(f"{path} does not fit this run: decisions.compile is {compile[:40]!r}")
+    return opened
 
 
 def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:
-    """Restore every part; UserError for another recipe's file."""
+    """Restore every part; UserError for another recipe's file, or if one does not fit this run.
+
+    All ranks must call this. All parts are compared before the first one is changed.
+    """
     checkpoint.check_digest(digest)
+    path, saved = checkpoint.path, checkpoint.state
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name not in saved:
+            raise UserError(f"{path} does not fit this run: it has no {name}")
+        if isinstance(part, Optimizer):
+            check_optimizer(path, name, part, saved[name])
+        elif isinstance(part, Rows):
+            check_rows(path, name, saved[name])
+        else:
+            check_part(path, name, part.state_dict(), saved[name])
     for name, part in parts.items():
         if part is not None:
-            part.load_state_dict(checkpoint.state[name])
+            part.load_state_dict(saved[name])

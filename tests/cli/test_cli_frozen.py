@@ -27,14 +27,16 @@ augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
 student.name student.width student.block student.shortcuts student.stem student.dropout
-student.weights student.pretrained student.new_head student.frozen
+student.weights student.weights_key student.pretrained student.new_head student.frozen
 teacher.name teacher.width teacher.block teacher.shortcuts teacher.stem teacher.dropout
-teacher.weights teacher.pretrained teacher.new_head teacher.frozen teacher.train teacher.epochs
+teacher.weights teacher.weights_key teacher.pretrained teacher.new_head teacher.frozen
+teacher.train teacher.epochs
 teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.class_map
 teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
-teacher.ensemble.0.weights teacher.ensemble.0.pretrained teacher.ensemble.0.new_head
+teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained
+teacher.ensemble.0.new_head
 teacher.ensemble.0.frozen teacher.ensemble.0.train
 teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.seed
 teacher.ensemble.0.resolution teacher.ensemble.0.mean teacher.ensemble.0.std

@@ -53,7 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tens
 def test_the_commands(
     run: dict[str, torch.Tensor], command: Callable[..., Any], tmp_path: Path
 ) -> None:
-    linear, finetune, evaluate = (shlex.split(words) for words in COMMANDS)
+    linear, finetune, evaluate, tune = (shlex.split(words) for words in COMMANDS)
     for words, out in ((linear, "linear"), (finetune, "finetune")):
         said = command(*words, *SMALL, f"out={out}")
         assert said.code == 0, said.err
@@ -65,6 +65,13 @@ def test_the_commands(
     said = command(*given, "data.workers=0")
     assert said.code == 0, said.err
     assert re.search(r"samples +12\n", said.out)
+    # A rate at which nothing moves shows where the teacher's training began.
+    still = ["teacher.epochs=1", "teacher.lr=1e-9", "teacher.min_accuracy=0", "baseline.lrs="]
+    said = command(*tune, *SMALL, *still, "out=tuned")
+    assert said.code == 0, said.err
+    (lesson,) = (tmp_path / "runs" / "teachers").rglob("best.safetensors")
+    began = load_weights(lesson)[0]["layer4.1.conv2.weight"]
+    torch.testing.assert_close(began, run["layer4.1.conv2.weight"], atol=1e-4, rtol=0)
 
 
 def test_several_labels_and_a_detector(run: dict[str, torch.Tensor]) -> None:

@@ -238,7 +238,12 @@ def test_images_normalised_otherwise_are_noted(place, train):
         ),
         (["student.frozen=head"], "student.frozen=head: expected one of backbone"),
         (
-            ["teacher.name=resnet20", "teacher.weights=base", "teacher.new_head=true"],
+            [
+                "teacher.name=resnet20",
+                "teacher.weights=base",
+                "teacher.new_head=true",
+                "teacher.train=false",
+            ],
             "teacher.new_head is for a teacher trained by this recipe",
         ),
     ],

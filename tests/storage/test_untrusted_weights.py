@@ -103,5 +103,6 @@ def test_damaged_files_are_named(name: str, damage: str, tmp_path: Path) -> None
             "flipped header": bytes(255 - byte for byte in whole[:64]) + whole[64:],
         }[damage]
     )
-    with pytest.raises(UserError, match=f"{name}: damaged, or not a"):
+    said = {"empty": "the file is empty", "text": "a web page, not weights"}
+    with pytest.raises(UserError, match=f"{name}: {said.get(damage, 'damaged, or not a')}"):
         load_weights(path)

@@ -63,10 +63,6 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     },
     "net": lambda state: {"net": state, "acc": 93.1},
     "ema only": lambda state: {"ema": state},
-    "plain before ema": lambda state: {
-        "model_ema": {key: torch.zeros_like(value) for key, value in state.items()},
-        "model": state,
-    },
     "nested": lambda state: {"model": {"state_dict": state, "best": torch.tensor(0.5)}},
     "one unknown key": lambda state: {"my_network": state, "epoch": 3},
     "scalar tensor beside": lambda state: {"acc": torch.tensor(0.5), "state_dict": state},

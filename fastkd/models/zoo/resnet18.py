@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import Shortcuts, init_convs
+from fastkd.models.blocks.moonshine_names import moonshine_names
 from fastkd.models.zoo.resnet import BasicBlock
 from fastkd.models.zoo.staged import StagedNetwork, make_stage
 
@@ -49,6 +50,7 @@ KEY_MAPS = {
             for stage in (1, 2, 3, 4)
         },
     },
+    "pytorch-moonshine": moonshine_names,
 }
 """Also used by ResNet-50."""
 

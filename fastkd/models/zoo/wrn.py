@@ -24,6 +24,7 @@ from fastkd.models.blocks.layers import (
     make_shortcut,
     substitute,
 )
+from fastkd.models.blocks.moonshine_names import moonshine_names
 from fastkd.models.taps import ZooNetwork
 from fastkd.models.zoo.staged import make_stage
 
@@ -47,7 +48,8 @@ KEY_MAPS = {
     "RepDistiller": {
         r"block(\d)\.layer\.(\d+)\.convShortcut": r"layer\1.\2.shortcut",
         r"block(\d)\.layer": r"layer\1",
-    }
+    },
+    "pytorch-moonshine": moonshine_names,
 }
 
 
