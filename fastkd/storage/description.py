@@ -121,7 +121,7 @@ def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
 
 
 def _data_if_ours(metadata: Mapping[str, str]) -> DataFacts | None:
-    """Facts of the data; None where keys of the same names, of another program, mean another thing."""
+    """Facts of the data; None where another program means other things by these keys."""
     with suppress(ValueError):
         return DataFacts.from_metadata(metadata)
     return None
