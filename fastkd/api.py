@@ -23,10 +23,11 @@ from fastkd.augment.views import XPRIMES
 from fastkd.compute.compiling import CompileChoice
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
-from fastkd.compute.precision import PrecisionChoice, resolve_precision
+from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
+    Shown,
     check_loader,
     images_per_epoch,
     open_foreign,
@@ -36,7 +37,8 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.taps import remove_taps
+from fastkd.models.intake import Remedy, image_dtype, refusal
+from fastkd.models.taps import ZooNetwork, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
@@ -45,6 +47,8 @@ from fastkd.training.arguments import (
     check_choice,
     check_needs,
     check_numbers,
+    check_student,
+    loaded_teachers,
     optim_config,
     pick_config,
     teachers_of,
@@ -54,9 +58,15 @@ from fastkd.training.build import build_trainer, decide_compile
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
 from fastkd.training.progress import Plan
-from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
 
 __all__ = ["Result", "distill"]
+
+REMEDIES = Remedies(
+    student=Remedy("resize the images of the loaders to {0}x{0}", "give precision='fp32'"),
+    last_batch="give the train_loader drop_last=True, or another batch_size",
+    every_batch="give the train_loader a larger batch_size, or a smaller accumulate",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    teacher_resolution: int | Sequence[int | None] | None = None,
 ) -> Result:
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
@@ -103,8 +114,10 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             in training mode, except for what `fastkd.models.head.freeze_backbone` froze. Parameters
             that require no gradient stay as they are.
         teacher: a network of the same form, frozen here (evaluation mode, no gradients); None to
-            train on labels. It sees exactly the images that the student sees. With a list of
-            networks the student imitates the mean of their probabilities
+            train on labels. It sees exactly the images that the student sees, resized to
+            `teacher_resolution`. TorchScript, exported and quantised teachers work, as do those in
+            fp64, bf16 or fp16, which then compute in that type. With a list of networks the
+            student imitates the mean of their probabilities
             (`fastkd.teachers.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids); re-iterated every
             epoch, a sampler's `set_epoch` is called. Sized (`len`).
@@ -120,6 +133,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         pick: choose x' from a pool by how hard the images are: the name of a criterion ("kl" is
             the paper's), or a config with all settings. The metrics then have `pick_ratio`: mean
             hardness of the chosen images divided by the mean over the pool.
+        teacher_resolution: side in pixels to which the images are resized for the teacher
+            (bilinear, antialiased); for several teachers also a list, None in it: not resized.
             out: run folder to write; None writes nothing. resume=True continues from its last.pt,
             if there is one (batches before the saved step are drawn again and discarded).
 
@@ -133,6 +148,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
     teachers = teachers_of(student, teacher)
+    loaded = loaded_teachers(teachers, teacher_resolution)
+    check_student(student)
     terms = terms_of(losses)
     picking = pick_config(pick)
     check_needs(terms, has_teacher=bool(teachers), xprime=xprime, picks=picking is not None)
@@ -146,12 +163,15 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         stack.enter_context(torch.random.fork_rng(devices))
         for model in (student, *teachers):
             model.to(world.device)
-        placement = Placement(world, resolve_precision(precision, world.device), channels_last)
+        foreign = not all(isinstance(model, ZooNetwork) for model in (student, *teachers))
+        placement = Placement(
+            world, resolve_precision(precision, world.device), channels_last, foreign
+        )
         data = _data((train_loader, val_loader), student, terms, placement, seed)
         compiled = decide_compile(
             compile,
             student=student,
-            teachers=teachers,
+            teachers=loaded,
             terms=terms,
             image_shape=data.facts.image_shape,
             images=data.images * epochs,
@@ -171,7 +191,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
         digest = _digest(
-            _facts_of(student, teachers, terms, config),
+            _facts_of(student, loaded, terms, config),
             (epochs, seed, xprime, accumulate, ema, placement.precision.name, compiled),
             data.loader.steps_per_epoch,
             picking,
@@ -185,7 +205,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
                 accumulate=accumulate,
             ),
             student=student,
-            teachers=tuple(LoadedNet(model, name=title_of(model)) for model in teachers),
+            teachers=loaded,
             terms=terms,
             data=data,
             settings=settings,
@@ -219,7 +239,7 @@ def _data(
         train_items,
         val_items,
         shown,
-        num_classes=_num_classes(student, shown.images_NCHW[:1], shown.labels_N[:1]),
+        num_classes=_num_classes(student, shown, placement.precision),
         seed=seed,
         placement=placement,
         wants_ids=next((term.name for term in terms if term.uses_index), None),
@@ -229,7 +249,7 @@ def _data(
     )
     # A loader without a data set to count: assume the batch size of validation.
     images = images_per_epoch(train_items, len(shown.labels_N) * placement.world.size)
-    return TrainData(pair.train, pair.val, pair.facts, images)
+    return TrainData(pair.train, pair.val, pair.facts, images, REMEDIES)
 
 
 def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
@@ -251,11 +271,12 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
 
 def _facts_of(
     student: nn.Module,
-    teachers: Sequence[nn.Module],
+    teachers: Sequence[LoadedNet],
     terms: Sequence[LossTerm],
     config: OptimConfig,
 ) -> tuple[Any, ...]:
     """What enters the digest about losses, optimizer and networks."""
+    sides = [one.resolution for one in teachers]
     return (
         [
             (
@@ -268,7 +289,8 @@ def _facts_of(
         ],
         config.model_dump(),
         [(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],
-        [[tuple(p.shape) for p in each.parameters()] for each in teachers],
+        [[tuple(p.shape) for p in each.model.parameters()] for each in teachers],
+        *([sides] if any(sides) else []),
     )
 
 
@@ -288,9 +310,25 @@ def _digest(
     return sha256(repr(every).encode()).hexdigest()[:16]
 
 
-def _num_classes(student: nn.Module, image: Tensor, label: Tensor) -> int:
+def _num_classes(student: nn.Module, shown: Shown, precision: Precision) -> int:
+    # Two, as in the trial of the step: one is not a batch to every network.
+    images_NCHW = shown.images_NCHW[:2].to(image_dtype(student, precision))
+    label = shown.labels_N[:1]
     with torch.no_grad(), evaluating(student):
-        logits = student(image)
+        try:
+            with precision.autocast():
+                logits = student(images_NCHW)
+        except Exception as error:
+            # Foreign code can fail in any way.
+            raise refusal(
+                error,
+                title=f"the student {title_of(student)}",
+                model=student,
+                run=student,
+                images_NCHW=images_NCHW,
+                precision=precision,
+                remedy=REMEDIES.student,
+            ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError("the student must return logits [N, classes] as one tensor")
     if label.dim() == 2 and label.shape[1] != logits.shape[1]:

@@ -17,6 +17,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
+from fastkd.models.intake import image_dtype
 
 __all__ = ["EvalLoader", "evaluate", "evaluating"]
 
@@ -77,10 +78,11 @@ def _answers(
     forward: Callable[[Tensor], Tensor], loader: EvalLoader, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """fp32 logits [N, C] and labels of every batch."""
+    dtype = image_dtype(forward, precision)
     with torch.no_grad():
         for batch in loader.epoch(0):
             with precision.autocast():
-                logits_NC = forward(batch.images_NCHW.to(precision.dtype))
+                logits_NC = forward(batch.images_NCHW.to(dtype))
             yield logits_NC.float(), batch.labels_N
 
 

@@ -11,9 +11,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkd.compute.ranks import on_main
-from fastkd.models import count
+from fastkd.models.counting.count import cost
 from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import (
@@ -52,9 +53,9 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "image": image_shape,
         "classes": data.facts.num_classes,
         "backend": data.backend,
-        "student": f"{recipe.student.label}: {count(trainer.student, image_shape)}",
+        "student": f"{recipe.student.label}: {_size(trainer.student, image_shape)}",
         "teacher": "; ".join(
-            f"{keys.label}: {count(one.model, image_shape)}"
+            f"{keys.label}: {_size(one.model, one.image_shape(image_shape))}"
             for keys, one in zip(members, teachers, strict=True)
         )
         or "none",
@@ -65,6 +66,12 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         **found,
         "projected_duration": projected,
     }
+
+
+def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    found = cost(model, image_shape)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return f"{params:,} parameters, - multiply-accumulates" if found is None else str(found)
 
 
 def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe, int]]:

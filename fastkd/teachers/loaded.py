@@ -1,11 +1,12 @@
 """A network as it was loaded, with its settings from a recipe or its weight file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from fastkd.compute.precision import PrecisionName
 from fastkd.config.section import Normalization
+from fastkd.models.intake import Remedy
 
 __all__ = ["LoadedNet"]
 
@@ -27,3 +28,11 @@ class LoadedNet:
     """Autocast type of its forward pass; None: the run's."""
     compiled: bool | None = None
     """Whether it is compiled; None: as in the run."""
+    remedy: Remedy = field(default_factory=Remedy)
+    """What the user changes if it refuses the images."""
+
+    def image_shape(self, of_data: tuple[int, int, int]) -> tuple[int, int, int]:
+        """[C, H, W] of the images that it sees."""
+        channels, height, width = of_data
+        side = self.resolution
+        return (channels, height, width) if side is None else (channels, side, side)

@@ -52,6 +52,7 @@ from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Progress
 from fastkd.training.step import DistillStep, Prepared
+from fastkd.training.trial import errors_as_sentences
 from fastkd.training.update import Update
 
 __all__ = ["Trainer"]
@@ -130,7 +131,7 @@ class Trainer:
         many bad steps, or if not one step was good.
         """
         self.console.stage(self.plan.stage)
-        with StopSignal() as stop:
+        with StopSignal() as stop, errors_as_sentences():
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()

@@ -104,6 +104,18 @@ class ForeignLoader:
         shared = train and self.world.size > 1
         self._ranks: Any = dist.new_group(backend="gloo") if shared else None
 
+    @property
+    def batch_rows(self) -> tuple[int, ...]:
+        """As a DataLoader plans them, or as a list has them."""
+        if isinstance(self.items, list | tuple):
+            return tuple(sorted({len(item[0]) for item in self.items}, reverse=True))
+        sampler = self.items.batch_sampler if isinstance(self.items, DataLoader) else None
+        if type(sampler) is not BatchSampler:
+            return ()
+        num, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
+        rest = 0 if sampler.drop_last else num % size
+        return tuple(rows for rows in (size if num >= size else 0, rest) if rows)
+
     def with_views(self, views: SecondViews) -> Self:
         """This loader itself: each rank mixes its own images, and there are no pictures.
 
@@ -219,9 +231,11 @@ def _parts(
         )
         raise UserError(
             f"images must be [N, C, H, W], floating point and normalised as the networks want "
-            f"them, got {what}"
+            f"them, got {what}: torchvision's v2.ToDtype(torch.float32, scale=True) and "
+            f"v2.Normalize(mean, std) in the data set's transform make them so"
         )
-    images = images.to(device, non_blocking=True, memory_format=layout)
+    # The networks and the mixes of images want fp32; a loader of numpy arrays gives fp64.
+    images = images.to(device, torch.float32, non_blocking=True, memory_format=layout)
     rules.check(labels)
     multilabel = labels.dim() == 2
     if rules.multilabel not in (None, multilabel):

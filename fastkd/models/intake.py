@@ -1,0 +1,160 @@
+"""What a network takes: type and size of its images; if it refuses them, one sentence says why.
+
+Used where networks meet images: `training.step` and `teachers.teacher` for the type,
+`training.matching`, `training.trial` and `runs.evaluate_saved` for the sentence.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.compute.precision import Precision
+from fastkd.errors import UserError
+from fastkd.models.taps import ZooNetwork
+
+__all__ = [
+    "Remedy",
+    "first_line",
+    "image_dtype",
+    "is_compiled_ahead",
+    "is_quantised",
+    "own_dtype",
+    "refusal",
+    "rehearsing",
+]
+
+SIDES = (32, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
+"""Tried in this order where a network has no size of its own and refuses that of the images."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """How the user gives a network other images: ends of sentences."""
+
+    size: str = "give it images of {0}x{0} pixels"
+    """With the side that works for {0}."""
+    precision: str = "compute it in fp32"
+
+
+def image_dtype(model: object, precision: Precision) -> torch.dtype:
+    """The type in which a network is shown its images under `precision.autocast()`.
+
+    fp32, as in any training loop: autocast rounds where a layer wants it, and the network may do
+    with the image what only fp32 can (resize it, look at it with numpy). Networks of the zoo begin
+    with a convolution, so their images are rounded beforehand: the same numbers, half the bytes.
+    """
+    return precision.dtype if isinstance(model, ZooNetwork) else torch.float32
+
+
+def own_dtype(model: nn.Module) -> torch.dtype | None:
+    """The one floating type of all weights; None for several, or no weights."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether torch quantised some of its layers: they take fp32 and know no autocast."""
+    places = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+    return any(type(module).__module__.startswith(places) for module in model.modules())
+
+
+def is_compiled_ahead(model: nn.Module) -> bool:
+    """Whether its forward pass was written down before: TorchScript, or `torch.export`."""
+    exported = isinstance(model, torch.fx.GraphModule) and "_guards_fn" in model._modules
+    return exported or isinstance(model, torch.jit.ScriptModule)
+
+
+@contextmanager
+def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
+    """The network may run in any mode within the block; afterwards all is as before.
+
+    Modes, buffers (such as running statistics) and torch's random state are restored.
+    but: names of buffers that a forward pass does not change.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.clone()) for name, b in model.named_buffers() if name not in but]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def refusal(
+    error: Exception,
+    *,
+    title: str,
+    model: nn.Module,
+    run: Callable[[Tensor], Any],
+    images_NCHW: Tensor,
+    precision: Precision,
+    remedy: Remedy,
+) -> UserError:
+    """What to tell the user about a network that failed on images; remedies are tried first.
+
+    model: for the size that it names itself.
+    run: shows it images, as the run will, but without autocast.
+    """
+    height, width = images_NCHW.shape[2:]
+    why = first_line(error)
+
+    def runs(images_NCHW: Tensor, precision: Precision) -> bool:
+        try:
+            with torch.no_grad(), precision.autocast():
+                run(images_NCHW)
+        except Exception:
+            # Foreign code can fail in any way.
+            return False
+        return True
+
+    for side in (_own_side(model), *SIDES):
+        if side is None or height == width == side:
+            continue
+        if runs(images_NCHW.new_zeros(*images_NCHW.shape[:2], side, side), precision):
+            return UserError(
+                f"{title} does not take images of {height}x{width} pixels ({why}), but those of "
+                f"{side}x{side}: {remedy.size.format(side)}"
+            )
+    plain = Precision("fp32", precision.device_type)
+    if precision.name != "fp32" and runs(images_NCHW.float(), plain):
+        return UserError(
+            f"{title} fails under autocast to {precision.name} ({why}): {remedy.precision}"
+        )
+    if is_compiled_ahead(model) and not isinstance(model, torch.jit.ScriptModule):
+        return UserError(
+            f"{title} was exported for another number of images ({why}): export it with "
+            f"dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
+        )
+    shape = ", ".join(map(str, images_NCHW.shape[1:]))
+    return UserError(f"{title} fails on images of [{shape}]: {why}")
+
+
+def first_line(error: Exception) -> str:
+    """The message of an error of foreign code, for the inside of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TorchScript puts the message last, behind its own trace.
+    line = lines[-1] if lines and lines[0].startswith("The following operation failed") else ""
+    line = line or next(iter(lines), "")
+    return line[:300].rstrip(".") or type(error).__name__
+
+
+def _own_side(model: nn.Module) -> int | None:
+    """The side that timm, torchvision and transformers note in a network."""
+    details: Any = model
+    config = getattr(details, "pretrained_cfg", None)
+    side = config["input_size"][-1] if isinstance(config, dict) and "input_size" in config else None
+    if side is None:
+        side = getattr(details, "image_size", None)
+    if side is None:
+        side = getattr(getattr(details, "config", None), "image_size", None)
+    side = side[-1] if isinstance(side, tuple | list) else side
+    return side if isinstance(side, int) else None
