@@ -1,0 +1,249 @@
+"""Recipes whose networks meet images of another size, or batches of one: right, or one sentence."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+
+import fastkd.data.sources.synthetic
+from fastkd.data.loaders.plan import BatchPlan
+from fastkd.models import count, create_model
+from fastkd.models.counting.count import cost
+
+BASE = [
+    "quickstart",
+    "data.name=synthetic",
+    "data.train_limit=24",
+    "data.image_size=32",
+    "baseline.lrs=",
+    "epochs=1",
+    "batch_size=8",
+    "compile=auto",
+    "device=cpu",
+]
+ALONE = [*BASE, "teacher=null", "losses.kd=null", "losses.ce.weight=1"]
+
+
+def student(name):
+    return [*ALONE, f"student.name={name}", "student.width=null"]
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 20)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """The words for a finished teacher, by network."""
+    place = tmp_path_factory.mktemp("teachers")
+
+    def words(name):
+        path = place / f"{name.replace(':', '-')}.pt"
+        if not path.exists():
+            torch.manual_seed(0)
+            torch.save(create_model(name, 10).state_dict(), path)
+        finished = ["teacher.train=false", "teacher.epochs=null", "teacher.lr=null"]
+        return [
+            *BASE,
+            *finished,
+            "teacher.width=null",
+            "teacher.min_accuracy=0",
+            f"teacher.name={name}",
+            f"teacher.weights={path}",
+        ]
+
+    return words
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "wanted"),
+    [
+        # Reported.
+        ("timm:vit_tiny_patch16_224", 64, 224),
+        ("torchvision:alexnet", 32, 64),
+        ("torchvision:inception_v3", 32, 75),
+        # Others of their kind: fixed sizes, a least size, a head that is there in training only.
+        ("timm:test_vit", 64, 160),
+        ("timm:deit_tiny_patch16_224", 48, 224),
+        ("timm:mixer_s32_224", 64, 224),
+        ("torchvision:vgg11", 16, 32),
+        ("torchvision:inception_v3", 96, 299),
+    ],
+)
+def test_a_size_that_a_network_does_not_take(command, tmp_path, name, side, wanted):
+    said = command("train", *student(name), f"data.image_size={side}")
+    assert said.code == 2
+    assert re.fullmatch(
+        rf"fastkd: the student {name}(, in training,)? does not take images of {side}x{side} pixels "
+        rf"\(.*\), but those of {wanted}x{wanted}: set data.image_size={wanted}\n",
+        said.err,
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_advice_is_true(command):
+    said = command("train", *student("timm:test_vit"), "data.image_size=160", "--dry-run")
+    assert said.code == 0
+    said = command("train", *student("timm:test_vit"), "data.name=digits", "data.image_size=null")
+    assert said.code == 2
+    assert "digits has no others, so choose another network or data set" in said.err
+
+
+def test_a_teacher_is_told_its_own_key(command, taught):
+    words = taught("timm:test_vit")
+    said = command("train", *words)
+    assert said.code == 2
+    assert "the teacher timm:test_vit does not take images of 32x32" in said.err
+    assert said.err.endswith("those of 160x160: set teacher.resolution=160\n")
+    learns = ["teacher.weights=null", "teacher.train=true"]
+    said = command("train", *words, *learns)
+    assert said.code == 2
+    assert "the teacher timm:test_vit does not take images" in said.err
+    assert said.err.endswith("those of 160x160: set data.image_size=160\n")
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "torchvision:resnet18", "timm:test_resnet"])
+def test_a_teacher_is_counted_at_its_own_size(command, taught, name):
+    words = [*taught(name), "teacher.resolution=160"]
+    macs = count(create_model(name, 10), (3, 160, 160)).macs
+    said = command("train", *words, "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    shown = re.search(r"teacher +\S+: .*?, ([\d.]+) ([GM]) multiply-accumulates", said.out)
+    size = {"G": 1e9, "M": 1e6}[shown[2]]
+    assert float(shown[1]) * size == pytest.approx(macs, rel=1e-3)
+    said = command("train", *words, "out=run")
+    assert said.code == 0, said.err
+    with open("run/summary.json") as file:
+        summary = json.load(file)
+    assert summary["teacher"]["macs"] == macs
+    of_student = count(create_model("resnet8", 10, width=0.5), (3, 32, 32)).macs
+    assert summary["macs"] == of_student
+
+
+def test_evaluation_names_the_key(command, tmp_path):
+    path = tmp_path / "vit.pt"
+    torch.save(create_model("timm:test_vit", 10).state_dict(), path)
+    words = ["eval", "timm:test_vit", "--weights", str(path), "data.name=synthetic"]
+    said = command(*words, "data.image_size=64")
+    assert said.code == 2
+    assert "the network timm:test_vit does not take images of 64x64" in said.err
+    assert said.err.endswith("set data.image_size=160\n")
+    said = command(*words, "data.image_size=160")
+    assert said.code == 0
+    macs = count(create_model("timm:test_vit", 10), (3, 160, 160)).macs
+    assert f"{macs:,}" in said.out
+
+
+def test_fused_attention_counts_on_a_cpu_as_elsewhere():
+    with torch.device("meta"):
+        expected = count(timm.create_model("test_vit"), (3, 160, 160)).macs
+    assert count(timm.create_model("test_vit"), (3, 160, 160)).macs == expected
+    attention = 2 * 101**2 * 64 * 6  # scores and values, 100 patches and a class token
+    without = sum(
+        module.weight.numel() * 101
+        for module in timm.create_model("test_vit").blocks.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert expected > without + attention * 0.99
+
+
+class Unknown(torch.nn.Module):
+    def forward(self, images_NCHW):
+        raise RuntimeError("on another day")
+
+
+def test_a_count_that_fails_is_none():
+    shape = (3, 8, 8)
+    conv = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    )
+    assert cost(conv, shape) == count(conv, shape)
+    for model in (
+        Unknown(),
+        torch.jit.script(conv),
+        torch.jit.trace(conv, torch.zeros(1, *shape)),
+        torch.export.export(conv.eval(), (torch.zeros(1, *shape),)).module(),
+        torch.ao.quantization.quantize_dynamic(conv, {torch.nn.Linear}),
+        timm.create_model("test_vit"),
+    ):
+        assert cost(model, shape) is None
+
+
+@pytest.mark.parametrize(
+    ("num", "batch", "ranks", "drop_last", "rows"),
+    [
+        (24, 23, 1, False, (23, 1)),
+        (24, 23, 1, True, (23,)),
+        (24, 8, 1, False, (8,)),
+        (27, 8, 2, False, (4, 1)),
+        (25, 8, 2, False, (4,)),
+        (5, 8, 2, False, (2,)),
+        (8, 8, 4, False, (2,)),
+        (3, 3, 2, True, (1,)),
+    ],
+)
+def test_the_plan_knows_its_smallest_batches(num, batch, ranks, drop_last, rows):
+    def plan(rank):
+        options = {"drop_last": drop_last, "rank": rank, "world_size": ranks}
+        return BatchPlan("test", num, batch, 0, True, **options)
+
+    plans = [plan(rank) for rank in range(ranks)]
+    assert {one.batch_rows for one in plans} == {rows}
+    taken = [
+        min(len(range(*one.rank_part(step).indices(num))) for one in plans)
+        for step in range(plans[0].steps_per_epoch)
+    ]
+    assert set(taken) == set(rows)
+
+
+LAST = "the last batch of an epoch has one image only"
+DROP = r"set data.drop_last=true, or another batch_size\n"
+LARGER = r"set a larger batch_size, or a smaller accumulate\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        # Reported.
+        ("torchvision:resnet18", ["batch_size=23", "data.drop_last=false"], f"{LAST}.*{DROP}"),
+        ("torchvision:resnet18", ["batch_size=1"], f"every batch has one image only.*{LARGER}"),
+        (
+            "torchvision:resnet18",
+            ["batch_size=4", "accumulate=4"],
+            f"with accumulate=4 a micro-batch of every batch has one image only.*{LARGER}",
+        ),
+        # Others.
+        ("timm:test_efficientnet", ["batch_size=23", "data.drop_last=false"], f"{LAST}.*{DROP}"),
+        (
+            "torchvision:shufflenet_v2_x0_5",
+            ["batch_size=10", "accumulate=3", "data.drop_last=false", "batch_size=12"],
+            None,
+        ),
+        (
+            "torchvision:shufflenet_v2_x0_5",
+            ["data.train_limit=22", "batch_size=9", "accumulate=3", "data.drop_last=false"],
+            f"with accumulate=3 a micro-batch of the last batch.*{DROP}",
+        ),
+        ("torchvision:mobilenet_v3_small", ["batch_size=1"], f"every batch .*{LARGER}"),
+        # Batch norm on larger maps, or none.
+        ("resnet8", ["batch_size=23", "data.drop_last=false"], None),
+        ("timm:test_vit", ["batch_size=1", "data.train_limit=10", "data.image_size=160"], None),
+    ],
+)
+def test_a_batch_of_one_is_known_before_the_run(command, tmp_path, name, words, message):
+    said = command("train", *student(name), *words)
+    assert said.code == (2 if message else 0), said.err
+    if message:
+        assert re.search(f"^fastkd: {message}$", said.err, re.MULTILINE)
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_batch_of_one_is_known_before_the_teacher_is_trained(command, tmp_path):
+    words = ["batch_size=23", "data.drop_last=false", "teacher.width=null"]
+    said = command("train", *BASE, *words, "teacher.name=torchvision:resnet18")
+    assert said.code == 2
+    assert f"{LAST}, and the teacher torchvision:resnet18 cannot be trained on one" in said.err
+    assert not any(tmp_path.iterdir())
