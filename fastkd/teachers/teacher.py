@@ -34,8 +34,9 @@ __all__ = ["Teacher", "freeze"]
 
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode, no parameter gradients; in place."""
-    for parameter in model.parameters():  # scripted modules have no requires_grad_
-        parameter.requires_grad_(False)
+    for parameter in model.parameters():
+        # Scripted modules have no requires_grad_, and their copies no leaves.
+        parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
     with suppress(NotImplementedError):  # an exported program stays in the mode it was made in
         model.eval()
     return model
