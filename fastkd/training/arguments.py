@@ -71,12 +71,12 @@ def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
 def check_student(student: nn.Module) -> None:
     """UserError for a student that cannot be trained in fp32 as it is."""
     types = {p.dtype for p in student.parameters() if p.is_floating_point()}
-    trains = any(parameter.requires_grad for parameter in student.parameters())
-    if not trains or is_quantised(student):
+    quantised = is_quantised(student)
+    if quantised or not any(True for _ in student.parameters()):
         raise UserError(
             f"distill: the student {title_of(student)} cannot be trained, its weights are "
-            f"{'quantised' if trains or is_quantised(student) else 'frozen or missing'}: give the "
-            f"network that it was made of, or let its parameters train (requires_grad_)"
+            f"{'quantised' if quantised else 'missing or constants'}: give the network that it was "
+            f"made of"
         )
     if others := types - {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))

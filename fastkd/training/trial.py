@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ __all__ = ["Trial", "errors_as_sentences", "try_step"]
 _ONE_VALUE = re.compile(r"Expected more than 1 (value|spatial element)[^\n]*")
 
 
+class Rows(NamedTuple):
+    """Images by view."""
+
+    x: int
+    xprime: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """What a step is tried with."""
@@ -49,15 +57,14 @@ class Trial:
     world: World
     remedies: Remedies
 
-    def micro_rows(self) -> list[int]:
-        """Images of the smallest micro-batch of each kind of batch; two if nobody knows."""
-        return [rows // min(self.accumulate, rows) for rows in self.batch_rows] or [2]
-
-    def rows(self, view: str, rows: int) -> int:
-        """Images of a view of so many of x; a pick may choose fewer."""
-        if view == "x" or self.pick is None:
-            return rows
-        return max(1, self.pick.num_chosen(rows * self.pool))
+    def micro_rows(self) -> list[Rows]:
+        """Images of x and x' in the smallest micro-batch of each kind of batch; two if unknown."""
+        found = []
+        for rows in self.batch_rows:
+            chosen = rows if self.pick is None else max(1, self.pick.num_chosen(rows * self.pool))
+            parts = min(self.accumulate, rows, chosen)
+            found.append(Rows(rows // parts, chosen // parts))
+        return found or [Rows(2, 2)]
 
 
 def try_step(step: DistillStep, trial: Trial) -> None:
@@ -67,18 +74,21 @@ def try_step(step: DistillStep, trial: Trial) -> None:
     micro = trial.micro_rows()
     with rehearsing(step, but=banks):
         step.train()
-        error = _failure(step, terms, trial, 2)
-        if error is not None and max(micro) > 2:
+        error = _failure(step, terms, trial, Rows(2, 2))
+        if error is not None and max(micro) > (2, 2):
             # A loss of the user's own may need more images than two.
             error = _failure(step, terms, trial, max(micro))
         if error is not None:
             raise _sentence(step, trial, error) from error
-        error = _failure(step, terms, trial, 1) if min(micro) == 1 else None
+        least = min(micro, key=min)
+        error = _failure(step, terms, trial, least) if min(least) == 1 else None
     if error is not None:
-        raise _of_one_image(step, trial, micro[0] == 1, error) from error
+        raise _of_one_image(step, trial, micro, error) from error
 
 
-def _failure(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: int) -> Exception | None:
+def _failure(
+    step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows
+) -> Exception | None:
     """What a forward pass on so many images raises; a UserError passes."""
     try:
         _forward(step, terms, trial, rows)
@@ -90,24 +100,26 @@ def _failure(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: int) 
     return None
 
 
-def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: int) -> None:
+def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows) -> None:
     device, facts, world = trial.world.device, trial.facts, trial.world
-    images_NCHW = trial.probe(trial.rows("xprime", rows) + rows)
+    sizes = rows._asdict()
+    images_NCHW = trial.probe(max(rows))
     taps = trial.teacher.taps if trial.teacher else {}
-    views = {view: images_NCHW[: trial.rows(view, rows)] for view in {**step.views, **taps}}
+    views = {view: images_NCHW[: sizes[view]] for view in {**step.views, **taps}}
     targets: dict[str, Tensor] = {}
     for need in {need: None for term in terms for need in term.needs}:
         if need.net == "mixed":
-            num = trial.rows(need.view, rows)
-            targets[str(need)] = torch.full((num, facts.num_classes), 0.5, device=device)
+            targets[str(need)] = torch.full(
+                (sizes[need.view], facts.num_classes), 0.5, device=device
+            )
     if trial.teacher:
         for view, wanted in taps.items():
             features = trial.teacher.features(views[view])
             targets |= {f"{view}/teacher/{tap}": features[tap] for tap in wanted}
-    index_N = torch.zeros(rows, dtype=torch.int64, device=device)
+    index_N = torch.zeros(rows.x, dtype=torch.int64, device=device)
     labels_N = index_N
     if facts.multilabel:
-        labels_N = torch.zeros(rows, facts.num_classes, device=device)
+        labels_N = torch.zeros(rows.x, facts.num_classes, device=device)
     schedules = scheduled_values(terms, 0.0, device)
     rows_of_ranks = {view: (len(images),) * world.size for view, images in views.items()}
     with torch.enable_grad():
@@ -132,18 +144,23 @@ def _sentence(step: DistillStep, trial: Trial, error: Exception) -> UserError:
     )
 
 
-def _of_one_image(step: DistillStep, trial: Trial, every: bool, error: Exception) -> UserError:
+def _of_one_image(
+    step: DistillStep, trial: Trial, micro: list[Rows], error: Exception
+) -> UserError:
     owner = _owner(error)
     who = f"{trial.remedies.called} {title_of(step.student.model)}"
     if isinstance(owner, LossTerm):
         who = f"the loss {owner.name}"
     elif isinstance(owner, Teacher | Ensemble):
         who = "the teacher"
+    every = min(micro[0]) == 1
     which = "every batch" if every else "the last batch of an epoch"
     if trial.accumulate > 1:
         which = f"with accumulate={trial.accumulate} a micro-batch of {which}"
     where = " on a process" if trial.world.size > 1 else ""
     cure = trial.remedies.every_batch if every else trial.remedies.last_batch
+    if min(micro, key=min).x > 1:
+        which, cure = f"x' of {which}", "let the pick choose more images, or lower accumulate"
     return UserError(
         f"{which} has one image only{where}, and {who} cannot be trained on one "
         f"({first_line(error)}): {cure}"

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd.augment.config import PickConfig
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
-from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy
+from fastkd.losses import AT, KD, BinaryCrossEntropy, CrossEntropy, ReviewKD
+from fastkd.losses.base.term import LossTerm, TermOutput
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
@@ -139,10 +141,13 @@ def test_a_student_in_another_form_is_trained(form: str, ema: float | None) -> N
     ("student", "message"),
     [
         (lambda: FORMS["export"](net()), "an exported program, which cannot be switched"),
-        (lambda: FORMS["frozen script"](net().eval()), "cannot be trained, its weights are frozen"),
+        (
+            lambda: FORMS["frozen script"](net().eval()),
+            "cannot be trained, its weights are missing",
+        ),
         (lambda: quantised(net()), "cannot be trained, its weights are quantised"),
         (lambda: FORMS["quantised at run time"](net()), "its weights are quantised"),
-        (lambda: net().requires_grad_(False), "frozen or missing: .*requires_grad_"),
+        (lambda: net().requires_grad_(False), "it would teach nothing.*requires_grad_"),
         (lambda: net().bfloat16(), r"are bfloat16, .* float32 .* give student.float\(\)"),
         (lambda: net().half(), r"are float16, .* give student.float\(\)"),
         (lambda: net().double(), r"are float64, .* give student.float\(\)"),
@@ -392,3 +397,101 @@ def test_the_softmax_of_one_logit_teaches_nothing(name: str) -> None:
         logits = net(num_classes=1).train()(IMAGES)
     wanted = F.binary_cross_entropy_with_logits(logits, (LABELS % 2).float()[:, None]).item()
     assert found.metrics["history"][0]["train_bce"] == pytest.approx(wanted, rel=1e-5)
+
+
+class OnePixel(Net):
+    """Batch norm on maps of one pixel."""
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        pooled = self.conv(images_NCHW).mean((2, 3), keepdim=True)
+        return self.fc(torch.relu(self.norm(pooled)).flatten(1))
+
+
+class WithoutLength:
+    """Nobody knows its batches."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+LAST = "the last batch of an epoch has one image only.*give the train_loader drop_last=True"
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        (loader(batch_size=7), {}, LAST),
+        (list(loader(batch_size=7)), {}, LAST),
+        (loader(batch_size=1), {}, "every batch has one image only.*give .* a larger batch_size"),
+        (loader(batch_size=4), {"accumulate": 4}, "with accumulate=4 a micro-batch of every batch"),
+        (
+            loader(batch_size=4),
+            {
+                "xprime": "cutmix",
+                "losses": [KD(views=("x", "xprime"))],
+                "pick": PickConfig(images=1),
+            },
+            "x' of every batch has one image only.*let the pick choose more images",
+        ),
+        # Found in the run, in the same words as torch's.
+        (WithoutLength(loader(batch_size=7)), {}, "a batch of one image cannot be trained on"),
+    ],
+)
+def test_a_batch_of_one_under_batch_norm(batches: Any, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distill(net(0, OnePixel), teacher(), batches, **options)
+
+
+def test_a_batch_of_one_is_fine_without_batch_norm() -> None:
+    for batches in (loader(batch_size=7), loader(batch_size=1)):
+        assert distill(net(), teacher(), batches).metrics["skipped_steps"] == 0
+    dropping = loader(batch_size=7, drop_last=True)
+    assert distill(net(0, OnePixel), teacher(), dropping).metrics["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(("tap", "refused"), [("norm", False), ("fc", True)])
+def test_reviewkd_on_a_batch_of_one(tap: str, refused: bool) -> None:
+    """Its own batch norms see one value where the map has one pixel."""
+    losses = [CrossEntropy(), ReviewKD(student=("conv", tap), teacher=("conv", tap))]
+    if not refused:
+        assert distill(net(), teacher(), loader(batch_size=7), losses=losses)
+        return
+    with pytest.raises(UserError, match="the loss reviewkd cannot be trained on one"):
+        distill(net(), teacher(), loader(batch_size=7), losses=losses)
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    student = net()
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    with pytest.raises(UserError, match="the loss odd: odd rows only"):
+        distill(student, teacher(), losses=[CrossEntropy(), Odd()])
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert student.training
+    assert torch.equal(torch.rand(1), wanted)
+
+
+class Odd(LossTerm):
+    """Raises a plain error, as a kernel or a user's own loss does."""
+
+    def __init__(self) -> None:
+        super().__init__("odd", ("x/student/logits",), {"odd": 1.0})
+
+    def forward(self, inputs: Any) -> Any:
+        (logits_NC,) = self.wanted(inputs)
+        if len(logits_NC) % 2 == 0:
+            raise ValueError("odd rows only")
+        return TermOutput({"odd": logits_NC.float().mean()})
+
+
+def test_a_loss_of_ones_own_may_need_other_batches_than_two() -> None:
+    found = distill(net(), teacher(), loader(IMAGES[:7], LABELS[:7], 7), losses=[Odd()])
+    assert found.metrics["skipped_steps"] == 0

@@ -11,6 +11,7 @@ from fastkd.data.loaders.plan import BatchPlan
 from fastkd.models import count, create_model, model_from_file
 from fastkd.models.counting.count import cost
 
+VIT, RESNET = "timm:vit_tiny_patch16_224", "timm:test_resnet"
 BASE = [
     "quickstart",
     "data.name=synthetic",
@@ -61,7 +62,7 @@ def taught(tmp_path_factory):
     ("name", "side", "wanted"),
     [
         # Reported.
-        ("timm:vit_tiny_patch16_224", 64, 224),
+        (VIT, 64, 224),
         ("torchvision:alexnet", 32, 64),
         ("torchvision:inception_v3", 32, 75),
         # Others of their kind: fixed sizes, a least size, a head that is there in training only.
@@ -86,19 +87,15 @@ def test_a_size_that_a_network_does_not_take(command, tmp_path, name, side, want
 
 
 def test_the_advice_is_true(command):
-    said = command(
-        "train", *student("timm:vit_tiny_patch16_224"), "data.image_size=224", "--dry-run"
-    )
+    said = command("train", *student(VIT), "data.image_size=224", "--dry-run")
     assert said.code == 0
-    said = command(
-        "train", *student("timm:vit_tiny_patch16_224"), "data.name=digits", "data.image_size=null"
-    )
+    said = command("train", *student(VIT), "data.name=digits", "data.image_size=null")
     assert said.code == 2
     assert "digits has no others, so choose another network or data set" in said.err
 
 
 def test_a_teacher_is_told_its_own_key(command, taught):
-    words = taught("timm:vit_tiny_patch16_224")
+    words = taught(VIT)
     said = command("train", *words)
     assert said.code == 2
     assert "the teacher timm:vit_tiny_patch16_224 does not take images of 32x32" in said.err
@@ -110,9 +107,7 @@ def test_a_teacher_is_told_its_own_key(command, taught):
     assert said.err.endswith("those of 224x224: set data.image_size=224\n")
 
 
-@pytest.mark.parametrize(
-    "name", ["timm:vit_tiny_patch16_224", "torchvision:resnet18", "timm:test_resnet"]
-)
+@pytest.mark.parametrize("name", [VIT, "torchvision:resnet18", RESNET])
 def test_a_teacher_is_counted_at_its_own_size(command, taught, name):
     words = [*taught(name), "teacher.resolution=224"]
     macs = count(create_model(name, 10), (3, 224, 224)).macs
@@ -131,20 +126,20 @@ def test_a_teacher_is_counted_at_its_own_size(command, taught, name):
 
 def test_evaluation_names_the_key(command, tmp_path):
     path = tmp_path / "vit.pt"
-    torch.save(create_model("timm:vit_tiny_patch16_224", 10).state_dict(), path)
-    words = ["eval", "timm:vit_tiny_patch16_224", "--weights", str(path), "data.name=synthetic"]
+    torch.save(create_model(VIT, 10).state_dict(), path)
+    words = ["eval", VIT, "--weights", str(path), "data.name=synthetic"]
     said = command(*words, "data.image_size=64")
     assert said.code == 2
     assert "the network timm:vit_tiny_patch16_224 does not take images of 64x64" in said.err
     assert said.err.endswith("set data.image_size=224\n")
     said = command(*words, "data.image_size=224")
     assert said.code == 0
-    macs = count(create_model("timm:vit_tiny_patch16_224", 10), (3, 224, 224)).macs
+    macs = count(create_model(VIT, 10), (3, 224, 224)).macs
     assert f"{macs:,}" in said.out
 
 
 def test_fused_attention_counts_on_a_cpu_as_elsewhere():
-    name = "timm:vit_tiny_patch16_224"
+    name = VIT
     with torch.device("meta"):
         expected = count(create_model(name, 10), (3, 224, 224)).macs
     model = create_model(name, 10)
@@ -173,7 +168,7 @@ def test_a_count_that_fails_is_none():
         torch.jit.trace(conv, torch.zeros(1, *shape)),
         torch.export.export(conv.eval(), (torch.zeros(1, *shape),)).module(),
         torch.ao.quantization.quantize_dynamic(conv, {torch.nn.Linear}),
-        create_model("timm:vit_tiny_patch16_224", 10),
+        create_model(VIT, 10),
     ):
         assert cost(model, shape) is None
 
@@ -237,7 +232,7 @@ LARGER = r"set a larger batch_size, or a smaller accumulate\n"
         # Batch norm on larger maps, or none.
         ("resnet8", ["batch_size=23", "data.drop_last=false"], None),
         (
-            "timm:vit_tiny_patch16_224",
+            VIT,
             ["batch_size=1", "data.train_limit=10", "data.image_size=224"],
             None,
         ),
@@ -257,3 +252,10 @@ def test_a_batch_of_one_is_known_before_the_teacher_is_trained(command, tmp_path
     assert said.code == 2
     assert f"{LAST}, and the teacher torchvision:resnet18 cannot be trained on one" in said.err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_command_that_only_counts_names_its_option(command):
+    said = command("cheapen", "torchvision:vgg11", "--input", "3x16x16", "G:2")
+    assert said.code == 2
+    assert "torchvision:vgg11 does not take images of 16x16 pixels" in said.err
+    assert said.err.endswith("but those of 32x32: give --input=3x32x32\n")
