@@ -115,7 +115,8 @@ def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows)
     if trial.teacher:
         for view, wanted in taps.items():
             features = trial.teacher.features(views[view])
-            targets |= {f"{view}/teacher/{tap}": features[tap] for tap in wanted}
+            known = [tap for tap in wanted if tap in features]
+            targets |= {f"{view}/teacher/{tap}": features[tap] for tap in known}
     index_N = torch.zeros(rows.x, dtype=torch.int64, device=device)
     labels_N = index_N
     if facts.multilabel:
