@@ -26,6 +26,7 @@ from fastkd.runs.stages import (
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
+from fastkd.training.trial import errors_as_sentences
 
 __all__ = ["dry_run", "rehearse"]
 
@@ -91,6 +92,7 @@ def _earlier_stages(recipe: Recipe, session: Session) -> list[tuple[str, Recipe,
     return stages
 
 
+@errors_as_sentences()
 def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
     """Seconds of the first step, the last step and all steps, peak memory, input shapes."""
     trainer.runner.train()

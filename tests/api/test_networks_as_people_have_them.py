@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
+from fastkd import kernels
 from fastkd.augment.config import PickConfig
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
@@ -467,13 +468,13 @@ def test_reviewkd_on_a_batch_of_one(tap: str, refused: bool) -> None:
 
 
 def test_a_trial_leaves_no_trace() -> None:
-    student = net()
+    student, taught = net(), teacher()
     before = {key: value.clone() for key, value in student.state_dict().items()}
     torch.manual_seed(5)
     wanted = torch.rand(1)
     torch.manual_seed(5)
     with pytest.raises(UserError, match="the loss odd: odd rows only"):
-        distill(student, teacher(), losses=[CrossEntropy(), Odd()])
+        distill(student, taught, losses=[CrossEntropy(), Odd()])
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert student.training
     assert torch.equal(torch.rand(1), wanted)
@@ -495,3 +496,20 @@ class Odd(LossTerm):
 def test_a_loss_of_ones_own_may_need_other_batches_than_two() -> None:
     found = distill(net(), teacher(), loader(IMAGES[:7], LABELS[:7], 7), losses=[Odd()])
     assert found.metrics["skipped_steps"] == 0
+
+
+class Late(LossTerm):
+    """Calls a kernel on one class, but not in the trial, which is of two images."""
+
+    def __init__(self) -> None:
+        super().__init__("late", ("x/student/logits",), {"late": 1.0})
+
+    def forward(self, inputs: Any) -> Any:
+        (logits_NC,) = self.wanted(inputs)
+        some_NC = logits_NC if len(logits_NC) == 2 else logits_NC[:, :1]
+        return TermOutput({"late": kernels.kd_loss(some_NC, some_NC.detach())[0].mean()})
+
+
+def test_a_kernel_that_refuses_later_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="^the loss late: kd_loss: got 1 classes"):
+        distill(net(), teacher(), losses=[CrossEntropy(), Late()])

@@ -65,6 +65,21 @@ def test_the_work_of_a_run_decides():
     assert chosen(0.51 * limit * 3 / 4, terms=[both], teachers=[LoadedNet(teacher)])
 
 
+def test_a_teacher_counts_at_its_own_size():
+    model = create_model("resnet8", 10, width=0.5)
+    small, large = (count(model, (3, side, side)).macs for side in (32, 64))
+    limit = PAYS_FROM * COMPILE_SECONDS["cpu"] * MACS_PER_SECOND["cpu"]
+    images = limit / (3 * small + (small + large) / 2)
+    assert not chosen(images, terms=[KD()], teachers=[LoadedNet(model)])
+    assert chosen(images, terms=[KD()], teachers=[LoadedNet(model, resolution=64)])
+
+
+def test_what_cannot_be_counted_is_not_compiled_by_itself():
+    teacher = LoadedNet(torch.jit.script(nn.Linear(2, 2)))
+    assert not chosen(1e15, terms=[KD()], teachers=[teacher])
+    assert chosen(1e15, "on", terms=[KD()], teachers=[teacher])
+
+
 def test_the_recipes_decide_as_meant():
     """On a CPU the quickstart is too short, 240 epochs of CIFAR are not."""
     from fastkd.recipes.loading import find_recipe
