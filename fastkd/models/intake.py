@@ -4,6 +4,7 @@ Used where networks meet images: `training.step` and `teachers.teacher` for the 
 `training.matching`, `training.trial` and `runs.evaluate_saved` for the sentence.
 """
 
+import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,16 +73,18 @@ def is_compiled_ahead(model: nn.Module) -> bool:
 def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
     """The network may run in any mode within the block; afterwards all is as before.
 
-    Modes, buffers (such as running statistics) and torch's random state are restored.
+    Modes, buffers (such as running statistics), torch's and Python's random state are restored.
     but: names of buffers that a forward pass does not change.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.clone()) for name, b in model.named_buffers() if name not in but]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    state = random.getstate()
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
+        random.setstate(state)
         for module, training in modes:
             module.training = training
         with torch.no_grad():

@@ -511,5 +511,5 @@ class Late(LossTerm):
 
 
 def test_a_kernel_that_refuses_later_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="^the loss late: kd_loss: got 1 classes"):
+    with pytest.raises(UserError, match=r"^the loss late: kd_loss: got 1 classes"):
         distill(net(), teacher(), losses=[CrossEntropy(), Late()])
