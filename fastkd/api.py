@@ -37,7 +37,7 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import Remedy, image_dtype, refusal
+from fastkd.models.intake import Remedy, fails_under_autocast, image_dtype, refusal
 from fastkd.models.taps import ZooNetwork, remove_taps
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
@@ -130,6 +130,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         lr: overrides the learning rate of `optim`.
         xprime: the second view of every batch, made from it, for losses such as
             `KD(views=("x", "xprime"))`.
+        precision: autocast type; auto is bf16 where the device computes in it and the networks run
+            in it, else fp32.
         pick: choose x' from a pool by how hard the images are: the name of a criterion ("kl" is
             the paper's), or a config with all settings. The metrics then have `pick_ratio`: mean
             hardness of the chosen images divided by the mean over the pool.
@@ -163,11 +165,15 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         stack.enter_context(torch.random.fork_rng(devices))
         for model in (student, *teachers):
             model.to(world.device)
+        console = Console(enabled=world.is_main and not quiet)
         foreign = not all(isinstance(model, ZooNetwork) for model in (student, *teachers))
-        placement = Placement(
-            world, resolve_precision(precision, world.device), channels_last, foreign
-        )
-        data = _data((train_loader, val_loader), student, terms, placement, seed)
+        shown = peek(val_loader, world.device, channels_last=channels_last)
+        settled = resolve_precision(precision, world.device)
+        if precision == "auto" and (why := _wants_fp32(student, loaded, shown, settled)):
+            console.note(f"precision=auto is fp32 here: under autocast {why}")
+            settled = resolve_precision("fp32", world.device)
+        placement = Placement(world, settled, channels_last, foreign)
+        data = _data((train_loader, val_loader), shown, student, terms, placement, seed)
         compiled = decide_compile(
             compile,
             student=student,
@@ -210,7 +216,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             data=data,
             settings=settings,
             placement=placement,
-            output=Output(console=Console(enabled=world.is_main and not quiet)),
+            output=Output(console=console),
         )
         # Made only now: a mistake found above creates no folder and deletes none of the user's.
         folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
@@ -225,8 +231,26 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
 
 
+def _wants_fp32(
+    student: nn.Module, teachers: Sequence[LoadedNet], shown: Shown, precision: Precision
+) -> str | None:
+    """Which network fails under autocast, and how; None if none does."""
+    few_NCHW = shown.images_NCHW[:2]
+    for called, model, shape in (
+        ("the student", student, shown.image_shape),
+        *(("the teacher", one.model, one.image_shape(shown.image_shape)) for one in teachers),
+    ):
+        images_NCHW = few_NCHW
+        if shape != shown.image_shape:
+            images_NCHW = few_NCHW.new_zeros(len(few_NCHW), *shape)
+        if why := fails_under_autocast(model, images_NCHW, precision):
+            return f"{called} {title_of(model)} fails ({why})"
+    return None
+
+
 def _data(
     loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem]],
+    shown: Shown,
     student: nn.Module,
     terms: Sequence[LossTerm],
     placement: Placement,
@@ -234,7 +258,6 @@ def _data(
 ) -> TrainData:
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
-    shown = peek(val_items, placement.device, channels_last=placement.channels_last)
     pair = open_foreign(
         train_items,
         val_items,

@@ -6,7 +6,7 @@ Used where networks meet images: `training.step` and `teachers.teacher` for the 
 
 import random
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastkd.models.taps import ZooNetwork
 
 __all__ = [
     "Remedy",
+    "fails_under_autocast",
     "first_line",
     "image_dtype",
     "is_compiled_ahead",
@@ -92,6 +93,36 @@ def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]
                 buffer.copy_(before)
 
 
+def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Precision) -> str | None:
+    """Why a network that runs in fp32 fails under autocast; None if it does not fail, or in both.
+
+    It happens where a layer's answer goes through numpy, or into an operator without bf16.
+    """
+    if precision.name == "fp32" or isinstance(model, ZooNetwork) or is_quantised(model):
+        return None
+    plain = Precision("fp32", precision.device_type)
+    images_NCHW = images_NCHW.float()
+    with rehearsing(model):
+        with suppress(NotImplementedError):  # an exported program has one mode
+            model.eval()
+        error = _error(model, images_NCHW, precision)
+        if error is None or _error(model, images_NCHW, plain) is not None:
+            return None
+    return first_line(error)
+
+
+def _error(
+    run: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Precision
+) -> Exception | None:
+    try:
+        with torch.no_grad(), precision.autocast():
+            run(images_NCHW)
+    except Exception as error:
+        # Foreign code can fail in any way.
+        return error
+    return None
+
+
 def refusal(
     error: Exception,
     *,
@@ -110,25 +141,17 @@ def refusal(
     height, width = images_NCHW.shape[2:]
     why = first_line(error)
 
-    def runs(images_NCHW: Tensor, precision: Precision) -> bool:
-        try:
-            with torch.no_grad(), precision.autocast():
-                run(images_NCHW)
-        except Exception:
-            # Foreign code can fail in any way.
-            return False
-        return True
-
     for side in (_own_side(model), *SIDES):
         if side is None or height == width == side:
             continue
-        if runs(images_NCHW.new_zeros(*images_NCHW.shape[:2], side, side), precision):
+        other_NCHW = images_NCHW.new_zeros(*images_NCHW.shape[:2], side, side)
+        if _error(run, other_NCHW, precision) is None:
             return UserError(
                 f"{title} does not take images of {height}x{width} pixels ({why}), but those of "
                 f"{side}x{side}: {remedy.size.format(side)}"
             )
     plain = Precision("fp32", precision.device_type)
-    if precision.name != "fp32" and runs(images_NCHW.float(), plain):
+    if precision.name != "fp32" and _error(run, images_NCHW.float(), plain) is None:
         return UserError(
             f"{title} fails under autocast to {precision.name} ({why}): {remedy.precision}"
         )

@@ -306,7 +306,22 @@ def test_what_fails_under_autocast_is_told_to_compute_in_fp32() -> None:
     for student, taught in ((net(), teacher(NeedsFp32)), (net(0, NeedsFp32), teacher())):
         with pytest.raises(UserError, match=r"fails under autocast to bf16 .*precision='fp32'$"):
             distill(student, taught, **BF16)
-        distill(student, taught)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_auto_avoids_autocast_where_it_fails(
+    which: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastkd.compute.precision.computes_in_bf16", lambda device: True)
+    nets = {"student": net(), "teacher": teacher()}
+    nets[which] = net(0, NeedsFp32) if which == "student" else teacher(NeedsFp32)
+    given = [nets["student"], nets["teacher"]]
+    found = first_loss(*given, precision="auto", quiet=False)
+    said = capsys.readouterr().out
+    assert f"precision=auto is fp32 here: under autocast the {which} NeedsFp32 fails (Got" in said
+    nets["student"] = net(0, NeedsFp32 if which == "student" else Net)
+    assert found == first_loss(nets["student"], nets["teacher"])
+    assert first_loss(net(), teacher(), precision="auto") == first_loss(net(), teacher(), **BF16)
 
 
 def test_a_network_that_leaves_autocast_keeps_its_weights() -> None:
