@@ -6,7 +6,7 @@ Used where networks meet images: `training.step` and `teachers.teacher` for the 
 
 import random
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "own_dtype",
     "refusal",
     "rehearsing",
+    "to_evaluation",
 ]
 
 SIDES = (32, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
@@ -65,9 +66,22 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def is_compiled_ahead(model: nn.Module) -> bool:
-    """Whether its forward pass was written down before: TorchScript, or `torch.export`."""
-    exported = isinstance(model, torch.fx.GraphModule) and "_guards_fn" in model._modules
-    return exported or isinstance(model, torch.jit.ScriptModule)
+    """Whether a forward pass in it was written down before: TorchScript, or `torch.export`."""
+    return any(isinstance(m, torch.jit.ScriptModule) or _is_exported(m) for m in model.modules())
+
+
+def _is_exported(module: nn.Module) -> bool:
+    # What torch.export returns has a `train` of its own, which refuses.
+    return isinstance(module, torch.fx.GraphModule) and "train" in vars(module)
+
+
+def to_evaluation(model: nn.Module) -> None:
+    """Evaluation mode; an exported program, whose mode is fixed, keeps its own."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
 
 
 @contextmanager
@@ -103,8 +117,7 @@ def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Preci
     plain = Precision("fp32", precision.device_type)
     images_NCHW = images_NCHW.float()
     with rehearsing(model):
-        with suppress(NotImplementedError):  # an exported program has one mode
-            model.eval()
+        to_evaluation(model)
         error = _error(model, images_NCHW, precision)
         if error is None or _error(model, images_NCHW, plain) is not None:
             return None
@@ -155,7 +168,7 @@ def refusal(
         return UserError(
             f"{title} fails under autocast to {precision.name} ({why}): {remedy.precision}"
         )
-    if is_compiled_ahead(model) and not isinstance(model, torch.jit.ScriptModule):
+    if any(map(_is_exported, model.modules())):
         return UserError(
             f"{title} was exported for another number of images ({why}): export it with "
             f"dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"

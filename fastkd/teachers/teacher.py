@@ -5,7 +5,6 @@ GPU it runs one batch ahead on a side stream (`fastkd.training.ahead`).
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from fastkd.models.intake import (
     is_quantised,
     own_dtype,
     refusal,
+    to_evaluation,
 )
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
@@ -37,8 +37,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         # Scripted modules have no requires_grad_, and their copies no leaves.
         parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
-    with suppress(NotImplementedError):  # an exported program stays in the mode it was made in
-        model.eval()
+    to_evaluation(model)
     return model
 
 

@@ -528,3 +528,11 @@ class Late(LossTerm):
 def test_a_kernel_that_refuses_later_is_a_sentence() -> None:
     with pytest.raises(UserError, match=r"^the loss late: kd_loss: got 1 classes"):
         distill(net(), teacher(), losses=[CrossEntropy(), Late()])
+
+
+def test_an_exported_program_inside_a_network_leaves_no_part_in_training() -> None:
+    made = nn.Sequential(FORMS["export"](teacher()), nn.Dropout())
+    with torch.no_grad():
+        answer_NC = made[0](IMAGES)
+    assert first_loss(net(), made) == pytest.approx(expected(net(), answer_NC), rel=1e-5)
+    assert not made[1].training
