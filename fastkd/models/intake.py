@@ -91,7 +91,8 @@ def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]
     Modes, buffers (such as running statistics), torch's and Python's random state are restored.
     but: names of buffers that a forward pass does not change.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    # A frozen program of TorchScript has no mode.
+    modes = [(one, one.training) for one in model.modules() if hasattr(one, "training")]
     buffers = [(b, b.clone()) for name, b in model.named_buffers() if name not in but]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     state = random.getstate()

@@ -134,28 +134,29 @@ class Teacher:
 
         UserError if it fails on them, with what to change; the message names it as `called`.
         """
-        fixed = is_compiled_ahead(self.model)
+        features = self._tried(images_NCHW, called)
+        if is_compiled_ahead(self.model):
+            # It may also be made for one number of images.
+            self._tried(images_NCHW[:1].repeat(3, 1, 1, 1), called)
+            self._check_mode(images_NCHW, features["logits"])
+        return features
+
+    def _tried(self, images_NCHW: Tensor, called: str) -> dict[str, Tensor]:
         try:
-            features = self.features(images_NCHW)
-            if fixed:  # possibly also to a number of images
-                self.features(images_NCHW[:1].repeat(3, 1, 1, 1))
+            return self.features(images_NCHW)
         except UserError:
             raise
         except Exception as error:
             # Foreign code can fail in any way.
-            shown_NCHW = self.unit.shown(images_NCHW)
             raise refusal(
                 error,
                 title=f"{called} {self.net.name}",
                 model=self.model,
                 run=self.unit.tapped,
-                images_NCHW=shown_NCHW,
+                images_NCHW=self.unit.shown(images_NCHW),
                 precision=self.unit.precision,
                 remedy=self.net.remedy,
             ) from error
-        if fixed:
-            self._check_mode(images_NCHW, features["logits"])
-        return features
 
     def _check_mode(self, images_NCHW: Tensor, logits_NC: Tensor) -> None:
         """UserError for a program that was made in training mode, which nothing can leave.

@@ -109,11 +109,14 @@ FORMS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao and torch.jit announce their end
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_teacher_of_any_form_teaches_what_it_answers(form: str, precision: str) -> None:
+def test_a_teacher_of_any_form_teaches_what_it_answers(
+    form: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = FORMS[form](teacher())
-    autocast = precision == "bf16"
+    monkeypatch.setattr("fastkd.compute.precision.computes_in_bf16", lambda device: True)
+    autocast = precision != "fp32"
     with (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast and "quantised" not in form),
@@ -181,8 +184,9 @@ def test_a_student_that_cannot_be_trained_is_refused(student: Any, message: str)
     ],
 )
 def test_a_program_that_gives_wrong_answers_is_refused(made: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        distill(net(), made())
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(UserError, match=message):
+            distill(net(), made(), precision=precision)
 
 
 @pytest.mark.parametrize("losses", [None, [KD(), AT(pairs={"norm": "norm"})]])
