@@ -7,14 +7,14 @@ Same engine as the recipes; see `distill`.
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
@@ -23,10 +23,11 @@ from fastkd.augment.views import XPRIMES
 from fastkd.compute.compiling import CompileChoice, CompileReason, CompileSwitch
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
-from fastkd.compute.precision import PrecisionChoice, resolve_precision
+from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
+    Shown,
     check_loader,
     images_per_epoch,
     open_foreign,
@@ -37,7 +38,8 @@ from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.taps import logits_of, remove_taps
+from fastkd.models.intake import Remedy, fails_under_autocast, image_dtype, refusal
+from fastkd.models.taps import ZooNetwork, logits_of, remove_taps
 from fastkd.models.unwrap import uncompiled, unwrapped
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
@@ -48,7 +50,9 @@ from fastkd.training.arguments import (
     check_choice,
     check_needs,
     check_numbers,
+    check_student,
     label_use,
+    loaded_teachers,
     optim_config,
     pick_config,
     teachers_of,
@@ -59,9 +63,15 @@ from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
 from fastkd.training.matching import check_labels
 from fastkd.training.progress import Plan
-from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
 
 __all__ = ["Result", "distill"]
+
+REMEDIES = Remedies(
+    student=Remedy("resize the images of the loaders to {0}x{0}", "give precision='fp32'"),
+    last_batch="give the train_loader drop_last=True, or another batch_size",
+    every_batch="give the train_loader a larger batch_size, or a smaller accumulate",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    teacher_resolution: int | Sequence[int | None] | None = None,
 ) -> Result:
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
@@ -109,8 +120,10 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             in training mode, except for what `fastkd.models.head.freeze_backbone` froze. Parameters
             that require no gradient stay as they are.
         teacher: a network of the same form, frozen here (evaluation mode, no gradients); None to
-            train on labels. It sees exactly the images that the student sees. With a list of
-            networks the student imitates the mean of their probabilities
+            train on labels. It sees exactly the images that the student sees, resized to
+            `teacher_resolution`. TorchScript, exported and quantised teachers work, as do those in
+            fp64, bf16 or fp16, which then compute in that type. With a list of networks the
+            student imitates the mean of their probabilities
             (`fastkd.teachers.ensemble.Ensemble`).
         train_loader: yields (images, labels) or (images, labels, sample ids), a mapping with such
             keys, or images alone if no loss reads labels; re-iterated every epoch, a sampler's
@@ -126,9 +139,13 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         lr: overrides the learning rate of `optim`.
         xprime: the second view of every batch, made from it, for losses such as
             `KD(views=("x", "xprime"))`.
+        precision: autocast type; auto is bf16 where the device computes in it and the networks run
+            in it, else fp32.
         pick: choose x' from a pool by how hard the images are: the name of a criterion ("kl" is
             the paper's), or a config with all settings. The metrics then have `pick_ratio`: mean
             hardness of the chosen images divided by the mean over the pool.
+        teacher_resolution: side in pixels to which the images are resized for the teacher
+            (bilinear, antialiased); for several teachers also a list, None in it: not resized.
             out: run folder to write; None writes nothing. resume=True continues from its last.pt,
             if there is one (batches before the saved step are drawn again and discarded).
 
@@ -143,6 +160,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_numbers(epochs, accumulate, ema)
     teachers = teachers_of(student, teacher)
     student = unwrapped(student)
+    loaded = loaded_teachers(teachers, teacher_resolution)
+    check_student(student)
     terms = terms_of(losses)
     picking = pick_config(pick)
     check_needs(terms, has_teacher=bool(teachers), xprime=xprime, picks=picking is not None)
@@ -158,13 +177,19 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         stack.enter_context(torch.random.fork_rng(devices))
         for model in (student, *teachers):
             model.to(world.device)
-        placement = Placement(world, resolve_precision(precision, world.device), channels_last)
         console = Console(enabled=world.is_main and not quiet)
-        data = _data((train_loader, val_loader), student, terms, placement, seed)
+        foreign = not all(isinstance(model, ZooNetwork) for model in (student, *teachers))
+        settled = resolve_precision(precision, world.device)
+        placement = Placement(world, settled, channels_last, foreign)
+        shown = peek("train_loader", train_loader, placement)
+        if precision == "auto" and (why := _wants_fp32(student, loaded, shown, settled)):
+            console.note(f"precision=auto is fp32 here: under autocast {why}")
+            placement = replace(placement, precision=resolve_precision("fp32", world.device))
+        data = _data((train_loader, val_loader), shown, student, terms, placement, seed)
         pays = decide_compile(
             compile,
             student=student,
-            teachers=teachers,
+            teachers=loaded,
             terms=terms,
             image_shape=data.facts.image_shape,
             images=data.images * epochs,
@@ -186,7 +211,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
         digest = _digest(
-            _facts_of(student, teachers, terms, config),
+            _facts_of(student, loaded, terms, config),
             (epochs, seed, xprime, accumulate, ema, placement.precision.name, pays),
             data.loader.steps_per_epoch,
             picking,
@@ -200,7 +225,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
                 accumulate=accumulate,
             ),
             student=student,
-            teachers=tuple(LoadedNet(model, name=title_of(model)) for model in teachers),
+            teachers=loaded,
             terms=terms,
             data=data,
             settings=settings,
@@ -220,8 +245,26 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
 
 
+def _wants_fp32(
+    student: nn.Module, teachers: Sequence[LoadedNet], shown: Shown, precision: Precision
+) -> str | None:
+    """Which network fails under autocast, and how; None if none does."""
+    few_NCHW = shown.images_NCHW[:2]
+    for called, model, shape in (
+        ("the student", student, shown.image_shape),
+        *(("the teacher", one.model, one.image_shape(shown.image_shape)) for one in teachers),
+    ):
+        images_NCHW = few_NCHW
+        if shape != shown.image_shape:
+            images_NCHW = few_NCHW.new_zeros(len(few_NCHW), *shape)
+        if why := fails_under_autocast(model, images_NCHW, precision):
+            return f"{called} {title_of(model)} fails ({why})"
+    return None
+
+
 def _data(
     loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem] | None],
+    shown: Shown,
     student: nn.Module,
     terms: Sequence[LossTerm],
     placement: Placement,
@@ -229,8 +272,7 @@ def _data(
 ) -> TrainData:
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
-    shown = peek("train_loader", train_items, placement)
-    use, num_classes = label_use(terms), _num_classes(student, shown.images_NCHW[:1])
+    use, num_classes = label_use(terms), _num_classes(student, shown, placement.precision)
     if first_kind(shown.labels, use, num_classes) == "multi":
         check_labels(terms, multilabel=True)
     pair = open_foreign(
@@ -244,7 +286,7 @@ def _data(
     )
     # A loader without a data set to count: assume that all batches are like the first.
     images = images_per_epoch(train_items, len(shown.images_NCHW) * placement.world.size)
-    return TrainData(pair.train, pair.val, pair.facts, images)
+    return TrainData(pair.train, pair.val, pair.facts, images, REMEDIES)
 
 
 def _compile_of(out: str | Path | None) -> CompileSwitch | None:
@@ -274,11 +316,12 @@ def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
 
 def _facts_of(
     student: nn.Module,
-    teachers: Sequence[nn.Module],
+    teachers: Sequence[LoadedNet],
     terms: Sequence[LossTerm],
     config: OptimConfig,
 ) -> tuple[Any, ...]:
     """What enters the digest about losses, optimizer and networks."""
+    sides = [one.resolution for one in teachers]
     return (
         [
             (
@@ -291,7 +334,8 @@ def _facts_of(
         ],
         config.model_dump(),
         [(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],
-        [[tuple(p.shape) for p in each.parameters()] for each in teachers],
+        [[tuple(p.shape) for p in each.model.parameters()] for each in teachers],
+        *([sides] if any(sides) else []),
     )
 
 
@@ -311,11 +355,26 @@ def _digest(
     return sha256(repr(every).encode()).hexdigest()[:16]
 
 
-def _num_classes(student: nn.Module, image: Tensor) -> int:
-    # Cast as in training, whatever the loader yields.
-    dtypes = (p.dtype for p in student.parameters() if p.is_floating_point())
+def _num_classes(student: nn.Module, shown: Shown, precision: Precision) -> int:
+    # Two, as in the trial of the step: one is not a batch to every network.
+    images_NCHW = shown.images_NCHW[:2].to(image_dtype(student, precision))
     with torch.no_grad(), evaluating(student):
-        logits = logits_of(student(image.to(next(dtypes, torch.float32))))
+        try:
+            with precision.autocast():
+                logits = logits_of(student(images_NCHW))
+        except UserError:
+            raise
+        except Exception as error:
+            # Foreign code can fail in any way.
+            raise refusal(
+                error,
+                title=f"the student {title_of(student)}",
+                model=student,
+                run=student,
+                images_NCHW=images_NCHW,
+                precision=precision,
+                remedy=REMEDIES.student,
+            ) from error
     if logits.ndim != 2:
         raise UserError(
             f"the student must return logits [N, classes], got {list(logits.shape)} for one image"

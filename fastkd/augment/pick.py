@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision
 from fastkd.kernels import hardness, select_hardest
+from fastkd.models.intake import image_dtype
 from fastkd.models.taps import Tapped
 
 __all__ = ["Pick", "PickCriterion", "Picked"]
@@ -62,6 +63,7 @@ class Pick(nn.Module):
         self.images, self.share = images, share
         self.update_statistics = update_statistics
         self.precision = precision
+        self.image_dtype = image_dtype(student, precision)
 
     def forward(self, pool_PCHW: Tensor, teacher_logits_PC: Tensor) -> Picked:
         """Choose from a pool that the teacher has seen already."""
@@ -83,6 +85,7 @@ class Pick(nn.Module):
         return math.ceil(self.share * num - 1e-9)
 
     def _logits(self, pool_PCHW: Tensor) -> Tensor:
+        pool_PCHW = pool_PCHW.to(self.image_dtype)
         with self.precision.autocast():
             if self.update_statistics:
                 return self.student(pool_PCHW)["logits"]

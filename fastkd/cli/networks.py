@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
+from fastkd.models import Count, count, create_model, list_models
 from fastkd.models import cheapen as cheapen_network
-from fastkd.models import count, create_model, list_models
 from fastkd.models.card import card_of
+from fastkd.models.counting.count import cost
 from fastkd.models.hub import HUBS
+from fastkd.models.intake import Remedy, refusal
 from fastkd.models.taps import available_taps
 
 __all__ = ["cheapen", "models"]
@@ -31,7 +34,7 @@ def models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(list(rows), indent=1))
         return
-    uncounted = "other input" if shape else "not counted"
+    uncounted = "other input" if shape else "-"
     # Rows appear as their networks are built, so only the names are known before.
     width = max(32, *map(len, names))
     print(_line(width, "network", "parameters", "MACs", "input", "classes", "taps"))
@@ -76,13 +79,9 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
         "classes": model.num_classes,
         "taps": [] if ":" in name else list(available_taps(model)),
     }
-    try:
-        size = count(model, shape)
+    # Some networks accept certain image sizes only.
+    if (size := cost(model, shape)) is not None:
         row |= {key: getattr(size, key) for key in ("macs", "training_bytes", "inference_bytes")}
-    except Exception:
-        # Networks that accept certain image sizes only, or that cannot be counted, raise whatever
-        # they like; the list goes on.
-        pass
     return row
 
 
@@ -98,7 +97,7 @@ def cheapen(options: argparse.Namespace) -> None:
         model = create_model(options.name, None if ":" in options.name else 100)
         cheap = cheapen_network(model, options.block, where=options.where)
     shape = _shape(options.input) if options.input else _own_shape(options.name, model)
-    before, after = count(model, shape), count(cheap, shape)
+    before, after = (_counted(options.name, one, shape) for one in (model, cheap))
     print(f"{options.name} at {'x'.join(map(str, shape))}")
     print(f"  {'':<12}{'before':>16}{'after':>16}{'share':>9}")
     for what, one, other in (
@@ -109,6 +108,22 @@ def cheapen(options: argparse.Namespace) -> None:
     card = card_of(cheap)
     assert card is not None
     print(card.report)
+
+
+def _counted(name: str, model: Any, shape: tuple[int, int, int]) -> Count:
+    try:
+        return count(model, shape)
+    except Exception as error:
+        # Foreign code can fail in any way.
+        raise refusal(
+            error,
+            title=name,
+            model=model,
+            run=model,
+            images_NCHW=torch.zeros(1, *shape, device="meta"),
+            precision=Precision("fp32", "cpu"),
+            remedy=Remedy(f"give --input={shape[0]}x{{0}}x{{0}}"),
+        ) from error
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -23,6 +23,9 @@ class Placement:
     world: World
     precision: Precision
     channels_last: bool = True
+    foreign: bool = False
+    """Whether a network from outside the zoo sees the images, which then stay fp32
+    (`fastkd.models.intake`)."""
 
     @property
     def device(self) -> torch.device:
@@ -31,8 +34,8 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the images that networks get."""
-        return self.precision.dtype
+        """Type of the images of a batch."""
+        return torch.float32 if self.foreign else self.precision.dtype
 
     def layout(self, model: nn.Module) -> torch.memory_format:
         """Layout for `model` and its images; contiguous if a layer would hang in channels-last."""

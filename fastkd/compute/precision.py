@@ -34,7 +34,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the images and, under autocast, of most activations."""
+        """Type of most activations under autocast, and of the images of the zoo's networks."""
         return _DTYPES[self.name]
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -50,6 +50,12 @@ class TrainLoader(Protocol):
         """Global batches in an epoch; in evaluation a rank may yield one batch less."""
         ...
 
+    @property
+    def batch_rows(self) -> tuple[int, ...]:
+        """Images of a batch on the rank that has fewest of it: of a full batch, and of the last
+        one of an epoch if that is smaller. () if nobody knows."""
+        ...
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
         ...

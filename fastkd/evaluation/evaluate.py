@@ -17,6 +17,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
+from fastkd.models.intake import image_dtype
 from fastkd.models.taps import logits_of
 
 __all__ = ["EvalLoader", "evaluate", "evaluating"]
@@ -80,10 +81,11 @@ def _answers(
     forward: Callable[[Tensor], Any], loader: EvalLoader, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """fp32 logits [N, C] and labels of every batch."""
+    dtype = image_dtype(forward, precision)
     with torch.no_grad():
         for batch in loader.epoch(0):
             with precision.autocast():
-                logits_NC = logits_of(forward(batch.images_NCHW.to(precision.dtype)))
+                logits_NC = logits_of(forward(batch.images_NCHW.to(dtype)))
             yield logits_NC.float(), batch.labels_N
 
 

@@ -46,7 +46,14 @@ from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
 
-__all__ = ["classifier_paths", "create_model", "list_models", "model_from_file", "model_options"]
+__all__ = [
+    "classifier_paths",
+    "create_model",
+    "is_of_zoo",
+    "list_models",
+    "model_from_file",
+    "model_options",
+]
 
 FAMILIES: tuple[ModuleType, ...] = (
     resnet,
@@ -232,6 +239,11 @@ def list_models(pattern: str = "*") -> list[str]:
         return [f"{source}:{name}" for name in listings[source](rest or "*")]
     names = [name for family in FAMILIES for name in family.NAMES]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def is_of_zoo(name: str) -> bool:
+    """Whether `create_model` builds this network from the zoo."""
+    return _family(name) is not None
 
 
 def model_options(name: str) -> list[str] | None:

@@ -53,7 +53,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "best": _percent(row.get(f"{metric}_best")),
             "of_teacher": _percent(row.get("of_teacher")),
             "params": _quantity(row.get("params")),
-            "macs": _quantity(row.get("macs")),
+            # Of a network that cannot be counted it is None.
+            "macs": _quantity(row.get("macs"), "-" if "macs" in row else ""),
             "images_per_s": "" if speed is None else f"{speed:,.0f}",
             "note": str(row.get("note", "")),
         }
@@ -70,9 +71,9 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
-def _quantity(number: float | None) -> str:
+def _quantity(number: float | None, unknown: str = "") -> str:
     if number is None:
-        return ""
+        return unknown
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -33,7 +33,10 @@ from fastkd.models.config import StudentConfig
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.training.config import OptimConfig
 
-__all__ = ["BaselineConfig", "Recipe"]
+__all__ = ["TEACHES", "BaselineConfig", "Recipe"]
+
+TEACHES = "teacher/"
+"""How the name of a recipe begins that trains another one's teacher."""
 
 
 class BaselineConfig(Section):
@@ -221,7 +224,7 @@ class Recipe(Section):
             ),
             "warmup_epochs": self.optim.warmup_epochs * share,
         }
-        return self.without_teacher(f"teacher/{self.data.name}/{teacher.name}").replace(
+        return self.without_teacher(f"{TEACHES}{self.data.name}/{teacher.name}").replace(
             epochs=epochs,
             seed=self.seed if teacher.seed is None else teacher.seed,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),

@@ -12,10 +12,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkd.compute.ranks import on_main
 from fastkd.data import DataPair
-from fastkd.models import count
+from fastkd.models.counting.count import cost
 from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import (
@@ -27,6 +28,7 @@ from fastkd.runs.stages import (
 from fastkd.teachers.loading import load_teacher
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
+from fastkd.training.trial import errors_as_sentences
 
 __all__ = ["dry_run", "rehearse"]
 
@@ -55,9 +57,9 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "classes": data.facts.num_classes,
         "evaluation": str(data.facts.evaluation),
         "backend": data.backend,
-        "student": f"{recipe.student.label}: {count(trainer.student, image_shape)}",
+        "student": f"{recipe.student.label}: {_size(trainer.student, image_shape)}",
         "teacher": "; ".join(
-            f"{keys.label}: {count(one.model, image_shape)}"
+            f"{keys.label}: {_size(one.model, one.image_shape(image_shape))}"
             for keys, one in zip(members, teachers, strict=True)
         )
         or "none",
@@ -68,6 +70,12 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         **found,
         "projected_duration": projected,
     }
+
+
+def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    found = cost(model, image_shape)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return f"{params:,} parameters, - multiply-accumulates" if found is None else str(found)
 
 
 def _earlier_stages(
@@ -89,6 +97,7 @@ def _earlier_stages(
     return stages
 
 
+@errors_as_sentences()
 def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
     """Seconds of the first step, the last step and all steps, peak memory, input shapes."""
     trainer.runner.train()

@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
-from fastkd.models import count, create_model
-from fastkd.models.card import card_of
+from fastkd.models import create_model
+from fastkd.models.card import card_of, title_of
 from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
@@ -26,6 +25,7 @@ from fastkd.storage.facts import DataFacts
 from fastkd.storage.weight_file import WeightFile
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.loading import of_images, size
 from fastkd.teachers.teacher import Teacher
 
 __all__ = ["evaluate_model", "evaluate_run"]
@@ -112,7 +112,8 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
     whole = {"drop_last": False, "train_limit": None}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=whole)})
     with open_world(recipe.device) as world:
-        data = open_recipe_data(recipe, Session(world, Console(enabled=False), Path("runs")))
+        session = Session(world, Console(enabled=False), Path("runs"))
+        data, placement = open_recipe_data(recipe, session), session.placement(recipe)
         model = build(data)
         card = card_of(model)
         assert card is not None
@@ -127,25 +128,24 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
                 f"the network {card.name} knows {card.num_classes} classes, "
                 f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
             )
-        precision = resolve_precision(recipe.precision, world.device)
         network = Teacher(
             # data.mean and data.std, if given, are what the network expects.
             LoadedNet(
                 model,
                 None if recipe.data.mean else card.normalization,
                 class_map=class_map,
+                name=title_of(model),
+                remedy=of_images(data),
             ),
             {},
-            Placement(world, precision, recipe.channels_last),
+            placement,
             data_normalization=data.facts.normalization,
             # Exactly the number that its training reported.
             fold_batch_norm=False,
         )
-        size = count(model, data.facts.image_shape)
+        images_NCHW = torch.zeros(2, *data.facts.image_shape, device=world.device)
+        network.tried(images_NCHW, called="the network")
+        precision = placement.precision
         found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
-    return found | {
-        "shown": str(data.facts.evaluation),
-        "params": size.params,
-        "macs": size.macs,
-        "precision": precision.name,
-    }
+    shown = {"shown": str(data.facts.evaluation)}
+    return found | shown | size(model, data.facts.image_shape) | {"precision": precision.name}

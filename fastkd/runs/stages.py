@@ -22,22 +22,30 @@ from fastkd.errors import Interrupted
 from fastkd.evaluation.chance import Chance, chance_of
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
+from fastkd.models.registry import is_of_zoo
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_facts import facts_of_run, place_for
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import Recipe
+from fastkd.recipe.schema import TEACHES, Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
 from fastkd.runs.folders import RunIdentity, choose_folder, finished_before, stage_folder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
 from fastkd.teachers.loaded import LoadedNet
-from fastkd.teachers.loading import load_net, load_teacher, prove_teacher, size, start_of
+from fastkd.teachers.loading import (
+    load_net,
+    load_teacher,
+    of_images,
+    prove_teacher,
+    size,
+    start_of,
+)
 from fastkd.training.build import build_trainer
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.progress import Plan
-from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
 from fastkd.training.trainer import Trainer
 
 __all__ = [
@@ -65,7 +73,9 @@ class Session:
     def placement(self, recipe: Recipe) -> Placement:
         """Where and how a recipe of this session computes."""
         precision = resolve_precision(recipe.precision, self.world.device)
-        return Placement(self.world, precision, recipe.channels_last)
+        networks = (recipe.student, *recipe.teachers().values())
+        foreign = not all(is_of_zoo(one.name) for one in networks)
+        return Placement(self.world, precision, recipe.channels_last, foreign)
 
 
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
@@ -140,12 +150,15 @@ def _chance(data: DataPair) -> Chance:
 
 
 def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
-    """Build the student's training and drop it, but keep the loaded teachers.
+    """Build every training and drop it, but keep the loaded teachers.
 
     Mismatches are found before the teacher is trained, and leave no folder behind.
     """
-    teachers = load_teacher(recipe.teacher, data)
     silent = replace(session, console=Console(enabled=False))
+    for one in recipe.teachers().values():
+        if one.trains:
+            build_stage(recipe.as_teacher(one), data, (), silent)
+    teachers = load_teacher(recipe.teacher, data)
     trainer = build_stage(recipe, data, teachers, silent)
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
@@ -232,7 +245,9 @@ def build_stage(
         student=net.model,
         teachers=teachers,
         terms=build_terms(recipe.losses),
-        data=TrainData(data.train, data.val, data.facts, data.train.num_samples),
+        data=TrainData(
+            data.train, data.val, data.facts, data.train.num_samples, _remedies(recipe, data)
+        ),
         settings=TrainingSettings(
             optim=recipe.scaled_optim(),
             xprime=recipe.augment.xprime,
@@ -245,6 +260,15 @@ def build_stage(
         ),
         placement=session.placement(recipe),
         output=Output(folder, session.console),
+    )
+
+
+def _remedies(recipe: Recipe, data: DataPair) -> Remedies:
+    return Remedies(
+        called="the teacher" if recipe.name.startswith(TEACHES) else "the student",
+        student=of_images(data),
+        last_batch="set data.drop_last=true, or another batch_size",
+        every_batch="set a larger batch_size, or a smaller accumulate",
     )
 
 
@@ -316,7 +340,7 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
         "digest": recipe.digest(),
         "student": recipe.student.name,
         "lr": recipe.optim.lr,
-        **size(trainer.kept(), data),
+        **size(trainer.kept(), data.facts.image_shape),
         "history": trainer.history,
     }
 

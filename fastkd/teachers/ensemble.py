@@ -73,6 +73,12 @@ class Ensemble:
             )
         return {tap: of(each) for tap, of in TAPS.items()}
 
+    def tried(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        """`features` of a few images, the first that the networks are shown; see `Teacher`."""
+        for member in self.members.values():
+            member.tried(images_NCHW)
+        return self.features(images_NCHW)
+
     def logits(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, C], uncompiled; for the evaluation."""
         return self.features(images_NCHW)["logits"]

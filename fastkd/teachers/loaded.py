@@ -1,11 +1,12 @@
 """A network as it was loaded, with its settings from a recipe or its weight file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from fastkd.compute.precision import PrecisionName
 from fastkd.config.section import Normalization
+from fastkd.models.intake import Remedy
 
 __all__ = ["LoadedNet"]
 
@@ -29,3 +30,11 @@ class LoadedNet:
     """Whether it is compiled; None: as in the run."""
     notes: tuple[str, ...] = ()
     """What the user should know about how it was loaded."""
+    remedy: Remedy = field(default_factory=Remedy)
+    """What the user changes if it refuses the images."""
+
+    def image_shape(self, of_data: tuple[int, int, int]) -> tuple[int, int, int]:
+        """[C, H, W] of the images that it sees."""
+        channels, height, width = of_data
+        side = self.resolution
+        return (channels, height, width) if side is None else (channels, side, side)

@@ -4,7 +4,7 @@ Flow: `runs.stages` calls this before it builds a stage. A teacher that has to b
 trained by a function that `runs.stages` passes in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from fastkd.errors import UserError
 from fastkd.evaluation.chance import surely_above
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
-from fastkd.models import count, create_model
+from fastkd.models import create_model
 from fastkd.models.card import card_of, sign
 from fastkd.models.config import StudentConfig
+from fastkd.models.counting.count import cost
 from fastkd.models.head import freeze_backbone
+from fastkd.models.intake import Remedy
 from fastkd.models.registry import classifier_paths, model_from_file, unnamed_options
 from fastkd.models.taps import remove_taps
 from fastkd.printable import few
@@ -35,7 +37,7 @@ from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.teachers.ensemble import bind_teacher
 from fastkd.teachers.loaded import LoadedNet
 
-__all__ = ["load_net", "load_teacher", "prove_teacher", "size", "start_of"]
+__all__ = ["load_net", "load_teacher", "of_images", "prove_teacher", "size", "start_of"]
 
 
 def load_teacher(config: TeacherConfig | None, data: DataPair) -> tuple[LoadedNet, ...]:
@@ -81,7 +83,8 @@ def prove_teacher(
         say(f"teacher {_title(one, net)}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
         proven.append(net)
-        facts.append({"name": one.name, metric: found[metric]} | size(net.model, data) | lesson)
+        cost_of = size(net.model, net.image_shape(data.facts.image_shape))
+        facts.append({"name": one.name, metric: found[metric]} | cost_of | lesson)
     if len(proven) == 1:
         return tuple(proven), facts[0]
     found = _evaluated(proven, data, placement)
@@ -90,7 +93,7 @@ def prove_teacher(
     return tuple(proven), {
         "name": " + ".join(one["name"] for one in facts),
         metric: found[metric],
-        **{each: sum(one[each] for one in facts) for each in ("params", "macs")},
+        **{each: _total(one[each] for one in facts) for each in ("params", "macs")},
         "members": facts,
     }
 
@@ -154,6 +157,10 @@ def load_net(
         precision=own.precision,
         compiled=None if own.compile is None else own.compile == "on",
         notes=notes,
+        remedy=Remedy(
+            of_images(data).size if own.trains else f"set {key}.resolution={{0}}",
+            f"set {key}.precision=fp32",
+        ),
     )
 
 
@@ -207,6 +214,14 @@ def _check_written(config: StudentConfig, file: WeightFile, key: str) -> None:
             f"{file} holds {config.name} with {options_in_words(missing)}, {key}.name="
             f"{config.name} is another network: set {words}"
         )
+
+
+def of_images(data: DataPair) -> Remedy:
+    """How a recipe gives its student other images."""
+    size = "set data.image_size={0}"
+    if data.name == "digits":
+        size = "digits has no others, so choose another network or data set"
+    return Remedy(size, "set precision=fp32")
 
 
 def _filled(net: LoadedNet, run: Path) -> LoadedNet:
@@ -272,10 +287,16 @@ def _other_classes(config: StudentConfig, net: LoadedNet, data: DataPair) -> str
     )
 
 
-def size(model: nn.Module, data: DataPair) -> dict[str, int]:
-    """Parameters and multiply-accumulates at the size of the data's images."""
-    found = count(model, data.facts.image_shape)
-    return {"params": found.params, "macs": found.macs}
+def size(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int | None]:
+    """Parameters, and multiply-accumulates of an image of this shape: None if nobody can tell."""
+    found = cost(model, image_shape)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return {"params": params, "macs": None if found is None else found.macs}
+
+
+def _total(each: Iterable[int | None]) -> int | None:
+    found = list(each)
+    return None if None in found else sum(one for one in found if one)
 
 
 def _close(one: Normalization, other: Normalization) -> bool:

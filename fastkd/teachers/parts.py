@@ -45,9 +45,8 @@ def taps_into_head(
     classifier = last_linear(net.model)
     if classifier is None:
         return ()
-    channels, *size = image_shape
-    size = [net.resolution] * 2 if net.resolution else size
-    noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    shape = net.image_shape(image_shape)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     return pooled_taps(net.model, classifier, noise.to(device, classifier.weight.dtype))
 
 

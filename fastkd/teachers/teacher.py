@@ -17,6 +17,14 @@ from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.models.card import card_of
+from fastkd.models.intake import (
+    image_dtype,
+    is_compiled_ahead,
+    is_quantised,
+    own_dtype,
+    refusal,
+    to_evaluation,
+)
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.teachers.loaded import LoadedNet
@@ -26,7 +34,11 @@ __all__ = ["Teacher", "freeze"]
 
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode, no parameter gradients; in place."""
-    return model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        # Scripted modules have no requires_grad_, and their copies no leaves.
+        parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
+    to_evaluation(model)
+    return model
 
 
 class Teacher:
@@ -56,9 +68,8 @@ class Teacher:
         fullgraph: bool = True,
         fold_batch_norm: bool = True,
     ) -> None:
-        device, precision = placement.device, placement.precision
-        if net.precision is not None:
-            precision = resolve_precision(net.precision, device)
+        device = placement.device
+        precision, dtype = _computed_in(net, placement)
         if layout is None:
             layout = placement.layout(net.model)
         self.taps = {
@@ -70,15 +81,19 @@ class Teacher:
             del every[MEAN_LOGITS]
         # A tapped network keeps every layer where the taps expect it.
         given = freeze(net.model)
+        # Of other types than fp32 the products would be rounded.
+        fold_batch_norm = fold_batch_norm and own_dtype(given) == torch.float32
         model = _folded(given) if fold_batch_norm and set(every) <= {"logits"} else given
         self.folded = model is not given
-        if self.folded:
+        if self.folded and card_of(given) is not None:
             _hold_in(model, precision.dtype)
+        self.net = net
         self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.unit = _TeacherUnit(
             self.model,
             tuple(every) or ("logits",),
             precision,
+            dtype,
             _renormalization(data_normalization, net.normalization),
             net.resolution,
             net.class_map,
@@ -118,6 +133,49 @@ class Teacher:
         with torch.no_grad():
             return _with_mean(self.unit(images_NCHW))
 
+    def tried(self, images_NCHW: Tensor, *, called: str = "the teacher") -> dict[str, Tensor]:
+        """`features` of a few images, the first that the network is shown.
+
+        UserError if it fails on them, with what to change; the message names it as `called`.
+        """
+        features = self._tried(images_NCHW, called)
+        if is_compiled_ahead(self.model):
+            # It may also be made for one number of images.
+            self._tried(images_NCHW[:1].repeat(3, 1, 1, 1), called)
+            self._check_mode(images_NCHW, features["logits"])
+        return features
+
+    def _tried(self, images_NCHW: Tensor, called: str) -> dict[str, Tensor]:
+        try:
+            return self.features(images_NCHW)
+        except UserError:
+            raise
+        except Exception as error:
+            # Foreign code can fail in any way.
+            raise refusal(
+                error,
+                title=f"{called} {self.net.name}",
+                model=self.model,
+                run=self.unit.tapped,
+                images_NCHW=self.unit.shown(images_NCHW),
+                precision=self.unit.precision,
+                remedy=self.net.remedy,
+            ) from error
+
+    def _check_mode(self, images_NCHW: Tensor, logits_NC: Tensor) -> None:
+        """UserError for a program that was made in training mode, which nothing can leave.
+
+        Such a one draws dropout masks, or mixes the images of a batch in its batch norms.
+        """
+        others_NCHW = torch.cat([images_NCHW[:1], 1.0 - images_NCHW[1:]])
+        first_C, again_C = logits_NC[0].float(), self.logits(others_NCHW)[0].float()
+        if (again_C - first_C).norm() > 0.02 * first_C.norm():
+            raise UserError(
+                f"the teacher {self.net.name} was traced or exported in training mode: its answer "
+                f"to an image depends on the rest of the batch, or on chance. Trace or export "
+                f"model.eval()"
+            )
+
     def logits(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, C] in the class order of the data, uncompiled; for the evaluation."""
         return self.features(images_NCHW)["logits"]
@@ -134,6 +192,24 @@ class Teacher:
     def has_stages(self) -> bool:
         """Whether the network can be run in part: from the zoo, with its batch norm not folded."""
         return isinstance(self.model, ZooNetwork) and not self.folded
+
+
+def _computed_in(net: LoadedNet, placement: Placement) -> tuple[Precision, torch.dtype]:
+    """Autocast type of a teacher's forward pass, and the type of its images.
+
+    A network that was built in another type than fp32 computes in that one, a quantised one in
+    fp32 around its own layers: autocast knows neither.
+    """
+    precision = placement.precision
+    if net.precision is not None:
+        precision = resolve_precision(net.precision, placement.device)
+    plain = Precision("fp32", placement.device.type)
+    if is_quantised(net.model):
+        return plain, torch.float32
+    own = own_dtype(net.model)
+    if own not in (None, torch.float32):
+        return plain, own
+    return precision, image_dtype(net.model, precision)
 
 
 def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,6 +248,7 @@ class _TeacherUnit(nn.Module):
         model: nn.Module,
         taps: tuple[str, ...],
         precision: Precision,
+        dtype: torch.dtype,
         scale_shift: tuple[list[float], list[float]] | None,
         resolution: int | None,
         class_map: tuple[int, ...] | None,
@@ -179,6 +256,7 @@ class _TeacherUnit(nn.Module):
         super().__init__()
         self.tapped = Tapped(model, taps)
         self.precision = precision
+        self.dtype = dtype
         self.resolution = resolution
         self.renormalize = scale_shift is not None
         scale, shift = scale_shift or ([1.0] * 3, [0.0] * 3)
@@ -191,6 +269,16 @@ class _TeacherUnit(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        shown_NCHW = self.shown(images_NCHW)
+        # In its own type, which may differ from the run's.
+        with self.precision.autocast():
+            features = self.tapped(shown_NCHW)
+        if self.dtype == torch.float64:  # the losses compute in fp32
+            features = {tap: tensor.float() for tap, tensor in features.items()}
+        return self.in_class_order(features)
+
+    def shown(self, images_NCHW: Tensor) -> Tensor:
+        """The images as the network sees them."""
         if self.renormalize:
             moved_NCHW = torch.addcmul(self.shift, images_NCHW, self.scale)
             images_NCHW = moved_NCHW.to(images_NCHW.dtype)
@@ -201,10 +289,7 @@ class _TeacherUnit(nn.Module):
                 images_NCHW.float(), side, mode="bilinear", antialias=True, align_corners=False
             )
             images_NCHW = resized_NCHW.to(images_NCHW.dtype)
-        # In its own type, which may differ from the run's.
-        with self.precision.autocast():
-            features = self.tapped(images_NCHW.to(self.precision.dtype))
-        return self.in_class_order(features)
+        return images_NCHW.to(self.dtype)
 
     def in_class_order(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same values, with any logits in the class order of the data."""

@@ -4,9 +4,7 @@ Called by `build_trainer` after `fastkd.training.matching`, for networks from ou
 Student and random state are afterwards as they were.
 """
 
-import random
-from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.head import keep_frozen_still
+from fastkd.models.intake import image_dtype, rehearsing, to_evaluation
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
@@ -59,15 +58,16 @@ def look_at_training(
     taps = ("logits", *sorted(learning - {"logits"}))
     if isinstance(student, ZooNetwork) or (ranks == 1 and len(taps) == 1):
         return TrainingPass()
+    images_NCHW = probe.to(image_dtype(student, precision))
     tapped = Tapped(student, taps, may_skip=True)
     seen: dict[str, Tensor] = {}
     skipped: set[str] = set()
     try:
-        with _undone(student, probe.device), torch.enable_grad(), precision.autocast():
+        with rehearsing(student), torch.enable_grad(), precision.autocast():
             student.train()
             keep_frozen_still(student)
             for _ in range(PASSES):
-                features = tapped(probe)
+                features = tapped(images_NCHW)
                 skipped |= set(taps) - set(features)
                 seen |= features
                 if len(seen) == len(taps):
@@ -90,30 +90,6 @@ def look_at_training(
     return TrainingPass(
         tuple(tap for tap in taps if tap in skipped), may_idle=not _reentrant(seen.values())
     )
-
-
-@contextmanager
-def _undone(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """Modes, buffers and random state are afterwards as before."""
-    modes = [(module, module.training) for module in student.modules()]
-    buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in student.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    state = random.getstate()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            for module, mode in modes:
-                module.training = mode
-            with torch.no_grad():
-                for owner, name, buffer, value in buffers:
-                    # It may have been replaced, or resized in place.
-                    owner[name] = buffer if buffer.shape == value.shape else value
-                    owner[name].copy_(value)
 
 
 def _reentrant(tensors: Iterable[Tensor]) -> bool:
@@ -149,14 +125,10 @@ def notes_on(
     read = {need.net for need in needs if need.tap in ("logits", MEAN_LOGITS)}
     noise = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     if "student" in read and not isinstance(student, ZooNetwork):
-        modes = [(module, module.training) for module in student.modules()]
-        try:
-            student.eval()
-            with torch.no_grad(), precision.autocast():
-                _refuse_softmax("student", Tapped(student)(noise)["logits"])
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with rehearsing(student), torch.no_grad(), precision.autocast():
+            to_evaluation(student)
+            shown_NCHW = noise.to(image_dtype(student, precision))
+            _refuse_softmax("student", Tapped(student)(shown_NCHW)["logits"])
     notes = [
         f"tap {tap!r} of the student is skipped at random in training: a loss on it teaches "
         f"nothing in the steps that skip it"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -15,15 +16,20 @@ from fastkd.losses.base.needs import NeedRule, first_unmet
 from fastkd.losses.base.term import LossTerm
 from fastkd.losses.drop_in import KDLoss
 from fastkd.losses.logits import KD
+from fastkd.models.card import title_of
+from fastkd.models.intake import Remedy, is_quantised
 from fastkd.models.taps import check_network
 from fastkd.models.unwrap import unwrapped
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.config import OptimConfig
 
 __all__ = [
     "check_choice",
     "check_needs",
     "check_numbers",
+    "check_student",
     "label_use",
+    "loaded_teachers",
     "optim_config",
     "pick_config",
     "teachers_of",
@@ -74,6 +80,54 @@ def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
                 f"copy, copy.deepcopy(model)"
             )
     return teachers
+
+
+def check_student(student: nn.Module) -> None:
+    """UserError for a student that cannot be trained in fp32 as it is."""
+    types = {p.dtype for p in student.parameters() if p.is_floating_point()}
+    quantised = is_quantised(student)
+    if quantised or not any(True for _ in student.parameters()):
+        raise UserError(
+            f"distill: the student {title_of(student)} cannot be trained, its weights are "
+            f"{'quantised' if quantised else 'missing or constants'}: give the network that it was "
+            f"made of"
+        )
+    if others := types - {torch.float32}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise UserError(
+            f"distill: weights of the student {title_of(student)} are {found}, and it is trained "
+            f"in float32 (precision='bf16' computes in bf16): give student.float()"
+        )
+    try:
+        student.train(student.training)
+    except NotImplementedError:
+        raise UserError(
+            "distill: the student is an exported program, which cannot be switched between "
+            "training and evaluation: give the network that it was exported from"
+        ) from None
+
+
+def loaded_teachers(teachers: Sequence[nn.Module], resolution: object) -> tuple[LoadedNet, ...]:
+    """The teachers with the side of the images that each sees; None: that of the loader's."""
+    sides: list[Any] = [resolution] * len(teachers)
+    if isinstance(resolution, tuple | list):
+        sides = list(resolution)
+    for side in sides:
+        if side is not None and (type(side) is not int or side < 1):
+            raise UserError(
+                f"distill: teacher_resolution={resolution!r}; expected a side in pixels such as "
+                f"224, or a list with one for each teacher, None for that of the loader's images"
+            )
+    if len(sides) != len(teachers):
+        raise UserError(
+            f"distill: teacher_resolution={resolution!r} is for {len(sides)} teachers, there are "
+            f"{len(teachers)}"
+        )
+    remedy = Remedy("give teacher_resolution={0}", "give precision='fp32'")
+    return tuple(
+        LoadedNet(model, name=title_of(model), resolution=side, remedy=remedy)
+        for model, side in zip(teachers, sides, strict=True)
+    )
 
 
 def terms_of(losses: object) -> list[LossTerm]:

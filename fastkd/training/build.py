@@ -6,6 +6,7 @@ loaders).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from fastkd.errors import UserError
 from fastkd.losses.base.needs import Need
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.card import card_of, sign
-from fastkd.models.counting.count import count
+from fastkd.models.counting.count import cost
 from fastkd.models.head import has_frozen_backbone
 from fastkd.output.console import Console
 from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
@@ -55,6 +56,7 @@ from fastkd.training.schedules import Schedule
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 from fastkd.training.step import DistillStep, needed_taps
 from fastkd.training.trainer import Trainer
+from fastkd.training.trial import Trial, try_step
 from fastkd.training.update import Update
 
 __all__ = ["build_trainer", "decide_compile"]
@@ -87,17 +89,13 @@ def build_trainer(
     ema = EMA(student, settings.ema) if settings.ema else None
 
     teacher = _bound_teacher(teachers, student, terms, facts, engine)
+    remedies = data.remedies
     shapes, taught = shapes_of_needs(
-        student, teacher, terms, engine.probe(facts), placement.precision
+        student, teacher, terms, engine.probe(facts, 2), placement.precision, remedies
     )
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
-    check_classes(terms, shapes, facts.num_classes)
+    check_classes(terms, shapes, facts)
     check_labels(terms, facts.multilabel)
-    seen = look_at_training(
-        student, taught, engine.probe(facts), placement.precision, ranks=world.size
-    )
-    for note in notes_on(seen, student, teacher, terms, engine.probe(facts), placement.precision):
-        output.console.note(note)
     _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))
 
     step = DistillStep(
@@ -110,6 +108,25 @@ def build_trainer(
     step = step.to(world.device)
     views = _view_maker(plan, settings, step, facts, engine)
     loader = views.opened(data.loader)
+    pick = _picker(settings.pick, student, engine) if settings.pick else None
+    try_step(
+        step,
+        Trial(
+            teacher=teacher,
+            facts=facts,
+            probe=partial(engine.probe, facts),
+            batch_rows=loader.batch_rows,
+            accumulate=plan.accumulate,
+            pick=pick,
+            pool=settings.pool,
+            world=world,
+            remedies=remedies,
+        ),
+    )
+    probe = engine.probe(facts, 2)
+    seen = look_at_training(student, taught, probe, placement.precision, ranks=world.size)
+    for note in notes_on(seen, student, teacher, terms, probe, placement.precision):
+        output.console.note(note)
     optimizer = _optimizer(student, terms, settings.optim, world.device)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     # Gradients of a first micro-batch would be in memory that the second one's graph reuses.
@@ -133,7 +150,7 @@ def build_trainer(
         world=world,
         runner=runner,
         step=step,
-        pick=_picker(settings.pick, student, engine) if settings.pick else None,
+        pick=None if pick is None else engine.compile(pick),
         pool=settings.pool,
         optimizer=optimizer,
         schedule=Schedule.from_config(
@@ -169,7 +186,7 @@ def decide_compile(
     mode: CompileChoice,
     *,
     student: nn.Module,
-    teachers: Sequence[nn.Module],
+    teachers: Sequence[LoadedNet],
     terms: Sequence[LossTerm],
     image_shape: tuple[int, int, int],
     images: int,
@@ -177,15 +194,19 @@ def decide_compile(
 ) -> bool:
     """Whether to compile; `auto` from the recipe and the kind of device alone (nothing is timed).
 
-    images: training images over the whole run.
+    images: training images over the whole run. Where a network cannot be counted, `auto` is eager.
     """
     macs = 0.0
     if mode == "auto":
+        of_student = cost(student, image_shape)
+        of_teachers = [cost(one.model, one.image_shape(image_shape)) for one in teachers]
+        if of_student is None or None in of_teachers:
+            return False
         # There is no backward pass through a frozen backbone.
         passes = 1.0 if has_frozen_backbone(student) else 3.0
-        macs += passes * count(student, image_shape).macs * len(needed_taps(terms, "student"))
+        macs += passes * of_student.macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
-        macs += sum(count(teacher, image_shape).macs for teacher in teachers) * views
+        macs += sum(one.macs for one in of_teachers if one) * views
     return worth_compiling(mode, macs_per_image=macs, images=images, device_type=device_type)
 
 
@@ -212,10 +233,11 @@ class _Engine:
             unit, enabled=self.compiled, fullgraph=self.fullgraph, cuda_graphs=cuda_graphs
         )
 
-    def probe(self, facts: Facts) -> Tensor:
-        """Two black images."""
-        images_NCHW = torch.zeros(2, *facts.image_shape, device=self.device)
-        return images_NCHW.to(self.placement.dtype, memory_format=self.layout)
+    def probe(self, facts: Facts, rows: int) -> Tensor:
+        """Images of noise, the same in every call."""
+        noise = torch.Generator().manual_seed(0)
+        images_NCHW = torch.randn(rows, *facts.image_shape, generator=noise)
+        return images_NCHW.to(self.device, self.placement.dtype, memory_format=self.layout)
 
     def decisions(self) -> dict[str, str]:
         """What a resumed run must repeat to give the same bits."""
@@ -236,7 +258,7 @@ def _engine(
     compiled = decide_compile(
         settings.compile,
         student=student,
-        teachers=[one.model for one in teachers],
+        teachers=teachers,
         terms=terms,
         image_shape=data.facts.image_shape,
         images=data.images * plan.epochs,
@@ -359,7 +381,7 @@ def _view_maker(
 
 
 def _picker(pick: PickConfig, student: nn.Module, engine: _Engine) -> Pick:
-    unit = Pick(
+    return Pick(
         student,
         criterion=pick.criterion,
         temperature=pick.temperature,
@@ -368,4 +390,3 @@ def _picker(pick: PickConfig, student: nn.Module, engine: _Engine) -> Pick:
         update_statistics=pick.update_statistics,
         precision=engine.placement.precision,
     )
-    return engine.compile(unit)

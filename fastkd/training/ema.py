@@ -14,6 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fastkd.teachers.teacher import freeze
 from fastkd.training.guard import keep_where_, live_buffers
 
 __all__ = ["EMA"]
@@ -33,7 +34,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of an average must be in [0, 1), got {decay}")
         self.decay = decay
-        self._module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._module = freeze(copy.deepcopy(model))
         self._parameters = list(model.parameters())
         self._buffers = live_buffers(model)
         self._averages = [*self._module.parameters(), *live_buffers(self._module)()]

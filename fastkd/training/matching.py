@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision
+from fastkd.data.facts import Facts
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
+from fastkd.models.card import title_of
+from fastkd.models.intake import image_dtype, refusal
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
+from fastkd.training.settings import Remedies
 from fastkd.training.step import needed_taps
 
 __all__ = [
@@ -88,18 +92,18 @@ def shapes_of_needs(
     terms: Sequence[LossTerm],
     probe: Tensor,
     precision: Precision,
+    remedies: Remedies,
 ) -> tuple[dict[Need, tuple[int, ...]], frozenset[Need]]:
-    """Shape of every need without the batch axis, from one forward pass on zeros; and the needs
-    through which the student learns.
+    """Shape of every need without the batch axis, from one forward pass on a few images; and the
+    needs through which the student learns.
 
-    UserError for a term that would teach the student nothing, and for a tap without one row per
-    image.
+    UserError for a network that fails on them, for a term that would teach the student nothing, and
+    for a tap without one row per image.
     """
     found: dict[Need, Tensor] = {}
     wanted = needed_taps(terms, "student")
     tapped = Tapped(student, tuple(dict.fromkeys(tap for taps in wanted.values() for tap in taps)))
-    with torch.enable_grad(), evaluating(student), precision.autocast():
-        features = tapped(probe)
+    features = _shown(student, tapped, probe, precision, remedies)
     tapped.remove()
     for view, taps in wanted.items():
         found |= {Need.of(view, "student", tap): features[tap] for tap in taps}
@@ -113,7 +117,7 @@ def shapes_of_needs(
             )
     if teacher is not None:
         # Not through its compiled form, which would need an extra compilation for this batch size.
-        features = teacher.features(probe)
+        features = teacher.tried(probe)
         for view, taps in teacher.taps.items():
             known = [tap for tap in taps if tap in features]
             found |= {Need.of(view, "teacher", tap): features[tap] for tap in known}
@@ -137,13 +141,50 @@ def _check_rows(term: LossTerm, need: Need, tensor: Tensor, images: int) -> None
     )
 
 
+def _shown(
+    student: nn.Module, tapped: Tapped, probe: Tensor, precision: Precision, remedies: Remedies
+) -> dict[str, Tensor]:
+    images_NCHW = probe.to(image_dtype(student, precision))
+    with torch.enable_grad(), evaluating(student):
+        try:
+            with precision.autocast():
+                return tapped(images_NCHW)
+        except UserError:
+            raise
+        except Exception as error:
+            # Foreign code can fail in any way.
+            raise refusal(
+                error,
+                title=f"{remedies.called} {title_of(student)}",
+                model=student,
+                run=tapped,
+                images_NCHW=images_NCHW,
+                precision=precision,
+                remedy=remedies.student,
+            ) from error
+
+
 def check_classes(
-    terms: Iterable[LossTerm], shapes: Mapping[Need, tuple[int, ...]], num_classes: int
+    terms: Iterable[LossTerm], shapes: Mapping[Need, tuple[int, ...]], facts: Facts
 ) -> None:
-    """UserError if a net's classes differ from the data's, where a loss reads them as classes.
+    """UserError if there is nothing to tell apart, or a net's classes differ from the data's, where
+    a loss reads them as classes.
 
     A loss on pairs of taps takes logits as features like any others and checks the shapes itself.
     """
+    num_classes = facts.num_classes
+    if num_classes == 1 and not facts.multilabel:
+        raise UserError(
+            "there is one class only, so every answer is right and nothing can be learned: add "
+            "images of another class, or give labels [N, 1] of 0 and 1 (BinaryCrossEntropy)"
+        )
+    for term in terms if num_classes == 1 else ():
+        logits = {need.net for need in term.needs if need.tap in ("logits", MEAN_LOGITS)}
+        if logits == {"student", "teacher"} and not isinstance(term, PairTerm):
+            raise UserError(
+                f"the loss {term.name} compares the probabilities of classes, and the networks "
+                f"give one logit, whose softmax is always 1: leave it out, or give two logits"
+            )
     # The student's are evaluated, whatever the losses read.
     read = {need for term in terms if not isinstance(term, PairTerm) for need in term.needs}
     read |= {need for need in shapes if need.net == "student"}

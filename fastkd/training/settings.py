@@ -8,11 +8,23 @@ from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.data.batch import TrainLoader
 from fastkd.data.facts import Facts
 from fastkd.evaluation.evaluate import EvalLoader
+from fastkd.models.intake import Remedy
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.training.config import OptimConfig
 
-__all__ = ["Output", "TrainData", "TrainingSettings"]
+__all__ = ["Output", "Remedies", "TrainData", "TrainingSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What the user changes if a network or loss refuses the batches: ends of sentences."""
+
+    called: str = "the student"
+    """What is trained, for messages."""
+    student: Remedy = field(default_factory=Remedy)
+    last_batch: str = "leave out the last batch, or choose another batch size"
+    every_batch: str = "choose a larger batch size, or lower accumulate"
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class TrainData:
     facts: Facts
     images: int
     """Training images of one epoch, all ranks together; decides whether compiling pays."""
+    remedies: Remedies = field(default_factory=Remedies)
 
 
 @dataclass(frozen=True, kw_only=True)

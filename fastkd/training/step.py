@@ -19,6 +19,7 @@ from fastkd.losses.base.needs import STUDENT_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm, TermInputs, check_names
 from fastkd.models.head import keep_frozen_still
+from fastkd.models.intake import image_dtype
 from fastkd.models.taps import Tapped
 
 __all__ = ["DistillStep", "Prepared", "StepOutput", "needed_taps", "refuse_skips"]
@@ -142,6 +143,7 @@ class DistillStep(nn.Module):
         self.terms = nn.ModuleList(terms)
         check_names(self._terms())
         self.precision = precision
+        self.image_dtype = image_dtype(student, precision)
         self.views = needed_taps(self._terms(), "student")
         # As plain str, here and below: torch.compile traces look-ups by it.
         self.student_keys = {
@@ -188,7 +190,7 @@ class DistillStep(nn.Module):
         tensors: dict[str, Tensor] = dict(targets)
         with self.precision.autocast():
             for view, keys in self.student_keys.items():
-                features = self.student(views[view])
+                features = self.student(views[view].to(self.image_dtype))
                 tensors.update({keys[tap]: features[tap] for tap in keys if tap in features})
 
         total = torch.zeros((), device=labels_N.device)

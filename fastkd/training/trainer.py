@@ -56,6 +56,7 @@ from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Progress
 from fastkd.training.step import DistillStep, Prepared
+from fastkd.training.trial import errors_as_sentences
 from fastkd.training.update import Update
 
 __all__ = ["Trainer"]
@@ -159,7 +160,7 @@ class Trainer:
                 "there are no validation labels: no accuracy is measured, and the last epoch is "
                 "kept as the best"
             )
-        with StopSignal() as stop, closing(self.fallback):
+        with StopSignal() as stop, closing(self.fallback), errors_as_sentences():
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()

@@ -227,7 +227,8 @@ def test_both_networks_see_the_same_mixed_images(
     )
     for handle in handles:
         handle.remove()
-    of_student, of_teacher = seen["student"], [x for x in seen["teacher"] if len(x) != 2]
+    # Without those of the trials before training, which are of two.
+    of_student, of_teacher = ([x for x in found if len(x) != 2] for found in seen.values())
     assert len(of_student) == 2 * len(train_loader)
     assert all(torch.equal(*pair) for pair in zip(of_student, of_teacher, strict=True))
     mixed = [not torch.equal(*of_student[i : i + 2]) for i in range(0, len(of_student), 2)]

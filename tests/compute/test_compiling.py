@@ -16,6 +16,7 @@ from fastkd.compute.compiling import (
 )
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import count, create_model
+from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.build import decide_compile
 
 CPU = torch.device("cpu")
@@ -60,8 +61,23 @@ def test_the_work_of_a_run_decides():
     both = KD(views=("x", "xprime"))
     teacher = create_model("resnet8", 10, width=0.5)
     assert chosen(0.51 * limit, terms=[both])
-    assert not chosen(0.49 * limit * 3 / 4, terms=[both], teachers=[teacher])
-    assert chosen(0.51 * limit * 3 / 4, terms=[both], teachers=[teacher])
+    assert not chosen(0.49 * limit * 3 / 4, terms=[both], teachers=[LoadedNet(teacher)])
+    assert chosen(0.51 * limit * 3 / 4, terms=[both], teachers=[LoadedNet(teacher)])
+
+
+def test_a_teacher_counts_at_its_own_size():
+    model = create_model("resnet8", 10, width=0.5)
+    small, large = (count(model, (3, side, side)).macs for side in (32, 64))
+    limit = PAYS_FROM * COMPILE_SECONDS["cpu"] * MACS_PER_SECOND["cpu"]
+    images = limit / (3 * small + (small + large) / 2)
+    assert not chosen(images, terms=[KD()], teachers=[LoadedNet(model)])
+    assert chosen(images, terms=[KD()], teachers=[LoadedNet(model, resolution=64)])
+
+
+def test_what_cannot_be_counted_is_not_compiled_by_itself():
+    teacher = LoadedNet(torch.jit.script(nn.Linear(2, 2)))
+    assert not chosen(1e15, terms=[KD()], teachers=[teacher])
+    assert chosen(1e15, "on", terms=[KD()], teachers=[teacher])
 
 
 def test_the_recipes_decide_as_meant():
@@ -77,7 +93,7 @@ def test_the_recipes_decide_as_meant():
         compiled = decide_compile(
             recipe.compile,
             student=create_model(recipe.student.name, 10, **options),
-            teachers=[create_model(recipe.teacher.name, 10)],
+            teachers=[LoadedNet(create_model(recipe.teacher.name, 10))],
             terms=[KD()],
             image_shape=(3, size, size),
             images=images * recipe.total_epochs,

@@ -175,6 +175,7 @@ def picked(world: World, **options: Any) -> dict[str, Any]:
 
     term.forward = noting
     trainer = make(world, Plain(), [CrossEntropy(), term], xprime="cutmix", **options)
+    seen.clear()  # of the trial
     trainer.fit()
     return {
         "rows": seen,

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset, default_collate
 
 from fastkd.compute.collectives import all_reduce_sum
 from fastkd.compute.placement import Placement
@@ -87,6 +87,19 @@ class ForeignLoader:
                 f"a torch DistributedSampler, which makes them equal"
             )
 
+    @property
+    def batch_rows(self) -> tuple[int, ...]:
+        """As a DataLoader plans them, or as a list has them."""
+        if isinstance(self.items, list | tuple):
+            rows = {len(item_of(item).images_NCHW) for item in self.items}
+            return tuple(sorted(rows, reverse=True))
+        sampler = self.items.batch_sampler if isinstance(self.items, DataLoader) else None
+        if type(sampler) is not BatchSampler:
+            return ()
+        num, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
+        rest = 0 if sampler.drop_last else num % size
+        return tuple(rows for rows in (size if num >= size else 0, rest) if rows)
+
     def with_views(self, views: SecondViews) -> Self:
         """This loader itself: each rank mixes its own images, and there are no pictures.
 
@@ -140,7 +153,8 @@ class ForeignLoader:
         seen = self.rules.any_known(labels)
         if not share:
             return None, seen
-        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+        # The networks and the mixes of images want fp32; a loader of numpy arrays gives fp64.
+        images = images.to(self.device, torch.float32, non_blocking=True, memory_format=self.layout)
         if self.rules.wants_ids and ids is None:
             raise UserError(
                 f"the loss {self.rules.wants_ids} keeps state per sample: make the training "

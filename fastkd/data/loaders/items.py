@@ -103,5 +103,8 @@ def _images(images: Any) -> Tensor:
     if width in (1, 3, 4) and min(channels, height) > 4:
         raise UserError(f"{wanted}, {got}, channels last: images.permute(0, 3, 1, 2)")
     if not images.is_floating_point():
-        raise UserError(f"{wanted}, {got}: images.float() / 255, less the mean, by the deviation")
+        raise UserError(
+            f"{wanted}, {got}: torchvision's v2.ToDtype(torch.float32, scale=True) and "
+            f"v2.Normalize(mean, std) in the data set's transform make them so"
+        )
     return images

@@ -73,6 +73,12 @@ class BatchPlan:
             return full
         return full + 1
 
+    @property
+    def batch_rows(self) -> tuple[int, ...]:
+        """Samples of a batch on the rank that has fewest, for the first and the last step."""
+        sizes = [self.global_size(step) for step in (0, self.steps_per_epoch - 1)]
+        return tuple(dict.fromkeys(size // self.world_size for size in sizes))
+
     def order(self, epoch: int) -> np.ndarray:
         """Sample ids in the order of this epoch, int64 [N]."""
         if self.train and self.shuffle:

@@ -95,6 +95,11 @@ class PlannedLoader(ABC):
         return self.plan.steps_per_epoch
 
     @property
+    def batch_rows(self) -> tuple[int, ...]:
+        """Of the plan."""
+        return self.plan.batch_rows
+
+    @property
     def labels_N(self) -> Tensor:
         """int64 labels by sample id, on the CPU."""
         return self._labels_N

@@ -70,7 +70,7 @@ def peek(name: str, items: Iterable[LoaderItem], placement: Placement) -> Shown:
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     layout = layout_of(placement.channels_last)
-    return Shown(images.to(placement.device, memory_format=layout), labels)
+    return Shown(images.to(placement.device, torch.float32, memory_format=layout), labels)
 
 
 def images_per_epoch(items: Iterable[LoaderItem], batch_size: int) -> int:

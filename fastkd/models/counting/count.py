@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastkd.errors import UserError
 from fastkd.models.counting.rules import PLAIN, rule_for
+from fastkd.models.intake import is_compiled_ahead, is_quantised
 from fastkd.models.taps import check_network
 
-__all__ = ["Count", "count"]
+__all__ = ["Count", "cost", "count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def count(
     it was not defined, and for channels at the end of `input_shape`.
     """
     # Imported here because this module of torch imports Triton if it is installed.
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     check_network("count", model)
     counting = PLAIN if rule is None else rule_for(rule, model)
@@ -79,7 +80,13 @@ def count(
     modes = {module: module.training for module in model.modules()}
     # Attention's fused inference path is one operator that the counter does not know.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False, custom_mapping=dict(counting.formulas))
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    # torch's counter knows the fused attention of GPUs only.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    counter = FlopCounterMode(display=False, custom_mapping=on_cpu | dict(counting.formulas))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
@@ -115,6 +122,21 @@ def count(
         training_bytes=training_bytes,
         inference_bytes=inference.peak,
     )
+
+
+def cost(model: nn.Module, input_shape: Sequence[int]) -> Count | None:
+    """`count` for a table or a guess, which must not end a run: None if there is no telling.
+
+    That is a network that fails on such images, one in TorchScript or exported, whose operators
+    are hidden, and a quantised one, whose products are not counted.
+    """
+    if is_compiled_ahead(model) or is_quantised(model):
+        return None
+    try:
+        return count(model, input_shape)
+    except Exception:
+        # Foreign code can fail in any way; the trial of the run says what is wrong.
+        return None
 
 
 def _refuse_channels_last(

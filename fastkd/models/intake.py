@@ -1,0 +1,207 @@
+"""What a network takes: type and size of its images; if it refuses them, one sentence says why.
+
+Used where networks meet images: `training.step` and `teachers.teacher` for the type,
+`training.matching`, `training.trial` and `runs.evaluate_saved` for the sentence.
+"""
+
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.compute.precision import Precision
+from fastkd.errors import UserError
+from fastkd.models.taps import ZooNetwork
+
+__all__ = [
+    "Remedy",
+    "fails_under_autocast",
+    "first_line",
+    "image_dtype",
+    "is_compiled_ahead",
+    "is_quantised",
+    "own_dtype",
+    "refusal",
+    "rehearsing",
+    "to_evaluation",
+]
+
+SIDES = (32, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
+"""Tried in this order where a network has no size of its own and refuses that of the images."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """How the user gives a network other images: ends of sentences."""
+
+    size: str = "give it images of {0}x{0} pixels"
+    """With the side that works for {0}."""
+    precision: str = "compute it in fp32"
+
+
+def image_dtype(model: object, precision: Precision) -> torch.dtype:
+    """The type in which a network is shown its images under `precision.autocast()`.
+
+    fp32, as in any training loop: autocast rounds where a layer wants it, and the network may do
+    with the image what only fp32 can (resize it, look at it with numpy). Networks of the zoo begin
+    with a convolution, so their images are rounded beforehand: the same numbers, half the bytes.
+    """
+    return precision.dtype if isinstance(model, ZooNetwork) else torch.float32
+
+
+def own_dtype(model: nn.Module) -> torch.dtype | None:
+    """The one floating type of all weights; None for several, or no weights."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether torch quantised some of its layers: they take fp32 and know no autocast."""
+    places = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+    return any(type(module).__module__.startswith(places) for module in model.modules())
+
+
+def is_compiled_ahead(model: nn.Module) -> bool:
+    """Whether a forward pass in it was written down before: TorchScript, or `torch.export`."""
+    return any(isinstance(m, torch.jit.ScriptModule) or _is_exported(m) for m in model.modules())
+
+
+def _is_exported(module: nn.Module) -> bool:
+    # What torch.export returns has a `train` of its own, which refuses.
+    return isinstance(module, torch.fx.GraphModule) and "train" in vars(module)
+
+
+def to_evaluation(model: nn.Module) -> None:
+    """Evaluation mode; an exported program, whose mode is fixed, keeps its own."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
+
+
+@contextmanager
+def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
+    """The network may run in any mode within the block; afterwards all is as before.
+
+    Modes, buffers (such as running statistics), torch's and Python's random state are restored.
+    but: names of buffers that a forward pass does not change.
+    """
+    # A frozen program of TorchScript has no mode.
+    modes = [(one, one.training) for one in model.modules() if hasattr(one, "training")]
+    buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (owner._buffers, name, buffer, buffer.clone())
+        for path, owner in model.named_modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if f"{path}.{name}".lstrip(".") not in but
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        random.setstate(state)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for owned, name, buffer, before in buffers:
+                # It may have been replaced, or resized in place.
+                owned[name] = buffer if buffer.shape == before.shape else before
+                owned[name].copy_(before)
+
+
+def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Precision) -> str | None:
+    """Why a network that runs in fp32 fails under autocast; None if it does not fail, or in both.
+
+    It happens where a layer's answer goes through numpy, or into an operator without bf16.
+    """
+    if precision.name == "fp32" or isinstance(model, ZooNetwork) or is_quantised(model):
+        return None
+    plain = Precision("fp32", precision.device_type)
+    images_NCHW = images_NCHW.float()
+    with rehearsing(model):
+        to_evaluation(model)
+        error = _error(model, images_NCHW, precision)
+        if error is None or _error(model, images_NCHW, plain) is not None:
+            return None
+    return first_line(error)
+
+
+def _error(
+    run: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Precision
+) -> Exception | None:
+    try:
+        with torch.no_grad(), precision.autocast():
+            run(images_NCHW)
+    except Exception as error:
+        # Foreign code can fail in any way.
+        return error
+    return None
+
+
+def refusal(
+    error: Exception,
+    *,
+    title: str,
+    model: nn.Module,
+    run: Callable[[Tensor], Any],
+    images_NCHW: Tensor,
+    precision: Precision,
+    remedy: Remedy,
+) -> UserError:
+    """What to tell the user about a network that failed on images; remedies are tried first.
+
+    model: for the size that it names itself.
+    run: shows it images, as the run will, but without autocast.
+    """
+    height, width = images_NCHW.shape[2:]
+    why = first_line(error)
+
+    for side in (_own_side(model), *SIDES):
+        if side is None or height == width == side:
+            continue
+        other_NCHW = images_NCHW.new_zeros(*images_NCHW.shape[:2], side, side)
+        if _error(run, other_NCHW, precision) is None:
+            return UserError(
+                f"{title} does not take images of {height}x{width} pixels ({why}), but those of "
+                f"{side}x{side}: {remedy.size.format(side)}"
+            )
+    plain = Precision("fp32", precision.device_type)
+    if precision.name != "fp32" and _error(run, images_NCHW.float(), plain) is None:
+        return UserError(
+            f"{title} fails under autocast to {precision.name} ({why}): {remedy.precision}"
+        )
+    if any(map(_is_exported, model.modules())):
+        return UserError(
+            f"{title} was exported for another number of images ({why}): export it with "
+            f"dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
+        )
+    shape = ", ".join(map(str, images_NCHW.shape[1:]))
+    return UserError(f"{title} fails on images of [{shape}]: {why}")
+
+
+def first_line(error: Exception) -> str:
+    """The message of an error of foreign code, for the inside of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TorchScript puts the message last, behind its own trace.
+    line = lines[-1] if lines and lines[0].startswith("The following operation failed") else ""
+    line = line or next(iter(lines), "")
+    return line[:300].rstrip(".") or type(error).__name__
+
+
+def _own_side(model: nn.Module) -> int | None:
+    """The side that timm, torchvision and transformers note in a network."""
+    details: Any = model
+    config = getattr(details, "pretrained_cfg", None)
+    side = config["input_size"][-1] if isinstance(config, dict) and "input_size" in config else None
+    if side is None:
+        side = getattr(details, "image_size", None)
+    if side is None:
+        side = getattr(getattr(details, "config", None), "image_size", None)
+    side = side[-1] if isinstance(side, tuple | list) else side
+    return side if isinstance(side, int) else None
