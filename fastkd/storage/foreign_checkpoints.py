@@ -200,11 +200,12 @@ def renamings(model: nn.Module, names: Sequence[str]) -> list[Mapping[str, str]]
     maps: Mapping[str, KeyMap] = getattr(model, "key_maps", {})
     found: list[Mapping[str, str]] = [{name: name for name in names}]
     for key_map in maps.values():
-        if callable(key_map):
+        if isinstance(key_map, Mapping):
+            table: Mapping[str, str | None] = key_map
+            renamed = {name: _rename(name, table) for name in names}
+            found.append({name: new for name, new in renamed.items() if new is not None})
+        else:
             found.append(key_map(names))
-            continue
-        renamed = {name: _rename(name, key_map) for name in names}
-        found.append({name: new for name, new in renamed.items() if new is not None})
     return found
 
 

@@ -29,7 +29,7 @@ from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.teachers.loaded import LoadedNet
 
-__all__ = ["Teacher", "freeze"]
+__all__ = ["Teacher", "freeze", "usable"]
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -114,7 +114,7 @@ class Teacher:
                 features = _with_mean(self._in_pieces(views[view], rows))
                 # An encoder has no logits, and no loss has asked for them.
                 found = {tap: features[tap] for tap in taps if tap in features}
-                out |= {str(Need.of(view, "teacher", tap)): _usable(found[tap]) for tap in found}
+                out |= {str(Need.of(view, "teacher", tap)): usable(found[tap]) for tap in found}
         return out
 
     def _in_pieces(self, images_NCHW: Tensor, rows: int) -> dict[str, Tensor]:
@@ -216,7 +216,7 @@ def _with_mean(features: dict[str, Tensor]) -> dict[str, Tensor]:
     return features | ({MEAN_LOGITS: features["logits"]} if "logits" in features else {})
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def usable(tensor: Tensor) -> Tensor:
     """A copy, if the teacher runs itself in inference mode, whose tensors no gradient may meet."""
     return tensor.clone() if tensor.is_inference() else tensor
 

@@ -25,7 +25,7 @@ from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
 from fastkd.models.intake import first_line, refusal, rehearsing
 from fastkd.teachers.ensemble import Ensemble
-from fastkd.teachers.teacher import Teacher
+from fastkd.teachers.teacher import Teacher, usable
 from fastkd.training.settings import Remedies
 from fastkd.training.step import DistillStep
 
@@ -116,7 +116,7 @@ def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows)
         for view, wanted in taps.items():
             features = trial.teacher.features(views[view])
             known = [tap for tap in wanted if tap in features]
-            targets |= {f"{view}/teacher/{tap}": features[tap] for tap in known}
+            targets |= {f"{view}/teacher/{tap}": usable(features[tap]) for tap in known}
     index_N = torch.zeros(rows.x, dtype=torch.int64, device=device)
     labels_N = index_N
     if facts.multilabel:

@@ -337,7 +337,7 @@ EMPTY = TensorDataset(X[:0], IDS[:0])
         (
             [((X * 255).byte(), IDS)],
             CE,
-            r"got \[8, 3, 6, 6\] of torch.uint8: images.float\(\)",
+            r"got \[8, 3, 6, 6\] of torch.uint8: torchvision.s v2.ToDtype",
         ),
         ([([X[0], X[1]], IDS[:2])], CE, "got list of 2: stack .* in collate_fn"),
         ([(X[0], IDS[:1])], CE, "one image[?] give the DataLoader a batch_size"),

@@ -4,7 +4,7 @@ Their shuffling and augmentation follow from (seed, epoch, step, rank), so that 
 what an uninterrupted one would have seen. The price: batches before the step are drawn again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -94,9 +94,9 @@ class ForeignLoader:
             rows = {len(item_of(item).images_NCHW) for item in self.items}
             return tuple(sorted(rows, reverse=True))
         sampler = self.items.batch_sampler if isinstance(self.items, DataLoader) else None
-        if type(sampler) is not BatchSampler:
+        if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
             return ()
-        num, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
+        num, size = len(sampler.sampler), sampler.batch_size
         rest = 0 if sampler.drop_last else num % size
         return tuple(rows for rows in (size if num >= size else 0, rest) if rows)
 
