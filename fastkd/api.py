@@ -5,9 +5,8 @@
 Same engine as the recipes; see `distill`.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
@@ -24,7 +23,7 @@ from fastkd.compute.compiling import CompileChoice
 from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import PrecisionChoice, resolve_precision
-from fastkd.compute.ranks import DeviceChoice, on_main, open_world
+from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     check_loader,
@@ -32,16 +31,21 @@ from fastkd.data.loaders.foreign import (
     open_foreign,
     peek,
 )
-from fastkd.errors import UserError
+from fastkd.errors import Interrupted, UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
-from fastkd.models.card import title_of
+from fastkd.models.card import card_of, title_of
 from fastkd.models.taps import remove_taps
+from fastkd.output.call_record import differences, how_to_resume, read_call, record
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
+from fastkd.report.plots import plot_curves
+from fastkd.storage.checkpoint import Checkpoint
+from fastkd.teachers.judging import judge
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.arguments import (
+    check_callback,
     check_choice,
     check_needs,
     check_numbers,
@@ -54,23 +58,11 @@ from fastkd.training.build import build_trainer, decide_compile
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
 from fastkd.training.progress import Plan
+from fastkd.training.result import Result
 from fastkd.training.settings import Output, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 __all__ = ["Result", "distill"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `distill` returns."""
-
-    student: nn.Module
-    """The student after the last epoch, in evaluation mode: its average with ema, and with the head
-    that a loss gave it."""
-    metrics: dict[str, Any]
-    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `history`: one row
-    per epoch."""
-    run_dir: Path | None
-    """Folder of last.pt and best.safetensors; None if nothing was written."""
 
 
 def distill(  # noqa: PLR0913 - a frozen public signature
@@ -95,8 +87,12 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
 ) -> Result:
     """Train `student` to imitate `teacher` on batches of your own loaders.
+
+    The teacher is evaluated first; one that is no better than chance is a warning. Ctrl-C and
+    SIGTERM end the run between two steps, the state saved if there is a folder.
 
     Args:
         student: any nn.Module, images [N, C, H, W] -> logits [N, classes]; trained in place and
@@ -120,8 +116,20 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         pick: choose x' from a pool by how hard the images are: the name of a criterion ("kl" is
             the paper's), or a config with all settings. The metrics then have `pick_ratio`: mean
             hardness of the chosen images divided by the mean over the pool.
-            out: run folder to write; None writes nothing. resume=True continues from its last.pt,
-            if there is one (batches before the saved step are drawn again and discarded).
+        out: run folder to write: weights of the last and the best epoch, metrics, curves.png. None
+            writes nothing; then both networks are in the result all the same.
+        resume: with `out`, whatever is there: a new folder is started, an interrupted run goes on
+            (batches before the saved step are drawn again and discarded), a finished one gives its
+            result. Fit for a script that a scheduler starts again.
+        quiet: print nothing. Otherwise a terminal has one line that moves within the epoch, other
+            outputs one line per epoch and a few within long ones.
+        on_epoch: called after every epoch with its row of metrics (`epoch`, `train_loss`,
+            `val_accuracy`, ..), on rank 0, when the epoch is saved. What it raises ends the run;
+            what it returns is ignored.
+
+    Returns:
+        `Result`: `student` as the last epoch left it, `best` as the best one did, `history`,
+        `predict(loader)`.
 
     Raises:
         UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks,
@@ -132,6 +140,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("compile", compile, get_args(CompileChoice))
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
+    check_callback(on_epoch)
     teachers = teachers_of(student, teacher)
     terms = terms_of(losses)
     picking = pick_config(pick)
@@ -170,12 +179,10 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         torch.manual_seed(seed)
         # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
-        digest = _digest(
-            _facts_of(student, teachers, terms, config),
-            (epochs, seed, xprime, accumulate, ema, placement.precision.name, compiled),
-            data.loader.steps_per_epoch,
-            picking,
-        )
+        run = (epochs, seed, xprime, accumulate, ema, placement.precision.name, compiled)
+        networks_and_losses = _facts_of(student, teachers, terms, config)
+        digest = _digest(networks_and_losses, run, data.loader.steps_per_epoch, picking)
+        console = Console(enabled=world.is_main and not quiet)
         trainer = build_trainer(
             Plan(
                 stage="distill",
@@ -190,19 +197,79 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             data=data,
             settings=settings,
             placement=placement,
-            output=Output(console=Console(enabled=world.is_main and not quiet)),
+            output=Output(console=console, on_epoch=_of_rank_0(on_epoch, world)),
         )
+        call = {"digest": digest, **dict(zip(_RUN, run, strict=True))}
+        call |= _described_call(student, teachers, terms, data) | {
+            "optim": config.model_dump(),
+            "pick": picking.model_dump() if picking else None,
+        }
         # Made only now: a mistake found above creates no folder and deletes none of the user's.
-        folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
+        folder = trainer.folder = on_main(world, lambda: _folder(out, call, resume=resume))
+        before = None
         if folder is not None:
             stack.enter_context(occupied(folder.path, world))
             stack.enter_context(tidy(folder, folder.path.parent, world))
-            if resume and (checkpoint := open_checkpoint(folder, digest, world)):
-                trainer.resume(checkpoint)
-                del checkpoint  # as large as the student and its optimizer
-        metrics = trainer.fit() | {"history": trainer.history}
-        on_main(world, lambda: folder.finish(metrics) if folder else None)
-        return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
+            before = on_main(world, folder.summary)
+        checkpoint = _checkpoint(folder, call, world, finished=before is not None)
+        stack.enter_context(_advice(folder))
+        taught = (before or {}).get("teacher") or _judged(trainer, teachers, data)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            del checkpoint  # as large as the student and its optimizer
+        metrics = trainer.fit() | {"teacher": taught, "history": trainer.history}
+        on_main(world, lambda: _finish(folder, trainer, metrics))
+        return Result(
+            trainer.kept().eval(),
+            metrics,
+            folder.path if folder else None,
+            placement,
+            data.facts.multilabel,
+            trainer.best_state,
+        )
+
+
+_RUN = ("epochs", "seed", "xprime", "accumulate", "ema", "precision", "compiled")
+"""The numbers and choices of a call, by their names in config.yaml."""
+
+
+def _of_rank_0(
+    on_epoch: Callable[[dict[str, Any]], object] | None, world: World
+) -> Callable[[dict[str, Any]], object] | None:
+    """Rank 0's callback; elsewhere only a sign that there is one, which all ranks must know."""
+    wanted = on_main(world, lambda: on_epoch is not None)
+    return (on_epoch or (lambda row: None)) if wanted else None
+
+
+def _judged(
+    trainer: Trainer, teachers: Sequence[nn.Module], data: TrainData
+) -> dict[str, Any] | None:
+    """What the teachers reach, for the metrics; None if no loss asks them."""
+    say = trainer.console.note
+    if trainer.teacher is None:
+        if teachers:
+            say("the teacher is not used: none of the losses asks it for anything")
+        return None
+    name = " + ".join(title_of(model) for model in teachers)
+    return judge(trainer.teacher, name, data.val_loader, data.facts, trainer.placement, say=say)
+
+
+@contextmanager
+def _advice(folder: RunFolder | None) -> Iterator[None]:
+    """Add to an interruption how the run goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        how = "With out=FOLDER the next one can be resumed"
+        if folder is not None:
+            how = f"To resume it, {how_to_resume(folder.path)}"
+        raise Interrupted(f"{stopped} {how}.", stopped.exit_code) from None
+
+
+def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+    if folder is not None:
+        plot_curves(folder.path / "curves.png", {"student": trainer.history})
+        folder.finish(metrics)
 
 
 def _data(
@@ -232,21 +299,88 @@ def _data(
     return TrainData(pair.train, pair.val, pair.facts, images)
 
 
-def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
+def _folder(out: str | Path | None, call: Mapping[str, Any], *, resume: bool) -> RunFolder | None:
+    """The folder to write to: a new one, or with `resume` one that a call like this one made."""
     if out is None:
         if resume:
-            raise UserError("resume=True needs out=, the folder to resume")
+            raise UserError("resume=True needs out=, the folder to resume or to start")
         return None
-    if resume:
-        return RunFolder.open(Path(out))
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise UserError(
-            f"out={out} exists and is not empty: continue it with resume=True, or choose another "
-            f"folder"
-        )
-    folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
+    path = Path(out).expanduser()
+    if path.is_dir() and any(path.iterdir()):
+        made_by = read_call(path)
+        if not resume:
+            cure = "choose another folder"
+            if made_by is not None:
+                cure = "resume=True continues it, or gives its result; or " + cure
+            raise UserError(f"out={out} exists and is not empty: {cure}")
+        folder = RunFolder.open(path)
+        if made_by is None and (path / "config.yaml").exists():
+            raise UserError(
+                f"out={out} is the run folder of a recipe: fastkd train --resume {out} resumes it; "
+                f"choose another folder for this call"
+            )
+        return folder
+    folder = RunFolder.create(Path("runs"), "distill", "", out=path)
+    folder.write_text("config.yaml", record(call))
     folder.write_json("environment.json", environment())
     return folder
+
+
+def _checkpoint(
+    folder: RunFolder | None, call: Mapping[str, Any], world: World, *, finished: bool
+) -> Checkpoint | None:
+    """The folder's state, if there is any; UserError if another call made it."""
+    if folder is None:
+        return None
+    checkpoint = open_checkpoint(folder, None, world)
+    there = on_main(world, lambda: read_call(folder.path)) or {}
+    digest = checkpoint.state["digest"] if checkpoint else there.get("digest", call["digest"])
+    if digest != call["digest"]:
+        unlike = "; ".join(differences(there, call)) if there else ""
+        raise UserError(
+            f"{folder.path} belongs to a run with other arguments ("
+            f"{unlike or 'its networks, losses or loaders differ'}): resume it with the same ones, "
+            f"or choose another folder with out="
+        )
+    if finished and checkpoint is None:
+        raise UserError(
+            f"the run in {folder.path} is finished, but its last.pt is gone, and with it the "
+            f"student of the last epoch. fastkd.storage.weights.load_into(student, "
+            f"{str(folder.path)!r}) loads the best one; to train again choose another folder"
+        )
+    if not there:
+        # A folder of fastkd 0.1, or one whose run was killed before it was described.
+        on_main(world, lambda: folder.write_text("config.yaml", record(call)))
+    return checkpoint
+
+
+def _described_call(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    terms: Sequence[LossTerm],
+    data: TrainData,
+) -> dict[str, Any]:
+    """Data, networks and losses in config.yaml."""
+    return {
+        "steps_per_epoch": data.loader.steps_per_epoch,
+        "image_shape": data.facts.image_shape,
+        "classes": data.facts.num_classes,
+        "student": _described(student),
+        "teachers": [_described(model) for model in teachers],
+        "losses": {
+            term.name: {"class": type(term).__qualname__, **_settings(term), "parts": term.weights}
+            for term in terms
+        },
+    }
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """A network in config.yaml."""
+    card = card_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {"network": title_of(model), "parameters": sum(p.numel() for p in model.parameters())}
+    options = {"options": dict(card.options)} if card is not None and card.options else {}
+    return facts | options | {"trained": trained}
 
 
 def _facts_of(
@@ -274,10 +408,13 @@ def _facts_of(
 
 def settings_of(term: LossTerm) -> list[tuple[str, str]]:
     """Its class and its settings: temperature, form, ...; nothing that changes during training."""
+    return [("class", type(term).__qualname__), *((k, repr(v)) for k, v in _settings(term).items())]
+
+
+def _settings(term: LossTerm) -> dict[str, Any]:
     plain = (bool, int, float, str, tuple, type(None))
     given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
-    found = [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
-    return [("class", type(term).__qualname__), *found]
+    return {name: value for name, value in given.items() if isinstance(value, plain)}
 
 
 def _digest(

@@ -18,7 +18,7 @@ from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.errors import UserError
 from fastkd.losses.multilabel import known_bce
 
-__all__ = ["EvalLoader", "evaluate", "evaluating"]
+__all__ = ["EvalLoader", "answer", "evaluate", "evaluating"]
 
 
 class EvalLoader(Protocol):
@@ -79,9 +79,15 @@ def _answers(
     """fp32 logits [N, C] and labels of every batch."""
     with torch.no_grad():
         for batch in loader.epoch(0):
-            with precision.autocast():
-                logits_NC = forward(batch.images_NCHW.to(precision.dtype))
-            yield logits_NC.float(), batch.labels_N
+            yield answer(forward, batch.images_NCHW, precision), batch.labels_N
+
+
+def answer(
+    forward: Callable[[Tensor], Tensor], images_NCHW: Tensor, precision: Precision
+) -> Tensor:
+    """fp32 logits [N, C] of images on the network's device."""
+    with precision.autocast():
+        return forward(images_NCHW.to(precision.dtype)).float()
 
 
 def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:

@@ -6,7 +6,7 @@ The evaluation decides which one applies; trainer, report and screen only look i
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEADLINES", "headline", "headline_of", "of_epoch"]
+__all__ = ["HEADLINES", "chance_of", "headline", "headline_of", "least_above_chance", "of_epoch"]
 
 HEADLINES = {"accuracy": "accuracy", "map": "mAP"}
 """Key of an evaluation, and with `_last` and `_best` of a summary -> how it is printed. All are
@@ -28,6 +28,18 @@ def headline(found: Mapping[str, Any]) -> str:
 def headline_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """Headline metric of a table: the first row's that is not `accuracy`, else `accuracy`."""
     return next((found for row in rows if (found := headline(row)) != "accuracy"), "accuracy")
+
+
+def chance_of(found: Mapping[str, float], num_classes: int) -> float:
+    """What an evaluation would find of answers that carry no information."""
+    return found.get("chance", 1 / num_classes)
+
+
+def least_above_chance(found: Mapping[str, float], num_classes: int) -> float:
+    """The headline value of an evaluation from which it is better than chance: by two deviations
+    of as many samples."""
+    chance = chance_of(found, num_classes)
+    return chance + 2 * (chance * (1 - chance) / found["samples"]) ** 0.5
 
 
 def of_epoch(found: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run prints: one live line on a terminal, one line per epoch elsewhere.
+"""What a run prints: one live line on a terminal, elsewhere one line per epoch, more in long ones.
 
 Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages and trainer use it.
 Nothing here reads a tensor; the trainer has fetched the numbers. Everything goes to stdout; `cli`
@@ -48,6 +48,7 @@ class Console:
         self._bar: Progress | None = None
         self._stage = ""
         self._clock = _Clock()
+        self._silence = _Silence()
 
     def __enter__(self) -> "Console":
         return self
@@ -77,6 +78,7 @@ class Console:
         self.close()
         self._stage = name
         self._clock = _Clock()
+        self._silence = _Silence()
 
     def progress(
         self,
@@ -89,7 +91,7 @@ class Console:
         data_wait: float,
         loss: float,
     ) -> None:
-        """Redraw the live line; does nothing without a terminal.
+        """Redraw the live line; without a terminal a plain line, where none came for long.
 
         `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
         a share of 1.
@@ -99,7 +101,7 @@ class Console:
         done = epoch * steps + step
         total = epochs * steps
         left_s = self._clock.left_s(done / total)
-        if not self._live:
+        if not self._live and not self._silence.is_long():
             return
         facts = [
             f"epoch {min(epoch + 1, epochs)}/{epochs}",
@@ -109,6 +111,10 @@ class Console:
         ]
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
+        if not self._live:
+            facts.insert(1, f"step {step}/{steps}")
+            self.note("  ".join(filter(None, [self._stage, *facts])))
+            return
         if self._bar is None:
             self._bar = _bar(self._rich)
             self._bar.start()
@@ -144,6 +150,7 @@ class Console:
         if left_s is not None and not last:
             words.append(f"{duration(left_s)} left")
         self.note("  ".join(word for word in words if word))
+        self._silence.ends()
 
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
         """A titled list of names and values, one per line."""
@@ -177,6 +184,28 @@ class _Clock:
         if share <= start_share:
             return None
         return (now - start_s) / (share - start_share) * (1 - share)
+
+
+class _Silence:
+    """When a log that nobody redraws wants another line: after 30 s, then ever more rarely."""
+
+    FIRST_S, LONGEST_S = 30.0, 600.0
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._bearable_s = self.FIRST_S
+
+    def ends(self) -> None:
+        """A line was printed."""
+        self._since = time.monotonic()
+
+    def is_long(self) -> bool:
+        """Whether it has lasted too long; if so, the next one may last twice as long."""
+        if time.monotonic() - self._since < self._bearable_s:
+            return False
+        self._bearable_s = min(2 * self._bearable_s, self.LONGEST_S)
+        self.ends()
+        return True
 
 
 def _bar(console: RichConsole) -> "Progress":

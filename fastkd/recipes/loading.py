@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fastkd.config.mistakes import explain
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
+from fastkd.output.call_record import how_to_resume, is_call
 from fastkd.recipe.overrides import nested, parse_override, set_key, yaml_problem
 from fastkd.recipe.printing import valid_keys
 from fastkd.recipe.schema import Recipe
@@ -132,6 +133,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"the recipe file {path} is not valid YAML ({yaml_problem(error)})"
         ) from None
+    if is_call(values):
+        raise UserError(
+            f"{path} describes a run of fastkd.distill, whose networks and loaders no recipe has: "
+            f"{how_to_resume(path.parent)}"
+        )
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(

@@ -15,6 +15,7 @@ from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import count, create_model
 from fastkd.models.card import card_of
 from fastkd.models.registry import model_from_file
+from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
@@ -37,6 +38,17 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{run} has no best.safetensors yet: it has not been evaluated so far")
+    if read_call(folder) is not None:
+        model = model_from_file(weights)
+        if not _names_data(keys):
+            raise UserError(
+                f"{run} is a run of fastkd.distill, and its validation images are in the script "
+                f"that made it: name images to evaluate on, normalised as that script does it, "
+                f"data.name=folder data.root=FOLDER data.image_size=.. data.mean=.. data.std=.."
+            )
+        card = card_of(model)
+        assert card is not None and card.name is not None
+        return _evaluate(_recipe_for(card.name, keys), lambda _: model)
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
     return _evaluate(recipe, lambda _: model_from_file(weights))
 
@@ -47,17 +59,11 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     Options such as the width come from the file if fastkd wrote it, else from the keys
     (`student.width=0.5`).
     """
-    if not any(key.startswith("data.name=") for key in keys):
+    if not _names_data(keys):
         raise UserError(
             "name the data to evaluate on: data.name=cifar10 data.root=FOLDER, or data.name=digits"
         )
-    blank = {
-        "name": "eval",
-        "data": {"name": "digits"},
-        "student": {"name": name},
-        "losses": {"ce": {"weight": 1.0}},
-    }
-    recipe = load_recipe(None, values=blank, overrides=keys)
+    recipe = _recipe_for(name, keys)
 
     def build(data: DataPair) -> nn.Module:
         if options := recipe.student.options():
@@ -68,6 +74,21 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
         return create_model(name, data.facts.num_classes, weights=file)
 
     return _evaluate(recipe, build)
+
+
+def _names_data(keys: Sequence[str]) -> bool:
+    return any(key.startswith("data.name=") for key in keys)
+
+
+def _recipe_for(name: str, keys: Sequence[str]) -> Recipe:
+    """A recipe that says no more than which network sees which data."""
+    blank = {
+        "name": "eval",
+        "data": {"name": "digits"},
+        "student": {"name": name},
+        "losses": {"ce": {"weight": 1.0}},
+    }
+    return load_recipe(None, values=blank, overrides=keys)
 
 
 def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:

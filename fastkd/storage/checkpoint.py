@@ -34,7 +34,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     except RunFailed as error:
         raise RunFailed(
             f"{error}. The previous checkpoint is intact: free some space and continue with "
-            f"--resume {path.parent}"
+            f"--resume {path.parent} (a call of distill: with resume=True)"
         ) from None
 
 

@@ -17,7 +17,7 @@ from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
-from fastkd.evaluation.headline import HEADLINES, headline
+from fastkd.evaluation.headline import HEADLINES, headline, least_above_chance
 from fastkd.models import count, create_model
 from fastkd.models.card import card_of, sign
 from fastkd.models.config import StudentConfig
@@ -205,8 +205,7 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
     reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = found.get("chance", 1 / data.facts.num_classes)
-        floor = chance + 2 * (chance * (1 - chance) / data.val.num_samples) ** 0.5
+        floor = least_above_chance(found, data.facts.num_classes)
     if reached < floor:
         raise UserError(
             f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "
