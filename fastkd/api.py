@@ -5,10 +5,9 @@
 Same engine as the recipes; see `distill`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +19,6 @@ from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
 from fastkd.compute.compiling import CompileChoice
-from fastkd.compute.machine import environment
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
@@ -31,17 +29,15 @@ from fastkd.data.loaders.foreign import (
     open_foreign,
     peek,
 )
-from fastkd.errors import Interrupted, UserError
+from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
-from fastkd.models.card import card_of, title_of
+from fastkd.models.card import title_of
 from fastkd.models.taps import remove_taps
-from fastkd.output.call_record import differences, how_to_resume, read_call, record
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.report.plots import plot_curves
-from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.judging import judge
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.arguments import (
@@ -55,7 +51,13 @@ from fastkd.training.arguments import (
     terms_of,
 )
 from fastkd.training.build import build_trainer, decide_compile
-from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.call_folder import (
+    advice,
+    choose_folder,
+    described,
+    open_state,
+    settings_of,
+)
 from fastkd.training.config import OptimConfig
 from fastkd.training.progress import Plan
 from fastkd.training.result import Result
@@ -200,19 +202,20 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             output=Output(console=console, on_epoch=_of_rank_0(on_epoch, world)),
         )
         call = {"digest": digest, **dict(zip(_RUN, run, strict=True))}
-        call |= _described_call(student, teachers, terms, data) | {
+        call |= described(student, teachers, terms, data) | {
             "optim": config.model_dump(),
             "pick": picking.model_dump() if picking else None,
         }
         # Made only now: a mistake found above creates no folder and deletes none of the user's.
-        folder = trainer.folder = on_main(world, lambda: _folder(out, call, resume=resume))
+        folder = trainer.folder = on_main(world, lambda: choose_folder(out, call, resume=resume))
         before = None
         if folder is not None:
             stack.enter_context(occupied(folder.path, world))
-            stack.enter_context(tidy(folder, folder.path.parent, world))
             before = on_main(world, folder.summary)
-        checkpoint = _checkpoint(folder, call, world, finished=before is not None)
-        stack.enter_context(_advice(folder))
+        checkpoint = open_state(folder, call, world, finished=before is not None)
+        if folder is not None:
+            stack.enter_context(tidy(folder, folder.path.parent, world))
+        stack.enter_context(advice(folder))
         taught = (before or {}).get("teacher") or _judged(trainer, teachers, data)
         if checkpoint is not None:
             trainer.resume(checkpoint)
@@ -254,18 +257,6 @@ def _judged(
     return judge(trainer.teacher, name, data.val_loader, data.facts, trainer.placement, say=say)
 
 
-@contextmanager
-def _advice(folder: RunFolder | None) -> Iterator[None]:
-    """Add to an interruption how the run goes on."""
-    try:
-        yield
-    except Interrupted as stopped:
-        how = "With out=FOLDER the next one can be resumed"
-        if folder is not None:
-            how = f"To resume it, {how_to_resume(folder.path)}"
-        raise Interrupted(f"{stopped} {how}.", stopped.exit_code) from None
-
-
 def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
     if folder is not None:
         plot_curves(folder.path / "curves.png", {"student": trainer.history})
@@ -299,90 +290,6 @@ def _data(
     return TrainData(pair.train, pair.val, pair.facts, images)
 
 
-def _folder(out: str | Path | None, call: Mapping[str, Any], *, resume: bool) -> RunFolder | None:
-    """The folder to write to: a new one, or with `resume` one that a call like this one made."""
-    if out is None:
-        if resume:
-            raise UserError("resume=True needs out=, the folder to resume or to start")
-        return None
-    path = Path(out).expanduser()
-    if path.is_dir() and any(path.iterdir()):
-        made_by = read_call(path)
-        if not resume:
-            cure = "choose another folder"
-            if made_by is not None:
-                cure = "resume=True continues it, or gives its result; or " + cure
-            raise UserError(f"out={out} exists and is not empty: {cure}")
-        folder = RunFolder.open(path)
-        if made_by is None and (path / "config.yaml").exists():
-            raise UserError(
-                f"out={out} is the run folder of a recipe: fastkd train --resume {out} resumes it; "
-                f"choose another folder for this call"
-            )
-        return folder
-    folder = RunFolder.create(Path("runs"), "distill", "", out=path)
-    folder.write_text("config.yaml", record(call))
-    folder.write_json("environment.json", environment())
-    return folder
-
-
-def _checkpoint(
-    folder: RunFolder | None, call: Mapping[str, Any], world: World, *, finished: bool
-) -> Checkpoint | None:
-    """The folder's state, if there is any; UserError if another call made it."""
-    if folder is None:
-        return None
-    checkpoint = open_checkpoint(folder, None, world)
-    there = on_main(world, lambda: read_call(folder.path)) or {}
-    digest = checkpoint.state["digest"] if checkpoint else there.get("digest", call["digest"])
-    if digest != call["digest"]:
-        unlike = "; ".join(differences(there, call)) if there else ""
-        raise UserError(
-            f"{folder.path} belongs to a run with other arguments ("
-            f"{unlike or 'its networks, losses or loaders differ'}): resume it with the same ones, "
-            f"or choose another folder with out="
-        )
-    if finished and checkpoint is None:
-        raise UserError(
-            f"the run in {folder.path} is finished, but its last.pt is gone, and with it the "
-            f"student of the last epoch. fastkd.storage.weights.load_into(student, "
-            f"{str(folder.path)!r}) loads the best one; to train again choose another folder"
-        )
-    if not there:
-        # A folder of fastkd 0.1, or one whose run was killed before it was described.
-        on_main(world, lambda: folder.write_text("config.yaml", record(call)))
-    return checkpoint
-
-
-def _described_call(
-    student: nn.Module,
-    teachers: Sequence[nn.Module],
-    terms: Sequence[LossTerm],
-    data: TrainData,
-) -> dict[str, Any]:
-    """Data, networks and losses in config.yaml."""
-    return {
-        "steps_per_epoch": data.loader.steps_per_epoch,
-        "image_shape": data.facts.image_shape,
-        "classes": data.facts.num_classes,
-        "student": _described(student),
-        "teachers": [_described(model) for model in teachers],
-        "losses": {
-            term.name: {"class": type(term).__qualname__, **_settings(term), "parts": term.weights}
-            for term in terms
-        },
-    }
-
-
-def _described(model: nn.Module) -> dict[str, Any]:
-    """A network in config.yaml."""
-    card = card_of(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = {"network": title_of(model), "parameters": sum(p.numel() for p in model.parameters())}
-    options = {"options": dict(card.options)} if card is not None and card.options else {}
-    return facts | options | {"trained": trained}
-
-
 def _facts_of(
     student: nn.Module,
     teachers: Sequence[nn.Module],
@@ -404,17 +311,6 @@ def _facts_of(
         [(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],
         [[tuple(p.shape) for p in each.parameters()] for each in teachers],
     )
-
-
-def settings_of(term: LossTerm) -> list[tuple[str, str]]:
-    """Its class and its settings: temperature, form, ...; nothing that changes during training."""
-    return [("class", type(term).__qualname__), *((k, repr(v)) for k, v in _settings(term).items())]
-
-
-def _settings(term: LossTerm) -> dict[str, Any]:
-    plain = (bool, int, float, str, tuple, type(None))
-    given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
-    return {name: value for name, value in given.items() if isinstance(value, plain)}
 
 
 def _digest(

@@ -63,6 +63,8 @@ def _plain(value: Any) -> Any:
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))  # the teachers
     if not isinstance(value, Mapping):
         return {prefix: value}
     parts = [_flat(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]

@@ -138,9 +138,16 @@ def test_a_network_that_cannot_be_copied_leaves_its_best_weights() -> None:
     torch.manual_seed(2)
     student, seen = Pinned(), list[dict[str, Tensor]]()
     result = fastkd.distill(
-        student, None, TRAIN, VAL, epochs=3, losses=[CrossEntropy()], optim=WILD,
-        on_epoch=lambda row: seen.append(weights(student)), **QUIET,
-    )  # fmt: skip
+        student,
+        None,
+        TRAIN,
+        VAL,
+        epochs=3,
+        losses=[CrossEntropy()],
+        optim=WILD,
+        on_epoch=lambda row: seen.append(weights(student)),
+        **QUIET,
+    )
     with pytest.raises(UserError, match=r"cannot be copied \(holds a lock\).*load_into\(network"):
         _ = result.best
     load_into(student, result.best_weights)
