@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.table import Column
 
 from fastkd.evaluation.headline import HEADLINES
-from fastkd.output.table import comparison_table
+from fastkd.output.table import DISPENSABLE, comparison_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -163,10 +163,21 @@ class Console:
             self.note(f"  {name:<{width}}  {_readable(value)}")
 
     def comparison(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The closing table; see `comparison_table`."""
-        if self._enabled:
-            self.close()
-            self._rich.print(comparison_table(rows))
+        """The closing table; see `cells_of`. A narrow terminal does without some columns."""
+        if not self._enabled:
+            return
+        self.close()
+        table, screen = comparison_table(rows), self._rich
+        if screen.is_terminal:
+            for number in range(len(DISPENSABLE) + 1):
+                table = comparison_table(rows, dropped=DISPENSABLE[:number])
+                if screen.measure(table).minimum <= screen.width:
+                    break
+        else:
+            # Whoever reads a pipe or a file can read long lines, but no names cut to pieces.
+            width = screen.measure(table, options=screen.options.update(width=10_000)).maximum
+            screen = RichConsole(file=screen.file, width=max(width, screen.width), highlight=False)
+        screen.print(table)
 
 
 class _Clock:
