@@ -114,7 +114,7 @@ def _differences(recipes: dict[Path, Recipe]) -> dict[Path, Choice]:
         # Over the seed there are means, so it is named in any case, and after the rest.
         if key in ("seed", "description") or not varies:
             continue
-        known = ["seed"] if key.endswith(".seed") else told
+        known = [*told, "seed"] if key.endswith(".seed") else told
         if not _follows(key, known, every):
             told.append(key)
     if len({values["seed"] for values in every}) > 1:

@@ -77,7 +77,7 @@ def _short_values(key: str, values: Sequence[str]) -> dict[str, Pair]:
             value: ALONE if len(alone) == 1 else f"{ALONE} {students[value]}" for value in alone
         }
         return {value: ("", short[value]) for value in values}
-    short = {value: _short_mapping(value) for value in values}
+    short = _short_mappings(values)
     if all("/" in value for value in values):
         short = _unlike_parts(values)
     if len(set(short.values())) < len(values):
@@ -87,16 +87,44 @@ def _short_values(key: str, values: Sequence[str]) -> dict[str, Pair]:
     return {value: ("" if named else key, short[value]) for value in values}
 
 
-def _short_mapping(value: str) -> str:
-    """`{kd: {weight: 1}, at: {weight: 9}}` -> `kd+at`, `{stage1: stage2}` -> `stage1:stage2`."""
+def _short_mappings(values: Sequence[str]) -> dict[str, str]:
+    """`{kd: {weight: 1}, at: {weight: 9}}` -> `kd+at`, `{stage1: stage2}` -> `stage1:stage2`.
+
+    Those that still read the same get the entries in which they differ: `kd weight=1`.
+    """
+    found = {value: _mapping(value) for value in values}
+    if not all(found.values()):
+        return {value: value for value in values}
+    short = {
+        value: ",".join(f"{k}:{v}" for k, v in one.items())
+        if not any(isinstance(item, Mapping) for item in one.values())
+        else "+".join(map(str, one))
+        for value, one in found.items()
+    }
+    leaves = {value: _leaves(one) for value, one in found.items()}
+    named: dict[str, str] = {}
+    for value, name in short.items():
+        own, alike = leaves[value], [leaves[other] for other in values if short[other] == name]
+        unlike = [k for k in own if any(other.get(k) != own[k] for other in alike)]
+        named[value] = " ".join([name, *(f"{k.rpartition('.')[2]}={own[k]}" for k in unlike)])
+    return named
+
+
+def _mapping(value: str) -> dict[Any, Any]:
     try:
         found: Any = yaml.safe_load(value) if value.startswith("{") else None
     except yaml.YAMLError:
-        return value
-    if not isinstance(found, Mapping) or not found:
-        return value
-    plain = [f"{k}:{v}" for k, v in found.items() if not isinstance(v, Mapping)]
-    return ",".join(plain) if len(plain) == len(found) else "+".join(map(str, found))
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _leaves(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Every entry by its dotted path."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        path = f"{prefix}{key}"
+        found |= _leaves(item, f"{path}.") if isinstance(item, Mapping) else {path: item}
+    return found
 
 
 def _unlike_parts(values: Sequence[str]) -> dict[str, str]:
