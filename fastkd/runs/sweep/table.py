@@ -59,20 +59,26 @@ def rows_of(
     recipes: Mapping[Choice, Recipe], found: Mapping[Choice, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """A row per run, then those over the seeds; `row` says which it is, `choice` its keys."""
-    named, gained = labels(list(recipes)), gains(recipes, found)
+    gained = gains(recipes, found)
     rows = [
         {
             "note": "",
             **found[choice],
             "row": RUN,
             "choice": choice,
-            "run": named[choice],
             "of_teacher": _of_teacher(found[choice]),
             "gain": gained.get(choice),
         }
         for choice in recipes
     ]
-    return rows + _over_seeds(recipes, rows)
+    groups = _groups(rows)
+    # Together, so that a run and its mean are named alike.
+    named = labels([*recipes, *groups])
+    for row in rows:
+        row["run"] = named[row["choice"]]
+    for rest, runs in groups.items():
+        rows += _over_seeds(rest, runs, named[rest], recipes[runs[0]["choice"]])
+    return rows
 
 
 def _write_csv(
@@ -124,32 +130,34 @@ def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
     )
 
 
-def _over_seeds(
-    recipes: Mapping[Choice, Recipe], rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Rows for runs that differ only in the seed: mean, sample deviation, error, the paper's."""
+def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[Choice, list[Mapping[str, Any]]]:
+    """Finished runs that differ only in the seed, by what they share."""
     groups: dict[Choice, list[Mapping[str, Any]]] = {}
     for row in rows:
         rest = tuple(key for key in row["choice"] if not key.startswith("seed="))
         if rest != row["choice"] and headline(row) + "_last" in row:
             groups.setdefault(rest, []).append(row)
-    groups = {rest: runs for rest, runs in groups.items() if len(runs) > 1}
-    named = labels(list(groups))
-    made: list[dict[str, Any]] = []
-    for rest, runs in groups.items():
-        metric = headline(runs[0])
-        mean, deviation, error = _statistics(runs, (f"{metric}_last", f"{metric}_best"))
-        name = " ".join(filter(None, (named[rest], f"mean of {len(runs)}")))
-        keys = (f"{metric}_last", f"{metric}_best")
-        both = (("std", deviation), ("se", error))
-        note = "; ".join(f"{w} {', '.join(f'{100 * one[k]:.2f}' for k in keys)}" for w, one in both)
-        about = {"run": name, "choice": rest, "runs": len(runs)}
-        made.append(about | mean | {"row": MEAN, "note": note, "gain_se": error.get("gain")})
-        made += [about | {"row": DEVIATION} | deviation, about | {"row": ERROR} | error]
-        first = recipes[runs[0]["choice"]]
-        paper = paper_row(first.name, first.dotted(), mean)
-        if paper and paper.row:
-            made.append({"choice": rest, "row": PAPER} | paper.row)
+    return {rest: runs for rest, runs in groups.items() if len(runs) > 1}
+
+
+def _over_seeds(
+    rest: Choice, runs: Sequence[Mapping[str, Any]], name: str, recipe: Recipe
+) -> list[dict[str, Any]]:
+    """Mean, sample standard deviation, standard error and the paper's number of such a group."""
+    metric = headline(runs[0])
+    keys = (f"{metric}_last", f"{metric}_best")
+    mean, deviation, error = _statistics(runs, keys)
+    both = (("std", deviation), ("se", error))
+    note = "; ".join(f"{w} {', '.join(f'{100 * one[k]:.2f}' for k in keys)}" for w, one in both)
+    about = {"run": f"{name} mean of {len(runs)}".lstrip(), "choice": rest, "runs": len(runs)}
+    made = [
+        about | mean | {"row": MEAN, "note": note, "gain_se": error.get("gain")},
+        about | {"row": DEVIATION} | deviation,
+        about | {"row": ERROR} | error,
+    ]
+    paper = paper_row(recipe.name, recipe.dotted(), mean)
+    if paper and paper.row:
+        made.append({"choice": rest, "row": PAPER} | paper.row)
     return made
 
 
