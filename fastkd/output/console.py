@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.table import Column
+from rich.table import Column, Table
 
 from fastkd.evaluation.headline import HEADLINES
-from fastkd.output.table import DISPENSABLE, comparison_table
+from fastkd.output.table import DISPENSABLE, NOTE_WIDTH, comparison_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -167,17 +167,27 @@ class Console:
         if not self._enabled:
             return
         self.close()
-        table, screen = comparison_table(rows), self._rich
+        screen = self._rich
         if screen.is_terminal:
-            for number in range(len(DISPENSABLE) + 1):
-                table = comparison_table(rows, dropped=DISPENSABLE[:number])
-                if screen.measure(table).minimum <= screen.width:
-                    break
-        else:
-            # Whoever reads a pipe or a file can read long lines, but no names cut to pieces.
-            width = screen.measure(table, options=screen.options.update(width=10_000)).maximum
-            screen = RichConsole(file=screen.file, width=max(width, screen.width), highlight=False)
-        screen.print(table)
+            kept = range(len(DISPENSABLE) + 1)
+            dropped = next((DISPENSABLE[:n] for n in kept if self._fits(rows, n)), DISPENSABLE)
+            screen.print(comparison_table(rows, dropped=dropped))
+            return
+        # Whoever reads a pipe or a file can read long lines, but no names cut to pieces.
+        table = comparison_table(rows)
+        width = max(self._width(table), screen.width)
+        RichConsole(file=screen.file, width=width, highlight=False).print(table)
+
+    def _fits(self, rows: Sequence[Mapping[str, Any]], dropped: int) -> bool:
+        """Whether the terminal is wide enough without the first dispensable columns."""
+        # A note is folded.
+        noteless = comparison_table(rows, dropped=(*DISPENSABLE[:dropped], "note"))
+        note = 0 if "note" in DISPENSABLE[:dropped] else NOTE_WIDTH
+        return self._width(noteless) + note <= self._rich.width
+
+    def _width(self, table: Table) -> int:
+        wide = self._rich.options.update(width=10_000)
+        return self._rich.measure(table, options=wide).maximum
 
 
 class _Clock:

@@ -14,10 +14,12 @@ from rich.text import Text
 
 from fastkd.evaluation.headline import HEADLINES, headline_of
 
-__all__ = ["DISPENSABLE", "as_latex", "as_markdown", "comparison_table"]
+__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table"]
 
-DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher")
+DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
 """Columns that a terminal may be too narrow for, the first to go first."""
+NOTE_WIDTH = 10
+"""What a folded note needs, with its distance."""
 _LONGEST_NAME = 48
 """Longer names of runs are folded."""
 
@@ -82,7 +84,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, dropped: Sequence[str
     longest = max((len(row["run"]) for row in cells.rows), default=0)
     columns = {
         "run": Column("\nrun", no_wrap=longest <= _LONGEST_NAME, overflow="fold", min_width=17),
-        "note": Column("\nnote", overflow="fold", style="dim", min_width=8),
+        "note": Column("\nnote", overflow="fold", style="dim", min_width=NOTE_WIDTH - 2),
     }
     table = Table(
         *(columns.get(key, _number_column(title)) for key, title in cells.headers.items()),

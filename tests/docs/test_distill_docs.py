@@ -34,6 +34,8 @@ def test_the_page_runs_and_its_table_names_what_there_is(
     assert len(ATTRIBUTES) == 8
     for name in ATTRIBUTES:
         assert hasattr(result, name)
-    files = set(re.findall(r"`(\w+\.\w+)`", PAGE.partition("**The folder**")[2].partition("For")[0]))
+    files = set(
+        re.findall(r"`(\w+\.\w+)`", PAGE.partition("**The folder**")[2].partition("For")[0])
+    )
     assert files == {path.name for path in (tmp_path / "runs/mine").iterdir()}
     assert "Result of distill: Sequential" in capsys.readouterr().out

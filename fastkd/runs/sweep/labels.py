@@ -13,7 +13,7 @@ from fastkd.runs.sweep.grid import Choice
 
 __all__ = ["labels"]
 
-LONG = 36
+LONG = 32
 """Names are shortened if one is longer than this."""
 
 Pair = tuple[str, str]
