@@ -5,11 +5,10 @@
 Same engine as the recipes; see `distill`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,11 +19,10 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
-from fastkd.compute.compiling import CompileChoice, CompileReason, CompileSwitch
-from fastkd.compute.machine import environment
+from fastkd.compute.compiling import CompileChoice, CompileSwitch
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
-from fastkd.compute.ranks import DeviceChoice, on_main, open_world
+from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     Shown,
@@ -44,9 +42,12 @@ from fastkd.models.unwrap import uncompiled, unwrapped
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
+from fastkd.report.plots import draw_curves
 from fastkd.storage.checkpoint import Checkpoint
+from fastkd.teachers.judging import judge
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.arguments import (
+    check_callback,
     check_choice,
     check_needs,
     check_numbers,
@@ -59,11 +60,19 @@ from fastkd.training.arguments import (
     terms_of,
 )
 from fastkd.training.build import build_trainer, decide_compile
-from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.call_folder import (
+    advice,
+    choose_folder,
+    described,
+    open_state,
+    settings_of,
+)
 from fastkd.training.config import OptimConfig
 from fastkd.training.matching import check_labels
 from fastkd.training.progress import Plan
+from fastkd.training.result import Result
 from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
+from fastkd.training.trainer import Trainer
 
 __all__ = ["Result", "distill"]
 
@@ -72,20 +81,6 @@ REMEDIES = Remedies(
     last_batch="give the train_loader drop_last=True, or another batch_size",
     every_batch="give the train_loader a larger batch_size, or a smaller accumulate",
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `distill` returns."""
-
-    student: nn.Module
-    """The student after the last epoch, in evaluation mode: its average with ema, and with the head
-    that a loss gave it."""
-    metrics: dict[str, Any]
-    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `history`: one row
-    per epoch."""
-    run_dir: Path | None
-    """Folder of last.pt and best.safetensors; None if nothing was written."""
 
 
 def distill(  # noqa: PLR0913 - a frozen public signature
@@ -111,8 +106,12 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     resume: bool = False,
     quiet: bool = False,
     teacher_resolution: int | Sequence[int | None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
 ) -> Result:
     """Train `student` to imitate `teacher` on batches of your own loaders.
+
+    The teacher is evaluated first; one that is no better than chance is a warning. Ctrl-C and
+    SIGTERM end the run between two steps, the state saved if there is a folder.
 
     Args:
         student: any nn.Module, images [N, C, H, W] -> logits [N, classes], or an output of which
@@ -146,8 +145,20 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             hardness of the chosen images divided by the mean over the pool.
         teacher_resolution: side in pixels to which the images are resized for the teacher
             (bilinear, antialiased); for several teachers also a list, None in it: not resized.
-            out: run folder to write; None writes nothing. resume=True continues from its last.pt,
-            if there is one (batches before the saved step are drawn again and discarded).
+        out: run folder to write: weights of the last and the best epoch, metrics, curves.png. None
+            writes nothing; then both networks are in the result all the same.
+        resume: with `out`, whatever is there: a new folder is started, an interrupted run goes on
+            (batches before the saved step are drawn again and discarded), a finished one gives its
+            result. Fit for a script that a scheduler starts again.
+        quiet: print nothing. Otherwise a terminal has one line that moves within the epoch, other
+            outputs one line per epoch and a few within long ones.
+        on_epoch: called after every epoch with its row of metrics (`epoch`, `train_loss`,
+            `val_accuracy`, ..), on rank 0, when the epoch is saved. What it raises ends the run;
+            what it returns is ignored.
+
+    Returns:
+        `Result`: `student` as the last epoch left it, `best` as the best one did, `history`,
+        `predict(loader)`.
 
     Raises:
         UserError: class counts differ, a tap does not exist, a loss needs ids the loader lacks,
@@ -158,6 +169,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("compile", compile, get_args(CompileChoice))
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
+    check_callback(on_epoch)
     teachers = teachers_of(student, teacher)
     student = unwrapped(student)
     loaded = loaded_teachers(teachers, teacher_resolution)
@@ -182,9 +194,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         settled = resolve_precision(precision, world.device)
         placement = Placement(world, settled, channels_last, foreign)
         shown = peek("train_loader", train_loader, placement)
-        if precision == "auto" and (why := _wants_fp32(student, loaded, shown, settled)):
-            console.note(f"precision=auto is fp32 here: under autocast {why}")
-            placement = replace(placement, precision=resolve_precision("fp32", world.device))
+        if precision == "auto":
+            placement = _settled(student, loaded, shown, placement, console)
         data = _data((train_loader, val_loader), shown, student, terms, placement, seed)
         pays = decide_compile(
             compile,
@@ -210,12 +221,9 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         torch.manual_seed(seed)
         # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
-        digest = _digest(
-            _facts_of(student, loaded, terms, config),
-            (epochs, seed, xprime, accumulate, ema, placement.precision.name, pays),
-            data.loader.steps_per_epoch,
-            picking,
-        )
+        run = (epochs, seed, xprime, accumulate, ema, placement.precision.name, pays)
+        facts = _facts_of(student, loaded, terms, config)
+        digest = _digest(facts, run, data.loader.steps_per_epoch, picking)
         trainer = build_trainer(
             Plan(
                 stage="distill",
@@ -230,19 +238,100 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             data=data,
             settings=settings,
             placement=placement,
-            output=Output(console=console),
+            output=Output(console=console, on_epoch=_of_rank_0(on_epoch, world)),
         )
-        # Made only now: a mistake found above creates no folder and deletes none of the user's.
-        folder = trainer.folder = on_main(world, lambda: _folder(out, resume))
+        call = {"digest": digest, **dict(zip(_RUN, run, strict=True))}
+        call |= described(student, teachers, terms, data) | {
+            "optim": config.model_dump(),
+            "pick": picking.model_dump() if picking else None,
+        }
+        return _trained(trainer, call, teachers, data, out, resume=resume)
+
+
+def _trained(
+    trainer: Trainer,
+    call: dict[str, Any],
+    teachers: Sequence[nn.Module],
+    data: TrainData,
+    out: str | Path | None,
+    *,
+    resume: bool,
+) -> Result:
+    """The result of a call that was found to be possible; `call` describes it in config.yaml."""
+    world = trainer.world
+    with ExitStack() as stack:
+        # Made only now: a mistake found before creates no folder and deletes none of the user's.
+        folder = trainer.folder = on_main(world, lambda: choose_folder(out, call, resume=resume))
+        before = None
         if folder is not None:
             stack.enter_context(occupied(folder.path, world))
+            before = on_main(world, folder.summary)
+        checkpoint = open_state(folder, call, world, finished=before is not None)
+        if folder is not None:
             stack.enter_context(tidy(folder, folder.path.parent, world))
-            if resume and (checkpoint := open_checkpoint(folder, digest, world)):
-                trainer.resume(checkpoint)
-                del checkpoint  # as large as the student and its optimizer
-        metrics = trainer.fit() | {"history": trainer.history}
-        on_main(world, lambda: folder.finish(metrics) if folder else None)
-        return Result(trainer.kept().eval(), metrics, folder.path if folder else None)
+        stack.enter_context(advice(folder))
+        taught = (before or {}).get("teacher") or _judged(trainer, teachers, data)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            del checkpoint  # as large as the student and its optimizer
+        metrics = trainer.fit() | {"teacher": taught, "history": trainer.history}
+        on_main(world, lambda: _finish(folder, trainer, metrics))
+    return Result(
+        trainer.kept().eval(),
+        metrics,
+        folder.path if folder else None,
+        trainer.placement,
+        data.facts.multilabel,
+        trainer.best_state,
+    )
+
+
+_RUN = ("epochs", "seed", "xprime", "accumulate", "ema", "precision", "compiled")
+"""The numbers and choices of a call, by their names in config.yaml."""
+
+
+def _of_rank_0(
+    on_epoch: Callable[[dict[str, Any]], object] | None, world: World
+) -> Callable[[dict[str, Any]], object] | None:
+    """Rank 0's callback; elsewhere only a sign that there is one, which all ranks must know."""
+    wanted = on_main(world, lambda: on_epoch is not None)
+    return (on_epoch or (lambda row: None)) if wanted else None
+
+
+def _judged(
+    trainer: Trainer, teachers: Sequence[nn.Module], data: TrainData
+) -> dict[str, Any] | None:
+    """What the teachers reach, for the metrics; None if no loss asks them."""
+    say = trainer.console.note
+    if trainer.teacher is None:
+        if teachers:
+            say("the teacher is not used: none of the losses asks it for anything")
+        return None
+    if data.val_loader is None:
+        return None
+    name = " + ".join(title_of(model) for model in teachers)
+    return judge(trainer.teacher, name, data.val_loader, data.facts, trainer.placement, say=say)
+
+
+def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+    if folder is not None:
+        trainer.console.note(draw_curves(folder.path / "curves.png", {"student": trainer.history}))
+        folder.finish(metrics)
+
+
+def _settled(
+    student: nn.Module,
+    teachers: Sequence[LoadedNet],
+    shown: Shown,
+    placement: Placement,
+    console: Console,
+) -> Placement:
+    """The placement, in fp32 if a network fails under autocast, which is said."""
+    why = _wants_fp32(student, teachers, shown, placement.precision)
+    if why is None:
+        return placement
+    console.note(f"precision=auto is fp32 here: under autocast {why}")
+    return replace(placement, precision=resolve_precision("fp32", placement.device))
 
 
 def _wants_fp32(
@@ -297,23 +386,6 @@ def _compile_of(out: str | Path | None) -> CompileSwitch | None:
     return Checkpoint.open(last).state["decisions"]["compile"]
 
 
-def _folder(out: str | Path | None, resume: bool) -> RunFolder | None:
-    if out is None:
-        if resume:
-            raise UserError("resume=True needs out=, the folder to resume")
-        return None
-    if resume:
-        return RunFolder.open(Path(out))
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise UserError(
-            f"out={out} exists and is not empty: continue it with resume=True, or choose another "
-            f"folder"
-        )
-    folder = RunFolder.create(Path("runs"), "distill", "", out=Path(out))
-    folder.write_json("environment.json", environment())
-    return folder
-
-
 def _facts_of(
     student: nn.Module,
     teachers: Sequence[LoadedNet],
@@ -337,14 +409,6 @@ def _facts_of(
         [[tuple(p.shape) for p in each.model.parameters()] for each in teachers],
         *([sides] if any(sides) else []),
     )
-
-
-def settings_of(term: LossTerm) -> list[tuple[str, str]]:
-    """Its class and its settings: temperature, form, ...; nothing that changes during training."""
-    plain = (bool, int, float, str, tuple, type(None))
-    given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
-    found = [(name, repr(value)) for name, value in given.items() if isinstance(value, plain)]
-    return [("class", type(term).__qualname__), *found]
 
 
 def _digest(

@@ -23,6 +23,7 @@ examples:
   fastkd train --config my.yaml optim.lr=0.1    a file with keys, then overrides
   fastkd train --resume auto                    resume the last quickstart
   fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
+  fastkd train --sweep 'recipe=cifar10/resnet56--resnet20/kd;quickstart'
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
@@ -32,6 +33,19 @@ shell); a semicolon inside a value of --sweep is written twice.
 exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
 143 for SIGTERM and 129 for a closed terminal. torchrun ends with its own code,
 1 whenever a process of it failed.
+"""
+
+
+COMPARE_HELP = """
+examples:
+  fastkd compare cifar10/resnet56--resnet20/{kd,at,dkd} --seeds 3 data.root=DATA
+  fastkd compare quickstart --sweep 'student.block=S;G:4' --seeds 5 --latex
+
+Each run is paired with the student alone, trained with the same seed and keys but
+without teacher; what several runs share is trained once. Name its learning rates
+with baseline.lrs=0.05,0.1 (the best counts); baseline.lrs= leaves it out.
+Give all methods one teacher with teacher.seed=0, or teacher.weights=RUN.
+Finished runs are not repeated: the same command again resumes, or only prints.
 """
 
 
@@ -130,6 +144,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_compare(commands)
+    _add_table(commands)
     _add_evaluate(commands)
     _add_models(commands)
     _add_cheapen(commands)
@@ -167,20 +183,70 @@ def _add_train(commands: _Commands) -> None:
         help="build everything, make two steps, print what a run would take",
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved recipe")
-    train.add_argument(
+    _add_sweep(train)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="'key=a;b;c'",
         help="one run for each value, then a table; repeat it for all combinations",
     )
-    train.add_argument(
+    parser.add_argument(
         "--jobs",
         type=_jobs,
         default=1,
         metavar="N",
         help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
     )
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    for name in ("latex", "markdown"):
+        parser.add_argument(
+            f"--{name}",
+            dest="formats",
+            action="append_const",
+            const=name,
+            default=[],
+            help=f"print the table as {name.replace('latex', 'LaTeX').replace('markd', 'Markd')}",
+        )
+
+
+def _add_compare(commands: _Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train several recipes with the same seeds, and each student alone",
+        description="Train every RECIPE with every seed, and the students alone; then one table "
+        "with the mean over the seeds and the gain over the student alone.",
+        epilog=COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    compare.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="RECIPE | key=value",
+        help="named recipes, then overrides for all of them",
+    )
+    compare.add_argument(
+        "--seeds", type=_jobs, metavar="N", help="seeds 0 to N-1 for each; default: its own one"
+    )
+    _add_sweep(compare)
+    _add_formats(compare)
+
+
+def _add_table(commands: _Commands) -> None:
+    table = commands.add_parser(
+        "table",
+        help="one table of finished runs",
+        description="A table of finished runs, with what differs among them as their names.",
+    )
+    table.add_argument("words", nargs="*", default=[], metavar="RUN", help="folder of a run")
+    _add_formats(table)
 
 
 def _add_evaluate(commands: _Commands) -> None:

@@ -25,6 +25,8 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": ("fastkd.cli.running", "train"),
+    "compare": ("fastkd.cli.comparing", "compare"),
+    "table": ("fastkd.cli.comparing", "table"),
     "eval": ("fastkd.cli.running", "evaluate"),
     "models": ("fastkd.cli.networks", "models"),
     "cheapen": ("fastkd.cli.networks", "cheapen"),

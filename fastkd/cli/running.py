@@ -2,17 +2,22 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from fastkd.errors import UserError
 from fastkd.recipe.printing import annotated_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.sweep.grid import check_sweep, combinations
+from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
 
-__all__ = ["evaluate", "train"]
+if TYPE_CHECKING:
+    from fastkd.runs.stages import Session
+
+__all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept", "train"]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -23,52 +28,81 @@ def train(options: argparse.Namespace) -> int:
         for flag in ("resume", "dry_run", "print_config"):
             if getattr(options, flag):
                 raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
-        recipes = {chosen: _recipe_of(options, chosen) for chosen in combinations(options.sweep)}
+        recipes = swept(options, combinations(options.sweep))
         check_sweep(recipes)
-    else:
-        recipes = {(): _recipe_of(options)}
-    # A sweep changes neither the following settings nor the device.
-    recipe = next(iter(recipes.values()))
+        return run_all(recipes, jobs=options.jobs)
+    recipe = recipe_of(options)
     if options.print_config:
         print(annotated_yaml(recipe), end="")
         return 0
-    return _run(recipes, options)
+    return _run(recipe, options)
 
 
-def _run(recipes: dict[tuple[str, ...], Recipe], options: argparse.Namespace) -> int:
+def swept(options: argparse.Namespace, choices: Sequence[Choice]) -> dict[Choice, Recipe]:
+    """The recipe of every choice; one may also name it, `recipe=NAME`."""
+    recipes: dict[Choice, Recipe] = {}
+    for choice in choices:
+        names = [key.partition("=")[2] for key in choice if key.startswith("recipe=")]
+        more = [key for key in choice if not key.startswith("recipe=")]
+        recipes[choice] = recipe_of(options, more, names)
+    return recipes
+
+
+@contextmanager
+def session_of(recipes: Iterable[Recipe]) -> Iterator["Session"]:
+    """What the runs of one process share. They agree in device and deterministic."""
     import torch
 
     from fastkd.compute.machine import keep_to_quota
-    from fastkd.compute.precision import resolve_precision
     from fastkd.compute.ranks import open_world
     from fastkd.output.console import Console
     from fastkd.output.events import check_tensorboard
-    from fastkd.runs.dry_run import dry_run
-    from fastkd.runs.stages import Session, run_recipe
-    from fastkd.runs.sweep.running import run_sweep
+    from fastkd.runs.stages import Session
 
     keep_to_quota()
-    recipe = next(iter(recipes.values()))
-    if recipe.tensorboard:
+    every = list(recipes)
+    if any(recipe.tensorboard for recipe in every):
         check_tensorboard()
-    if recipe.deterministic:
+    if every[0].deterministic:
         # cuBLAS is deterministic only with a fixed workspace, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with open_world(recipe.device) as world, Console(enabled=world.is_main) as console:
-        session = Session(world, console, Path("runs"))
-        # Saved with the recipe: a run resumed on another machine computes as it did before.
-        settled = {
-            chosen: one.model_copy(
-                update={"precision": resolve_precision(one.precision, world.device).name}
-            )
-            for chosen, one in recipes.items()
-        }
-        if options.sweep:
-            return run_sweep(settled, session, jobs=options.jobs)
-        (recipe,) = settled.values()
+    with open_world(every[0].device) as world, Console(enabled=world.is_main) as console:
+        yield Session(world, console, Path("runs"))
+
+
+def settled(recipe: Recipe, session: "Session") -> Recipe:
+    """With the precision that is computed in.
+
+    It is saved with the recipe: a run resumed on another machine computes as it did before.
+    """
+    from fastkd.compute.precision import resolve_precision
+
+    precision = resolve_precision(recipe.precision, session.world.device).name
+    return recipe.model_copy(update={"precision": precision})
+
+
+def run_all(
+    recipes: Mapping[Choice, Recipe], *, jobs: int, formats: Sequence[str] = (), note: str = ""
+) -> int:
+    """Run a checked sweep, whose table is also printed in `formats`, after a note."""
+    from fastkd.runs.sweep.running import run_sweep
+
+    with session_of(recipes.values()) as session:
+        if note:
+            session.console.note(note)
+        every = {choice: settled(recipe, session) for choice, recipe in recipes.items()}
+        return run_sweep(every, session, jobs=jobs, formats=formats)
+
+
+def _run(recipe: Recipe, options: argparse.Namespace) -> int:
+    from fastkd.runs.dry_run import dry_run
+    from fastkd.runs.stages import run_recipe
+
+    with session_of([recipe]) as session:
+        recipe = settled(recipe, session)
         if options.dry_run:
-            console.facts(f"dry run of {recipe.name}", dry_run(recipe, session))
+            session.console.facts(f"dry run of {recipe.name}", dry_run(recipe, session))
         else:
             run_recipe(recipe, session, resume=options.resume)
     return 0
@@ -86,12 +120,20 @@ def evaluate(options: argparse.Namespace) -> None:
     Console(enabled=True).facts(f"evaluation of {options.what}", found)
 
 
-def _recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Recipe:
-    """The recipe that the words name; the overrides `more` come last."""
+def recipe_of(
+    options: argparse.Namespace, more: Sequence[str] = (), swept: Sequence[str] = ()
+) -> Recipe:
+    """The recipe that the words name; the overrides `more` come last. swept: its name instead."""
     names = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(names) > 1:
-        raise UserError(f"one recipe at a time, got {', '.join(names)}")
+        raise UserError(
+            f"one recipe at a time, got {', '.join(names)}; several, in one table: "
+            f"fastkd compare {' '.join(names)}"
+        )
+    if names and swept:
+        raise UserError(f"--sweep recipe=.. names the recipes: remove {names[0]}")
+    names = [*swept, *names]
     if names and names[0].endswith((".yaml", ".yml")):
         raise UserError(f"{names[0]} is a file: fastkd train --config {quote(names[0])}")
     config = options.config

@@ -1,11 +1,12 @@
 """What guessing reaches: the floor under teachers and students."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Chance", "chance_of", "surely_above"]
+__all__ = ["Chance", "chance_of", "least_above_chance", "share_of_guessing", "surely_above"]
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,13 @@ def chance_of(labels_N: Tensor, num_classes: int, samples: int) -> Chance:
 def surely_above(chance: float, samples: int) -> float:
     """Two standard deviations above chance, for a share that is measured on so many samples."""
     return chance + 2 * (chance * (1 - chance) / samples) ** 0.5
+
+
+def share_of_guessing(found: Mapping[str, float], num_classes: int) -> float:
+    """The headline metric of an evaluation, had the answers carried no information."""
+    return found.get("chance", 1 / num_classes)
+
+
+def least_above_chance(found: Mapping[str, float], num_classes: int) -> float:
+    """The headline metric from which the network of an evaluation is better than guessing."""
+    return surely_above(share_of_guessing(found, num_classes), int(found["samples"]))

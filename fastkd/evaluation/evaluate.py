@@ -20,7 +20,7 @@ from fastkd.losses.multilabel import known_bce
 from fastkd.models.intake import image_dtype
 from fastkd.models.taps import logits_of
 
-__all__ = ["EvalLoader", "evaluate", "evaluating"]
+__all__ = ["EvalLoader", "answer", "evaluate", "evaluating"]
 
 
 class EvalLoader(Protocol):
@@ -81,12 +81,15 @@ def _answers(
     forward: Callable[[Tensor], Any], loader: EvalLoader, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """fp32 logits [N, C] and labels of every batch."""
-    dtype = image_dtype(forward, precision)
     with torch.no_grad():
         for batch in loader.epoch(0):
-            with precision.autocast():
-                logits_NC = logits_of(forward(batch.images_NCHW.to(dtype)))
-            yield logits_NC.float(), batch.labels_N
+            yield answer(forward, batch.images_NCHW, precision), batch.labels_N
+
+
+def answer(forward: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Precision) -> Tensor:
+    """fp32 logits [N, C] of images on the network's device."""
+    with precision.autocast():
+        return logits_of(forward(images_NCHW.to(image_dtype(forward, precision)))).float()
 
 
 def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:

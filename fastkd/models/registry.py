@@ -268,6 +268,12 @@ def model_from_file(path: WeightSource) -> nn.Module:
     file = WeightFile.open(path)
     facts = file.network
     if facts.architecture is None:
+        if "module" in file.facts:
+            raise UserError(
+                f"{file}: its network is a {file.facts['module']}, which fastkd did not build and "
+                f"cannot rebuild; make one as your script does, and fill it with "
+                f"fastkd.storage.weights.load_into(network, FILE)"
+            )
         raise UserError(
             f"{file}: the file does not name its network; build it with "
             "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "

@@ -1,4 +1,4 @@
-"""What a run prints: one live line on a terminal, one line per epoch elsewhere.
+"""What a run prints: one live line on a terminal, elsewhere one line per epoch, more in long ones.
 
 Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages and trainer use it.
 Nothing here reads a tensor; the trainer has fetched the numbers. Everything goes to stdout; `cli`
@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.table import Column
+from rich.table import Column, Table
 from typing_extensions import override
 
 from fastkd.evaluation.headline import HEADLINES
 from fastkd.output.streams import discard
-from fastkd.output.table import comparison_table
+from fastkd.output.table import DISPENSABLE, NOTE_WIDTH, comparison_table
 from fastkd.printable import printable
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Console:
         self._bar: Progress | None = None
         self._stage = ""
         self._clock = _Clock()
+        self._silence = _Silence()
 
     def __enter__(self) -> "Console":
         return self
@@ -106,6 +107,7 @@ class Console:
         self.close()
         self._stage = name
         self._clock = _Clock()
+        self._silence = _Silence()
 
     def progress(
         self,
@@ -118,7 +120,7 @@ class Console:
         data_wait: float,
         loss: float,
     ) -> None:
-        """Redraw the live line; does nothing without a terminal.
+        """Redraw the live line; without a terminal a plain line, where none came for long.
 
         `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
         a share of 1.
@@ -128,7 +130,7 @@ class Console:
         done = epoch * steps + step
         total = epochs * steps
         left_s = self._clock.left_s(done / total)
-        if not self._live:
+        if not self._live and not self._silence.is_long():
             return
         facts = [
             f"epoch {min(epoch + 1, epochs)}/{epochs}",
@@ -138,6 +140,10 @@ class Console:
         ]
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
+        if not self._live:
+            facts.insert(1, f"step {step}/{steps}")
+            self.note("  ".join(filter(None, [self._stage, *facts])))
+            return
         if self._bar is None:
             self._bar = _bar(self._rich)
             self._bar.start()
@@ -173,6 +179,7 @@ class Console:
         if left_s is not None and not last:
             words.append(f"{duration(left_s)} left")
         self.note("  ".join(word for word in words if word))
+        self._silence.ends()
 
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
         """A titled list of names and values, one per line."""
@@ -185,10 +192,33 @@ class Console:
             self.note(f"  {name:<{width}}  {_readable(value)}")
 
     def comparison(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The closing table; see `comparison_table`."""
-        if self._enabled:
-            self.close()
-            self._rich.print(comparison_table(rows))
+        """The closing table; see `cells_of`. A narrow terminal does without some columns."""
+        if not self._enabled:
+            return
+        self.close()
+        screen = self._rich
+        if screen.is_terminal:
+            kept = range(len(DISPENSABLE) + 1)
+            dropped = next((DISPENSABLE[:n] for n in kept if self._fits(rows, n)), DISPENSABLE)
+            screen.print(comparison_table(rows, dropped=dropped))
+            return
+        # Whoever reads a pipe or a file can read long lines, but no names cut to pieces.
+        table = comparison_table(rows)
+        width = max(self._width(table), screen.width)
+        _Screen(file=screen.file, width=width, highlight=False, markup=False, emoji=False).print(
+            table
+        )
+
+    def _fits(self, rows: Sequence[Mapping[str, Any]], dropped: int) -> bool:
+        """Whether the terminal is wide enough without the first dispensable columns."""
+        # A note is folded.
+        noteless = comparison_table(rows, dropped=(*DISPENSABLE[:dropped], "note"))
+        note = 0 if "note" in DISPENSABLE[:dropped] else NOTE_WIDTH
+        return self._width(noteless) + note <= self._rich.width
+
+    def _width(self, table: Table) -> int:
+        wide = self._rich.options.update(width=10_000)
+        return self._rich.measure(table, options=wide).maximum
 
 
 class _Clock:
@@ -206,6 +236,28 @@ class _Clock:
         if share <= start_share:
             return None
         return (now - start_s) / (share - start_share) * (1 - share)
+
+
+class _Silence:
+    """When a log that nobody redraws wants another line: after 30 s, then ever more rarely."""
+
+    FIRST_S, LONGEST_S = 30.0, 600.0
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._bearable_s = self.FIRST_S
+
+    def ends(self) -> None:
+        """A line was printed."""
+        self._since = time.monotonic()
+
+    def is_long(self) -> bool:
+        """Whether it has lasted too long; if so, the next one may last twice as long."""
+        if time.monotonic() - self._since < self._bearable_s:
+            return False
+        self._bearable_s = min(2 * self._bearable_s, self.LONGEST_S)
+        self.ends()
+        return True
 
 
 def _bar(console: RichConsole) -> "Progress":

@@ -1,6 +1,11 @@
-"""Runs side by side as a table for the terminal; `console` prints it after a run or a sweep."""
+"""Runs side by side as a table: for the terminal, for a pipe, as Markdown and as LaTeX.
+
+Flow: `report` and `runs.sweep` make rows; `cells_of` is the one place that turns them into text,
+and each format lays the same text out.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -10,57 +15,147 @@ from rich.text import Text
 from fastkd.evaluation.headline import HEADLINES, headline_of
 from fastkd.printable import printable
 
-__all__ = ["comparison_table"]
+__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table"]
+
+DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
+"""Columns that a terminal may be too narrow for, the first to go first."""
+NOTE_WIDTH = 10
+"""What a folded note needs, with its distance."""
+_LONGEST_NAME = 48
+"""Longer names of runs are folded."""
 
 CELL = 400
 """Longest cell, in characters."""
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs side by side: accuracy (or mAP), size, cost and speed.
+@dataclass(frozen=True)
+class _Cells:
+    """A table as text."""
+
+    headers: dict[str, str]
+    """Title of each column by its key, in two lines where it says so."""
+    rows: list[dict[str, str]]
+
+    def without(self, dropped: Sequence[str]) -> "_Cells":
+        return _Cells({k: v for k, v in self.headers.items() if k not in dropped}, self.rows)
+
+
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> _Cells:
+    """The text of all columns that some row fills; run and accuracy are always there.
 
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
-    evaluated), `accuracy_best`, `params`, `macs`, `images_per_s` (in training) and `note`;
-    missing values stay empty. Accuracies are shares of 1. Fits into 80 columns. `map` replaces
-    `accuracy` if a row has it. `of_teacher`, the accuracy of the run's teacher, adds a column.
+    evaluated), `accuracy_best`, `of_teacher` (accuracy of the run's teacher), `gain` and `gain_se`
+    (over the same student alone, and its standard error), `params`, `macs`, `images_per_s` (in
+    training) and `note`. Accuracies are shares of 1. `map` replaces `accuracy` if a row has it.
     """
     metric = headline_of(rows)
-    columns = {
-        "run": Column("\nrun", overflow="fold", min_width=17),
-        "last": _number_column(f"{HEADLINES[metric]}\nlast"),
-        "best": _number_column("\nbest"),
-        "of_teacher": _number_column(f"teacher\n{HEADLINES[metric]}"),
-        "params": _number_column("\nparams"),
-        "macs": _number_column("\nMACs"),
-        "images_per_s": _number_column("images\nper s"),
-        "note": Column("\nnote", overflow="fold", style="dim"),
+    printed = HEADLINES[metric]
+    headers = {
+        "run": "\nrun",
+        "last": f"{printed}\nlast",
+        "best": "\nbest",
+        "gain": "gain over\nalone",
+        "of_teacher": f"teacher\n{printed}",
+        "params": "\nparams",
+        "macs": "\nMACs",
+        "images_per_s": "images\nper s",
+        "note": "\nnote",
     }
-    if not any(row.get("of_teacher") is not None for row in rows):
-        del columns["of_teacher"]
+    found = [
+        {
+            "run": printable(str(row.get("run", "")), CELL),
+            "last": _percent(row.get(f"{metric}_last", row.get(metric))),
+            "best": _percent(row.get(f"{metric}_best")),
+            "gain": _points(row.get("gain"), row.get("gain_se")),
+            "of_teacher": _percent(row.get("of_teacher")),
+            "params": _quantity(row.get("params")),
+            # Of a network that cannot be counted it is None.
+            "macs": _quantity(row.get("macs"), "-" if "macs" in row else ""),
+            "images_per_s": ""
+            if row.get("images_per_s") is None
+            else f"{row['images_per_s']:,.0f}",
+            "note": printable(str(row.get("note") or ""), CELL),
+        }
+        for row in rows
+    ]
+    optional = ("gain", "of_teacher")
+    empty = [key for key in optional if not any(row[key] for row in found)]
+    return _Cells(headers, found).without(empty)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], *, dropped: Sequence[str] = ()) -> Table:
+    """For the terminal; rows as of `cells_of`, without the columns `dropped`."""
+    cells = cells_of(rows).without(dropped)
+    longest = max((len(row["run"]) for row in cells.rows), default=0)
+    columns = {
+        "run": Column("\nrun", no_wrap=longest <= _LONGEST_NAME, overflow="fold", min_width=17),
+        "note": Column("\nnote", overflow="fold", style="dim", min_width=NOTE_WIDTH - 2),
+    }
     table = Table(
-        *columns.values(),
+        *(columns.get(key, _number_column(title)) for key, title in cells.headers.items()),
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
         header_style="bold",
     )
-    for row in rows:
-        speed = row.get("images_per_s")
-        cells = {
-            "run": str(row.get("run", "")),
-            "last": _percent(row.get(f"{metric}_last", row.get(metric))),
-            "best": _percent(row.get(f"{metric}_best")),
-            "of_teacher": _percent(row.get("of_teacher")),
-            "params": _quantity(row.get("params")),
-            # Of a network that cannot be counted it is None.
-            "macs": _quantity(row.get("macs"), "-" if "macs" in row else ""),
-            "images_per_s": "" if speed is None else f"{speed:,.0f}",
-            "note": str(row.get("note", "")),
-        }
+    for row in cells.rows:
         # As Text: a swept value such as [red] is no markup.
-        table.add_row(*(Text(printable(cells[name], CELL)) for name in columns))
+        table.add_row(*(Text(row[key]) for key in cells.headers))
     return table
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of GitHub's Markdown."""
+    cells = _filled(cells_of(rows))
+    lines = [_title(title) for title in cells.headers.values()]
+    rule = [":--" if key in ("run", "note") else "--:" for key in cells.headers]
+    body = [[row[key].replace("|", "\\|") for key in cells.headers] for row in cells.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines, rule, *body]) + "\n"
+
+
+def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
+    r"""A tabular for LaTeX, to be used with `\usepackage{booktabs}`."""
+    cells = _filled(cells_of(rows))
+    layout = "".join("l" if key in ("run", "note") else "r" for key in cells.headers)
+    lines = [[_title(title) for title in cells.headers.values()]]
+    lines += [[row[key] for key in cells.headers] for row in cells.rows]
+    head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{layout}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text).replace("+- ", r"$\pm$ ")
+
+
+def _filled(cells: _Cells) -> _Cells:
+    """Without columns in which no row has anything."""
+    return cells.without([key for key in cells.headers if not any(row[key] for row in cells.rows)])
+
+
+def _title(header: str) -> str:
+    return " ".join(header.split())
 
 
 def _number_column(header: str) -> Column:
@@ -69,6 +164,16 @@ def _number_column(header: str) -> Column:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
+
+
+def _points(share: float | None, error: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:+.2f}" + ("" if error is None else f" +- {100 * error:.2f}")
+
+
+def _whole(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
 
 
 def _quantity(number: float | None, unknown: str = "") -> str:

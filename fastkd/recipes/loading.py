@@ -14,6 +14,7 @@ from fastkd.config.mistakes import explain
 from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
+from fastkd.output.call_record import how_to_resume, is_call
 from fastkd.printable import shown
 from fastkd.recipe.overrides import nested, parse_override, set_key
 from fastkd.recipe.printing import valid_keys
@@ -161,6 +162,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"the recipe file {name} is not valid YAML ({error})") from None
     except ValueError:  # a NUL character in its name
         raise UserError(f"cannot read the recipe file {name}: no file has this name") from None
+    if is_call(values):
+        raise UserError(
+            f"{name} describes a run of fastkd.distill, whose networks and loaders no recipe has: "
+            f"{how_to_resume(path.parent)}"
+        )
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(

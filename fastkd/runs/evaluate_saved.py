@@ -16,6 +16,7 @@ from fastkd.models import create_model
 from fastkd.models.card import card_of, title_of
 from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
+from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
 from fastkd.printable import few
 from fastkd.recipe.schema import Recipe
@@ -42,6 +43,17 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{run} has no best.safetensors yet: it has not been evaluated so far")
+    if read_call(folder) is not None:
+        model = model_from_file(weights)
+        if not _names_data(keys):
+            raise UserError(
+                f"{run} is a run of fastkd.distill, and its validation images are in the script "
+                f"that made it: name images to evaluate on, normalised as that script does it, "
+                f"data.name=folder data.root=FOLDER data.image_size=.. data.mean=.. data.std=.."
+            )
+        card = card_of(model)
+        assert card is not None and card.name is not None
+        return _evaluate(_recipe_for(card.name, keys), lambda _: model)
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
     file = WeightFile.open(weights)
     return _evaluate(_shown_as(recipe, file.network.data), lambda _: model_from_file(file))
@@ -54,17 +66,11 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     (`student.width=0.5`). So does the way in which pictures are shown, and for a network of timm
     with a file that does not say it, from timm.
     """
-    if not any(key.startswith("data.name=") for key in keys):
+    if not _names_data(keys):
         raise UserError(
             "name the data to evaluate on: data.name=cifar10 data.root=FOLDER, or data.name=digits"
         )
-    blank = {
-        "name": "eval",
-        "data": {"name": "digits"},
-        "student": {"name": name, "weights": weights},
-        "losses": {"ce": {"weight": 1.0}},
-    }
-    recipe = load_recipe(None, values=blank, overrides=keys)
+    recipe = _recipe_for(name, keys, weights)
 
     file = WeightFile.open(weights, recipe.student.weights_key)
     shown = file.network.data
@@ -105,6 +111,21 @@ def _shown_as(recipe: Recipe, facts: DataFacts | None) -> Recipe:
         own |= {f"eval_{name}": value for name, value in framing.model_dump().items()}
     missing = {key: value for key, value in own.items() if getattr(keys, key) is None}
     return recipe.model_copy(update={"data": keys.model_copy(update=missing)})
+
+
+def _names_data(keys: Sequence[str]) -> bool:
+    return any(key.startswith("data.name=") for key in keys)
+
+
+def _recipe_for(name: str, keys: Sequence[str], weights: str | None = None) -> Recipe:
+    """A recipe that says no more than which network sees which data."""
+    blank = {
+        "name": "eval",
+        "data": {"name": "digits"},
+        "student": {"name": name, "weights": weights},
+        "losses": {"ce": {"weight": 1.0}},
+    }
+    return load_recipe(None, values=blank, overrides=keys)
 
 
 def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:

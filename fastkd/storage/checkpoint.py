@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
         raise RunFailed(
             f"{error}. The previous checkpoint is intact: {'free some space and ' if full else ''}"
-            f"continue with --resume {path.parent}"
+            f"continue with --resume {path.parent} (a call of distill: with resume=True)"
         ) from error.__cause__
 
 

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +201,7 @@ def renamings(model: nn.Module, names: Sequence[str]) -> list[Mapping[str, str]]
     found: list[Mapping[str, str]] = [{name: name for name in names}]
     for key_map in maps.values():
         if isinstance(key_map, Mapping):
-            table: Mapping[str, str | None] = key_map
+            table = cast(Mapping[str, str | None], key_map)
             renamed = {name: _rename(name, table) for name in names}
             found.append({name: new for name, new in renamed.items() if new is not None})
         else:

@@ -16,7 +16,7 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
-from fastkd.evaluation.chance import surely_above
+from fastkd.evaluation.chance import least_above_chance
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import create_model
@@ -325,8 +325,7 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
     reached, floor = found[headline(found)], config.min_accuracy
     if floor is None:
-        chance = found.get("chance", 1 / data.facts.num_classes)
-        floor = surely_above(chance, data.val.num_samples)
+        floor = least_above_chance(found, data.facts.num_classes)
     if reached < floor:
         raise UserError(
             f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "

@@ -1,6 +1,7 @@
 """The arguments of `fastkd.distill`: checked, and converted to what the trainer takes."""
 
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -24,6 +25,7 @@ from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.config import OptimConfig
 
 __all__ = [
+    "check_callback",
     "check_choice",
     "check_needs",
     "check_numbers",
@@ -50,6 +52,26 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """UserError for a value that is not one of the choices."""
     if value not in choices:
         raise UserError(f"distill: {name}={value!r}; choose one of {', '.join(choices)}")
+
+
+def check_callback(on_epoch: object) -> None:
+    """UserError for a callback that cannot be called with a row."""
+    if on_epoch is None:
+        return
+    if not callable(on_epoch):
+        raise UserError(
+            f"distill: on_epoch={on_epoch!r}; expected a function of one argument, an epoch's row "
+            f"of metrics, as in on_epoch=lambda row: print(row['val_accuracy'])"
+        )
+    try:
+        signature(on_epoch).bind({})
+    except TypeError as error:
+        raise UserError(
+            f"distill: on_epoch is called with one argument, an epoch's row of metrics, which "
+            f"{getattr(on_epoch, '__name__', on_epoch)} does not take ({error})"
+        ) from None
+    except ValueError:
+        pass  # a builtin that does not say what it takes
 
 
 def check_numbers(epochs: object, accumulate: object, ema: float | None) -> None:

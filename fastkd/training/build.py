@@ -179,6 +179,7 @@ def build_trainer(
         update=update,
         folder=output.folder,
         console=output.console,
+        on_epoch=output.on_epoch,
     )
 
 

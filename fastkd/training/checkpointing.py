@@ -105,8 +105,10 @@ def write(path: Path, digest: str, decisions: dict[str, str], states: dict[str, 
     save_checkpoint(path, {"digest": digest, "decisions": decisions} | states)
 
 
-def open_checkpoint(folder: RunFolder, digest: str, world: World) -> Checkpoint | None:
+def open_checkpoint(folder: RunFolder, digest: str | None, world: World) -> Checkpoint | None:
     """The folder's last.pt, read once, on every rank; None if there is none yet.
+
+    digest: of the run that resumes it; None if the caller compares it.
 
     Raises:
         UserError: it is damaged, or belongs to a run with another digest.

@@ -145,7 +145,8 @@ class Guard:
             raise RunFailed(
                 f"{longest} steps in a row had a loss or a gradient that was not finite (at most "
                 f"{self.max_skips} are skipped; {total} so far in this run). None of them changed "
-                "the weights. Lower optim.lr, clip the gradients, or use precision=fp32"
+                "the weights. Lower the learning rate (optim.lr; in Python lr), clip the "
+                "gradients, or use precision fp32"
             )
         return consecutive, total
 
@@ -154,7 +155,7 @@ class Guard:
         return RunFailed(
             f"nothing was learned: every step ({self.counts()[1]}) had a loss or a gradient "
             "that was not finite. Look for NaN in the images and the networks' weights, lower "
-            "optim.lr, or use precision=fp32"
+            "the learning rate (optim.lr; in Python lr), or use precision fp32"
         )
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """The arguments of `build_trainer`: images and labels, how to train, where results go."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastkd.augment.config import PickConfig
 from fastkd.augment.views import XPrime
@@ -76,3 +78,5 @@ class Output:
     folder: RunFolder | None = None
     """None writes nothing."""
     console: Console = field(default_factory=lambda: Console(enabled=False))
+    on_epoch: Callable[[dict[str, Any]], object] | None = None
+    """Called on rank 0 with a copy of every epoch's row."""

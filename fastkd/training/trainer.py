@@ -13,7 +13,7 @@ and nowhere else.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.collectives import all_reduce_sum, split_evenly
 from fastkd.compute.placement import Placement
-from fastkd.compute.ranks import World
+from fastkd.compute.ranks import World, broadcast_object
 from fastkd.data.batch import TrainLoader
-from fastkd.errors import Interrupted
+from fastkd.errors import Interrupted, RunFailed
 from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.evaluation.headline import headline, of_epoch
 from fastkd.losses.base.term import LossTerm
@@ -92,9 +92,14 @@ class Trainer:
     folder: RunFolder | None
     """None writes nothing; rank 0 alone writes."""
     console: Console
+    on_epoch: Callable[[dict[str, Any]], object] | None = None
+    """Called on rank 0 at the end of every epoch, with a copy of its row; None on every rank if
+    rank 0 has none."""
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
+    best_state: dict[str, Any] | None = None
+    """State dict of the best epoch's network, on the CPU, if there is no folder to keep it in."""
 
     @property
     def world(self) -> World:
@@ -256,6 +261,26 @@ class Trainer:
             self.folder.append_metrics(row)
         self.save()
         self.console.epoch(row, plan.epochs)
+        self._tell(row)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """Call `on_epoch`. Its exception ends the run on every rank, after the epoch was saved."""
+        if self.on_epoch is None:
+            return
+        failed: Exception | None = None
+        if self.world.is_main:
+            try:
+                self.on_epoch(dict(row))
+            except Exception as error:  # the caller's code, which may raise anything
+                failed = error
+        if failed is not None:
+            saved = "is saved: resume=True continues after it" if self.folder else "is not saved"
+            failed.add_note(f"fastkd: raised by on_epoch after epoch {row['epoch']}, which {saved}")
+        others = broadcast_object(failed and repr(failed)) if self.world.size > 1 else None
+        if failed is not None:
+            raise failed
+        if others:
+            raise RunFailed(f"on_epoch failed on rank 0: {others}")
 
     def _evaluate(self) -> dict[str, float]:
         assert self.val_loader is not None
@@ -277,12 +302,18 @@ class Trainer:
         return kept
 
     def _keep_best(self, row: dict[str, Any]) -> None:
-        if not self.folder or not self.world.is_main:
-            return
-        facts = {"epoch": str(row["epoch"])}
-        if self.val_loader is not None:
-            facts[headline(row)] = f"{self.progress.best:.6f}"
-        save_weights(self.folder.path / "best.safetensors", self.kept(), self.plan.metadata | facts)
+        kept = self.kept()
+        if not self.folder:
+            self.best_state = {
+                key: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+                for key, value in kept.state_dict().items()
+            }
+        elif self.world.is_main:
+            # The module: for a network that no name can rebuild, whose weights these are.
+            facts = {"epoch": str(row["epoch"]), "module": type(kept).__qualname__}
+            if self.val_loader is not None:
+                facts[headline(row)] = f"{self.progress.best:.6f}"
+            save_weights(self.folder.path / "best.safetensors", kept, self.plan.metadata | facts)
 
     def summary(self) -> dict[str, Any]:
         """Last and best headline metric and the rates of the run; for summary.json."""

@@ -193,8 +193,6 @@ def test_what_was_written_is_not_overwritten(tmp_path: Path) -> None:
     assert first.run_dir == tmp_path / "run"
     with pytest.raises(UserError, match="exists and is not empty"):
         distill(losses=[CrossEntropy()], out=tmp_path / "run")
-    with pytest.raises(UserError, match="there is no run folder"):
-        distill(losses=[CrossEntropy()], out=tmp_path / "other", resume=True)
 
 
 def shared(dataset: Any, sampler: Any) -> DataLoader[Any]:
@@ -243,7 +241,7 @@ def test_a_run_does_not_go_on_as_another(
 ) -> None:
     finished(tmp_path, KD())
     finished(tmp_path, KD(), resume=True)
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="belongs to a run with other arguments"):
         finished(tmp_path, *losses, frozen=frozen, resume=True)
 
 

@@ -9,6 +9,8 @@ from fastkd.recipe.printing import valid_keys
 
 OPTIONS = {
     "train": {"--config", "--dry-run", "--jobs", "--print-config", "--resume", "--sweep"},
+    "compare": {"--jobs", "--latex", "--markdown", "--seeds", "--sweep"},
+    "table": {"--latex", "--markdown"},
     "eval": {"--weights"},
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},

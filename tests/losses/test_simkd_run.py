@@ -135,7 +135,7 @@ def test_networks_of_others(tmp_path: Path) -> None:
     assert hits_N.float().mean().item() == pytest.approx(result.metrics["accuracy_last"])
     assert not any(module._forward_hooks for module in result.student.modules())
     # Nobody can rebuild such a network from a file, which then does not name one.
-    with pytest.raises(UserError, match="the file does not name its network"):
+    with pytest.raises(UserError, match="its network is a ReusedHead, which fastkd did not build"):
         model_from_file(tmp_path / "run")
 
 

@@ -225,7 +225,7 @@ def test_a_diverging_run_ends_with_code_1(
     (complaint,) = capsys.readouterr().err.splitlines()
     assert complaint.startswith("fastkd: ")
     assert "steps in a row had a loss or a gradient that was not finite" in complaint
-    assert "Lower optim.lr" in complaint
+    assert "Lower the learning rate (optim.lr; in Python lr)" in complaint
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

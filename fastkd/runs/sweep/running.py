@@ -5,7 +5,7 @@ command is run again. The runs follow each other in this process, or run in para
 processes (`jobs`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,16 @@ from fastkd.storage.facts import DataFacts
 __all__ = ["run_sweep"]
 
 
-def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int = 1) -> int:
+def run_sweep(
+    recipes: Mapping[Choice, Recipe],
+    session: Session,
+    *,
+    jobs: int = 1,
+    formats: Sequence[str] = (),
+) -> int:
     """Run what is not finished yet, print the table; returns the exit code, 1 if a run failed.
 
+    formats: what the table is also printed as, `latex` or `markdown`.
     jobs: number of parallel runs. In one process a failed run (such as one that diverged) does not
     stop the others; a run's UserError ends the sweep, with the table of what is finished.
     """
@@ -45,7 +52,7 @@ def run_sweep(recipes: Mapping[Choice, Recipe], session: Session, *, jobs: int =
             print_table(recipes, session, found)
         raise
     _fill_in(recipes, past, found, "failed")
-    print_table(recipes, session, found)
+    print_table(recipes, session, found, formats)
     return 1 if any(summary == {"note": "failed"} for summary in found.values()) else 0
 
 

@@ -1,0 +1,144 @@
+"""`fastkd compare` and `fastkd table`: several runs in one table."""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkd.cli.running import run_all, swept
+from fastkd.errors import UserError
+from fastkd.output.call_record import read_call
+from fastkd.output.run_folder import RunFolder
+from fastkd.recipe.schema import Recipe
+from fastkd.recipes.loading import load_recipe
+from fastkd.runs.sweep.baselines import with_baselines
+from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
+
+__all__ = ["compare", "table"]
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Train all recipes with all seeds, and their students alone."""
+    names = list(dict.fromkeys(word for word in options.words if "=" not in word))
+    options.words = [word for word in options.words if "=" in word]
+    # What `recipe_of` reads of the command `train`.
+    options.config = options.resume = None
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            raise UserError(
+                f"{name} is a file, and compare takes named recipes: fastkd train --config {name}"
+            )
+    choices = [
+        (f"recipe={name}", *choice, *seed)
+        for name in names
+        for choice in (combinations(options.sweep) if options.sweep else [()])
+        for seed in _seeds(options)
+    ]
+    if any(key.startswith("recipe=") for choice in choices for key in choice[1:]):
+        raise UserError("compare takes recipes by name, without recipe=: fastkd compare A B")
+    if not choices:
+        raise UserError("name the recipes to compare: fastkd compare RECIPE RECIPE --seeds 3")
+    recipes = swept(options, choices)
+    check_sweep(recipes)
+    as_named = any(word.startswith("baseline.lrs=") for word in options.words)
+    every, baselines = with_baselines(recipes, as_named=as_named)
+    note = f"{len(recipes)} runs"
+    if baselines:
+        note += f", and {baselines} of students alone to compare with (baseline.lrs= omits them)"
+    return run_all(every, jobs=options.jobs, formats=options.formats, note=note)
+
+
+def _seeds(options: argparse.Namespace) -> list[Choice]:
+    if options.seeds is None:
+        return [()]
+    for given in (*options.words, *options.sweep):
+        if given.startswith("seed="):
+            raise UserError(f"--seeds {options.seeds} and {given} exclude each other: keep one")
+    return [(f"seed={seed}",) for seed in range(options.seeds)]
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print finished runs side by side, each named by what differs among them."""
+    from fastkd.output.console import Console
+    from fastkd.runs.sweep.table import FORMATS, rows_of, shown
+
+    # The shell's runs/RECIPE/* also finds what a sweep writes beside its runs.
+    words = [word for word in options.words if not Path(word).name.startswith("sweep-")]
+    folders = list(dict.fromkeys(map(Path, words)))
+    summaries = {f: found for f in folders if (found := _summary_of(f)) is not None}
+    if not summaries:
+        raise UserError("name the folders of finished runs: fastkd table runs/RECIPE/*")
+    recipes = {folder: _recipe_of(folder) for folder in summaries}
+    choices = _differences(recipes)
+    rows = rows_of(
+        {choices[folder]: recipe for folder, recipe in recipes.items()},
+        {choices[folder]: summary for folder, summary in summaries.items()},
+    )
+    if not options.formats:
+        Console().comparison(shown(rows))
+    for name in options.formats:
+        print(FORMATS[name](shown(rows)), end="")
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    if read_call(folder) is not None:
+        raise UserError(
+            f"{folder} is a run of fastkd.distill, which has no keys to tell it from others: its "
+            f"numbers are in {folder / 'summary.json'} and metrics.csv"
+        )
+    return load_recipe(None, config=folder / "config.yaml")
+
+
+def _summary_of(folder: Path) -> dict[str, Any] | None:
+    """None, with a note, for a run that is not finished."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    summary = RunFolder.open(folder).summary()
+    if summary is None:
+        warnings.warn(f"{folder} is not finished and left out", stacklevel=2)
+    return summary
+
+
+def _differences(recipes: dict[Path, Recipe]) -> dict[Path, Choice]:
+    """The overrides that tell the recipes apart: their names, then keys that say something new.
+
+    Runs of the same recipe are told apart by their folders.
+    """
+    dotted = {folder: recipe.dotted() for folder, recipe in recipes.items()}
+    every = list(dotted.values())
+    keys = ["name", *(key for values in every for key in values)]
+    told = list[str]()
+    for key in dict.fromkeys(keys):
+        varies = len({repr(values.get(key)) for values in every}) > 1
+        # Over the seed there are means, so it is named in any case, and after the rest.
+        if key in ("seed", "description") or not varies:
+            continue
+        known = [*told, "seed"] if key.endswith(".seed") else told
+        if not _follows(key, known, every):
+            told.append(key)
+    if len({values["seed"] for values in every}) > 1:
+        told.append("seed")
+    choices = {
+        folder: tuple(
+            f"{'recipe' if key == 'name' else key}={_text(values.get(key))}" for key in told
+        )
+        for folder, values in dotted.items()
+    }
+    shared = list(choices.values())
+    return {
+        folder: choice if shared.count(choice) == 1 else (f"run={folder}", *choice)
+        for folder, choice in choices.items()
+    }
+
+
+def _follows(key: str, known: Sequence[str], every: Sequence[dict[str, Any]]) -> bool:
+    """Whether the keys known so far decide this one."""
+    pairs = {(repr([one.get(k) for k in known]), repr(one.get(key))) for one in every}
+    return len({known for known, _ in pairs}) == len(pairs)
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ",".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)

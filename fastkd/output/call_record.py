@@ -1,0 +1,71 @@
+"""config.yaml in the folder of a `fastkd.distill`: what the call decided.
+
+Flow: `fastkd.api` writes it. Whoever reads a config.yaml asks here first, because this one is no
+recipe: networks and loaders are in the caller's script. It shows what a run was, and which argument
+differs where a resumed call is another one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["differences", "how_to_resume", "is_call", "read_call", "record"]
+
+_MARK = ("made_by", "fastkd.distill")
+
+
+def record(facts: Mapping[str, Any]) -> str:
+    """The text of config.yaml; facts: plain values by name."""
+    head = "# What a call of fastkd.distill decided. Not a recipe: networks and loaders are in\n"
+    head += "# the script that made the call; to resume, run it again with resume=True.\n"
+    return head + yaml.safe_dump(dict([_MARK]) | _plain(facts), sort_keys=False, width=100)
+
+
+def is_call(values: object) -> bool:
+    """Whether the contents of a config.yaml are those of a call, and not of a recipe."""
+    return isinstance(values, Mapping) and values.get(_MARK[0]) == _MARK[1]
+
+
+def read_call(folder: Path) -> dict[str, Any] | None:
+    """The facts of the call that made a folder; None for any other folder."""
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return dict(values) if is_call(values) else None
+
+
+def how_to_resume(folder: Path) -> str:
+    """The advice for an unfinished run."""
+    return f"run the script that made it again, with distill(.., out={str(folder)!r}, resume=True)"
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """`epochs: 3 there, 2 here` for every fact that is not the same."""
+    one, other = _flat("", _plain(there)), _flat("", _plain(here))
+    unlike = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [
+        f"{key}: {one.get(key)} there, {other.get(key)} here"
+        for key in unlike
+        if key not in ("digest", _MARK[0])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """As YAML gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))  # the teachers
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    parts = [_flat(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}

@@ -1,0 +1,148 @@
+"""Short names for the runs of a sweep: what varies among them, as short as it stays unique.
+
+The table shows these; its CSV file has every key and value in full.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from fastkd.runs.sweep.baselines import ALONE
+from fastkd.runs.sweep.grid import Choice
+
+__all__ = ["labels"]
+
+LONG = 32
+"""Names are shortened if one is longer than this."""
+
+Pair = tuple[str, str]
+
+
+def labels(choices: Sequence[Choice]) -> dict[Choice, str]:
+    """A name for every choice."""
+    split = {choice: [_pair(override) for override in choice] for choice in choices}
+    ways: list[Callable[[dict[Choice, list[Pair]]], dict[Choice, list[Pair]]]] = [
+        _as_they_are,
+        _without_what_all_share,
+        _shorter_values,
+        _shorter_keys,
+    ]
+    names: dict[Choice, str] = {}
+    for way in ways:
+        split = way(split)
+        shorter = {choice: _joined(pairs) for choice, pairs in split.items()}
+        if len(set(shorter.values())) < len(choices):
+            break
+        names = shorter
+        if max(map(len, names.values()), default=0) <= LONG:
+            break
+    return names or {choice: " ".join(choice) for choice in choices}
+
+
+def _joined(pairs: Iterable[Pair]) -> str:
+    # What has lost its key says by itself what it is.
+    return " ".join(f"{key}={value}" if key else value for key, value in pairs)
+
+
+def _pair(override: str) -> Pair:
+    key, _, value = override.partition("=")
+    return key, value
+
+
+def _as_they_are(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
+    return split
+
+
+def _without_what_all_share(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
+    shared = set.intersection(*(set(pairs) for pairs in split.values())) if split else set()
+    return {choice: [p for p in pairs if p not in shared] for choice, pairs in split.items()}
+
+
+def _shorter_values(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
+    values: dict[str, list[str]] = {}
+    for pairs in split.values():
+        for key, value in pairs:
+            values.setdefault(key, []).append(value)
+    short = {key: _short_values(key, list(dict.fromkeys(own))) for key, own in values.items()}
+    return {c: [short[key][value] for key, value in pairs] for c, pairs in split.items()}
+
+
+def _short_values(key: str, values: Sequence[str]) -> dict[str, Pair]:
+    if key == "recipe":
+        alone = [value for value in values if value.startswith(f"{ALONE}/")]
+        methods = _unlike_parts([value for value in values if value not in alone])
+        students = _unlike_parts(alone)
+        short = methods | {
+            value: ALONE if len(alone) == 1 else f"{ALONE} {students[value]}" for value in alone
+        }
+        return {value: ("", short[value]) for value in values}
+    short = _short_mappings(values)
+    if all("/" in value for value in values):
+        short = _unlike_parts(values)
+    if len(set(short.values())) < len(values):
+        return {value: (key, value) for value in values}
+    # The losses of a run are its method: they need no key.
+    named = key == "losses" and all(value != short[value] for value in values)
+    return {value: ("" if named else key, short[value]) for value in values}
+
+
+def _short_mappings(values: Sequence[str]) -> dict[str, str]:
+    """`{kd: {weight: 1}, at: {weight: 9}}` -> `kd+at`, `{stage1: stage2}` -> `stage1:stage2`.
+
+    Those that still read the same get the entries in which they differ: `kd weight=1`.
+    """
+    found = {value: _mapping(value) for value in values}
+    if not all(found.values()):
+        return {value: value for value in values}
+    short = {
+        value: ",".join(f"{k}:{v}" for k, v in one.items())
+        if not any(isinstance(item, Mapping) for item in one.values())
+        else "+".join(map(str, one))
+        for value, one in found.items()
+    }
+    leaves = {value: _leaves(one) for value, one in found.items()}
+    named: dict[str, str] = {}
+    for value, name in short.items():
+        own, alike = leaves[value], [leaves[other] for other in values if short[other] == name]
+        unlike = [k for k in own if any(other.get(k) != own[k] for other in alike)]
+        named[value] = " ".join([name, *(f"{k.rpartition('.')[2]}={own[k]}" for k in unlike)])
+    return named
+
+
+def _mapping(value: str) -> dict[Any, Any]:
+    try:
+        found: Any = yaml.safe_load(value) if value.startswith("{") else None
+    except yaml.YAMLError:
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _leaves(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Every entry by its dotted path."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        path = f"{prefix}{key}"
+        found |= _leaves(item, f"{path}.") if isinstance(item, Mapping) else {path: item}
+    return found
+
+
+def _unlike_parts(values: Sequence[str]) -> dict[str, str]:
+    """Names without the parts, between slashes, that they begin or end with in common."""
+    parts = {value: value.split("/") for value in values}
+    shortest = min(map(len, parts.values()), default=1)
+    start = end = 0
+    while start < shortest - 1 and len({tuple(p[: start + 1]) for p in parts.values()}) == 1:
+        start += 1
+    while end < shortest - 1 - start and len({tuple(p[-end - 1 :]) for p in parts.values()}) == 1:
+        end += 1
+    return {value: "/".join(own[start : len(own) - end]) for value, own in parts.items()}
+
+
+def _shorter_keys(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
+    keys = list(dict.fromkeys(key for pairs in split.values() for key, _ in pairs if key))
+    last = [key.rpartition(".")[2] for key in keys]
+    short = {
+        key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
+    }
+    return {c: [(short.get(key, key), value) for key, value in pairs] for c, pairs in split.items()}

@@ -1,0 +1,135 @@
+"""The folder of a call of `fastkd.distill`: chosen, described, compared with a later call.
+
+Flow: `fastkd.api` asks for it once everything fits. With `resume=True` any state of a folder is
+right as long as a call with the same arguments made it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastkd.compute.machine import environment
+from fastkd.compute.ranks import World, on_main
+from fastkd.errors import Interrupted, UserError
+from fastkd.losses.base.term import LossTerm
+from fastkd.models.card import card_of, title_of
+from fastkd.output.call_record import differences, how_to_resume, read_call, record
+from fastkd.output.run_folder import RunFolder
+from fastkd.storage.checkpoint import Checkpoint
+from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.settings import TrainData
+
+__all__ = ["advice", "choose_folder", "described", "open_state", "settings_of"]
+
+
+def choose_folder(
+    out: str | Path | None, call: Mapping[str, Any], *, resume: bool
+) -> RunFolder | None:
+    """The folder to write to: a new one, or with `resume` one that a call like this one made."""
+    if out is None:
+        if resume:
+            raise UserError("resume=True needs out=, the folder to resume or to start")
+        return None
+    path = Path(out).expanduser()
+    if path.is_dir() and any(path.iterdir()):
+        made_by = read_call(path)
+        if not resume:
+            cure = "choose another folder"
+            if made_by is not None:
+                cure = "resume=True continues it, or gives its result; or " + cure
+            raise UserError(f"out={out} exists and is not empty: {cure}")
+        folder = RunFolder.open(path)
+        if made_by is None and (path / "config.yaml").exists():
+            raise UserError(
+                f"out={out} is the run folder of a recipe: fastkd train --resume {out} resumes it; "
+                f"choose another folder for this call"
+            )
+        return folder
+    folder = RunFolder.create(Path("runs"), "distill", "", out=path)
+    folder.write_text("config.yaml", record(call))
+    folder.write_json("environment.json", environment())
+    return folder
+
+
+def open_state(
+    folder: RunFolder | None, call: Mapping[str, Any], world: World, *, finished: bool
+) -> Checkpoint | None:
+    """The folder's state, if there is any; UserError if another call made it."""
+    if folder is None:
+        return None
+    checkpoint = open_checkpoint(folder, None, world)
+    there = on_main(world, lambda: read_call(folder.path)) or {}
+    digest = checkpoint.state["digest"] if checkpoint else there.get("digest", call["digest"])
+    if digest != call["digest"]:
+        unlike = "; ".join(differences(there, call)) if there else ""
+        raise UserError(
+            f"{folder.path} belongs to a run with other arguments ("
+            f"{unlike or 'its networks, losses or loaders differ'}): resume it with the same ones, "
+            f"or choose another folder with out="
+        )
+    if finished and checkpoint is None:
+        raise UserError(
+            f"the run in {folder.path} is finished, but its last.pt is gone, and with it the "
+            f"student of the last epoch. fastkd.storage.weights.load_into(student, "
+            f"{str(folder.path)!r}) loads the best one; to train again choose another folder"
+        )
+    if not there:
+        # A folder of fastkd 0.1, or one whose run was killed before it was described.
+        on_main(world, lambda: folder.write_text("config.yaml", record(call)))
+    return checkpoint
+
+
+def described(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    terms: Sequence[LossTerm],
+    data: TrainData,
+) -> dict[str, Any]:
+    """Data, networks and losses in config.yaml."""
+    return {
+        "steps_per_epoch": data.loader.steps_per_epoch,
+        "image_shape": data.facts.image_shape,
+        "classes": data.facts.num_classes,
+        "student": _network(student),
+        "teachers": [_network(model) for model in teachers],
+        "losses": {
+            term.name: {"class": type(term).__qualname__, **_settings(term), "parts": term.weights}
+            for term in terms
+        },
+    }
+
+
+def _network(model: nn.Module) -> dict[str, Any]:
+    """A network in config.yaml."""
+    card = card_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {"network": title_of(model), "parameters": sum(p.numel() for p in model.parameters())}
+    options = {"options": dict(card.options)} if card is not None and card.options else {}
+    return facts | options | {"trained": trained}
+
+
+def settings_of(term: LossTerm) -> list[tuple[str, str]]:
+    """Its class and its settings: temperature, form, ...; nothing that changes during training."""
+    return [("class", type(term).__qualname__), *((k, repr(v)) for k, v in _settings(term).items())]
+
+
+def _settings(term: LossTerm) -> dict[str, Any]:
+    plain = (bool, int, float, str, tuple, type(None))
+    given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
+    return {name: value for name, value in given.items() if isinstance(value, plain)}
+
+
+@contextmanager
+def advice(folder: RunFolder | None) -> Iterator[None]:
+    """Add to an interruption how the run goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        how = "With out=FOLDER the next one can be resumed"
+        if folder is not None:
+            how = f"To resume it, {how_to_resume(folder.path)}"
+        raise Interrupted(f"{stopped} {how}.", stopped.exit_code) from None
