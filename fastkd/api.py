@@ -19,7 +19,7 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
-from fastkd.compute.compiling import CompileChoice, CompileSwitch
+from fastkd.compute.compiling import CompileChoice, CompileReason, CompileSwitch
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world

@@ -34,7 +34,7 @@ def shown(word: str | bytes | PathLike[str], limit: int = 300) -> str:
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} .. {text[-half:]}"
-    return text if text.isprintable() and text == text.strip() else printable(repr(text))
+    return text if text.isprintable() and text == text.strip() else printable(repr(text), limit)
 
 
 def few(words: Iterable[str | bytes | PathLike[str]]) -> str:

@@ -63,7 +63,7 @@ def judge(
                 f"{found['samples']} validation images: {HEADLINES[metric]} {found[metric]:.2%}. "
                 f"Are its weights loaded, are its classes in the order of the loader's, are the "
                 f"images normalised as it expects them?",
-                stacklevel=4,  # the caller of distill
+                stacklevel=5,  # the caller of distill
             )
     return joint | {"members": each} if members else joint
 

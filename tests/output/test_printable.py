@@ -49,7 +49,7 @@ def test_a_long_text_is_cut_and_keeps_its_end():
     assert len(said) == MESSAGE and said.endswith("x: set data.root=FOLDER")
     assert len(printable("\x1b" * 100_000)) == MESSAGE
     assert shown("a" + "y" * 5000 + "z", 100) == f"a{49 * 'y'} .. {49 * 'y'}z"
-    assert len(shown("\x1b" * 5000)) <= 100
+    assert len(shown("\x1b" * 5000, 100)) <= 100
 
 
 def test_several_sentences_stay_several_lines():

@@ -48,7 +48,8 @@ def print_table(
     if note := different_teachers(recipes):
         session.console.note(note)
     for name in formats:
-        session.console.note(FORMATS[name](shown(rows)).rstrip("\n"))
+        for line in FORMATS[name](shown(rows)).splitlines():
+            session.console.note(line)
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
