@@ -52,19 +52,23 @@ def check(case: Case) -> None:
     wanted, words = case.expected, ()
     if isinstance(wanted, tuple) and wanted and isinstance(wanted[0], Ending):
         wanted, words = wanted
+    ended = None
+    found: Any = None
     try:
         found = case.run()
     except FastKDError as error:
-        message = str(error)
-        ends = isinstance(wanted, Ending) and isinstance(error, wanted.value)
-        assert ends, f"{case.about}\nexpected {wanted!r}, got {type(error).__name__}: {message}"
+        ended = error
+    except Exception as error:
+        error.add_note(f"{case.about}\nexpected {wanted!r}")
+        raise
+    if ended is not None:
+        message = str(ended)
+        fits = isinstance(wanted, Ending) and isinstance(ended, wanted.value)
+        assert fits, f"{case.about}\nexpected {wanted!r}, got {type(ended).__name__}: {message}"
         assert _is_clean(message), f"{case.about}\nnot fit for a terminal: {message!r}"
         missing = [word for word in words if word not in message]
         assert not missing, f"{case.about}\n{missing} is not in the message: {message}"
         return
-    except Exception as error:
-        error.add_note(f"{case.about}\nexpected {wanted!r}")
-        raise
     assert not isinstance(wanted, Ending), f"{case.about}\nexpected {wanted!r}, got {found!r}"
     assert the_same(found, wanted), f"{case.about}\nexpected {wanted!r}, got {found!r}"
 

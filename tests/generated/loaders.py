@@ -159,7 +159,9 @@ def _expected(
     return total / len(images), accuracy
 
 
-def _labels(rng: random.Random, ids: Tensor, generator: torch.Generator) -> Labels:
+def _labels(  # noqa: PLR0911 - a table
+    rng: random.Random, ids: Tensor, generator: torch.Generator
+) -> Labels:
     one_hot = F.one_hot(ids, CLASSES)
     rows = one_hot.double()
     kind = rng.randrange(12)
