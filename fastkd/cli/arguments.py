@@ -219,7 +219,7 @@ def _add_compare(commands: _Commands) -> None:
     compare = commands.add_parser(
         "compare",
         help="train several recipes with the same seeds, and each student alone",
-        description="Train every RECIPE with every seed, and the students alone; then one table "
+        description="Train every RECIPE with every seed, and the students alone; then one table\n"
         "with the mean over the seeds and the gain over the student alone.",
         epilog=COMPARE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,6 +6,7 @@ launchers on a GPU, a folder to write to. `compiler_problem` tries it before any
 
 import functools
 import inspect
+import logging
 import os
 import shutil
 import tempfile
@@ -61,6 +62,12 @@ def worth_compiling(mode: str, *, macs_per_image: float, images: float, device_t
         return mode == "on"
     projected_s = macs_per_image * images / MACS_PER_SECOND[device_type]
     return projected_s >= PAYS_FROM * COMPILE_SECONDS[device_type]
+
+
+# On a machine with nvcc and no GPU torch's compiler warns of the missing GPU in every run.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime is found" not in record.getMessage()
+)
 
 
 def compile_unit(unit: T, *, enabled: bool, fullgraph: bool = True, cuda_graphs: bool = False) -> T:
