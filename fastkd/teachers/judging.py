@@ -45,8 +45,9 @@ def judge(
             each.append(joint)
         shape = _answer(one, facts, placement)
         if shape != (facts.num_classes,):
+            answers = "no logits" if shape is None else f"{shape} per image"
             say(
-                f"teacher {label}: not evaluated, it answers {shape} an image and not "
+                f"teacher {label}: not evaluated, it gives {answers} and not "
                 f"{facts.num_classes} classes"
             )
             continue
@@ -68,7 +69,10 @@ def judge(
     return joint | {"members": each} if members else joint
 
 
-def _answer(teacher: Teacher | Ensemble, facts: Facts, placement: Placement) -> tuple[int, ...]:
-    """The shape of its logits without the batch."""
-    probe = torch.zeros(2, *facts.image_shape, device=placement.device, dtype=placement.dtype)
-    return tuple(teacher.logits(probe).shape[1:])
+def _answer(
+    teacher: Teacher | Ensemble, facts: Facts, placement: Placement
+) -> tuple[int, ...] | None:
+    """The shape of its logits without the batch; None if it has none, as an encoder."""
+    probe = torch.zeros(2, *facts.image_shape, device=placement.device)
+    logits = teacher.features(probe).get("logits")
+    return None if logits is None else tuple(logits.shape[1:])

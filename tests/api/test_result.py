@@ -347,7 +347,7 @@ def test_a_teacher_of_other_answers_is_not_judged() -> None:
     loader = ForeignLoader(VAL, placement, 0, train=False)
     found = judge(bound, "embedder", loader, facts, placement, say=said.append)
     assert found == {"name": "embedder"}
-    assert said == ["teacher embedder: not evaluated, it answers (7,) an image and not 4 classes"]
+    assert said == ["teacher embedder: not evaluated, it gives (7,) per image and not 4 classes"]
 
 
 def test_a_teacher_that_no_loss_asks_is_said(capsys: pytest.CaptureFixture[str]) -> None:

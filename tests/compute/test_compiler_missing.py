@@ -359,10 +359,12 @@ def test_an_error_of_the_network_itself_is_not_blamed_on_the_compiler(backend, p
             return super().forward(x)
 
     backend("eager")
-    with pytest.raises(ZeroDivisionError, match="of the network"):
-        distilled(capsys, net=Wrong)
-    with pytest.raises(ZeroDivisionError, match="of the network"):
-        distilled(capsys, net=Wrong, compile="on")
+    for compile in ("auto", "on"):
+        with pytest.raises(
+            UserError, match=r"Wrong, in training, fails .*: of the network"
+        ) as told:
+            distilled(capsys, net=Wrong, compile=compile)
+        assert isinstance(told.value.__cause__, ZeroDivisionError)
 
 
 def test_a_later_run_of_the_process_compiles_again(backend, pays, capsys):
