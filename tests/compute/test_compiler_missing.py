@@ -362,9 +362,9 @@ def test_an_error_of_the_network_itself_is_not_blamed_on_the_compiler(backend, p
     for compile in ("auto", "on"):
         with pytest.raises(
             UserError, match=r"Wrong, in training, fails .*: of the network"
-        ) as told:
+        ) as raised:
             distilled(capsys, net=Wrong, compile=compile)
-        assert isinstance(e.value.__cause__, ZeroDivisionError)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 def test_a_later_run_of_the_process_compiles_again(backend, pays, capsys):
