@@ -21,6 +21,7 @@ import torch
 from fastkd.compute.collectives import first_of_ranks
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
+from fastkd.printable import first_line
 
 __all__ = [
     "CompileChoice",
@@ -180,6 +181,5 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "InvalidCxxCompiler" in text:
         return f"no working C++ compiler: {os.environ.get('CXX') or 'g++'}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = next((line for line in lines if "error:" in line), lines[0] if lines else "")
-    return (said or type(error).__name__)[:200]
+    said = next((line for line in text.splitlines() if "error:" in line), None)
+    return first_line(said or error, 200)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastkd.errors import UserError
+from fastkd.printable import few
 
 __all__ = ["refuse_other_kinds", "weights_in"]
 
@@ -49,7 +50,7 @@ def weights_in(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(found) == 1:
         return found[0]
-    names = ", ".join(path.name for path in found[:8])
+    names = few(path.name for path in found)
     holds = f"several: {names}; name one of them" if found else "none of the usual names"
     raise UserError(f"{folder}: expected a folder with one weight file, it has {holds}")
 
