@@ -107,8 +107,8 @@ def not_compiled(problem: str, reason: CompileReason, *, key: str = "compile") -
         raise UserError(f"{key}=on, but {problem}, or set {key}=off")
     if reason == "checkpoint":
         raise UserError(
-            f"this run was compiled when it began, and not compiled it would go on with other "
-            f"numbers, but {problem}"
+            f"this run was compiled when it began, and without compiling it would go on with "
+            f"other numbers, but {problem}"
         )
     return f"note: this run is not compiled: {problem}"
 

@@ -314,7 +314,7 @@ def check_proportion(
     """
     try:
         if reserved := options.keys() & inspect.signature(create_model).parameters.keys():
-            raise UserError(f"{', '.join(sorted(reserved))} is no option of a network")
+            raise UserError(f"{', '.join(sorted(reserved))} is not an option of a network")
         plain = {option: value for option, value in options.items() if option in NETWORK_OPTIONS}
         StudentConfig.model_validate({"name": name, **plain})
         with torch.random.fork_rng(devices=[]), _Proportion(file):

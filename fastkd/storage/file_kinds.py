@@ -56,7 +56,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """UserError for a file that is no `torch.save` file, saying what it is."""
+    """UserError for a file that is not a `torch.save` file, saying what it is."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:

@@ -62,7 +62,7 @@ def kd_loss(
         weights: per row (or per sample [N]), multiplies kd and ce of the row.
         mask: bool, per row (or per sample [N]); False drops the row as ignore_index does.
         impl: None picks by device; "reference", "cpp", "triton" force one.
-        check: also look at the values (labels in range or probabilities, logits that are no
+        check: also look at the values (labels in range or probabilities, logits that are not
             probabilities); this waits for the device.
 
     Returns:

@@ -177,7 +177,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind, monkeypatch)
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"a\.png is no regular file"):
+    with pytest.raises(UserError, match=r"a\.png is not a regular file"):
         open_rgb(path)
 
 

@@ -109,7 +109,7 @@ def _write(rng: random.Random, place: Path, name: str) -> tuple[str, Any]:
 
 
 def _scatter(rng: random.Random, split: Path, classes: list[str]) -> None:
-    """Things that are no images of a class, anywhere."""
+    """Things that are not images of a class, anywhere."""
     places = [split, *(split / name for name in classes)]
     for _ in range(rng.randint(0, 4)):
         place = rng.choice(places)
