@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
-def _jobs(text: str) -> int:
+def _positive(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,4}", text):
         raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number above 0")
     return int(text)
@@ -196,7 +196,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=_jobs,
+        type=_positive,
         default=1,
         metavar="N",
         help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
@@ -204,14 +204,14 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
-    for name in ("latex", "markdown"):
+    for title in ("LaTeX", "Markdown"):
         parser.add_argument(
-            f"--{name}",
+            f"--{title.lower()}",
             dest="formats",
             action="append_const",
-            const=name,
+            const=title.lower(),
             default=[],
-            help=f"print the table as {name.replace('latex', 'LaTeX').replace('markd', 'Markd')}",
+            help=f"print the table as {title}",
         )
 
 
@@ -233,7 +233,7 @@ def _add_compare(commands: _Commands) -> None:
         help="named recipes, then overrides for all of them",
     )
     compare.add_argument(
-        "--seeds", type=_jobs, metavar="N", help="seeds 0 to N-1 for each; default: its own one"
+        "--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 for each; default: its own one"
     )
     _add_sweep(compare)
     _add_formats(compare)

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # `fastkd models | head`: the reader closed the pipe, which is not an error.
             discard(sys.stdout)
             return 0
-        # Without a file it is no answer of a disk, but a mistake of ours.
+        # Without a file it does not come from a disk: it is a mistake of ours.
         if error.filename is None and error.errno not in FULL:
             raise
         _complain(sentence(error))

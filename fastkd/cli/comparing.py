@@ -9,11 +9,13 @@ from typing import Any
 from fastkd.cli.running import run_all, swept
 from fastkd.errors import UserError
 from fastkd.output.call_record import read_call
+from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.sweep.baselines import with_baselines
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
+from fastkd.runs.sweep.table import FORMATS, rows_of, visible_rows
 
 __all__ = ["compare", "table"]
 
@@ -21,9 +23,7 @@ __all__ = ["compare", "table"]
 def compare(options: argparse.Namespace) -> int:
     """Train all recipes with all seeds, and their students alone."""
     names = list(dict.fromkeys(word for word in options.words if "=" not in word))
-    options.words = [word for word in options.words if "=" in word]
-    # What `recipe_of` reads of the command `train`.
-    options.config = options.resume = None
+    overrides = [word for word in options.words if "=" in word]
     for name in names:
         if name.endswith((".yaml", ".yml")):
             raise UserError(
@@ -39,9 +39,9 @@ def compare(options: argparse.Namespace) -> int:
         raise UserError("compare takes recipes by name, without recipe=: fastkd compare A B")
     if not choices:
         raise UserError("name the recipes to compare: fastkd compare RECIPE RECIPE --seeds 3")
-    recipes = swept(options, choices)
+    recipes = swept(choices, overrides)
     check_sweep(recipes)
-    as_named = any(word.startswith("baseline.lrs=") for word in options.words)
+    as_named = any(word.startswith("baseline.lrs=") for word in overrides)
     every, baselines = with_baselines(recipes, as_named=as_named)
     note = f"{len(recipes)} runs"
     if baselines:
@@ -60,9 +60,6 @@ def _seeds(options: argparse.Namespace) -> list[Choice]:
 
 def table(options: argparse.Namespace) -> None:
     """Print finished runs side by side, each named by what differs among them."""
-    from fastkd.output.console import Console
-    from fastkd.runs.sweep.table import FORMATS, rows_of, shown
-
     # The shell's runs/RECIPE/* also finds what a sweep writes beside its runs.
     words = [word for word in options.words if not Path(word).name.startswith("sweep-")]
     folders = list(dict.fromkeys(map(Path, words)))
@@ -76,9 +73,9 @@ def table(options: argparse.Namespace) -> None:
         {choices[folder]: summary for folder, summary in summaries.items()},
     )
     if not options.formats:
-        Console().comparison(shown(rows))
+        Console().comparison(visible_rows(rows))
     for name in options.formats:
-        print(FORMATS[name](shown(rows)), end="")
+        print(FORMATS[name](visible_rows(rows)), end="")
 
 
 def _recipe_of(folder: Path) -> Recipe:

@@ -18,7 +18,8 @@ import torch
 
 import fastkd
 from fastkd.compute.compiling import compiler_problem
-from fastkd.compute.machine import cpu_facts, gpu_facts, in_words, kernel_facts, version_of
+from fastkd.compute.machine import cpu_facts, gpu_facts, kernel_facts, version_of
+from fastkd.printable import in_words
 from fastkd.training.optim import apex_missing
 
 __all__ = ["Part", "as_text", "doctor", "facts"]

@@ -6,16 +6,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
 
+import torch
+
+from fastkd.compute.machine import keep_to_quota
+from fastkd.compute.precision import resolve_precision
+from fastkd.compute.ranks import open_world
 from fastkd.errors import UserError
+from fastkd.output.console import Console
+from fastkd.output.events import check_tensorboard
 from fastkd.recipe.printing import annotated_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.runs.dry_run import dry_run
+from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
+from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
-
-if TYPE_CHECKING:
-    from fastkd.runs.stages import Session
+from fastkd.runs.sweep.running import run_sweep
 
 __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept", "train"]
 
@@ -28,37 +35,31 @@ def train(options: argparse.Namespace) -> int:
         for flag in ("resume", "dry_run", "print_config"):
             if getattr(options, flag):
                 raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
-        recipes = swept(options, combinations(options.sweep))
+        recipes = swept(combinations(options.sweep), options.words, options.config)
         check_sweep(recipes)
         return run_all(recipes, jobs=options.jobs)
-    recipe = recipe_of(options)
+    recipe = recipe_of(options.words, config=options.config, resume=options.resume)
     if options.print_config:
         print(annotated_yaml(recipe), end="")
         return 0
     return _run(recipe, options)
 
 
-def swept(options: argparse.Namespace, choices: Sequence[Choice]) -> dict[Choice, Recipe]:
+def swept(
+    choices: Sequence[Choice], words: Sequence[str], config: str | None = None
+) -> dict[Choice, Recipe]:
     """The recipe of every choice; one may also name it, `recipe=NAME`."""
     recipes: dict[Choice, Recipe] = {}
     for choice in choices:
         names = [key.partition("=")[2] for key in choice if key.startswith("recipe=")]
         more = [key for key in choice if not key.startswith("recipe=")]
-        recipes[choice] = recipe_of(options, more, names)
+        recipes[choice] = recipe_of(words, config=config, more=more, named=names)
     return recipes
 
 
 @contextmanager
-def session_of(recipes: Iterable[Recipe]) -> Iterator["Session"]:
+def session_of(recipes: Iterable[Recipe]) -> Iterator[Session]:
     """What the runs of one process share. They agree in device and deterministic."""
-    import torch
-
-    from fastkd.compute.machine import keep_to_quota
-    from fastkd.compute.ranks import open_world
-    from fastkd.output.console import Console
-    from fastkd.output.events import check_tensorboard
-    from fastkd.runs.stages import Session
-
     keep_to_quota()
     every = list(recipes)
     if any(recipe.tensorboard for recipe in every):
@@ -71,13 +72,11 @@ def session_of(recipes: Iterable[Recipe]) -> Iterator["Session"]:
         yield Session(world, console, Path("runs"))
 
 
-def settled(recipe: Recipe, session: "Session") -> Recipe:
+def settled(recipe: Recipe, session: Session) -> Recipe:
     """With the precision that is computed in.
 
     It is saved with the recipe: a run resumed on another machine computes as it did before.
     """
-    from fastkd.compute.precision import resolve_precision
-
     precision = resolve_precision(recipe.precision, session.world.device).name
     return recipe.model_copy(update={"precision": precision})
 
@@ -86,8 +85,6 @@ def run_all(
     recipes: Mapping[Choice, Recipe], *, jobs: int, formats: Sequence[str] = (), note: str = ""
 ) -> int:
     """Run a checked sweep, whose table is also printed in `formats`, after a note."""
-    from fastkd.runs.sweep.running import run_sweep
-
     with session_of(recipes.values()) as session:
         if note:
             session.console.note(note)
@@ -96,9 +93,6 @@ def run_all(
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:
-    from fastkd.runs.dry_run import dry_run
-    from fastkd.runs.stages import run_recipe
-
     with session_of([recipe]) as session:
         recipe = settled(recipe, session)
         if options.dry_run:
@@ -110,9 +104,6 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run folder, or a network with weights from a file."""
-    from fastkd.output.console import Console
-    from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
-
     if options.weights:
         found = evaluate_model(options.what, options.weights, options.words)
     else:
@@ -121,25 +112,32 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def recipe_of(
-    options: argparse.Namespace, more: Sequence[str] = (), swept: Sequence[str] = ()
+    words: Sequence[str],
+    *,
+    config: str | Path | None = None,
+    resume: str | None = None,
+    more: Sequence[str] = (),
+    named: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe that the words name; the overrides `more` come last. swept: its name instead."""
-    names = [word for word in options.words if "=" not in word]
-    overrides = [word for word in options.words if "=" in word]
+    """The recipe that the words name, or the file, or the run to resume.
+
+    more: overrides that come last. named: a name from --sweep.
+    """
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
     if len(names) > 1:
         raise UserError(
             f"one recipe at a time, got {', '.join(names)}; several, in one table: "
             f"fastkd compare {' '.join(names)}"
         )
-    if names and swept:
+    if names and named:
         raise UserError(f"--sweep recipe=.. names the recipes: remove {names[0]}")
-    names = [*swept, *names]
+    names = [*named, *names]
     if names and names[0].endswith((".yaml", ".yml")):
         raise UserError(f"{names[0]} is a file: fastkd train --config {quote(names[0])}")
-    config = options.config
-    if not names and config is None and options.resume not in (None, "auto"):
-        config = Path(options.resume) / "config.yaml"
+    if not names and config is None and resume not in (None, "auto"):
+        config = Path(resume) / "config.yaml"
         if not config.exists():
-            raise UserError(f"{options.resume} is not a run folder: it has no config.yaml")
+            raise UserError(f"{resume} is not a run folder: it has no config.yaml")
     name = names[0] if names else (None if config else "quickstart")
     return load_recipe(name, config=config, overrides=[*overrides, *more])

@@ -21,6 +21,7 @@ import torch
 from fastkd.compute.collectives import first_of_ranks
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
+from fastkd.printable import first_line
 
 __all__ = [
     "CompileChoice",
@@ -106,8 +107,8 @@ def not_compiled(problem: str, reason: CompileReason, *, key: str = "compile") -
         raise UserError(f"{key}=on, but {problem}, or set {key}=off")
     if reason == "checkpoint":
         raise UserError(
-            f"this run was compiled when it began, and not compiled it would go on with other "
-            f"numbers, but {problem}"
+            f"this run was compiled when it began, and without compiling it would go on with "
+            f"other numbers, but {problem}"
         )
     return f"note: this run is not compiled: {problem}"
 
@@ -180,6 +181,5 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "InvalidCxxCompiler" in text:
         return f"no working C++ compiler: {os.environ.get('CXX') or 'g++'}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = next((line for line in lines if "error:" in line), lines[0] if lines else "")
-    return (said or type(error).__name__)[:200]
+    said = next((line for line in text.splitlines() if "error:" in line), None)
+    return first_line(said or error, 200)

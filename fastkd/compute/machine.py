@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 
 from fastkd.compute.precision import computes_in_bf16
+from fastkd.printable import in_words
 
 __all__ = [
     "cpu_facts",
     "cpu_quota",
     "environment",
     "gpu_facts",
-    "in_words",
     "keep_to_quota",
     "kernel_facts",
     "version_of",
@@ -95,12 +95,6 @@ def kernel_facts() -> dict[str, Any]:
         return dict(importlib.import_module("fastkd.kernels").status())
     except (Exception, SystemExit) as error:
         return {"error": in_words(error)}
-
-
-def in_words(error: BaseException) -> str:
-    """Class and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def environment() -> dict[str, Any]:

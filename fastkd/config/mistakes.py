@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from fastkd.config.values import is_list, is_mapping
+from fastkd.config.values import dotted, is_list, is_mapping
 from fastkd.errors import FastKDError
 from fastkd.printable import shown
 
@@ -67,7 +67,7 @@ def explain(
         path, field = _locate(section, mistake["loc"])
         key = prefix + ".".join(path)
         if mistake["type"] == "extra_forbidden":
-            for unknown in _leaves(key, mistake["input"])[:MAX_MISTAKES]:
+            for unknown in itertools.islice(dotted({key: mistake["input"]}), MAX_MISTAKES):
                 found[_unknown(unknown, known)] = None
         elif mistake["type"] == "value_error":
             found |= dict.fromkeys(_sentences(mistake))
@@ -216,13 +216,6 @@ def _locate(
 
 def _texts(loc: tuple[int | str, ...]) -> list[str]:
     return [str(part) for part in loc]
-
-
-def _leaves(key: str, value: Any) -> list[str]:
-    """The dotted keys that the user has written below an unknown section."""
-    if not is_mapping(value) or not value:
-        return [key]
-    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
 
 
 def nearest_keys(key: str, known: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ class Section(BaseModel):
         numbers = (int in kinds or float in kinds) and bool not in kinds
         entries = value if is_list(value) else (value,)
         if numbers and any(isinstance(one, bool) for one in entries):
-            raise PydanticCustomError("no_number", "a switch is no number")
+            raise PydanticCustomError("no_number", "a switch is not a number")
         return value
 
     @field_validator("*", mode="after")

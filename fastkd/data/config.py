@@ -79,7 +79,7 @@ class DataConfig(Section):
         if self.val_share is not None and self.name != "folder":
             raise ValueError(
                 f"data.val_share={self.val_share:g} is for data.name=folder, {self.name} has "
-                "validation images; leave it out (data.val_share=null)"
+                "validation images: leave it out (data.val_share=null)"
             )
         if self.name in ("digits", "synthetic") and self.decoding.pixels != Decoding().pixels:
             raise ValueError(

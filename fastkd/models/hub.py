@@ -16,6 +16,7 @@ from torch import nn
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.models.head import class_layers
+from fastkd.printable import in_words
 from fastkd.storage.facts import DataFacts, Framing, FramingMode, Interpolation
 
 __all__ = ["HUBS", "Built", "convention", "knows", "list_timm", "list_torchvision"]
@@ -177,7 +178,7 @@ def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]
         if not pretrained:
             raise
         raise UserError(
-            f"{hub}:{name}: no pretrained weights ({type(error).__name__}: {_first_line(error)}). "
+            f"{hub}:{name}: no pretrained weights ({in_words(error)}). "
             "Without a network connection, build it with pretrained=False and weights=FILE"
         ) from error
 
@@ -214,7 +215,3 @@ def _unknown(hub: str, name: str, names: Sequence[str]) -> NoReturn:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(f'{hub}:{match}' for match in near)}" if near else ""
     raise UserError(f"{hub} has no network {name!r}{hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]

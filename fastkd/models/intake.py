@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fastkd.compute.precision import Precision
 from fastkd.errors import UserError
 from fastkd.models.taps import ZooNetwork
+from fastkd.printable import first_line
 
 __all__ = [
     "Remedy",
     "fails_under_autocast",
-    "first_line",
     "image_dtype",
     "is_compiled_ahead",
     "is_quantised",
@@ -183,15 +183,6 @@ def refusal(
         )
     shape = ", ".join(map(str, images_NCHW.shape[1:]))
     return UserError(f"{title} fails on images of [{shape}]: {why}")
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error of foreign code, for the inside of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # TorchScript puts the message last, behind its own trace.
-    line = lines[-1] if lines and lines[0].startswith("The following operation failed") else ""
-    line = line or next(iter(lines), "")
-    return line[:300].rstrip(".") or type(error).__name__
 
 
 def _own_side(model: nn.Module) -> int | None:

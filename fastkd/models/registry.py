@@ -41,6 +41,7 @@ from fastkd.models.zoo import (
     vgg,
     wrn,
 )
+from fastkd.printable import first_line
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
@@ -313,7 +314,7 @@ def check_proportion(
     """
     try:
         if reserved := options.keys() & inspect.signature(create_model).parameters.keys():
-            raise UserError(f"{', '.join(sorted(reserved))} is no option of a network")
+            raise UserError(f"{', '.join(sorted(reserved))} is not an option of a network")
         plain = {option: value for option, value in options.items() if option in NETWORK_OPTIONS}
         StudentConfig.model_validate({"name": name, **plain})
         with torch.random.fork_rng(devices=[]), _Proportion(file):
@@ -324,7 +325,7 @@ def check_proportion(
                 # A constructor that reads tensors, of torchvision's RegNets.
                 create_model(name, num_classes, **options)
     except Exception as error:  # whatever a constructor makes of absurd values
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         if isinstance(error, ValidationError):
             reason = "; ".join(explain(error, StudentConfig, options, ()))
         raise UserError(

@@ -38,8 +38,8 @@ def remembered(folder: Path) -> DataFacts | None:
         return DataFacts.read(json.loads(file.read_text(encoding="utf-8"))["data"])
     except (ValueError, LookupError, TypeError, OSError, RecursionError) as error:
         raise UserError(
-            f"{file} cannot be read ({error}): without it the folder is used, and its data are "
-            f"not compared, so remove it"
+            f"{file} cannot be read ({error}): remove it to use the folder without comparing "
+            f"its data"
         ) from None
 
 
@@ -50,8 +50,8 @@ def refuse_other_data(folder: Path, now: DataFacts, say: Callable[[str], None]) 
         return
     if changes := known.changes(now):
         raise UserError(
-            f"the data have changed since {folder} began: {'; '.join(changes)}. Bring back what "
-            f"it saw, or start a new run (without --resume, or remove that folder); to go on with "
+            f"the data have changed since {folder} began: {'; '.join(changes)}. Restore "
+            f"them, or start a new run (without --resume, or remove that folder); to go on with "
             f"the data as they are, remove {folder / FACTS}"
         )
     if touched := known.touched(now):
@@ -81,7 +81,7 @@ def place_for(
             say(f"note: since {path} was trained, {'; '.join(of_evaluation)}: evaluated anew")
         return path
     place = path.with_name(f"{path.name}-{now.fingerprint(evaluation=not evaluated_anew)}")
-    say(f"{path} was trained on other data ({'; '.join(changes)}): not taken, {place} instead")
+    say(f"{path} was trained on other data ({'; '.join(changes)}): not used, {place} instead")
     return place
 
 

@@ -100,7 +100,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, dropped: Sequence[str
         header_style="bold",
     )
     for row in cells.rows:
-        # As Text: a swept value such as [red] is no markup.
+        # As Text: a swept value such as [red] is not markup.
         table.add_row(*(Text(row[key]) for key in cells.headers))
     return table
 

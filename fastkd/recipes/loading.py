@@ -3,7 +3,7 @@
 Every mistake becomes one sentence that names the nearest valid key or value (`config.mistakes`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fastkd.config.mistakes import explain
 from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
+from fastkd.config.values import dotted
 from fastkd.errors import UserError
 from fastkd.losses.base.registry import term_names
 from fastkd.output.call_record import how_to_resume, is_call
@@ -78,7 +79,7 @@ def load_recipe(
     if "losses" in file_values:
         values["losses"] = {}
     _merge(values, file_values)
-    given = set(_dotted(file_values))
+    given = set(dotted(file_values))
     for text in overrides:
         key, value = parse_override(text)
         set_key(values, key, value)
@@ -128,15 +129,6 @@ def _follow(entry: Entry, values: dict[str, Any], given: frozenset[str]) -> None
         starts = {".".join(parts[:number]) for number in range(1, len(parts) + 1)}
         if not starts & given:
             set_key(values, key, value)
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested values, without the sections themselves."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _is_whole(values: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from fastkd.report.paper import PaperRow
 __all__ = ["failure", "finish_report"]
 
 DIVERGED = 10
-"""A validation loss of this many times that of chance is no overconfidence any more."""
+"""A validation loss of this many times that of chance is not overconfidence any more."""
 
 
 def finish_report(

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.compute.machine import in_words
 from fastkd.errors import RunFailed
 from fastkd.evaluation.headline import HEADLINES, headline
+from fastkd.printable import in_words
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["draw_curves", "plot_curves"]

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastkd.config.section import Normalization
 from fastkd.config.values import is_list, is_mapping
+from fastkd.printable import brief
 from fastkd.storage.facts import DataFacts
 
 __all__ = [
@@ -53,12 +54,12 @@ class NetworkFacts:
             return cls(normalization=normalization, data=_data_if_ours(metadata))
         name, classes = metadata["architecture"], metadata.get("num_classes")
         if not NAME.fullmatch(name):
-            raise ValueError(f"architecture={_short(name)}: expected the name of a network")
+            raise ValueError(f"architecture={brief(name)}: expected the name of a network")
         if classes is not None and not CLASSES.fullmatch(classes):
-            raise ValueError(f"num_classes={_short(classes)}: expected 1 to 99999999")
+            raise ValueError(f"num_classes={brief(classes)}: expected 1 to 99999999")
         options = _json(metadata, "options", {})
         if not is_mapping(options):
-            raise ValueError(f"options={_short(options)}: expected values by name")
+            raise ValueError(f"options={brief(options)}: expected values by name")
         _check_options(options)
         return cls(
             architecture=name,
@@ -117,7 +118,7 @@ def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{key}={_short(text)}: expected JSON") from None
+        raise ValueError(f"{key}={brief(text)}: expected JSON") from None
 
 
 def _data_if_ours(metadata: Mapping[str, str]) -> DataFacts | None:
@@ -133,9 +134,9 @@ def _normalization(given: Any) -> Normalization | None:
     rows = list(given) if is_list(given) else []
     whole = len(rows) == 2 and all(is_list(row) and len(row) == 3 for row in rows)
     if not whole or not all(_is_number(value, 1e4) for row in rows for value in row):
-        raise ValueError(f"normalization={_short(given)}: expected two times three numbers")
+        raise ValueError(f"normalization={brief(given)}: expected two times three numbers")
     if min(rows[1]) < 1e-4:
-        raise ValueError(f"normalization={_short(given)}: expected deviations above 0")
+        raise ValueError(f"normalization={brief(given)}: expected deviations above 0")
     mean, std = (tuple(float(value) for value in row) for row in rows)
     return mean, std  # type: ignore[return-value]
 
@@ -145,7 +146,7 @@ def _check_options(options: Mapping[Any, Any], depth: int = 0) -> None:
         raise ValueError("options: too many")
     for name, value in options.items():
         if LOADING.fullmatch(name):
-            raise ValueError(f"options: {_short(name)} would read another file or download")
+            raise ValueError(f"options: {brief(name)} would read another file or download")
         _check_value(name, value, depth)
 
 
@@ -157,10 +158,10 @@ def _check_value(name: str, value: Any, depth: int) -> None:
             _check_value(name, entry, depth + 1)
     elif isinstance(value, str):
         if not WORD.fullmatch(value) or "://" in value or ".." in value:
-            raise ValueError(f"options: {_short(name)}={_short(value)}: expected a word")
+            raise ValueError(f"options: {brief(name)}={brief(value)}: expected a word")
     elif not (value is None or isinstance(value, bool) or _is_number(value, LARGEST)):
         raise ValueError(
-            f"options: {_short(name)}={_short(value)}: expected at most {LARGEST} in size"
+            f"options: {brief(name)}={brief(value)}: expected at most {LARGEST} in size"
         )
 
 
@@ -168,14 +169,6 @@ def _is_number(value: Any, largest: float) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared before it is converted: an integer may be too large for that.
     return plain and -largest <= value <= largest and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def options_in_words(options: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastkd.errors import UserError
+from fastkd.printable import few
 
 __all__ = ["refuse_other_kinds", "weights_in"]
 
@@ -49,13 +50,13 @@ def weights_in(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(found) == 1:
         return found[0]
-    names = ", ".join(path.name for path in found[:8])
+    names = few(path.name for path in found)
     holds = f"several: {names}; name one of them" if found else "none of the usual names"
     raise UserError(f"{folder}: expected a folder with one weight file, it has {holds}")
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """UserError for a file that is no `torch.save` file, saying what it is."""
+    """UserError for a file that is not a `torch.save` file, saying what it is."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
+from fastkd.printable import shown
 from fastkd.storage.description import facts_of, other_options
 from fastkd.storage.finding import Found, find_network, lies_in
 from fastkd.storage.foreign_checkpoints import unwrapped_names
@@ -110,8 +111,8 @@ def _hint(
 ) -> str:
     name = facts_of(model).architecture
     if facts.get("architecture", name) != name:
-        shown = (facts["architecture"], facts.get("num_classes", "unknown"))
-        held, classes = ("".join(filter(str.isprintable, text))[:80] for text in shown)
+        held = shown(facts["architecture"], 80)
+        classes = shown(facts.get("num_classes", "unknown"), 80)
         return f". The file holds {held} with {classes} classes"
     if said := other_options(model, facts):
         return f". The file holds {name} {said}"

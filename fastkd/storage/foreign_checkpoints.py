@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.config.values import is_list, is_mapping
 from fastkd.errors import UserError
+from fastkd.printable import few
 
 __all__ = [
     "WRAPPING",
@@ -68,7 +69,7 @@ def tensor_groups(content: Any, path: Path) -> Groups:
     if sum(map(len, groups.values())):
         return groups
     keys = list(content) if is_mapping(content) else []
-    inside = f"the keys {', '.join(map(str, keys[:8]))}" if keys else f"a {type(content).__name__}"
+    inside = f"the keys {few(map(str, keys))}" if keys else f"a {type(content).__name__}"
     raise UserError(
         f"{path}: no state dict found, the file holds {inside}; expected tensors by name, bare or "
         f"under a key such as {', '.join(PLAIN[:4])}"
@@ -137,7 +138,7 @@ def main_group(groups: Groups, origin: str) -> dict[str, Tensor]:
         return found
     keys = dict.fromkeys(at.partition(".")[0] for at in groups)
     raise UserError(
-        f"{origin}: no state dict found, the file holds the keys {', '.join(list(keys)[:8])}; "
+        f"{origin}: no state dict found, the file holds the keys {few(keys)}; "
         f"expected tensors by name, bare or under one of {', '.join(WRAPPERS)}"
     )
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastkd.errors import UserError
+from fastkd.printable import few, first_line
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.file_kinds import refuse_other_kinds, weights_in
 from fastkd.storage.foreign_checkpoints import (
@@ -73,8 +74,7 @@ class WeightFile:
                 for place in ([at] if at else tensors)
             )
             raise UserError(
-                f"{self}: weights_key={key!r} names nothing in this file, which holds "
-                f"{', '.join(list(known)[:12])}"
+                f"{self}: weights_key={key!r} names nothing in this file, which holds {few(known)}"
             )
         return replace(self, groups=groups)
 
@@ -183,9 +183,10 @@ def _read_pickle(path: Path) -> Any:
                 "read; where it was written, save it again without pickle_protocol="
             ) from error
         # Before its reason torch advises loading the file unsafely.
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
-        reason = next(iter(reason.splitlines()), type(error).__name__)
-        raise UserError(f"{path}: damaged, or not a PyTorch checkpoint ({reason[:200]})") from error
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip()
+        raise UserError(
+            f"{path}: damaged, or not a PyTorch checkpoint ({first_line(reason or error, 200)})"
+        ) from error
 
 
 def _admitted() -> list[Any]:

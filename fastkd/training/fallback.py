@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 
 from fastkd.compute.compiling import CompileReason, not_compiled
-from fastkd.compute.machine import in_words
 from fastkd.errors import FastKDError
+from fastkd.printable import in_words
 
 __all__ = ["Fallback"]
 

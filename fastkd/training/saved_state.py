@@ -7,7 +7,7 @@ leave a run of two halves.
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fastkd.config.values import is_list, is_mapping
 from fastkd.errors import UserError
+from fastkd.printable import brief, few
 
 __all__ = ["check_optimizer", "check_part", "check_rows"]
 
@@ -99,7 +100,7 @@ def _with_flags_of(own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
 
 
 def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What one step leaves for a parameter of two dimensions, and adds to a group.
+    """The state that one step creates for a 2-D parameter, and the keys it adds to a group.
 
     Found by making a step with another optimizer of this kind.
     """
@@ -131,11 +132,11 @@ def _check_tensor(path: Path, name: str, own: Any, saved: Any) -> None:
 
 def _check_names(path: Path, name: str, own: Mapping[Any, Any], saved: Any) -> None:
     if not is_mapping(saved):
-        _refuse(path, name, _called(saved), f"values by name ({_list([*own])})")
+        _refuse(path, name, _called(saved), f"values by name ({few(map(str, own))})")
     differing = [*(key for key in own if key not in saved), *(k for k in saved if k not in own)]
     if differing:
         where = "is missing" if differing[0] in own else "is not part of this run"
-        raise UserError(f"{path} does not fit this run: {name}.{_short(differing[0])} {where}")
+        raise UserError(f"{path} does not fit this run: {name}.{brief(differing[0])} {where}")
 
 
 def _alike(own: Any, saved: Any) -> bool:
@@ -155,16 +156,4 @@ def _refuse(path: Path, name: str, got: str, expected: str) -> None:
 def _called(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{'x'.join(map(str, value.shape)) or 'scalar'} of {str(value.dtype)[6:]}"
-    return f"{type(value).__name__} {_short(value)}"
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return "of absurd size"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _list(names: Sequence[Any]) -> str:
-    return ", ".join(map(str, names[:4])) + (", .." if len(names) > 4 else "")
+    return f"{type(value).__name__} {brief(value)}"

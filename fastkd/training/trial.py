@@ -23,7 +23,8 @@ from fastkd.errors import FastKDError, UserError
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import first_line, refusal, rehearsing
+from fastkd.models.intake import refusal, rehearsing
+from fastkd.printable import first_line
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher, usable
 from fastkd.training.settings import Remedies

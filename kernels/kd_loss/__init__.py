@@ -62,7 +62,7 @@ def kd_loss(
         weights: per row (or per sample [N]), multiplies kd and ce of the row.
         mask: bool, per row (or per sample [N]); False drops the row as ignore_index does.
         impl: None picks by device; "reference", "cpp", "triton" force one.
-        check: also look at the values (labels in range or probabilities, logits that are no
+        check: also look at the values (labels in range or probabilities, logits that are not
             probabilities); this waits for the device.
 
     Returns:
@@ -76,8 +76,17 @@ def kd_loss(
         ValueError: shapes, dtypes or devices that do not fit, fewer than 2 classes, T <= 0, more
             than 4 teachers, swapped arguments, and on the CPU a label out of range.
     """
-    numbers = (temperature, label_smoothing, ignore_index, class_dim)
-    inputs = prepare(student, teacher, labels, *numbers, weights, mask)
+    inputs = prepare(
+        student,
+        teacher,
+        labels,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        class_dim=class_dim,
+        weights=weights,
+        mask=mask,
+    )
     if check:
         check_values(inputs)
     if _impl(inputs, impl) == "reference":
@@ -109,8 +118,17 @@ def kd_loss_mean(
 
     Returns a scalar, fp32 (fp64 if an input is). Other arguments and errors: see `kd_loss`.
     """
-    numbers = (temperature, label_smoothing, ignore_index, class_dim)
-    inputs = prepare(student, teacher, labels, *numbers, weights, mask)
+    inputs = prepare(
+        student,
+        teacher,
+        labels,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        class_dim=class_dim,
+        weights=weights,
+        mask=mask,
+    )
     if check:
         check_values(inputs)
     if _impl(inputs, impl) == "reference":

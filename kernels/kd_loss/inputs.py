@@ -48,6 +48,7 @@ def prepare(
     student: Tensor,
     teacher: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None,
+    *,
     temperature: float,
     label_smoothing: float,
     ignore_index: int,

@@ -111,7 +111,10 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         # One wrong label, in the last batch.
         (numbered([*range(4)] * 4 + [0, 1, 2, 0]), "the sample 19 comes with the label 3"),
         (numbered(Labelled.targets, 0.5), "sample ids must be whole numbers.* of torch.float32"),
-        (numbered(Labelled.targets * 2), "crd needs the label of .*the label 4 is no class of a"),
+        (
+            numbered(Labelled.targets * 2),
+            "crd needs the label of .*the label 4 is not a class of a",
+        ),
         (numbered(["a cat"] * 20), "crd needs the label of every training sample.*str"),
         (numbered(torch.zeros(20, 4)), r"as it yields them; it has \[20, 4\]"),
         (
@@ -165,8 +168,11 @@ XPRIME = {"losses": [KD(views=("x", "xprime"))]}
         ({"losses": []}, r"losses=\[\] would train nothing"),
         ({"train": [(images(8)[0], torch.rand(8))]}, r"labels must be .*\[8\] of torch.float32"),
         ({"train": [(images(8)[0], [0] * 8)]}, "labels must be .*; got list: make it a tensor"),
-        ({"train": [(images(8)[0], torch.arange(8))]}, "label 4 is no class of a network with 4"),
-        ({"val": [(images(8)[0], torch.arange(8) - 1)]}, "label -1 is no class of a network wi"),
+        (
+            {"train": [(images(8)[0], torch.arange(8))]},
+            "label 4 is not a class of a network with 4",
+        ),
+        ({"val": [(images(8)[0], torch.arange(8) - 1)]}, "label -1 is not a class of a network wi"),
         (
             {
                 "train": [(images(8)[0], torch.full((8,), -100))],

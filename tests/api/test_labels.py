@@ -327,7 +327,7 @@ EMPTY = TensorDataset(X[:0], IDS[:0])
         ([(X, IDS[:, None, None])], CE, r"labels must be .*got \[8, 1, 1\]"),
         ([(X, [IDS, IDS])], CE, "got list: make it a tensor"),
         ([(X, {"boxes": IDS})], CE, "got dict: make it a tensor"),
-        ([(X, IDS + 1)], CE, "the label 4 is no class of a network with 4"),
+        ([(X, IDS + 1)], CE, "the label 4 is not a class of a network with 4"),
         ([(X, IDS)], {"losses": [BinaryCrossEntropy()]}, "bce needs labels \\[N, classes\\]"),
         ([X], CE, "train_loader yields images alone, and the loss ce reads labels"),
         ([{"image": X, "fine": IDS, "coarse": IDS}], CE, "yields images alone, and the loss ce"),
@@ -410,7 +410,9 @@ LATE = torch.cat([IDS, IDS + 1])
 def test_a_wrong_label_of_a_later_batch_is_found_too(late: Any, place: str) -> None:
     student, before = net(1), net(1)[1].weight
     train, val = (late, PLAIN) if place == "train_loader" else (PLAIN, late)
-    with pytest.raises(UserError, match=f"{place}: the label .* is no class of a network with 4"):
+    with pytest.raises(
+        UserError, match=f"{place}: the label .* is not a class of a network with 4"
+    ):
         fastkd.distill(student, None, train, val, epochs=1, losses=[CrossEntropy()], **QUIET)
     assert torch.equal(student[1].weight, before)  # type: ignore[arg-type]
 

@@ -8,7 +8,9 @@ import torch
 
 import fastkd.cli.listings
 import fastkd.training.trainer
+from fastkd.cli.arguments import parse
 from fastkd.models import create_model
+from fastkd.runs.sweep.table import FORMATS
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,9 @@ def test_weights_of_the_same_network_without_its_block(command, tmp_path):
     said = command(*words)
     assert said.code == 2
     assert "or like this one without its cheap block: block=BG(2,4)" in said.err
+
+
+def test_a_table_has_an_option_for_each_of_its_formats():
+    options = parse(["table", "RUN", *(f"--{name}" for name in FORMATS)])
+
+    assert options.formats == list(FORMATS)

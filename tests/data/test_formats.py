@@ -177,7 +177,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind, monkeypatch)
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"a\.png is no regular file"):
+    with pytest.raises(UserError, match=r"a\.png is not a regular file"):
         open_rgb(path)
 
 
@@ -202,7 +202,7 @@ def test_names_that_cannot_be_seen_are_shown_escaped(tmp_path, name):
 
 def test_the_page_on_data_lists_the_extensions():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    listed = page.partition("capital letters:\n")[2].partition("\n- ")[0]
+    listed = page.partition("upper case:\n")[2].partition("\n- ")[0]
     assert listed.strip().strip("`").split() == [one for each in FORMATS.values() for one in each]
 
 

@@ -128,7 +128,7 @@ def test_what_there_is_is_said(photos):
         assert remarks == (
             "37 training and 13 validation images of 4 classes, 8x8 pixels, "
             f"data.backend={backend}",
-            "folder/train leaves out 1 file that is no image by its name (.txt 1)",
+            "folder/train leaves out 1 file without an image extension (.txt 1)",
             f"13 of the 50 images in {photos} are held back for validation "
             "(data.val_share=0.25 data.val_seed=0)",
             "1 class of one image has none in the validation images",

@@ -83,7 +83,7 @@ def test_files_that_are_no_images_by_name_are_counted_in_one_line(root):
     assert listed(index) == PLAIN
     (remark,) = index.remarks
     assert remark == (
-        "folder/train leaves out 9 files that are no images by their names (.txt 3, no extension "
+        "folder/train leaves out 9 files without an image extension (.txt 3, no extension "
         "1, .csv 1, .eps 1, .html 1, ..), 1 image beside the class folders"
     )
     assert not open_source("folder", root, "val").remarks
@@ -311,7 +311,7 @@ def test_an_empty_class_says_what_lies_there(root):
         file.rename(file.with_suffix(".webp2"))
     with pytest.raises(
         UserError,
-        match=r"train/cat holds no image .*2 files that are no images by their names \(\.webp2 2",
+        match=r"train/cat holds no image .*2 files without an image extension \(\.webp2 2",
     ):
         open_source("folder", root)
 
@@ -340,7 +340,7 @@ def seen(split: Path) -> list[Path]:
 
 
 def plain_images(split: Path) -> list[Path]:
-    """The images of a split that are no links."""
+    """The images of a split that are not links."""
     suffixes = (".png", ".jpg", ".tif")
     return [file for file in seen(split) if file.is_file() and file.suffix.lower() in suffixes]
 

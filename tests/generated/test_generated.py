@@ -17,19 +17,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import checkpoints
-import folders
-import loaders
-import overrides
-from case import check
+import generated_checkpoints
+import generated_folders
+import generated_loaders
+import generated_overrides
+from generated_case import check
 
 SEED = os.environ.get("FASTKD_SEED", "2026")
-# A function of a source of randomness and an empty folder; how many cases of it there are.
+# Maker of a case, and the number of cases.
 KINDS = {
-    "overrides": (overrides.make, 2400),
-    "folders": (folders.make, 1600),
-    "checkpoints": (checkpoints.make, 1600),
-    "loaders": (loaders.make, 1000),
+    "overrides": (generated_overrides.make, 2400),
+    "folders": (generated_folders.make, 1600),
+    "checkpoints": (generated_checkpoints.make, 1600),
+    "loaders": (generated_loaders.make, 1000),
 }
 AT_ONCE = 100
 FEW = 20

@@ -6,7 +6,7 @@ import pytest
 
 from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.console import Console
-from fastkd.printable import MESSAGE, printable, shown
+from fastkd.printable import MESSAGE, brief, first_line, in_words, printable, shown
 
 EVIL = [
     "\x1b[31mred\x1b[0m",
@@ -68,3 +68,26 @@ def test_brackets_and_colons_are_neither_markup_nor_emoji():
     assert said.startswith(f"{name}\n")
     assert "out=[red]/:car:/" in said.split("run")[1] and "[/x]" in said and "[bold]b" in said
     assert "[b]title\n  :car:  [i]" in said
+
+
+def test_the_message_of_an_error_is_one_line_of_it():
+    traced = "The following operation failed in the TorchScript interpreter.\n  at x\nlast line.\n"
+
+    assert first_line(ValueError("\n  sizes differ.\nin layer 3\n")) == "sizes differ"
+    assert first_line(RuntimeError(traced)) == "last line"
+    assert first_line(KeyError()) == "KeyError"
+    assert first_line("a\nb") == "a"
+    assert len(first_line(ValueError("x" * 999), 200)) == 200
+    assert in_words(ValueError("no\nmore")) == "ValueError: no"
+    assert in_words(KeyError()) == "KeyError"
+
+
+def test_a_value_is_cut_and_an_absurd_one_is_not_written():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+
+    assert brief("a\x1b[2J") == r"'a\x1b[2J'"
+    assert brief(list(range(1000))).startswith("[0, 1, 2, ")
+    assert len(brief("x" * 1000)) < 70
+    assert brief(10**5000) == brief(nested) == "(too large to show)"

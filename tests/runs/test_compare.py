@@ -255,6 +255,12 @@ def test_names_are_as_short_as_they_stay_unique(given, short):
         assert named == short
 
 
+def test_a_loss_without_keys_is_named_by_itself():
+    given = ["{kd: {}}", "{kd: {weight: 0.25, temperature: 4}}"]
+    named = labels([(f"losses={one}",) for one in given])
+    assert list(named.values()) == ["kd", "kd weight=0.25 temperature=4"]
+
+
 def test_losses_are_named_by_themselves():
     given = ["{kd: {weight: 0.9, ce_weight: 0.1}}", "{ce: {weight: 1}, dist: {weight: 1}}"]
     choices = [(f"losses={one}", f"seed={seed}") for one in given for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""What a run remembers of its data, and what it does where they have changed since."""
+"""What a run remembers about its data, and what it does where they have changed since."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_a_teacher_of_other_data_is_trained_anew(
     assert f"runs/teachers/{old.name} was trained on other data ({words}" in out
     assert "finished before" not in out
     (new,) = set((here / "runs/teachers").iterdir()) - {old}
-    assert f"not taken, runs/teachers/{new.name} instead" in out
+    assert f"not used, runs/teachers/{new.name} instead" in out
     assert (old / "best.safetensors").read_bytes() == before
     # The next run finds it: two runs share a teacher as before.
     assert f"finished before, runs/teachers/{new.name}" in taught()

@@ -141,7 +141,7 @@ class LabelRules:
         wrong = labels[((labels < 0) | (labels >= self.num_classes)) & ~unlabelled]
         if wrong.numel():
             raise UserError(
-                f"the label {int(wrong[0])} is no class of a network with {self.num_classes}, "
+                f"the label {int(wrong[0])} is not a class of a network with {self.num_classes}, "
                 f"numbered from 0 (and {NO_LABEL}: none): build it with more classes, or renumber"
             )
         return labels

@@ -68,7 +68,7 @@ class DataPair:
 
     @cached_property
     def remembered(self) -> DataFacts:
-        """What a run remembers of its data; some files are read for it on first use."""
+        """What a run remembers about its data; some files are read for it on first use."""
         facts = self.facts
         assert facts.evaluation is not None
         side = facts.image_shape[1]

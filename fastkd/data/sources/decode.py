@@ -69,7 +69,7 @@ def read_image(
     try:
         # Opening a pipe would wait for whoever writes to it.
         if not stat.S_ISREG(os.stat(name).st_mode):
-            raise UserError(f"{shown(name)} is no regular file, so no image can be read from it")
+            raise UserError(f"{shown(name)} is not a regular file, so no image can be read from it")
         with open(name, "rb") as stream:
             return _named(name, stream, decoding, use)
     except OSError as error:
@@ -137,10 +137,10 @@ def _unidentified(name: str, stream: IO[bytes]) -> str:
         return f"cannot read the image {shown(name)}: it is {found}; convert it to PNG or remove it"
     if start and (missing := missing_format(suffix(name))):
         return (
-            f"cannot read the image {shown(name)}: Pillow {pillow_version} reads no {missing}; "
+            f"cannot read the image {shown(name)}: Pillow {pillow_version} cannot read {missing}; "
             "install a newer one, or convert the image to PNG"
         )
-    what = "the file is empty" if not start else "it is no image of a format that is read"
+    what = "the file is empty" if not start else "it is not an image in a format that is read"
     return f"cannot decode the image {shown(name)}: {what}; repair or remove the file"
 
 

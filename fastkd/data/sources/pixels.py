@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image, decoding: Decoding) -> Image.Image:
     if decoding.white is not None and _is_deep_colour(image):
         raise UserError(
             f"it has 16 bits in each of its colours ({image.mode}), of which Pillow reads the "
-            f"upper 8: data.white={decoding.white:g} cannot be used, it is for grey images"
+            f"upper 8: data.white={decoding.white:g} cannot be used: it is for grey images"
         )
     image.load()
     if decoding.exif == "apply":
@@ -150,6 +150,6 @@ def _tag(image: Image.Image, number: int) -> int | None:
 
 def _unknown_range(image: Image.Image, what: str, example: str) -> str:
     return (
-        f"its pixels are {what} (mode {image.mode}), of which nothing says how bright the "
+        f"its pixels are {what} (mode {image.mode}), and nothing says how bright the "
         f"brightest is: set data.white, {example}"
     )

@@ -37,7 +37,7 @@ def survey(index: FolderIndex) -> list[str]:
     remarks: list[str] = []
     if turned and decoding.exif == "ignore":
         remarks.append(
-            f"{turned} {few} are stored turned (EXIF); data.exif=apply turns them upright"
+            f"{turned} {few} are stored rotated (EXIF); data.exif=apply turns them upright"
         )
     if see_through and decoding.alpha == "drop":
         remarks.append(
@@ -54,7 +54,7 @@ def survey(index: FolderIndex) -> list[str]:
 
 
 def _habits(image: Image.Image) -> tuple[bool, bool, int | None]:
-    """Whether it is stored turned, whether pixels are transparent, and a 16-bit one's peak."""
+    """Whether it is stored rotated, whether pixels are transparent, and a 16-bit one's peak."""
     # Pillow turns a TIFF while it decodes, and ImageFolder's users see that too.
     orientation = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
     turned = image.format != "TIFF" and orientation != _UPRIGHT

@@ -74,9 +74,9 @@ class Found:
         if by_name:
             listed = [f"{shown(name) or 'no extension'} {-n}" for n, name in by_name]
             number = -sum(n for n, _ in by_name)
-            what = "files that are no images by their names"
+            what = "files without an image extension"
             if number == 1:
-                what = "file that is no image by its name"
+                what = "file without an image extension"
             said.append(f"{number} {what} ({', '.join(listed[:5] + ['..'] * (len(listed) > 5))})")
         for reason, (one, several) in _REASONS.items():
             if number := self.left_out[reason]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fastkd.config.values import dotted
 from fastkd.runs.sweep.baselines import ALONE
 from fastkd.runs.sweep.grid import Choice
 
@@ -101,11 +102,11 @@ def _short_mappings(values: Sequence[str]) -> dict[str, str]:
         else "+".join(map(str, one))
         for value, one in found.items()
     }
-    leaves = {value: _leaves(one) for value, one in found.items()}
+    leaves = {value: dotted(one) for value, one in found.items()}
     named: dict[str, str] = {}
     for value, name in short.items():
         own, alike = leaves[value], [leaves[other] for other in values if short[other] == name]
-        unlike = [k for k in own if any(other.get(k) != own[k] for other in alike)]
+        unlike = [k for k in own if own[k] != {} and any(other.get(k) != own[k] for other in alike)]
         named[value] = " ".join([name, *(f"{k.rpartition('.')[2]}={own[k]}" for k in unlike)])
     return named
 
@@ -116,15 +117,6 @@ def _mapping(value: str) -> dict[Any, Any]:
     except yaml.YAMLError:
         return {}
     return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _leaves(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Every entry by its dotted path."""
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        path = f"{prefix}{key}"
-        found |= _leaves(item, f"{path}.") if isinstance(item, Mapping) else {path: item}
-    return found
 
 
 def _unlike_parts(values: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from fastkd.runs.sweep.grid import Choice
 from fastkd.runs.sweep.labels import labels
 from fastkd.storage.atomic import atomic_path, writing
 
-__all__ = ["FORMATS", "different_teachers", "print_table", "rows_of", "shown"]
+__all__ = ["FORMATS", "different_teachers", "print_table", "rows_of", "visible_rows"]
 
 FORMATS = {"latex": as_latex, "markdown": as_markdown}
 """What a table can also be printed as."""
@@ -42,17 +42,17 @@ def print_table(
     found: their summaries. formats: of FORMATS, printed too.
     """
     rows = rows_of(recipes, found)
-    session.console.comparison(shown(rows))
+    session.console.comparison(visible_rows(rows))
     if session.world.is_main:
         session.console.note(_written(recipes, rows, session.root))
     if note := different_teachers(recipes):
         session.console.note(note)
     for name in formats:
-        for line in FORMATS[name](shown(rows)).splitlines():
+        for line in FORMATS[name](visible_rows(rows)).splitlines():
             session.console.note(line)
 
 
-def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def visible_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows of the screen: deviation and error are in the note of the mean."""
     return [row for row in rows if row["row"] not in (DEVIATION, ERROR)]
 

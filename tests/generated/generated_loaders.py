@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from case import FAILED, REFUSED, Case
+from generated_case import FAILED, REFUSED, Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from case import REFUSED, Case
+from generated_case import REFUSED, Case
 
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe

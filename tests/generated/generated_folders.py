@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from case import Case, refused
+from generated_case import Case, refused
 from PIL import Image
 
 from fastkd.data import FolderIndex, open_source
@@ -36,9 +36,7 @@ def make(rng: random.Random, folder: Path) -> Case:
     split_names = ("train", rng.choice(("val", "test")))
     listings = {}
     for split in split_names:
-        listings[split] = {
-            name: _fill(rng, folder / split / name, f"{split}/{name}") for name in classes
-        }
+        listings[split] = {name: _fill(rng, folder / split / name) for name in classes}
         _scatter(rng, folder / split, classes)
     about = f"open_source('folder', {str(folder)!r}, ..) of {sorted(_files(folder))}"
     broken = rng.choice(list(BROKEN)) if rng.random() < 0.15 else None
@@ -48,16 +46,12 @@ def make(rng: random.Random, folder: Path) -> Case:
         return _with_a_broken_file(rng, folder, split, wanted, broken, about)
     if rng.random() < 0.1:
         return _with_an_empty_class(rng, folder, split_names, split, about)
-
-    def run() -> Any:
-        index = open_source("folder", folder, split)
-        assert isinstance(index, FolderIndex)
-        return _contents(index)
-
-    return Case(about, run, (tuple(classes), wanted))
+    return Case(about, lambda: _read(folder, split), (tuple(classes), wanted))
 
 
-def _contents(index: FolderIndex) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
+def _read(folder: Path, split: str) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
+    index = open_source("folder", folder, split)
+    assert isinstance(index, FolderIndex)
     found: dict[str, dict[str, Any]] = {name: {} for name in index.classes}
     for sample, label in enumerate(index.labels_N):
         name = index.classes[label]
@@ -67,7 +61,7 @@ def _contents(index: FolderIndex) -> tuple[tuple[str, ...], dict[str, dict[str, 
     return index.classes, found
 
 
-def _fill(rng: random.Random, place: Path, about: str) -> dict[str, Any]:
+def _fill(rng: random.Random, place: Path) -> dict[str, Any]:
     """Write images into a class folder; name -> the RGB of its first pixel."""
     wanted: dict[str, Any] = {}
     for name in rng.sample(NAMES, rng.randint(1, 3)):
@@ -115,7 +109,7 @@ def _write(rng: random.Random, place: Path, name: str) -> tuple[str, Any]:
 
 
 def _scatter(rng: random.Random, split: Path, classes: list[str]) -> None:
-    """Things that are no images of a class, anywhere."""
+    """Things that are not images of a class, anywhere."""
     places = [split, *(split / name for name in classes)]
     for _ in range(rng.randint(0, 4)):
         place = rng.choice(places)
@@ -157,13 +151,8 @@ def _with_a_broken_file(
     if not path.parent.exists():
         path = folder / "test" / name / "broken.png"
     path.write_bytes(BROKEN[kind])
-
-    def run() -> Any:
-        index = open_source("folder", folder, split)
-        assert isinstance(index, FolderIndex)
-        return _contents(index)
-
-    return Case(f"{about} and {path} ({kind})", run, refused("broken.png"))
+    what = f"{about} and {path} ({kind})"
+    return Case(what, lambda: _read(folder, split), refused("broken.png"))
 
 
 def _with_an_empty_class(
@@ -171,11 +160,8 @@ def _with_an_empty_class(
 ) -> Case:
     for part in split_names:
         (folder / part / "nothing here").mkdir()
-
-    def run() -> Any:
-        return open_source("folder", folder, split)
-
-    return Case(f"{about} and an empty class", run, refused("nothing here"))
+    what = f"{about} and an empty class"
+    return Case(what, lambda: _read(folder, split), refused("nothing here"))
 
 
 def _files(folder: Path) -> list[str]:

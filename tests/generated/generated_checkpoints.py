@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from case import REFUSED, Case
+from generated_case import REFUSED, Case
 from torch import Tensor, nn
 
 from fastkd.models import create_model
