@@ -7,8 +7,6 @@ Same engine as the recipes; see `distill`.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +17,7 @@ from fastkd.augment.config import PickConfig
 from fastkd.augment.mix import MixKind
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
-from fastkd.compute.compiling import CompileChoice, CompileReason, CompileSwitch
+from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
@@ -31,21 +29,20 @@ from fastkd.data.loaders.foreign import (
     open_foreign,
     peek,
 )
-from fastkd.data.loaders.label_rules import first_kind
+from fastkd.data.loaders.label_rules import kind_on_ranks
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import Remedy, fails_under_autocast, image_dtype, refusal
+from fastkd.models.intake import Remedy, image_dtype, refusal
 from fastkd.models.taps import ZooNetwork, logits_of, remove_taps
-from fastkd.models.unwrap import uncompiled, unwrapped
+from fastkd.models.unwrap import uncompiled
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.report.plots import draw_curves
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.judging import judge
-from fastkd.teachers.loaded import LoadedNet
 from fastkd.training.arguments import (
     check_callback,
     check_choice,
@@ -54,19 +51,20 @@ from fastkd.training.arguments import (
     check_student,
     label_use,
     loaded_teachers,
+    networks_of,
     optim_config,
     pick_config,
-    teachers_of,
     terms_of,
 )
+from fastkd.training.autocast import settle_precision
 from fastkd.training.build import build_trainer, decide_compile
 from fastkd.training.call_folder import (
     advice,
+    check_state,
     choose_folder,
-    described,
-    open_state,
-    settings_of,
+    describe,
 )
+from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
 from fastkd.training.matching import check_labels
 from fastkd.training.progress import Plan
@@ -170,8 +168,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
     check_callback(on_epoch)
-    teachers = teachers_of(student, teacher)
-    student = unwrapped(student)
+    student, teachers = networks_of(student, teacher)
     loaded = loaded_teachers(teachers, teacher_resolution)
     check_student(student)
     terms = terms_of(losses)
@@ -195,7 +192,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         placement = Placement(world, settled, channels_last, foreign)
         shown = peek("train_loader", train_loader, placement)
         if precision == "auto":
-            placement = _settled(student, loaded, shown, placement, console)
+            placement = settle_precision(student, loaded, shown, placement, console)
         data = _data((train_loader, val_loader), shown, student, terms, placement, seed)
         pays = decide_compile(
             compile,
@@ -206,14 +203,19 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             images=data.images * epochs,
             device_type=world.device.type,
         )
-        began: CompileSwitch | None = on_main(world, lambda: _compile_of(out)) if resume else None
+        began = None
+        last = Path(out or "").expanduser() / "last.pt"
+        if resume and out is not None and on_main(world, last.exists):
+            # First the lock: another process may be continuing this run.
+            stack.enter_context(occupied(last.parent, world))
+            began = open_checkpoint(last.parent, None, world)
         reason: CompileReason = "checkpoint" if began else "auto" if compile == "auto" else "key"
         settings = TrainingSettings(
             optim=config,
             xprime=xprime,
             pick=picking,
             ema=ema,
-            compile=began or ("on" if pays else "off"),
+            compile=began.state["decisions"]["compile"] if began else "on" if pays else "off",
             compile_reason=reason,
             fullgraph=False,
         )
@@ -221,13 +223,20 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         torch.manual_seed(seed)
         # The networks belong to the user: remove our hooks whatever happens.
         stack.callback(remove_taps, student, *teachers)
-        run = (epochs, seed, xprime, accumulate, ema, placement.precision.name, pays)
-        facts = _facts_of(student, loaded, terms, config)
-        digest = _digest(facts, run, data.loader.steps_per_epoch, picking)
+        run = {
+            "epochs": epochs,
+            "seed": seed,
+            "xprime": xprime,
+            "accumulate": accumulate,
+            "ema": ema,
+            "precision": placement.precision.name,
+            "compiled": pays,
+        }
+        call = describe(run, student, loaded, terms, data, optim=config, pick=picking)
         trainer = build_trainer(
             Plan(
                 stage="distill",
-                digest=digest,
+                digest=call["digest"],
                 seed=seed,
                 epochs=epochs,
                 accumulate=accumulate,
@@ -240,12 +249,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             placement=placement,
             output=Output(console=console, on_epoch=_of_rank_0(on_epoch, world)),
         )
-        call = {"digest": digest, **dict(zip(_RUN, run, strict=True))}
-        call |= described(student, teachers, terms, data) | {
-            "optim": config.model_dump(),
-            "pick": picking.model_dump() if picking else None,
-        }
-        return _trained(trainer, call, teachers, data, out, resume=resume)
+        return _trained(trainer, call, teachers, data, out, began, resume=resume)
 
 
 def _trained(
@@ -254,6 +258,7 @@ def _trained(
     teachers: Sequence[nn.Module],
     data: TrainData,
     out: str | Path | None,
+    checkpoint: Checkpoint | None,
     *,
     resume: bool,
 ) -> Result:
@@ -264,16 +269,17 @@ def _trained(
         folder = trainer.folder = on_main(world, lambda: choose_folder(out, call, resume=resume))
         before = None
         if folder is not None:
-            stack.enter_context(occupied(folder.path, world))
+            if checkpoint is None:  # else the folder is ours already
+                stack.enter_context(occupied(folder.path, world))
             before = on_main(world, folder.summary)
-        checkpoint = open_state(folder, call, world, finished=before is not None)
+        check_state(folder, checkpoint, call, world, finished=before is not None)
         if folder is not None:
             stack.enter_context(tidy(folder, folder.path.parent, world))
         stack.enter_context(advice(folder))
         taught = (before or {}).get("teacher") or _judged(trainer, teachers, data)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-            del checkpoint  # as large as the student and its optimizer
+            checkpoint.state.clear()  # as large as the student and its optimizer
         metrics = trainer.fit() | {"teacher": taught, "history": trainer.history}
         on_main(world, lambda: _finish(folder, trainer, metrics))
     return Result(
@@ -284,10 +290,6 @@ def _trained(
         data.facts.multilabel,
         trainer.best_state,
     )
-
-
-_RUN = ("epochs", "seed", "xprime", "accumulate", "ema", "precision", "compiled")
-"""The numbers and choices of a call, by their names in config.yaml."""
 
 
 def _of_rank_0(
@@ -319,38 +321,6 @@ def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, An
         folder.finish(metrics)
 
 
-def _settled(
-    student: nn.Module,
-    teachers: Sequence[LoadedNet],
-    shown: Shown,
-    placement: Placement,
-    console: Console,
-) -> Placement:
-    """The placement, in fp32 if a network fails under autocast, which is said."""
-    why = _wants_fp32(student, teachers, shown, placement.precision)
-    if why is None:
-        return placement
-    console.note(f"precision=auto is fp32 here: under autocast {why}")
-    return replace(placement, precision=resolve_precision("fp32", placement.device))
-
-
-def _wants_fp32(
-    student: nn.Module, teachers: Sequence[LoadedNet], shown: Shown, precision: Precision
-) -> str | None:
-    """Which network fails under autocast, and how; None if none does."""
-    few_NCHW = shown.images_NCHW[:2]
-    for called, model, shape in (
-        ("the student", student, shown.image_shape),
-        *(("the teacher", one.model, one.image_shape(shown.image_shape)) for one in teachers),
-    ):
-        images_NCHW = few_NCHW
-        if shape != shown.image_shape:
-            images_NCHW = few_NCHW.new_zeros(len(few_NCHW), *shape)
-        if why := fails_under_autocast(model, images_NCHW, precision):
-            return f"{called} {title_of(model)} fails ({why})"
-    return None
-
-
 def _data(
     loaders: tuple[Iterable[LoaderItem], Iterable[LoaderItem] | None],
     shown: Shown,
@@ -362,13 +332,15 @@ def _data(
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
     use, num_classes = label_use(terms), _num_classes(student, shown, placement.precision)
-    if first_kind(shown.labels, use, num_classes) == "multi":
+    kind = kind_on_ranks(shown.labels, use, num_classes, placement.world)
+    if kind == "multi":
         check_labels(terms, multilabel=True)
     pair = open_foreign(
         train_items,
         val_items,
         shown,
         use,
+        kind=kind,
         num_classes=num_classes,
         seed=seed,
         placement=placement,
@@ -376,47 +348,6 @@ def _data(
     # A loader without a data set to count: assume that all batches are like the first.
     images = images_per_epoch(train_items, len(shown.images_NCHW) * placement.world.size)
     return TrainData(pair.train, pair.val, pair.facts, images, REMEDIES)
-
-
-def _compile_of(out: str | Path | None) -> CompileSwitch | None:
-    """What the run in this folder came to when it began; None if it has no checkpoint yet."""
-    last = Path(out) / "last.pt" if out is not None else None
-    if last is None or not last.exists():
-        return None
-    return Checkpoint.open(last).state["decisions"]["compile"]
-
-
-def _facts_of(
-    student: nn.Module,
-    teachers: Sequence[LoadedNet],
-    terms: Sequence[LossTerm],
-    config: OptimConfig,
-) -> tuple[Any, ...]:
-    """What enters the digest about losses, optimizer and networks."""
-    sides = [one.resolution for one in teachers]
-    return (
-        [
-            (
-                term.name,
-                tuple(map(str, term.needs)),
-                sorted(term.weights.items()),
-                settings_of(term),
-            )
-            for term in terms
-        ],
-        config.model_dump(),
-        [(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],
-        [[tuple(p.shape) for p in each.model.parameters()] for each in teachers],
-        *([sides] if any(sides) else []),
-    )
-
-
-def _digest(
-    facts: tuple[Any, ...], run: tuple[Any, ...], steps_per_epoch: int, pick: PickConfig | None
-) -> str:
-    """Sixteen hex digits that identify what the arguments of a call decide about its outcome."""
-    every = (*facts, run, steps_per_epoch, *([pick.model_dump()] if pick else []))
-    return sha256(repr(every).encode()).hexdigest()[:16]
 
 
 def _num_classes(student: nn.Module, shown: Shown, precision: Precision) -> int:

@@ -18,6 +18,8 @@ __all__ = [
     "first_of_ranks",
     "gather_rows",
     "join_rows",
+    "on_any_rank",
+    "on_ranks",
     "split_evenly",
     "sync_buffers",
 ]
@@ -34,11 +36,20 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def first_of_ranks(value: T | None, world: World) -> T | None:
     """The first value, by rank, that is not None, on every rank; it must be picklable."""
-    if world.size == 1:
-        return value
-    values: list[T | None] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return next((one for one in values if one is not None), None)
+    return next((one for one in on_ranks(value, world) if one is not None), None)
+
+
+def on_ranks(value: T, world: World) -> list[T]:
+    """This value of every rank, by rank; it must be picklable."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_any_rank(here: bool, world: World) -> bool:
+    """Whether it holds on any rank."""
+    return any(on_ranks(here, world))
 
 
 def split_evenly(num: int, parts: int) -> tuple[int, ...]:

@@ -104,7 +104,9 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         tidy(folder, session.root, session.world),
     ):
         # Under the lock: until then another process may have continued this run.
-        checkpoint = open_checkpoint(folder, identity.digest, session.world) if resumed else None
+        checkpoint = (
+            open_checkpoint(folder.path, identity.digest, session.world) if resumed else None
+        )
         teachers, teacher_summary = prove_teacher(
             recipe.teacher,
             teachers,
@@ -318,7 +320,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             # A teacher's own seed also decides the order in which it sees the images.
             data = _open_data(recipe, session)
         with tidy(folder, session.root, session.world):
-            checkpoint = open_checkpoint(folder, identity.digest, session.world)
+            checkpoint = open_checkpoint(folder.path, identity.digest, session.world)
             trainer = build_stage(recipe, data, (), session, folder, checkpoint)
             _go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision
+from fastkd.data.loaders.label_rules import are_distributions
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
@@ -145,15 +146,10 @@ def notes_on(
     return notes
 
 
-def _sums_to_1(logits_NC: Tensor) -> bool:
-    # Wide enough for values rounded to bf16.
-    return bool(((logits_NC.float().sum(1) - 1).abs() < 1e-2).all())
-
-
 def _refuse_softmax(net: str, logits_NC: Tensor) -> None:
     if logits_NC.dim() < 2 or logits_NC.shape[1] < 2:
         return
-    if bool((logits_NC >= 0).all()) and _sums_to_1(logits_NC):
+    if bool(are_distributions(logits_NC).all()):
         raise UserError(
             f"the {net} gives probabilities (no value is below 0, and each row sums to 1), and the "
             f"losses take the softmax of what it gives: remove its last softmax, as in "
@@ -164,7 +160,7 @@ def _refuse_softmax(net: str, logits_NC: Tensor) -> None:
 def _note(logits_NC: Tensor) -> list[str]:
     if logits_NC.dim() < 2 or logits_NC.shape[1] < 2:
         return []
-    if bool((logits_NC <= 0).all()) and _sums_to_1(logits_NC.float().exp()):
+    if bool((logits_NC <= 0).all() & are_distributions(logits_NC.float().exp()).all()):
         return [
             "the teacher gives log-probabilities: their softmax is that of its logits, so KD is "
             "unchanged; a loss that compares the logits themselves sees them shifted"

@@ -32,9 +32,9 @@ __all__ = [
     "check_student",
     "label_use",
     "loaded_teachers",
+    "networks_of",
     "optim_config",
     "pick_config",
-    "teachers_of",
     "terms_of",
 ]
 
@@ -83,9 +83,12 @@ def check_numbers(epochs: object, accumulate: object, ema: float | None) -> None
         raise UserError(f"distill: ema={ema!r}; expected a decay from 0 to below 1, or None")
 
 
-def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
-    """The teachers as a list, without wrappers; UserError if one is not a network, or is trained
-    as the student."""
+def networks_of(student: nn.Module, given: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """The student and the list of teachers, without wrappers.
+
+    Raises:
+        UserError: one is not a network, or a teacher has layers that are trained as the student's.
+    """
     # A name is a sequence too.
     several = isinstance(given, nn.ModuleList | Sequence) and not isinstance(given, str)
     teachers: list[Any] = list(given) if several else [] if given is None else [given]
@@ -101,7 +104,7 @@ def teachers_of(student: nn.Module, given: Any) -> list[nn.Module]:
                 f"distill: student and teacher {what}, and the teacher is frozen: give it its own "
                 f"copy, copy.deepcopy(model)"
             )
-    return teachers
+    return student, teachers
 
 
 def check_student(student: nn.Module) -> None:

@@ -6,12 +6,14 @@ right as long as a call with the same arguments made it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastkd.augment.config import PickConfig
 from fastkd.compute.machine import environment
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import Interrupted, UserError
@@ -20,10 +22,11 @@ from fastkd.models.card import card_of, title_of
 from fastkd.output.call_record import differences, how_to_resume, read_call, record
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint
-from fastkd.training.checkpointing import open_checkpoint
+from fastkd.teachers.loaded import LoadedNet
+from fastkd.training.config import OptimConfig
 from fastkd.training.settings import TrainData
 
-__all__ = ["advice", "choose_folder", "described", "open_state", "settings_of"]
+__all__ = ["advice", "check_state", "choose_folder", "describe", "digested"]
 
 
 def choose_folder(
@@ -55,13 +58,17 @@ def choose_folder(
     return folder
 
 
-def open_state(
-    folder: RunFolder | None, call: Mapping[str, Any], world: World, *, finished: bool
-) -> Checkpoint | None:
-    """The folder's state, if there is any; UserError if another call made it."""
+def check_state(
+    folder: RunFolder | None,
+    checkpoint: Checkpoint | None,
+    call: Mapping[str, Any],
+    world: World,
+    *,
+    finished: bool,
+) -> None:
+    """UserError if another call made the folder and its checkpoint, or a finished run lacks it."""
     if folder is None:
-        return None
-    checkpoint = open_checkpoint(folder, None, world)
+        return
     there = on_main(world, lambda: read_call(folder.path)) or {}
     digest = checkpoint.state["digest"] if checkpoint else there.get("digest", call["digest"])
     if digest != call["digest"]:
@@ -80,27 +87,71 @@ def open_state(
     if not there:
         # A folder of fastkd 0.1, or one whose run was killed before it was described.
         on_main(world, lambda: folder.write_text("config.yaml", record(call)))
-    return checkpoint
 
 
-def described(
+class _Fact(NamedTuple):
+    """What the arguments of a call decide."""
+
+    shown: Mapping[str, Any]
+    """In config.yaml, where a difference is named."""
+    digested: tuple[Any, ...]
+    """In the digest, which must not change: folders of older versions resume."""
+
+
+def describe(
+    run: Mapping[str, Any],
     student: nn.Module,
-    teachers: Sequence[nn.Module],
+    loaded: Sequence[LoadedNet],
     terms: Sequence[LossTerm],
     data: TrainData,
+    *,
+    optim: OptimConfig,
+    pick: PickConfig | None,
 ) -> dict[str, Any]:
-    """Data, networks and losses in config.yaml."""
-    return {
-        "steps_per_epoch": data.loader.steps_per_epoch,
-        "image_shape": data.facts.image_shape,
-        "classes": data.facts.num_classes,
-        "student": _network(student),
-        "teachers": [_network(model) for model in teachers],
-        "losses": {
-            term.name: {"class": type(term).__qualname__, **_settings(term), "parts": term.weights}
-            for term in terms
-        },
-    }
+    """A call as config.yaml has it, with `digest`: sixteen hex digits that identify it.
+
+    run: its numbers and choices by name. loaded: the teachers.
+    """
+    sides = [one.resolution for one in loaded]
+    steps = data.loader.steps_per_epoch
+    optimizer, picking = optim.model_dump(), pick.model_dump() if pick else None
+    # In the digest's order.
+    facts = (
+        _Fact({"losses": {term.name: _loss(term) for term in terms}}, ([*map(digested, terms)],)),
+        _Fact({"optim": optimizer}, (optimizer,)),
+        _Fact(
+            {"student": _network(student)},
+            ([(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],),
+        ),
+        _Fact(
+            {"teachers": [_network(one.model) | {"resolution": one.resolution} for one in loaded]},
+            (
+                [[tuple(p.shape) for p in one.model.parameters()] for one in loaded],
+                *([sides] if any(sides) else []),
+            ),
+        ),
+        _Fact(run, (tuple(run.values()),)),
+        _Fact({"steps_per_epoch": steps}, (steps,)),
+        _Fact({"pick": picking}, (picking,) if picking else ()),
+        _Fact({"image_shape": data.facts.image_shape, "classes": data.facts.num_classes}, ()),
+    )
+    every = tuple(part for fact in facts for part in fact.digested)
+    call = {"digest": sha256(repr(every).encode()).hexdigest()[:16], **run}
+    for fact in facts:
+        call |= fact.shown
+    return call
+
+
+def _loss(term: LossTerm) -> dict[str, Any]:
+    """A loss in config.yaml."""
+    return {"class": type(term).__qualname__, **_settings(term), "parts": term.weights}
+
+
+def digested(term: LossTerm) -> tuple[Any, ...]:
+    """A loss in the digest: nothing that changes during training."""
+    settings = [("class", type(term).__qualname__)]
+    settings += [(name, repr(value)) for name, value in _settings(term).items()]
+    return (term.name, tuple(map(str, term.needs)), sorted(term.weights.items()), settings)
 
 
 def _network(model: nn.Module) -> dict[str, Any]:
@@ -112,12 +163,8 @@ def _network(model: nn.Module) -> dict[str, Any]:
     return facts | options | {"trained": trained}
 
 
-def settings_of(term: LossTerm) -> list[tuple[str, str]]:
-    """Its class and its settings: temperature, form, ...; nothing that changes during training."""
-    return [("class", type(term).__qualname__), *((k, repr(v)) for k, v in _settings(term).items())]
-
-
 def _settings(term: LossTerm) -> dict[str, Any]:
+    """Temperature, form, ..."""
     plain = (bool, int, float, str, tuple, type(None))
     given = {name: vars(term).get(name) for name in signature(type(term)).parameters}
     return {name: value for name, value in given.items() if isinstance(value, plain)}

@@ -17,7 +17,6 @@ from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm
-from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
 from fastkd.training.saved_state import check_optimizer, check_part, check_rows
 
@@ -105,7 +104,7 @@ def write(path: Path, digest: str, decisions: dict[str, str], states: dict[str, 
     save_checkpoint(path, {"digest": digest, "decisions": decisions} | states)
 
 
-def open_checkpoint(folder: RunFolder, digest: str | None, world: World) -> Checkpoint | None:
+def open_checkpoint(folder: Path, digest: str | None, world: World) -> Checkpoint | None:
     """The folder's last.pt, read once, on every rank; None if there is none yet.
 
     digest: of the run that resumes it; None if the caller compares it.
@@ -113,7 +112,7 @@ def open_checkpoint(folder: RunFolder, digest: str | None, world: World) -> Chec
     Raises:
         UserError: it is damaged, or belongs to a run with another digest.
     """
-    path = folder.path / "last.pt"
+    path = folder / "last.pt"
     # Rank 0 decides: another host may see a new file of a shared folder late.
     if not on_main(world, path.exists):
         return None

@@ -105,8 +105,8 @@ class Result:
         DistributedSampler repeats.
 
         Args:
-            loader: yields images [N, C, H, W], or tuples that begin with them; or the images as one
-                tensor. It must not shuffle or leave images out.
+            loader: yields what a train_loader may, or is the images [N, C, H, W] as one tensor. It
+                must not shuffle or leave images out.
             best: with the network of the best epoch.
             probabilities: their softmax; the sigmoid where images have several labels.
 

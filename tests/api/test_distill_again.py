@@ -209,6 +209,28 @@ def test_a_call_with_other_arguments_is_told_which(
     assert (tmp_path / "run/config.yaml").exists()
 
 
+def test_another_resolution_of_the_teacher_is_named(tmp_path: Path) -> None:
+    def taught(side: int | None, out: Path) -> Any:
+        options: dict[str, Any] = {"epochs": 1, "losses": [KD()], "teacher_resolution": side}
+        return fastkd.distill(net(), net(3), TRAIN, None, out=out, resume=True, **QUIET | options)
+
+    for name, first, second in (("resized", 12, 16), ("as it is", None, 12)):
+        taught(first, tmp_path / name)
+        sentence = f"(teachers.0.resolution: {first} there, {second} here)"
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            taught(second, tmp_path / name)
+        assert taught(first, tmp_path / name).metrics["epochs"] == 1
+
+
+def test_the_checkpoint_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distill(tmp_path / "run")
+    opened, load = list[Any](), torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: opened.append(a[0]) or load(*a, **k))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    distill(Path("~/run"), resume=True)
+    assert opened == [tmp_path / "run/last.pt"]
+
+
 def test_folders_that_are_no_run_of_distill_are_left_alone(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()

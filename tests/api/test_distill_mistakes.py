@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import fastkd
 import fastkd.losses
-from fastkd.api import settings_of
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.foreign import check_loader
 from fastkd.errors import UserError
 from fastkd.losses import AT, CRD, DKD, KD, CrossEntropy, JointRD, KDLoss, ReviewKD, SimKD
 from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
+from fastkd.training.call_folder import digested
 
 QUIET: dict[str, Any] = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
 
@@ -304,7 +304,7 @@ def test_each_setting_of_a_loss_makes_another_run(loss: Any) -> None:
 
     def facts(**changed: Any) -> Any:
         term = loss(**given | changed)
-        return term.name, term.needs, sorted(term.weights.items()), settings_of(term)
+        return digested(term)
 
     numbers = [
         (name, parameter.default)

@@ -316,7 +316,7 @@ EMPTY = TensorDataset(X[:0], IDS[:0])
         (
             [(X, IDS[:, None].float())],
             CE,
-            r"train_loader: labels.squeeze\(1\).long\(\): ",
+            r"train_loader: labels must .*: class ids are labels.squeeze\(1\).long\(\)$",
         ),
         ([(X, torch.rand(8, 4))], CE, r"the loss ce needs one class id per image"),
         ([(X, ONE_HOT * 2)], CE, "the loss ce needs one class id per image"),

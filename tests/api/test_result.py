@@ -1,6 +1,7 @@
 """What `fastkd.distill` gives back: both networks, predictions, the teacher's accuracy, words."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,22 @@ def test_a_network_that_cannot_be_copied_leaves_its_best_weights() -> None:
     assert same(weights(student), seen[result.metrics["best_epoch"] - 1])
 
 
+@dataclass
+class Packed:
+    label: Tensor
+    image: Tensor
+
+
+class NoMemory:
+    """What a data set says in a worker that gets no memory."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, at: int) -> Any:
+        raise OSError("Cannot allocate memory")
+
+
 class Bare:
     """Batches of images alone, from a class that knows no data set."""
 
@@ -178,6 +195,11 @@ LOADERS = {
     "a class": Bare(),
     "a tensor": IMAGES,
     "float64": DataLoader(IMAGES.double(), batch_size=10),  # type: ignore[arg-type]
+    "mappings": [{"pixel_values": IMAGES[:20]}, {"pixel_values": IMAGES[20:], "label": LABELS}],
+    "labels first": [{"labels": LABELS, "image": IMAGES}],
+    "a dataclass": [Packed(LABELS, IMAGES)],
+    "as DALI": [[{"data": IMAGES, "label": LABELS}]],
+    "numpy": [(IMAGES[:9].numpy(), LABELS), IMAGES[9:].double().numpy()],
 }
 
 
@@ -267,9 +289,10 @@ REFUSED = {
     ),
     "single images": (DataLoader(VAL_DATA, batch_size=None), r"got \[3, 8, 8\]"),
     "bytes": ([(IMAGES.byte(), LABELS)], r"got \[35, 3, 8, 8\] of torch.uint8"),
-    "dicts": ([{"image": IMAGES}], "got <class 'dict'>"),
+    "dicts": ([{"scan": IMAGES}], "got dict with the keys scan, of which none can be the images"),
+    "workers": (DataLoader(NoMemory(), num_workers=1), "a worker of the data loader ended: .*room"),
     "nothing": ([], "yields no image"),
-    "empty tuples": ([()], "got <class 'NoneType'>"),
+    "empty tuples": ([()], "images alone, got tuple; wrap it in a class"),
     "one image": (IMAGES[0], r"got \[3, 8, 8\]"),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,22 @@ class EverySecond(Net):
         return self.second(x) if self.calls % 2 else x
 
 
+class Together(Net):
+    """Every pass in training asks the other ranks."""
+
+    def trained(self, x: Tensor) -> Tensor:
+        if SIZE > 1:
+            dist.all_reduce(torch.zeros(1))
+        return self.second(x)
+
+
+class Fp32OnRank1(Net):
+    def second(self, x: Tensor) -> Tensor:
+        if RANK and torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("this machine computes in fp32")
+        return super().second(x)
+
+
 def shares(images: Tensor = X, labels: Tensor = IDS) -> list[Any]:
     """Two batches of 8; a rank has every second image of each."""
     half = len(images) // 2
@@ -80,8 +97,11 @@ def shares(images: Tensor = X, labels: Tensor = IDS) -> list[Any]:
     ]
 
 
-def run(student: Net, losses: list[LossTerm], train: Any = None, val: Any = None) -> dict[str, Any]:
+def run(
+    student: Net, losses: list[LossTerm], train: Any = None, val: Any = None, **options: Any
+) -> dict[str, Any]:
     """The trained weights, or what was said."""
+    given: dict[str, Any] = {"precision": "fp32"} | options
     try:
         result = fastkd.distill(
             student,
@@ -93,14 +113,16 @@ def run(student: Net, losses: list[LossTerm], train: Any = None, val: Any = None
             optim=SGD,
             device="cpu",
             compile="off",
-            precision="fp32",
             quiet=True,
+            **given,
         )
     except FastKDError as error:
         return {"said": f"{type(error).__name__}: {error}"}
     return {
         "state": result.student.state_dict(),
         "loss": [row["train_loss"] for row in result.metrics["history"]],
+        "measured": [name for name in result.metrics if name in ("map_last", "accuracy_last")],
+        "precision": result.placement.precision.name if result.placement else None,
         "skipped": result.metrics["skipped_steps"],
     }
 
@@ -113,6 +135,20 @@ def unlabelled(*ranks: int) -> list[Any]:
     """The labels of these ranks are hidden."""
     labels = torch.full_like(IDS, -100) if RANK in ranks else IDS
     return shares(X, labels)
+
+
+def several() -> Tensor:
+    """Rows of labels of which only rank 1 has some that are no distributions."""
+    rows_NC = nn.functional.one_hot(IDS, 4).float()
+    rows_NC[1::2, 0] = 1
+    return rows_NC
+
+
+def one_over() -> list[Any]:
+    """The last batch has one image on rank 1, two elsewhere."""
+    (images, labels), _ = shares()
+    num = 1 if RANK else 2
+    return [(images[:4], labels[:4]), (images[:num], labels[:num])]
 
 
 class Short(list[Any]):
@@ -132,6 +168,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "ends early": lambda: run(Net(), [CrossEntropy()], Short(shares())),
     "labels on one rank": lambda: run(Net(), [CrossEntropy()], unlabelled(1)),
     "labels on none": lambda: run(Net(), [CrossEntropy()], unlabelled(0, 1)),
+    "several on one rank": lambda: run(Net(), [CrossEntropy()], shares(X, several())),
+    "several in validation": lambda: run(Net(), [KD(ce_weight=0)], None, shares(X, several())),
+    "fp32 on one rank": lambda: run(Fp32OnRank1(), [CrossEntropy()], precision="auto"),
+    "one over": lambda: run(Together(), [CrossEntropy()], one_over()),
     "validation on one rank": lambda: run(Net(), [CrossEntropy()], None, unlabelled(1)),
     "validation on none": lambda: run(Net(), [CrossEntropy()], None, unlabelled(0, 1)),
 }

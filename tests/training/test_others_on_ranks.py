@@ -44,6 +44,8 @@ def test_ranks_that_skip_different_layers_stay_alike(found: dict[str, Any]) -> N
         ("dropped together", "UserError: the loss sp uses a tap that is skipped at random in tr"),
         ("lengths", "UserError: the processes have loaders of different lengths ([2, 1] batches)"),
         ("ends early", "UserError: the processes have different numbers of batches in an epoch"),
+        ("one over", "UserError: the processes have batches of different sizes ("),
+        ("several on one rank", "UserError: the loss ce"),
         ("labels on none", "RunFailed: nothing was learned in epoch 1: none of its images has a"),
         ("validation on none", "UserError: the images of val_loader have no label (all are -100)"),
     ],
@@ -57,6 +59,13 @@ def test_what_ranks_cannot_do_both_say(found: dict[str, Any], case: str, said: s
 def test_labels_on_one_rank_are_enough(found: dict[str, Any], case: str) -> None:
     for one in found["two"]:
         assert one[case]["skipped"] == 0 and len(one[case]["loss"]) == 3
+
+
+def test_ranks_agree_on_what_one_of_them_sees(found: dict[str, Any]) -> None:
+    for one in found["two"]:
+        assert one["several in validation"]["measured"] == ["map_last"]
+        assert one["fp32 on one rank"]["precision"] == "fp32"
+        assert one["fp32 on one rank"]["skipped"] == 0
 
 
 def test_one_process_skips_a_tap_and_goes_on(found: dict[str, Any]) -> None:

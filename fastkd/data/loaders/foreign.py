@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset, default_collate
 
-from fastkd.compute.collectives import all_reduce_sum
+from fastkd.compute.collectives import on_any_rank, on_ranks
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.items import item_of
-from fastkd.data.loaders.label_rules import LabelRules, LabelUse, first_kind, unlike
+from fastkd.data.loaders.label_rules import LabelKind, LabelRules, LabelUse, kind_on_ranks, unlike
 from fastkd.data.loaders.readable import (
     BEST,
+    ONCE,
     LoaderItem,
     Shown,
     check_loader,
@@ -45,6 +46,10 @@ __all__ = [
     "open_foreign",
     "peek",
 ]
+
+_EQUAL = "give the loader a torch DistributedSampler, which makes them equal"
+
+_UNEVEN = f"the processes have different numbers of batches in an epoch: {_EQUAL}"
 
 _LAST = -1
 """Sent in place of a number of images by a rank whose loader has ended."""
@@ -77,28 +82,20 @@ class ForeignLoader:
         self.labels_N = _labels_by_id(items, self.rules)
         """Labels by sample id if a loss needs ids, then compared with every batch; else zeros."""
         self._compared = False
+        self.batch_rows = _planned_rows(items)
+        """As a DataLoader plans them, or as a list has them; in a training those of the rank with
+        the least: all ranks must try a step on the same."""
         # Sizes are compared on the host: NCCL would wait for the device.
         shared = train and self.world.size > 1
+        if shared:
+            of_ranks = on_ranks(self.batch_rows, self.world)
+            self.batch_rows = min(of_ranks, key=lambda rows: (min(rows, default=0), rows))
         self._ranks: Any = dist.new_group(backend="gloo") if shared else None
         lengths = self._of_ranks(self.steps_per_epoch)
         if len(set(lengths)) > 1:
             raise UserError(
-                f"the processes have loaders of different lengths ({lengths} batches): give them "
-                f"a torch DistributedSampler, which makes them equal"
+                f"the processes have loaders of different lengths ({lengths} batches): {_EQUAL}"
             )
-
-    @property
-    def batch_rows(self) -> tuple[int, ...]:
-        """As a DataLoader plans them, or as a list has them."""
-        if isinstance(self.items, list | tuple):
-            rows = {len(item_of(item).images_NCHW) for item in self.items}
-            return tuple(sorted(rows, reverse=True))
-        sampler = self.items.batch_sampler if isinstance(self.items, DataLoader) else None
-        if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
-            return ()
-        num, size = len(sampler.sampler), sampler.batch_size
-        rest = 0 if sampler.drop_last else num % size
-        return tuple(rows for rows in (size if num >= size else 0, rest) if rows)
 
     def with_views(self, views: SecondViews) -> Self:
         """This loader itself: each rank mixes its own images, and there are no pictures.
@@ -139,7 +136,7 @@ class ForeignLoader:
             known = known.to(seen.device) | seen
             if batch is not None:
                 yield batch
-        if self.train and self.rules.needed and not self.anywhere(bool(known)):
+        if self.train and self.rules.needed and not any(self._of_ranks(int(known))):
             raise RunFailed(
                 f"nothing was learned in epoch {epoch + 1}: none of its images has a label, and "
                 f"every loss of this run reads labels ({self.rules.needed} for one). Give labels, "
@@ -177,8 +174,8 @@ class ForeignLoader:
             raise UserError(_UNEVEN)
         if not drawn and self.train:
             raise UserError(
-                f"train_loader yields nothing in epoch {epoch + 1}: it can be read only once. "
-                f"Its __iter__ must begin anew: {BEST}"
+                f"train_loader yields nothing in epoch {epoch + 1}: it {ONCE}. Its __iter__ must "
+                f"begin anew: {BEST}"
             )
 
     def _of_ranks(self, number: int) -> list[int]:
@@ -188,10 +185,6 @@ class ForeignLoader:
         numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world.size)]
         dist.all_gather(numbers, torch.tensor([number]), group=self._ranks)
         return [int(one) for one in numbers]
-
-    def anywhere(self, here: bool) -> bool:
-        """Whether it holds on any rank; in an evaluation on this one."""
-        return any(self._of_ranks(int(here)))
 
     def _global_size(self, num: int) -> int:
         """Size of the global batch, given `num` images on this rank; 0 in an evaluation.
@@ -205,10 +198,7 @@ class ForeignLoader:
         if _LAST in found:
             raise UserError(_UNEVEN)
         if min(found) != max(found):
-            raise UserError(
-                f"the processes have batches of different sizes ({found}); give the loader a "
-                f"torch DistributedSampler, which makes them equal"
-            )
+            raise UserError(f"the processes have batches of different sizes ({found}): {_EQUAL}")
         return sum(found)
 
     def _check_ids(self, ids: Any, labels: Tensor) -> None:
@@ -240,6 +230,18 @@ class ForeignLoader:
             )
 
 
+def _planned_rows(items: Iterable[LoaderItem]) -> tuple[int, ...]:
+    if isinstance(items, list | tuple):
+        rows = {len(item_of(item).images_NCHW) for item in items}
+        return tuple(sorted(rows, reverse=True))
+    sampler = items.batch_sampler if isinstance(items, DataLoader) else None
+    if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
+        return ()
+    num, size = len(sampler.sampler), sampler.batch_size
+    rest = 0 if sampler.drop_last else num % size
+    return tuple(rows for rows in (size if num >= size else 0, rest) if rows)
+
+
 def _are_ids(ids: Any, num: int) -> bool:
     return (
         isinstance(ids, Tensor)
@@ -265,13 +267,14 @@ def open_foreign(
     shown: Shown,
     use: LabelUse,
     *,
+    kind: LabelKind,
     num_classes: int,
     seed: int,
     placement: Placement,
 ) -> ForeignPair:
     """Both loaders in the trainer's protocol.
 
-    shown: the first batch of training.
+    shown: the first batch of training. kind: of its labels, on all ranks.
 
     Raises:
         UserError: labels that the losses or the evaluation cannot use, as the first batches show
@@ -284,9 +287,8 @@ def open_foreign(
             f"(images, labels), or use a loss that does without, such as KD(ce_weight=0)"
         )
     judged = None if val_items is None else peek("val_loader", val_items, placement).labels
-    kind = first_kind(shown.labels, use, num_classes)
     if judged is not None:
-        measured = first_kind(judged, use, num_classes)
+        measured = kind_on_ranks(judged, use, num_classes, placement.world)
         if use.reads and measured != kind:
             raise unlike(kind)
         # Without a loss that reads labels, those of validation say what is measured.
@@ -315,7 +317,7 @@ def open_foreign(
         labels_N=train.labels_N,
         multilabel=kind == "multi",
         normalization=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        labelled=train.anywhere(bool(rules.any_known(first))),
+        labelled=on_any_rank(bool(rules.any_known(first)), placement.world),
     )
     return ForeignPair(train, val, facts)
 
@@ -347,27 +349,18 @@ def _check_stored(name: str, items: Iterable[LoaderItem], rules: LabelRules) -> 
 def _check_validation(items: Iterable[LoaderItem], rules: LabelRules, world: World) -> None:
     """UserError if no validation image of any rank has a label; reads on until one has."""
     found = False
-    for item in items:
+    for item in from_workers(items, "num_workers"):
         images, labels, _ = item_of(item)
         known = _checked("val_loader", Shown(images, labels), rules)
         found = bool((known == 1).any() if known.dim() == 2 else rules.any_known(known))
         if found:
             break
-    anywhere = torch.tensor(float(found), device=world.device)
-    if world.size > 1:
-        all_reduce_sum(anywhere)
-    if not anywhere.item():
+    if not on_any_rank(found, world):
         none = "no positive label" if rules.kind == "multi" else "no label (all are -100)"
         raise UserError(
             f"the images of val_loader have {none}, so nothing can be measured on them: give "
             f"labels, or val_loader=None, which measures nothing and keeps the last epoch"
         )
-
-
-_UNEVEN = (
-    "the processes have different numbers of batches in an epoch: give the loader a torch "
-    "DistributedSampler, which makes them equal"
-)
 
 
 def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:

@@ -16,6 +16,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from fastkd.data.loaders.items import item_of
+from fastkd.data.loaders.workers import from_workers
 from fastkd.errors import UserError
 
 __all__ = ["in_order"]
@@ -27,33 +29,22 @@ _ROWS = 256
 def in_order(items: Iterable[Any] | Tensor) -> Iterator[Tensor]:
     """Batches [N, C, H, W] of images, without what a sampler repeats to fill up.
 
-    items: a loader that yields images, or tuples that begin with them (labels and ids are not
-        read); or the images as one tensor.
+    items: a loader of any packing that `item_of` reads (labels and ids are left aside); or the
+        images as one tensor.
 
     Raises:
         UserError: the loader shuffles, drops images, or yields something else.
     """
     if isinstance(items, Tensor):
-        items = _checked(items).split(_ROWS)
+        items = item_of(items).images_NCHW.split(_ROWS)
     left = _own_rows(items)
-    for item in items:
-        first = next(iter(item), None) if isinstance(item, tuple | list) else item
-        images_NCHW = _checked(first)
+    for item in from_workers(items, "num_workers"):
+        images_NCHW = item_of(item).images_NCHW
         if left is not None:
             images_NCHW = images_NCHW[:left]
             left -= len(images_NCHW)
         if len(images_NCHW):
             yield images_NCHW
-
-
-def _checked(images: Any) -> Tensor:
-    if isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point():
-        return images
-    what = f"{list(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images)
-    raise UserError(
-        f"predict wants batches of images [N, C, H, W], floating point and normalised as for the "
-        f"training, alone or first in a tuple; got {what}"
-    )
 
 
 def _own_rows(items: Iterable[Any]) -> int | None:

@@ -11,10 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastkd.compute.collectives import on_any_rank
+from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL
 from fastkd.errors import UserError
 
-__all__ = ["LabelKind", "LabelRules", "LabelUse", "first_kind", "unlike"]
+__all__ = [
+    "LabelKind",
+    "LabelRules",
+    "LabelUse",
+    "are_distributions",
+    "kind_on_ranks",
+    "unlike",
+]
 
 LabelKind = Literal["class", "multi"]
 """One class per image, as an id or a row of probabilities; or several labels per image, [N, C]."""
@@ -50,12 +59,20 @@ def unlike(kind: LabelKind) -> UserError:
     )
 
 
-def first_kind(labels: Any, use: LabelUse, num_classes: int) -> LabelKind:
-    """The kind of a loader's labels, as its first batch shows it."""
+def kind_on_ranks(labels: Any, use: LabelUse, num_classes: int, world: World) -> LabelKind:
+    """The kind of a loader's labels, as the first batches of all ranks show it.
+
+    Several per image if any rank says so: rows that happen to sum to 1 can be either. All ranks
+    must call this.
+    """
+    return "multi" if on_any_rank(_several(labels, use, num_classes), world) else "class"
+
+
+def _several(labels: Any, use: LabelUse, num_classes: int) -> bool:
     if not isinstance(labels, Tensor) or labels.dim() != 2 or _is_column(labels, num_classes):
-        return "class"
+        return False
     # To a loss on several labels per image, rows are such labels whatever they sum to.
-    return "multi" if use.multi or not bool(_probable(labels).all()) else "class"
+    return use.multi or not bool(are_distributions(labels).all())
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ class LabelRules:
             raise UserError(f"{WANTED}; {got}, for {num} images")
         if _is_column(labels, self.num_classes):
             if labels.is_floating_point():
-                raise UserError(f"labels.squeeze(1).long(): {WANTED}; {got}")
+                raise UserError(f"{WANTED}; {got}: class ids are labels.squeeze(1).long()")
             labels = labels.squeeze(1)
         if labels.dim() not in (1, 2) or labels.is_complex():
             raise UserError(f"{WANTED}; {got}")
@@ -160,8 +177,8 @@ class LabelRules:
                     f"1, 0 and -1 (unknown)"
                 )
             return rows_NC
-        if on_host and not bool(_probable(rows_NC).all()):
-            wrong = rows_NC[~_probable(rows_NC)][0]
+        if on_host and not bool(are_distributions(rows_NC).all()):
+            wrong = rows_NC[~are_distributions(rows_NC)][0]
             raise UserError(
                 f"{WANTED}, or rows of probabilities; a row sums to {wrong.sum().item():g}, its "
                 f"least value is {wrong.min().item():g}: this run reads one class per image, so "
@@ -183,7 +200,7 @@ def _is_column(labels: Tensor, num_classes: int | None) -> bool:
     return labels.dim() == 2 and labels.shape[1] == 1 and num_classes not in (None, 1)
 
 
-def _probable(rows_NC: Tensor) -> Tensor:
+def are_distributions(rows_NC: Tensor) -> Tensor:
     """Per row whether it is a distribution; wide enough for values rounded to bf16."""
     wide_NC = rows_NC.float()
     return (wide_NC >= 0).all(1) & ((wide_NC.sum(1) - 1).abs() < 1e-2)

@@ -25,6 +25,7 @@ from fastkd.errors import UserError
 
 __all__ = [
     "BEST",
+    "ONCE",
     "LoaderItem",
     "Shown",
     "check_loader",
@@ -37,6 +38,9 @@ __all__ = [
 
 LoaderItem = Any
 """(images, labels), (images, labels, sample ids), a mapping with such keys, or images alone."""
+
+ONCE = "can be read only once, and an epoch is not enough"
+"""What a loader that does not begin anew is told, as the middle of a sentence."""
 
 BEST = "a torch DataLoader over a map-style data set"
 """What to use instead, as the end of a sentence."""
@@ -64,7 +68,7 @@ def peek(name: str, items: Iterable[LoaderItem], placement: Placement) -> Shown:
     if item is None:
         raise UserError(f"{name} yields nothing: its first batch is missing")
     if not isinstance(items, DataLoader) and iter(items) is iterator:
-        raise UserError(f"{name} can be read only once, and an epoch is not enough: {BEST}")
+        raise UserError(f"{name} {ONCE}: {BEST}")
     try:
         images, labels, _ = item_of(item)
     except UserError as error:
@@ -91,7 +95,7 @@ def check_loader(
     except TypeError:
         raise UserError(f"{name} needs a length above 0: {_with_length(loader)}") from None
     if isinstance(loader, Iterator):
-        raise UserError(f"{name} can be read only once, and an epoch is not enough: {BEST}")
+        raise UserError(f"{name} {ONCE}: {BEST}")
     if world.size == 1 or not isinstance(loader, DataLoader):
         return
     shares = "sampler=torch.utils.data.DistributedSampler(dataset)"
