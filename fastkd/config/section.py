@@ -14,9 +14,9 @@ in another section, in a list of sections, or among the losses.
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -32,14 +32,17 @@ __all__ = [
     "yaml_switch",
 ]
 
-Channels = tuple[float, float, float]
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(ge=1e-4, le=1e4, allow_inf_nan=False)]
+
+Channels = tuple[_Mean, _Mean, _Mean]
 """Means of the three channels, in 0..1."""
 
-Normalization = tuple[Channels, Channels]
-"""Channel means and channel standard deviations."""
-
-Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Deviations = tuple[_Deviation, _Deviation, _Deviation]
 """Standard deviations of the three channels, in 0..1."""
+
+Normalization = tuple[Channels, Deviations]
+"""Channel means and channel standard deviations; in recipes, weight files and facts.json."""
 
 
 @dataclass(frozen=True)

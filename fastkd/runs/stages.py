@@ -163,7 +163,7 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
         # Whether the student's step compiles would come out only after those.
-        trainer.try_step()
+        trainer.compile_one_step()
     return teachers
 
 

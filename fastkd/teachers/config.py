@@ -12,7 +12,7 @@ from pydantic import (
 
 from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.precision import PrecisionName
-from fastkd.config.section import Deviations, yaml_switch
+from fastkd.config.section import Channels, Deviations, yaml_switch
 from fastkd.models.config import StudentConfig
 
 __all__ = ["MemberConfig", "TeacherConfig"]
@@ -34,7 +34,7 @@ class MemberConfig(StudentConfig):
     one teacher."""
     resolution: PositiveInt | None = None
     """Side in pixels of the images the teacher expects; by default the student's."""
-    mean: tuple[float, float, float] | None = None
+    mean: Channels | None = None
     """Channel means in 0..1 that the teacher expects; by default its checkpoint's or the data's."""
     std: Deviations | None = None
     """Channel standard deviations in 0..1 that the teacher expects."""
