@@ -202,7 +202,8 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     """Both splits as the recipe describes them, this rank's share; says what they hold."""
     data = _open_data(recipe, session)
-    for remark in data.remarks:
+    # Images are opened for the remarks: only where somebody reads them.
+    for remark in data.remarks if session.console.enabled else ():
         session.console.note(remark)
     return data
 
