@@ -19,7 +19,7 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
-from fastkd.evaluation.chance import Chance, chance_of
+from fastkd.evaluation.chance import chance_of
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import is_of_zoo
@@ -128,7 +128,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 teachers=[one.label for one in recipe.teachers().values()],
                 block=recipe.student.block,
                 paper=paper_row(recipe.name, recipe.dotted(), summary),
-                chance=None if data.facts.multilabel else _chance(data),
+                chance=None if data.facts.multilabel else chance_of(data.class_counts),
             )
     return summary
 
@@ -143,10 +143,6 @@ def _baselines(recipe: Recipe) -> str:
         f"{runs} of the student alone, {recipe.total_epochs} epochs each (lr "
         f"{', '.join(f'{rate:g}' for rate in rates)}): baseline.lrs= leaves them out"
     )
-
-
-def _chance(data: DataPair) -> Chance:
-    return chance_of(data.facts.labels_N, data.facts.num_classes, data.val.num_samples)
 
 
 def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:

@@ -41,7 +41,8 @@ class MemberConfig(StudentConfig):
     class_map: tuple[int, ...] | None = Field(default=None, min_length=1)
     """class_map[c] is the teacher's output for our class c, if the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
-    """Refuse a teacher below this accuracy; by default one that is not better than chance."""
+    """Refuse a teacher below this accuracy; by default one that is not clearly
+    better than always naming the commonest class."""
     precision: PrecisionName | None = None
     """Autocast type of its forward pass; by default the run's."""
     compile: Annotated[CompileSwitch | None, BeforeValidator(yaml_switch)] = None

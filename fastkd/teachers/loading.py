@@ -16,7 +16,7 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
-from fastkd.evaluation.chance import least_above_chance
+from fastkd.evaluation.chance import chance_of
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import create_model
@@ -323,13 +323,15 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
 
 
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
-    reached, floor = found[headline(found)], config.min_accuracy
-    if floor is None:
-        floor = least_above_chance(found, data.facts.num_classes)
-    if reached < floor:
+    reached, least = found[headline(found)], config.min_accuracy
+    chance = chance_of(data.class_counts, found)
+    wanted = f"at least {least:.2%}"
+    if least is None:
+        wanted = f"more than {chance.floor:.2%}, clearly above chance ({chance.accuracy:.2%}),"
+    if not (chance.beaten_by(reached) if least is None else reached >= least):
         raise UserError(
-            f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "
-            f"{floor:.2%} was expected. If its weights are right, its class order "
+            f"the teacher {config.name} reaches {reached:.2%} on the validation images, {wanted} "
+            f"was expected. If its weights are right, its class order "
             f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
             f"epochs; {key}.min_accuracy=0 accepts it as it is"
         )

@@ -29,6 +29,7 @@ from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.listing import listing_of
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
+from fastkd.evaluation.chance import class_counts
 from fastkd.storage.facts import DataFacts, Framing
 
 __all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "data_facts", "open_data"]
@@ -63,6 +64,11 @@ class DataPair:
         for it.
         """
         return self.open_train()
+
+    @cached_property
+    def class_counts(self) -> torch.Tensor:
+        """Validation images of each class; zeros where an image has several labels."""
+        return class_counts(torch.from_numpy(self.sources[1].labels_N), self.facts.num_classes)
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
