@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from annotated_types import Ge, Le
+from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -32,8 +33,8 @@ __all__ = [
     "yaml_switch",
 ]
 
-_Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
-_Deviation = Annotated[float, Field(ge=1e-4, le=1e4, allow_inf_nan=False)]
+_Mean = Annotated[float, Ge(-1e4), Le(1e4), AllowInfNan(False)]
+_Deviation = Annotated[float, Ge(1e-4), Le(1e4), AllowInfNan(False)]
 
 Channels = tuple[_Mean, _Mean, _Mean]
 """Means of the three channels, in 0..1."""

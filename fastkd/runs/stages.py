@@ -19,7 +19,6 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
-from fastkd.evaluation.chance import chance_of
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import is_of_zoo
@@ -35,6 +34,7 @@ from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import (
+    chance_in,
     load_net,
     load_teacher,
     of_images,
@@ -128,7 +128,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 teachers=[one.label for one in recipe.teachers().values()],
                 block=recipe.student.block,
                 paper=paper_row(recipe.name, recipe.dotted(), summary),
-                chance=None if data.facts.multilabel else chance_of(data.class_counts),
+                chance=None if data.facts.multilabel else chance_in(data),
             )
     return summary
 

@@ -66,9 +66,9 @@ def judge(
         if placement.world.is_main and not chance.beaten_by(found[metric]):
             warnings.warn(
                 f"the teacher {label} is not clearly better than chance ({chance.accuracy:.2%}) on "
-                f"the {found['samples']} validation images: {HEADLINES[metric]} {found[metric]:.2%}. "
-                f"Are its weights loaded, are its classes in the order of the loader's, are the "
-                f"images normalised as it expects them?",
+                f"the {found['samples']} validation images: {HEADLINES[metric]} "
+                f"{found[metric]:.2%}. Are its weights loaded, are its classes in the order of the "
+                f"loader's, are the images normalised as it expects them?",
                 stacklevel=5,  # the caller of distill
             )
     return joint | {"members": each} if members else joint

@@ -29,7 +29,6 @@ from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.listing import listing_of
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
-from fastkd.evaluation.chance import class_counts
 from fastkd.storage.facts import DataFacts, Framing
 
 __all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "data_facts", "open_data"]
@@ -66,9 +65,9 @@ class DataPair:
         return self.open_train()
 
     @cached_property
-    def class_counts(self) -> torch.Tensor:
-        """Validation images of each class; zeros where an image has several labels."""
-        return class_counts(torch.from_numpy(self.sources[1].labels_N), self.facts.num_classes)
+    def val_labels_N(self) -> torch.Tensor:
+        """Labels of all validation images, in the form of `facts.labels_N`."""
+        return torch.from_numpy(self.sources[1].labels_N)
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
