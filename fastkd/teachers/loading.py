@@ -338,10 +338,12 @@ def chance_in(data: DataPair, found: dict[str, float] | None = None) -> Chance:
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
     reached, least = found[headline(found)], config.min_accuracy
     chance = chance_in(data, found)
-    wanted = f"at least {least:.2%}"
     if least is None:
+        passed = chance.beaten_by(reached)
         wanted = f"more than {chance.floor:.2%}, clearly above chance ({chance.accuracy:.2%}),"
-    if not (chance.beaten_by(reached) if least is None else reached >= least):
+    else:
+        passed, wanted = reached >= least, f"at least {least:.2%}"
+    if not passed:
         raise UserError(
             f"the teacher {config.name} reaches {reached:.2%} on the validation images, {wanted} "
             f"was expected. If its weights are right, its class order "

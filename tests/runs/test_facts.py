@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastkd.models import create_model
 from fastkd.models.card import card_of
-from fastkd.models.registry import model_from_file
+from fastkd.models.registry import classifier_paths, model_from_file
 from fastkd.recipes.loading import load_recipe
 from fastkd.storage.weights import load_weights, save_weights
 
@@ -460,3 +460,27 @@ def test_a_hostile_config_is_one_sentence(
     said = command(*words, "known")
     assert said.code == 2
     assert len(said.err.splitlines()) == 1 and "config.yaml" in said.err
+
+
+def test_a_teacher_that_always_names_the_commonest_class_is_refused(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    make_set(tmp_path / "set")
+    for name in NAMES[1:]:
+        for number in (1, 2):
+            (tmp_path / "set/val" / name / f"{number}.bmp").unlink()
+    for extra in range(9):
+        shutil.copy(tmp_path / "set/val/apple/0.bmp", tmp_path / f"set/val/apple/more{extra}.bmp")
+    teacher = create_model("resnet8", 4, width=0.25)
+    with torch.no_grad():
+        teacher.get_submodule(classifier_paths(teacher)[0]).weight.zero_()
+        teacher.get_submodule(classifier_paths(teacher)[0]).bias.copy_(torch.eye(4)[0])
+    save_weights(tmp_path / "constant.safetensors", teacher)
+    # 12 of 15 images are of its class: far more than one in four.
+    given = [*GIVEN, "teacher.weights=constant.safetensors", "out=run"]
+    said = command("train", *given, "teacher.min_accuracy=null")
+    assert said.code == 2 and "clearly above chance (80.00%), was expected" in said.err
+    assert "the teacher resnet8 reaches 80.00% on the validation images, more than 93.3" in said.err
+    said = command("train", *given, "teacher.min_accuracy=0.81")
+    assert said.code == 2 and "at least 81.00% was expected" in said.err
+    assert command("train", *given).code == 0
