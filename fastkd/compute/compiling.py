@@ -31,6 +31,7 @@ __all__ = [
     "compiler_folder_problem",
     "compiler_problem",
     "compiler_works",
+    "drop_unusable_cache_folder",
     "not_compiled",
     "worth_compiling",
 ]
@@ -142,11 +143,7 @@ def compiler_problem(device_type: str) -> str | None:
 
 @functools.cache
 def compiler_folder_problem() -> str | None:
-    """Why torch.compile cannot keep what it compiles, or None.
-
-    An unusable folder is taken out of the environment: torch makes it even in runs that are not
-    compiled, as soon as they have an optimizer, and fails there.
-    """
+    """Why torch.compile cannot keep what it compiles, or None; the answer stays the first one."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     place = Path(folder or tempfile.gettempdir())
     try:
@@ -154,13 +151,21 @@ def compiler_folder_problem() -> str | None:
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
-        if folder:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         variable = "TORCHINDUCTOR_CACHE_DIR" if folder else "TMPDIR"
         return (
             f"torch.compile cannot write to {place} ({error.strerror}): set {variable} to a folder "
             f"that can be written"
         )
+
+
+def drop_unusable_cache_folder() -> None:
+    """Take a folder that cannot be written out of the environment.
+
+    torch makes it even in runs that are not compiled, as soon as they have an optimizer, and fails
+    there.
+    """
+    if compiler_folder_problem() is not None:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
 
 def _fingerprint_of_compilers() -> float:

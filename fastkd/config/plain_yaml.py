@@ -7,6 +7,7 @@ and absurd sizes are refused, each in one sentence.
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from fastkd.config.values import is_list, is_mapping
 from fastkd.printable import shown
 
-__all__ = ["NotPlain", "is_utf8", "plain_scalar", "read_yaml"]
+__all__ = ["NotPlain", "is_utf8", "plain_scalar", "read_yaml", "write_yaml"]
 
 MAX_LENGTH = 1_000_000
 """Characters of a file."""
@@ -80,6 +81,28 @@ def read_yaml(text: str, *, texts: bool = False) -> Any:
         raise _problem(error.problem or "", error.problem_mark) from None
     except yaml.YAMLError as error:
         raise NotPlain(" ".join(str(error).split())) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `read_yaml` would take for something else."""
+
+
+def _text(dumper: _Dumper, text: str) -> Any:
+    # PyYAML quotes what YAML 1.1 would not read as text; `plain_scalar` differs in a few words.
+    style = None if plain_scalar(text) == text else "'"
+    # Without double quotes YAML writes a line break as an empty line.
+    style = '"' if "\n" in text else style
+    represented: Any = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)  # type: ignore[reportUnknownMemberType]
+    return represented
+
+
+_Dumper.add_representer(str, _text)
+
+
+def write_yaml(values: Any) -> str:
+    """The text from which `read_yaml` makes the same values, each on the line of its key."""
+    written: Any = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=sys.maxsize)  # type: ignore[reportUnknownMemberType]
+    return written
 
 
 class _Reading:

@@ -14,9 +14,10 @@ in another section, in a list of sections, or among the losses.
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationInfo, field_validator
+from annotated_types import Ge, Le
+from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -32,14 +33,17 @@ __all__ = [
     "yaml_switch",
 ]
 
-Channels = tuple[float, float, float]
+_Mean = Annotated[float, Ge(-1e4), Le(1e4), AllowInfNan(False)]
+_Deviation = Annotated[float, Ge(1e-4), Le(1e4), AllowInfNan(False)]
+
+Channels = tuple[_Mean, _Mean, _Mean]
 """Means of the three channels, in 0..1."""
 
-Normalization = tuple[Channels, Channels]
-"""Channel means and channel standard deviations."""
-
-Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Deviations = tuple[_Deviation, _Deviation, _Deviation]
 """Standard deviations of the three channels, in 0..1."""
+
+Normalization = tuple[Channels, Deviations]
+"""Channel means and channel standard deviations; in recipes, weight files and facts.json."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from fastkd.config.section import Deviations, NoEffect, Section, Since
+from fastkd.config.section import Channels, Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
 from fastkd.data.normalization import DataName
 from fastkd.data.sources.holdout import Holdout
@@ -33,7 +33,7 @@ class DataConfig(Section):
     """Use only this many training images, the same share of every class."""
     workers: Annotated[int, NoEffect] = Field(default=2, ge=0)
     """Decoding processes of the torch backend."""
-    mean: tuple[float, float, float] | None = None
+    mean: Channels | None = None
     """Channel means in 0..1; by default the data set's own."""
     std: Deviations | None = None
     """Channel standard deviations in 0..1; by default the data set's own."""

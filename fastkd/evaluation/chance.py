@@ -1,12 +1,19 @@
-"""What guessing reaches: the floor under teachers and students."""
+"""What guessing reaches: the floor under teachers and students, by one rule.
+
+Whoever always names the commonest class of the validation images has learned nothing, so that is
+what a network must beat: not 1 in the number of classes, which such an answer beats where classes
+are of unequal size, and not the commonest class of the training images, of which the validation
+images may have an equal share.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Chance", "chance_of", "least_above_chance", "share_of_guessing", "surely_above"]
+__all__ = ["Chance", "chance_of", "class_counts"]
 
 
 @dataclass(frozen=True)
@@ -14,31 +21,37 @@ class Chance:
     """The validation results of a network that has learned nothing from the images."""
 
     accuracy: float
-    """Of always naming the commonest class."""
+    """Of always naming the commonest class; with several labels, mAP of scores that say nothing."""
     floor: float
-    """Above this accuracy it is no coincidence."""
+    """Above this accuracy, or mAP, it is no coincidence."""
     loss: float
     """Cross entropy of giving every class the same probability."""
 
-
-def chance_of(labels_N: Tensor, num_classes: int, samples: int) -> Chance:
-    """labels_N: class ids of the training images. samples: number of validation images."""
-    known_N = labels_N[labels_N >= 0]
-    commonest = known_N.bincount().max().item() / len(known_N) if len(known_N) else 0.0
-    accuracy = max(commonest, 1 / num_classes)
-    return Chance(accuracy, surely_above(accuracy, samples), math.log(num_classes))
+    def beaten_by(self, reached: float) -> bool:
+        """Whether a network with this accuracy, or mAP, has learned something."""
+        return reached > self.floor
 
 
-def surely_above(chance: float, samples: int) -> float:
-    """Two standard deviations above chance, for a share that is measured on so many samples."""
-    return chance + 2 * (chance * (1 - chance) / samples) ** 0.5
+def class_counts(labels_N: Tensor, num_classes: int) -> Tensor:
+    """Images of each class [C], on the CPU; a negative class id is no label.
+
+    Of images with several labels [N, C] there is no such number: zeros.
+    """
+    known = labels_N[labels_N >= 0].cpu() if labels_N.dim() == 1 else labels_N.new_empty(0).cpu()
+    return torch.bincount(known.long(), minlength=num_classes)
 
 
-def share_of_guessing(found: Mapping[str, float], num_classes: int) -> float:
-    """The headline metric of an evaluation, had the answers carried no information."""
-    return found.get("chance", 1 / num_classes)
+def chance_of(counts_C: Tensor, found: Mapping[str, float] | None = None) -> Chance:
+    """counts_C: validation images of each class.
 
-
-def least_above_chance(found: Mapping[str, float], num_classes: int) -> float:
-    """The headline metric from which the network of an evaluation is better than guessing."""
-    return surely_above(share_of_guessing(found, num_classes), int(found["samples"]))
+    found: the evaluation that is judged; one of several labels says itself what chance is.
+    """
+    num_classes, samples = len(counts_C), int(counts_C.sum())
+    share = counts_C.max().item() / samples if samples else 1 / num_classes
+    if found and "chance" in found:
+        share, samples = found["chance"], int(found["samples"])
+    samples = max(samples, 1)
+    # Two standard deviations of a share that is measured on so many samples. Right answers to all
+    # are enough where that is out of reach.
+    floor = min(share + 2 * (share * (1 - share) / samples) ** 0.5, 1 - 1 / samples)
+    return Chance(share, floor, math.log(num_classes))

@@ -26,7 +26,7 @@ __all__ = [
     "is_quantised",
     "own_dtype",
     "refusal",
-    "rehearsing",
+    "restored_after",
     "to_evaluation",
 ]
 
@@ -85,7 +85,7 @@ def to_evaluation(model: nn.Module) -> None:
 
 
 @contextmanager
-def rehearsing(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
+def restored_after(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
     """The network may run in any mode within the block; afterwards all is as before.
 
     Modes, buffers (such as running statistics), torch's and Python's random state are restored.
@@ -124,7 +124,7 @@ def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Preci
         return None
     plain = Precision("fp32", precision.device_type)
     images_NCHW = images_NCHW.float()
-    with rehearsing(model):
+    with restored_after(model):
         to_evaluation(model)
         error = _error(model, images_NCHW, precision)
         if error is None or _error(model, images_NCHW, plain) is not None:

@@ -8,25 +8,20 @@ of a safetensors file.
 import difflib
 import fnmatch
 import inspect
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from fastkd.config.mistakes import explain
-from fastkd.config.values import is_list
 from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.card import Card, card_of, sign
-from fastkd.models.config import NETWORK_OPTIONS, StudentConfig
 from fastkd.models.head import class_layers
+from fastkd.models.proportion import check_proportion
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.shortcuts import remove_shortcuts
 from fastkd.models.taps import ZooNetwork
@@ -41,7 +36,6 @@ from fastkd.models.zoo import (
     vgg,
     wrn,
 )
-from fastkd.printable import first_line
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
@@ -54,6 +48,8 @@ __all__ = [
     "list_models",
     "model_from_file",
     "model_options",
+    "unnamed_options",
+    "without_memory",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -124,9 +120,7 @@ def create_model(
         facts = NetworkFacts(normalization=facts.normalization, data=facts.data)
     taken = unnamed_options(name, facts, options)
     if file is not None and (taken or (num_classes is None and facts.num_classes)):
-        check_proportion(
-            file, name, 2 if num_classes else facts.num_classes, options=taken | options
-        )
+        _check_described(file, name, 2 if num_classes else facts.num_classes, taken | options)
     options = taken | options
     if num_classes is None:
         num_classes = facts.num_classes
@@ -207,23 +201,11 @@ def classifier_paths(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} was not built by create_model, so its classifier is not known"
         )
     if card.head is None:
-        card = replace(card, head=class_layers(model, _with_one_class_more(card)))
+        other = without_memory(card.name, card.num_classes + 1, **card.options)
+        card = replace(card, head=class_layers(model, other))
         sign(model, card)
     assert card.head is not None
     return card.head
-
-
-def _with_one_class_more(card: Card) -> nn.Module:
-    assert card.name is not None and card.num_classes is not None
-    arguments = (card.name, card.num_classes + 1)
-    # Leave the caller's random state untouched.
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return create_model(*arguments, **card.options)
-        except RuntimeError:
-            # A constructor that computes its widths with tensors, such as torchvision's RegNet.
-            return create_model(*arguments, **card.options)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -280,57 +262,36 @@ def model_from_file(path: WeightSource) -> nn.Module:
             "create_model(NAME, num_classes, weights=FILE), or load it into your own module with "
             "fastkd.storage.weights.load_into"
         )
-    check_proportion(file, facts.architecture, facts.num_classes, options=facts.options)
+    _check_described(file, facts.architecture, facts.num_classes, facts.options)
     return create_model(facts.architecture, facts.num_classes, weights=file, **facts.options)
 
 
-class _Proportion(TorchFunctionMode):
-    """Ends the building of a network that has many times the tensors of its file."""
+def without_memory(name: str, num_classes: int | None, **options: Any) -> nn.Module:
+    """The network of `create_model` without memory for its weights where its constructor allows it.
 
-    def __init__(self, file: WeightFile) -> None:
-        super().__init__()
-        sizes = [tensor.numel() for group in file.groups.values() for tensor in group.values()]
-        self.tensors = 6 * len(sizes) + 500
-        self.elements = 4 * sum(sizes) + 2**22
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full):
-            size = (kwargs or {}).get("size", args[0] if args and is_list(args[0]) else args)
-            self.tensors -= 1
-            self.elements -= math.prod(side for side in size if isinstance(side, int))
-            if min(self.tensors, self.elements) < 0:
-                raise UserError("it is many times as large as the file")
-        return func(*args, **(kwargs or {}))
-
-
-def check_proportion(
-    file: WeightFile, name: str, num_classes: int | None, *, options: Mapping[str, Any]
-) -> None:
-    """UserError if a network that a file describes is not one of ours, or larger than the file.
-
-    It is built without memory first. Metadata may come from strangers.
+    For its shapes, or to learn whether it can be built. The random state stays as it is. Raises
+    what `create_model` raises.
     """
-    try:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return create_model(name, num_classes, **options)
+        except RuntimeError:
+            # A constructor that computes its widths with tensors, such as torchvision's RegNet.
+            return create_model(name, num_classes, **options)
+
+
+def _check_described(
+    file: WeightFile, name: str, num_classes: int | None, options: Mapping[str, Any]
+) -> None:
+    """UserError if a network that a file describes is not one of ours, or larger than the file."""
+
+    def build() -> None:
         if reserved := options.keys() & inspect.signature(create_model).parameters.keys():
             raise UserError(f"{', '.join(sorted(reserved))} is not an option of a network")
-        plain = {option: value for option, value in options.items() if option in NETWORK_OPTIONS}
-        StudentConfig.model_validate({"name": name, **plain})
-        with torch.random.fork_rng(devices=[]), _Proportion(file):
-            try:
-                with torch.device("meta"):
-                    create_model(name, num_classes, **options)
-            except NotImplementedError:
-                # A constructor that reads tensors, of torchvision's RegNets.
-                create_model(name, num_classes, **options)
-    except Exception as error:  # whatever a constructor makes of absurd values
-        reason = first_line(error)
-        if isinstance(error, ValidationError):
-            reason = "; ".join(explain(error, StudentConfig, options, ()))
-        raise UserError(
-            f"{file}: its metadata describe a network that cannot be built ({reason[:200]})"
-        ) from error
+        without_memory(name, num_classes, **options)
+
+    check_proportion(file, name, options, build)
 
 
 def _build(

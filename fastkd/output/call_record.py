@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml, write_yaml
 
 __all__ = ["differences", "how_to_resume", "is_call", "read_call", "record"]
 
@@ -20,7 +20,7 @@ def record(facts: Mapping[str, Any]) -> str:
     """The text of config.yaml; facts: plain values by name."""
     head = "# What a call of fastkd.distill decided. Not a recipe: networks and loaders are in\n"
     head += "# the script that made the call; to resume, run it again with resume=True.\n"
-    return head + yaml.safe_dump(dict([_MARK]) | _plain(facts), sort_keys=False, width=100)
+    return head + write_yaml(dict([_MARK]) | _plain(facts))
 
 
 def is_call(values: object) -> bool:
@@ -31,8 +31,9 @@ def is_call(values: object) -> bool:
 def read_call(folder: Path) -> dict[str, Any] | None:
     """The facts of the call that made a folder; None for any other folder."""
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        with (folder / "config.yaml").open(encoding="utf-8-sig") as file:
+            values = read_yaml(file.read(MAX_LENGTH + 1))
+    except (OSError, NotPlain, UnicodeDecodeError):
         return None
     return dict(values) if is_call(values) else None
 

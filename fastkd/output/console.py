@@ -76,6 +76,11 @@ class Console:
         self._clock = _Clock()
         self._silence = _Silence()
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody reads it."""
+        return self._enabled
+
     def __enter__(self) -> "Console":
         return self
 

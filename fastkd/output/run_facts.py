@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.output.run_folder import FACTS, RunFolder
+from fastkd.output.run_folder import FACTS, SUMMARY, WITHOUT_SUMMARY, RunFolder
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.weight_file import WeightFile
 
-__all__ = ["facts_of_run", "place_for", "refuse_other_data", "remembered", "write_facts"]
+__all__ = [
+    "data_of",
+    "facts_of_run",
+    "finished_on",
+    "place_for",
+    "refuse_other_data",
+    "remembered",
+    "write_facts",
+]
 
 
 def facts_of_run(data: DataFacts, network: NetworkFacts) -> dict[str, Any]:
@@ -34,13 +42,39 @@ def remembered(folder: Path) -> DataFacts | None:
     file = folder / FACTS
     if not file.exists():
         return None
+    cure = "remove it to use the folder without comparing its data"
     try:
-        return DataFacts.read(json.loads(file.read_text(encoding="utf-8"))["data"])
-    except (ValueError, LookupError, TypeError, OSError, RecursionError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}): remove it to use the folder without comparing "
-            f"its data"
-        ) from None
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}): {cure}") from None
+    return data_of(facts, file, cure)
+
+
+def data_of(facts: Any, file: Path, cure: str) -> DataFacts:
+    """The data in what `facts_of_run` returned. UserError for anything else.
+
+    file: where it was read, and what to do if it is no use, for the message.
+    """
+    try:
+        return DataFacts.read(facts["data"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): {cure}") from None
+
+
+def finished_on(
+    run: RunFolder, now: DataFacts, say: Callable[[list[str]], None] | None = None
+) -> dict[str, Any] | None:
+    """The summary of a run that is finished and saw these data; else None.
+
+    say: shows how the data have changed since. A run of fastkd 0.1 does not know its data.
+    """
+    summary = run.summary()
+    if summary is None or "data" not in summary:
+        return summary
+    changes = data_of(summary, run.path / SUMMARY, WITHOUT_SUMMARY).changes(now)
+    if changes and say is not None:
+        say(changes)
+    return None if changes else summary
 
 
 def refuse_other_data(folder: Path, now: DataFacts, say: Callable[[str], None]) -> None:

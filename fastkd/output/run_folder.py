@@ -33,13 +33,23 @@ from fastkd.errors import RunFailed, UserError
 from fastkd.output.events import Events
 from fastkd.storage.atomic import FULL, append_line, atomic_path, remove_leftovers, sentence
 
-__all__ = ["FACTS", "RunFolder", "csv_text", "find_finished", "find_resumable"]
+__all__ = [
+    "FACTS",
+    "SUMMARY",
+    "WITHOUT_SUMMARY",
+    "RunFolder",
+    "csv_text",
+    "find_finished",
+    "find_resumable",
+]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 FACTS = "facts.json"
+SUMMARY = "summary.json"
+WITHOUT_SUMMARY = "remove it, and the resumed run writes it anew"
 _DESCRIPTION = ("config.yaml", "environment.json", FACTS)
 # A folder with any of these is a run folder.
-_OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json")
+_OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ class RunFolder:
             self.write_csv()
         except RunFailed as error:
             warnings.warn(str(error), stacklevel=2)
-        self.write_json("summary.json", summary)
+        self.write_json(SUMMARY, summary)
         remove_leftovers(self.path)
 
     def discard(self, root: Path | str) -> None:
@@ -172,10 +182,23 @@ class RunFolder:
             except OSError:
                 return  # the parent holds other runs
 
+    def is_of(self, digest: str) -> bool:
+        """Whether this is a finished run with this digest."""
+        summary = self.summary()
+        return summary is not None and summary.get("digest") == digest
+
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None for an unfinished one."""
-        target = self.path / "summary.json"
-        return json.loads(target.read_text(encoding="utf-8")) if target.exists() else None
+        """The summary of a finished run; None for an unfinished one. UserError if it is damaged."""
+        target = self.path / SUMMARY
+        if not target.exists():
+            return None
+        try:
+            found = json.loads(target.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise UserError(f"{target} cannot be read ({error}): {WITHOUT_SUMMARY}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{target} is no summary of a run: {WITHOUT_SUMMARY}")
+        return found
 
 
 def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder | None:
@@ -184,7 +207,7 @@ def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder
     A run in another folder (`out=`) is resumed by naming that folder.
     """
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
-    unfinished = [path for path in candidates if not (path / "summary.json").exists()]
+    unfinished = [path for path in candidates if not (path / SUMMARY).exists()]
     return RunFolder.open(max(unfinished)) if unfinished else None
 
 
@@ -198,11 +221,10 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def find_finished(root: Path | str, recipe_name: str, digest: str) -> dict[str, Any] | None:
-    """The summary of the newest finished run of this recipe and digest below `root`, or None."""
+def find_finished(root: Path | str, recipe_name: str, digest: str) -> RunFolder | None:
+    """The newest finished run of this recipe and digest below `root`, or None."""
     candidates = sorted((Path(root) / recipe_name).glob(f"*-{digest[:8]}"), reverse=True)
-    summaries = (RunFolder(path).summary() for path in candidates)
-    return next((found for found in summaries if found and found.get("digest") == digest), None)
+    return next((run for path in candidates if (run := RunFolder(path)).is_of(digest)), None)
 
 
 def _make_dated(parent: Path, digest: str) -> Path:

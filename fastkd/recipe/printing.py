@@ -1,39 +1,21 @@
 """A recipe as text: the YAML file that `--config` takes back, and one with every key explained."""
 
-import sys
 from collections.abc import Iterable
 
-import yaml
 from pydantic import BaseModel
 
 from fastkd.config.docstrings import docstring_of
 from fastkd.config.mistakes import entries_of, section_of
-from fastkd.config.plain_yaml import plain_scalar
+from fastkd.config.plain_yaml import write_yaml
 from fastkd.losses.base.registry import config_class
 from fastkd.recipe.schema import Recipe
 
 __all__ = ["annotated_yaml", "recipe_to_yaml", "valid_keys"]
 
 
-class _OneLine(yaml.SafeDumper):
-    """Every value on the line of its key, where `annotated_yaml` puts the meaning behind it."""
-
-
-def _text(dumper: _OneLine, text: str) -> yaml.ScalarNode:
-    # PyYAML quotes what YAML 1.1 would not read as text; `plain_scalar` differs in a few words.
-    style = None if plain_scalar(text) == text else "'"
-    # Without double quotes YAML writes a line break as an empty line.
-    style = '"' if "\n" in text else style
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_OneLine.add_representer(str, _text)
-
-
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as a file that `--config` takes back."""
-    values = recipe.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_OneLine, sort_keys=False, width=sys.maxsize)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def annotated_yaml(recipe: Recipe) -> str:

@@ -81,7 +81,7 @@ def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:
             f"{chance.loss:.4g}. Lower the learning rate, such as {lower}"
         )
     accuracy = summary["accuracy_last"]
-    if accuracy > chance.floor:
+    if chance.beaten_by(accuracy):
         return ""
     return (
         f"{label}: at chance, {accuracy:.2%} where always naming the commonest class gives "

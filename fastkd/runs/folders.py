@@ -14,7 +14,7 @@ from typing import Any
 from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, UserError
 from fastkd.output.console import Console
-from fastkd.output.run_facts import refuse_other_data, write_facts
+from fastkd.output.run_facts import finished_on, refuse_other_data, write_facts
 from fastkd.output.run_folder import RunFolder, find_finished, find_resumable
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
@@ -106,13 +106,10 @@ def finished_before(run: RunIdentity, root: Path) -> dict[str, Any] | None:
     """
     if run.out is None:
         resumable = find_resumable(root, run.name, run.digest)
-        summary = None if resumable else find_finished(root, run.name, run.digest)
+        found = None if resumable else find_finished(root, run.name, run.digest)
     else:
-        summary = RunFolder(run.out).summary()
-    if not summary or summary.get("digest") != run.digest:
-        return None
-    known = DataFacts.read(summary["data"]) if "data" in summary else None
-    return None if known and known.changes(run.data) else summary
+        found = RunFolder(run.out) if RunFolder(run.out).is_of(run.digest) else None
+    return finished_on(found, run.data) if found else None
 
 
 def stage_folder(run: RunIdentity, path: Path) -> RunFolder:

@@ -19,7 +19,6 @@ from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
 from fastkd.errors import Interrupted
-from fastkd.evaluation.chance import Chance, chance_of
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import is_of_zoo
@@ -35,6 +34,7 @@ from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import (
+    chance_in,
     load_net,
     load_teacher,
     of_images,
@@ -130,7 +130,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
                 teachers=[one.label for one in recipe.teachers().values()],
                 block=recipe.student.block,
                 paper=paper_row(recipe.name, recipe.dotted(), summary),
-                chance=None if data.facts.multilabel else _chance(data),
+                chance=None if data.facts.multilabel else chance_in(data),
             )
     return summary
 
@@ -147,10 +147,6 @@ def _baselines(recipe: Recipe) -> str:
     )
 
 
-def _chance(data: DataPair) -> Chance:
-    return chance_of(data.facts.labels_N, data.facts.num_classes, data.val.num_samples)
-
-
 def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
     """Build every training and drop it, but keep the loaded teachers.
 
@@ -165,7 +161,7 @@ def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNe
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
         # Whether the student's step compiles would come out only after those.
-        trainer.try_step()
+        trainer.compile_one_step()
     return teachers
 
 
@@ -204,7 +200,8 @@ def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -
 def open_recipe_data(recipe: Recipe, session: Session) -> DataPair:
     """Both splits as the recipe describes them, this rank's share; says what they hold."""
     data = _open_data(recipe, session)
-    for remark in data.remarks:
+    # Images are opened for the remarks: only where somebody reads them.
+    for remark in data.remarks if session.console.enabled else ():
         session.console.note(remark)
     return data
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fastkd.config.section import Normalization
@@ -131,14 +132,13 @@ def _data_if_ours(metadata: Mapping[str, str]) -> DataFacts | None:
 def _normalization(given: Any) -> Normalization | None:
     if given is None:
         return None
-    rows = list(given) if is_list(given) else []
-    whole = len(rows) == 2 and all(is_list(row) and len(row) == 3 for row in rows)
-    if not whole or not all(_is_number(value, 1e4) for row in rows for value in row):
-        raise ValueError(f"normalization={brief(given)}: expected two times three numbers")
-    if min(rows[1]) < 1e-4:
-        raise ValueError(f"normalization={brief(given)}: expected deviations above 0")
-    mean, std = (tuple(float(value) for value in row) for row in rows)
-    return mean, std  # type: ignore[return-value]
+    try:
+        return TypeAdapter[Normalization](Normalization).validate_python(given)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise ValueError(
+            f"normalization={brief(given)}: expected three means and three deviations ({problem})"
+        ) from None
 
 
 def _check_options(options: Mapping[Any, Any], depth: int = 0) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastkd.config.section import Channels, Deviations
+from fastkd.config.section import Normalization
 from fastkd.config.values import is_mapping
 from fastkd.printable import few
 
@@ -103,7 +103,7 @@ class DataFacts(_Fact):
     """Side in pixels of the training images."""
     evaluation: Framing | None = None
     """How pictures are shown in evaluation."""
-    normalization: tuple[Channels, Deviations] | None = None
+    normalization: Normalization | None = None
     """Channel means and deviations in 0..1."""
     train: Listing | None = None
     val: Listing | None = None

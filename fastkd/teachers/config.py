@@ -12,7 +12,7 @@ from pydantic import (
 
 from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.precision import PrecisionName
-from fastkd.config.section import Deviations, yaml_switch
+from fastkd.config.section import Channels, Deviations, yaml_switch
 from fastkd.models.config import StudentConfig
 
 __all__ = ["MemberConfig", "TeacherConfig"]
@@ -34,14 +34,15 @@ class MemberConfig(StudentConfig):
     one teacher."""
     resolution: PositiveInt | None = None
     """Side in pixels of the images the teacher expects; by default the student's."""
-    mean: tuple[float, float, float] | None = None
+    mean: Channels | None = None
     """Channel means in 0..1 that the teacher expects; by default its checkpoint's or the data's."""
     std: Deviations | None = None
     """Channel standard deviations in 0..1 that the teacher expects."""
     class_map: tuple[int, ...] | None = Field(default=None, min_length=1)
     """class_map[c] is the teacher's output for our class c, if the orders differ."""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
-    """Refuse a teacher below this accuracy; by default one that is not better than chance."""
+    """Refuse a teacher below this accuracy; by default one that is not clearly
+    better than always naming the commonest class."""
     precision: PrecisionName | None = None
     """Autocast type of its forward pass; by default the run's."""
     compile: Annotated[CompileSwitch | None, BeforeValidator(yaml_switch)] = None

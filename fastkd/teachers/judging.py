@@ -5,14 +5,19 @@ Flow: `fastkd.api` calls this with the teachers as the step will ask them. Recip
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastkd.compute.collectives import all_reduce_sum
 from fastkd.compute.placement import Placement
+from fastkd.compute.ranks import World
+from fastkd.data.batch import Batch
 from fastkd.data.facts import Facts
-from fastkd.evaluation.chance import least_above_chance, share_of_guessing
+from fastkd.evaluation.chance import chance_of, class_counts
 from fastkd.evaluation.evaluate import EvalLoader, evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.teachers.ensemble import Ensemble
@@ -51,22 +56,44 @@ def judge(
                 f"{facts.num_classes} classes"
             )
             continue
+        watched = _Counted(val_loader, torch.zeros(facts.num_classes, dtype=torch.int64))
         found = evaluate(
-            one.logits, val_loader, placement.precision, placement.world, facts.multilabel
+            one.logits, watched, placement.precision, placement.world, facts.multilabel
         )
+        chance = chance_of(watched.over_ranks(placement.world), found)
         metric = headline(found)
         joint[metric] = found[metric]
         say(f"teacher {label}: {HEADLINES[metric]} {found[metric]:.2%}")
-        if placement.world.is_main and found[metric] < least_above_chance(found, facts.num_classes):
-            chance = share_of_guessing(found, facts.num_classes)
+        if placement.world.is_main and not chance.beaten_by(found[metric]):
             warnings.warn(
-                f"the teacher {label} is not clearly better than chance ({chance:.2%}) on the "
-                f"{found['samples']} validation images: {HEADLINES[metric]} {found[metric]:.2%}. "
-                f"Are its weights loaded, are its classes in the order of the loader's, are the "
-                f"images normalised as it expects them?",
+                f"the teacher {label} is not clearly better than chance ({chance.accuracy:.2%}) on "
+                f"the {found['samples']} validation images: {HEADLINES[metric]} "
+                f"{found[metric]:.2%}. Are its weights loaded, are its classes in the order of the "
+                f"loader's, are the images normalised as it expects them?",
                 stacklevel=5,  # the caller of distill
             )
     return joint | {"members": each} if members else joint
+
+
+@dataclass
+class _Counted:
+    """The validation images, whose labels are counted as they come: they may be read only once."""
+
+    loader: EvalLoader
+    counts_C: Tensor
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for batch in self.loader.epoch(epoch, start_step):
+            self.counts_C += class_counts(batch.labels_N, len(self.counts_C))
+            yield batch
+
+    def over_ranks(self, world: World) -> Tensor:
+        """Images of each class on all ranks, all of which must call this."""
+        if world.size > 1:
+            counts_C = self.counts_C.to(world.device)
+            all_reduce_sum(counts_C)
+            return counts_C.cpu()
+        return self.counts_C
 
 
 def _answer(

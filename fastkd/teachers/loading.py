@@ -16,7 +16,7 @@ from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
-from fastkd.evaluation.chance import least_above_chance
+from fastkd.evaluation.chance import Chance, chance_of, class_counts
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import create_model
@@ -37,7 +37,15 @@ from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.teachers.ensemble import bind_teacher
 from fastkd.teachers.loaded import LoadedNet
 
-__all__ = ["load_net", "load_teacher", "of_images", "prove_teacher", "size", "start_of"]
+__all__ = [
+    "chance_in",
+    "load_net",
+    "load_teacher",
+    "of_images",
+    "prove_teacher",
+    "size",
+    "start_of",
+]
 
 
 def load_teacher(config: TeacherConfig | None, data: DataPair) -> tuple[LoadedNet, ...]:
@@ -322,14 +330,23 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
     return evaluate(teacher.logits, data.val, precision, placement.world, data.facts.multilabel)
 
 
+def chance_in(data: DataPair, found: dict[str, float] | None = None) -> Chance:
+    """What guessing reaches on the validation images. found: the evaluation that is judged."""
+    return chance_of(class_counts(data.val_labels_N, data.facts.num_classes), found)
+
+
 def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
-    reached, floor = found[headline(found)], config.min_accuracy
-    if floor is None:
-        floor = least_above_chance(found, data.facts.num_classes)
-    if reached < floor:
+    reached, least = found[headline(found)], config.min_accuracy
+    chance = chance_in(data, found)
+    if least is None:
+        passed = chance.beaten_by(reached)
+        wanted = f"more than {chance.floor:.2%}, clearly above chance ({chance.accuracy:.2%}),"
+    else:
+        passed, wanted = reached >= least, f"at least {least:.2%}"
+    if not passed:
         raise UserError(
-            f"the teacher {config.name} reaches {reached:.2%} on the validation images, at least "
-            f"{floor:.2%} was expected. If its weights are right, its class order "
+            f"the teacher {config.name} reaches {reached:.2%} on the validation images, {wanted} "
+            f"was expected. If its weights are right, its class order "
             f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
             f"epochs; {key}.min_accuracy=0 accepts it as it is"
         )

@@ -17,7 +17,7 @@ from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.head import keep_frozen_still
-from fastkd.models.intake import image_dtype, rehearsing, to_evaluation
+from fastkd.models.intake import image_dtype, restored_after, to_evaluation
 from fastkd.models.taps import Tapped, ZooNetwork
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
@@ -64,7 +64,7 @@ def look_at_training(
     seen: dict[str, Tensor] = {}
     skipped: set[str] = set()
     try:
-        with rehearsing(student), torch.enable_grad(), precision.autocast():
+        with restored_after(student), torch.enable_grad(), precision.autocast():
             student.train()
             keep_frozen_still(student)
             for _ in range(PASSES):
@@ -126,7 +126,7 @@ def notes_on(
     read = {need.net for need in needs if need.tap in ("logits", MEAN_LOGITS)}
     noise = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     if "student" in read and not isinstance(student, ZooNetwork):
-        with rehearsing(student), torch.no_grad(), precision.autocast():
+        with restored_after(student), torch.no_grad(), precision.autocast():
             to_evaluation(student)
             shown_NCHW = noise.to(image_dtype(student, precision))
             _refuse_softmax("student", Tapped(student)(shown_NCHW)["logits"])

@@ -20,8 +20,8 @@ from fastkd.compute.compiling import (
     CompileChoice,
     CompileReason,
     compile_unit,
-    compiler_folder_problem,
     compiler_works,
+    drop_unusable_cache_folder,
     worth_compiling,
 )
 from fastkd.compute.placement import Placement
@@ -265,7 +265,7 @@ def _engine(
         images=data.images * plan.epochs,
         device_type=placement.device.type,
     )
-    compiler_folder_problem()
+    drop_unusable_cache_folder()
     reason = "auto" if settings.compile == "auto" else settings.compile_reason
     if compiled:
         compiled = compiler_works(placement.world, reason, console.note)

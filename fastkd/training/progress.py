@@ -40,7 +40,7 @@ class Progress:
     best_epoch: int = 0
     """Counted from 1, as in the metrics."""
     rows: int = 0
-    """Metric rows written so far; later ones are cut at resume."""
+    """Read by nobody, but every last.pt has it, and a part is restored only with all its keys."""
     epoch_s: float = 0.0
     """Seconds spent on this epoch's steps."""
     wait_s: float = 0.0
@@ -49,7 +49,6 @@ class Progress:
     def next_epoch(self) -> None:
         """One epoch done, its row written."""
         self.epoch += 1
-        self.rows += 1
         self.step = 0
         self.epoch_s = self.wait_s = 0.0
 

@@ -221,7 +221,7 @@ class Trainer:
         """One optimizer step; a bad one changes nothing."""
         self.update(prepared, epoch, step)
 
-    def try_step(self) -> None:
+    def compile_one_step(self) -> None:
         """One step, to find what fails in it; the trainer and its student are then spoilt."""
         self.runner.train()
         with closing(self.fallback):

@@ -23,7 +23,7 @@ from fastkd.errors import FastKDError, UserError
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import refusal, rehearsing
+from fastkd.models.intake import refusal, restored_after
 from fastkd.printable import first_line
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher, usable
@@ -73,7 +73,7 @@ def try_step(step: DistillStep, trial: Trial) -> None:
     terms = [term for term in step.terms if isinstance(term, LossTerm)]
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
     micro = trial.micro_rows()
-    with rehearsing(step, but=banks):
+    with restored_after(step, but=banks):
         step.train()
         error = _failure(step, terms, trial, Rows(2, 2))
         if error is not None and max(micro) > (2, 2):

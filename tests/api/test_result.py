@@ -1,6 +1,7 @@
 """What `fastkd.distill` gives back: both networks, predictions, the teacher's accuracy, words."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,7 @@ def constant(label: int) -> nn.Module:
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_teacher_at_chance_is_a_warning(teacher: Any, losses: Any, quiet: bool) -> None:
     with pytest.warns(
-        UserWarning, match=r"than chance \(25\.00%\) on the 35 .*: accuracy 2\d\."
+        UserWarning, match=r"than chance \(25\.71%\) on the 35 .*: accuracy 2\d\."
     ) as said:
         result = fastkd.distill(
             net(2), teacher, TRAIN, VAL, epochs=1, losses=losses, **QUIET | {"quiet": quiet}
@@ -346,6 +347,28 @@ def test_a_teacher_at_chance_is_a_warning(teacher: Any, losses: Any, quiet: bool
     assert {Path(one.filename).name for one in said} == {"test_result.py"}
     first = teacher[0] if isinstance(teacher, list) else teacher
     assert result.teacher_accuracy == pytest.approx(accuracy(first))
+
+
+@pytest.mark.parametrize(("label", "warns"), [(0, True), (3, True), (None, False)])
+def test_a_teacher_that_always_names_the_commonest_class_is_at_chance(
+    label: int | None, warns: bool
+) -> None:
+    """Of 40 validation images 28 are of class 0, so naming it is right far more often than 1/4."""
+    labels = torch.tensor([0] * 28 + [1] * 4 + [2] * 4 + [3] * 4)
+    images = torch.zeros(40, 3, 8, 8) + labels[:, None, None, None]
+
+    class Knows(nn.Module):
+        def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+            return 9.0 * nn.functional.one_hot(images_NCHW.mean((1, 2, 3)).round().long() % 4, 4)
+
+    teacher = Knows() if label is None else constant(label)
+    val = [(images[start : start + 16], labels[start : start + 16]) for start in (0, 16, 32)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fastkd.distill(net(2), teacher, TRAIN, val, epochs=1, losses=[KD()], **QUIET)
+    words = [str(one.message) for one in said if "not clearly better" in str(one.message)]
+    assert bool(words) == warns
+    assert all("than chance (70.00%) on the 40 validation images" in one for one in words)
 
 
 def test_several_teachers_are_judged_alone_and_together() -> None:

@@ -1,6 +1,7 @@
 """Where torch.compile cannot work: a note and an eager run, or one sentence before training."""
 
 import inspect
+import os
 import stat
 from contextlib import ExitStack
 from pathlib import Path
@@ -413,3 +414,14 @@ def test_triton_kernels_want_a_c_compiler(monkeypatch, names, environment, runs)
     reason = _library.triton_reason.__wrapped__()
     assert (reason is None) == runs
     assert runs or "gcc" in reason
+
+
+def test_the_question_changes_nothing_and_the_act_drops_the_folder(machine):
+    machine(TORCHINDUCTOR_CACHE_DIR="/proc/nowhere")
+    problem = compiling.compiler_folder_problem()
+    assert "set TORCHINDUCTOR_CACHE_DIR" in problem
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/proc/nowhere"
+    compiling.drop_unusable_cache_folder()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    # A run that wants to be compiled is still told why it is not.
+    assert compiling.compiler_folder_problem() == problem

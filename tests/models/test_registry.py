@@ -14,6 +14,7 @@ from fastkd.errors import UserError
 from fastkd.models import create_model, list_models
 from fastkd.models.card import card_of
 from fastkd.models.hub import BARE_IN_TIMM_0_2
+from fastkd.models.registry import without_memory
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -187,3 +188,26 @@ def test_import_is_light(program: Callable[..., Any]) -> None:
         "if m in sys.modules])"
     )
     assert program("-c", code).out.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "device"),
+    [
+        ("resnet8", {"width": 0.5}, "meta"),
+        ("timm:test_resnet", {}, "meta"),
+        # Its constructor computes with tensors.
+        ("torchvision:regnet_x_400mf", {}, "cpu"),
+    ],
+)
+def test_a_network_without_memory_leaves_the_random_state_alone(name, options, device):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    found = without_memory(name, 7, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {one.device.type for one in found.parameters()} == {device}
+    assert card_of(found).num_classes == 7
+    shapes = {key: one.shape for key, one in found.state_dict().items()}
+    real = create_model(name, 7, **options).state_dict()
+    assert shapes == {key: one.shape for key, one in real.items()}
+    with pytest.raises(UserError):
+        without_memory(name, 7, wdith=2)

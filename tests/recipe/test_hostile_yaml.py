@@ -5,10 +5,12 @@ import time
 
 import pytest
 
-from fastkd.config.plain_yaml import MAX_DEPTH, NotPlain, plain_scalar, read_yaml
+from fastkd.config.plain_yaml import MAX_DEPTH, NotPlain, plain_scalar, read_yaml, write_yaml
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import parse_block
+from fastkd.output.call_record import read_call, record
 from fastkd.recipes.loading import load_recipe
+from fastkd.runs.sweep.labels import labels
 
 
 @pytest.mark.parametrize(
@@ -203,3 +205,21 @@ def test_the_place_of_a_mistake_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("epochs: 3\noptim:\n  lr: !x 1\n")
     _, said = refused(config=tmp_path / "a.yaml")
     assert said.endswith("is not valid YAML (line 3, column 7: the tag !x is not allowed)")
+
+
+@pytest.mark.parametrize(
+    "text", ["123e456789012345", "1e5", "no", "007", "12:30", "null", "", "two\nlines", "a: b", "-"]
+)
+def test_what_is_written_is_read_as_the_same_text(text):
+    values = {"digest": text, "inside": [text, {"deeper": text, "one": 1, "half": 0.5}]}
+    assert read_yaml(write_yaml(values)) == values
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, LAUGHS, "made_by: !!set {fastkd.distill}", "\0"])
+def test_a_call_record_and_a_sweep_label_of_a_stranger(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_call(tmp_path) is None
+    (tmp_path / "config.yaml").write_text(record({"digest": "123e456789012345"}))
+    assert read_call(tmp_path) == {"made_by": "fastkd.distill", "digest": "123e456789012345"}
+    one, other = (f"losses={{a: {text}",), ("losses={at: {weight: 1}}",)
+    assert len(set(labels([one, other]).values())) == 2

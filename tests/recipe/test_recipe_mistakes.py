@@ -69,11 +69,13 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
         ("compile=maybe", "compile=maybe: expected one of auto, on, off"),
         (
             "data.mean=0.5",
-            "data.mean=0.5: expected 3 values joined by commas, each a number, or null",
+            "data.mean=0.5: expected 3 values joined by commas, each a number of at "
+            "least -10000 and at most 10000, or null",
         ),
         (
             "data.std=1,2",
-            "data.std=1,2: expected 3 values joined by commas, each a number above 0, or null",
+            "data.std=1,2: expected 3 values joined by commas, each a number of at "
+            "least 0.0001 and at most 10000, or null",
         ),
         (
             "teacher.class_map=1,x",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastkd.evaluation.chance import Chance, chance_of
+from fastkd.evaluation.chance import Chance, chance_of, class_counts
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
@@ -131,17 +131,29 @@ def test_a_student_that_has_learned_nothing_is_said(accuracy, loss, said):
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "samples", "accuracy", "floor"),
+    ("labels", "classes", "accuracy", "floor"),
     [
-        ([0, 1, 2, 3], 4, 100, 0.25, 0.25 + 2 * math.sqrt(0.25 * 0.75 / 100)),
-        ([0] * 9 + [1], 2, 64, 0.9, 0.9 + 2 * math.sqrt(0.9 * 0.1 / 64)),
-        ([0, 1, -1, -1], 3, 9, 0.5, 0.5 + 2 * math.sqrt(0.25 / 9)),
-        ([-100, -100], 5, 16, 0.2, 0.4),
+        ([0, 1, 2, 3] * 25, 4, 0.25, 0.25 + 2 * math.sqrt(0.25 * 0.75 / 100)),
+        ([0] * 54 + [1] * 10, 2, 54 / 64, 54 / 64 + 2 * math.sqrt(54 * 10 / 64**3)),
+        ([0] * 5 + [1] * 4 + [-1, -1], 3, 5 / 9, 5 / 9 + 2 * math.sqrt(5 * 4 / 9**3)),
+        # All right, or nothing can be told.
+        ([0] * 9 + [1], 2, 0.9, 0.9),
+        ([2] * 4, 3, 1.0, 0.75),
+        ([-100, -100], 5, 0.2, 0.0),
     ],
 )
-def test_chance_is_the_commonest_class(labels, classes, samples, accuracy, floor):
-    found = chance_of(torch.tensor(labels), classes, samples)
-    assert found == Chance(accuracy, pytest.approx(floor), math.log(classes))
+def test_chance_is_the_commonest_class(labels, classes, accuracy, floor):
+    found = chance_of(class_counts(torch.tensor(labels), classes))
+    assert found == Chance(pytest.approx(accuracy), pytest.approx(floor), math.log(classes))
+    assert found.beaten_by(1.0)
+    known = [label for label in labels if label >= 0]
+    assert not any(found.beaten_by(known.count(c) / len(known)) for c in set(known) - {2})
+
+
+def test_chance_of_several_labels_is_what_the_evaluation_says():
+    counts_C = class_counts(torch.tensor([[1, 0, -1], [0, 1, 1]]), 3)
+    found = chance_of(counts_C, {"map": 0.4, "chance": 0.36, "samples": 100})
+    assert (found.accuracy, found.floor) == (0.36, pytest.approx(0.36 + 2 * 0.048))
 
 
 def test_both_students_are_judged(tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 
 from fastkd.models import create_model
 from fastkd.models.card import card_of
-from fastkd.models.registry import model_from_file
+from fastkd.models.registry import classifier_paths, model_from_file
+from fastkd.recipes.loading import load_recipe
 from fastkd.storage.weights import load_weights, save_weights
 
 NAMES = ("apple", "banana", "cherry", "date")
@@ -373,3 +374,113 @@ def test_a_sweep_runs_again_what_saw_other_data(here: Path, command: Callable[..
     assert said.code == 0 and "finished before" not in said.out
     assert said.out.count("quickstart is run again: other pictures in train") == 2
     assert command(*sweep).out.count("finished before") == 2
+
+
+DAMAGED = {
+    "no json": "{",
+    "a list": "[1]",
+    "deep": "[" * 100_000,
+    "data of another kind": {"data": []},
+    "data without sense": {"data": {"image_size": -1}},
+    "data of nothing": {"data": None},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("how", ["resume", "sweep", "out"])
+def test_a_damaged_summary_is_one_sentence_with_a_cure(
+    kind: str, how: str, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    make_set(tmp_path / "set")
+    words = ["train", *ALONE, "--resume", "auto"] + (["out=done"] if how == "out" else [])
+    if how == "sweep":
+        words = ["train", *ALONE, "--sweep", "seed=0;1"]
+    own = [*ALONE[1:], *(["seed=0"] if how == "sweep" else [])]
+    digest = load_recipe("quickstart", overrides=own).digest()
+    dated = f"runs/quickstart/20260101T000000Z-{digest[:8]}"
+    folder = tmp_path / ("done" if how == "out" else dated)
+    folder.mkdir(parents=True)
+    damage = DAMAGED[kind]
+    text = damage if isinstance(damage, str) else json.dumps({"digest": digest} | damage)
+    (folder / "summary.json").write_text(text)
+    said = command(*words)
+    assert said.code == 2
+    *_, sentence = said.err.splitlines()
+    assert "Traceback" not in said.err and sentence.startswith("fastkd: ")
+    assert "summary.json" in sentence
+    assert sentence.endswith("remove it, and the resumed run writes it anew")
+
+
+def test_the_cure_for_a_damaged_summary_is_true(here: Path, command: Callable[..., Any]) -> None:
+    summary = here / "known/summary.json"
+    before = json.loads(summary.read_text())
+    summary.write_text("{")
+    assert command("train", "--resume", "known").code == 2
+    summary.unlink()
+    assert command("train", "--resume", "known").code == 0
+    after = json.loads(summary.read_text())
+    assert after["accuracy_best"] == before["accuracy_best"] and after["data"] == before["data"]
+
+
+def test_an_evaluation_looks_at_no_training_image(
+    here: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(
+        "fastkd.data.loaders.open.survey", lambda index: looked.append(index.name) or []
+    )
+    assert command("eval", "known").code == 0
+    assert looked == []
+    assert command("train", *ALONE, "--dry-run").code == 0
+    assert looked == ["folder/train", "folder/val"]
+
+
+HOSTILE = {
+    "deep": "[" * 5000,
+    "deep mapping": "{a: " * 5000,
+    "python tag": "!!python/object/apply:os.system [ls]",
+    "laughs": "a: &a [1,1]\n"
+    + "".join(
+        f"{after}: &{after} [{', '.join(['*' + one] * 40)}]\n"
+        for one, after in zip("abcdef", "bcdefg", strict=True)
+    ),
+    "a date": "made_by: 2001-99-99",
+    "long": "a: " + "x" * 2_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("words", [["eval"], ["table"], ["train", "--resume"]], ids=" ".join)
+def test_a_hostile_config_is_one_sentence(
+    kind: str, words: list[str], here: Path, command: Callable[..., Any]
+) -> None:
+    Path("known/config.yaml").write_text(HOSTILE[kind])
+    if "train" in words:
+        unfinished(here / "known")
+    said = command(*words, "known")
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1 and "config.yaml" in said.err
+
+
+def test_a_teacher_that_always_names_the_commonest_class_is_refused(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    make_set(tmp_path / "set")
+    for name in NAMES[1:]:
+        for number in (1, 2):
+            (tmp_path / "set/val" / name / f"{number}.bmp").unlink()
+    for extra in range(9):
+        shutil.copy(tmp_path / "set/val/apple/0.bmp", tmp_path / f"set/val/apple/more{extra}.bmp")
+    teacher = create_model("resnet8", 4, width=0.25)
+    with torch.no_grad():
+        teacher.get_submodule(classifier_paths(teacher)[0]).weight.zero_()
+        teacher.get_submodule(classifier_paths(teacher)[0]).bias.copy_(torch.eye(4)[0])
+    save_weights(tmp_path / "constant.safetensors", teacher)
+    # 12 of 15 images are of its class: far more than one in four.
+    given = [*GIVEN, "teacher.weights=constant.safetensors", "out=run"]
+    said = command("train", *given, "teacher.min_accuracy=null")
+    assert said.code == 2 and "clearly above chance (80.00%), was expected" in said.err
+    assert "the teacher resnet8 reaches 80.00% on the validation images, more than 93.3" in said.err
+    said = command("train", *given, "teacher.min_accuracy=0.81")
+    assert said.code == 2 and "at least 81.00% was expected" in said.err
+    assert command("train", *given).code == 0

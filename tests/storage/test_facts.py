@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.models.card import card_of
 from fastkd.models.registry import model_from_file
+from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts, Framing, Listing
 from fastkd.storage.weights import load_weights, save_weights
 
@@ -76,6 +77,18 @@ def test_what_a_stranger_wrote_is_validated(tmp_path: Path, entry: dict[str, str
     with pytest.raises(UserError, match=r"a\.safetensors: its metadata cannot be read") as caught:
         model_from_file(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("deviations", [[1e-300, 1, 1], [1, 2e4, 1], [0, 1, 1], [1, 1]], ids=str)
+def test_one_rule_for_the_normalisation_of_facts_weight_files_and_recipes(
+    deviations: list[float],
+) -> None:
+    with pytest.raises(ValueError, match="normalization"):
+        DataFacts.read({"normalization": [[0, 0, 0], deviations]})
+    with pytest.raises(ValueError, match="normalization"):
+        NetworkFacts.from_metadata({"normalization": json.dumps([[0, 0, 0], deviations])})
+    with pytest.raises(ValueError, match="std"):
+        DataConfig.model_validate({"name": "digits", "mean": (0, 0, 0), "std": deviations})
 
 
 @pytest.fixture

@@ -54,8 +54,6 @@ class DataPair:
     """Seed of order and augmentation."""
     sources: Sources
     """Training and validation images before they are decoded for the loaders."""
-    remarks: tuple[str, ...] = ()
-    """How many images a folder holds, and what a user should know of them: a line each."""
 
     @cached_property
     def train(self) -> Loader:
@@ -65,6 +63,20 @@ class DataPair:
         for it.
         """
         return self.open_train()
+
+    @cached_property
+    def val_labels_N(self) -> torch.Tensor:
+        """Labels of all validation images, in the form of `facts.labels_N`."""
+        return torch.from_numpy(self.sources[1].labels_N)
+
+    @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """How many images a folder holds, and what a user should know of them: a line each.
+
+        Some training images are opened for it on first use, so only who shows it asks.
+        """
+        side = self.facts.image_shape[1]
+        return _remarks(*self.sources, f"{side}x{side} pixels, data.backend={self.backend}")
 
     @cached_property
     def remembered(self) -> DataFacts:
@@ -154,7 +166,6 @@ def open_data(
         backend=backend,
         seed=seed,
         sources=(train, val),
-        remarks=_remarks(train, val, f"{size}x{size} pixels, data.backend={backend}"),
     )
 
 

@@ -4,10 +4,8 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from fastkd.errors import UserError
-from fastkd.models.registry import create_model, model_options
+from fastkd.models.registry import model_options, without_memory
 from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
 
@@ -75,7 +73,6 @@ def check_networks(recipes: Mapping[Choice, Recipe]) -> None:
             if ":" in net.name and model_options(net.name) is not None:
                 continue
             try:
-                with torch.device("meta"):
-                    create_model(net.name, 10, **net.options())
+                without_memory(net.name, 10, **net.options())
             except UserError as error:
                 raise UserError(f"--sweep: {' '.join(choice)}: {error}") from None

@@ -6,8 +6,7 @@ The table shows these; its CSV file has every key and value in full.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from fastkd.config.plain_yaml import NotPlain, read_yaml
 from fastkd.config.values import dotted
 from fastkd.runs.sweep.baselines import ALONE
 from fastkd.runs.sweep.grid import Choice
@@ -113,8 +112,8 @@ def _short_mappings(values: Sequence[str]) -> dict[str, str]:
 
 def _mapping(value: str) -> dict[Any, Any]:
     try:
-        found: Any = yaml.safe_load(value) if value.startswith("{") else None
-    except yaml.YAMLError:
+        found: Any = read_yaml(value) if value.startswith("{") else None
+    except NotPlain:
         return {}
     return dict(found) if isinstance(found, Mapping) else {}
 

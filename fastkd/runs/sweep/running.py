@@ -7,13 +7,15 @@ processes (`jobs`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastkd.compute.ranks import on_main
 from fastkd.data.config import DataConfig
 from fastkd.data.loaders.open import data_facts
 from fastkd.errors import Interrupted, RunFailed, UserError
-from fastkd.output.run_folder import find_finished
+from fastkd.output.run_facts import finished_on
+from fastkd.output.run_folder import RunFolder, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
@@ -112,28 +114,27 @@ class _Past:
     session: Session
     data: dict[DataConfig, DataFacts] = field(default_factory=dict)
     """What lies there now, read once for all runs on the same data."""
-    outdated: set[str] = field(default_factory=set)
-    """Summaries of runs on other data, by the time at which they were finished."""
+    outdated: set[Path] = field(default_factory=set)
+    """Folders of runs on other data."""
 
     def finished(self, recipe: Recipe) -> dict[str, Any] | None:
         """The summary of the newest finished run; None if there is none on these data."""
-        found = self.written(recipe)
-        if found is None or "data" not in found:
-            return found
+        run = self._newest(recipe)
+        if run is None:
+            return None
         now = self.data.get(recipe.data) or data_facts(recipe.data)
         self.data[recipe.data] = now
-        changes = DataFacts.read(found["data"]).changes(now)
-        if not changes:
-            return found
-        self.session.console.note(f"{recipe.name} is run again: {'; '.join(changes)}")
-        self.outdated.add(_name_of(found))
-        return None
+        name, say = recipe.name, self.session.console.note
+        found = finished_on(run, now, lambda how: say(f"{name} is run again: {'; '.join(how)}"))
+        if found is None:
+            self.outdated.add(run.path)
+        return found
 
     def written(self, recipe: Recipe) -> dict[str, Any] | None:
         """Likewise, but only outdated runs are left out: this sweep may have made it."""
-        found = find_finished(self.session.root, recipe.name, recipe.digest())
-        return None if found and _name_of(found) in self.outdated else found
+        run = self._newest(recipe)
+        return run.summary() if run else None
 
-
-def _name_of(summary: Mapping[str, Any]) -> str:
-    return f"{summary.get('digest')} {summary.get('finished')}"
+    def _newest(self, recipe: Recipe) -> RunFolder | None:
+        run = find_finished(self.session.root, recipe.name, recipe.digest())
+        return None if run and run.path in self.outdated else run
