@@ -5,6 +5,7 @@ from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), from that of another
 (`launchers`), or from the caller's existing process group; a single process has none.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fastkd.compute.launchers import take_ranks
 from fastkd.errors import FastKDError, RunFailed, UserError
@@ -32,6 +34,9 @@ T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 _TIMEOUT_S = 600.0
+_STORES: dict[tuple[str | None, str | None], dist.Store] = {}
+# Groups that this process has opened; all ranks open the same ones.
+_GROUPS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,14 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     if joined:
         return World(rank, local_rank, size, chosen, backend)
     try:
+        timeout = timedelta(seconds=timeout_s)
+        store = _store(timeout)
         dist.init_process_group(
             backend,
-            timeout=timedelta(seconds=timeout_s),
+            store=dist.PrefixStore(f"fastkd/{next(_GROUPS)}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
             device_id=chosen if backend == "nccl" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -108,6 +118,18 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
             shared=False,
         ) from error
     return World(rank, local_rank, size, chosen, backend)
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where the ranks meet, kept for later groups of this process.
+
+    Rank 0 hosts it. If every group had its own, a rank that is quick to open the next one would
+    find the old one at the same address, and wait there for ever.
+    """
+    address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address not in _STORES:
+        _STORES[address], _, _ = next(rendezvous("env://", timeout=timeout))
+    return _STORES[address]
 
 
 def close_world(*, failed: bool = False) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "refusal",
     "restored_after",
     "to_evaluation",
+    "wrong_in_bf16",
 ]
 
 SIDES = (32, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
@@ -130,6 +132,40 @@ def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Preci
         if error is None or _error(model, images_NCHW, plain) is not None:
             return None
     return first_line(error)
+
+
+def wrong_in_bf16(model: nn.Module, images_NCHW: Tensor, precision: Precision) -> str | None:
+    """The layer whose gradient torch gets wrong in bf16 on a CPU at this image size; None if none.
+
+    A convolution of a 1x1 map with a stride above 1, or a kernel above 3, leaves the gradient of
+    the taps that saw only padding uninitialised (oneDNN; torch 2.11 to 2.15): NaN, or a number of
+    any size that no check of finite values notices. fp32, larger maps and 3x3 kernels of stride 1
+    are sound. One pass on a few images finds such layers.
+    """
+    if precision.name != "bf16" or precision.device_type != "cpu" or is_compiled_ahead(model):
+        return None
+    found: list[str] = []
+
+    def look(name: str, module: nn.Conv2d, inputs: tuple[Any, ...]) -> None:
+        kernel, stride = max(module.kernel_size), max(module.stride)
+        exposed = kernel > 1 and (stride > 1 or kernel > 3)
+        if exposed and inputs and tuple(inputs[0].shape[2:]) == (1, 1):
+            found.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(look, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad
+    ]
+    try:
+        if hooks:
+            with restored_after(model), torch.no_grad(), precision.autocast():
+                to_evaluation(model)
+                model(images_NCHW.to(image_dtype(model, precision)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def _error(

@@ -10,7 +10,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.data.loaders.readable import Shown
 from fastkd.models.card import title_of
-from fastkd.models.intake import fails_under_autocast
+from fastkd.models.intake import fails_under_autocast, wrong_in_bf16
 from fastkd.output.console import Console
 from fastkd.teachers.loaded import LoadedNet
 
@@ -47,4 +47,6 @@ def _wants_fp32(
             images_NCHW = few_NCHW.new_zeros(len(few_NCHW), *shape)
         if why := fails_under_autocast(model, images_NCHW, precision):
             return f"{called} {title_of(model)} fails ({why})"
+    if layer := wrong_in_bf16(student, few_NCHW, precision):
+        return f"torch gets the gradient of the student's {layer} wrong, which sees a map of 1x1"
     return None

@@ -4,6 +4,7 @@ Flow: `fastkd.api` asks for it once everything fits. With `resume=True` any stat
 right as long as a call with the same arguments made it.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -11,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastkd.augment.config import PickConfig
@@ -78,6 +80,11 @@ def check_state(
             f"{unlike or 'its networks, losses or loaders differ'}): resume it with the same ones, "
             f"or choose another folder with out="
         )
+    if _taught_by_others(there, call):
+        raise UserError(
+            f"{folder.path} was begun with other weights in its teacher: load the same ones, or "
+            f"choose another folder with out="
+        )
     if finished and checkpoint is None:
         raise UserError(
             f"the run in {folder.path} is finished, but its last.pt is gone, and with it the "
@@ -87,6 +94,21 @@ def check_state(
     if not there:
         # A folder of fastkd 0.1, or one whose run was killed before it was described.
         on_main(world, lambda: folder.write_text("config.yaml", record(call)))
+
+
+def _taught_by_others(there: Mapping[str, Any], call: Mapping[str, Any]) -> bool:
+    """Whether the teachers of two calls differ in their weights. 0.1 did not note them."""
+    noted = [one.get("weights") for one in there.get("teachers") or ()]
+    return all(noted) and noted != [one["weights"] for one in call["teachers"] if noted]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Eight hex digits of all weights and buffers."""
+    found = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), found)
+    return f"{found:08x}"
 
 
 class _Fact(NamedTuple):
@@ -124,7 +146,13 @@ def describe(
             ([(name, tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()],),
         ),
         _Fact(
-            {"teachers": [_network(one.model) | {"resolution": one.resolution} for one in loaded]},
+            {
+                "teachers": [
+                    _network(one.model)
+                    | {"resolution": one.resolution, "weights": _fingerprint(one.model)}
+                    for one in loaded
+                ]
+            },
             (
                 [[tuple(p.shape) for p in one.model.parameters()] for one in loaded],
                 *([sides] if any(sides) else []),

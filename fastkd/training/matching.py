@@ -17,7 +17,7 @@ from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import image_dtype, refusal
+from fastkd.models.intake import image_dtype, refusal, wrong_in_bf16
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
@@ -148,7 +148,7 @@ def _shown(
     with torch.enable_grad(), evaluating(student):
         try:
             with precision.autocast():
-                return tapped(images_NCHW)
+                features = tapped(images_NCHW)
         except UserError:
             raise
         except Exception as error:
@@ -162,6 +162,14 @@ def _shown(
                 precision=precision,
                 remedy=remedies.student,
             ) from error
+    if layer := wrong_in_bf16(student, probe, precision):
+        height, width = probe.shape[2:]
+        raise UserError(
+            f"{remedies.called} {title_of(student)}: at {height}x{width} pixels its layer {layer} "
+            f"sees a map of 1x1, whose gradient torch computes wrong in bf16 on a CPU: "
+            f"{remedies.student.precision}, or give it larger images"
+        )
+    return features
 
 
 def check_classes(

@@ -222,6 +222,20 @@ def test_another_resolution_of_the_teacher_is_named(tmp_path: Path) -> None:
         assert taught(first, tmp_path / name).metrics["epochs"] == 1
 
 
+def test_a_teacher_of_other_weights_is_refused(tmp_path: Path) -> None:
+    out, ends = tmp_path / "out", stop_in_epoch(1)
+
+    def taught(teacher: nn.Module, **options: Any) -> Any:
+        given = {"epochs": 2, "out": out} | QUIET | options
+        return fastkd.distill(net(), teacher, TRAIN, VAL, **given)
+
+    with pytest.raises(Interrupted):
+        taught(net(7), on_epoch=ends)
+    with pytest.raises(UserError, match="was begun with other weights in its teacher"):
+        taught(net(8), resume=True)
+    assert len(taught(net(7), resume=True).history) == 2
+
+
 def test_the_checkpoint_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distill(tmp_path / "run")
     opened, load = list[Any](), torch.load

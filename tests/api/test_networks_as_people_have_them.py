@@ -540,3 +540,46 @@ def test_an_exported_program_inside_a_network_leaves_no_part_in_training() -> No
         answer_NC = made[0](IMAGES)
     assert first_loss(net(), made) == pytest.approx(expected(net(), answer_NC), rel=1e-5)
     assert not made[1].training
+
+
+class Shrinking(nn.Module):
+    """Its last convolution sees a map of 1x1 where images have `side` pixels, or one of 2x2."""
+
+    def __init__(self, kernel: int = 3, stride: int = 2, groups: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveMaxPool2d(2))
+        self.pool = nn.MaxPool2d(2)
+        self.last = nn.Conv2d(8, 16, kernel, stride, kernel // 2, groups=groups)
+        self.fc = nn.Linear(16, 4)
+        self.pools = True
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        maps_NCHW = self.body(images_NCHW)
+        maps_NCHW = self.pool(maps_NCHW) if self.pools else maps_NCHW
+        return self.fc(self.last(maps_NCHW).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (5, 1), (7, 2)])
+def test_a_gradient_that_torch_gets_wrong_in_bf16_is_not_computed(
+    kernel, stride, monkeypatch, capsys
+):
+    student = net(kind=Shrinking, kernel=kernel, stride=stride)
+    with pytest.raises(UserError, match=r"its layer last sees a map of 1x1.*give precision='fp32'"):
+        fastkd.distill(student, None, loader(), loader(), epochs=1, losses=[CrossEntropy()], **BF16)
+    monkeypatch.setattr("fastkd.compute.precision.computes_in_bf16", lambda device: True)
+    given = {"device": "cpu", "epochs": 1, "losses": [CrossEntropy()]}
+    result = fastkd.distill(student, None, loader(), loader(), **given)
+    assert "precision=auto is fp32 here" in capsys.readouterr().out
+    assert result.history[0]["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "pools"), [({"kernel": 3, "stride": 1}, True), ({"kernel": 3, "stride": 2}, False)]
+)
+def test_layers_whose_gradient_is_right_in_bf16_stay_in_it(options, pools):
+    student = net(kind=Shrinking, **options)
+    student.pools = pools
+    result = fastkd.distill(
+        student, None, loader(), loader(), epochs=1, losses=[CrossEntropy()], **BF16
+    )
+    assert result.history[0]["skipped"] == 0
