@@ -212,7 +212,10 @@ def test_a_checkpoint_of_another_network_or_of_none(expect_refusal, tmp_path):
         "teacher.name=wrn_10_1",
         "teacher.width=null",
     )
-    assert said.err.endswith("The file holds resnet8 with 10 classes\n")
+    assert said.err.endswith(
+        "The file holds resnet8 with 10 classes: build that one (recipe: teacher.name=resnet8 or "
+        "student.name=resnet8)\n"
+    )
     (tmp_path / "text.pt").write_text("no weights")
     expect_refusal(
         "text.pt: damaged, or not a PyTorch checkpoint", *keys, "teacher.weights=text.pt"
