@@ -161,6 +161,7 @@ def _shown(
                 images_NCHW=images_NCHW,
                 precision=precision,
                 remedy=remedies.student,
+                trained=True,
             ) from error
 
 

@@ -64,7 +64,7 @@ def taught(tmp_path_factory):
         # Reported.
         (VIT, 64, 224),
         ("torchvision:alexnet", 32, 64),
-        ("torchvision:inception_v3", 32, 75),
+        ("torchvision:inception_v3", 32, 299),
         # Others of their kind: fixed sizes, a least size, a head that is there in training only.
         ("timm:vit_tiny_r_s16_p8_224", 64, 224),
         ("timm:deit_tiny_patch16_224", 48, 224),
