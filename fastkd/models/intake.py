@@ -206,9 +206,9 @@ def refusal(
         )
     if any(map(_is_exported, model.modules())):
         return UserError(
-            f"{title} fails on {len(images_NCHW)} images ({why}). If it was exported for one number "
-            f"of images: fastkd also shows it other numbers (a few to try it, a smaller last "
-            f"batch), so export it with dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
+            f"{title} fails on {len(images_NCHW)} images ({why}). If it was exported for one "
+            f"number of images: fastkd also shows it other numbers (a few to try it, a smaller "
+            f"last batch), so export it with dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
         )
     shape = ", ".join(map(str, images_NCHW.shape[1:]))
     return UserError(f"{title} fails on images of [{shape}]: {why}")

@@ -109,7 +109,7 @@ def test_inference_mode_is_refused_at_once() -> None:
 def test_networks_made_in_inference_mode() -> None:
     with torch.inference_mode():
         student, teacher = made(Net, 0), made(Net, 1)
-    with pytest.raises(UserError, match="the student Net was built or loaded under .* it outside"):
+    with pytest.raises(UserError, match=r"the student Net was built or loaded under .* it outside"):
         distill(student, None, losses=[CrossEntropy()])
     truth = expected(made(Net, 0), made(Net, 1))
     assert first_loss(made(Net, 0), teacher) == pytest.approx(truth, rel=1e-5)
