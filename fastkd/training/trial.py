@@ -162,10 +162,10 @@ def _of_one_image(
         which = f"with accumulate={trial.accumulate} a micro-batch of {which}"
     where = " on a process" if trial.world.size > 1 else ""
     cure = trial.remedies.every_batch if every else trial.remedies.last_batch
+    if min(micro, key=min).x > 1:
+        which, cure, every = f"x' of {which}", "let the pick choose more images", True
     if every and trial.accumulate > 1:
         cure += ", or a smaller accumulate"
-    if min(micro, key=min).x > 1:
-        which, cure = f"x' of {which}", "let the pick choose more images, or lower accumulate"
     return UserError(
         f"{which} has one image only{where}, and {who} cannot be trained on one "
         f"({first_line(error)}): {cure}"

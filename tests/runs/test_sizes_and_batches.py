@@ -247,6 +247,16 @@ def test_a_batch_of_one_is_known_before_the_run(command, tmp_path, name, words, 
         assert not any(tmp_path.iterdir())
 
 
+def test_a_recipe_trains_whatever_grad_mode_its_caller_has(command):
+    words = ["train", *student("resnet8")]
+    with torch.no_grad():
+        assert command(*words, "batch_size=20").code == 0
+    with torch.inference_mode():
+        said = command(*words, "batch_size=20")
+    assert said.code == 2
+    assert "torch.inference_mode(): call fastkd outside" in said.err
+
+
 def test_a_batch_of_one_is_known_before_the_teacher_is_trained(command, tmp_path):
     words = ["batch_size=23", "data.drop_last=false", "teacher.width=null"]
     said = command("train", *BASE, *words, "teacher.name=torchvision:resnet18")
