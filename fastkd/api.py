@@ -46,6 +46,7 @@ from fastkd.teachers.judging import judge
 from fastkd.training.arguments import (
     check_callback,
     check_choice,
+    check_mode,
     check_needs,
     check_numbers,
     check_student,
@@ -77,7 +78,8 @@ __all__ = ["Result", "distill"]
 REMEDIES = Remedies(
     student=Remedy("resize the images of the loaders to {0}x{0}", "give precision='fp32'"),
     last_batch="give the train_loader drop_last=True, or another batch_size",
-    every_batch="give the train_loader a larger batch_size, or a smaller accumulate",
+    every_batch="give the train_loader a larger batch_size",
+    one_class="add images of another class, or give labels [N, 1] of 0 and 1 (BinaryCrossEntropy)",
 )
 
 
@@ -163,6 +165,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             loaders or arguments that cannot be used.
         RunFailed: losses or gradients stayed non-finite.
     """
+    check_mode()
     check_choice("precision", precision, get_args(PrecisionChoice))
     check_choice("compile", compile, get_args(CompileChoice))
     check_choice("xprime", xprime, XPRIMES)
@@ -176,6 +179,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_needs(terms, has_teacher=bool(teachers), xprime=xprime, picks=picking is not None)
     config = optim_config(optim, epochs, lr)
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
         world = stack.enter_context(open_world(device))
         check_loader("train_loader", train_loader, world)
         if val_loader is not None:
@@ -282,8 +286,10 @@ def _trained(
             checkpoint.state.clear()  # as large as the student and its optimizer
         metrics = trainer.fit() | {"teacher": taught, "history": trainer.history}
         on_main(world, lambda: _finish(folder, trainer, metrics))
+    student = trainer.kept()
+    student.eval()  # an overridden train() may not return the network
     return Result(
-        trainer.kept().eval(),
+        student,
         metrics,
         folder.path if folder else None,
         trainer.placement,
@@ -369,6 +375,7 @@ def _num_classes(student: nn.Module, shown: Shown, precision: Precision) -> int:
                 images_NCHW=images_NCHW,
                 precision=precision,
                 remedy=REMEDIES.student,
+                trained=True,
             ) from error
     if logits.ndim != 2:
         raise UserError(

@@ -112,8 +112,10 @@ def restored_after(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[N
             module.training = training
         with torch.no_grad():
             for owned, name, buffer, before in buffers:
-                # It may have been replaced, or resized in place.
-                owned[name] = buffer if buffer.shape == before.shape else before
+                # It may have been replaced, resized in place, or made in inference mode, whose
+                # tensors cannot be written.
+                kept = buffer.shape == before.shape and not buffer.is_inference()
+                owned[name] = buffer if kept else before
                 owned[name].copy_(before)
 
 
@@ -180,6 +182,28 @@ def _error(
     return None
 
 
+def _takes(
+    model: nn.Module,
+    run: Callable[[Tensor], Any],
+    images_NCHW: Tensor,
+    precision: Precision,
+    *,
+    trained: bool,
+) -> bool:
+    """Whether it runs as it is; if `trained`, in training mode and in evaluation mode.
+
+    Heads that only training has may want larger images.
+    """
+    if not trained:
+        return _error(run, images_NCHW, precision) is None
+    with restored_after(model):
+        for training in (False, True):
+            model.train(training)
+            if _error(run, images_NCHW, precision) is not None:
+                return False
+    return True
+
+
 def refusal(
     error: Exception,
     *,
@@ -189,11 +213,13 @@ def refusal(
     images_NCHW: Tensor,
     precision: Precision,
     remedy: Remedy,
+    trained: bool = False,
 ) -> UserError:
     """What to tell the user about a network that failed on images; remedies are tried first.
 
     model: for the size that it names itself.
     run: shows it images, as the run will, but without autocast.
+    trained: whether it must take them in training, too.
     """
     height, width = images_NCHW.shape[2:]
     why = first_line(error)
@@ -201,8 +227,10 @@ def refusal(
     for side in (_own_side(model), *SIDES):
         if side is None or height == width == side:
             continue
-        other_NCHW = images_NCHW.new_zeros(*images_NCHW.shape[:2], side, side)
-        if _error(run, other_NCHW, precision) is None:
+        # Two, as one is not a batch to a batch norm in training.
+        rows = max(2, len(images_NCHW)) if trained else len(images_NCHW)
+        other_NCHW = images_NCHW.new_zeros(rows, images_NCHW.shape[1], side, side)
+        if _takes(model, run, other_NCHW, precision, trained=trained):
             return UserError(
                 f"{title} does not take images of {height}x{width} pixels ({why}), but those of "
                 f"{side}x{side}: {remedy.size.format(side)}"
@@ -214,8 +242,9 @@ def refusal(
         )
     if any(map(_is_exported, model.modules())):
         return UserError(
-            f"{title} was exported for another number of images ({why}): export it with "
-            f"dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
+            f"{title} fails on {len(images_NCHW)} images ({why}). If it was exported for one "
+            f"number of images: fastkd also shows it other numbers (a few to try it, a smaller "
+            f"last batch), so export it with dynamic_shapes=({{0: torch.export.Dim.DYNAMIC}},)"
         )
     shape = ", ".join(map(str, images_NCHW.shape[1:]))
     return UserError(f"{title} fails on images of [{shape}]: {why}")

@@ -42,6 +42,7 @@ from fastkd.teachers.loading import (
     size,
     start_of,
 )
+from fastkd.training.arguments import check_mode
 from fastkd.training.build import build_trainer
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.progress import Plan
@@ -78,12 +79,14 @@ class Session:
         return Placement(self.world, precision, recipe.channels_last, foreign)
 
 
+@torch.enable_grad()
 def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -> dict[str, Any]:
     """Train everything in the recipe and return its summary.
 
     resume: None, "auto" (the newest unfinished run of this digest, else a finished one, else a new
     one) or a run folder.
     """
+    check_mode()
     data = open_recipe_data(recipe, session)
     identity = _identity(recipe, data, session)
     if resume == "auto" and (
@@ -267,7 +270,7 @@ def _remedies(recipe: Recipe, data: DataPair) -> Remedies:
         called="the teacher" if recipe.name.startswith(TEACHES) else "the student",
         student=of_images(data),
         last_batch="set data.drop_last=true, or another batch_size",
-        every_batch="set a larger batch_size, or a smaller accumulate",
+        every_batch="set a larger batch_size",
     )
 
 

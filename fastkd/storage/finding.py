@@ -221,7 +221,15 @@ def _chosen(fits: Sequence[Found], groups: Groups, own: Mapping[str, Tensor], or
 def _same(one: Found, other: Found, own: Mapping[str, Tensor]) -> bool:
     names = [name for name in one.fitting(own) if not name.endswith("num_batches_tracked")]
     pairs = [(one.state[name], other.state[name]) for name in names]
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return all(a.dtype == b.dtype and _equal(a, b) for a, b in pairs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Also where both are NaN."""
+    if one is other or torch.equal(one, other):
+        return True
+    nans = torch.equal(one.isnan(), other.isnan())
+    return nans and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _is_average(place: str, groups: Groups) -> bool:

@@ -79,10 +79,31 @@ def load_into(
         title = f"{_title(model)}, of which {', '.join(new)} is new" if new else _title(model)
         listing = _listing(report) or "it has no tensor of this network"
         raise UserError(f"{origin} does not fit {title}: {listing}{hint}")
+    _check_finite(model, {names[key]: found.state[key] for key in fitting}, origin)
     if found.note:
         warnings.warn(found.note, stacklevel=1)
     model.load_state_dict({names[key]: found.state[key] for key in fitting}, strict=False)
     return report
+
+
+def _check_finite(model: nn.Module, values: Mapping[str, Tensor], origin: str) -> None:
+    """UserError for NaN or inf, but in a buffer in which the network has them itself: a mask."""
+    masks = {
+        name for name, buffer in model.named_buffers() if not (buffer.is_meta or _finite(buffer))
+    }
+    for name, value in values.items():
+        if name not in masks and not _finite(value):
+            raise UserError(
+                f"{origin}: {name} is not finite (NaN or inf), so the answers of the network "
+                f"would be useless: take a checkpoint from before its training diverged"
+            )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # Types of one byte have no arithmetic.
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def _title(model: nn.Module) -> str:
@@ -113,7 +134,9 @@ def _hint(
     if facts.get("architecture", name) != name:
         held = shown(facts["architecture"], 80)
         classes = shown(facts.get("num_classes", "unknown"), 80)
-        return f". The file holds {held} with {classes} classes"
+        base = held.removeprefix("simkd:")  # a teacher's key does not tell them apart
+        keys = f"teacher.name={base}" + (f" or student.name={base}" if base == held else "")
+        return f". The file holds {held} with {classes} classes: build that one (recipe: {keys})"
     if said := other_options(model, facts):
         return f". The file holds {name} {said}"
     state, wrong = found.state, found.wrong_shape

@@ -180,7 +180,8 @@ def _read_pickle(path: Path) -> Any:
         if "Unsupported operand 149" in str(error):
             raise UserError(
                 f"{path}: written with pickle protocol 4 or 5, which torch's safe loader cannot "
-                "read; where it was written, save it again without pickle_protocol="
+                "read; where it was written, save it again by torch.save(model.state_dict(), "
+                "FILE), without pickle_protocol="
             ) from error
         # Before its reason torch advises loading the file unsafely.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip()

@@ -88,7 +88,8 @@ class Teacher:
         if self.folded and card_of(given) is not None:
             _hold_in(model, precision.dtype)
         self.net = net
-        self.model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.model = model
         self.unit = _TeacherUnit(
             self.model,
             tuple(every) or ("logits",),

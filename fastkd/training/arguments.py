@@ -27,6 +27,7 @@ from fastkd.training.config import OptimConfig
 __all__ = [
     "check_callback",
     "check_choice",
+    "check_mode",
     "check_needs",
     "check_numbers",
     "check_student",
@@ -46,6 +47,23 @@ _UNMET: dict[NeedRule, str] = {
     "teacher": "{loss} needs a teacher but teacher is None; use losses=[CrossEntropy()]",
     "xprime": "{loss} needs the view x': give xprime='cutmix' or xprime='mixup'",
 }
+
+
+def check_mode() -> None:
+    """UserError under torch.inference_mode(), whose tensors no gradient may meet."""
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "nothing can be trained under torch.inference_mode(): call fastkd outside of it"
+        )
+
+
+def _check_made_for_training(called: str, network: nn.Module) -> None:
+    """UserError if tensors of a network were made under torch.inference_mode()."""
+    if any(one.is_inference() for one in (*network.parameters(), *network.buffers())):
+        raise UserError(
+            f"distill: the {called} {title_of(network)} was built or loaded under "
+            f"torch.inference_mode(), whose tensors cannot be changed outside it: build it outside"
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -109,6 +127,7 @@ def networks_of(student: nn.Module, given: Any) -> tuple[nn.Module, list[nn.Modu
 
 def check_student(student: nn.Module) -> None:
     """UserError for a student that cannot be trained in fp32 as it is."""
+    _check_made_for_training("student", student)
     types = {p.dtype for p in student.parameters() if p.is_floating_point()}
     quantised = is_quantised(student)
     if quantised or not any(True for _ in student.parameters()):

@@ -94,7 +94,7 @@ def build_trainer(
         student, teacher, terms, engine.probe(facts, 2), placement.precision, remedies
     )
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
-    check_classes(terms, shapes, facts)
+    check_classes(terms, shapes, facts, remedies.one_class)
     check_labels(terms, facts.multilabel)
     _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))
 
@@ -281,7 +281,8 @@ def _placed(student: nn.Module, settings: TrainingSettings, engine: _Engine) -> 
         raise UserError("sync_bn=true needs GPUs: torch synchronises batch norm over NCCL only")
     if settings.sync_bn and engine.placement.world.size > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    return student.to(device=engine.device, memory_format=engine.layout)  # type: ignore[call-overload]
+    student.to(device=engine.device, memory_format=engine.layout)  # type: ignore[call-overload]
+    return student
 
 
 def _bound_teacher(

@@ -161,6 +161,7 @@ def _shown(
                 images_NCHW=images_NCHW,
                 precision=precision,
                 remedy=remedies.student,
+                trained=True,
             ) from error
     if layer := wrong_in_bf16(student, probe, precision):
         height, width = probe.shape[2:]
@@ -173,18 +174,19 @@ def _shown(
 
 
 def check_classes(
-    terms: Iterable[LossTerm], shapes: Mapping[Need, tuple[int, ...]], facts: Facts
+    terms: Iterable[LossTerm], shapes: Mapping[Need, tuple[int, ...]], facts: Facts, cure: str
 ) -> None:
     """UserError if there is nothing to tell apart, or a net's classes differ from the data's, where
     a loss reads them as classes.
+
+    cure: what to do about one class only.
 
     A loss on pairs of taps takes logits as features like any others and checks the shapes itself.
     """
     num_classes = facts.num_classes
     if num_classes == 1 and not facts.multilabel:
         raise UserError(
-            "there is one class only, so every answer is right and nothing can be learned: add "
-            "images of another class, or give labels [N, 1] of 0 and 1 (BinaryCrossEntropy)"
+            f"there is one class only, so every answer is right and nothing can be learned: {cure}"
         )
     for term in terms if num_classes == 1 else ():
         logits = {need.net for need in term.needs if need.tap in ("logits", MEAN_LOGITS)}

@@ -65,7 +65,8 @@ class Result:
             load_into(network, self.best_weights)
         else:
             network.load_state_dict(self.best_state)
-        return network.eval()
+        network.eval()
+        return network
 
     @cached_property
     def best_weights(self) -> Mapping[str, Any]:

@@ -26,7 +26,8 @@ class Remedies:
     """What is trained, for messages."""
     student: Remedy = field(default_factory=Remedy)
     last_batch: str = "leave out the last batch, or choose another batch size"
-    every_batch: str = "choose a larger batch size, or lower accumulate"
+    every_batch: str = "choose a larger batch size"
+    one_class: str = "add images of another class"
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ def _sentence(step: DistillStep, trial: Trial, error: Exception) -> UserError:
         images_NCHW=trial.probe(2).to(step.image_dtype),
         precision=step.precision,
         remedy=trial.remedies.student,
+        trained=True,
     )
 
 
@@ -162,7 +163,9 @@ def _of_one_image(
     where = " on a process" if trial.world.size > 1 else ""
     cure = trial.remedies.every_batch if every else trial.remedies.last_batch
     if min(micro, key=min).x > 1:
-        which, cure = f"x' of {which}", "let the pick choose more images, or lower accumulate"
+        which, cure, every = f"x' of {which}", "let the pick choose more images", True
+    if every and trial.accumulate > 1:
+        cure += ", or a smaller accumulate"
     return UserError(
         f"{which} has one image only{where}, and {who} cannot be trained on one "
         f"({first_line(error)}): {cure}"

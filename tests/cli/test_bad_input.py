@@ -92,6 +92,14 @@ def test_an_empty_class_folder(expect_refusal, images):
     expect_refusal(f"folder: the class folder {root}/train/dog holds no image", "train", *keys)
 
 
+def test_a_folder_of_one_class(expect_refusal, images):
+    root, keys = images
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "dog")
+    said = expect_refusal("there is one class only, so every answer is right", "train", *keys)
+    assert said.err.endswith("nothing can be learned: add images of another class\n")
+
+
 def test_a_corrupt_image_is_named_before_the_run_or_in_it(expect_refusal, images):
     root, keys = images
     (root / "train/dog/3.png").write_bytes(b"no picture")
@@ -212,7 +220,10 @@ def test_a_checkpoint_of_another_network_or_of_none(expect_refusal, tmp_path):
         "teacher.name=wrn_10_1",
         "teacher.width=null",
     )
-    assert said.err.endswith("The file holds resnet8 with 10 classes\n")
+    assert said.err.endswith(
+        "The file holds resnet8 with 10 classes: build that one (recipe: teacher.name=resnet8 or "
+        "student.name=resnet8)\n"
+    )
     (tmp_path / "text.pt").write_text("no weights")
     expect_refusal(
         "text.pt: damaged, or not a PyTorch checkpoint", *keys, "teacher.weights=text.pt"

@@ -190,9 +190,34 @@ def test_class_count_is_recognised(tmp_path: Path) -> None:
         create_model("resnet8", 10, weights=tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["conv1.weight", "bn1.running_var", "fc.bias"])
+def test_values_that_are_not_finite_are_refused(key: str, value: float, tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in small().state_dict().items()}
+    key = next(name for name in state if name.endswith(key.partition(".")[2]))
+    state[key].view(-1)[0] = value
+    torch.save({"state_dict": state}, tmp_path / "nan.pth")
+    model = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"nan\.pth: {key} is not finite \(NaN or inf\)"):
+        load_into(model, tmp_path / "nan.pth")
+    assert_same(model, before)
+
+
+def test_a_mask_of_the_network_may_be_infinite() -> None:
+    def masked() -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+        return model
+
+    given, model = masked(), masked()
+    load_into(model, given.state_dict())
+    assert_same(model, given.state_dict())
+
+
 def test_metadata_name_the_network_the_file_holds(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", create_model("resnet14", 100))
-    with pytest.raises(UserError, match="The file holds resnet14 with 100 classes"):
+    with pytest.raises(UserError, match="The file holds resnet14 with 100 classes: build that one"):
         create_model("resnet8", 100, weights=tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"build the network with num_classes=100\."):
         create_model("resnet14", 10, weights=tmp_path / "a.safetensors")

@@ -40,7 +40,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises UserError if the network cannot be copied.
     """
-    model = copied(model).eval()
+    model = copied(model)
+    model.eval()  # an overridden train() may not return the model
     norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
     new_of: dict[nn.Module, nn.Module] = {}
     with _without_hooks(model):
