@@ -334,7 +334,7 @@ def test_curves_become_a_png_without_touching_matplotlib_s_state(tmp_path):
     from PIL import Image
 
     picture = Image.open(tmp_path / "curves.png").convert("RGB")
-    assert picture.size == (1500, 630)
+    assert picture.size == (1500, 750)
     colours = {colour for _, colour in picture.getcolors(maxcolors=10**6)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 
