@@ -4,7 +4,6 @@ Written when the run begins and compared when it is resumed, or when a teacher i
 trained before. Folders of fastkd 0.1 have none; nothing is compared then.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.output.run_folder import FACTS, RunFolder
 from fastkd.storage.description import NetworkFacts
-from fastkd.storage.facts import DataFacts
+from fastkd.storage.facts import DataFacts, parsed
 from fastkd.storage.weight_file import WeightFile
 
 __all__ = ["facts_of_run", "place_for", "refuse_other_data", "remembered", "write_facts"]
@@ -35,11 +34,11 @@ def remembered(folder: Path) -> DataFacts | None:
     if not file.exists():
         return None
     try:
-        return DataFacts.read(json.loads(file.read_text(encoding="utf-8"))["data"])
+        return DataFacts.read(parsed(FACTS, file.read_text(encoding="utf-8"))["data"])
     except (ValueError, LookupError, TypeError, OSError, RecursionError) as error:
         raise UserError(
-            f"{file} cannot be read ({error}): remove it to use the folder without comparing "
-            f"its data"
+            f"{file} is damaged ({error}). Delete it to resume without checking whether the data "
+            f"have changed"
         ) from None
 
 

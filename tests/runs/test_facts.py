@@ -249,7 +249,7 @@ def test_a_copy_of_the_data_is_resumed(here: Path, command: Callable[..., Any]) 
     unfinished(here / "known")
     Path("known/facts.json").write_text('{"data": {"classes": 3}}')
     said = command("train", "--resume", "known")
-    assert said.code == 2 and "known/facts.json cannot be read (classes: " in said.err
+    assert said.code == 2 and "known/facts.json is damaged (classes: " in said.err
     Path("known/facts.json").unlink()
     assert command("train", "--resume", "known").code == 0
 
