@@ -32,6 +32,7 @@ from fastkd.data.loaders.foreign import (
 from fastkd.data.loaders.label_rules import kind_on_ranks
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
+from fastkd.evaluation.headline import headline
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
 from fastkd.models.intake import Remedy, image_dtype, refusal
@@ -323,7 +324,15 @@ def _judged(
 
 def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
     if folder is not None:
-        trainer.console.note(draw_curves(folder.path / "curves.png", {"student": trainer.history}))
+        teacher = metrics.get("teacher") or {}
+        reached = teacher.get(headline(teacher))
+        drawn = draw_curves(
+            folder.path / "curves.png",
+            {"student": trainer.history},
+            title=folder.path.name,
+            teachers={} if reached is None else {"teacher": reached},
+        )
+        trainer.console.note(drawn)
         folder.finish(metrics)
 
 

@@ -175,7 +175,7 @@ def _add_train(commands: _Commands) -> None:
     train.add_argument(
         "--resume",
         metavar="auto|RUN",
-        help="resume a run folder, or the newest unfinished one of this recipe",
+        help="resume RUN, or with auto the newest unfinished run of this recipe",
     )
     train.add_argument(
         "--dry-run",
@@ -233,7 +233,10 @@ def _add_compare(commands: _Commands) -> None:
         help="named recipes, then overrides for all of them",
     )
     compare.add_argument(
-        "--seeds", type=_positive, metavar="N", help="seeds 0 to N-1 for each; default: its own one"
+        "--seeds",
+        type=_positive,
+        metavar="N",
+        help="seeds 0 to N-1 for each; default: the recipe's own seed",
     )
     _add_sweep(compare)
     _add_formats(compare)

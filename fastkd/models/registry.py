@@ -255,7 +255,9 @@ def model_from_file(path: WeightSource) -> nn.Module:
             raise UserError(
                 f"{file}: its network is a {file.facts['module']}, which fastkd did not build and "
                 f"cannot rebuild; make one as your script does, and fill it with "
-                f"fastkd.storage.weights.load_into(network, FILE)"
+                f"fastkd.storage.weights.load_into(network, FILE). Networks of timm and "
+                f"torchvision are rebuilt if fastkd made them, as with "
+                f"fastkd.create_model('timm:NAME', ..)"
             )
         raise UserError(
             f"{file}: the file does not name its network; build it with "

@@ -45,13 +45,31 @@ def how_to_resume(folder: Path) -> str:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """`epochs: 3 there, 2 here` for every fact that is not the same."""
-    one, other = _flat("", _plain(there)), _flat("", _plain(here))
-    unlike = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [
-        f"{key}: {one.get(key)} there, {other.get(key)} here"
-        for key in unlike
+        line
+        for key in {**there, **here}
         if key not in ("digest", _MARK[0])
+        for line in _unlike(key, _plain(there.get(key)), _plain(here.get(key)))
     ]
+
+
+def _unlike(key: str, one: Any, other: Any) -> list[str]:
+    """Part by part, but what only one side has as a whole: `losses.at: there, not here`."""
+    one, other = _by_number(one), _by_number(other)
+    if one == other:
+        return []
+    if isinstance(one, Mapping) and other in (None, []):
+        return [f"{key}: there, not here"]
+    if isinstance(other, Mapping) and one in (None, []):
+        return [f"{key}: here, not there"]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        parts = {**one, **other}
+        return [
+            line
+            for part in parts
+            for line in _unlike(f"{key}.{part}", one.get(part), other.get(part))
+        ]
+    return [f"{key}: {one} there, {other} here"]
 
 
 def _plain(value: Any) -> Any:
@@ -63,10 +81,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
+def _by_number(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        value = dict(enumerate(value))  # the teachers
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    parts = [_flat(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
-    return {key: item for part in parts for key, item in part.items()}
+        return dict(enumerate(value))  # the teachers
+    return value

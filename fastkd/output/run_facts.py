@@ -4,7 +4,6 @@ Written when the run begins and compared when it is resumed, or when a teacher i
 trained before. Folders of fastkd 0.1 have none; nothing is compared then.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.output.run_folder import FACTS, SUMMARY, WITHOUT_SUMMARY, RunFolder
 from fastkd.storage.description import NetworkFacts
-from fastkd.storage.facts import DataFacts
+from fastkd.storage.facts import DataFacts, parsed
 from fastkd.storage.weight_file import WeightFile
 
 __all__ = [
@@ -42,11 +41,11 @@ def remembered(folder: Path) -> DataFacts | None:
     file = folder / FACTS
     if not file.exists():
         return None
-    cure = "remove it to use the folder without comparing its data"
+    cure = "Delete it to resume without checking whether the data have changed"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = parsed(FACTS, file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}): {cure}") from None
+        raise UserError(f"{file} is damaged ({error}). {cure}") from None
     return data_of(facts, file, cure)
 
 
@@ -58,7 +57,7 @@ def data_of(facts: Any, file: Path, cure: str) -> DataFacts:
     try:
         return DataFacts.read(facts["data"])
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): {cure}") from None
+        raise UserError(f"{file} is damaged ({error}). {cure}") from None
 
 
 def finished_on(

@@ -46,7 +46,7 @@ __all__ = [
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 FACTS = "facts.json"
 SUMMARY = "summary.json"
-WITHOUT_SUMMARY = "remove it, and the resumed run writes it anew"
+WITHOUT_SUMMARY = "Remove it, and the resumed run writes it anew"
 _DESCRIPTION = ("config.yaml", "environment.json", FACTS)
 # A folder with any of these is a run folder.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", SUMMARY)
@@ -195,9 +195,9 @@ class RunFolder:
         try:
             found = json.loads(target.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
-            raise UserError(f"{target} cannot be read ({error}): {WITHOUT_SUMMARY}") from None
+            raise UserError(f"{target} is damaged ({error}). {WITHOUT_SUMMARY}") from None
         if not isinstance(found, dict):
-            raise UserError(f"{target} is no summary of a run: {WITHOUT_SUMMARY}")
+            raise UserError(f"{target} is not a summary of a run. {WITHOUT_SUMMARY}")
         return found
 
 

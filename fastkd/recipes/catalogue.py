@@ -47,6 +47,6 @@ def find_entry(name: str) -> Entry:
     base, _, mode = name.rpartition(":")
     if base in recipes and mode == recipes[base].mode:
         return recipes[base]
-    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     raise UserError(f"there is no recipe {name!r}.{hint} `fastkd recipes` lists all of them.")

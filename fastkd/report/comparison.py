@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastkd.evaluation.chance import Chance
+from fastkd.evaluation.headline import headline
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.report import plots
 from fastkd.report.paper import PaperRow
 
-__all__ = ["failure", "finish_report"]
+__all__ = ["failure", "finish_report", "verdict"]
 
 DIVERGED = 10
 """A validation loss of this many times that of chance is not overconfidence any more."""
@@ -38,28 +39,35 @@ def finish_report(
     teacher, alone = summary["teacher"], summary["alone"]
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
+    levels: dict[str, float] = {}
     facts = teacher.get("members", [teacher]) if teacher else []
     for label, one in zip(teachers, facts, strict=True):
         lesson = one.get("training")
         rows.append({"run": f"teacher {label}", "note": "", **(lesson or {}), **one})
         if lesson:
             curves[rows[-1]["run"]] = lesson["history"]
+        elif (reached := one.get(headline(one))) is not None:
+            levels[rows[-1]["run"]] = reached
     if teacher and "members" in teacher:
         rows.append({"run": "teachers together", "note": "", **teacher})
     if alone:
         tried = len(summary["alone_tried"])
-        rows.append(
-            {"run": "student alone", **alone, "note": f"lr {alone['lr']:g}, best of {tried}"}
-        )
+        note = _judged(alone, chance, f"lr {alone['lr']:g}, best of {tried}")
+        rows.append({"run": "student alone", **alone, "note": note})
         curves["student alone"] = alone["history"]
     kind = "student distilled" if teacher else "student"
     run = f"{kind} {block}" if block else kind
-    rows.append({"run": run, **summary, "note": f"lr {summary['lr']:g}"})
+    rows.append({"run": run, **summary, "note": _judged(summary, chance, f"lr {summary['lr']:g}")})
     curves[kind] = summary["history"]
     if paper:
         summary["paper"] = paper.facts
         rows += [paper.row] if paper.row else []
-    drawn = plots.draw_curves(folder.path / "curves.png", curves)
+    drawn = plots.draw_curves(
+        folder.path / "curves.png",
+        curves,
+        title=f"{summary.get('recipe', '')}  ({folder.path.name})".lstrip(),
+        teachers=levels,
+    )
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     console.comparison(rows)
     if chance:
@@ -72,18 +80,35 @@ def finish_report(
     console.note(drawn)
 
 
+def _judged(summary: dict[str, Any], chance: Chance | None, note: str) -> str:
+    """The row's note with the verdict, which the summary keeps for the table of a sweep."""
+    found = verdict(summary, chance) if chance else ""
+    if found:
+        summary["verdict"] = found
+    return "; ".join(filter(None, [found, note]))
+
+
+def verdict(summary: Mapping[str, Any], chance: Chance) -> str:
+    """`diverged` or `at chance` for a student that has learned nothing; empty for any other."""
+    loss = summary["history"][-1].get("val_loss")
+    if loss is not None and not loss <= DIVERGED * chance.loss:
+        return "diverged"
+    return "" if chance.beaten_by(summary["accuracy_last"]) else "at chance"
+
+
 def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:
     """One sentence on a student that has learned nothing, with advice; empty for any other."""
     lower, loss = f"optim.lr={summary['lr'] / 10:g}", summary["history"][-1].get("val_loss")
-    if loss is not None and not loss <= DIVERGED * chance.loss:
+    found = verdict(summary, chance)
+    if found == "diverged":
         return (
             f"{label}: diverged, the validation loss is {loss:.4g} and that of guessing "
             f"{chance.loss:.4g}. Lower the learning rate, such as {lower}"
         )
-    accuracy = summary["accuracy_last"]
-    if chance.beaten_by(accuracy):
+    if not found:
         return ""
     return (
-        f"{label}: at chance, {accuracy:.2%} where always naming the commonest class gives "
-        f"{chance.accuracy:.2%}. Give it more epochs or another learning rate, such as {lower}"
+        f"{label}: at chance, {summary['accuracy_last']:.2%} where always naming the "
+        f"commonest class gives {chance.accuracy:.2%}. Give it more epochs or another "
+        f"learning rate, such as {lower}"
     )

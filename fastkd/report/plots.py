@@ -21,20 +21,33 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES = ("-", "--", "-.", ":")
 
 
-def draw_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def draw_curves(
+    path: Path | str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    title: str = "",
+    teachers: Mapping[str, float] | None = None,
+) -> str:
     """`plot_curves`, and where they are; or why not: a trained run never fails for its picture."""
     try:
-        plot_curves(path, runs)
+        plot_curves(path, runs, title=title, teachers=teachers)
     except Exception as error:  # matplotlib also fails on fonts and on caches of its own
         return f"no curves: {error if isinstance(error, RunFailed) else in_words(error)}"
     return f"curves {path}"
 
 
-def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def plot_curves(
+    path: Path | str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    title: str = "",
+    teachers: Mapping[str, float] | None = None,
+) -> None:
     """Validation accuracy (or mAP) and training loss per epoch, one line per run.
 
     `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` or `val_map` (shares of 1)
     and `train_loss` are used, rows that lack one of them are left out of that panel.
+    teachers: accuracies (or mAP) by label of networks without curves, as dashed lines.
 
     Raises:
         RunFailed: the file cannot be written.
@@ -46,7 +59,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
 
     metric = next((headline(rows[-1]) for rows in runs.values() if rows), "accuracy")
     with rc_context({"font.size": 10, "axes.titlesize": 11, "figure.dpi": 100}):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = Figure(figsize=(10, 5), layout="constrained")
         FigureCanvasAgg(figure)
         accuracy, loss = figure.subplots(1, 2)
         for index, (name, rows) in enumerate(runs.items()):
@@ -63,15 +76,28 @@ def plot_curves(path: Path | str, runs: Mapping[str, Sequence[Mapping[str, Any]]
                 final = f"{values[-1]:.1%}" if axes is accuracy else f"{values[-1]:.3g}"
                 marker = "o" if len(points) == 1 else None
                 axes.plot(epochs, values, label=f"{name}  {final}", marker=marker, **look)
+        for label, value in (teachers or {}).items():
+            accuracy.axhline(
+                value, label=f"{label}  {value:.1%}", color="0.35", linestyle="--", linewidth=1.2
+            )
+        if title:
+            figure.suptitle(title)
         printed = HEADLINES[metric]
         accuracy.set(title=f"Validation {printed}", xlabel="epoch", ylabel=printed)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
         loss.set(title="Training loss", xlabel="epoch", ylabel="loss")
-        for axes, corner in ((accuracy, "lower right"), (loss, "upper right")):
+        for axes in (accuracy, loss):
             axes.grid(alpha=0.3, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if axes.lines:
-                axes.legend(loc=corner, frameon=False, title="last epoch", alignment="left")
+                # Below the axes, where it covers no curve.
+                axes.legend(
+                    loc="upper left",
+                    bbox_to_anchor=(0, -0.13),
+                    frameon=False,
+                    title="last epoch",
+                    alignment="left",
+                )
         with atomic_path(Path(path)) as beside:
             figure.savefig(beside, format="png", dpi=150)

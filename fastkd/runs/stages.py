@@ -240,7 +240,8 @@ def build_stage(
     # precision need not be stored: its name is in the saved recipe.
     compile = checkpoint.state["decisions"]["compile"] if checkpoint else recipe.compile
     if folder and session.world.is_main:
-        for fact in start_of(recipe.student, net, data):
+        role = "teacher" if recipe.name.startswith(TEACHES) else "student"
+        for fact in start_of(recipe.student, net, data, role):
             session.console.note(fact)
     return build_trainer(
         _plan(recipe, data, session.world),

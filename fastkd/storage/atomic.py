@@ -22,7 +22,7 @@ _CURES = {
     errno.EROFS: f"The file system is mounted read-only: mount it for writing, {_ELSEWHERE}",
     errno.EACCES: f"Change the permissions of its folder, {_ELSEWHERE}",
     errno.EPERM: f"Change the permissions of its folder, {_ELSEWHERE}",
-    errno.EFBIG: "It is larger than this shell or file system allows; `ulimit -f` shows the limit",
+    errno.EFBIG: "It exceeds the file-size limit (see `ulimit -f`)",
     errno.EMFILE: "Raise the limit of open files, such as by `ulimit -n 4096`",
     errno.ENFILE: "Close other programs, or have the machine's limit of open files raised",
     errno.EIO: f"The disk or the network below it fails: check it, {_ELSEWHERE}",

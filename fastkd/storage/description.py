@@ -17,7 +17,7 @@ from torch import nn
 from fastkd.config.section import Normalization
 from fastkd.config.values import is_list, is_mapping
 from fastkd.printable import brief
-from fastkd.storage.facts import DataFacts
+from fastkd.storage.facts import DataFacts, parsed
 
 __all__ = [
     "CARD",
@@ -116,10 +116,7 @@ def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
         return default
     if len(text) > MOST_TEXT:
         raise ValueError(f"{key} has {len(text)} characters, expected at most {MOST_TEXT}")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{key}={brief(text)}: expected JSON") from None
+    return parsed(key, text)
 
 
 def _data_if_ours(metadata: Mapping[str, str]) -> DataFacts | None:

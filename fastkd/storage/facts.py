@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastkd.config.section import Normalization
 from fastkd.config.values import is_mapping
-from fastkd.printable import few
+from fastkd.printable import brief, few
 
-__all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing"]
+__all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing", "parsed"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 """Filters by which Pillow resizes."""
@@ -121,23 +121,25 @@ class DataFacts(_Fact):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "it"
-            raise ValueError(f"{place}: {first['msg']}") from None
+            place = ".".join(map(str, first["loc"])) or "data"
+            no_mapping = first["type"] in ("model_type", "dict_type", "model_attributes_type")
+            said = "expected a mapping" if no_mapping else first["msg"]
+            raise ValueError(f"{place}: {said}") from None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Self | None:
         """What `to_metadata` wrote; None if nothing is there. Raises ValueError otherwise."""
         values: dict[str, Any] = {
-            key: _parsed(metadata[key]) for key in _IN_METADATA if key in metadata
+            key: parsed(key, metadata[key]) for key in _IN_METADATA if key in metadata
         }
-        more = _parsed(metadata.get("data", "{}"))
+        more = parsed("data", metadata.get("data", "{}"))
         if not is_mapping(more):
             raise ValueError("data: expected a mapping")
         values = {key: more[key] for key in ("name", "train", "val") if key in more} | values
         if not values:
             return None
         if "normalization" in metadata:
-            values["normalization"] = _parsed(metadata["normalization"])
+            values["normalization"] = parsed("normalization", metadata["normalization"])
         return cls.read(values)
 
     def to_metadata(self) -> dict[str, str]:
@@ -206,11 +208,30 @@ class DataFacts(_Fact):
 _IN_METADATA = ("classes", "image_size", "evaluation")
 
 
-def _parsed(text: str) -> object:
+MOST_DIGITS = 400
+"""Of a whole number in metadata; the largest double has 309."""
+
+
+def parsed(key: str, text: str) -> Any:
+    """The JSON value of a key of the metadata. Raises ValueError that names the key."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise _TooLong(f"{key}: a number of {len(digits.lstrip('-')):,} digits")
+        return int(digits)
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=whole)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(f"{key}: nested too deeply") from None
+    except _TooLong:
+        raise
+    except ValueError:
+        raise ValueError(f"{key}={brief(text)}: expected JSON") from None
+
+
+class _TooLong(ValueError):
+    """A number that no file of fastkd holds."""
 
 
 def _class_changes(before: tuple[str, ...] | None, now: tuple[str, ...] | None) -> list[str]:

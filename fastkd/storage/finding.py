@@ -213,7 +213,7 @@ def _chosen(fits: Sequence[Found], groups: Groups, own: Mapping[str, Tensor], or
     averages = [found for found in fits if _is_average(found.place, groups)]
     if averages and all(_same(averages[0], found, own) for found in averages):
         place = averages[0].place
-        note = f"{origin} holds the network more than once ({names}): taken is {place}, the average"
+        note = f"{origin} holds several copies of the network ({names}); using {place}, the average"
         return replace(averages[0], note=f"{note} of the weights (EMA). {choose}")
     raise UserError(f"{origin} holds several networks that fit ({names}): {choose}")
 

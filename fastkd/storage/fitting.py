@@ -149,8 +149,9 @@ def _hint(
         classes = len(state[wrong[0]])
         return (
             f". The class counts differ: build the network with num_classes={classes}. In a recipe "
-            "student.new_head=true (new_head=True) takes all but the classifier, and a teacher "
-            "needs teacher.class_map: the output for each class of the data"
+            "teacher.train=true teacher.new_head=true fine-tunes a teacher with a new classifier, "
+            "a finished one needs teacher.class_map (the output for each class of the data), and "
+            "student.new_head=true (new_head=True) takes all but the classifier"
         )
     if found.missing and all(".downsample." in key for key in found.missing) and not wrong:
         return '. The file has no projections: build the network with shortcuts="pad" or False'

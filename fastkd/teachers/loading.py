@@ -248,8 +248,11 @@ def _filled(net: LoadedNet, run: Path) -> LoadedNet:
     return replace(net, normalization=card.normalization)
 
 
-def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]:
-    """The student's starting point in sentences: what is loaded, new, frozen; normalisation."""
+def start_of(config: StudentConfig, net: LoadedNet, data: DataPair, role: str) -> list[str]:
+    """A network's starting point in sentences: what is loaded, new, frozen; normalisation.
+
+    role: student or teacher.
+    """
     source = config.weights or ("pretrained weights" if config.pretrained else None)
     said = []
     if config.new_head or config.frozen:
@@ -261,7 +264,7 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair) -> list[str]
         state = net.model.state_dict()
         loaded = [key for key in state if not (config.new_head and key.startswith(inside))]
         said.append(
-            f"student {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
+            f"{role} {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
             f"{source or 'nowhere, all are random'}"
             + (f"; new: {names}" if config.new_head else "")
         )

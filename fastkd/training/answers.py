@@ -78,13 +78,13 @@ def look_at_training(
     for tap in taps:
         if tap not in seen:
             raise UserError(
-                f"tap {tap!r} of the student runs in evaluation and did not run in {PASSES} passes "
-                f"in training mode: a loss on it would teach nothing; tap one that does"
+                f"tap {tap!r} of the student runs in evaluation, but not once in {PASSES} training "
+                f"passes: a loss on it would train nothing; tap one that runs"
             )
         if tap in learning and not seen[tap].requires_grad:
             raise UserError(
                 f"tap {tap!r} of the student carries no gradient in training mode, so a loss on it "
-                f"would teach nothing: it is computed under torch.no_grad(), is detached, or lies "
+                f"would train nothing: it is computed under torch.no_grad(), is detached, or lies "
                 f"in a reentrant checkpoint (use checkpoint(.., use_reentrant=False), or tap the "
                 f"module around the checkpoint)"
             )
@@ -151,8 +151,8 @@ def _refuse_softmax(net: str, logits_NC: Tensor) -> None:
         return
     if bool(are_distributions(logits_NC).all()):
         raise UserError(
-            f"the {net} gives probabilities (no value is below 0, and each row sums to 1), and the "
-            f"losses take the softmax of what it gives: remove its last softmax, as in "
+            f"the {net} returns probabilities (no value is below 0, and each row sums to 1), but "
+            f"the losses apply softmax themselves: remove its last softmax, as in "
             f"nn.Sequential(*model[:-1]), or return the logarithm of the probabilities"
         )
 

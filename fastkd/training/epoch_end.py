@@ -46,7 +46,8 @@ def training_row(
         if name != "images":
             row[f"train_{name}"] = value / (images or torch.nan)
     row["images_per_s"] = images / max(progress.epoch_s, 1e-9)
-    row["data_wait"] = progress.wait_s / max(progress.epoch_s, 1e-9)
+    # Two clocks: the time that was waited may exceed that of the steps.
+    row["data_wait"] = min(progress.wait_s / max(progress.epoch_s, 1e-9), 1.0)
     row["seconds"] = progress.epoch_s
     row["skipped"] = skipped
     for measured, name in (("train_correct", "train_accuracy"), ("train_pick_ratio", "pick_ratio")):

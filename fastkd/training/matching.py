@@ -111,9 +111,9 @@ def shapes_of_needs(
         own = [need for need in term.needs if need.net == "student"]
         if own and not any(found[need].requires_grad for need in own):
             raise UserError(
-                f"the loss {term.name} uses {', '.join(own)} of the student, where only frozen "
-                f"layers come before: it would teach nothing. Remove it, or let those layers "
-                f"train (requires_grad_)"
+                f"the loss {term.name} uses {', '.join(own)} of the student, which carries "
+                f"no gradient (frozen layers, no_grad or detach before it): it would train "
+                f"nothing. Remove it, or let those layers train (requires_grad_)"
             )
     if teacher is not None:
         # Not through its compiled form, which would need an extra compilation for this batch size.

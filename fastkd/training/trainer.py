@@ -366,7 +366,7 @@ class Trainer:
             step=progress.step,
             steps=self.loader.steps_per_epoch,
             images_per_s=sums["images"] * self.world.size / seconds,
-            data_wait=progress.wait_s / seconds,
+            data_wait=min(progress.wait_s / seconds, 1.0),
             loss=sums["loss"] / (sums["images"] or torch.nan),
         )
 

@@ -232,6 +232,16 @@ def finished(out: Path, *losses: LossTerm, frozen: bool = False, resume: bool = 
     return distill(network(), student=student, losses=losses, out=out, resume=resume)
 
 
+def test_a_missing_loss_is_named_once(tmp_path: Path) -> None:
+    two = [KD(), AT(pairs={"2": "2"})]
+    finished(tmp_path / "two", *two)
+    with pytest.raises(UserError, match=r"with other arguments \(losses\.at: there, not here\)"):
+        finished(tmp_path / "two", KD(), resume=True)
+    finished(tmp_path / "one", KD())
+    with pytest.raises(UserError, match=r"with other arguments \(losses\.at: here, not there\)"):
+        finished(tmp_path / "one", *two, resume=True)
+
+
 @pytest.mark.parametrize(
     ("losses", "frozen"),
     [
@@ -272,7 +282,7 @@ def test_a_loss_that_could_teach_nothing_is_refused(whole: bool) -> None:
     student[: 6 if whole else 2].requires_grad_(False)  # type: ignore[index]
     losses = [CrossEntropy()] if whole else [CrossEntropy(), AT(pairs={"2": "2"})]
     looks = "ce uses x/student/logits" if whole else "at uses x/student/2"
-    with pytest.raises(UserError, match=f"{looks} of the student, where only frozen"):
+    with pytest.raises(UserError, match=f"{looks} of the student, which carries no gradient"):
         distill(network(), student=student, losses=losses)
 
 

@@ -151,7 +151,7 @@ def test_a_student_in_another_form_is_trained(form: str, ema: float | None) -> N
         ),
         (lambda: quantised(net()), "cannot be trained, its weights are quantised"),
         (lambda: FORMS["quantised at run time"](net()), "its weights are quantised"),
-        (lambda: net().requires_grad_(False), "it would teach nothing.*requires_grad_"),
+        (lambda: net().requires_grad_(False), "it would train nothing.*requires_grad_"),
         (lambda: net().bfloat16(), r"are bfloat16, .* float32 .* give student.float\(\)"),
         (lambda: net().half(), r"are float16, .* give student.float\(\)"),
         (lambda: net().double(), r"are float64, .* give student.float\(\)"),

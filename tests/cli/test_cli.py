@@ -104,6 +104,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["train", "quickstart", "cifar10/resnet20"], "one recipe at a time, got quickstart, cif"),
         (["train", "mine.yaml"], "mine.yaml is a file: fastkd train --config mine.yaml"),
         (["train", "quikstart"], "there is no recipe 'quikstart'. Nearest: quickstart."),
+        (["train", "nope"], "there is no recipe 'nope'. `fastkd recipes` lists all of them."),
         (["train", "epoch=3"], "unknown key epoch, did you mean epochs?"),
         (["recipes", "nope*"], "no recipe matches 'nope*'; expected a part of a name, such as"),
         (["recipes", "quickstart", "cifar10/*"], "one pattern at a time, in quotes for the shell;"),

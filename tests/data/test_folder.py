@@ -107,7 +107,7 @@ def test_no_class_folders(tmp_path):
 def test_missing_split_folder(make_folder):
     root = make_folder()
     (root / "val").rename(root / "other")
-    with pytest.raises(UserError, match="lacks train/ or val/"):
+    with pytest.raises(UserError, match=r"has train/ but no val/ or test/\. Add one, or set"):
         open_split("folder", root)
 
 

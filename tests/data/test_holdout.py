@@ -145,15 +145,17 @@ def test_a_folder_with_validation_images_uses_them(make_folder, val):
 
 def test_without_the_key_the_message_names_it(photos, make_folder):
     with pytest.raises(
-        UserError, match=r"lacks train/ or val/.*has ant, bee.*data\.val_share=0\.1"
+        UserError, match=r"neither train/ nor val/.*has ant, bee.*data\.val_share=0\.1"
     ):
         opened(photos)
     root = make_folder()
     (root / "val").rename(root / "valid")
-    with pytest.raises(UserError, match=r"it has train, valid\..*data\.val_share=0\.1"):
+    with pytest.raises(
+        UserError, match=r"has train/ but no val/ or test/\. Add one, or set data\.val_share=0\.1"
+    ):
         opened(root)
     (root / "train").rename(root / "val")
-    with pytest.raises(UserError, match="lacks train/ or val/"):
+    with pytest.raises(UserError, match="has val/ but no train/"):
         opened(root, val_share=0.1)
 
 

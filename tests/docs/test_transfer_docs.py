@@ -69,6 +69,7 @@ def test_the_commands(
     still = ["teacher.epochs=1", "teacher.lr=1e-9", "teacher.min_accuracy=0", "baseline.lrs="]
     said = command(*tune, *SMALL, *still, "out=tuned")
     assert said.code == 0, said.err
+    assert "teacher torchvision:resnet18: 120 of 122 tensors from RUN; new: fc (3 " in said.out
     (lesson,) = (tmp_path / "runs" / "teachers").rglob("best.safetensors")
     began = load_weights(lesson)[0]["layer4.1.conv2.weight"]
     torch.testing.assert_close(began, run["layer4.1.conv2.weight"], atol=1e-4, rtol=0)

@@ -334,9 +334,29 @@ def test_curves_become_a_png_without_touching_matplotlib_s_state(tmp_path):
     from PIL import Image
 
     picture = Image.open(tmp_path / "curves.png").convert("RGB")
-    assert picture.size == (1500, 630)
+    assert picture.size == (1500, 750)
     colours = {colour for _, colour in picture.getcolors(maxcolors=10**6)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_the_legend_covers_no_curve_and_the_teacher_has_a_line(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), real(f, *a, **k)))
+    history = [{"epoch": e, "val_accuracy": e / 10, "train_loss": 1 / e} for e in (1, 2, 3)]
+    runs = {"student alone": history, "student distilled S(4)": history}
+    levels = {"teacher torchvision:resnet34": 0.86}
+    plot_curves(tmp_path / "curves.png", runs, title="quickstart (run)", teachers=levels)
+    (figure,) = figures
+    assert figure.get_suptitle() == "quickstart (run)"
+    lines = {line.get_label(): set(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["teacher torchvision:resnet34  86.0%"] == {0.86}
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1
 
 
 def test_the_quickstarts_table_fits_into_80_columns() -> None:

@@ -166,3 +166,7 @@ def test_both_students_are_judged(tmp_path):
     said = screen.getvalue()
     assert "\nstudent alone: diverged, the validation loss is 1e+09 and" in said
     assert "\nstudent: diverged, " in said
+    assert "diverged; lr 0.4, best of 1" in said
+    assert summary["verdict"] == summary["alone"]["verdict"] == "diverged"
+    saved = json.loads((folder.path / "summary.json").read_text())
+    assert saved["verdict"] == "diverged"

@@ -328,6 +328,16 @@ def test_a_real_comparison_repeats_nothing_and_table_shows_the_same(command, tmp
     assert (table.code, table.err) == (0, "")
     cells = {tuple(line.split(" | ")[1:-1]) for line in table.out.splitlines()}
     assert cells == {tuple(line.split(" | ")[1:-1]) for line in markdown}
+    single = command("table", folders[0], "--markdown")
+    assert single.out.splitlines()[-1].startswith(("| quickstart ", "| alone/"))
+    # A verdict that the run has stored is told; a run of an older version has none.
+    summary = Path(folders[0]) / "summary.json"
+    stored = {key: value for key, value in json.loads(summary.read_text()).items()}
+    for kept in ({"verdict": "at chance"}, {}):
+        stored.pop("verdict", None)
+        summary.write_text(json.dumps(stored | kept))
+        told = command("table", folders[0], "--markdown").out
+        assert ("| at chance |" in told) == bool(kept)
     # What is not finished is left out; what is none is refused.
     (Path(folders[0]) / "summary.json").unlink()
     left = command("table", *folders)

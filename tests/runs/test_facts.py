@@ -250,7 +250,7 @@ def test_a_copy_of_the_data_is_resumed(here: Path, command: Callable[..., Any]) 
     unfinished(here / "known")
     Path("known/facts.json").write_text('{"data": {"classes": 3}}')
     said = command("train", "--resume", "known")
-    assert said.code == 2 and "known/facts.json cannot be read (classes: " in said.err
+    assert said.code == 2 and "known/facts.json is damaged (classes: " in said.err
     Path("known/facts.json").unlink()
     assert command("train", "--resume", "known").code == 0
 
@@ -408,7 +408,7 @@ def test_a_damaged_summary_is_one_sentence_with_a_cure(
     *_, sentence = said.err.splitlines()
     assert "Traceback" not in said.err and sentence.startswith("fastkd: ")
     assert "summary.json" in sentence
-    assert sentence.endswith("remove it, and the resumed run writes it anew")
+    assert sentence.endswith("Remove it, and the resumed run writes it anew")
 
 
 def test_the_cure_for_a_damaged_summary_is_true(here: Path, command: Callable[..., Any]) -> None:

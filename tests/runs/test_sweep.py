@@ -187,7 +187,7 @@ def test_a_run_that_fails_does_not_stop_the_others(command, tmp_path, monkeypatc
     (file,) = (tmp_path / "runs/quickstart").glob("sweep-*.csv")
     failed, done = csv.DictReader(file.open())
     assert (failed["note"], failed["accuracy_last"]) == ("failed", "")
-    assert (done["note"], done["optim.lr"]) == ("", "0.2")
+    assert (done["note"], done["optim.lr"]) == ("at chance", "0.2")
     assert len(rows[1]) == 3
 
 

@@ -175,7 +175,7 @@ def test_the_network_is_found(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", AVERAGED)
 def test_an_average_goes_first_and_is_said(layout: str, tmp_path: Path) -> None:
     torch.save(AVERAGED[layout](), tmp_path / "theirs.ckpt")
-    with pytest.warns(UserWarning, match=r"theirs\.ckpt holds the network more than once.*taken"):
+    with pytest.warns(UserWarning, match=r"theirs\.ckpt holds several copies of the .*using"):
         model = create_model("resnet8", 10, width=0.25, weights=tmp_path / "theirs.ckpt")
     assert is_good(model)
 

@@ -91,6 +91,15 @@ def test_one_rule_for_the_normalisation_of_facts_weight_files_and_recipes(
         DataConfig.model_validate({"name": "digits", "mean": (0, 0, 0), "std": deviations})
 
 
+@pytest.mark.parametrize("key", ["image_size", "data", "evaluation", "classes", "options"])
+def test_a_number_of_5000_digits_is_called_that(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "a.safetensors"
+    named = create_model("resnet8", 2, width=0.25)
+    save_weights(path, named, {"architecture": "resnet8", key: "9" * 5000})
+    with pytest.raises(UserError, match=rf"cannot be read \({key}: a number of 5,000 digits\)"):
+        model_from_file(path)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """ROOT/train and ROOT/val, 3 classes of 3 pictures, uncompressed: all files have one size."""

@@ -329,7 +329,7 @@ def test_a_resumed_distill_wants_as_many_teachers_as_before(tmp_path: Path) -> N
 
     losses = [SoftCE(), Discriminator()]
     distill(create_model("resnet8", 10, width=0.25), nets(), losses=losses, out=tmp_path / "run")
-    with pytest.raises(UserError, match=r"with other arguments \(teachers.1.network"):
+    with pytest.raises(UserError, match=r"with other arguments \(teachers.1: there, not here\)"):
         distill(
             create_model("resnet8", 10, width=0.25),
             nets()[:1],

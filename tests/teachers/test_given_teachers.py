@@ -213,12 +213,12 @@ def test_a_key_chooses_in_a_recipe(command: Callable[..., Any], tmp_path: Path) 
     said = command("train", *words, "out=ema")
     assert said.code == 0, said.err
     assert f"teacher resnet8: accuracy {found['state_dict_ema']}" in said.out
-    assert "taken is state_dict_ema" in said.err
-    assert said.err.count("taken is") == 1
+    assert "using state_dict_ema" in said.err
+    assert said.err.count("; using ") == 1
     said = command("train", *words, "teacher.weights_key=state_dict", "out=raw")
     assert said.code == 0, said.err
     assert f"teacher resnet8: accuracy {found['state_dict']}" in said.out
-    assert "taken is" not in said.err
+    assert "; using " not in said.err
     said = command("eval", "resnet8", "--weights", "timm.pth.tar", *DATA, "student.weights_key=x")
     assert said.code == 2
     assert "names nothing in this file" in said.err

@@ -126,7 +126,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
         (Reentrant, "tap 'conv2' of the student carries no gradient in training.*use_reentrant=F"),
         (NoGrad, r"carries no gradient in training mode.*torch.no_grad\(\)"),
         (Inferred, "carries no gradient in training mode"),
-        (InEvaluationOnly, "conv2.*runs in evaluation and did not run in 20 passes in training"),
+        (InEvaluationOnly, "conv2.*runs in evaluation, but not once in 20 training passes"),
     ],
 )
 @pytest.mark.parametrize(
@@ -418,14 +418,14 @@ class Ends(nn.Module):
 )
 def test_probabilities_in_place_of_logits_are_refused(end: nn.Module) -> None:
     with pytest.raises(
-        UserError, match=r"the teacher gives probabilities .*remove its last softmax"
+        UserError, match=r"the teacher returns probabilities .*remove its last softmax"
     ):
         distill(Net(), [KD()], Ends(2, end))
-    with pytest.raises(UserError, match="the teacher gives probabilities"):
+    with pytest.raises(UserError, match="the teacher returns probabilities"):
         fastkd.distill(
             Net(), [Net(2), Ends(2, end)], LOADER, LOADER, epochs=1, losses=[KD()], **QUIET
         )
-    with pytest.raises(UserError, match="the student gives probabilities"):
+    with pytest.raises(UserError, match="the student returns probabilities"):
         distill(Ends(1, end), [CrossEntropy()])
     # Nobody takes another softmax of them here.
     assert distill(Net(), [AT(pairs={"conv2": "net.conv2"})], Ends(2, end))

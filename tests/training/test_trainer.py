@@ -30,6 +30,8 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.weights import load_weights
 from fastkd.training.config import OptimConfig
+from fastkd.training.epoch_end import training_row
+from fastkd.training.progress import Progress
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 from fastkd.training.trainer import Trainer
 
@@ -374,3 +376,9 @@ def test_first_losses_are_golden() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(first_losses(), indent=1) + "\n")
+
+
+def test_the_wait_for_data_is_at_most_all_of_the_time():
+    progress = Progress(epoch_s=2.0, wait_s=2.4)
+    row = training_row({"images": 10.0, "loss": 1.0}, progress, lr=0.1, skipped=0)
+    assert row["data_wait"] == 1

@@ -106,7 +106,7 @@ class ForeignLoader:
             raise UserError(
                 f"xprime={views.kind!r} is made of the pictures as they are stored, and a loader "
                 f"of your own gives normalised images: choose cutmix, mixup or cutout, or run a "
-                f"recipe with data.name=folder"
+                f"recipe on the image files, such as `fastkd train folder data.root=FOLDER`"
             )
         return self
 

@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -152,14 +153,22 @@ def _find_folder(
         return replace(index, remarks=(*index.remarks, idle))
     present = [part for part in ("train", *VAL_FOLDERS) if (root / part).is_dir()]
     if holdout is None or (present and "train" not in present):
-        inside = sorted(place.name for place in root.iterdir() if place.is_dir())
-        raise UserError(
-            f"data.root={shown(root)} lacks train/ or val/ (test/ will do); it has {few(inside)}. "
-            "Expected train/CLASS/IMAGE and val/CLASS/IMAGE below it, or, with a part of the "
-            "images held back for validation by data.val_share=0.1, train/CLASS/IMAGE alone or "
-            "CLASS/IMAGE"
-        )
+        raise UserError(f"data.root={shown(root)} has {_lacking(root, present)}")
     return scan_whole("folder", root / "train" if present else root, split, holdout, decoding)
+
+
+def _lacking(root: Path, present: Sequence[str]) -> str:
+    """What a folder without both splits has, and what to do."""
+    held_back = "set data.val_share=0.1 to hold back a tenth of the"
+    if "train" in present:
+        return f"train/ but no val/ or test/. Add one, or {held_back} training images"
+    if present:
+        return f"{present[0]}/ but no train/. Add it: train/CLASS/IMAGE"
+    inside = few(sorted(place.name for place in root.iterdir() if place.is_dir()))
+    return (
+        f"neither train/ nor val/ or test/; it has {inside}. Expected train/CLASS/IMAGE and "
+        f"val/CLASS/IMAGE below it; if these folders are the classes, {held_back} images"
+    )
 
 
 def _find_cifar(

@@ -140,7 +140,7 @@ def _unidentified(name: str, stream: IO[bytes]) -> str:
             f"cannot read the image {shown(name)}: Pillow {pillow_version} cannot read {missing}; "
             "install a newer one, or convert the image to PNG"
         )
-    what = "the file is empty" if not start else "it is not an image in a format that is read"
+    what = "the file is empty" if not start else "it is not an image in a supported format"
     return f"cannot decode the image {shown(name)}: {what}; repair or remove the file"
 
 

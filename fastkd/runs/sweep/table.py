@@ -64,7 +64,7 @@ def rows_of(
     gained = gains(recipes, found)
     rows = [
         {
-            "note": "",
+            "note": found[choice].get("verdict", ""),
             **found[choice],
             "row": RUN,
             "choice": choice,
@@ -77,7 +77,8 @@ def rows_of(
     # Together, so that a run and its mean are named alike.
     named = labels([*recipes, *groups])
     for row in rows:
-        row["run"] = named[row["choice"]]
+        # A single run differs from nothing.
+        row["run"] = named[row["choice"]] or recipes[row["choice"]].name
     for rest, runs in groups.items():
         rows += _over_seeds(rest, runs, named[rest], recipes[runs[0]["choice"]])
     return rows
