@@ -15,7 +15,10 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import (
+    rendezvous,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from fastkd.compute.launchers import take_ranks
 from fastkd.errors import FastKDError, RunFailed, UserError
@@ -34,7 +37,7 @@ T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 _TIMEOUT_S = 600.0
-_STORES: dict[tuple[str | None, str | None], dist.Store] = {}
+_STORES: dict[tuple[str | None, str | None], Any] = {}
 # Groups that this process has opened; all ranks open the same ones.
 _GROUPS = itertools.count()
 
@@ -106,7 +109,7 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
         store = _store(timeout)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"fastkd/{next(_GROUPS)}", store),
+            store=PrefixStore(f"fastkd/{next(_GROUPS)}", store),
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -120,7 +123,7 @@ def init_world(device: DeviceChoice = "auto", *, timeout_s: float = _TIMEOUT_S) 
     return World(rank, local_rank, size, chosen, backend)
 
 
-def _store(timeout: timedelta) -> dist.Store:
+def _store(timeout: timedelta) -> Any:
     """Where the ranks meet, kept for later groups of this process.
 
     Rank 0 hosts it. If every group had its own, a rank that is quick to open the next one would
