@@ -127,7 +127,7 @@ def _store(timeout: timedelta) -> Any:
     """Where the ranks meet, kept for later groups of this process.
 
     Rank 0 hosts it. If every group had its own, a rank that is quick to open the next one would
-    find the old one at the same address, and wait there for ever.
+    find the old one at the same address, and wait there forever.
     """
     address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address not in _STORES:
