@@ -5,6 +5,8 @@ from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE), from that of another
 (`launchers`), or from the caller's existing process group; a single process has none.
 """
 
+import atexit
+import gc
 import itertools
 import os
 from collections.abc import Callable, Generator
@@ -130,9 +132,17 @@ def _store(timeout: timedelta) -> Any:
     find the old one at the same address, and wait there forever.
     """
     address = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not _STORES:
+        atexit.register(_leave_no_thread)
     if address not in _STORES:
         _STORES[address], _, _ = next(rendezvous("env://", timeout=timeout))
     return _STORES[address]
+
+
+def _leave_no_thread() -> None:
+    """End the threads of groups and stores: Python's teardown would abort the process over them."""
+    gc.collect()  # networks in DDP, which hold their group, lie in cycles
+    _STORES.clear()
 
 
 def close_world(*, failed: bool = False) -> None:
