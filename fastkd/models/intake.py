@@ -25,6 +25,7 @@ __all__ = [
     "image_dtype",
     "is_compiled_ahead",
     "is_quantised",
+    "noting_wrong_gradients",
     "own_dtype",
     "refusal",
     "restored_after",
@@ -136,17 +137,25 @@ def fails_under_autocast(model: nn.Module, images_NCHW: Tensor, precision: Preci
     return first_line(error)
 
 
-def wrong_in_bf16(model: nn.Module, images_NCHW: Tensor, precision: Precision) -> str | None:
-    """The layer whose gradient torch gets wrong in bf16 on a CPU at this image size; None if none.
+def _computes_in_bf16(model: nn.Module, precision: Precision) -> bool:
+    """Whether its gradients may be oneDNN's in bf16."""
+    on_cpu = precision.name == "bf16" and precision.device_type == "cpu"
+    return on_cpu and not is_compiled_ahead(model)
+
+
+@contextmanager
+def noting_wrong_gradients(model: nn.Module, precision: Precision) -> Iterator[list[str]]:
+    """The layers whose gradient torch gets wrong in bf16 on a CPU, filled by passes in the block.
 
     A convolution of a 1x1 map with a stride above 1, or a kernel above 3, leaves the gradient of
     the taps that saw only padding uninitialised (oneDNN; torch 2.11 to 2.15): NaN, or a number of
     any size that no check of finite values notices. fp32, larger maps and 3x3 kernels of stride 1
-    are sound. One pass on a few images finds such layers.
+    are sound.
     """
-    if precision.name != "bf16" or precision.device_type != "cpu" or is_compiled_ahead(model):
-        return None
     found: list[str] = []
+    if not _computes_in_bf16(model, precision):
+        yield found
+        return
 
     def look(name: str, module: nn.Conv2d, inputs: tuple[Any, ...]) -> None:
         kernel, stride = max(module.kernel_size), max(module.stride)
@@ -160,14 +169,25 @@ def wrong_in_bf16(model: nn.Module, images_NCHW: Tensor, precision: Precision) -
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad
     ]
     try:
-        if hooks:
-            with restored_after(model), torch.no_grad(), precision.autocast():
-                to_evaluation(model)
-                model(images_NCHW.to(image_dtype(model, precision)))
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+
+
+def wrong_in_bf16(model: nn.Module, images_NCHW: Tensor, precision: Precision) -> str | None:
+    """The first of `noting_wrong_gradients`, by a pass of its own; None if there is none."""
+    if not _computes_in_bf16(model, precision):
+        return None
+    with (
+        noting_wrong_gradients(model, precision) as wrong,
+        restored_after(model),
+        torch.no_grad(),
+        precision.autocast(),
+    ):
+        to_evaluation(model)
+        model(images_NCHW.to(image_dtype(model, precision)))
+    return wrong[0] if wrong else None
 
 
 def _error(

@@ -124,11 +124,10 @@ def notes_on(
     # A loss on pairs of taps takes logits as features like any others.
     needs = [need for t in terms if not isinstance(t, PairTerm) for need in t.needs]
     read = {need.net for need in needs if need.tap in ("logits", MEAN_LOGITS)}
-    noise = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     if "student" in read and not isinstance(student, ZooNetwork):
         with restored_after(student), torch.no_grad(), precision.autocast():
             to_evaluation(student)
-            shown_NCHW = noise.to(image_dtype(student, precision))
+            shown_NCHW = probe.to(image_dtype(student, precision))
             _refuse_softmax("student", Tapped(student)(shown_NCHW)["logits"])
     notes = [
         f"tap {tap!r} of the student is skipped at random in training: a loss on it teaches "
@@ -140,7 +139,7 @@ def notes_on(
         for member in members:
             if isinstance(member.model, ZooNetwork):
                 continue
-            logits_NC = member.logits(noise)
+            logits_NC = member.logits(probe)
             _refuse_softmax("teacher", logits_NC)
             notes += _note(logits_NC)
     return notes

@@ -90,9 +90,8 @@ def build_trainer(
 
     teacher = _bound_teacher(teachers, student, terms, facts, engine)
     remedies = data.remedies
-    shapes, taught = shapes_of_needs(
-        student, teacher, terms, engine.probe(facts, 2), placement.precision, remedies
-    )
+    probe = engine.probe(facts, 2)
+    shapes, taught = shapes_of_needs(student, teacher, terms, probe, placement.precision, remedies)
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     check_classes(terms, shapes, facts, remedies.one_class)
     check_labels(terms, facts.multilabel)
@@ -123,7 +122,6 @@ def build_trainer(
             remedies=remedies,
         ),
     )
-    probe = engine.probe(facts, 2)
     seen = look_at_training(student, taught, probe, placement.precision, ranks=world.size)
     for note in notes_on(seen, student, teacher, terms, probe, placement.precision):
         output.console.note(note)

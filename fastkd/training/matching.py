@@ -17,7 +17,7 @@ from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import image_dtype, refusal, wrong_in_bf16
+from fastkd.models.intake import image_dtype, noting_wrong_gradients, refusal
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
@@ -145,7 +145,11 @@ def _shown(
     student: nn.Module, tapped: Tapped, probe: Tensor, precision: Precision, remedies: Remedies
 ) -> dict[str, Tensor]:
     images_NCHW = probe.to(image_dtype(student, precision))
-    with torch.enable_grad(), evaluating(student):
+    with (
+        torch.enable_grad(),
+        evaluating(student),
+        noting_wrong_gradients(student, precision) as wrong,
+    ):
         try:
             with precision.autocast():
                 features = tapped(images_NCHW)
@@ -163,11 +167,11 @@ def _shown(
                 remedy=remedies.student,
                 trained=True,
             ) from error
-    if layer := wrong_in_bf16(student, probe, precision):
+    if wrong:
         height, width = probe.shape[2:]
         raise UserError(
-            f"{remedies.called} {title_of(student)}: at {height}x{width} pixels its layer {layer} "
-            f"sees a map of 1x1, whose gradient torch computes wrong in bf16 on a CPU: "
+            f"{remedies.called} {title_of(student)}: at {height}x{width} pixels its layer "
+            f"{wrong[0]} sees a map of 1x1, whose gradient torch computes wrong in bf16 on a CPU: "
             f"{remedies.student.precision}, or give it larger images"
         )
     return features
