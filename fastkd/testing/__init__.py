@@ -7,6 +7,7 @@
 - device.py: host synchronisation, CUDA graphs, the Triton interpreter
 - clock.py: sides timed in turns, and the spread of their ratios
 - cost.py: arithmetic of a training step
+- recipes.py: words of recipes that train in a second
 """
 
 from fastkd.testing.baselines import (

@@ -12,21 +12,12 @@ import fastkd.teachers.loading
 from fastkd.models import count, create_model
 from fastkd.models.card import card_of, sign
 from fastkd.recipes.loading import load_recipe
+from fastkd.testing.recipes import TINY
 from fastkd.training.trainer import Trainer
 
-TINY = [
-    "data.name=synthetic",
-    "data.train_limit=64",
-    "student.name=resnet8",
-    "student.width=0.5",
-    "batch_size=32",
-    "epochs=1",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
-]
+WORDS = [*TINY, "student.name=resnet8"]
 TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
-ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
+ALONE = [*WORDS, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
 HEAVY = ("torch", "triton", "nvidia", "timm", "torchvision", "matplotlib", "sklearn", "numpy")
 
 
@@ -255,7 +246,7 @@ def test_the_doctor_reports(command):
 
 
 def test_a_run_ends_with_the_table_and_all_its_files(command, tmp_path):
-    said = command("train", *TINY, *TAUGHT, "epochs=2", "baseline.lrs=0.1,0.2")
+    said = command("train", *WORDS, *TAUGHT, "epochs=2", "baseline.lrs=0.1,0.2")
     assert (said.code, said.err) == (0, "")
     (run,) = (tmp_path / "runs/quickstart").iterdir()
     names = "config.yaml environment.json facts.json metrics.jsonl metrics.csv last.pt "
@@ -268,7 +259,7 @@ def test_a_run_ends_with_the_table_and_all_its_files(command, tmp_path):
     for row in ("teacher resnet8", "student alone", "student distilled"):
         assert f"\n{row}" in said.out
 
-    again = command("train", *TINY, *TAUGHT, "epochs=2", "baseline.lrs=")
+    again = command("train", *WORDS, *TAUGHT, "epochs=2", "baseline.lrs=")
     assert "teacher/synthetic/resnet8: finished before, runs/teachers/resnet8-" in again.out
 
 
@@ -300,7 +291,7 @@ def test_a_run_is_the_teacher_of_another(command, tmp_path):
     assert command("train", *ALONE, "out=one").code == 0
     best = json.loads((tmp_path / "one/summary.json").read_text())["accuracy_best"]
     kept = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.weights=one"]
-    said = command("train", *TINY, *kept, "teacher.min_accuracy=0", "baseline.lrs=")
+    said = command("train", *WORDS, *kept, "teacher.min_accuracy=0", "baseline.lrs=")
     assert (said.code, said.err) == (0, "")
     assert f"teacher resnet8: accuracy {best:.2%}" in said.out
     assert not (tmp_path / "runs/teachers").exists()
@@ -347,7 +338,7 @@ def test_ctrl_c_outside_a_step_says_how_to_go_on(command, monkeypatch, tmp_path,
         monkeypatch.setattr(fastkd.teachers.loading, "evaluate", interrupted)
     else:
         monkeypatch.setattr(Trainer, "summary", interrupted)
-    said = command("train", *TINY, *TAUGHT, "baseline.lrs=", "out=one")
+    said = command("train", *WORDS, *TAUGHT, "baseline.lrs=", "out=one")
     assert said.code == 130
     assert said.err == "fastkd: stopped. Resume it with: fastkd train --resume one\n"
     monkeypatch.undo()
@@ -366,11 +357,11 @@ def test_a_teacher_that_was_finished_by_its_own_resume_serves_the_run(
 
     original = Trainer.summary
     monkeypatch.setattr(Trainer, "summary", interrupted)
-    assert command("train", *TINY, *TAUGHT, "baseline.lrs=").code == 130
+    assert command("train", *WORDS, *TAUGHT, "baseline.lrs=").code == 130
     monkeypatch.setattr(Trainer, "summary", original)
     (teacher,) = (tmp_path / "runs/teachers").iterdir()
     assert command("train", "--resume", f"runs/teachers/{teacher.name}").code == 0
-    said = command("train", *TINY, *TAUGHT, "baseline.lrs=")
+    said = command("train", *WORDS, *TAUGHT, "baseline.lrs=")
     assert (said.code, said.err) == (0, "")
     assert "\nstudent distilled" in said.out
 

@@ -7,18 +7,9 @@ import types
 import pytest
 
 import fastkd.data.sources.synthetic
+from fastkd.testing.recipes import TINY
 
-TINY = [
-    "data.name=synthetic",
-    "data.train_limit=64",
-    "student.name=resnet8",
-    "student.width=0.5",
-    "batch_size=32",
-    "epochs=1",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
-]
+WORDS = [*TINY, "student.name=resnet8"]
 TAUGHT = ["teacher.name=resnet8", "teacher.width=0.5", "teacher.epochs=2", "teacher.min_accuracy=0"]
 
 
@@ -28,7 +19,7 @@ def _few_validation_images(monkeypatch):
 
 
 def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_path):
-    said = command("train", "--dry-run", *TINY, *TAUGHT)
+    said = command("train", "--dry-run", *WORDS, *TAUGHT)
     assert (said.code, said.err) == (0, "")
     facts = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", said.out, re.MULTILINE))
     assert facts["image"] == "3 x 32 x 32"
@@ -42,7 +33,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_pa
 
 def test_networks_are_named_with_their_blocks(command):
     blocks = ("student.block=G:4", "teacher.block=S-2x2")
-    said = command("train", "--dry-run", *TINY, *TAUGHT, *blocks)
+    said = command("train", "--dry-run", *WORDS, *TAUGHT, *blocks)
     assert re.search(r"^  student +resnet8 G\(4\): ", said.out, re.MULTILINE)
     assert re.search(r"^  teacher +resnet8 S-2x2: ", said.out, re.MULTILINE)
     assert "of training: teacher resnet8 S-2x2 " in said.out
@@ -53,7 +44,7 @@ def test_a_dry_run_projects_every_stage_that_is_still_to_be_trained(command, mon
     # Every look at this clock is a second later than the one before.
     ticking = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))
     monkeypatch.setattr("fastkd.runs.dry_run.time", ticking)
-    words = [*TINY, *TAUGHT, "baseline.lrs=0.1,0.2"]
+    words = [*WORDS, *TAUGHT, "baseline.lrs=0.1,0.2"]
 
     def projected():
         said = command("train", "--dry-run", *words)

@@ -19,17 +19,11 @@ from fastkd.runs.sweep.grid import combinations
 from fastkd.runs.sweep.jobs import environments
 from fastkd.runs.sweep.table import different_teachers
 from fastkd.storage.weights import load_weights
+from fastkd.testing.recipes import TINY
 
 KEYS = [
-    "data.name=synthetic",
-    "data.train_limit=64",
+    *TINY,
     "student.name=resnet8",
-    "student.width=0.5",
-    "batch_size=32",
-    "epochs=1",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
     "teacher=null",
     "losses.kd=null",
     "losses.ce.weight=1",

@@ -24,6 +24,7 @@ from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.ensemble import Ensemble, bind_teacher
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
+from fastkd.testing.recipes import TINY_QUICKSTART
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")
@@ -185,17 +186,7 @@ def save(path: Path, name: str, num_classes: int = 10, **options: Any) -> nn.Mod
 
 
 TINY = (
-    "quickstart",
-    "data.name=synthetic",
-    "data.train_limit=64",
-    "data.image_size=16",
-    "batch_size=32",
-    "epochs=1",
-    "student.width=0.5",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
-    "baseline.lrs=",
+    *TINY_QUICKSTART,
     "teacher.train=false",
     "teacher.min_accuracy=0",
     "teacher.weights=one.safetensors",

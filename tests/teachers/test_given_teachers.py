@@ -13,19 +13,10 @@ from fastkd.models import create_model, model_from_file
 from fastkd.models.reused_head import Projector, ReusedHead
 from fastkd.storage.weights import load_weights, save_weights
 from fastkd.teachers.config import TeacherConfig
+from fastkd.testing.recipes import TINY_QUICKSTART
 
 TINY = (
-    "quickstart",
-    "data.name=synthetic",
-    "data.train_limit=64",
-    "data.image_size=16",
-    "batch_size=32",
-    "epochs=1",
-    "student.width=0.5",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
-    "baseline.lrs=",
+    *TINY_QUICKSTART,
     "teacher.min_accuracy=0",
 )
 GIVEN = ("teacher.train=false", "teacher.weights=given.safetensors")

@@ -19,20 +19,11 @@ from fastkd.models.card import card_of, sign
 from fastkd.storage.weights import save_weights
 from fastkd.teachers.config import TeacherConfig
 from fastkd.teachers.loading import load_teacher, prove_teacher
+from fastkd.testing.recipes import TINY_QUICKSTART
 
 PLACEMENT = Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu"))
 TINY = (
-    "quickstart",
-    "data.name=synthetic",
-    "data.train_limit=64",
-    "data.image_size=16",
-    "batch_size=32",
-    "epochs=1",
-    "student.width=0.5",
-    "precision=fp32",
-    "compile=off",
-    "device=cpu",
-    "baseline.lrs=",
+    *TINY_QUICKSTART,
     "teacher.train=false",
     "teacher.min_accuracy=0",
 )
