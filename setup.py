@@ -80,7 +80,14 @@ EDITABLE = linked() if "editable_wheel" in sys.argv else None
 setup(
     packages=find_packages(include=["fastkd", "fastkd.*"], exclude=["fastkd.kernels*"]) + KERNELS,
     package_dir=EDITABLE or {"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-    package_data={"fastkd": ["py.typed", "losses/__init__.pyi", "recipes/published.json"]},
+    package_data={
+        "fastkd": [
+            "py.typed",
+            "losses/__init__.pyi",
+            "models/planner/costs.json",
+            "recipes/published.json",
+        ]
+    },
     # Only where a compiler exists but CMake does not is CMake asked of the package index.
     setup_requires=["cmake>=3.18"] if core_is_wanted() and not shutil.which("cmake") else [],
     ext_modules=[Extension(CORE, sources=[], optional=True)] if core_is_wanted() else [],

@@ -126,7 +126,8 @@ def main() -> None:
 def finished(recipe: Recipe, session: Session) -> dict:
     """The summary of a run, which is made now unless it exists."""
     before = find_finished(session.root, recipe.name, recipe.digest())
-    return before or run_recipe(recipe, session, resume="auto")
+    found = None if before is None else before.summary()
+    return found or run_recipe(recipe, session, resume="auto")
 
 
 def taught(name: str, given: list[str], session: Session) -> dict:

@@ -1,14 +1,17 @@
 """pytest-benchmark as a fair clock: the sides of a comparison take turns in one process.
 
-    pytest benchmarks/bench_X.py [--pairs 20] [--save-results] [--benchmark-json FILE]
+    pytest benchmarks/bench_X.py [--part Y] [--pairs 20] [--save-results] [--benchmark-json FILE]
 
 A benchmark checks that its sides compute the same, then hands them to the fixture `race`.
 pytest-benchmark lists the sides of a case beside each other, with every sample in its JSON. The
 table printed at the end adds the paired ratios; --save-results writes it and the samples to
-results/<what>_<device>.{json,md}. --benchmark-disable runs the checks alone.
+results/<what>_<device>.{json,md}. --part Y runs only the functions `bench_Y..` and saves them as
+<what>_<Y>. --quick is a rehearsal with few cases and turns; --benchmark-disable runs the checks
+alone.
 """
 
 import copy
+import ctypes
 import itertools
 import json
 import os
@@ -39,22 +42,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=ENOUGH_PAIRS,
         help=f"turns of the sides; below {ENOUGH_PAIRS} the run is a rehearsal and not saved",
     )
+    parser.addoption("--part", default="", help="only the functions bench_PART..")
+    parser.addoption("--quick", action="store_true", help="a rehearsal: few cases, 2 turns")
     parser.addoption("--peer-path", help="folder with checkouts of peers that no registry has")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
     pairs = pairs_of(config)
     if pairs < 1:
         raise pytest.UsageError(f"--pairs is {pairs}; it must be at least 1")
     if pairs < ENOUGH_PAIRS and config.getoption("--save-results"):
         raise pytest.UsageError(
             f"--save-results needs --pairs {ENOUGH_PAIRS} or more, got {pairs}; "
-            "leave out one of the two"
+            "leave out --save-results, --quick or --pairs"
         )
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to 1 GiB, as it does in the midst of a training.
+
+    With its defaults a process that computes one block gives its activations back to the kernel
+    after every call and pays for each page again: on a virtual machine that doubled the time of
+    eager torch. Other allocators have no `mallopt` and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 30)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    others = [one for one in items if not one.name.startswith(f"bench_{part}")]
+    if others and len(others) == len(items):
+        names = sorted({one.name.partition("[")[0].removeprefix("bench_") for one in items})
+        raise pytest.UsageError(f"there is no part {part}; choose of {', '.join(names)}")
+    config.hook.pytest_deselected(items=others)
+    items[:] = [one for one in items if one not in others]
+
+
 def pairs_of(config: pytest.Config) -> int:
-    return int(config.getoption("--pairs", ENOUGH_PAIRS))
+    return 2 if config.getoption("--quick") else int(config.getoption("--pairs"))
 
 
 def cpu_name() -> str:
@@ -116,12 +146,14 @@ class Table:
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """A GitHub table; floats with three significant digits."""
-        names = list(self.rows[0]) if self.rows else []
-        lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)] if names else []
-        for row in self.rows:
-            cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
-            lines.append("| " + " | ".join(cells) + " |")
+        """GitHub tables, a new one where the columns change; floats with three digits."""
+        lines: list[str] = []
+        for names, rows in itertools.groupby(self.rows, key=list):
+            lines += [""] if lines else []
+            lines += ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+            for row in rows:
+                cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+                lines.append("| " + " | ".join(cells) + " |")
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
     def save(self) -> None:
@@ -142,13 +174,15 @@ class Table:
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """Collects rows; prints them at the end of the module, and saves them with --save-results."""
-    kept = Table(Path(request.path).stem.removeprefix("bench_"))
+    part = request.config.getoption("--part")
+    kept = Table(Path(request.path).stem.removeprefix("bench_") + (f"_{part}" if part else ""))
     yield kept
     if not kept.rows:
         return
     pairs = pairs_of(request.config)
     if pairs < ENOUGH_PAIRS:
-        kept.notes.append(f"A rehearsal with --pairs {pairs}: too few to compare times.")
+        few = "--quick" if request.config.getoption("--quick") else f"--pairs {pairs}"
+        kept.notes.append(f"A rehearsal with {few}: too few turns to compare times.")
     capture: Any = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n\n{kept.markdown()}\n")

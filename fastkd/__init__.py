@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastkd.models import create_model as create_model
     from fastkd.models import fuse as fuse
     from fastkd.models import remove_shortcuts as remove_shortcuts
+    from fastkd.models import use_kernels as use_kernels
 
 _HOME = {
     "cheapen": "fastkd.models",
@@ -31,6 +32,7 @@ _HOME = {
     "distill": "fastkd.api",
     "fuse": "fastkd.models",
     "remove_shortcuts": "fastkd.models",
+    "use_kernels": "fastkd.models",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "distill",
     "fuse",
     "remove_shortcuts",
+    "use_kernels",
 ]
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "choose_for",
     "core",
     "entry_point",
+    "is_exporting",
     "is_plain_cpu",
     "status",
     "triton_reason",
@@ -119,6 +120,7 @@ class Arguments:
     """Takes every field by its name; several in a row are given as a sequence."""
 
     def __init__(self, **fields: str) -> None:
+        self.fields = fields
         layout = struct.Struct("".join(fields.values()))
         self.num_bytes = layout.size
         """The size that the struct must have."""
@@ -258,19 +260,32 @@ def choose_for(op: str, tensors: Sequence[Tensor], impl: Impl | None) -> Impl:
     return picked
 
 
-def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether the dispatcher would only call the CPU kernel, because nothing records the call.
+def is_exporting() -> bool:
+    """Whether torch.export is at work (in its default mode, which does not use the compiler).
 
-    Calling the kernel directly then saves some 10 us, more than scoring a small pool takes.
+    torch 2.11 answers yes inside every compilation, where gradients would then be lost.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher would only call the CPU kernel, because nothing rewrites the call.
+
+    Calling the kernel directly then saves some 10 us, as much as a small batch or image takes;
+    torch's profiler does not name such calls.
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     ):
         return False
     for x in tensors:
-        if type(x) is not Tensor or not x.is_cpu or x.is_neg() or x._is_zerotensor():
+        if type(x) not in _PLAIN or not x.is_cpu or x.is_neg() or x._is_zerotensor():
             return False
     return True
 

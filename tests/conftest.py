@@ -21,6 +21,9 @@ import torch
 # A shell that starts pytest in the background hands down an ignored SIGINT, which Python keeps.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# No test of a network depends on a clock, nor does a program that it starts.
+os.environ.setdefault("FASTKD_PLANNER", "table")
+
 OPS = Path(__file__).parent / "ops"
 PROGRAMS = Path(__file__).parent / "programs"
 REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_available()
@@ -29,6 +32,14 @@ REHEARSED = os.environ.get("FASTKD_REHEARSE") == "1" and not torch.cuda.is_avail
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests() -> Iterator[None]:
+    """torch.compile counts the graphs of a function over the whole process, and gives up at 8."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @contextmanager

@@ -147,12 +147,19 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_compare(commands)
     _add_table(commands)
     _add_evaluate(commands)
+    _add_data(commands)
+    _add_bench(commands)
     _add_models(commands)
     _add_cheapen(commands)
     _add_recipes(commands)
     _add_losses(commands)
     _add_doctor(commands)
     return parser, commands.choices
+
+
+def _add_words(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    """The words behind a command, of which `parse` also takes those between its options."""
+    parser.add_argument("words", nargs="*", default=[], metavar=metavar, help=text)
 
 
 def _add_train(commands: _Commands) -> None:
@@ -164,13 +171,7 @@ def _add_train(commands: _Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    train.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="RECIPE | key=value",
-        help="a named recipe, then overrides of its keys",
-    )
+    _add_words(train, "RECIPE | key=value", "a named recipe, then overrides of its keys")
     train.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")
     train.add_argument(
         "--resume",
@@ -225,13 +226,7 @@ def _add_compare(commands: _Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    compare.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="RECIPE | key=value",
-        help="named recipes, then overrides for all of them",
-    )
+    _add_words(compare, "RECIPE | key=value", "named recipes, then overrides for all of them")
     compare.add_argument(
         "--seeds",
         type=_positive,
@@ -248,7 +243,7 @@ def _add_table(commands: _Commands) -> None:
         help="one table of finished runs",
         description="A table of finished runs, with what differs among them as their names.",
     )
-    table.add_argument("words", nargs="*", default=[], metavar="RUN", help="folder of a run")
+    _add_words(table, "RUN", "folder of a run")
     _add_formats(table)
 
 
@@ -260,12 +255,46 @@ def _add_evaluate(commands: _Commands) -> None:
     )
     evaluate.add_argument("what", metavar="RUN | MODEL", help="run folder, or network name")
     evaluate.add_argument("--weights", metavar="FILE", help="weights of MODEL")
-    evaluate.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="recipe keys such as data.name=cifar10 data.root=DATA",
+    _add_words(evaluate, "key=value", "recipe keys such as data.name=cifar10 data.root=DATA")
+
+
+def _add_data(commands: _Commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="check a data set before training, or pack it into a few large files",
+        description="check: read every image below DIR as a run would: damaged files, sizes, "
+        "classes of very different sizes, equal files in training and validation or under several "
+        "labels; exit code 1 if a file cannot be read. pack: write both splits into tar shards "
+        "(WebDataset), which data.root takes like the folder.",
+    )
+    data.add_argument("action", choices=["check", "pack"], metavar="check | pack")
+    data.add_argument("root", metavar="DIR", help="folder of the images, as data.root")
+    _add_words(data, "key=value", "keys of the data such as data.val_share=0.1 or data.name=cub200")
+    data.add_argument(
+        "--json", action="store_true", help="check: machine-readable, every file listed"
+    )
+    data.add_argument("--out", metavar="SHARDS", help="pack: the new folder")
+    data.add_argument(
+        "--shrink",
+        metavar="N",
+        type=int,
+        help="pack: resize pictures whose short side has more than N pixels, as JPEG",
+    )
+    data.add_argument("--quality", metavar="Q", type=int, help="pack: of those JPEGs, 1 to 95 (90)")
+
+
+def _add_bench(commands: _Commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="images a second of a recipe's loader and step, and what limits them",
+        description="Measure on this machine how many images a second the loader of a recipe "
+        "yields, how many the training step takes, and how many both together; nothing is written. "
+        "A teacher that would be trained first takes part untrained.",
+    )
+    bench.add_argument("what", choices=["data"], metavar="data")
+    _add_words(bench, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
+    bench.add_argument(
+        "--seconds", type=float, default=10, metavar="S", help="for each of the three (10)"
     )
 
 
@@ -309,12 +338,10 @@ def _add_recipes(commands: _Commands) -> None:
         description="Without arguments an overview; with PATTERN the matching recipes, the papers' "
         "numbers and what they need; with show one recipe in full.",
     )
-    recipes.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="PATTERN | show NAME",
-        help="part of a name (kdda), shell pattern ('kdda/*/kd'), or the word show and a name",
+    _add_words(
+        recipes,
+        "PATTERN | show NAME",
+        "part of a name (kdda), shell pattern ('kdda/*/kd'), or the word show and a name",
     )
     recipes.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -328,5 +355,27 @@ def _add_losses(commands: _Commands) -> None:
 
 
 def _add_doctor(commands: _Commands) -> None:
-    doctor = commands.add_parser("doctor", help="what this machine offers and what is missing")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine offers and what is missing",
+        description="What this machine offers and what is missing; with --blocks, how fast the "
+        "cheap blocks of a network are on it, fused and plain, and which of the two is used.",
+    )
+    doctor.add_argument(
+        "--blocks",
+        nargs="*",
+        metavar=("NAME", "BLOCK"),
+        help="a network and, if wanted, the cheap block to put into it; default: wrn_40_2 G:N",
+    )
+    doctor.add_argument(
+        "--input", metavar="CxHxW", help="with --blocks: input shape; default: the network's own"
+    )
+    doctor.add_argument(
+        "--batch", type=_positive, metavar="N", help="with --blocks: images a call; default: 32"
+    )
+    doctor.add_argument(
+        "--precision",
+        metavar="auto|bf16|fp16|fp32",
+        help="with --blocks: default: auto, bf16 where the device computes in it",
+    )
     doctor.add_argument("--json", action="store_true", help="machine-readable")

@@ -28,6 +28,8 @@ _COMMANDS = {
     "compare": ("fastkd.cli.comparing", "compare"),
     "table": ("fastkd.cli.comparing", "table"),
     "eval": ("fastkd.cli.running", "evaluate"),
+    "data": ("fastkd.cli.data", "data"),
+    "bench": ("fastkd.cli.benching", "bench"),
     "models": ("fastkd.cli.networks", "models"),
     "cheapen": ("fastkd.cli.networks", "cheapen"),
     "recipes": ("fastkd.cli.listings", "recipes"),

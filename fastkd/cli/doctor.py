@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd.cli.blocks import blocks_of
 from fastkd.compute.compiling import compiler_problem
 from fastkd.compute.machine import cpu_facts, gpu_facts, kernel_facts, version_of
+from fastkd.errors import UserError
 from fastkd.printable import in_words
 from fastkd.training.optim import apex_missing
 
@@ -40,7 +42,13 @@ class Part:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Print the report, as text or as JSON."""
+    """Print the report, as text or as JSON; with --blocks the one about a network."""
+    if options.blocks is not None:
+        blocks_of(options)
+        return
+    for name in ("input", "batch", "precision"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} says how --blocks measures: add --blocks, or leave it out")
     found = facts()
     print(json.dumps(found, indent=1) if options.json else as_text(found))
 
@@ -98,10 +106,12 @@ def _torch_compile() -> Part:
 
 
 def _dali() -> Part:
-    used_for = "large image folders in later versions"
-    idle = "fastkd does not use it yet: torch workers do the job"
+    used_for = "decoding image files by request (data.backend=dali)"
     version, problem = _probe("nvidia.dali", lambda module: module.__version__)
-    return Part("DALI", version, False, used_for, f"{problem}; {idle}" if problem else idle)
+    if not problem:
+        return Part("DALI", version, True, used_for, "")
+    extra = 'pip install "fastkd[dali]" for CUDA 13 and CPUs, "fastkd[dali-cuda12]" for CUDA 12'
+    return Part("DALI", "", False, used_for, f"{problem}; {extra}; without it torch workers decode")
 
 
 def _apex() -> Part:

@@ -18,13 +18,13 @@ from fastkd.models.hub import HUBS
 from fastkd.models.intake import Remedy, refusal
 from fastkd.models.taps import available_taps
 
-__all__ = ["cheapen", "models"]
+__all__ = ["cheapen", "image_shape", "models", "own_shape"]
 
 
 def models(options: argparse.Namespace) -> None:
     """List networks with parameters and MACs."""
 
-    shape = _shape(options.input) if options.input else None
+    shape = image_shape(options.input) if options.input else None
     names = list_models(options.pattern)
     if not names:
         others = [one for hub in HUBS if (one := f"{hub}:{options.pattern}") and list_models(one)]
@@ -68,7 +68,7 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
 
     with torch.device("meta"):
         model: Any = create_model(name, None if ":" in name else 100)
-    shape = wanted or _own_shape(name, model)
+    shape = wanted or own_shape(name, model)
     row = {
         "name": name,
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -85,7 +85,8 @@ def _model_row(name: str, wanted: tuple[int, ...] | None) -> dict[str, Any]:
     return row
 
 
-def _own_shape(name: str, model: Any) -> tuple[int, int, int]:
+def own_shape(name: str, model: Any) -> tuple[int, int, int]:
+    """The image shape [C, H, W] that a network was made for."""
     own = {"zoo": (3, 32, 32), "torchvision": (3, 224, 224)}.get(name.rpartition(":")[0] or "zoo")
     return own or model.pretrained_cfg["input_size"]
 
@@ -96,7 +97,7 @@ def cheapen(options: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = create_model(options.name, None if ":" in options.name else 100)
         cheap = cheapen_network(model, options.block, where=options.where)
-    shape = _shape(options.input) if options.input else _own_shape(options.name, model)
+    shape = image_shape(options.input) if options.input else own_shape(options.name, model)
     before, after = (_counted(options.name, one, shape) for one in (model, cheap))
     print(f"{options.name} at {'x'.join(map(str, shape))}")
     print(f"  {'':<12}{'before':>16}{'after':>16}{'share':>9}")
@@ -126,7 +127,8 @@ def _counted(name: str, model: Any, shape: tuple[int, int, int]) -> Count:
         ) from error
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def image_shape(text: str) -> tuple[int, int, int]:
+    """`--input=3x32x32` as numbers."""
     side = "([1-9][0-9]{0,4})"
     match = re.fullmatch(f"{side}x{side}x{side}", text)
     if not match:

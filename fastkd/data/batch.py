@@ -40,6 +40,9 @@ class Batch(NamedTuple):
     """What a loader opened by `with_views` yields besides x: k images for each of x, all first
     ones, then all second ones, and so on. They are second views of the pictures of x, or
     the partners that x is mixed with, from any rank."""
+    unread: tuple[tuple[int, str], ...] = ()
+    """(sample id, reason) of the planned images that cannot be read: with data.on_bad=skip another
+    one is shown in its row or, in evaluation, a black one without a label."""
 
 
 class TrainLoader(Protocol):
@@ -85,5 +88,5 @@ class Loader(TrainLoader, Protocol):
 
     @property
     def labels_N(self) -> Tensor:
-        """The int64 label of every sample id, on the CPU."""
+        """Labels by sample id, on the CPU, in the form of `Batch.labels_N`."""
         ...

@@ -6,14 +6,15 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fastkd.config.section import Channels, Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
-from fastkd.data.normalization import DataName
+from fastkd.data.normalization import DATASETS, DataName
 from fastkd.data.sources.holdout import Holdout
 from fastkd.data.sources.pixels import MAX_PIXELS, Alpha, Decoding, Exif
 from fastkd.storage.facts import FramingMode, Interpolation
 
-__all__ = ["Backend", "DataConfig", "GeometryConfig"]
+__all__ = ["Backend", "DataConfig", "GeometryConfig", "OnBad"]
 
-Backend = Literal["auto", "resident", "torch"]
+Backend = Literal["auto", "resident", "torch", "dali"]
+OnBad = Literal["fail", "skip"]
 
 
 class DataConfig(Section):
@@ -23,8 +24,12 @@ class DataConfig(Section):
     """Data set. `folder` is any ImageFolder with train/ and val/ or test/, see `val_share`."""
     root: str | None = None
     """Folder of the data set; digits and synthetic need none."""
+    labels: Annotated[str | None, Since("0.2")] = None
+    """CSV file with the columns path, label (or labels, separated by |) and split, for a folder
+    whose images are not sorted into class folders."""
     backend: Backend = "auto"
-    """`resident` keeps the decoded set on the device, `torch` decodes in worker processes."""
+    """`resident` keeps the decoded set on the device, `torch` decodes with Pillow in worker
+    processes, `dali` with NVIDIA DALI, on the GPU where there is one."""
     image_size: PositiveInt | None = None
     """Side in pixels after decoding; by default the data set's own."""
     download: Annotated[bool, NoEffect] = False
@@ -32,7 +37,7 @@ class DataConfig(Section):
     train_limit: PositiveInt | None = None
     """Use only this many training images, the same share of every class."""
     workers: Annotated[int, NoEffect] = Field(default=2, ge=0)
-    """Decoding processes of the torch backend."""
+    """Decoding processes of the torch backend, or threads of the dali backend."""
     mean: Channels | None = None
     """Channel means in 0..1; by default the data set's own."""
     std: Deviations | None = None
@@ -64,6 +69,10 @@ class DataConfig(Section):
     max_pixels: Annotated[PositiveInt, NoEffect] = MAX_PIXELS
     """Largest image that is opened, in pixels; a damaged or hostile file can claim any size."""
 
+    on_bad: Annotated[OnBad, Since("0.2")] = "fail"
+    """What an image that cannot be read does: `fail` ends the run, `skip` shows the next one in
+    its place, counts it in every epoch and leaves it out of the evaluation."""
+
     @property
     def decoding(self) -> Decoding:
         """How image files are read."""
@@ -76,6 +85,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _reads_image_files(self) -> "DataConfig":
+        if self.labels is not None and self.name != "folder":
+            raise ValueError(
+                f"data.labels={self.labels} is for data.name=folder, {self.name} has labels of its "
+                "own: leave it out (data.labels=null)"
+            )
         if self.val_share is not None and self.name != "folder":
             raise ValueError(
                 f"data.val_share={self.val_share:g} is for data.name=folder, {self.name} has "
@@ -93,7 +107,7 @@ class DataConfig(Section):
         if self.root is not None and self.name in ("digits", "synthetic"):
             raise ValueError(
                 f"data.root={self.root} would not be read, data.name={self.name} needs no folder: "
-                f"say what it holds with data.name=folder, cifar10 or cifar100, or leave it out "
+                f"say what it holds with data.name ({', '.join(DATASETS)}), or leave it out "
                 f"(data.root=null)"
             )
         return self

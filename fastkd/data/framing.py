@@ -1,13 +1,14 @@
 """How pictures are shown in evaluation: a fact of the data set, whatever the augmentation is.
 
-Photographs (`folder`): the short side to 256/224 of the image size, then the central square, as is
-ImageNet's custom. Sets of small images, and folders whose pictures already have the image size, are
-shown whole. The keys data.eval_* set it otherwise.
+Photographs (`normalization.PHOTOGRAPHS`): the short side to 256/224 of the image size, then the
+central square, as is ImageNet's custom. Sets of small images, and folders whose pictures already
+have the image size, are shown whole. The keys data.eval_* set it otherwise.
 """
 
 from fastkd.data.config import DataConfig
+from fastkd.data.normalization import PHOTOGRAPHS
 from fastkd.data.sources.folder import FolderIndex
-from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.image_set import ImageSet, first_readable
 from fastkd.errors import UserError
 from fastkd.storage.facts import Framing
 
@@ -37,7 +38,10 @@ def evaluation_framing(data: DataConfig, train: ImageSet | FolderIndex, image_si
 
 
 def _own_resize(data: DataConfig, train: ImageSet | FolderIndex, image_size: int, crop: int) -> int:
-    if data.name != "folder" or train.image(0).size == (image_size, image_size):
+    if data.name not in PHOTOGRAPHS:
+        return crop
+    _, size = first_readable(train, skips=data.on_bad == "skip")
+    if size == (image_size, image_size):
         return crop
     large, small = _ZOOM
     return round(crop * large / small)

@@ -2,7 +2,8 @@
 
 cifar10, cifar100: the constants of the Moonshine code (spec, section 1.8), which most published
 CIFAR results use; those std values are means of per-image deviations, smaller than the true ones.
-folder: ImageNet's, what pretrained models expect. digits: measured on its 300 training images.
+folder and sets of photographs: ImageNet's, what pretrained models expect. digits: measured on its
+300 training images.
 """
 
 from typing import Literal
@@ -10,15 +11,33 @@ from typing import Literal
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 
-__all__ = ["DATASETS", "DataName", "normalization"]
+__all__ = ["DATASETS", "PHOTOGRAPHS", "DataName", "normalization"]
 
-DataName = Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
+DataName = Literal[
+    "digits",
+    "cifar10",
+    "cifar100",
+    "tiny_imagenet",
+    "voc2007",
+    "cub200",
+    "birdsnap",
+    "folder",
+    "synthetic",
+]
+PHOTOGRAPHS: tuple[DataName, ...] = ("voc2007", "cub200", "birdsnap", "folder")
+"""Sets of pictures of any size."""
+
+_IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 DATASETS: dict[str, Normalization] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
     "digits": ((0.3063, 0.3063, 0.3063), (0.3191, 0.3191, 0.3191)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tiny_imagenet": _IMAGENET,
+    "voc2007": _IMAGENET,
+    "cub200": _IMAGENET,
+    "birdsnap": _IMAGENET,
+    "folder": _IMAGENET,
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 

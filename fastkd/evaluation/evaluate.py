@@ -5,13 +5,14 @@ Accuracy if an image has one class, mean average precision if it has several lab
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.compute.collectives import all_reduce_sum, gather_rows
+from fastkd.compute.collectives import all_reduce_sum, gather_rows, on_ranks
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch
@@ -62,13 +63,16 @@ def evaluate(
     Several labels: `map`, the mean over classes of the area under the steps of precision over
     recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
     unknown labels; `loss` (mean binary cross entropy); `chance`, the expected mAP of scores
-    that carry no information. Both: `samples`.
+    that carry no information. Both: `samples`, and `unread` if images could not be read, which then
+    do not count (data.on_bad=skip).
 
     Raises:
         UserError: no validation image has a label, or mAP finds labels that it cannot use.
     """
-    answers = _answers(forward, loader, precision)
+    answers = _Answers(forward, loader, precision)
     found = _ranked(answers, world) if multilabel else _counted(answers, world)
+    if not found["unread"]:
+        del found["unread"]
     if not found["samples"]:
         raise UserError(
             "there is no validation sample to evaluate on, or none has a label: give validation "
@@ -77,13 +81,21 @@ def evaluate(
     return found
 
 
-def _answers(
-    forward: Callable[[Tensor], Any], loader: EvalLoader, precision: Precision
-) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass
+class _Answers:
     """fp32 logits [N, C] and labels of every batch."""
-    with torch.no_grad():
-        for batch in loader.epoch(0):
-            yield answer(forward, batch.images_NCHW, precision), batch.labels_N
+
+    forward: Callable[[Tensor], Any]
+    loader: EvalLoader
+    precision: Precision
+    unread: int = 0
+    """Images so far that could not be read."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            for batch in self.loader.epoch(0):
+                self.unread += len(batch.unread)
+                yield answer(self.forward, batch.images_NCHW, self.precision), batch.labels_N
 
 
 def answer(forward: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Precision) -> Tensor:
@@ -92,8 +104,8 @@ def answer(forward: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Pre
         return logits_of(forward(images_NCHW.to(image_dtype(forward, precision)))).float()
 
 
-def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+def _counted(answers: _Answers, world: World) -> dict[str, float]:
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     for logits_NC, labels_N in answers:
         labels_N = torch.where(labels_N < 0, NO_LABEL, labels_N)
         top = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
@@ -103,27 +115,29 @@ def _counted(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str
         loss = F.cross_entropy(logits_NC, labels_N, ignore_index=NO_LABEL, reduction="sum")
         sums[2] += loss.double()
         sums[3] += (labels_N != NO_LABEL).sum()
+    sums[4] = answers.unread
     if world.size > 1:
         all_reduce_sum(sums)
-    correct, correct5, loss, count = sums.tolist()
+    correct, correct5, loss, count, unread = sums.tolist()
     whole = max(count, 1)
     return {
         "accuracy": correct / whole,
         "top5": correct5 / whole,
         "loss": loss / whole,
         "samples": int(count),
+        "unread": int(unread),
     }
 
 
-def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str, float]:
+def _ranked(answers: _Answers, world: World) -> dict[str, float]:
     """mAP depends on the order of all samples, so all ranks get all scores."""
     from torchmetrics.functional.classification import binary_average_precision
 
     pairs = [torch.cat([logits, labels.to(logits.dtype)], 1) for logits, labels in answers]
     own = torch.cat(pairs) if pairs else None
-    rows = gather_rows(own, world)
+    rows, unread = gather_rows(own, world), sum(on_ranks(answers.unread, world))
     if rows is None:
-        return {"samples": 0}
+        return {"samples": 0, "unread": 0}
     logits_NC, targets_NC = rows.double().cpu().chunk(2, 1)
     known_NC = targets_NC != IGNORED
     wrong = targets_NC[known_NC & (targets_NC != 0) & (targets_NC != 1)]
@@ -149,7 +163,8 @@ def _ranked(answers: Iterator[tuple[Tensor, Tensor]], world: World) -> dict[str,
         "map": torch.stack(average_precisions).double().mean().item(),
         "loss": (loss / known).item(),
         "chance": share_C[judged_C].double().mean().item(),
-        "samples": len(targets_NC),
+        "samples": len(targets_NC) - unread,
+        "unread": unread,
     }
 
 

@@ -1,6 +1,7 @@
 """Networks: the zoo, timm and torchvision by name, their taps, their cost, and rewrites."""
 
 from fastkd.models.counting.count import Count, count
+from fastkd.models.fused import kernels_report, use_kernels
 from fastkd.models.registry import create_model, list_models, model_from_file
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.fuse import fuse
@@ -15,7 +16,9 @@ __all__ = [
     "count",
     "create_model",
     "fuse",
+    "kernels_report",
     "list_models",
     "model_from_file",
     "remove_shortcuts",
+    "use_kernels",
 ]

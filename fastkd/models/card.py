@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.config.section import Normalization
+from fastkd.models.planner import KernelChoice
 from fastkd.models.report import RewriteReport
 from fastkd.storage.description import CARD, NetworkFacts
 from fastkd.storage.facts import DataFacts
@@ -36,6 +37,10 @@ class Card:
     """If the backbone is frozen, paths of the layers that are trained."""
     report: RewriteReport | None = None
     """What the last rewrite changed."""
+    kernels: KernelChoice | None = field(default=None, compare=False)
+    """The last word to `use_kernels`, which a rewrite repeats on its result."""
+    kernels_report: RewriteReport | None = field(default=None, compare=False)
+    """What it found."""
 
     @property
     def facts(self) -> NetworkFacts:

@@ -4,10 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from fastkd.config.section import Section, Since
+from fastkd.config.section import NoEffect, Section, Since
 from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.blocks.layers import Shortcuts
+from fastkd.models.planner import DEFAULT_KERNELS, KernelChoice
 
 __all__ = ["NETWORK_OPTIONS", "StudentConfig"]
 
@@ -30,6 +31,9 @@ class StudentConfig(Section):
     """First layers of a ResNet-18 or 34: cifar, imagenet, or imagenet-nopool."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability inside the residual blocks of a WRN."""
+    kernels: Annotated[KernelChoice, NoEffect] = DEFAULT_KERNELS
+    """Grouped 3x3 and 1x1 convolutions as one op: plain (nowhere), auto (where it is measured to be
+    faster), fused (wherever it can be)."""
     weights: str | None = None
     """Initial weights: a .safetensors, .pt or .pth file, a run folder, or one of transformers."""
     weights_key: Annotated[str | None, Since("0.2")] = Field(default=None, min_length=1)

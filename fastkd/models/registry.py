@@ -20,7 +20,9 @@ from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.card import Card, card_of, sign
+from fastkd.models.fused import use_kernels
 from fastkd.models.head import class_layers
+from fastkd.models.planner import DEFAULT_KERNELS, KernelChoice
 from fastkd.models.proportion import check_proportion
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.shortcuts import remove_shortcuts
@@ -74,6 +76,7 @@ def create_model(
     weights: WeightSource | None = None,
     weights_key: str | None = None,
     new_head: bool = False,
+    kernels: KernelChoice = DEFAULT_KERNELS,
     **options: Any,
 ) -> nn.Module:
     """Build a network: images [N, 3, H, W] -> logits [N, num_classes].
@@ -89,6 +92,8 @@ def create_model(
         `model.teacher`; by default the only one that fits, an average (EMA) before others.
     new_head: load everything except the classifier from `weights` or the pretrained network,
         whatever their class count; the classifier keeps its initialisation.
+    kernels: how chains of grouped 3x3 and 1x1 convolutions compute, by default plain
+        (`fastkd.use_kernels`).
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
         network takes `block` (cheap blocks for its 3x3 convolutions) and `shortcuts` (False: none,
         "projection": only those): if a family does not support them, `fastkd.cheapen` and
@@ -114,7 +119,8 @@ def create_model(
     facts = NetworkFacts() if file is None else _facts_for(name, file, new_head)
     donor = None
     if new_head and pretrained:
-        donor, pretrained = create_model(name, pretrained=True, **options), False
+        donor = create_model(name, pretrained=True, kernels="plain", **options)
+        pretrained = False
         donor_card = card_of(donor)
         facts = donor_card.facts if donor_card else NetworkFacts()
         facts = NetworkFacts(normalization=facts.normalization, data=facts.data)
@@ -147,7 +153,7 @@ def create_model(
         load_into(model, donor.state_dict(), origin=f"the pretrained {name}", new=new)
     elif file is not None:
         load_into(model, file, new=new)
-    return model
+    return use_kernels(model, kernels)
 
 
 def _data(facts: DataFacts | None, new_head: bool) -> DataFacts | None:
@@ -277,10 +283,10 @@ def without_memory(name: str, num_classes: int | None, **options: Any) -> nn.Mod
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return create_model(name, num_classes, **options)
+                return create_model(name, num_classes, kernels="plain", **options)
         except RuntimeError:
             # A constructor that computes its widths with tensors, such as torchvision's RegNet.
-            return create_model(name, num_classes, **options)
+            return create_model(name, num_classes, kernels="plain", **options)
 
 
 def _check_described(
@@ -322,7 +328,7 @@ def _build_simkd(
             "its weight file: fastkd.models.model_from_file(FILE), or fastkd eval RUN"
         )
     own = dict(options)
-    body = create_model(student, num_classes, **own.pop("student"))
+    body = create_model(student, num_classes, kernels="plain", **own.pop("student"))
     return hub.Built(reused_head.build(body, num_classes, **own), num_classes, None)
 
 

@@ -181,6 +181,8 @@ class Console:
         ]
         if row.get("skipped"):
             words.append(f"skipped steps {row['skipped']}")
+        if row.get("unread"):
+            words.append(f"images not read {row['unread']}")
         if left_s is not None and not last:
             words.append(f"{duration(left_s)} left")
         self.note("  ".join(word for word in words if word))

@@ -193,7 +193,8 @@ class Recipe(Section):
         if teacher:
             others = tuple(net(one) for one in teacher.ensemble)
             teacher = net(teacher).model_copy(update={"ensemble": others})
-        data = self.data.model_copy(update={"root": _absolute(self.data.root)})
+        places = {key: _absolute(getattr(self.data, key)) for key in ("root", "labels")}
+        data = self.data.model_copy(update=places)
         return self.model_copy(
             update={"data": data, "student": net(self.student), "teacher": teacher}
         )

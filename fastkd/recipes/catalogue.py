@@ -5,6 +5,7 @@ zoo names, followed by `:released` or `:paper` if paper and released code differ
 """
 
 import difflib
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -13,22 +14,26 @@ from fastkd.recipes.entry import Entry
 
 __all__ = ["all_recipes", "find_entry", "recipes_by_module"]
 
-_MODULES = (
-    "quickstart",
-    "folder",
-    "cifar",
-    "moonshine",
-    "demystification",
-    "kdda",
-    "meal_v2",
-    "alignkd",
-)
+_OF_PAPERS = ("cifar", "moonshine", "demystification", "kdda", "meal_v2", "alignkd")
+_MODULES = ("quickstart", "folder", *_OF_PAPERS)
+
+# On digits bf16 costs what distillation gains (benchmarks/results/quickstart_seeds_bf16.md);
+# benchmarks/precision_on_cifar10.py is the measurement that could allow it here.
+_FP32 = "torch's default then; that bf16 costs no accuracy has not been shown"
 
 
 @cache
 def recipes_by_module() -> dict[str, dict[str, Entry]]:
     """The entries of every module, in the order of the modules."""
-    return {name: import_module(f"fastkd.recipes.{name}").recipes() for name in _MODULES}
+    parts = {name: import_module(f"fastkd.recipes.{name}").recipes() for name in _MODULES}
+    for module in _OF_PAPERS:
+        parts[module] = {name: _in_fp32(entry) for name, entry in parts[module].items()}
+    return parts
+
+
+def _in_fp32(entry: Entry) -> Entry:
+    keys, sources = {"precision": "fp32"}, {"precision": _FP32}
+    return replace(entry, keys={**keys, **entry.keys}, sources={**sources, **entry.sources})
 
 
 def all_recipes() -> dict[str, Entry]:

@@ -112,11 +112,12 @@ RELEASE = (
 )
 FOLDERS = {
     "cifar10": "The paper enlarges the images without saying how; here bilinearly.",
-    "cub200": "data.root is CUB-200-2011 as folders: train/ (5,994 images) and test/ (5,794), one "
-    "folder a class.",
-    "birdsnap": "data.root is Birdsnap as folders: train/ (47,386 images) and test/ (2,443), one "
-    "folder a class.",
-    "voc2007": "The paper does not say which mAP it uses; here the area, not the 11 points.",
+    "cub200": "data.root is CUB-200-2011 as released, or sorted into class folders below train/ "
+    "(5,994 images) and test/ (5,794).",
+    "birdsnap": "data.root is Birdsnap as released, with the images that its program fetched, or "
+    "sorted into class folders below train/ (47,386 images) and test/ (2,443).",
+    "voc2007": "data.root is VOCdevkit with trainval (5,011 images) and test (4,952). The paper "
+    "does not say which mAP it uses; here the area, not the 11 points.",
 }
 FROZEN = " The frozen batch norms use and keep the statistics of the weights; the paper is silent."
 
@@ -191,7 +192,7 @@ def _transfer(cell: Published) -> Entry:
         TRANSFER_SETTING
         | labels
         | {
-            "data.name": dataset if dataset in ("voc2007", "cifar10") else "folder",
+            "data.name": dataset,
             "optim.lr": 0.1 if frozen else 0.01,
             "student.name": "timm:resnet50.ram_in1k",
         }

@@ -10,9 +10,10 @@ from torch import nn
 
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
+from fastkd.data.normalization import PHOTOGRAPHS
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluate
-from fastkd.models import create_model
+from fastkd.models import create_model, use_kernels
 from fastkd.models.card import card_of, title_of
 from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
@@ -75,7 +76,7 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     file = WeightFile.open(weights, recipe.student.weights_key)
     shown = file.network.data
     of_timm = name.startswith("timm:") and not file.facts.get("architecture")
-    if of_timm and recipe.data.name == "folder":
+    if of_timm and recipe.data.name in PHOTOGRAPHS:
         shown = shown or convention(name, recipe.data.image_size)
 
     def build(data: DataPair) -> nn.Module:
@@ -88,10 +89,12 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
                 stacklevel=1,
             )
         if options := recipe.student.options():
-            return create_model(name, data.facts.num_classes, weights=file, **options)
-        if file.network.architecture in (name, f"simkd:{name}"):
-            return model_from_file(file)
-        return create_model(name, data.facts.num_classes, weights=file)
+            model = create_model(name, data.facts.num_classes, weights=file, **options)
+        elif file.network.architecture in (name, f"simkd:{name}"):
+            model = model_from_file(file)
+        else:
+            model = create_model(name, data.facts.num_classes, weights=file)
+        return use_kernels(model, recipe.student.kernels)
 
     return _evaluate(_shown_as(recipe, shown), build)
 

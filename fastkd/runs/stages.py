@@ -44,7 +44,7 @@ from fastkd.teachers.loading import (
 )
 from fastkd.training.arguments import check_mode
 from fastkd.training.build import build_trainer
-from fastkd.training.checkpointing import open_checkpoint
+from fastkd.training.checkpointing import keep_plain, open_checkpoint
 from fastkd.training.progress import Plan
 from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
 from fastkd.training.trainer import Trainer
@@ -236,6 +236,8 @@ def build_stage(
         torch.compiler.reset()
     torch.manual_seed(recipe.seed)
     net = load_net(recipe.student, data, recipe.student.weights)
+    if checkpoint:
+        keep_plain(checkpoint, [net.model, *(one.model for one in teachers)])
     # What compile=auto resolved to when the run began: on another device it could differ. The
     # precision need not be stored: its name is in the saved recipe.
     compile = checkpoint.state["decisions"]["compile"] if checkpoint else recipe.compile

@@ -69,8 +69,11 @@ class Listing(_Fact):
 
     counts: tuple[int, ...]
     """Images of each class."""
+    num: int | None = Field(default=None, ge=0)
+    """Images, where one may be of several classes."""
     files: _Digest
-    """Digest of names and sizes; of the labels if the set is held in memory."""
+    """Digest of names and sizes, and of labels that the names do not say; of the labels if the set
+    is held in memory."""
     contents: _Digest
     """Digest of the first `read` contents, evenly spread over the split."""
     read: int = Field(ge=0)
@@ -80,7 +83,7 @@ class Listing(_Fact):
     @property
     def images(self) -> int:
         """Number of images."""
-        return sum(self.counts)
+        return sum(self.counts) if self.num is None else self.num
 
     def same(self, other: "Listing") -> bool:
         """Whether both list the same images; modification times do not matter."""
@@ -262,5 +265,5 @@ def _listing_changes(
         ]
         return [f"images in {split} moved between classes ({few(moved)})"]
     if before.files != now.files:
-        return [f"other files in {split}, by their names or sizes"]
+        return [f"other files in {split}, by their names, sizes or labels"]
     return [f"other pictures in {split} under the same names"]

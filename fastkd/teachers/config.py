@@ -76,7 +76,7 @@ class TeacherConfig(MemberConfig):
     def _different(self) -> "TeacherConfig":
         seen: dict[str, str] = {}
         # How it computes, and what is required of it, does not make it another teacher.
-        aside = {"ensemble", "min_accuracy", "precision", "compile"}
+        aside = {"ensemble", "min_accuracy", "precision", "compile", "kernels"}
         for key, one in self.members().items():
             unread = set() if one.trains else {"train", "epochs", "lr", "seed"}
             same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)

@@ -143,6 +143,7 @@ def load_net(
             pretrained=config.pretrained and file is None,
             weights=file,
             new_head=config.new_head,
+            kernels=config.kernels,
             **config.options(),
         )
     card = card_of(model)

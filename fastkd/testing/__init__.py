@@ -28,7 +28,12 @@ from fastkd.testing.clock import (
     turns,
 )
 from fastkd.testing.cost import step_macs
-from fastkd.testing.device import captured, interpret_fma_as_fused, no_host_sync
+from fastkd.testing.device import (
+    captured,
+    interpret_bf16_as_chips_do,
+    interpret_fma_as_fused,
+    no_host_sync,
+)
 from fastkd.testing.inputs import (
     fill_with_sines,
     fixed_state,
@@ -42,6 +47,7 @@ from fastkd.testing.tolerance import (
     assert_as_accurate,
     assert_loss_as_accurate,
     assert_mean_as_accurate,
+    luck,
     rms,
     ulp,
 )
@@ -67,8 +73,10 @@ __all__ = [
     "freshly_compiled",
     "hashed_values",
     "interleave",
+    "interpret_bf16_as_chips_do",
     "interpret_fma_as_fused",
     "kd_case",
+    "luck",
     "no_host_sync",
     "rms",
     "shape_id",

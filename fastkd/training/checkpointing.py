@@ -4,12 +4,12 @@ A part has `state_dict` and `load_state_dict`; `Trainer.saved_parts` declares th
 also has `digest` and `decisions`, which a resumed run must share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastkd.compute.collectives import all_reduce_sum
@@ -17,6 +17,9 @@ from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import UserError
 from fastkd.losses.base.term import LossTerm
+from fastkd.models.card import card_of
+from fastkd.models.fused import use_kernels
+from fastkd.models.planner import CHOOSER
 from fastkd.storage.checkpoint import Checkpoint, save_checkpoint
 from fastkd.training.saved_state import check_optimizer, check_part, check_rows
 
@@ -25,6 +28,7 @@ __all__ = [
     "SavedPart",
     "SumsOverRanks",
     "TermStates",
+    "keep_plain",
     "open_checkpoint",
     "restore",
     "states_of",
@@ -109,6 +113,8 @@ def open_checkpoint(folder: Path, digest: str | None, world: World) -> Checkpoin
 
     digest: of the run that resumes it; None if the caller compares it.
 
+    From here on the planner answers as it did in that run.
+
     Raises:
         UserError: it is damaged, or belongs to a run with another digest.
     """
@@ -120,7 +126,21 @@ def open_checkpoint(folder: Path, digest: str | None, world: World) -> Checkpoin
     compile = opened.state["decisions"]["compile"]
     if compile not in get_args(CompileSwitch):
         raise UserError(f"{path} does not fit this run: decisions.compile is {compile[:40]!r}")
+    if (choices := opened.state["decisions"].get("kernels")) is not None:
+        try:
+            CHOOSER.repeat(choices)
+        except UserError as error:
+            raise UserError(f"{path} does not fit this run: decisions.kernels: {error}") from None
     return opened
+
+
+def keep_plain(checkpoint: Checkpoint, models: Iterable[nn.Module]) -> None:
+    """Let networks of a run that began with plain modules go on so, unless a key says otherwise."""
+    if "kernels" in checkpoint.state["decisions"]:
+        return
+    for model in models:
+        if (card := card_of(model)) and card.kernels == "auto":
+            use_kernels(model, "plain")
 
 
 def restore(checkpoint: Checkpoint, digest: str, parts: Mapping[str, SavedPart | None]) -> None:

@@ -34,11 +34,12 @@ def sync_statistics(
 
 
 def training_row(
-    sums: Mapping[str, float], progress: Progress, *, lr: float, skipped: int
+    sums: Mapping[str, float], progress: Progress, *, lr: float, skipped: int, unread: int = 0
 ) -> dict[str, Any]:
     """The row of metrics.jsonl for an epoch's training; the evaluation adds to it.
 
     sums: over the epoch's images on all ranks, by name of the metric; `images` counts them.
+    skipped, unread: bad steps so far; images of this epoch that could not be read.
     """
     images = sums["images"]
     row: dict[str, Any] = {"epoch": progress.epoch + 1, "lr": lr}
@@ -50,6 +51,8 @@ def training_row(
     row["data_wait"] = min(progress.wait_s / max(progress.epoch_s, 1e-9), 1.0)
     row["seconds"] = progress.epoch_s
     row["skipped"] = skipped
+    if unread:
+        row["unread"] = unread
     for measured, name in (("train_correct", "train_accuracy"), ("train_pick_ratio", "pick_ratio")):
         if measured in row:
             row[name] = row.pop(measured)
@@ -73,4 +76,5 @@ def summary_of(
         "data_wait": median_high(row["data_wait"] for row in history),
         "train_seconds": sum(row["seconds"] for row in history),
         "skipped_steps": last["skipped"],
+        "unread_images": max(row.get("unread", 0) for row in history),
     }

@@ -33,6 +33,7 @@ from fastkd.errors import Interrupted, RunFailed
 from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.evaluation.headline import headline, of_epoch
 from fastkd.losses.base.term import LossTerm
+from fastkd.models.planner import CHOOSER
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint
@@ -57,6 +58,7 @@ from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Progress
 from fastkd.training.step import DistillStep, Prepared
 from fastkd.training.trial import errors_as_sentences
+from fastkd.training.unread import Unread
 from fastkd.training.update import Update
 
 __all__ = ["Trainer"]
@@ -98,6 +100,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
+    unread: Unread = field(default_factory=Unread)
+    """Images that could not be read."""
     best_state: dict[str, Any] | None = None
     """State dict of the best epoch's network, on the CPU, if there is no folder to keep it in."""
 
@@ -206,6 +210,7 @@ class Trainer:
             batch = next(batches, None)
             if batch is None:
                 return
+            self.unread.count(batch.unread)
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
             targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
@@ -236,7 +241,13 @@ class Trainer:
             sync_statistics(self.student, self.ema.module if self.ema else None, self.terms)
         sums = dict(zip(self.metric_names, self.totals_M.tolist(), strict=True))
         lr = self.optimizer.param_groups[0]["lr"]
-        row = training_row(sums, progress, lr=lr, skipped=self.guard.counts()[1])
+        row = training_row(
+            sums,
+            progress,
+            lr=lr,
+            skipped=self.guard.counts()[1],
+            unread=self.unread.end_epoch(self.world, self.console),
+        )
         last = row["epoch"] == plan.epochs
         # Images of bad steps do not count.
         if last and not any(one["images_per_s"] for one in (*self.history, row)):
@@ -338,7 +349,8 @@ class Trainer:
         self.guard.check()
         states = states_of(self.saved_parts())
         if self.folder and self.world.is_main:
-            write(self.folder.path / "last.pt", self.plan.digest, self.decisions, states)
+            decisions = self.decisions | {"kernels": CHOOSER.export()}
+            write(self.folder.path / "last.pt", self.plan.digest, decisions, states)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a last.pt, which every rank has read."""

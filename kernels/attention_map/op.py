@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from fastkd.kernels._autograd import is_left_to_torch, reference_gradients
 from fastkd.kernels._library import LIBRARY, Impl, attach, choose_for
 from fastkd.kernels.attention_map.reference import energy_reference, loss_of_maps
 
@@ -65,9 +66,13 @@ class Energy(torch.autograd.Function):
     @override
     def backward(ctx: Any, *upstream_NP: Tensor) -> tuple[Tensor | None, ...]:
         (features_NCHW,) = ctx.saved_tensors
-        if _twice():
-            energy_NP = energy_reference(features_NCHW, ctx.power, _size(features_NCHW, ctx.window))
-            grad = torch.autograd.grad(energy_NP, features_NCHW, upstream_NP, create_graph=True)[0]
+        if is_left_to_torch(upstream_NP):
+            size = _size(features_NCHW, ctx.window)
+            (grad,) = reference_gradients(
+                lambda: [energy_reference(features_NCHW, ctx.power, size)],
+                [features_NCHW],
+                upstream_NP,
+            )
         else:
             grad = _op("energy_grad", ctx.triton)(
                 features_NCHW, upstream_NP[0], None, ctx.power, ctx.window
@@ -107,21 +112,24 @@ class Loss(torch.autograd.Function):
     @override
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         student_NCHW, coefficients_NP, teacher_NP = ctx.saved_tensors
-        if _twice():
-            energy_NP = energy_reference(student_NCHW, ctx.power, _size(student_NCHW, ctx.window))
-            maps = [F.normalize(x, dim=1, eps=ctx.eps) for x in (energy_NP, teacher_NP)]
-            loss = loss_of_maps(maps[0], maps[1], ctx.distance)
-            grad = torch.autograd.grad(loss, student_NCHW, upstream, create_graph=True)[0]
+        if is_left_to_torch(upstream):
+
+            def compute() -> list[Tensor]:
+                size = _size(student_NCHW, ctx.window)
+                energy_NP = energy_reference(student_NCHW, ctx.power, size)
+                # Where the maps are equal the gradient is 0; a unit in the last place between the
+                # kernel's energy and this one would give the distance a slope.
+                equal_N1 = (coefficients_NP == 0).all(1, keepdim=True)
+                energy_NP = torch.where(equal_N1, teacher_NP, energy_NP)
+                maps = [F.normalize(x, dim=1, eps=ctx.eps) for x in (energy_NP, teacher_NP)]
+                return [loss_of_maps(maps[0], maps[1], ctx.distance)]
+
+            (grad,) = reference_gradients(compute, [student_NCHW], upstream)
         else:
             grad = _op("energy_grad", ctx.triton)(
                 student_NCHW, coefficients_NP, upstream[0], ctx.power, ctx.window
             )
         return grad, None, None, None, None, None, None, None
-
-
-def _twice() -> bool:
-    """Whether this backward pass is itself being recorded (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _size(features_NCHW: Tensor, window: tuple[int, int]) -> tuple[int, int]:

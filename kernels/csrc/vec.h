@@ -85,23 +85,42 @@ FASTKD_INLINE VF fma(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (
 FASTKD_INLINE VD fma(VD a, VD b, VD c) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 FASTKD_INLINE VF max(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
 FASTKD_INLINE VD max(VD a, VD b) { return (VD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+FASTKD_INLINE VF min(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
 FASTKD_INLINE VF fma(VF a, VF b, VF c) { return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 FASTKD_INLINE VD fma(VD a, VD b, VD c) { return (VD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 FASTKD_INLINE VF max(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
 FASTKD_INLINE VD max(VD a, VD b) { return (VD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+FASTKD_INLINE VF min(VF a, VF b) { return (VF)_mm256_min_ps((__m256)a, (__m256)b); }
 #elif defined(__aarch64__)
 FASTKD_INLINE VF fma(VF a, VF b, VF c) { return (VF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 FASTKD_INLINE VD fma(VD a, VD b, VD c) { return (VD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 FASTKD_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 FASTKD_INLINE VD max(VD a, VD b) { return a > b ? a : b; }
+FASTKD_INLINE VF min(VF a, VF b) { return a < b ? a : b; }
 #else
 FASTKD_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 FASTKD_INLINE VD fma(VD a, VD b, VD c) { return a * b + c; }
 FASTKD_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 FASTKD_INLINE VD max(VD a, VD b) { return a > b ? a : b; }
+FASTKD_INLINE VF min(VF a, VF b) { return a < b ? a : b; }
 #endif
-// In all of them max(a, b) is b when either is NaN.
+// In all of them max(a, b) and min(a, b) are b when either is NaN.
+
+// Lane l of the result is lane order[l] of v.
+#if defined(__AVX512F__)
+FASTKD_INLINE VF permute(VF v, IF order) { return (VF)_mm512_permutexvar_ps((__m512i)order, (__m512)v); }
+#elif defined(__AVX2__)
+FASTKD_INLINE VF permute(VF v, IF order) { return (VF)_mm256_permutevar8x32_ps((__m256)v, (__m256i)order); }
+#elif defined(__clang__)
+FASTKD_INLINE VF permute(VF v, IF order) {
+  VF moved{};
+  for (int l = 0; l < Lanes<float>::n; ++l) moved[l] = v[order[l]];
+  return moved;
+}
+#else
+FASTKD_INLINE VF permute(VF v, IF order) { return __builtin_shuffle(v, order); }
+#endif
 
 // The first `count` numbers at p, then `fill`; nothing beyond them is read. 0 < count < Lanes<T>::n.
 #if defined(__AVX512F__)

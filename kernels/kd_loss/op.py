@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fastkd.kernels._autograd import is_left_to_torch, reference_gradients
 from fastkd.kernels._library import LIBRARY, attach, is_plain_cpu
 from fastkd.kernels.kd_loss import cpu
 from fastkd.kernels.kd_loss.inputs import Inputs
@@ -102,7 +103,7 @@ class Rows(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, (stats,) = _saved(ctx, ctx.saved_tensors)
         grad = None
-        if _is_recorded():
+        if is_left_to_torch(upstream[:2]):
             grad = _reference_gradient(inputs, upstream[0], upstream[1])
         elif upstream[0] is not None or upstream[1] is not None:
             rest = (upstream[0], upstream[1], None, stats, 1.0, 1.0)
@@ -145,7 +146,7 @@ class Mean(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if ctx.saves_grad:
             grad = tensors[0] * upstream.to(tensors[0].dtype)
-        elif _is_recorded():
+        elif is_left_to_torch([upstream]):
             inputs, (divisor, _) = _saved(ctx, tensors)
             up_kd, up_ce = (upstream * scale / divisor for scale in ctx.scales)
             grad = _reference_gradient(inputs, up_kd, up_ce)
@@ -202,22 +203,14 @@ def _for_student(grad: Tensor | None, num_teachers: int) -> tuple[Tensor | None,
     return (grad, *[None] * (num_teachers + _NUM_FIELDS - 2))
 
 
-def _is_recorded() -> bool:
-    """Whether this backward pass is itself being recorded (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _reference_gradient(
     inputs: Inputs, upstream_kd: Tensor | None, upstream_ce: Tensor | None
-) -> Tensor:
-    """The gradient as a differentiable function of student and incoming gradients."""
-    kd, ce, _ = kd_loss_reference(inputs)
-    total = kd.new_zeros(())
-    if upstream_kd is not None:
-        total = total + (upstream_kd * kd).sum()
-    if upstream_ce is not None:
-        total = total + (upstream_ce * ce).sum()
-    return torch.autograd.grad(total, inputs.student, create_graph=True)[0]
+) -> Tensor | None:
+    """The gradient at the student as a differentiable function of it and incoming gradients."""
+    if upstream_kd is None and upstream_ce is None:
+        return None
+    upstream = (upstream_kd, upstream_ce)
+    return reference_gradients(lambda: kd_loss_reference(inputs)[:2], [inputs.student], upstream)[0]
 
 
 def _empty_row_values(inputs: Inputs) -> Tensor:

@@ -22,19 +22,24 @@ def kd_loss_reference(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(student.dtype, torch.float32)
     for teacher in teachers:
         wide = torch.promote_types(wide, teacher.dtype)
-    student_RC = student.movedim(class_dim, -1).to(wide)
-    rows = student_RC.shape[:-1]
+    rows = student.movedim(class_dim, -1).shape[:-1]
     counts = torch.ones(rows, dtype=torch.bool, device=student.device)
     if inputs.mask is not None:
         counts = counts & inputs.mask
     hard = labels is not None and not labels.is_floating_point()
     if labels is not None and hard:
         counts = counts & (labels != ignore_index)
+    counts_R1 = counts.unsqueeze(-1)
 
+    def counted(logits: Tensor) -> Tensor:
+        # A row that does not count may hold NaN, which 0 times its gradient would be too.
+        return torch.where(counts_R1, logits.movedim(class_dim, -1).to(wide), 0)
+
+    student_RC = counted(student)
     kd = student_RC.new_zeros(rows)
     agree = student_RC.new_zeros(rows)
     if teachers:
-        teachers_RC = [t.detach().movedim(class_dim, -1).to(wide) for t in teachers]
+        teachers_RC = [counted(t.detach()) for t in teachers]
         kd = temperature**2 * _kl(student_RC / temperature, [t / temperature for t in teachers_RC])
         if len(teachers_RC) == 1:
             best = teachers_RC[0].argmax(-1)
@@ -48,12 +53,11 @@ def kd_loss_reference(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         safe = torch.where(counts, labels, 0)
         ce = _cross_entropy(student_RC, safe, label_smoothing)
     elif labels is not None:
-        ce = _cross_entropy(student_RC, labels.detach().movedim(class_dim, -1), label_smoothing)
+        ce = _cross_entropy(student_RC, counted(labels.detach()), label_smoothing)
 
     scale = counts.to(wide)
     if inputs.weights is not None:
         scale = torch.where(counts, inputs.weights.to(wide), 0)
-    # where, not only a product: a row that does not count may hold NaN.
     kd, ce = (torch.where(counts, part * scale, 0) for part in (kd, ce))
     return kd, ce, torch.where(counts, agree, 0)
 

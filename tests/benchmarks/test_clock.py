@@ -76,6 +76,34 @@ def test_few_pairs_are_a_rehearsal_and_not_saved(folder: Path) -> None:
     assert not (folder / "results").exists()
 
 
+def test_a_part_is_saved_under_its_own_name(folder: Path) -> None:
+    other = BENCHMARK.replace("bench_sleep", "bench_doze")
+    (folder / "bench_nap.py").write_text(BENCHMARK + other)
+    done = run(folder, "--part", "doze", "--save-results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = (folder / "results").glob("*.json")
+    assert saved.name.startswith("nap_doze_")
+    assert set(json.loads(saved.read_text())["seconds"]) == {"bench_doze"}
+    refused = run(folder, "--part", "snore")
+    assert refused.returncode == 4
+    assert "there is no part snore; choose of doze, sleep" in refused.stderr
+
+
+def test_quick_is_a_rehearsal(folder: Path) -> None:
+    done = run(folder, "--quick", "--benchmark-json", "all.json")
+    assert "A rehearsal with --quick" in done.stdout
+    entries = json.loads((folder / "all.json").read_text())["benchmarks"]
+    assert {len(entry["stats"]["data"]) for entry in entries} == {2}
+    assert run(folder, "--quick", "--save-results").returncode == 4
+
+
+def test_rows_with_other_columns_are_another_table(folder: Path) -> None:
+    more = "    table.rows.append({'memory': 3})\n"
+    (folder / "bench_nap.py").write_text(BENCHMARK + more)
+    done = run(folder, "--quick")
+    assert "\n\n| memory |\n| --- |\n| 3 |\n" in done.stdout
+
+
 def test_without_a_clock_only_the_checks_run(folder: Path) -> None:
     done = run(folder, "--benchmark-disable", "-rs")
     assert done.returncode == 0, done.stdout + done.stderr

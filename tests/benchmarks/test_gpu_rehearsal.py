@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-OPS = {"kd_loss", "hardness", "attention", "mix"}
+OPS = {"kd_loss", "hardness", "attention", "mix", "block", "block inference"}
 
 
 @pytest.fixture(scope="module")

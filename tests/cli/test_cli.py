@@ -66,11 +66,14 @@ def test_the_package_and_train_are_programs(program, module, usage, tmp_path):
 def test_without_a_command_it_says_what_there_is(command):
     said = command()
     assert (said.code, said.err) == (0, "")
-    for word in ("train", "eval", "models", "cheapen", "recipes", "doctor"):
+    for word in ("train", "eval", "data", "bench", "models", "cheapen", "recipes", "doctor"):
         assert f"\n    {word} " in said.out
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "models", "cheapen", "recipes", "doctor"])
+COMMANDS = ["train", "eval", "data", "bench", "models", "cheapen", "recipes", "doctor"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = command(name, "--help")
@@ -85,7 +88,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
         (
             ["xyz"],
-            "there is no command 'xyz': choose train, compare, table, eval, models, cheapen, ",
+            "there is no command 'xyz': choose train, compare, table, eval, data, bench, ",
         ),
         (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),

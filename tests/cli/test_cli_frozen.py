@@ -12,11 +12,13 @@ OPTIONS = {
     "compare": {"--jobs", "--latex", "--markdown", "--seeds", "--sweep"},
     "table": {"--latex", "--markdown"},
     "eval": {"--weights"},
+    "data": {"--json", "--out", "--quality", "--shrink"},
+    "bench": {"--seconds"},
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},
     "recipes": {"--json"},
     "losses": set(),
-    "doctor": {"--json"},
+    "doctor": {"--batch", "--blocks", "--input", "--json", "--precision"},
 }
 
 KEYS = """
@@ -25,12 +27,15 @@ device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboar
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels
+data.on_bad data.labels
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
 student.name student.width student.block student.shortcuts student.stem student.dropout
+student.kernels
 student.weights student.weights_key student.pretrained student.new_head student.frozen
 teacher.name teacher.width teacher.block teacher.shortcuts teacher.stem teacher.dropout
+teacher.kernels
 teacher.weights teacher.weights_key teacher.pretrained teacher.new_head teacher.frozen
 teacher.train teacher.epochs
 teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.class_map
@@ -38,7 +43,7 @@ teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
 teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained
-teacher.ensemble.0.new_head
+teacher.ensemble.0.new_head teacher.ensemble.0.kernels
 teacher.ensemble.0.frozen teacher.ensemble.0.train
 teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.seed
 teacher.ensemble.0.resolution teacher.ensemble.0.mean teacher.ensemble.0.std

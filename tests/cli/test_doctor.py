@@ -38,8 +38,8 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch):
     found = facts()
     assert not part("DALI", found)["usable"]
     advice = part("DALI", found)["advice"]
-    assert advice.startswith("not installed; fastkd does not use it yet")
-    assert "pip" not in advice
+    assert advice.startswith('not installed; pip install "fastkd[dali]"')
+    assert "fastkd[dali-cuda12]" in advice
     assert "the apex on PyPI is another project" in part("apex", found)["advice"]
     assert part("Triton", found)["advice"].startswith("not installed")
 

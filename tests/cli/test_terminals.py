@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastkd.config.docstrings import docstring_of
-from fastkd.data.sources.cache import cache_folder
 from fastkd.losses import AT, CRD, DKD
 from fastkd.output.console import Console
+from fastkd.storage.cache_folder import cache_folder
 from fastkd.training.config import OptimConfig
 
 TINY = ("train", "quickstart", "teacher=null", "losses.kd=null", "losses.ce.weight=1", "epochs=1")

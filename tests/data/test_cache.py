@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from fastkd.data import open_source, open_split
-from fastkd.data.sources.cache import cache_folder, decoded_images
+from fastkd.data.sources.cache import decoded_images
 from fastkd.errors import UserError
+from fastkd.storage.cache_folder import cache_folder
 
 
 class Builds:

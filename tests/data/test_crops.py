@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fastkd.data import open_split
-from fastkd.data.sources import decode
-from fastkd.data.sources.decode import framed
+from fastkd.data.sources import cuts
+from fastkd.data.sources.cuts import framing_cut
 from fastkd.storage.facts import Framing
 
 
@@ -26,9 +26,9 @@ from fastkd.storage.facts import Framing
 def test_both_ways_give_the_same_square(monkeypatch, size, resize, crop):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image, framing = Image.fromarray(pixels), Framing(resize=resize, crop=crop)
-    whole = np.asarray(framed(image, framing)).astype(int)
-    monkeypatch.setattr(decode, "_LARGEST_RESIZED", 0)
-    cut = np.asarray(framed(image, framing)).astype(int)
+    whole = np.asarray(framing_cut(image.size, framing).of(image)).astype(int)
+    monkeypatch.setattr(cuts, "_LARGEST_RESIZED", 0)
+    cut = np.asarray(framing_cut(image.size, framing).of(image)).astype(int)
     assert cut.shape == (crop, crop, 3)
     # Coordinates of the cut are 32-bit floats: a step of brightness here and there.
     assert np.abs(whole - cut).max() <= 1

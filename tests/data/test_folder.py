@@ -1,5 +1,7 @@
 """ImageFolder sets: canonical order, sizes, and every way in which a folder can be wrong."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -127,5 +129,17 @@ def test_corrupt_image_is_named_and_nothing_is_left_behind(make_folder, own_cach
 def test_dangling_link_is_named(make_folder):
     root = make_folder()
     (root / "train" / "ant" / "gone.png").symlink_to(root / "nowhere.png")
-    with pytest.raises(UserError, match=r"gone\.png cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"gone\.png is a link to .*nowhere\.png, which is"):
         open_split("folder", root)
+
+
+def test_validation_may_lack_a_class_and_the_labels_stay_those_of_training(make_folder):
+    root = make_folder()
+    shutil.rmtree(root / "val" / "bee")
+    train, val = (open_source("folder", root, split) for split in ("train", "val"))
+    assert val.classes == train.classes == ("ant", "bee", "cow")
+    assert set(val.labels_N.tolist()) == {0, 2}
+    assert "has no image of 1 of the classes (bee)" in " ".join(val.remarks)
+    shutil.rmtree(root / "train" / "ant")
+    with pytest.raises(UserError, match="only in val: ant"):
+        open_source("folder", root)

@@ -16,7 +16,8 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair, open_data
 from fastkd.data.config import DataConfig, GeometryConfig
-from fastkd.data.sources.decode import framed, open_rgb
+from fastkd.data.sources.cuts import framing_cut
+from fastkd.data.sources.decode import open_rgb
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.models.card import card_of
@@ -162,7 +163,9 @@ def _compare(photos: Path, config: dict, framing: Framing) -> None:
     for file in sorted((photos / "val" / "cat").iterdir()):
         picture = open_rgb(file)
         expected = (transform(picture) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(np.asarray(framed(picture, framing)), expected)
+        np.testing.assert_array_equal(
+            np.asarray(framing_cut(picture.size, framing).of(picture)), expected
+        )
 
 
 def test_a_network_of_timm_carries_its_convention_and_others_do_not():

@@ -112,11 +112,11 @@ def test_impossible_requests(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "digit"}, "name\n.*'digits', 'cifar10', 'cifar100', 'folder' or 'synthetic'"),
-        ({"backend": "dali"}, "backend\n.*'auto', 'resident' or 'torch'"),
+        ({"name": "digit"}, "name\n.*'digits', 'cifar10', .*'birdsnap', 'folder' or 'synthetic'"),
+        ({"backend": "ffcv"}, "backend\n.*'auto', 'resident', 'torch' or 'dali'"),
         ({"crop": "center"}, "crop\n.*'pad', 'resized' or 'none'"),
     ],
-    ids=["digit", "dali", "center"],
+    ids=["digit", "ffcv", "center"],
 )
 def test_unknown_words_are_refused_by_their_section(changes, message):
     with pytest.raises(ValidationError, match=message):

@@ -15,7 +15,7 @@ from fastkd.data import Batch, ImageSet, Loading, ResidentLoader, TorchLoader
 from fastkd.data.draws import MIRROR, POLICY, SHIFT_LEFT, SHIFT_TOP, integer_table
 from fastkd.data.geometry import Geometry
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureView
-from fastkd.data.sources.decode import random_resized_crop
+from fastkd.data.sources.cuts import random_cut
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SEED, EPOCH, NUM, SIDE = 5, 3, 23, 12
@@ -107,7 +107,7 @@ def test_a_second_resized_crop_has_draws_of_its_own() -> None:
     for appearance, view in enumerate(views):
         for image, n in zip(view, batch.index_N.tolist(), strict=True):
             picture = Image.fromarray(picture_set().images_NHWC[n])
-            crop = random_resized_crop(picture, 7, SEED, EPOCH, n, True, appearance)
+            crop = random_cut(picture.size, 7, SEED, EPOCH, n, True, appearance).of(picture)
             pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1)
             scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
             assert torch.equal(image, v2.functional.normalize(scaled, MEAN, STD))

@@ -163,13 +163,13 @@ def test_starting_in_mid_epoch_gives_the_same_rest(start_step):
 def test_starting_in_mid_epoch_computes_no_earlier_batch(monkeypatch):
     own = loader()
     fetched = []
-    original = own.fetch
+    original = own._crops
 
     def spy(index_N, epoch):
         fetched.append(index_N.tolist())
         return original(index_N, epoch)
 
-    monkeypatch.setattr(own, "fetch", spy)
+    monkeypatch.setattr(own, "_crops", spy)
     iterator = own.epoch(0, 2)
     assert fetched == []
     rest = list(iterator)

@@ -16,7 +16,7 @@ from fastkd.compute.ranks import World
 from fastkd.data import Batch, Loading, ResidentLoader, TorchLoader, open_source, open_split
 from fastkd.data.draws import sample_uniforms
 from fastkd.data.geometry import Geometry
-from fastkd.data.sources.decode import UNIFORMS_PER_CROP, _crop_box, random_resized_crop
+from fastkd.data.sources.cuts import UNIFORMS_PER_CROP, random_box, random_cut
 from fastkd.errors import UserError
 from fastkd.storage.facts import Framing
 
@@ -103,7 +103,7 @@ def test_training_view_is_torchvisions_resized_crop_of_the_drawn_box(make_folder
     for batch in loader(source).epoch(1):
         for pixels, n in zip(denormalised(batch.images_NCHW), batch.index_N.tolist(), strict=True):
             uniforms = sample_uniforms(2, 1, n, UNIFORMS_PER_CROP)
-            left, top, width, height = _crop_box((50, 40), uniforms)
+            left, top, width, height = random_box((50, 40), uniforms)
             expected = tv.resized_crop(
                 source.image(n), top, left, height, width, [16, 16], InterpolationMode.BILINEAR
             )
@@ -215,7 +215,7 @@ def test_boxes_are_distributed_as_torchvisions():
     ours, theirs = [], []
     picture = torch.zeros(3, 60, 90)
     for n in range(1500):
-        left, top, width, height = _crop_box((90, 60), sample_uniforms(0, 0, n, UNIFORMS_PER_CROP))
+        left, top, width, height = random_box((90, 60), sample_uniforms(0, 0, n, UNIFORMS_PER_CROP))
         assert 0 <= left <= 90 - width and 0 <= top <= 60 - height
         # rounding to whole pixels moves the aspect of the smallest boxes by a few percent
         assert 0.7 < width / height < 1.43
@@ -235,16 +235,16 @@ def test_boxes_are_distributed_as_torchvisions():
     ids=["strip", "column"],
 )
 def test_extreme_shapes_fall_back_to_the_central_crop(size, expected):
-    assert _crop_box(size, np.full(UNIFORMS_PER_CROP, 0.999)) == expected
+    assert random_box(size, np.full(UNIFORMS_PER_CROP, 0.999)) == expected
 
 
 def test_crop_is_taken_before_resizing():
     # a white image with a black frame just outside of the crop must not bleed into it
     uniforms = sample_uniforms(0, 0, 3, UNIFORMS_PER_CROP)
-    left, top, width, height = _crop_box((100, 100), uniforms)
+    left, top, width, height = random_box((100, 100), uniforms)
     pixels = np.zeros((100, 100, 3), dtype=np.uint8)
     pixels[top : top + height, left : left + width] = 255
-    crop = random_resized_crop(Image.fromarray(pixels), 20, 0, 0, 3, flip=False)
+    crop = random_cut((100, 100), 20, 0, 0, 3, flip=False).of(Image.fromarray(pixels))
     assert np.asarray(crop).min() == 255
     assert math.isclose(width * height / 1e4, 0.08 + 0.92 * uniforms[0], abs_tol=0.02)
 

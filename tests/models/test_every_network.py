@@ -1,11 +1,11 @@
 """Every network of the zoo does what a trainer asks of it, at 32 and 64 pixels.
 
 Backward pass, tracing as one graph, export, channels-last, bf16. By default one build of each form
-of a family (two siblings are traced with `-m matrix`); its other depths and widths, which repeat
+of a family (four siblings are traced with `-m matrix`); its other depths and widths, which repeat
 the same blocks, with `-m slow`.
 
 Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of
-two families (`SMALLEST`), of the other families with `-m matrix`, all others with `-m slow`.
+one family (`SMALLEST`), of the other families with `-m matrix`, all others with `-m slow`.
 """
 
 import copy
@@ -37,11 +37,9 @@ OTHERS = {
     **{name: (name, {}) for name in list_models() if name not in FORMS},
     "plain18-full": ("plain18", {}),
 }
-SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {
-    "wrn_10_1": ("wrn_10_1", {}),
-    "vgg8": ("vgg8", {}),
-}
+SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {"wrn_10_1": ("wrn_10_1", {})}
 OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vgg8": ("vgg8", {}),
     "resnet8-narrow": ("resnet8", {"width": 0.25}),
     "plain18-narrow": ("plain18", {"width": 0.25}),
     "resnet50": ("resnet50", {}),
@@ -52,8 +50,10 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """One network of each further family, whose compilation takes up to two minutes."""
 slow = pytest.mark.slow
-# Traced by default in another form: half as wide, with other blocks.
-SIBLINGS = {form: FORMS[form] for form in ("mobilenetv2", "erfnet-G(N)")}
+# Of their kinds of blocks a smaller one is traced by default.
+SIBLINGS = {
+    form: FORMS[form] for form in ("mobilenetv2", "erfnet-G(N)", "resnet50", "shufflenetv1")
+}
 TRACED = {form: build for form, build in FORMS.items() if form not in SIBLINGS}
 
 

@@ -10,9 +10,11 @@ A test that takes `place` makes its tensors there and lets the dispatcher choose
 """
 
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,10 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import status
-from fastkd.testing import interpret_fma_as_fused
+from fastkd.testing import interpret_bf16_as_chips_do, interpret_fma_as_fused
+
+# Cases that several test files share are modules of this folder.
+sys.path.insert(0, str(Path(__file__).parent))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAUNCHED_ON = os.environ.get("FASTKD_TEST_DEVICE")
@@ -45,6 +50,7 @@ def interpret_scalars_as_indices() -> None:
 
 if INTERPRETED:
     interpret_fma_as_fused()
+    interpret_bf16_as_chips_do()
     if version("triton").startswith("3.6."):
         interpret_scalars_as_indices()
 
@@ -83,9 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _launch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if LAUNCHED_ON is None:
         return
-    for op in ("attention_map", "hardness", "kd_loss", "mix"):
+    for op in ("attention_map", "grouped_pointwise", "hardness", "kd_loss", "mix"):
         gpu = import_module(f"fastkd.kernels.{op}.gpu")
-        monkeypatch.setattr(gpu, "launch", moving(gpu.launch, LAUNCHED_ON))
+        # And the modules beside it that launch for it.
+        for name, module in list(sys.modules.items()):
+            if name.startswith(gpu.__name__) and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", moving(module.launch, LAUNCHED_ON))
 
 
 def moving(launch: Callable[..., None], device: str) -> Callable[..., None]:

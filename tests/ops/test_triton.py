@@ -31,6 +31,7 @@ OPS = {
     "kd_loss": (["test_kd_loss.py", "test_kd_loss_edges.py", "test_large.py"], (120, 80)),
     "hardness": (["test_hardness.py", "test_select_hardest.py"], (120, 80)),
     "mix": (["test_mix.py"], (35, 30)),
+    "grouped_pointwise": (["test_triton_grouped_pointwise.py"], (40, 15)),
 }
 PARTS = [False, pytest.param(True, marks=pytest.mark.matrix)]
 
@@ -109,9 +110,16 @@ class Compilation(NamedTuple):
         return [launch | launch["chosen"] | launch["compiled"] for launch in launches]
 
 
-@pytest.fixture(scope="module", params=PARTS, ids=["default", "matrix"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "share",
+        pytest.param("turns", marks=pytest.mark.matrix),
+        pytest.param("all", marks=pytest.mark.slow),
+    ],
+)
 def compilation(request: pytest.FixtureRequest) -> Compilation:
-    part = "rest" if request.param else "share"
+    part = request.param
     done = subprocess.run(
         [sys.executable, HERE / "triton_offline.py", part, *ops_of_session(request)],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
@@ -126,7 +134,8 @@ def compilation(request: pytest.FixtureRequest) -> Compilation:
 def test_kernels_compile_and_can_be_launched(op: str, compilation: Compilation) -> None:
     """What is ours is asserted, what a compiler makes of it is reported: registers and spills.
 
-    Default and matrix together compile every launch for every chip, and each of them every kernel.
+    By default every kernel is compiled once, in the matrix every launch for one of the chips,
+    with `-m slow` for all.
     """
     chips = {launch["chosen"]["chip"] for launch in compilation.launches[op]}
     assert chips == {"sm_80", "sm_90", "sm_100"}

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,13 +31,14 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHIPS = (80, 90, 100)
 SHARE_CHIP = 90
-OPS = ("kd_loss", "hardness", "attention_map", "mix")
+OPS = ("kd_loss", "hardness", "attention_map", "mix", "grouped_pointwise")
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 # Bytes per thread. No version of Triton that was tried comes near it; a tile of ours that does not
 # fit the registers at all would.
 MAX_SPILLED = 4096
-# An H200, measured: a copy, read plus written; its datasheet: fp32 instructions of all lanes.
-COPY_BYTES_PER_S, VECTOR_OPS_PER_S = 4.3e12, 33e12
+# An H200, measured: a copy, read plus written, and a product of bf16 matrices; its datasheet: fp32
+# instructions of all lanes.
+COPY_BYTES_PER_S, MATRIX_OPS_PER_S, VECTOR_OPS_PER_S = 4.3e12, 790e12, 33e12
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -45,6 +47,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 TILE_NAMES = ("BLOCK_R", "BLOCK_S", "BLOCK_T", "BLOCK_C", "BLOCK_P", "BLOCK_X", "GROUPS", "VEC")
+TILE_NAMES += ("BLOCK_K", "BLOCK_N", "ROWS")
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 
 
@@ -62,6 +65,8 @@ class Launch:
     """What the launch has to read and write at least, each element once."""
     operations: int
     """fp32 operations of the formula, an exponential counted as one, without addressing."""
+    products: int = 0
+    """Operations in products of 16-bit matrices, counted apart from `operations`."""
     wide_loads: bool = True
     """Whether 128-bit loads are expected."""
     representative: bool = False
@@ -70,7 +75,8 @@ class Launch:
     def floor_us(self) -> float:
         """No H200 can be faster, the launch itself not counted."""
         by_bytes = self.moved_bytes / COPY_BYTES_PER_S
-        return 1e6 * max(by_bytes, self.operations / VECTOR_OPS_PER_S)
+        by_products = self.products / MATRIX_OPS_PER_S
+        return 1e6 * max(by_bytes, by_products, self.operations / VECTOR_OPS_PER_S)
 
     def chosen(self, chip: int) -> dict[str, Any]:
         """The columns of a row that are ours, not the compiler's."""
@@ -114,10 +120,22 @@ def specialised(path: tuple[int, ...], value: Any, constants: dict, attributes: 
     return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
 
+def launching(gpu: Any) -> list[Any]:
+    """The module `gpu`, and those beside it that launch for it."""
+    names = [name for name in sys.modules if name.startswith(gpu.__name__)]
+    return [sys.modules[name] for name in names if hasattr(sys.modules[name], "launch")]
+
+
 def recorded(gpu: Any, call: Callable[[], Any]) -> Iterator[tuple[Any, dict, dict]]:
     """The kernels that `call` launches by the module `gpu`: (kernel, arguments, options)."""
     made: list[tuple[Any, dict]] = []
-    with patch.object(gpu, "launch", lambda kernel, _, on, **rest: made.append((kernel, rest))):
+
+    def record(kernel: Any, grid: tuple[int, ...], on: Tensor, **rest: Any) -> None:
+        made.append((kernel, rest))
+
+    with ExitStack() as patches:
+        for module in launching(gpu):
+            patches.enter_context(patch.object(module, "launch", record))
         call()
     for kernel, rest in made:
         options = {"enable_fp_fusion": True}
@@ -178,7 +196,8 @@ def line(cells: Collection[Any]) -> str:
 
 def work(launch: Launch) -> str:
     """The line of a launch in the table of bytes and operations."""
-    megabytes, millions = launch.moved_bytes / 1e6, launch.operations / 1e6
+    megabytes = launch.moved_bytes / 1e6
+    millions = (launch.operations + launch.products) / 1e6
     numbers = [f"{value:.3g}" for value in (megabytes, millions, launch.floor_us())]
     return line([launch.kernel.fn.__name__, launch.case, *numbers])
 
@@ -206,10 +225,10 @@ launches with this page under every version of Triton, and the compiler's column
 No GPU was at hand: this is what the compiler makes for three chips, and the least that a launch
 has to do. It is not a time.
 
-- MB and operations are per launch: every element that has to be read or written, once, and the fp32
-  operations of the formula (an exponential is one). The floor is the larger of MB over the 4.3 TB/s
-  that a copy reaches on an H200 and operations over its 33 T vector operations/s. No kernel
-  multiplies matrices, so its 790 TFLOP/s in bf16 bound none of them: `matrix` counts such
+- MB and operations are per launch: every element that has to be read or written, once, and the
+  operations of the formula (an exponential is one). The floor is the largest of MB over the
+  4.3 TB/s that a copy reaches on an H200, operations over its 33 T vector operations/s and, in
+  products of 16-bit matrices (grouped_pointwise), over its 790 TFLOP/s: `matrix` counts their
   instructions.
 - spilled: bytes per thread that did not fit its registers. shared: bytes per program. load bits,
   store bits: the widest access of a lane. exp2: MUFU.EX2. instructions: the whole kernel with all
@@ -221,13 +240,14 @@ has to do. It is not a time.
   of spills: use another version on a GPU."""
 
 
-def found(op: str, is_wanted: Callable[[Launch, int], bool]) -> Iterator[dict[str, Any]]:
+def found(op: str, is_wanted: Callable[[Launch, int, int], bool]) -> Iterator[dict[str, Any]]:
     """All launches of an op on all chips, those compiled that are wanted."""
-    for launch in launches_of(op):
+    for index, launch in enumerate(launches_of(op)):
         for chip in CHIPS:
+            wanted = is_wanted(launch, index, chip)
             yield {
                 "chosen": launch.chosen(chip),
-                "compiled": compiled(launch, chip) if is_wanted(launch, chip) else None,
+                "compiled": compiled(launch, chip) if wanted else None,
                 "work": work(launch),
                 "operations": launch.operations,
                 "bytes": launch.moved_bytes,
@@ -235,10 +255,11 @@ def found(op: str, is_wanted: Callable[[Launch, int], bool]) -> Iterator[dict[st
             }
 
 
-PARTS: dict[str, Callable[[Launch, int], bool]] = {
-    "all": lambda launch, chip: True,
-    "share": lambda launch, chip: launch.representative and chip == SHARE_CHIP,
-    "rest": lambda launch, chip: not (launch.representative and chip == SHARE_CHIP),
+PARTS: dict[str, Callable[[Launch, int, int], bool]] = {
+    "all": lambda launch, index, chip: True,
+    "share": lambda launch, index, chip: launch.representative and chip == SHARE_CHIP,
+    # Compiling is most of the time of these tests: each launch for one chip, in turns.
+    "turns": lambda launch, index, chip: chip == CHIPS[index % len(CHIPS)],
 }
 
 if __name__ == "__main__":

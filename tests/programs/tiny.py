@@ -197,16 +197,16 @@ def _flatten(name: str, value: Any, found: dict[str, Any]) -> None:
 
 
 def _record_fetches(target: Path) -> None:
-    original = ResidentLoader.fetch
+    original = ResidentLoader._crops
     target.touch()
 
-    def fetch(self: ResidentLoader, index_N: torch.Tensor, epoch: int) -> torch.Tensor:
-        if self.plan.train:
+    def crops(self: ResidentLoader, index_N: torch.Tensor, epoch: int, *view: int) -> torch.Tensor:
+        if self.plan.train and not any(view):
             with target.open("a") as file:
                 file.write(json.dumps([epoch, index_N.tolist()]) + "\n")
-        return original(self, index_N, epoch)
+        return original(self, index_N, epoch, *view)
 
-    ResidentLoader.fetch = fetch
+    ResidentLoader._crops = crops
 
 
 def _fork(job: Callable[[], int | None], log: Path) -> int:

@@ -92,6 +92,8 @@ def test_nothing_that_recipes_use_is_without_a_family() -> None:
         if not missing(entry)
         for feature in features(entry.keys)
     }
+    # Images of several labels are none of CIFAR's: tests/data/test_released.py trains on them.
+    covered.add("bce")
     assert {feature: name for feature, name in asked.items() if feature not in covered} == {}
 
 

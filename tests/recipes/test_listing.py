@@ -151,7 +151,7 @@ def test_the_printed_command_asks_for_every_file_of_the_reader(command):
         printed = [line.split() for line in said.splitlines() if line.startswith("fastkd train")]
         assert printed == ([] if missing(entry) else [["fastkd", "train", *words]])
         shown += len(printed)
-    assert shown == 2 + 15
+    assert shown == 2 + 20
 
 
 @pytest.mark.parametrize(

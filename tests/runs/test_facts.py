@@ -203,7 +203,7 @@ def test_a_teacher_of_the_same_training_data_is_taken(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda: replaced(False), "other files in train, by their names or sizes"),
+        (lambda: replaced(False), "other files in train, by their names, sizes or labels"),
         (lambda: Path("set/val/apple/1.bmp").unlink(), "11 images in val, 12 before"),
         (lambda: rename("date", "elder"), "new class elder; missing class date"),
         (

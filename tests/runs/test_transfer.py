@@ -256,9 +256,12 @@ def test_what_does_not_fit_is_said(place, train, words, sentence):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "root", "classes"), [("cub200", "five", 5), ("cifar10", "archive", 10)]
+    ("dataset", "name", "root", "classes"),
+    [("cub200", "folder", "five", 5), ("cifar10", "cifar10", "archive", 10)],
 )
-def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch, dataset, root, classes):
+def test_a_named_recipe_takes_a_file_of_others(
+    place, command, monkeypatch, dataset, name, root, classes
+):
     """The keys of the paper's row, with a smaller network; CIFAR's archive is enlarged."""
     monkeypatch.chdir(place)
     torch.manual_seed(1)
@@ -267,6 +270,7 @@ def test_a_named_recipe_takes_a_file_of_others(place, command, monkeypatch, data
     said = command(
         "train",
         f"transfer/{dataset}/resnet50-meal_v2/linear",
+        f"data.name={name}",
         f"data.root={root}",
         f"out=named-{root}",
         "student.name=timm:resnet18",

@@ -156,7 +156,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     ),
     "a larger picture": (
         lambda root: _replace(root, "train/cow/2.bmp", (10, 9)),
-        ["other files in train, by their names or sizes"],
+        ["other files in train, by their names, sizes or labels"],
         [],
     ),
     "one in validation alone": (
@@ -176,8 +176,12 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     ),
     "a class renamed": (
         lambda root: _rename_class(root, "bee", "wasp"),
-        ["new class wasp", "missing class bee", "other files in train, by their names or sizes"],
-        ["other files in val, by their names or sizes"],
+        [
+            "new class wasp",
+            "missing class bee",
+            "other files in train, by their names, sizes or labels",
+        ],
+        ["other files in val, by their names, sizes or labels"],
     ),
 }
 

@@ -195,6 +195,7 @@ def test_a_part_that_is_missing(saved: dict[str, Any]) -> None:
         lambda state: state.pop("digest"),
         lambda state: state.update(decisions={"compile": 3}),
         lambda state: state.update(decisions={"compile": "sometimes", "precision": "fp32"}),
+        lambda state: state["decisions"].update(kernels="[]"),
         lambda state: state.update(digest=7),
         lambda state: state.update(format="9" * 5000),
         lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)),

@@ -19,6 +19,7 @@ from fastkd.data.framing import evaluation_framing
 from fastkd.data.geometry import Crop, Geometry
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
+from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
 from fastkd.data.normalization import normalization
 from fastkd.data.sources.by_name import decode_source, open_source
@@ -27,6 +28,7 @@ from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.sources.listing import listing_of
+from fastkd.data.sources.shards import CLASSES, ShardIndex
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
 from fastkd.storage.facts import DataFacts, Framing
@@ -49,11 +51,13 @@ class DataPair:
     name: str
     """Name of the data set."""
     backend: str
-    """"resident" or "torch"."""
+    """"resident", "torch" or "dali"."""
     seed: int
     """Seed of order and augmentation."""
     sources: Sources
     """Training and validation images before they are decoded for the loaders."""
+    skips: bool = False
+    """data.on_bad=skip"""
 
     @cached_property
     def train(self) -> Loader:
@@ -84,7 +88,14 @@ class DataPair:
         facts = self.facts
         assert facts.evaluation is not None
         side = facts.image_shape[1]
-        return _remembered(self.name, self.sources, side, facts.evaluation, facts.normalization)
+        return _remembered(
+            self.name,
+            self.sources,
+            side,
+            facts.evaluation,
+            facts.normalization,
+            skips=self.skips,
+        )
 
 
 def open_data(
@@ -112,7 +123,7 @@ def open_data(
             "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
     train, val = _open_sources(data)
-    size = _square_size(train, data.name, data.image_size, crop)
+    size = _square_size(train, data, crop)
     backend = data.backend
     if backend == "auto":
         num_bytes = (len(train) + len(val)) * size * size * 3
@@ -134,19 +145,22 @@ def open_data(
 
     evaluation = evaluation_framing(data, train, size)
     whole = Framing.whole(size)
+    skips = data.on_bad == "skip"
 
     def loader(source: ImageSet | FolderIndex, loading: Loading, framing: Framing) -> Loader:
         if backend == "resident":
             # Without a size all pictures must have the same, which decoding then checks.
             as_stored = data.image_size is None and framing == whole
-            return ResidentLoader(decode_source(source, None if as_stored else framing), loading)
-        return TorchLoader(
+            shown = None if as_stored else framing
+            return ResidentLoader(decode_source(source, shown, skips=skips), loading)
+        return streaming_loader(backend)(
             source,
             loading,
             image_size=framing.crop,
             crop=crop,
             workers=data.workers,
             framing=framing,
+            skips=skips,
         )
 
     labels_N = torch.from_numpy(train.labels_N)
@@ -166,15 +180,27 @@ def open_data(
         backend=backend,
         seed=seed,
         sources=(train, val),
+        skips=skips,
     )
+
+
+def streaming_loader(backend: str) -> type[StreamingLoader]:
+    """The loader of a backend that decodes batch by batch. UserError if it is not installed."""
+    if backend == "torch":
+        return TorchLoader
+    from fastkd.data.loaders.dali_loader import DaliLoader  # needs an extra
+
+    return DaliLoader
 
 
 def data_facts(data: DataConfig) -> DataFacts:
     """What `open_data(..).remembered` would be, without loaders."""
     train, val = _open_sources(data)
-    size = _square_size(train, data.name, data.image_size, "none")
+    size = _square_size(train, data, "none")
     evaluation = evaluation_framing(data, train, size)
-    return _remembered(data.name, (train, val), size, evaluation, _normalization(data))
+    skips = data.on_bad == "skip"
+    sources = train, val
+    return _remembered(data.name, sources, size, evaluation, _normalization(data), skips=skips)
 
 
 def _open_sources(data: DataConfig) -> Sources:
@@ -187,6 +213,7 @@ def _open_sources(data: DataConfig) -> Sources:
         limit=data.train_limit,
         decoding=data.decoding,
         holdout=data.holdout,
+        labels=data.labels,
     )
     val = open_source(
         data.name,
@@ -195,9 +222,13 @@ def _open_sources(data: DataConfig) -> Sources:
         image_size=data.image_size,
         decoding=data.decoding,
         holdout=data.holdout,
+        labels=data.labels,
     )
     if train.classes != val.classes:
-        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ")
+        cure = ""
+        if isinstance(train, ShardIndex):
+            cure = f": {len(train.classes)} and {len(val.classes)}; name them in {CLASSES}"
+        raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ{cure}")
     return train, val
 
 
@@ -207,6 +238,8 @@ def _remembered(
     image_size: int,
     evaluation: Framing,
     normalization: Normalization,
+    *,
+    skips: bool,
 ) -> DataFacts:
     train, val = sources
     return DataFacts(
@@ -215,8 +248,8 @@ def _remembered(
         image_size=image_size,
         evaluation=evaluation,
         normalization=normalization,
-        train=listing_of(train),
-        val=listing_of(val),
+        train=listing_of(train, skips=skips),
+        val=listing_of(val, skips=skips),
     )
 
 
@@ -239,18 +272,16 @@ def _normalization(data: DataConfig) -> Normalization:
     return data.mean or mean, data.std or std
 
 
-def _square_size(
-    source: ImageSet | FolderIndex, name: str, image_size: int | None, crop: Crop
-) -> int:
+def _square_size(source: ImageSet | FolderIndex, data: DataConfig, crop: Crop) -> int:
     """Side of the output images, in pixels."""
-    if image_size is not None:
-        return image_size
+    if data.image_size is not None:
+        return data.image_size
     if isinstance(source, ImageSet):
         return source.images_NHWC.shape[1]
-    if name in LAYOUTS:
+    if data.name in LAYOUTS:
         return 32
     if crop == "resized":
         raise UserError(
             "augment.crop=resized needs data.image_size, the side of the crops in pixels"
         )
-    return native_size(source)
+    return native_size(source, skips=data.on_bad == "skip")

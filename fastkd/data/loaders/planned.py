@@ -1,17 +1,19 @@
-"""What the resident and the torch loader share: plan, labels, images of other ranks."""
+"""What all loaders of fastkd share: plan, labels, images of other ranks, known bad files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkd.compute.placement import Placement
 from fastkd.config.section import Normalization
-from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.batch import IGNORED, NO_LABEL, Batch, SecondViews
 from fastkd.data.geometry import NO_GEOMETRY, Geometry, Normalizer
+from fastkd.data.loaders.decoding import StandIns
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PictureView
@@ -83,6 +85,7 @@ class PlannedLoader(ABC):
         self._device_labels_N = to_device(source.labels_N, self._device)
         self._second = views if isinstance(views, PictureView) else None
         self._partners = views if isinstance(views, Partners) else None
+        self._stand_ins = StandIns(self.plan.num_samples)
 
     @property
     def num_samples(self) -> int:
@@ -101,7 +104,7 @@ class PlannedLoader(ABC):
 
     @property
     def labels_N(self) -> Tensor:
-        """int64 labels by sample id, on the CPU."""
+        """Labels by sample id, on the CPU, in the form of `Batch.labels_N`."""
         return self._labels_N
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -120,6 +123,20 @@ class PlannedLoader(ABC):
     @abstractmethod
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
+
+    def _shown_ids(self, ids_N: np.ndarray) -> np.ndarray:
+        """The ids that are shown for these, as far as bad files are known."""
+        return self._stand_ins.of(ids_N) if self._loading.train else ids_N
+
+    def _learn(self, unread: Mapping[int, str]) -> None:
+        """Note images that cannot be read. In evaluation they have no label from now on."""
+        new = [sample for sample in unread if sample not in self._stand_ins.reasons]
+        self._stand_ins.reasons.update(unread)
+        if new and not self._loading.train:
+            labels_N = self._device_labels_N
+            none = IGNORED if labels_N.is_floating_point() else NO_LABEL
+            ids = torch.tensor(new, device=labels_N.device)
+            self._device_labels_N = labels_N.index_fill(0, ids, none)
 
     @abstractmethod
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:

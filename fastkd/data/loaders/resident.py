@@ -46,6 +46,7 @@ class ResidentLoader(PlannedLoader):
     ) -> None:
         super().__init__(images, loading, views)
         self._images = images
+        self._learn(images.unread)
         self._crop_size = images.images_NHWC.shape[1:3]
         # A policy runs on the host, where the pictures already are.
         self._host_images_NHWC = torch.from_numpy(images.images_NHWC)
@@ -65,7 +66,8 @@ class ResidentLoader(PlannedLoader):
 
     @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        return self._normalize(self._crops(index_N.to(self._device, non_blocking=True), epoch))
+        ids = torch.from_numpy(self._shown_ids(index_N.cpu().numpy()))
+        return self._normalize(self._crops(ids.to(self._device, non_blocking=True), epoch))
 
     def _crops(self, index_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
         """uint8 [N, H, W, 3] on the device."""
@@ -74,17 +76,19 @@ class ResidentLoader(PlannedLoader):
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
-        order = self.plan.order(epoch)
+        planned = self.plan.order(epoch)
+        order = self._shown_ids(planned)
         order_N = to_device(order, self._device)
         for part in parts:
             index_N = order_N[part]
-            images_NCHW = self.fetch(index_N, epoch)
+            images_NCHW = self._normalize(self._crops(index_N, epoch))
             second_NCHW = None
             if self._second:
                 more_NHWC = self._second_views(self._second, order[part], index_N, epoch)
                 second_NCHW = self._normalize(more_NHWC)
             labels_N = self._device_labels_N.index_select(0, index_N)
-            yield Batch(images_NCHW, labels_N, index_N, second_NCHW=second_NCHW)
+            unread = self._stand_ins.said_of(planned[part])
+            yield Batch(images_NCHW, labels_N, index_N, second_NCHW=second_NCHW, unread=unread)
 
     def _second_views(
         self, second: PictureView, ids_N: np.ndarray, index_N: Tensor, epoch: int

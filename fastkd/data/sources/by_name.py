@@ -5,7 +5,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from fastkd.data.normalization import normalization
 from fastkd.data.sources.cache import decoded_images
 from fastkd.data.sources.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
+from fastkd.data.sources.csv_labels import open_csv
 from fastkd.data.sources.digits import IMAGE_SIZE as DIGITS_SIZE
 from fastkd.data.sources.digits import load_digits
 from fastkd.data.sources.folder import (
@@ -24,10 +24,19 @@ from fastkd.data.sources.folder import (
     scan_whole,
 )
 from fastkd.data.sources.holdout import Holdout
-from fastkd.data.sources.image_set import ImageSet, check_limit, stratified_positions
+from fastkd.data.sources.image_set import (
+    ImageSet,
+    check_limit,
+    first_labels,
+    stratified_positions,
+)
 from fastkd.data.sources.pixels import DEFAULTS, Decoding
 from fastkd.data.sources.progress import Progress
+from fastkd.data.sources.released import LAYOUTS as RELEASES
+from fastkd.data.sources.released import find_release
+from fastkd.data.sources.shards import find_shards, open_shards
 from fastkd.data.sources.synthetic import make_synthetic
+from fastkd.data.sources.tree import is_image, is_system
 from fastkd.errors import UserError
 from fastkd.printable import few, shown
 from fastkd.storage.facts import Framing
@@ -50,8 +59,8 @@ def open_split(
 ) -> ImageSet:
     """One split of a data set, decoded: uint8 images of one square size.
 
-    name        digits, cifar10, cifar100, folder or synthetic
-    root        folder of cifar10, cifar100 and folder; the others need none
+    name        one of `fastkd.data.DATASETS`
+    root        the folder that holds it; digits and synthetic need none
     split       "train" or "val" (a folder called test/ serves as val)
     image_size  pixels; short side resized to it, centre cropped (digits: 16 only). None: as stored
                 (CIFAR 32, synthetic 32, folders: all images must agree)
@@ -74,20 +83,26 @@ def decode_source(
     framing: Framing | None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
+    *,
+    skips: bool = False,
 ) -> ImageSet:
     """What `open_source` found, in memory; a folder comes from the cache, see `cache`.
 
     framing: what is shown of each picture; None: all of it, as it is stored.
+    skips: images that cannot be read are noted in `unread` and black, not an error.
     """
     if isinstance(source, ImageSet):
         return source.framed(framing) if framing else source
     if framing is None and source.name.split("/")[0] in LAYOUTS:
         framing = Framing.whole(_CIFAR_SIZE)
-    images = decoded_images(source, framing, cache_dir, progress)
-    return ImageSet(source.name, images, source.labels_N, source.classes)
+    unread: dict[int, str] = {}
+    images = decoded_images(source, framing, cache_dir, progress, unread if skips else None)
+    if len(unread) == len(source):
+        raise UserError(f"{source.name}: none of its images can be read, {unread[0]}")
+    return ImageSet(source.name, images, source.labels_N, source.classes, unread)
 
 
-def open_source(
+def open_source(  # noqa: PLR0913 - a frozen public signature
     name: str,
     root: str | PathLike[str] | None = None,
     split: str = "train",
@@ -97,11 +112,13 @@ def open_source(
     limit: int | None = None,
     decoding: Decoding = DEFAULTS,
     holdout: Holdout | None = None,
+    labels: str | None = None,
 ) -> ImageSet | FolderIndex:
     """As `open_split`, but a folder of images comes as its listing, not decoded.
 
     decoding  how the files of a folder are read
     holdout   what becomes the "val" split of a folder that has none
+    labels    CSV file with the labels of a folder
     """
     normalization(name)  # refuses an unknown name
     if split not in ("train", "val"):
@@ -121,7 +138,9 @@ def open_source(
         place = Path(os.path.expanduser(root))
         try:
             if name == "folder":
-                source = _find_folder(place, split, decoding, holdout)
+                source = _find_folder(place, split, decoding, holdout, labels)
+            elif name in RELEASES:
+                source = _find_released(name, place, split, decoding)
             else:
                 source = _find_cifar(name, place, split, download, decoding)
         except OSError as error:
@@ -134,27 +153,44 @@ def open_source(
     check_limit(source.name, limit, len(source))
     if limit == len(source):
         return source
-    return source.take(stratified_positions(np.asarray(source.labels_N), limit))
+    labels_N = np.asarray(source.labels_N)
+    return source.take(stratified_positions(first_labels(labels_N), limit))
 
 
 def _find_folder(
-    root: Path, split: str, decoding: Decoding, holdout: Holdout | None
+    root: Path, split: str, decoding: Decoding, holdout: Holdout | None, labels: str | None
 ) -> FolderIndex:
     if not root.is_dir():
         raise UserError(
             f"data.root={shown(root)} is not a folder; expected train/ and val/ or test/ in it"
         )
+    if labels is not None:
+        return open_csv(Path(os.path.expanduser(labels)), root, split, decoding, holdout)
     folders = find_split_folders(root)
     if folders is not None:
         index = scan_folder("folder", folders, split, decoding)
         if holdout is None or split == "val":
             return index
         idle = f"data.val_share is not used, {shown(folders['val'])} has the validation images"
-        return replace(index, remarks=(*index.remarks, idle))
+        return index.remarked(idle)
     present = [part for part in ("train", *VAL_FOLDERS) if (root / part).is_dir()]
+    # Folders win: an archive may lie beside what was unpacked from it.
+    if not present and not _has_class_folder(root):
+        if find_shards(root):
+            return open_shards("folder", root, split, decoding, holdout)
+        if tars := sorted(one.name for one in root.glob("*.tar")):
+            raise UserError(
+                f"data.root={shown(root)} holds tar files ({few(tars)}) whose names do not say "
+                "train, val or test; rename them to train-000000.tar and so on"
+            )
     if holdout is None or (present and "train" not in present):
         raise UserError(f"data.root={shown(root)} has {_lacking(root, present)}")
     return scan_whole("folder", root / "train" if present else root, split, holdout, decoding)
+
+
+def _has_class_folder(root: Path) -> bool:
+    folders = (one for one in root.iterdir() if one.is_dir() and not is_system(one.name))
+    return any(is_image(file.name) for folder in folders for file in folder.iterdir())
 
 
 def _lacking(root: Path, present: Sequence[str]) -> str:
@@ -171,6 +207,39 @@ def _lacking(root: Path, present: Sequence[str]) -> str:
     )
 
 
+def _find_released(name: str, root: Path, split: str, decoding: Decoding) -> FolderIndex:
+    found = find_release(name, root, split, decoding)
+    if found is not None:
+        return found
+    layout, folders = RELEASES[name], find_split_folders(root)
+    if folders is not None and not layout.several_labels:
+        return _sorted_copy(name, root, folders, split, layout.classes, decoding)
+    if find_shards(root):
+        return _of_size(open_shards(name, root, split, decoding), root, layout.classes)
+    sorted_copy = "" if layout.several_labels else ", or for train/ with val/ or test/"
+    raise UserError(
+        f"{name} was not found: looked in {shown(root)} and {shown(root / layout.folder)} for "
+        f"{' and '.join(layout.lists)}{sorted_copy}; set data.root to where it was unpacked"
+    )
+
+
+def _sorted_copy(
+    name: str, root: Path, folders: dict[str, Path], split: str, classes: int, decoding: Decoding
+) -> FolderIndex:
+    """A published set as class folders; UserError for another number of classes."""
+    return _of_size(scan_folder(name, folders, split, decoding), root, classes)
+
+
+def _of_size(index: FolderIndex, root: Path, classes: int) -> FolderIndex:
+    if len(index.classes) != classes:
+        name = index.name.partition("/")[0]
+        raise UserError(
+            f"{shown(root)} holds {len(index.classes)} classes, {name} has {classes}; use "
+            "data.name=folder for another data set"
+        )
+    return index
+
+
 def _find_cifar(
     name: str, root: Path, split: str, download: bool, decoding: Decoding
 ) -> ImageSet | FolderIndex:
@@ -180,14 +249,7 @@ def _find_cifar(
         for place in places:
             folders = find_split_folders(place)
             if folders is not None:
-                index = scan_folder(name, folders, split, decoding)
-                expected = LAYOUTS[name].classes
-                if len(index.classes) != expected:
-                    raise UserError(
-                        f"{shown(place)} holds {len(index.classes)} classes, {name} has "
-                        f"{expected}; use data.name=folder for another data set"
-                    )
-                return index
+                return _sorted_copy(name, place, folders, split, LAYOUTS[name].classes, decoding)
         if download:
             download_cifar(name, root)
             archive = find_archive(name, places)

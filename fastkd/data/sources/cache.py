@@ -14,61 +14,44 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastkd.data.sources.decode import framed
+from fastkd.data.sources.cuts import framing_cut
 from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.sources.image_set import first_readable
 from fastkd.data.sources.lock import locked
-from fastkd.data.sources.progress import Progress, show_progress
+from fastkd.data.sources.progress import RUN, Progress, in_threads
 from fastkd.errors import UserError
 from fastkd.printable import shown
+from fastkd.storage.cache_folder import cache_folder
 from fastkd.storage.facts import Framing
 
-__all__ = ["cache_folder", "decoded_images", "native_size"]
+__all__ = ["decoded_images", "native_size"]
 
 # 2: grey images of more than 8 bits are scaled, before they were clipped.
 _FORMAT = 2
 _CHUNK_BYTES = 32 << 20
-# Images per task of the thread pool: for 32x32 files one task per image costs as much as decoding.
-_RUN = 16
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, else $FASTKD_CACHE, else $XDG_CACHE_HOME/fastkd, else ~/.cache/fastkd.
-
-    A user without a home, as in many containers, has it in the folder for temporary files.
-    """
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if chosen := os.environ.get("FASTKD_CACHE"):
-        return Path(chosen)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "fastkd"
-    try:
-        return Path.home() / ".cache" / "fastkd"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"fastkd-{os.getuid()}"
-
-
-def native_size(index: FolderIndex) -> int:
+def native_size(index: FolderIndex, *, skips: bool = False) -> int:
     """Side of the first image, for `image_size=None`; all others must then be the same.
+
+    skips: of the first one that can be read.
 
     Raises:
         UserError: it is not square.
     """
-    width, height = index.image(0).size
+    sample, (width, height) = first_readable(index, skips=skips)
     if width != height:
         raise UserError(
-            f"{index.name}: {shown(index.path(0))} is {width}x{height} pixels; set data.image_size "
-            "to have the images resized and cropped to a square"
+            f"{index.name}: {shown(index.path(sample))} is {width}x{height} pixels; set "
+            "data.image_size to have the images resized and cropped to a square"
         )
     return width
 
@@ -78,16 +61,19 @@ def decoded_images(
     framing: Framing | None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    unread: dict[int, str] | None = None,
 ) -> np.ndarray:
     """All images of a split, uint8 [N, S, S, 3], from the cache, which is built if need be.
 
     framing  what is shown of each; None: all images must have one square size already
+    unread   gets the reason for each image that cannot be read, by sample id; it is black. None:
+             such an image is an error
 
     Raises:
         UserError: a corrupt image (named), unequal sizes without a framing, no space left, or a
             cache folder that cannot be written.
     """
-    size = framing.crop if framing else native_size(index)
+    size = framing.crop if framing else native_size(index, skips=unread is not None)
     folder = cache_folder(cache_dir)
     source = os.path.realpath(index.folder)
     decoding = list(index.decoding.pixels)
@@ -100,16 +86,18 @@ def decoded_images(
         "listing_sha256": index.listing,
         "decoding": decoding,
     }
+    bad: dict[int, str] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        images = _read_valid(folder / stem, record)
-        if images is not None:
-            return images
-        with locked(folder / f"{stem}.lock"):
-            images = _read_valid(folder / stem, record)
-            if images is None:
-                _build(index, folder, stem, record, framing, progress)
-                images = _read_valid(folder / stem, record)
+        images = _read_valid(folder / stem, record, bad)
+        if images is None or _can_be_read_now(index, bad):
+            bad.clear()
+            with locked(folder / f"{stem}.lock"):
+                images = _read_valid(folder / stem, record, bad)
+                if images is None or _can_be_read_now(index, bad):
+                    bad.clear()
+                    _build(index, folder, stem, record, framing, progress, skips=unread is not None)
+                    images = _read_valid(folder / stem, record, bad)
     except OSError as error:
         raise _explain(error, folder, record) from error
     if images is None:
@@ -117,11 +105,29 @@ def decoded_images(
             f"the cache {folder / stem}.npy does not read back as it was written; is the disk "
             "failing? Set FASTKD_CACHE to another folder"
         )
+    if unread is not None:
+        unread.update(bad)
+    elif bad:
+        raise UserError(bad[min(bad)])
     return images
 
 
-def _read_valid(stem: Path, record: dict[str, Any]) -> np.ndarray | None:
-    """The mapped pixels when the pair of files is complete and matches `record`, else None."""
+def _can_be_read_now(index: FolderIndex, bad: Mapping[int, str]) -> bool:
+    """Whether an image can be read that could not when the cache was built."""
+    for sample in bad:
+        try:
+            index.image(sample)
+        except UserError:
+            continue
+        return True
+    return False
+
+
+def _read_valid(stem: Path, record: dict[str, Any], bad: dict[int, str]) -> np.ndarray | None:
+    """The mapped pixels when the pair of files is complete and matches `record`, else None.
+
+    bad: gets the images that could not be read when it was built.
+    """
     try:
         stored = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         images = np.load(f"{stem}.npy", mmap_mode="c")
@@ -132,9 +138,21 @@ def _read_valid(stem: Path, record: dict[str, Any]) -> np.ndarray | None:
     if images.dtype != np.uint8 or list(images.shape) != record["shape"]:
         return None
     crc = 0
-    for start, stop in _chunks(record["shape"]):
-        crc = zlib.crc32(images[start:stop].data, crc)
-    return images if stored.get("pixels_crc32") == crc else None
+    size = _chunk(record["shape"])
+    for start in range(0, len(images), size):
+        crc = zlib.crc32(images[start : start + size].data, crc)
+    unread = stored.get("unread", {})
+    if stored.get("pixels_crc32") != crc or not _are_reasons(unread, len(images)):
+        return None
+    bad.update({int(sample): reason for sample, reason in unread.items()})
+    return images
+
+
+def _are_reasons(unread: Any, num: int) -> bool:
+    return isinstance(unread, dict) and all(
+        key.isdecimal() and int(key) < num and isinstance(reason, str)
+        for key, reason in unread.items()
+    )
 
 
 def _build(
@@ -144,16 +162,29 @@ def _build(
     record: dict[str, Any],
     framing: Framing | None,
     progress: Progress | None,
+    *,
+    skips: bool,
 ) -> None:
-    """Decode everything in threads (Pillow releases the GIL) and write the pair of files."""
+    """Decode everything and write the pair of files.
+
+    skips: images that cannot be read are black.
+    """
     for leftover in folder.glob(f".{stem}.*"):
         leftover.unlink(missing_ok=True)
     size = record["shape"][1]
 
+    bad: dict[int, str] = {}
+
     def pixels(sample: int) -> np.ndarray:
-        image = index.image(sample)
+        try:
+            image = index.image(sample)
+        except UserError as error:
+            if not skips:
+                raise
+            bad[sample] = str(error)
+            return np.zeros((size, size, 3), np.uint8)
         if framing is not None:
-            image = framed(image, framing)
+            image = framing_cut(image.size, framing).of(image)
         elif image.size != (size, size):
             raise UserError(
                 f"{index.name}: {shown(index.path(sample))} is {image.width}x{image.height} "
@@ -161,36 +192,29 @@ def _build(
             )
         return np.asarray(image)
 
-    def run(first: int) -> list[np.ndarray]:
-        return [pixels(sample) for sample in range(first, min(first + _RUN, total))]
-
     total = len(index)
     pixels_file, record_file = folder / f".{stem}.npy", folder / f".{stem}.json"
     crc = 0
     what = f"Decoding {index.name} ({total} images, once)"
     try:
-        with (
-            show_progress(what, progress) as report,
-            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-            # Plain writes: on a full disk they raise, while a store into a mapped file is a SIGBUS.
-            open(pixels_file, "wb") as stream,
-        ):
+        # Plain writes: on a full disk they raise, while a store into a mapped file is a SIGBUS.
+        with open(pixels_file, "wb") as stream:
             np.lib.format.write_array_header_1_0(
                 stream,
                 {"descr": "|u1", "fortran_order": False, "shape": tuple(record["shape"])},
             )
             # A full disk is noticed here, before minutes of decoding.
             os.posix_fallocate(stream.fileno(), 0, stream.tell() + math.prod(record["shape"]))
-            for start, stop in _chunks(record["shape"]):
-                chunk = np.stack(
-                    list(chain.from_iterable(threads.map(run, range(start, stop, _RUN))))
-                )
-                stream.write(chunk.data)
-                crc = zlib.crc32(chunk.data, crc)
-                report(stop, total)
+            chunks = in_threads(what, pixels, total, _chunk(record["shape"]), progress)
+            with closing(chunks):
+                for pictures in chunks:
+                    chunk = np.stack(pictures)
+                    stream.write(chunk.data)
+                    crc = zlib.crc32(chunk.data, crc)
             stream.flush()
             os.fsync(stream.fileno())
-        record_file.write_text(json.dumps({**record, "pixels_crc32": crc}, indent=1))
+        found = {"pixels_crc32": crc, "unread": bad} if bad else {"pixels_crc32": crc}
+        record_file.write_text(json.dumps({**record, **found}, indent=1))
         os.replace(pixels_file, folder / f"{stem}.npy")
         os.replace(record_file, folder / f"{stem}.json")
     finally:
@@ -198,12 +222,10 @@ def _build(
         record_file.unlink(missing_ok=True)
 
 
-def _chunks(shape: list[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of about 32 MiB of images, at least 16 and at most 1,024 of them."""
+def _chunk(shape: list[int]) -> int:
+    """Images of about 32 MiB together, at least 16 and at most 1,024 of them."""
     per_chunk = _CHUNK_BYTES // (shape[1] * shape[2] * shape[3])
-    step = min(1024, max(1, per_chunk // _RUN) * _RUN)
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    return min(1024, max(1, per_chunk // RUN) * RUN)
 
 
 def _explain(error: OSError, folder: Path, record: dict[str, Any]) -> UserError:

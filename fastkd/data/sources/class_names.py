@@ -13,7 +13,7 @@ from fastkd.data.sources.tree import is_system
 from fastkd.errors import UserError
 from fastkd.printable import few, shown
 
-__all__ = ["class_folders", "lookalikes", "same_classes"]
+__all__ = ["check_classes", "class_folders", "lookalikes", "name_problem"]
 
 _CONTROL = "Cc"
 # Zero-width characters and spaces of all kinds.
@@ -56,15 +56,15 @@ def class_folders(folder: Path) -> dict[str, str]:
     return found
 
 
-def same_classes(train: Path, val: Path) -> None:
-    """Refuse splits whose classes differ.
+def check_classes(train: Path, val: Path) -> None:
+    """Refuse a validation split with classes that are not in training; it may lack some.
 
     Raises:
         OSError, UserError: as `class_folders`; the message lists what only one of them has.
     """
     of_train, of_val = set(class_folders(train)), set(class_folders(val))
     only_train, only_val = sorted(of_train - of_val), sorted(of_val - of_train)
-    if not (only_train or only_val):
+    if not only_val:
         return
     message = (
         f"{shown(train)} and {shown(val)} do not hold the same classes: only in {train.name}: "
@@ -91,17 +91,21 @@ def lookalikes(names: tuple[str, ...]) -> str | None:
 
 
 def _check_name(folder: Path, name: str) -> None:
+    if problem := name_problem(name):
+        raise UserError(
+            f"the name of the class folder {name!a} in {shown(folder)} {problem}; rename it"
+        )
+
+
+def name_problem(name: str) -> str | None:
+    """Why no file of a run could hold this name of a class, or None."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        problem = "is not valid UTF-8"
-    else:
-        if not any(unicodedata.category(letter) == _CONTROL for letter in name):
-            return
-        problem = "has control characters"
-    raise UserError(
-        f"the name of the class folder {name!a} in {shown(folder)} {problem}; rename it"
-    )
+        return "is not valid UTF-8"
+    if any(unicodedata.category(letter) == _CONTROL for letter in name):
+        return "has control characters"
+    return None
 
 
 def _seen(name: str) -> str:

@@ -8,24 +8,41 @@ What counts as an image of a class is decided in `tree`, what a class is called 
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Self, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from fastkd.data.sources.class_names import class_folders, lookalikes, same_classes
-from fastkd.data.sources.decode import open_rgb
+from fastkd.data.sources.class_names import check_classes, class_folders, lookalikes
+from fastkd.data.sources.decode import open_file, read_image
 from fastkd.data.sources.formats import FORMATS
 from fastkd.data.sources.holdout import Holdout
-from fastkd.data.sources.pixels import DEFAULTS, Decoding
+from fastkd.data.sources.image_set import first_labels, images_per_class
+from fastkd.data.sources.pixels import DEFAULTS, Decoding, to_rgb
 from fastkd.data.sources.tree import Found, find_images
 from fastkd.errors import UserError
-from fastkd.printable import shown
+from fastkd.printable import few, shown
 
-__all__ = ["VAL_FOLDERS", "FolderIndex", "find_split_folders", "scan_folder", "scan_whole"]
+__all__ = [
+    "VAL_FOLDERS",
+    "FolderIndex",
+    "digest_of",
+    "find_split_folders",
+    "index_files",
+    "label_facts",
+    "lacking_classes",
+    "scan_folder",
+    "scan_whole",
+    "split_whole",
+]
 
 VAL_FOLDERS = ("val", "test")
+
+_Found = TypeVar("_Found")
+_Index = TypeVar("_Index", bound="FolderIndex")
 
 
 @dataclass(frozen=True)
@@ -36,10 +53,11 @@ class FolderIndex:
     folder    the split's folder
     files_N   file names relative to it, as bytes (one numpy array: a million Python strings would
               be copied into every worker process by their reference counts)
-    labels_N  int64
+    labels_N  int64; of images with several labels float32 [N, C], see `fastkd.data.batch.Batch`
     classes   names by label
     listing   SHA-256 over names, sizes and modification times: changes when a file does
-    sizes     SHA-256 over names and sizes: the same for a copy
+    sizes     SHA-256 over names and sizes: the same for a copy. Of a released set both digests also
+              depend on the labels, which the names do not say
     decoding  how the files are read
     remarks   what a user should know of the files, a sentence each
     """
@@ -57,28 +75,60 @@ class FolderIndex:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def file(self, sample: int) -> str:
+        """The file of a sample id, below the folder."""
+        return os.fsdecode(bytes(self.files_N[sample]))
+
     def path(self, sample: int) -> str:
-        """The file of a sample id."""
-        return os.path.join(self.folder, os.fsdecode(bytes(self.files_N[sample])))
+        """Where the file of a sample id is, for messages."""
+        return os.path.join(self.folder, self.file(sample))
+
+    def open(self, sample: int) -> IO[bytes]:
+        """The file of a sample id. UserError: it cannot be opened."""
+        return open_file(self.path(sample))
+
+    def size(self, sample: int) -> int:
+        """Bytes of the file of a sample id. OSError: there is none."""
+        return os.stat(self.path(sample)).st_size
+
+    def read(self, sample: int, use: Callable[[Image.Image], _Found]) -> _Found:
+        """What `use` makes of the opened, not yet decoded image; UserError as `decode`."""
+        with self.open(sample) as stream:
+            return read_image(self.path(sample), stream, self.decoding, use)
 
     def image(self, sample: int) -> Image.Image:
         """The decoded RGB picture of a sample id."""
-        return open_rgb(self.path(sample), self.decoding)
+        return self.read(sample, lambda image: to_rgb(image, self.decoding))
 
-    def take(self, positions: np.ndarray) -> "FolderIndex":
+    def take(self, positions: np.ndarray) -> Self:
         """A new split of the samples at these positions; ids count from 0 again."""
-        chosen = positions.astype(np.int64).tobytes()
+        taken = replace(self, files_N=self.files_N[positions], labels_N=self.labels_N[positions])
+        return taken.marked(positions.astype(np.int64).tobytes())
+
+    def remarked(self, remark: str) -> Self:
+        """The same with one more remark."""
+        return replace(self, remarks=(*self.remarks, remark))
+
+    def marked(self, facts: bytes) -> Self:
+        """The same with digests that depend on further facts."""
         listing, sizes = (
-            hashlib.sha256(digest.encode() + chosen).hexdigest()
+            hashlib.sha256(digest.encode() + facts).hexdigest()
             for digest in (self.listing, self.sizes)
         )
-        return replace(
-            self,
-            files_N=self.files_N[positions],
-            labels_N=self.labels_N[positions],
-            listing=listing,
-            sizes=sizes,
-        )
+        return replace(self, listing=listing, sizes=sizes)
+
+
+def label_facts(labels_N: np.ndarray, classes: Sequence[str]) -> bytes:
+    """What `FolderIndex.marked` takes where names of files say nothing of their labels."""
+    return "\0".join(classes).encode() + labels_N.tobytes()
+
+
+def digest_of(files: Iterable[tuple[bytes, int]]) -> str:
+    """SHA-256 over names and sizes, as `FolderIndex.sizes`."""
+    digest = hashlib.sha256()
+    for name, size in files:
+        digest.update(b"%s\0%d\n" % (name, size))
+    return digest.hexdigest()
 
 
 def find_split_folders(root: Path) -> dict[str, Path] | None:
@@ -95,11 +145,11 @@ def scan_folder(
     """List the images of a split.
 
     Raises:
-        UserError: no class folders, an empty class folder, or class folders that differ between
-            train and val, or something that cannot be read; the message names it.
+        UserError: no class folders, an empty class folder, a class of val that train lacks, or
+            something that cannot be read; the message names it.
     """
     try:
-        same_classes(folders["train"], folders["val"])
+        check_classes(folders["train"], folders["val"])
         return _scan(name, split, folders[split], list(class_folders(folders["train"])), decoding)
     except OSError as error:
         raise _unreadable(name, error) from error
@@ -117,9 +167,15 @@ def scan_whole(
         whole = _scan(name, "train", folder, list(class_folders(folder)), decoding)
     except OSError as error:
         raise _unreadable(name, error) from error
+    return split_whole(whole, name, folder, split, holdout)
+
+
+def split_whole(whole: _Index, name: str, folder: Path, split: str, holdout: Holdout) -> _Index:
+    """The part of an index that is "train" or "val"; UserError if nothing can be held back."""
     files = [bytes(file) for file in whole.files_N]
-    positions = holdout.positions(files, whole.labels_N, split)
-    sizes = np.bincount(whole.labels_N)
+    labels_N = first_labels(whole.labels_N)
+    positions = holdout.positions(files, labels_N, split)
+    sizes = np.bincount(labels_N)
     if (sizes < 2).all():
         raise UserError(
             f"data.val_share={holdout.share:g}: every class of {shown(folder)} has one image, so "
@@ -131,45 +187,75 @@ def scan_whole(
         f"{len(whole) - len(positions)} of the {len(whole)} images in {shown(folder)} are held "
         f"back for validation (data.val_share={holdout.share:g} data.val_seed={holdout.seed})"
     ]
-    if alone := int((sizes < 2).sum()):
+    # Of several labels only the first one counts here.
+    alone = int((sizes == 1).sum()) if whole.labels_N.ndim == 1 else 0
+    if alone:
         what = "class of one image has" if alone == 1 else "classes of one image have"
         remarks.append(f"{alone} {what} none in the validation images")
     return replace(whole.take(positions), remarks=(*whole.remarks, *remarks))
 
 
 def _unreadable(name: str, error: OSError) -> UserError:
-    return UserError(f"{name}: {shown(error.filename or '')} cannot be read: {error.strerror}")
+    file = error.filename or ""
+    if os.path.islink(file) and not os.path.exists(file):
+        return UserError(
+            f"{name}: {shown(file)} is a link to {shown(os.readlink(file))}, which is not there; "
+            "remove the link, or bring back what it leads to"
+        )
+    return UserError(f"{name}: {shown(file)} cannot be read: {error.strerror}")
 
 
 def _scan(
     name: str, split: str, folder: Path, classes: list[str], decoding: Decoding
 ) -> FolderIndex:
     places = class_folders(folder)
-    found = find_images(folder, [places[one] for one in classes])
-    digest, sizes = hashlib.sha256(), hashlib.sha256()
-    files: list[bytes] = []
+    here = [label for label, class_name in enumerate(classes) if class_name in places]
+    found = find_images(folder, [places[classes[label]] for label in here])
+    entries: list[tuple[bytes, os.stat_result]] = []
     labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        entries = found.images[label]
-        if not entries:
+    for label, images in zip(here, found.images, strict=True):
+        class_name = classes[label]
+        if not images:
             raise _no_image(name, folder / places[class_name], found)
-        for path, status in entries:
-            relative = os.fsencode(os.path.relpath(path, folder))
-            digest.update(b"%s\0%d\0%d\n" % (relative, status.st_size, status.st_mtime_ns))
-            sizes.update(b"%s\0%d\n" % (relative, status.st_size))
-            files.append(relative)
-        labels.extend([label] * len(entries))
+        entries += [(os.fsencode(os.path.relpath(path, folder)), state) for path, state in images]
+        labels += [label] * len(images)
     remarks = [remark] if (remark := found.remark()) else []
     if split == "train" and (alike := lookalikes(tuple(classes))):
         remarks.append(alike)
+    labels_N = np.array(labels, dtype=np.int64)
+    remarks += lacking_classes(labels_N, classes)
+    return index_files(name, split, folder, entries, labels_N, tuple(classes), decoding, remarks)
+
+
+def lacking_classes(labels_N: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """A remark on classes without an image, without its subject; none if every class has one."""
+    counts = images_per_class(labels_N, len(classes))
+    lacking = [one for one, count in zip(classes, counts, strict=True) if not count]
+    return [f"has no image of {len(lacking)} of the classes ({few(lacking)})"] if lacking else []
+
+
+def index_files(
+    name: str,
+    split: str,
+    folder: Path,
+    entries: Sequence[tuple[bytes, os.stat_result]],
+    labels_N: np.ndarray,
+    classes: tuple[str, ...],
+    decoding: Decoding,
+    remarks: Sequence[str],
+) -> FolderIndex:
+    """The index of these files, given by their names below `folder`; remarks begin with a verb."""
+    digest = hashlib.sha256()
+    for relative, status in entries:
+        digest.update(b"%s\0%d\0%d\n" % (relative, status.st_size, status.st_mtime_ns))
     return FolderIndex(
         f"{name}/{split}",
         folder,
-        np.array(files, dtype=np.bytes_),
-        np.array(labels, dtype=np.int64),
-        tuple(classes),
+        np.array([relative for relative, _ in entries], dtype=np.bytes_),
+        labels_N,
+        classes,
         digest.hexdigest(),
-        sizes.hexdigest(),
+        digest_of((relative, status.st_size) for relative, status in entries),
         decoding,
         tuple(f"{name}/{split} {remark}" for remark in remarks),
     )

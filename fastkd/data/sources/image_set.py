@@ -4,17 +4,26 @@ Sources build an ImageSet, the loaders read it. The canonical order of a split i
 arrays; a sample id is a position in it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from fastkd.data.sources.decode import framed
+from fastkd.data.sources.cuts import framing_cut
 from fastkd.errors import UserError
 from fastkd.storage.facts import Framing
 
-__all__ = ["ImageSet", "ImageSource", "check_limit", "stratified_positions"]
+__all__ = [
+    "ImageSet",
+    "ImageSource",
+    "check_limit",
+    "first_labels",
+    "first_readable",
+    "images_per_class",
+    "stratified_positions",
+]
 
 
 class ImageSource(Protocol):
@@ -27,7 +36,7 @@ class ImageSource(Protocol):
 
     @property
     def labels_N(self) -> np.ndarray:
-        """int64 labels in canonical order."""
+        """Labels in canonical order, in the form of `fastkd.data.batch.Batch`."""
         ...
 
     @property
@@ -46,14 +55,17 @@ class ImageSet:
 
     name         `data set/split`, e.g. "cifar10/train"
     images_NHWC  uint8 RGB; possibly a private copy-on-write mapping of the cache file
-    labels_N     int64 in 0..len(classes)-1
+    labels_N     int64 in 0..len(classes)-1; of images with several labels float32 [N, C], see
+                 `fastkd.data.batch.Batch`
     classes      names by label
+    unread       sample id -> why its image could not be read; its pixels are black
     """
 
     name: str
     images_NHWC: np.ndarray
     labels_N: np.ndarray
     classes: tuple[str, ...]
+    unread: Mapping[int, str] = field(default_factory=dict[int, str])
 
     def __post_init__(self) -> None:
         images, labels = self.images_NHWC, self.labels_N
@@ -62,10 +74,13 @@ class ImageSet:
                 f"{self.name}: images are {images.dtype} {images.shape}, "
                 "expected uint8 [N, H, W, 3]"
             )
+        several = (len(images), len(self.classes))
+        if labels.shape == several and labels.dtype == np.float32:
+            return
         if labels.shape != (len(images),) or labels.dtype != np.int64:
             raise ValueError(
-                f"{self.name}: labels are {labels.dtype} {labels.shape}, "
-                f"expected int64 [{len(images)}]"
+                f"{self.name}: labels are {labels.dtype} {labels.shape}, expected int64 "
+                f"[{len(images)}], or of several labels float32 {list(several)}"
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise UserError(
@@ -82,9 +97,13 @@ class ImageSet:
 
     def take(self, positions: np.ndarray) -> "ImageSet":
         """A new set of the samples at these positions; ids count from 0 again."""
-        return ImageSet(
-            self.name, self.images_NHWC[positions], self.labels_N[positions], self.classes
-        )
+        unread = {
+            place: self.unread[sample]
+            for place, sample in enumerate(positions.tolist())
+            if sample in self.unread
+        }
+        images_NHWC, labels_N = self.images_NHWC[positions], self.labels_N[positions]
+        return ImageSet(self.name, images_NHWC, labels_N, self.classes, unread)
 
     def framed(self, framing: Framing) -> "ImageSet":
         """What a framing shows of each picture, as of a folder's."""
@@ -92,8 +111,39 @@ class ImageSet:
         if framing.resize == size and self.images_NHWC.shape[1:3] == (size, size):
             return self
         pictures = (self.image(sample) for sample in range(len(self)))
-        shown = [np.asarray(framed(picture, framing)) for picture in pictures]
-        return ImageSet(self.name, np.stack(shown), self.labels_N, self.classes)
+        shown = [np.asarray(framing_cut(one.size, framing).of(one)) for one in pictures]
+        return ImageSet(self.name, np.stack(shown), self.labels_N, self.classes, self.unread)
+
+
+def first_readable(source: ImageSource, *, skips: bool) -> tuple[int, tuple[int, int]]:
+    """Id, and width and height, of the first picture; with `skips` of the first that can be read.
+
+    Raises:
+        UserError: it cannot be read, or none can.
+    """
+    num = len(source.labels_N) if skips else 1
+    for sample in range(num):
+        try:
+            return sample, source.image(sample).size
+        except UserError as error:
+            if sample == num - 1:
+                raise UserError(str(error)) from None
+    raise UserError(f"{source.name} has no image")
+
+
+def images_per_class(labels_N: np.ndarray, classes: int) -> list[int]:
+    """Images of each class; of several labels [N, C] those that surely show it."""
+    if labels_N.ndim == 2:
+        return (labels_N > 0).sum(0).tolist()
+    return np.bincount(labels_N, minlength=classes).tolist()
+
+
+def first_labels(labels_N: np.ndarray) -> np.ndarray:
+    """Class ids; of several labels [N, C] the first one, C where there is none."""
+    if labels_N.ndim == 1:
+        return labels_N
+    shown_NC = labels_N > 0
+    return np.where(shown_NC.any(1), shown_NC.argmax(1), labels_N.shape[1])
 
 
 def stratified_positions(labels_N: np.ndarray, limit: int) -> np.ndarray:

@@ -6,12 +6,11 @@ all. Modification times alone would call every copy of a data set another one.
 
 import hashlib
 import zlib
-from pathlib import Path
 
 import numpy as np
 
 from fastkd.data.sources.folder import FolderIndex
-from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.image_set import ImageSet, images_per_class
 from fastkd.errors import UserError
 from fastkd.storage.facts import Listing
 
@@ -21,14 +20,16 @@ READ_FILES = 512
 """The most files of a split that are read, however large it is."""
 
 
-def listing_of(source: ImageSet | FolderIndex) -> Listing:
-    """The listing of a split. UserError for a file that cannot be read."""
+def listing_of(source: ImageSet | FolderIndex, *, skips: bool = False) -> Listing:
+    """The listing of a split. UserError for a file that cannot be opened, unless it is skipped."""
     labels_N = source.labels_N
-    counts = tuple(np.bincount(labels_N, minlength=len(source.classes)).tolist())
+    counts = tuple(images_per_class(labels_N, len(source.classes)))
+    num = len(source) if labels_N.ndim == 2 else None
     if isinstance(source, ImageSet):
         pixels = zlib.crc32(np.ascontiguousarray(source.images_NHWC).data)
         return Listing(
             counts=counts,
+            num=num,
             files=hashlib.sha256(labels_N.tobytes()).hexdigest(),
             contents=f"{pixels:08x}",
             read=len(source),
@@ -36,19 +37,22 @@ def listing_of(source: ImageSet | FolderIndex) -> Listing:
     chosen = np.unique(np.linspace(0, len(source) - 1, READ_FILES).round().astype(int))
     return Listing(
         counts=counts,
+        num=num,
         files=source.sizes,
-        contents=_contents(source, chosen),
+        contents=_contents(source, chosen, skips=skips),
         read=len(chosen),
         times=source.listing,
     )
 
 
-def _contents(source: FolderIndex, samples: np.ndarray) -> str:
+def _contents(source: FolderIndex, samples: np.ndarray, *, skips: bool) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        path = Path(source.path(sample))
         try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise UserError(f"{source.name}: {path} cannot be read: {error.strerror}") from error
+            with source.open(sample) as stream:
+                digest.update(hashlib.sha256(stream.read()).digest())
+        except UserError as error:
+            if not skips:
+                raise UserError(f"{source.name}: {error}") from None
+            digest.update(b"unread")
     return digest.hexdigest()

@@ -7,7 +7,6 @@ when its turn comes.
 import numpy as np
 from PIL import ExifTags, Image
 
-from fastkd.data.sources.decode import read_image
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.pixels import is_deep
 from fastkd.errors import UserError
@@ -26,7 +25,7 @@ def survey(index: FolderIndex) -> list[str]:
     brightest: list[int] = []
     for sample in positions:
         try:
-            found = read_image(index.path(sample), decoding, _habits)
+            found = index.read(sample, _habits)
         except UserError:
             continue
         turned += found[0]

@@ -226,6 +226,9 @@ class ResidualBlock(nn.Module):
     shortcut_name: ClassVar[str] = "shortcut"
     """The child that is added to the branch: nn.Identity, a projection, or None for nothing."""
 
+    ways_to_run: ClassVar[tuple[str, ...]] = ()
+    """Methods besides `forward` through which a network runs the block."""
+
     arguments: dict[str, Any]
     """The constructor's arguments by name, including defaults."""
 

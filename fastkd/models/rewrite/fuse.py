@@ -7,9 +7,8 @@ keeps its class, its module names and its taps, batch norms that hold an activat
 what cannot be traced as a whole is traced in parts.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
@@ -19,13 +18,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastkd.models.report import RewriteReport
 from fastkd.models.rewrite.result import copied, finish
+from fastkd.models.tracing import PLAIN_NORMS, has_activation, without_hooks
 
 __all__ = ["fuse"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 CONVS += (nn.ConvTranspose3d,)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -44,7 +42,7 @@ def fuse(model: nn.Module) -> nn.Module:
     model.eval()  # an overridden train() may not return the model
     norms = {path: one for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
     new_of: dict[nn.Module, nn.Module] = {}
-    with _without_hooks(model):
+    with without_hooks(model):
         pairs = list(_pairs(model))
     with torch.no_grad():
         for conv, norm in pairs:
@@ -56,20 +54,6 @@ def fuse(model: nn.Module) -> nn.Module:
     changed = {path: "folded into its convolution" for path, one in norms.items() if one in new_of}
     left = {path: "does not follow a single convolution" for path in norms if path not in changed}
     return finish(model, new_of, RewriteReport("fuse batch norm", changed, left), None)
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Users' hooks must not be called with the proxies of a trace."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    hooked = [(one, name, getattr(one, name)) for one in model.modules() for name in names]
-    try:
-        for module, name, _ in hooked:
-            setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, name, hooks in hooked:
-            setattr(module, name, hooks)
 
 
 class _Tracer(fx.Tracer):
@@ -109,7 +93,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[_ConvNd, _BatchNorm]]:
 
 def _foldable(conv: _ConvNd, norm: _BatchNorm) -> bool:
     """Whether torch's fusion applies: kinds it knows, running statistics, no hooks."""
-    plain = type(norm) in NORMS or _has_activation(norm)
+    plain = type(norm) in PLAIN_NORMS or has_activation(norm)
     hooks = (conv._forward_hooks, conv._forward_pre_hooks, norm._forward_hooks)
     return (
         type(conv) in CONVS
@@ -120,11 +104,7 @@ def _foldable(conv: _ConvNd, norm: _BatchNorm) -> bool:
     )
 
 
-def _has_activation(norm: _BatchNorm) -> bool:
-    return f"{type(norm).__module__}.{type(norm).__qualname__}" in WITH_ACTIVATION
-
-
 def _behind(norm: _BatchNorm) -> nn.Module:
     """The replacement for a folded batch norm."""
-    act = getattr(norm, "act", None) if _has_activation(norm) else None
+    act = getattr(norm, "act", None) if has_activation(norm) else None
     return act if isinstance(act, nn.Module) else nn.Identity()

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models.card import Card, card_of, sign
+from fastkd.models.fused.install import use_kernels
 from fastkd.models.report import RewriteReport
 from fastkd.models.taps import check_network
 
@@ -53,4 +54,4 @@ def finish(
     elif card.name is not None:
         card = replace(card, options={**card.options, **options})
     sign(rewritten, card)
-    return rewritten
+    return rewritten if card.kernels is None else use_kernels(rewritten, card.kernels)

@@ -11,6 +11,7 @@ cheap block without bias, G(N) in its table. Taps: the ends of layers 1 (stem), 
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,8 @@ class Up(nn.Module):
 
 class ResidualBlock1d(ResidualBlock):
     """[N, C, H, W] -> the same: pair, BN, ReLU, dilated pair, BN, dropout, added, ReLU."""
+
+    ways_to_run: ClassVar[tuple[str, ...]] = ("preact",)
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class BasicBlock(ResidualBlock):
     """
 
     shortcut_name: ClassVar[str] = "downsample"
+    ways_to_run: ClassVar[tuple[str, ...]] = ("preact",)
 
     def __init__(
         self,

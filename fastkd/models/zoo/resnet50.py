@@ -44,6 +44,7 @@ class Bottleneck(ResidualBlock):
     """
 
     shortcut_name: ClassVar[str] = "downsample"
+    ways_to_run: ClassVar[tuple[str, ...]] = ("preact",)
 
     def __init__(
         self,

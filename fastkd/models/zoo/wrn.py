@@ -11,7 +11,7 @@ as in Demystification (arXiv 2006.16589).
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class PreactBlock(ResidualBlock):
     A bottleneck (B, BG) replaces both: BN - ReLU - bottleneck, added. Dropout is in front of
     `conv2`, or of the bottleneck.
     """
+
+    ways_to_run: ClassVar[tuple[str, ...]] = ("after_bn1",)
 
     def __init__(
         self,

@@ -1,0 +1,138 @@
+"""What loaders that decode batch by batch share: keys out, pixels in, the rest on the device."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.geometry import NO_GEOMETRY, Crop
+from fastkd.data.loaders.decoding import Pixels, Reader, View
+from fastkd.data.loaders.planned import Loading, PlannedLoader
+from fastkd.data.sources.image_set import ImageSource
+from fastkd.data.tables import GeometryTables
+from fastkd.errors import UserError
+from fastkd.storage.facts import Framing
+
+__all__ = ["StreamingLoader"]
+
+Key = tuple[int, np.ndarray]
+"""Epoch and sample ids of a batch."""
+
+
+class StreamingLoader(PlannedLoader):
+    """Batches of a split that is too large to keep decoded; protocol `fastkd.data.batch.Loader`.
+
+    source        labels and pictures by sample id: a FolderIndex or an ImageSet
+    loading       as for ResidentLoader; of its geometry "resized" uses flip only
+    image_size    side of the square output images, in pixels
+    crop          "resized": random area and aspect in training (see `cuts.random_cut`); "pad" and
+                  "none": `framing`, then the geometry, the same bytes as ResidentLoader gives
+    framing       what is shown of a picture in evaluation, and in training unless the crop is
+                  "resized"; its crop is image_size. None: all of it
+    workers       how many decode at a time
+    skips         data.on_bad=skip: another image is shown for one that cannot be read
+    One epoch can be iterated at a time.
+
+    Raises:
+        UserError: as ResidentLoader; while iterating: an image that cannot be decoded, named.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        loading: Loading,
+        *,
+        image_size: int,
+        crop: Crop,
+        workers: int = 0,
+        framing: Framing | None = None,
+        skips: bool = False,
+        views: SecondViews | None = None,
+    ) -> None:
+        super().__init__(source, loading, views)
+        geometry = loading.applied
+        if geometry.pad_mode == "reflect" and geometry.padding >= image_size:
+            raise UserError(
+                f"{source.name}: reflect padding of {geometry.padding} pixels needs images larger "
+                f"than that, got {image_size}; use less padding or zero padding"
+            )
+        self._workers = workers
+        framing = framing or Framing.whole(image_size)
+        view = View(image_size, framing, crop, loading.train, geometry.flip, loading.seed)
+        self._reader = Reader(source, view, skips)
+        self._cut = NO_GEOMETRY if crop == "resized" else geometry
+        num = self.plan.num_samples
+        self._tables = GeometryTables(self._cut, loading.seed, num, self._device)
+        second = self._second
+        self._policy = None if second is None or second.is_crop else second
+        self._appearances = [0]
+        if second is not None and second.is_crop and view.is_random:
+            self._appearances += second.appearances
+        self._start()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Prepare whatever decodes."""
+
+    @abstractmethod
+    def _stream(self, keys: Sequence[Key]) -> Iterator[Pixels]:
+        """The pixels of each key, in order."""
+
+    @abstractmethod
+    def _read(self, ids: Sequence[int], epoch: int) -> Pixels:
+        """Pictures of any ids, the same bytes as in the stream."""
+
+    @override
+    def with_views(self, views: SecondViews) -> Self:
+        view = self._reader.view
+        return type(self)(
+            self._reader.source,
+            self._loading,
+            image_size=view.size,
+            crop=view.crop,
+            workers=self._workers,
+            framing=view.framing,
+            skips=self._reader.skips,
+            views=views,
+        )
+
+    @override
+    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
+        pixels = self._read(self._shown_ids(index_N.cpu().numpy()).tolist(), epoch)
+        pictures_NHWC = pixels.pictures_BHWC.to(self._device)
+        return self._normalize(
+            self._tables.crop(pictures_NHWC, pixels.ids_B.to(self._device), epoch)
+        )
+
+    @override
+    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
+        order_N = self.plan.order(epoch)
+        keys = [(epoch, self._shown_ids(order_N[part])) for part in parts]
+        for part, pixels in zip(parts, self._stream(keys), strict=True):
+            self._learn(pixels.unread)
+            pictures_NHWC = pixels.pictures_BHWC.to(self._device, non_blocking=True)
+            index_N = pixels.ids_B.to(self._device, non_blocking=True)
+            yield Batch(
+                self._normalize(self._tables.crop(pictures_NHWC, index_N, epoch)),
+                self._device_labels_N.index_select(0, index_N),
+                index_N,
+                second_NCHW=self._second_views(pixels, pictures_NHWC, index_N, epoch),
+                unread=self._stand_ins.said_of(order_N[part]),
+            )
+
+    def _second_views(
+        self, pixels: Pixels, pictures_NHWC: Tensor, index_N: Tensor, epoch: int
+    ) -> Tensor | None:
+        if self._second is None:
+            return None
+        if pixels.more_BHWC is not None:
+            return self._normalize(pixels.more_BHWC.to(self._device, non_blocking=True))
+        crops = [
+            self._tables.crop(pictures_NHWC, index_N, epoch, k) for k in self._second.appearances
+        ]
+        return self._normalize(torch.cat(crops))
