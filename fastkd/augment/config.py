@@ -1,11 +1,14 @@
-"""Recipe keys for the views of a batch: geometry, the second view x', the pick."""
+"""Recipe keys for the views of a batch: how x appears and is mixed, x', and the pick."""
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from typing import Annotated
 
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from fastkd.augment.mix import Mixing
 from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPrime
-from fastkd.config.section import Section
-from fastkd.data.config import GeometryConfig
+from fastkd.config.section import Section, Since
+from fastkd.data.config import AppearanceConfig
 
 __all__ = ["AugmentConfig", "PickConfig"]
 
@@ -28,7 +31,7 @@ class PickConfig(Section):
     """Whether the student's batch norm statistics see the pool, as in the released code."""
 
 
-class AugmentConfig(GeometryConfig):
+class AugmentConfig(AppearanceConfig):
     """What happens to a training image (`fastkd.augment.views`); all others are only normalised."""
 
     xprime: XPrime = "none"
@@ -36,6 +39,35 @@ class AugmentConfig(GeometryConfig):
     three), or from the picture of x with one draw per image (the last three)."""
     pick: PickConfig | None = None
     """Choose x' from a pool of them."""
+    mixup: Annotated[NonNegativeFloat, Since("0.2")] = 0.0
+    """alpha of the Beta distribution of mixup on x, whose labels become rows of probabilities; 0:
+    none."""
+    cutmix: Annotated[NonNegativeFloat, Since("0.2")] = 0.0
+    """alpha of CutMix on x. With both, each batch gets one of them."""
+    mix_share: Annotated[float, Since("0.2")] = Field(default=1.0, gt=0, le=1)
+    """Share of the batches that are mixed."""
+    sizes: Annotated[tuple[PositiveInt, ...], Since("0.2")] = ()
+    """Sides in pixels of the training images in equal parts of the run, each at most their own
+    size: the first epochs are cheaper. Evaluation keeps the full size."""
+
+    @property
+    def mixing(self) -> Mixing:
+        """How x is mixed."""
+        return Mixing(self.mixup, self.cutmix, self.mix_share)
+
+    @model_validator(mode="after")
+    def _mixes_once(self) -> "AugmentConfig":
+        if self.mixing and self.xprime != "none":
+            raise ValueError(
+                f"augment.mixup and augment.cutmix mix x, and augment.xprime={self.xprime} would "
+                "be made from mixed images: use one of them"
+            )
+        if self.mix_share < 1 and not self.mixing:
+            raise ValueError(
+                f"augment.mix_share={self.mix_share:g} is for augment.mixup and augment.cutmix: "
+                "set one of them, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _crops_differ(self) -> "AugmentConfig":

@@ -1,12 +1,13 @@
-"""What makes the second view x' of a batch: the draw of CutMix, mixup or Cutout for one step.
+"""The draw of CutMix, mixup or Cutout for one step: it makes the second view x', or mixes x.
 
-One draw for the whole batch, from (seed, epoch, step) alone, so x' does not depend on the number
+One draw for the whole batch, from (seed, epoch, step) alone, so it does not depend on the number
 of ranks; `fastkd.kernels.mix` applies it. Source: KD x data augmentation paper, section 3.2 and
 appendix C, and its released code: lam ~ U(0, 1), the box has side floor(H * sqrt(1 - lam)) around
 a uniform centre, clipped to the image. CutMix pairs by a permutation without fixed point, mixup by
 any permutation. Cutout fills a square of a quarter of the side, 8 of 32 or 56 of 224 pixels, with
 the mean colour, at the same place in all images; the original (DeVries and Taylor 2017,
-arXiv:1708.04552) draws a place for each image.
+arXiv:1708.04552) draws a place for each image. On x, lam ~ Beta(alpha, alpha) as in the papers of
+mixup and CutMix and in timm.
 """
 
 import math
@@ -18,7 +19,18 @@ import numpy as np
 
 from fastkd.data.draws import as_integers, as_permutation, as_uniforms, step_words
 
-__all__ = ["MIXES", "MixDraw", "MixKind", "cut_box", "draw_mix", "draw_partners", "has_partners"]
+__all__ = [
+    "MIXES",
+    "MixDraw",
+    "MixKind",
+    "Mixing",
+    "cut_box",
+    "draw_mix",
+    "draw_partners",
+    "draw_x_mix",
+    "has_partners",
+    "x_mix_kind",
+]
 
 MixKind = Literal["cutmix", "mixup", "cutout"]
 MIXES: tuple[MixKind, ...] = get_args(MixKind)
@@ -44,6 +56,21 @@ class MixDraw:
         return 1.0 - (bottom - top) * (right - left) / side**2
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """How x is mixed; false if it is not."""
+
+    mixup: float = 0.0
+    """alpha of mixup, 0 for none."""
+    cutmix: float = 0.0
+    """alpha of CutMix, 0 for none."""
+    share: float = 1.0
+    """Of the batches."""
+
+    def __bool__(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
 def has_partners(kind: str) -> bool:
     """Whether x' combines two images."""
     return kind in MIXES and kind != "cutout"
@@ -56,11 +83,41 @@ def draw_mix(
     if kind not in MIXES:
         raise ValueError(f"x' is made by {', '.join(MIXES)}, got {kind!r}")
     words = step_words(seed, epoch, step, number, 0, 3)
-    row, column = as_integers(words[1:], side).tolist()
     if kind == "cutout":
+        row, column = as_integers(words[1:], side).tolist()
         return MixDraw(1.0, _box(side, side // 4 // 2, row, column), None)
-    lam = float(as_uniforms(words[0]))
     partner_N = draw_partners(kind, seed=seed, epoch=epoch, step=step, num=num, number=number)
+    return _mixed(kind, float(as_uniforms(words[0])), words[1:3], side, partner_N)
+
+
+def x_mix_kind(mixing: Mixing, *, seed: int, epoch: int, step: int) -> MixKind | None:
+    """What happens to x in a step; None: nothing."""
+    happens, which = as_uniforms(step_words(seed, epoch, step, 0, 0, 5)[3:]).tolist()
+    if not mixing or happens >= mixing.share:
+        return None
+    if mixing.mixup and mixing.cutmix:
+        return "cutmix" if which < 0.5 else "mixup"
+    return "mixup" if mixing.mixup else "cutmix"
+
+
+def draw_x_mix(
+    mixing: Mixing, *, seed: int, epoch: int, step: int, num: int, side: int
+) -> MixDraw | None:
+    """What happens to x in a step, for a global batch of `num` square images; None: nothing."""
+    kind = x_mix_kind(mixing, seed=seed, epoch=epoch, step=step)
+    if kind is None:
+        return None
+    words = step_words(seed, epoch, step, 0, 0, 6)
+    # numpy guarantees the numbers of its RandomState for all versions.
+    state = np.random.RandomState(int(words[5] >> np.uint64(32)))
+    alpha = mixing.mixup if kind == "mixup" else mixing.cutmix
+    partner_N = draw_partners(kind, seed=seed, epoch=epoch, step=step, num=num)
+    return _mixed(kind, float(state.beta(alpha, alpha)), words[1:3], side, partner_N)
+
+
+def _mixed(kind: str, lam: float, place: np.ndarray, side: int, partner_N: np.ndarray) -> MixDraw:
+    """The draw of CutMix or mixup. place: two words for the centre of the box."""
+    row, column = as_integers(place, side).tolist()
     box = None if kind == "mixup" else cut_box(side, lam, row, column)
     return MixDraw(lam, box, partner_N)
 

@@ -1,9 +1,10 @@
-"""Views of a batch: x is what the loader yields, x' is mixed from it here or comes with it.
+"""Views of a batch: x is what the loader yields, or mixed; x' is mixed from it or comes with it.
 
 Teacher and student see the same pixels of a view by construction.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.augment.mix import MixDraw, MixKind, draw_mix, draw_partners, has_partners
+from fastkd.augment.mix import (
+    MixDraw,
+    Mixing,
+    MixKind,
+    draw_mix,
+    draw_partners,
+    draw_x_mix,
+    has_partners,
+    x_mix_kind,
+)
 from fastkd.compute.collectives import join_rows
 from fastkd.compute.placement import Placement
 from fastkd.data.batch import Batch, TrainLoader
@@ -20,43 +30,42 @@ from fastkd.data.picture_views import PICTURE_VIEWS, PictureKind, PictureView
 from fastkd.data.tables import to_device
 from fastkd.kernels import mix as mix_images
 
-__all__ = ["XPRIMES", "ViewMaker", "XPrime"]
+__all__ = ["NOT_MIXED", "XPRIMES", "ViewMaker", "XPrime"]
 
 XPrime = Literal["none", MixKind, PictureKind]
 """Kinds of x': a mix of x, or a second view of its picture."""
 XPRIMES: tuple[XPrime, ...] = get_args(XPrime)
 
 
+NOT_MIXED = Mixing()
+
+
+@dataclass(frozen=True)
 class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
     The batches come from the loader that `opened` returns. Besides x it yields what x' is made
     from: second views of the pictures or, with several ranks, the partners.
-
-    pool: number of x' made from the batch, one below the other, for `fastkd.augment.pick` to choose
-    from.
-    mixes: which of "labels" and "logits" `xprime_targets` mixes like the pixels; labels are of
-    num_classes.
     """
 
-    def __init__(
-        self,
-        xprime: XPrime,
-        *,
-        seed: int,
-        placement: Placement,
-        layout: torch.memory_format,
-        pool: int = 1,
-        mixes: Sequence[str] = (),
-        num_classes: int = 0,
-    ) -> None:
-        self.xprime: XPrime = xprime
-        self.seed = seed
-        self.placement = placement
-        self.layout = layout
-        self.pool = pool
-        self.mixes = mixes
-        self.num_classes = num_classes
+    xprime: XPrime
+    _: KW_ONLY
+    seed: int
+    placement: Placement
+    layout: torch.memory_format
+    pool: int = 1
+    """Number of x' made from the batch, one below the other, for `fastkd.augment.pick` to choose
+    from."""
+    mixes: Sequence[str] = ()
+    """Which of "labels" and "logits" `xprime_targets` mixes like the pixels."""
+    num_classes: int = 0
+    """Of mixed labels."""
+    mixing: Mixing = NOT_MIXED
+    """How x itself is mixed; its labels become rows of probabilities."""
+    sizes: Sequence[int] = ()
+    """Sides of the images in equal parts of the run; (): their own."""
+    epochs: int = 1
+    """Of the run."""
 
     def opened(self, loader: TrainLoader) -> TrainLoader:
         """The loader of the batches from which these views are made.
@@ -64,14 +73,49 @@ class ViewMaker:
         UserError if it cannot provide them.
         """
         # On one rank all partners are in the batch.
-        if has_partners(self.xprime) and self.placement.world.size > 1:
+        mixed = has_partners(self.xprime) or bool(self.mixing)
+        if mixed and self.placement.world.size > 1:
             return loader.with_views(Partners(self._partners))
         if self.xprime in PICTURE_VIEWS:
             return loader.with_views(PictureView(self.xprime, self.pool))
         return loader
 
+    def mixed(
+        self, batch: Batch, epoch: int, step: int, rows_of_ranks: Sequence[int] = ()
+    ) -> Batch:
+        """The batch with images and labels mixed, if x is: labels are float32 rows [N, C] then.
+
+        rows_of_ranks: the number of images on each rank, whose labels are exchanged.
+        """
+        if not self.mixing:
+            return batch
+        side = batch.images_NCHW.shape[-1]
+        draw = draw_x_mix(
+            self.mixing, seed=self.seed, epoch=epoch, step=step, num=self._num(batch), side=side
+        )
+        rows_NC = F.one_hot(batch.labels_N, self.num_classes).float()
+        if draw is None:
+            return batch._replace(labels_N=rows_NC)
+        images_NCHW = self._mixed(self._laid_out(batch.images_NCHW), draw, batch.second_NCHW)
+        everyone_NC, mine = self._everyone(rows_NC, batch, rows_of_ranks)
+        labels_NC = _mixed_rows(rows_NC, everyone_NC, mine, draw, side)
+        return batch._replace(images_NCHW=images_NCHW, labels_N=labels_NC)
+
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """`x`, and `xprime` where the recipe has one."""
+        views = self._views(batch, epoch, step)
+        if not self.sizes:
+            return views
+        side = self.side(epoch)
+        return {name: self._laid_out(resized(view, side)) for name, view in views.items()}
+
+    def side(self, epoch: int) -> int | None:
+        """Side in pixels of the images in an epoch; None: their own."""
+        if not self.sizes:
+            return None
+        return self.sizes[min(epoch * len(self.sizes) // self.epochs, len(self.sizes) - 1)]
+
+    def _views(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         x = self._laid_out(batch.images_NCHW)
         if self.xprime == "none":
             return {"x": x}
@@ -118,31 +162,38 @@ class ViewMaker:
     ) -> Tensor:
         if self.xprime in PICTURE_VIEWS:
             return rows_NC.repeat(self.pool, 1)
-        everyone_NC, mine = rows_NC, slice(None)
-        if batch.second_NCHW is not None:
-            everyone_NC = join_rows(rows_NC, rows_of_ranks)
-            first = sum(rows_of_ranks[: self.placement.world.rank])
-            mine = slice(first, first + len(rows_NC))
-        made = []
-        for draw in self._draws(batch, epoch, step):
-            if draw.partner_N is None:
-                made.append(rows_NC)
-                continue
-            partners_NC = everyone_NC[to_device(draw.partner_N[mine], rows_NC.device)]
-            stays = draw.stays(batch.images_NCHW.shape[-1])
-            made.append(stays * rows_NC + (1.0 - stays) * partners_NC)
-        return torch.cat(made)
+        everyone_NC, mine = self._everyone(rows_NC, batch, rows_of_ranks)
+        side = batch.images_NCHW.shape[-1]
+        return torch.cat(
+            [
+                _mixed_rows(rows_NC, everyone_NC, mine, draw, side)
+                for draw in self._draws(batch, epoch, step)
+            ]
+        )
+
+    def _everyone(
+        self, rows_NC: Tensor, batch: Batch, rows_of_ranks: Sequence[int]
+    ) -> tuple[Tensor, slice]:
+        """The rows of all images that may be partners, and where this rank's are among them."""
+        if batch.second_NCHW is None:
+            return rows_NC, slice(None)
+        first = sum(rows_of_ranks[: self.placement.world.rank])
+        return join_rows(rows_NC, rows_of_ranks), slice(first, first + len(rows_NC))
+
+    @staticmethod
+    def _num(batch: Batch) -> int:
+        """Images among which partners are drawn: of all ranks, if their images are here."""
+        return len(batch.labels_N) if batch.second_NCHW is None else batch.global_size
 
     def _draws(self, batch: Batch, epoch: int, step: int) -> list[MixDraw]:
         """One for each x' of the pool."""
-        shared = batch.second_NCHW is not None
         return [
             draw_mix(
                 self.xprime,
                 seed=self.seed,
                 epoch=epoch,
                 step=step,
-                num=batch.global_size if shared else len(batch.labels_N),
+                num=self._num(batch),
                 side=batch.images_NCHW.shape[-1],
                 number=number,
             )
@@ -151,6 +202,11 @@ class ViewMaker:
 
     def _partners(self, epoch: int, step: int, num: int) -> list[np.ndarray]:
         """Who is mixed with whom in the same draws, for the loader."""
+        if self.mixing:
+            kind = x_mix_kind(self.mixing, seed=self.seed, epoch=epoch, step=step)
+            if kind is None:
+                return []
+            return [draw_partners(kind, seed=self.seed, epoch=epoch, step=step, num=num)]
         return [
             draw_partners(
                 self.xprime, seed=self.seed, epoch=epoch, step=step, num=num, number=number
@@ -168,3 +224,24 @@ class ViewMaker:
 
     def _laid_out(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.to(dtype=self.placement.dtype, memory_format=self.layout)
+
+
+def _mixed_rows(
+    rows_NC: Tensor, everyone_NC: Tensor, mine: slice, draw: MixDraw, side: int
+) -> Tensor:
+    """Rows mixed with their partners' in proportion to the pixels of images of this side."""
+    if draw.partner_N is None:
+        return rows_NC
+    partners_NC = everyone_NC[to_device(draw.partner_N[mine], rows_NC.device)]
+    stays = draw.stays(side)
+    return stays * rows_NC + (1.0 - stays) * partners_NC
+
+
+def resized(images_NCHW: Tensor, side: int | None) -> Tensor:
+    """Images made smaller, bilinear with antialias, in fp32; unchanged at their own size."""
+    if side in (None, images_NCHW.shape[-1]):
+        return images_NCHW
+    small_NCHW = F.interpolate(
+        images_NCHW.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small_NCHW.to(images_NCHW.dtype)

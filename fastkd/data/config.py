@@ -1,4 +1,4 @@
-"""Recipe keys for images: where they come from, how they are cropped and flipped."""
+"""Recipe keys for images: where they come from, how they appear in training."""
 
 from typing import Annotated, Literal
 
@@ -7,13 +7,15 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from fastkd.config.section import Channels, Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
 from fastkd.data.normalization import DATASETS, DataName
+from fastkd.data.policies.config import PolicyName, RandAugmentConfig
 from fastkd.data.sources.holdout import Holdout
 from fastkd.data.sources.pixels import MAX_PIXELS, Alpha, Decoding, Exif
 from fastkd.storage.facts import FramingMode, Interpolation
 
-__all__ = ["Backend", "DataConfig", "GeometryConfig", "OnBad"]
+__all__ = ["AppearanceConfig", "Backend", "DataConfig", "OnBad"]
 
 Backend = Literal["auto", "resident", "torch", "dali"]
+TrainInterpolation = Literal["bilinear", "bicubic"]
 OnBad = Literal["fail", "skip"]
 
 
@@ -113,8 +115,8 @@ class DataConfig(Section):
         return self
 
 
-class GeometryConfig(Section):
-    """How a training image is cropped and flipped (`fastkd.data.geometry`)."""
+class AppearanceConfig(Section):
+    """How a training image is cut (`fastkd.data.geometry`) and changed (`fastkd.data.policies`)."""
 
     crop: Crop = "pad"
     """`pad`: pad and crop at random; `resized`: random resized crop; `none`."""
@@ -124,3 +126,34 @@ class GeometryConfig(Section):
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the images."""
+    interpolation: Annotated[TrainInterpolation, Since("0.2")] = "bilinear"
+    """How the random areas of `resized` are brought to size."""
+    policy: Annotated[PolicyName, Since("0.2")] = "none"
+    """Random operations on every image: RandAugment, TrivialAugment Wide, AutoAugment, or
+    3-Augment of DeiT III."""
+    randaugment: Annotated[RandAugmentConfig | None, Since("0.2")] = None
+    """How strong the policy randaugment is; by default as in torchvision."""
+    erasing: Annotated[float, Since("0.2")] = Field(default=0.0, ge=0, le=1)
+    """Share of the images of which a random rectangle is erased."""
+
+    repeats: Annotated[PositiveInt, Since("0.2")] = 1
+    """How often an image is shown in an epoch, each time changed in another way; an epoch then has
+    as many images as ever, of a part of the set."""
+
+    @model_validator(mode="after")
+    def _has_its_policy(self) -> "AppearanceConfig":
+        if self.policy != "randaugment" and self.randaugment is not None:
+            raise ValueError(
+                f"augment.randaugment is for augment.policy=randaugment, got {self.policy}: set "
+                "the policy, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _resizes(self) -> "AppearanceConfig":
+        if self.crop != "resized" and self.interpolation != "bilinear":
+            raise ValueError(
+                f"augment.interpolation={self.interpolation} is for augment.crop=resized, got "
+                f"{self.crop}: leave it out"
+            )
+        return self

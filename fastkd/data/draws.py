@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 __all__ = [
+    "ERASE",
     "MIRROR",
     "ORDER",
     "POLICY",
@@ -22,12 +23,17 @@ __all__ = [
     "epoch_order",
     "integer_table",
     "sample_uniforms",
+    "sample_words",
     "step_seed",
     "step_words",
 ]
 
 # A stream per purpose: adding one never changes what the others draw.
-ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX, POLICY = range(7)
+ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX, POLICY, ERASE = range(8)
+
+# Of splitmix64.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _raw(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
@@ -83,6 +89,38 @@ def sample_uniforms(
 ) -> np.ndarray:
     """`count` float64 numbers in [0, 1) that belong to one sample's appearance in one epoch."""
     return as_uniforms(_raw(seed, (epoch, RESIZED_CROP, sample, *_again(appearance)), count))
+
+
+def sample_words(
+    seed: int,
+    epoch: int,
+    stream: int,
+    num_samples: int,
+    ids_B: np.ndarray,
+    count: int,
+    appearance: int = 0,
+) -> np.ndarray:
+    """`count` 64-bit words for each of some samples, uint64 [B, count].
+
+    One word of Philox belongs to each sample of the epoch; splitmix64 makes more of it, which is
+    cheap for a batch.
+    """
+    own_B = _word_of_each(seed, epoch, stream, num_samples, appearance)[ids_B]
+    steps_K = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    words_BK = own_B[:, None] + steps_K
+    words_BK = (words_BK ^ (words_BK >> np.uint64(30))) * _FACTORS[0]
+    words_BK = (words_BK ^ (words_BK >> np.uint64(27))) * _FACTORS[1]
+    return words_BK ^ (words_BK >> np.uint64(31))
+
+
+@lru_cache(maxsize=32)
+def _word_of_each(
+    seed: int, epoch: int, stream: int, num_samples: int, appearance: int
+) -> np.ndarray:
+    """By sample id, uint64 [N]; read-only, because it is cached."""
+    words_N = _raw(seed, (epoch, stream, *_again(appearance)), num_samples)
+    words_N.flags.writeable = False
+    return words_N
 
 
 def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: int) -> np.ndarray:

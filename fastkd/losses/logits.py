@@ -8,7 +8,6 @@ KD: Hinton et al. 2015, arXiv:1503.02531, section 2. The sum over two views is T
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from fastkd.data.batch import NO_LABEL
 from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
 from fastkd.kernels.kd_loss import rows_that_count
-from fastkd.losses.base.arguments import STATED, Weight
+from fastkd.losses.base.arguments import STATED, Smoothing, Weight
 from fastkd.losses.base.dtypes import widened
 from fastkd.losses.base.needs import (
     MIXED_LABELS,
@@ -34,7 +33,6 @@ from fastkd.losses.drop_in import KDLoss
 
 __all__ = ["KD", "CrossEntropy", "MixedCE", "SoftCE", "standardize"]
 
-Smoothing = Annotated[float, Ge(0), Lt(1)]
 Target = Literal["teacher", "mixed_logits"]
 _STUDENT = str(STUDENT_LOGITS)
 

@@ -12,7 +12,7 @@ from fastkd.models.planner import DEFAULT_KERNELS, KernelChoice
 
 __all__ = ["NETWORK_OPTIONS", "StudentConfig"]
 
-NETWORK_OPTIONS = ("width", "block", "shortcuts", "stem", "dropout")
+NETWORK_OPTIONS = ("width", "block", "shortcuts", "stem", "dropout", "drop_path")
 """Keys of student and teacher that are options of `fastkd.models.create_model`."""
 
 
@@ -31,6 +31,9 @@ class StudentConfig(Section):
     """First layers of a ResNet-18 or 34: cifar, imagenet, or imagenet-nopool."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability inside the residual blocks of a WRN."""
+    drop_path: Annotated[float | None, Since("0.2")] = Field(default=None, ge=0, lt=1)
+    """Stochastic depth of a timm or torchvision network: the chance of its last block to be
+    skipped, of earlier ones in proportion."""
     kernels: Annotated[KernelChoice, NoEffect] = DEFAULT_KERNELS
     """Grouped 3x3 and 1x1 convolutions as one op: plain (nowhere), auto (where it is measured to be
     faster), fused (wherever it can be)."""

@@ -55,6 +55,7 @@ def build_timm(
         _check_pinned(base)
     if num_classes is not None:
         options = {**options, "num_classes": num_classes}
+    options = _spelled(options, "drop_path_rate")
     model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
     details: Any = model
     mean_std = tuple(details.pretrained_cfg["mean"]), tuple(details.pretrained_cfg["std"])
@@ -71,6 +72,7 @@ def build_torchvision(
 
     if name not in list_torchvision():
         _unknown("torchvision", name, list_torchvision())
+    options = _spelled(options, "stochastic_depth_prob")
     choices: Any = get_model_weights(name)
     weights = choices.DEFAULT
     own_classes = len(weights.meta["categories"])
@@ -166,6 +168,12 @@ def list_torchvision(pattern: str = "*") -> list[str]:
 
     kinds = (models, models.segmentation)
     return [name for kind in kinds for name in models.list_models(kind, include=pattern)]
+
+
+def _spelled(options: dict[str, Any], drop_path: str) -> dict[str, Any]:
+    """The options as a package spells them; a rate of 0 is left to it."""
+    named = {key: value for key, value in options.items() if key != "drop_path"}
+    return {**named, drop_path: options["drop_path"]} if options.get("drop_path") else named
 
 
 def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:

@@ -134,6 +134,12 @@ class Recipe(Section):
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} does not fit into "
                 f"epochs={self.epochs}"
             )
+        keeping = [name for name in self.losses if config_class(name).term.uses_index]
+        if self.augment.repeats > 1 and keeping:
+            raise ValueError(
+                f"augment.repeats={self.augment.repeats} shows an image several times in a batch, "
+                f"and losses.{keeping[0]} keeps one memory of each: leave one of them out"
+            )
         check_needs(
             self.losses,
             has_teacher=self.teacher is not None,

@@ -256,6 +256,8 @@ def build_stage(
         settings=TrainingSettings(
             optim=recipe.scaled_optim(),
             xprime=recipe.augment.xprime,
+            mixing=recipe.augment.mixing,
+            sizes=recipe.augment.sizes,
             pick=recipe.augment.pick,
             ema=recipe.ema,
             sync_bn=recipe.sync_bn,

@@ -94,7 +94,7 @@ def build_trainer(
     shapes, taught = shapes_of_needs(student, teacher, terms, probe, placement.precision, remedies)
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     check_classes(terms, shapes, facts, remedies.one_class)
-    check_labels(terms, facts.multilabel)
+    check_labels(terms, facts.multilabel, mixed=bool(settings.mixing))
     _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))
 
     step = DistillStep(
@@ -120,6 +120,7 @@ def build_trainer(
             pool=settings.pool,
             world=world,
             remedies=remedies,
+            mixed=bool(settings.mixing),
         ),
     )
     seen = look_at_training(student, taught, probe, placement.precision, ranks=world.size)
@@ -377,6 +378,9 @@ def _view_maker(
         pool=settings.pool,
         mixes=step.mixed,
         num_classes=facts.num_classes,
+        mixing=settings.mixing,
+        sizes=settings.sizes,
+        epochs=plan.epochs,
     )
 
 

@@ -217,11 +217,27 @@ def check_classes(
             )
 
 
-def check_labels(terms: Sequence[LossTerm], multilabel: bool) -> None:
-    """A multi-hot row could pass as class probabilities and silently train nonsense."""
+def check_labels(terms: Sequence[LossTerm], multilabel: bool, *, mixed: bool = False) -> None:
+    """UserError for a loss that reads labels of another form.
+
+    mixed: labels of classes come as rows of probabilities.
+
+    A multi-hot row could pass as class probabilities and silently train nonsense.
+    """
+    if mixed and multilabel:
+        raise UserError(
+            "augment.mixup and augment.cutmix mix the classes of images that have one each, and "
+            "these have several: leave them out"
+        )
     kind = "multi" if multilabel else "class"
     for term in terms:
-        if term.label_kind not in (None, kind):
+        if mixed and term.label_kind == "class" and not term.takes_soft_labels:
+            raise UserError(
+                f"the loss {term.name} needs one class per image, and augment.mixup and "
+                f"augment.cutmix give an image the classes of two: leave them out, or use losses "
+                f"that take both (ce, bce, kd, soft_ce)"
+            )
+        if term.label_kind not in (None, kind) and not (kind == "class" and term.takes_classes):
             cure = (
                 "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0"
                 if multilabel

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.augment.config import PickConfig
-from fastkd.augment.views import XPrime
+from fastkd.augment.mix import Mixing
+from fastkd.augment.views import NOT_MIXED, XPrime
 from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.data.batch import TrainLoader
 from fastkd.data.facts import Facts
@@ -51,6 +52,10 @@ class TrainingSettings:
     """Milestones and warm-up are in epochs of this run."""
     xprime: XPrime = "none"
     """The second view of every batch."""
+    mixing: Mixing = NOT_MIXED
+    """How x is mixed."""
+    sizes: tuple[int, ...] = ()
+    """Sides of the training images in equal parts of the run; (): their own."""
     pick: PickConfig | None = None
     """Choose x' from a pool of them."""
     ema: float | None = None

@@ -211,11 +211,12 @@ class Trainer:
             if batch is None:
                 return
             self.unread.count(batch.unread)
+            num = batch.global_size
+            rows_of_ranks = split_evenly(num, self.world.size)
+            batch = self.views.mixed(batch, epoch, step, rows_of_ranks)
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
             targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
-            num = batch.global_size
-            rows_of_ranks = split_evenly(num, self.world.size)
             targets |= self.views.xprime_targets(batch, targets, epoch, step, rows_of_ranks)
             # The step needs the views, not what they were made from.
             batch = batch._replace(second_NCHW=None)

@@ -58,6 +58,9 @@ class Trial:
     world: World
     remedies: Remedies
 
+    mixed: bool = False
+    """Whether labels of classes come as rows of probabilities."""
+
     def micro_rows(self) -> list[Rows]:
         """Images of x and x' in the smallest micro-batch of each kind of batch; two if unknown."""
         found = []
@@ -120,7 +123,7 @@ def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows)
             targets |= {f"{view}/teacher/{tap}": usable(features[tap]) for tap in known}
     index_N = torch.zeros(rows.x, dtype=torch.int64, device=device)
     labels_N = index_N
-    if facts.multilabel:
+    if facts.multilabel or trial.mixed:
         labels_N = torch.zeros(rows.x, facts.num_classes, device=device)
     schedules = scheduled_values(terms, 0.0, device)
     rows_of_ranks = {view: (len(images),) * world.size for view, images in views.items()}

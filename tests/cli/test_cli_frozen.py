@@ -29,13 +29,17 @@ data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_inte
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels
 data.on_bad data.labels
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
+augment.interpolation augment.policy augment.erasing augment.repeats
+augment.randaugment.space augment.randaugment.operations augment.randaugment.magnitude
+augment.randaugment.spread
+augment.mixup augment.cutmix augment.mix_share augment.sizes
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
 student.name student.width student.block student.shortcuts student.stem student.dropout
-student.kernels
+student.kernels student.drop_path
 student.weights student.weights_key student.pretrained student.new_head student.frozen
 teacher.name teacher.width teacher.block teacher.shortcuts teacher.stem teacher.dropout
-teacher.kernels
+teacher.kernels teacher.drop_path
 teacher.weights teacher.weights_key teacher.pretrained teacher.new_head teacher.frozen
 teacher.train teacher.epochs
 teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.class_map
@@ -43,7 +47,7 @@ teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
 teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained
-teacher.ensemble.0.new_head teacher.ensemble.0.kernels
+teacher.ensemble.0.new_head teacher.ensemble.0.kernels teacher.ensemble.0.drop_path
 teacher.ensemble.0.frozen teacher.ensemble.0.train
 teacher.ensemble.0.epochs teacher.ensemble.0.lr teacher.ensemble.0.seed
 teacher.ensemble.0.resolution teacher.ensemble.0.mean teacher.ensemble.0.std
@@ -52,7 +56,7 @@ teacher.ensemble.0.compile
 optim.name optim.impl optim.lr optim.momentum optim.nesterov optim.weight_decay optim.decay_norms
 optim.schedule optim.milestones optim.gamma optim.warmup_epochs optim.clip_norm
 baseline.lrs
-losses.bce.weight
+losses.bce.weight losses.bce.label_smoothing losses.bce.target_threshold
 losses.ce.weight losses.ce.label_smoothing
 losses.kd.weight losses.kd.ce_weight losses.kd.temperature losses.kd.label_smoothing losses.kd.views
 losses.kd.xprime_target losses.kd.standardize

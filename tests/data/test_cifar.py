@@ -17,7 +17,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import FolderIndex, open_data, open_source, open_split
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.errors import UserError
 
@@ -140,7 +140,7 @@ def test_cifar_in_another_size_is_resized_by_every_loader(tmp_path, make_folder,
                 std=(1.0, 1.0, 1.0),
                 drop_last=False,
             ),
-            GeometryConfig(crop="none", flip=False),
+            AppearanceConfig(crop="none", flip=False),
             batch_size=len(plain),
             seed=0,
             placement=Placement(world, Precision("fp32", "cpu")),

@@ -15,7 +15,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair, open_data
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.sources.cuts import framing_cut
 from fastkd.data.sources.decode import open_rgb
 from fastkd.errors import UserError
@@ -48,7 +48,7 @@ def opened(**keys: object) -> DataPair:
     crop = keys.pop("crop", "none")
     return open_data(
         DataConfig.model_validate(PLAIN | keys),
-        GeometryConfig.model_validate({"crop": crop, "flip": False}),
+        AppearanceConfig.model_validate({"crop": crop, "flip": False}),
         batch_size=2,
         seed=0,
         placement=PLACEMENT,

@@ -12,7 +12,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair, FolderIndex, open_data, open_source
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.sources.holdout import Holdout
 from fastkd.errors import UserError
 
@@ -34,7 +34,7 @@ def opened(root: Path, rank: int = 0, world_size: int = 1, seed: int = 0, **keys
     world = World(rank, rank, world_size, torch.device("cpu"), None)
     return open_data(
         DataConfig(name="folder", root=str(root), **keys),
-        GeometryConfig(crop="none", flip=False),
+        AppearanceConfig(crop="none", flip=False),
         batch_size=4,
         seed=seed,
         placement=Placement(world, Precision("fp32", "cpu")),

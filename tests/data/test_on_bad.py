@@ -18,7 +18,7 @@ from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import FolderIndex, ResidentLoader, TorchLoader, open_data, open_source
 from fastkd.data.batch import NO_LABEL
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.partners import Partners
 from fastkd.data.sources.by_name import decode_source
@@ -234,7 +234,7 @@ def test_the_very_first_image_may_be_bad(make_folder, backend, size):
         name="folder", root=str(root), image_size=size, backend=backend, workers=0, on_bad="skip"
     )
     placement = Placement(World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu"))
-    pair = open_data(data, GeometryConfig(), batch_size=6, seed=0, placement=placement)
+    pair = open_data(data, AppearanceConfig(), batch_size=6, seed=0, placement=placement)
     assert pair.facts.image_shape == (3, size or 16, size or 16)
     shown = [n for batch in pair.train.epoch(0) for n in batch.index_N.tolist()]
     assert 0 not in shown and len(shown) == 12

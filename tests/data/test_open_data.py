@@ -11,17 +11,17 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import DataPair, ResidentLoader, TorchLoader, open_data
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.errors import UserError
 
 
 def opened(*, batch_size: int, seed: int = 0, world_size: int = 1, **keys: Any) -> DataPair:
     """The data of these recipe keys; unless they say so, without crop and flip."""
-    geometry = {key: keys.pop(key) for key in GeometryConfig.model_fields if key in keys}
+    geometry = {key: keys.pop(key) for key in AppearanceConfig.model_fields if key in keys}
     world = World(0, 0, world_size, torch.device("cpu"), None)
     return open_data(
         DataConfig(**keys),
-        GeometryConfig(**({"crop": "none", "flip": False} | geometry)),
+        AppearanceConfig(**({"crop": "none", "flip": False} | geometry)),
         batch_size=batch_size,
         seed=seed,
         placement=Placement(world, Precision("fp32", "cpu")),

@@ -7,7 +7,7 @@ import pytest
 
 import fastkd.losses
 from fastkd.errors import UserError
-from fastkd.losses import AT, CRD, DIST, FSP, KD, CrossEntropy, JointRD, KDLoss
+from fastkd.losses import AT, CRD, DIST, FSP, KD, BinaryCrossEntropy, CrossEntropy, JointRD, KDLoss
 from fastkd.losses.base.term import LossTerm
 
 NAN, INF = float("nan"), float("inf")
@@ -29,7 +29,12 @@ def numbers(loss: Any) -> list[str]:
     return [*found, "ce_weight", "kd_weight"] if loss is KDLoss else found
 
 
-BELOW_1 = ((CrossEntropy, "label_smoothing"), (KD, "label_smoothing"), (CRD, "momentum"))
+BELOW_1 = (
+    (BinaryCrossEntropy, "label_smoothing"),
+    (CrossEntropy, "label_smoothing"),
+    (KD, "label_smoothing"),
+    (CRD, "momentum"),
+)
 PLACES = ("ignore_index", "class_dim")
 CASES = [(loss, name) for loss in LOSSES for name in numbers(loss) if name not in PLACES]
 

@@ -13,7 +13,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.models import create_model
 from fastkd.models.card import card_of, sign
 from fastkd.storage.weights import save_weights
@@ -58,7 +58,7 @@ def test_a_teacher_that_is_trained_first_keeps_its_network(tmp_path: Path) -> No
     config = TeacherConfig(name="resnet8", width=0.5, train=True, min_accuracy=0)
     data = open_data(
         DataConfig(name="synthetic", image_size=16),
-        GeometryConfig(crop="none", flip=False),
+        AppearanceConfig(crop="none", flip=False),
         batch_size=50,
         seed=0,
         placement=PLACEMENT,

@@ -8,7 +8,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.compute.ranks import World
 from fastkd.data import open_data
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.models import create_model
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.output.console import Console
@@ -262,7 +262,7 @@ def test_it_is_neither_trained_nor_saved(tmp_path):
 def test_accuracy_through_a_teacher_is_that_of_the_network():
     data = open_data(
         DataConfig(name="synthetic", image_size=16),
-        GeometryConfig(crop="none", flip=False),
+        AppearanceConfig(crop="none", flip=False),
         batch_size=50,
         seed=0,
         placement=Placement(World(0, 0, 1, CPU, None), resolve_precision("fp32", CPU)),

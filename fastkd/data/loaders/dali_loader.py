@@ -67,8 +67,7 @@ class DaliLoader(StreamingLoader):
     workers: threads that decode on the CPU; 0: as many as there are cores.
 
     Raises:
-        UserError: as TorchLoader; DALI is not installed, the images are in no files, or x' is made
-            by a policy.
+        UserError: as TorchLoader; DALI is not installed, or the images are in no files.
     """
 
     @override
@@ -79,11 +78,6 @@ class DaliLoader(StreamingLoader):
             raise UserError(
                 f"data.backend=dali decodes image files, {source.name} is in memory: use "
                 "data.backend=resident"
-            )
-        if self._policy is not None:
-            raise UserError(
-                f"data.backend=dali makes no views by augment.xprime={self._policy.kind}: use "
-                "data.backend=torch"
             )
         self._files = source
         self._num_threads = self._workers or len(os.sched_getaffinity(0))
@@ -184,7 +178,7 @@ class DaliLoader(StreamingLoader):
                 outcome_of(self._pipeline("alone"), self._device)
             except RuntimeError:
                 del self._pipelines["alone"]
-                refused.add(file.sample)
+                refused.add(file.sample % len(self._files))
         if not refused:
             raise RunFailed(f"DALI failed: {first_line(error)}", shared=False) from error
         self._refused |= refused
@@ -192,7 +186,7 @@ class DaliLoader(StreamingLoader):
     def _pipeline(self, name: str) -> Any:
         if name not in self._pipelines:
             view = self._reader.view
-            own = "bilinear" if view.is_random else view.framing.interpolation
+            own = view.interpolation if view.is_random else view.framing.interpolation
             self._pipelines[name] = build_graph(
                 size=view.size,
                 interpolation=own if own in FILTERS else "bilinear",
@@ -212,7 +206,7 @@ class DaliLoader(StreamingLoader):
         shown, (content, size) = found
         cuts = [self._reader.view.cut(size, shown, epoch, k) for k in appearances]
         of_pillow = any(cut.is_huge or cut.interpolation not in FILTERS for cut in cuts)
-        if of_pillow or shown in self._refused:
+        if of_pillow or shown % len(self._files) in self._refused:
             return self._by_pillow(shown, epoch, appearances, unread)
         return _File(shown, [(content, cut) for cut in cuts])
 

@@ -19,7 +19,7 @@ from fastkd.data.geometry import Crop
 from fastkd.data.sources.cuts import Cut, framing_cut, random_cut
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.errors import UserError
-from fastkd.storage.facts import Framing
+from fastkd.storage.facts import Framing, Interpolation
 
 __all__ = ["Pixels", "Reader", "StandIns", "View"]
 
@@ -41,6 +41,8 @@ class View:
     flip: bool
     """Mirror half of the random areas; other crops are mirrored on the device."""
     seed: int
+    interpolation: Interpolation = "bilinear"
+    """Of random areas."""
 
     @property
     def is_random(self) -> bool:
@@ -50,7 +52,16 @@ class View:
     def cut(self, picture: tuple[int, int], sample: int, epoch: int, appearance: int) -> Cut:
         """The square of a picture of this width and height."""
         if self.is_random:
-            return random_cut(picture, self.size, self.seed, epoch, sample, self.flip, appearance)
+            return random_cut(
+                picture,
+                self.size,
+                self.seed,
+                epoch,
+                sample,
+                self.flip,
+                appearance,
+                self.interpolation,
+            )
         return framing_cut(picture, self.framing)
 
 
@@ -60,9 +71,9 @@ class Pixels(NamedTuple):
     pictures_BHWC: Tensor
     """uint8"""
     ids_B: Tensor
-    """int64, of the images that are shown."""
+    """int64, of the images that are shown; of repeated ones as in `plan`."""
     more_BHWC: Tensor | None
-    """Second views that are finished on the host, by appearance, then by sample."""
+    """Other crops of the pictures, by appearance, then by sample."""
     unread: dict[int, str]
     """Sample id -> why its image cannot be read."""
 
@@ -82,14 +93,17 @@ class StandIns:
             return ids_B
         return np.array([self._of(sample) for sample in ids_B.tolist()], dtype=np.int64)
 
-    def _of(self, sample: int) -> int:
-        return next((one for one in following(sample, self.num) if one not in self.reasons), sample)
+    def _of(self, id: int) -> int:
+        sample = id % self.num
+        found = (one for one in following(sample, self.num) if one not in self.reasons)
+        return id - sample + next(found, sample)
 
     def said_of(self, ids_B: np.ndarray) -> tuple[tuple[int, str], ...]:
         """(id, reason) of those that cannot be read."""
         if not self.reasons:
             return ()
-        return tuple((n, self.reasons[n]) for n in ids_B.tolist() if n in self.reasons)
+        samples = (id % self.num for id in ids_B.tolist())
+        return tuple((n, self.reasons[n]) for n in samples if n in self.reasons)
 
 
 def following(sample: int, num: int) -> Iterator[int]:
@@ -123,39 +137,40 @@ class Reader:
         unread: dict[int, str] = {}
         found = list(
             (threads.map if threads else map)(
-                lambda sample: self.shown(sample, epoch, appearances, unread), ids
+                lambda id: self.shown(id, epoch, appearances, unread), ids
             )
         )
         by_appearance = zip(*(pictures for _, pictures in found), strict=True)
         stacked = np.stack([picture for each in by_appearance for picture in each])
         every_BHWC, num = torch.from_numpy(stacked), len(found)
-        ids_B = torch.tensor([sample for sample, _ in found])
+        ids_B = torch.tensor([id for id, _ in found])
         more_BHWC = every_BHWC[num:] if len(appearances) > 1 else None
         return Pixels(every_BHWC[:num], ids_B, more_BHWC, unread)
 
     def shown(
-        self, sample: int, epoch: int, appearances: Sequence[int], unread: dict[int, str]
+        self, id: int, epoch: int, appearances: Sequence[int], unread: dict[int, str]
     ) -> tuple[int, list[np.ndarray]]:
         """The id that is shown, and a picture for each appearance; bad files go to `unread`."""
-        found = self.readable(sample, self.source.image, unread)
+        found = self.readable(id, self.source.image, unread)
         if found is None:
-            return sample, [self.black] * len(appearances)
+            return id, [self.black] * len(appearances)
         shown, image = found
         cuts = (self.view.cut(image.size, shown, epoch, k) for k in appearances)
         return shown, [np.asarray(cut.of(image)) for cut in cuts]
 
     def readable(
-        self, sample: int, read: Callable[[int], _Read], unread: dict[int, str]
+        self, id: int, read: Callable[[int], _Read], unread: dict[int, str]
     ) -> tuple[int, _Read] | None:
-        """The id that is shown, and what `read` finds of it; None: a black row is shown.
+        """The id that is shown, and what `read` finds of its sample; None: a black row is shown.
 
         Raises:
             UserError: of `read`, if nothing takes its place.
         """
-        reason, tries = "", list(following(sample, len(self.source.labels_N)))
+        num = len(self.source.labels_N)
+        reason, tries = "", list(following(id % num, num))
         for candidate in tries:
             try:
-                return candidate, read(candidate)
+                return id - id % num + candidate, read(candidate)
             except UserError as error:
                 reason = str(error)
                 if not self.skips:

@@ -13,8 +13,9 @@ import torch
 from fastkd.compute.placement import Placement
 from fastkd.config.section import Normalization
 from fastkd.data.batch import Loader
-from fastkd.data.config import DataConfig, GeometryConfig
+from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.facts import Facts
+from fastkd.data.finish import Look
 from fastkd.data.framing import evaluation_framing
 from fastkd.data.geometry import Crop, Geometry
 from fastkd.data.loaders.planned import Loading
@@ -22,6 +23,7 @@ from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
 from fastkd.data.normalization import normalization
+from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.by_name import decode_source, open_source
 from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS
@@ -100,7 +102,7 @@ class DataPair:
 
 def open_data(
     data: DataConfig,
-    geometry: GeometryConfig,
+    appearance: AppearanceConfig,
     *,
     batch_size: int,
     seed: int,
@@ -116,7 +118,7 @@ def open_data(
         UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
             first used, also if it would have no step or fewer images than processes.
     """
-    crop = geometry.crop
+    crop = appearance.crop
     if data.backend == "resident" and crop == "resized":
         raise UserError(
             "data.backend=resident cannot cut random areas from the original pictures "
@@ -136,10 +138,13 @@ def open_data(
         normalization=_normalization(data),
         placement=placement,
         geometry=Geometry(
-            padding=geometry.padding if crop == "pad" else 0,
-            pad_mode=geometry.pad_mode,
-            flip=geometry.flip,
+            padding=appearance.padding if crop == "pad" else 0,
+            pad_mode=appearance.pad_mode,
+            flip=appearance.flip,
+            interpolation=appearance.interpolation,
         ),
+        look=Look(make_policy(appearance.policy, appearance.randaugment), appearance.erasing),
+        repeats=appearance.repeats,
         drop_last=data.drop_last,
     )
 

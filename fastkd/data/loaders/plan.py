@@ -4,6 +4,10 @@ Shared by all loaders, so that the composition of a batch depends on (seed, epoc
     order         = permutation from (seed, epoch), or 0, 1, 2, ... without shuffling
     global batch  = order[step * batch_size : (step + 1) * batch_size]
     rank's part   = the rank-th of world_size contiguous parts, sized as by numpy.array_split
+
+With `repeats` R an epoch has as many images as ever, but only the first N / R samples of the
+permutation, each R times in a row (repeated augmentation, Hoffer et al. 2019, arXiv:1901.09335, as
+in timm). The r-th time it has the id  sample + r * N , so that it draws anew; N divides it out.
 """
 
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ class BatchPlan:
     """The steps of an epoch over one split.
 
     batch_size  global, over all ranks
+    repeats     how often a sample is shown in an epoch, if it is; in training only
     train       False: evaluation, which takes every sample exactly once, in canonical order, with
                 no batch dropped; a rank whose part of a batch is empty has nothing to do there
     shuffle, drop_last  in training only. Without drop_last the last, smaller batch is kept, unless
@@ -35,6 +40,7 @@ class BatchPlan:
     batch_size: int
     seed: int
     train: bool
+    repeats: int = 1
     shuffle: bool = True
     drop_last: bool = True
     rank: int = 0
@@ -80,18 +86,22 @@ class BatchPlan:
         return tuple(dict.fromkeys(size // self.world_size for size in sizes))
 
     def order(self, epoch: int) -> np.ndarray:
-        """Sample ids in the order of this epoch, int64 [N]."""
-        if self.train and self.shuffle:
-            return epoch_order(self.seed, epoch, self.num_samples).copy()
-        return np.arange(self.num_samples)
+        """Sample ids in the order of this epoch, int64 [N]; see above for repeats."""
+        return self._ids(epoch, 0, self.num_samples)
 
     def global_index(self, epoch: int, step: int) -> np.ndarray:
         """Sample ids of a whole global batch, all ranks together, int64."""
         start = step * self.batch_size
-        if self.train and self.shuffle:
-            order_N = epoch_order(self.seed, epoch, self.num_samples)
-            return order_N[start : start + self.batch_size].copy()
-        return np.arange(start, min(start + self.batch_size, self.num_samples))
+        return self._ids(epoch, start, min(start + self.batch_size, self.num_samples))
+
+    def _ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        places = np.arange(start, stop)
+        if not self.train:
+            return places
+        places, again = np.divmod(places, self.repeats)
+        if self.shuffle:
+            places = epoch_order(self.seed, epoch, self.num_samples)[places]
+        return places + again * self.num_samples
 
     def global_size(self, step: int) -> int:
         """Samples in a whole global batch, all ranks together."""

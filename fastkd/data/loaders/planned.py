@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd.compute.placement import Placement
 from fastkd.config.section import Normalization
 from fastkd.data.batch import IGNORED, NO_LABEL, Batch, SecondViews
+from fastkd.data.finish import PLAIN, Finish, Look
 from fastkd.data.geometry import NO_GEOMETRY, Geometry, Normalizer
 from fastkd.data.loaders.decoding import StandIns
 from fastkd.data.loaders.plan import BatchPlan
@@ -39,6 +40,10 @@ class Loading:
     """Ranks, device, and the type and memory layout of the output images."""
     geometry: Geometry = NO_GEOMETRY
     """Shift and flip in training."""
+    look: Look = PLAIN
+    """Policy and erasing in training."""
+    repeats: int = 1
+    """How often a training image is shown in an epoch, each time changed in another way."""
     shuffle: bool = True
     """In training only."""
     drop_last: bool = True
@@ -53,6 +58,7 @@ class Loading:
             self.batch_size,
             self.seed,
             self.train,
+            repeats=self.repeats,
             shuffle=self.shuffle,
             drop_last=self.drop_last,
             rank=world.rank,
@@ -70,6 +76,11 @@ class Loading:
         mean, std = self.normalization
         return Normalizer(mean, std, self.placement.dtype, self.placement.channels_last)
 
+    def finish(self, num_samples: int) -> Finish:
+        """What happens to crops, which have ids below num_samples."""
+        look = self.look if self.train else PLAIN
+        return Finish(look, self.normalizer, self.seed, num_samples)
+
 
 class PlannedLoader(ABC):
     """The part of the protocol `fastkd.data.batch.Loader` that follows from a BatchPlan."""
@@ -80,7 +91,9 @@ class PlannedLoader(ABC):
         self._loading = loading
         self.plan = loading.plan(source)
         self._device = loading.placement.device
-        self._normalize = loading.normalizer
+        # Ids of repeated samples go beyond the samples, see `plan`.
+        self._num_ids = self.plan.num_samples * loading.repeats
+        self._finish = loading.finish(self._num_ids)
         self._labels_N = torch.from_numpy(source.labels_N)
         self._device_labels_N = to_device(source.labels_N, self._device)
         self._second = views if isinstance(views, PictureView) else None
@@ -150,11 +163,13 @@ class PlannedLoader(ABC):
                 batch = batch._replace(second_NCHW=self._shown(self._partners, epoch, step))
             yield batch
 
-    def _shown(self, partners: Partners, epoch: int, step: int) -> Tensor:
-        """The images that this rank's part of the global batch is mixed with."""
+    def _shown(self, partners: Partners, epoch: int, step: int) -> Tensor | None:
+        """The images that this rank's part of the global batch is mixed with; None: it is not."""
         index_N, mine = self.plan.global_index(epoch, step), self.plan.rank_part(step)
         shown = [
             self.fetch(torch.from_numpy(index_N[partner_N][mine]), epoch)
             for partner_N in partners.draw(epoch, step, len(index_N))
         ]
+        if not shown:
+            return None
         return shown[0] if len(shown) == 1 else torch.cat(shown)

@@ -1,11 +1,10 @@
 """What loaders that decode batch by batch share: keys out, pixels in, the rest on the device."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,7 +27,7 @@ class StreamingLoader(PlannedLoader):
     """Batches of a split that is too large to keep decoded; protocol `fastkd.data.batch.Loader`.
 
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
-    loading       as for ResidentLoader; of its geometry "resized" uses flip only
+    loading       as for ResidentLoader; of its geometry "resized" uses flip and interpolation
     image_size    side of the square output images, in pixels
     crop          "resized": random area and aspect in training (see `cuts.random_cut`); "pad" and
                   "none": `framing`, then the geometry, the same bytes as ResidentLoader gives
@@ -63,13 +62,19 @@ class StreamingLoader(PlannedLoader):
             )
         self._workers = workers
         framing = framing or Framing.whole(image_size)
-        view = View(image_size, framing, crop, loading.train, geometry.flip, loading.seed)
+        view = View(
+            image_size,
+            framing,
+            crop,
+            loading.train,
+            geometry.flip,
+            loading.seed,
+            geometry.interpolation,
+        )
         self._reader = Reader(source, view, skips)
         self._cut = NO_GEOMETRY if crop == "resized" else geometry
-        num = self.plan.num_samples
-        self._tables = GeometryTables(self._cut, loading.seed, num, self._device)
+        self._tables = GeometryTables(self._cut, loading.seed, self._num_ids, self._device)
         second = self._second
-        self._policy = None if second is None or second.is_crop else second
         self._appearances = [0]
         if second is not None and second.is_crop and view.is_random:
             self._appearances += second.appearances
@@ -104,10 +109,8 @@ class StreamingLoader(PlannedLoader):
     @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         pixels = self._read(self._shown_ids(index_N.cpu().numpy()).tolist(), epoch)
-        pictures_NHWC = pixels.pictures_BHWC.to(self._device)
-        return self._normalize(
-            self._tables.crop(pictures_NHWC, pixels.ids_B.to(self._device), epoch)
-        )
+        crops_NHWC = self._crops(pixels, epoch)(0)
+        return self._finish.x(crops_NHWC, pixels.ids_B.numpy(), epoch)
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
@@ -115,24 +118,32 @@ class StreamingLoader(PlannedLoader):
         keys = [(epoch, self._shown_ids(order_N[part])) for part in parts]
         for part, pixels in zip(parts, self._stream(keys), strict=True):
             self._learn(pixels.unread)
-            pictures_NHWC = pixels.pictures_BHWC.to(self._device, non_blocking=True)
-            index_N = pixels.ids_B.to(self._device, non_blocking=True)
+            ids_N, crops = pixels.ids_B.numpy(), self._crops(pixels, epoch)
+            second_NCHW = None
+            if self._second is None:
+                images_NCHW = self._finish.x(crops(0), ids_N, epoch)
+            else:
+                images_NCHW, second_NCHW = self._finish.with_second(
+                    crops, self._second, ids_N, epoch
+                )
+            index_N = (pixels.ids_B % self.plan.num_samples).to(self._device, non_blocking=True)
             yield Batch(
-                self._normalize(self._tables.crop(pictures_NHWC, index_N, epoch)),
+                images_NCHW,
                 self._device_labels_N.index_select(0, index_N),
                 index_N,
-                second_NCHW=self._second_views(pixels, pictures_NHWC, index_N, epoch),
+                second_NCHW=second_NCHW,
                 unread=self._stand_ins.said_of(order_N[part]),
             )
 
-    def _second_views(
-        self, pixels: Pixels, pictures_NHWC: Tensor, index_N: Tensor, epoch: int
-    ) -> Tensor | None:
-        if self._second is None:
-            return None
-        if pixels.more_BHWC is not None:
-            return self._normalize(pixels.more_BHWC.to(self._device, non_blocking=True))
-        crops = [
-            self._tables.crop(pictures_NHWC, index_N, epoch, k) for k in self._second.appearances
-        ]
-        return self._normalize(torch.cat(crops))
+    def _crops(self, pixels: Pixels, epoch: int) -> Callable[[int], Tensor]:
+        """The crops of each appearance, uint8 on the device."""
+        pictures_NHWC = pixels.pictures_BHWC.to(self._device, non_blocking=True)
+        index_N = pixels.ids_B.to(self._device, non_blocking=True)
+
+        def crops(appearance: int) -> Tensor:
+            if appearance and pixels.more_BHWC is not None:
+                cut_NHWC = pixels.more_BHWC.split(len(index_N))[appearance - 1]
+                return cut_NHWC.to(self._device, non_blocking=True)
+            return self._tables.crop(pictures_NHWC, index_N, epoch, appearance)
+
+        return crops

@@ -1,9 +1,9 @@
 """Large folders: images decoded by torch DataLoader workers, batch by batch, every epoch.
 
-A worker gets (epoch, sample ids) and returns the uint8 pixels; normalisation, and the padded crop
-if the recipe has one, run on the device as in `resident`. A sample's appearance is a function of
-(seed, epoch, sample id), so it does not depend on the number of workers or ranks, and starting in
-mid-epoch decodes nothing earlier.
+A worker gets (epoch, sample ids) and returns the uint8 pixels; policies, normalisation, and the
+padded crop if the recipe has one, run on the device as in `resident`. A sample's appearance is a
+function of (seed, epoch, sample id), so it does not depend on the number of workers or ranks, and
+starting in mid-epoch decodes nothing earlier.
 """
 
 import atexit
@@ -12,15 +12,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from fastkd.data.loaders.decoding import Pixels, Reader
 from fastkd.data.loaders.streaming import Key, StreamingLoader
 from fastkd.data.loaders.workers import from_workers
-from fastkd.data.picture_views import PictureView
-from fastkd.data.tables import GeometryTables
 from fastkd.errors import FastKDError, UserError
 
 __all__ = ["TorchLoader"]
@@ -29,32 +26,17 @@ __all__ = ["TorchLoader"]
 class _Pictures(Dataset[Pixels | str]):
     """Whole batches by (epoch, sample ids)."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        appearances: Sequence[int],
-        policy: PictureView | None,
-        tables: GeometryTables,
-    ) -> None:
+    def __init__(self, reader: Reader, appearances: Sequence[int]) -> None:
         self._reader = reader
         self._appearances = appearances
-        self._policy = policy
-        self._tables = tables
 
     def __getitem__(self, key: Key) -> Pixels | str:
         epoch, index_B = key
         try:
-            pixels = self._reader.read(index_B.tolist(), epoch, self._appearances)
+            return self._reader.read(index_B.tolist(), epoch, self._appearances)
         except FastKDError as error:
             # Returned, not raised: the DataLoader would wrap the message in a worker's traceback.
             return str(error)
-        if self._policy is None:
-            return pixels
-        crops_BHWC = self._tables.crop(pixels.pictures_BHWC, pixels.ids_B, epoch)
-        seed, num = self._reader.view.seed, len(self._reader.source.labels_N)
-        ids = pixels.ids_B.numpy()
-        more_BHWC = self._policy.of(crops_BHWC, ids, epoch, seed=seed, num_samples=num)
-        return pixels._replace(more_BHWC=more_BHWC)
 
 
 class _Keys(Sampler[Key]):
@@ -94,10 +76,8 @@ class TorchLoader(StreamingLoader):
     def _start(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
         self._keys = _Keys()
-        num = self.plan.num_samples
-        host = GeometryTables(self._cut, self._loading.seed, num, torch.device("cpu"))
         self._loader: DataLoader[Pixels | str] = DataLoader(
-            _Pictures(self._reader, self._appearances, self._policy, host),
+            _Pictures(self._reader, self._appearances),
             batch_size=None,
             sampler=self._keys,
             num_workers=self._workers,

@@ -102,6 +102,7 @@ def random_cut(
     sample: int,
     flip: bool,
     appearance: int = 0,
+    interpolation: Interpolation = "bilinear",
 ) -> Cut:
     """Random area (8 to 100 %), aspect (3/4 to 4/3, log-uniform) and place, to size x size; flip.
 
@@ -111,7 +112,8 @@ def random_cut(
     """
     uniforms = sample_uniforms(seed, epoch, sample, UNIFORMS_PER_CROP, appearance)
     mirrored = flip and bool(uniforms[-1] < 0.5)
-    return Cut(random_box(picture, uniforms), (size, size), (0, 0), size, flip=mirrored)
+    box = random_box(picture, uniforms)
+    return Cut(box, (size, size), (0, 0), size, interpolation, mirrored)
 
 
 def random_box(picture: tuple[int, int], uniforms: np.ndarray) -> tuple[int, int, int, int]:

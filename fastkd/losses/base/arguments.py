@@ -22,7 +22,16 @@ from fastkd.config.docstrings import docstring_of
 from fastkd.config.mistakes import bounds_in_words
 from fastkd.errors import UserError
 
-__all__ = ["STATED", "Argument", "Weight", "arguments_of", "check_argument", "checked", "sizes_of"]
+__all__ = [
+    "STATED",
+    "Argument",
+    "Smoothing",
+    "Weight",
+    "arguments_of",
+    "check_argument",
+    "checked",
+    "sizes_of",
+]
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -36,6 +45,8 @@ STATED = _Stated()
 
 Weight = Annotated[float, Gt(0), STATED]
 """Factor in the total."""
+Smoothing = Annotated[float, Ge(0), Lt(1)]
+"""Share of the target spread over all classes."""
 
 
 @dataclass(frozen=True)

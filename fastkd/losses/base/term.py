@@ -90,6 +90,9 @@ class LossTerm(nn.Module):
     """Whether the loss accepts unlabelled images (label -100)."""
     takes_soft_labels: bool = False
     """Whether class ids may also come as rows of probabilities [N, C], as after MixUp."""
+    takes_classes: bool = False
+    """Whether a term on several labels per image, [N, C], also takes class ids [N] and rows of
+    probabilities."""
     uses_index: bool = False
     """True if the term keeps state per sample id, so that every batch must carry real ids."""
 
