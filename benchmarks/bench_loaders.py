@@ -14,8 +14,11 @@ Parts, on the images below FASTKD_TEST_DATA:
 - cifar: 5,000 CIFAR-10 images (cifar10/), padded crop and flip, resident and by the classic loader:
   ImageFolder, transforms, DataLoader workers.
 
-A sample is one epoch. Before the clock starts the pixels of our own loaders are compared; the
-others draw crops of their own.
+- policies: RandAugment and TrivialAugment on a batch in memory, and torchvision v2's image by
+  image.
+
+A sample is one epoch, or one batch. Before the clock starts the pixels of our own loaders are
+compared; the others draw crops of their own.
 """
 
 import os
@@ -35,9 +38,11 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data import Loading, ResidentLoader, TorchLoader, open_source
+from fastkd.data.draws import POLICY, sample_words
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.normalization import normalization
+from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.by_name import decode_source
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import stratified_positions
@@ -257,3 +262,30 @@ def bench_cifar(race: Any, table: Any) -> None:
     }
     assert {side: call() for side, call in sides.items()} == dict.fromkeys(sides, 5000)
     row(race, table, "CIFAR-10, pad 4, flip", 5000, sides)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(32, 256), (224, 64)])
+@pytest.mark.parametrize("name", ["randaugment", "trivial"])
+def bench_policies(name: Any, side: int, batch: int, race: Any, table: Any) -> None:
+    noise = torch.rand(batch, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")
+    images_BCHW = (255 * smooth).to(torch.uint8)
+    images_BHWC = images_BCHW.permute(0, 2, 3, 1).contiguous()
+    policy = make_policy(name)
+    theirs = {"randaugment": v2.RandAugment, "trivial": v2.TrivialAugmentWide}[name]()
+    assert policy is not None
+    number = iter(range(1 << 30))
+
+    def mine() -> torch.Tensor:
+        ids, epoch = np.arange(batch), next(number)
+        words = sample_words(0, epoch, POLICY, batch, ids, policy.words)
+        return policy.of(images_BHWC, words)
+
+    def one_by_one() -> torch.Tensor:
+        return torch.stack([theirs(image) for image in images_BCHW])
+
+    # Both draw; tests/data/test_policies.py compares pixels for the same draws.
+    means = [torch.stack([call().float().mean() for _ in range(20)]) for call in (mine, one_by_one)]
+    assert (means[0].mean() - means[1].mean()).abs() < 4 * means[0].std()
+    sides = {"fastkd": mine, "torchvision": one_by_one}
+    row(race, table, f"{name} {side}x{side}", batch, sides)

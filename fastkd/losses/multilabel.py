@@ -48,9 +48,10 @@ class BinaryCrossEntropy(LossTerm):
     `<name>`.
 
     Where an image has one class, y is 1 there and 0 elsewhere, or what mixup and CutMix leave of
-    it. `label_smoothing` e then makes y (1 - e) y + e / C; with `target_threshold` t, y becomes 1
-    above t and 0 up to it, so that both classes of a mixed image are present, as in ResNet strikes
-    back. An unlabelled image (-100) counts in neither the sum nor the divisor.
+    it. With `target_threshold` t, y becomes 1 above t and 0 up to it, so that both classes of a
+    mixed image are present; `label_smoothing` e then makes it (1 - e) y + e / C, as ResNet strikes
+    back states it (timm applies the threshold last, which undoes the smoothing). An unlabelled
+    image (-100) counts in neither the sum nor the divisor.
 
     Args:
         weight: Factor in the total.
@@ -100,9 +101,9 @@ class BinaryCrossEntropy(LossTerm):
             targets_NC = F.one_hot(labels_N.clamp(min=0), num_classes).float()
             targets_NC = torch.where(has_label_N1, targets_NC, IGNORED)
         known_NC = targets_NC != IGNORED
+        if self.target_threshold is not None:
+            targets_NC = (targets_NC > self.target_threshold).float()
         if self.label_smoothing:
             spread = self.label_smoothing / num_classes
             targets_NC = (1.0 - self.label_smoothing) * targets_NC + spread
-        if self.target_threshold is not None:
-            targets_NC = (targets_NC > self.target_threshold).float()
         return torch.where(known_NC, targets_NC, IGNORED)

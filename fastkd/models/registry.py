@@ -238,14 +238,17 @@ def is_of_zoo(name: str) -> bool:
 def model_options(name: str) -> list[str] | None:
     """The options that `create_model` accepts for a network, found without building it.
 
-    None: the network is unknown. []: timm and torchvision check their own options.
+    None: the network is unknown. Of timm and torchvision, which check their own options, only those
+    that fastkd names.
     """
+    # Any network can be rewritten with these.
+    rewrites = ["block", "shortcuts"]
     source, colon, rest = name.partition(":")
     if colon:
-        return [] if source in hub.HUBS and hub.knows(source, rest) else None
+        known = source in hub.HUBS and hub.knows(source, rest)
+        return [*rewrites, "drop_path"] if known else None
     family = _family(name)
-    # Any network can be rewritten with the first two.
-    return ["block", "shortcuts", *_own_options(family)] if family else None
+    return [*rewrites, *_own_options(family)] if family else None
 
 
 def model_from_file(path: WeightSource) -> nn.Module:

@@ -20,6 +20,8 @@ __all__ = ["as_data", "details", "listing", "matching", "overview"]
 
 # The setting of a module that is not named after its paper.
 _PAPERS = {"cifar": "crd"}
+# Of modules whose numbers are in no table of published.json.
+_TITLES = {"imagenet": "Today's training on ImageNet"}
 _BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
 _WHAT_NEXT = """\
 fastkd recipes PATTERN            list them with the papers' numbers: kdda, 'kdda/cifar100/*/kd*'
@@ -32,7 +34,12 @@ def overview() -> Iterator[str]:
     for module, entries in recipes_by_module().items():
         paper = papers().get(_PAPERS.get(module, module))
         if paper is None:
-            yield from (f"{name}  {entry.description}" for name, entry in entries.items())
+            if module in _TITLES:
+                yield f"\n{_TITLES[module]}"
+            indent = "  " if module in _TITLES else ""
+            width = max(map(len, entries))
+            for name, one in entries.items():
+                yield f"{indent}{name:<{width}}  {one.description}"
             continue
         yield f"\n{paper['title']}"
         rows = [entry for entry in entries.values() if entry.row is None]

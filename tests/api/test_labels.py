@@ -328,7 +328,6 @@ EMPTY = TensorDataset(X[:0], IDS[:0])
         ([(X, [IDS, IDS])], CE, "got list: make it a tensor"),
         ([(X, {"boxes": IDS})], CE, "got dict: make it a tensor"),
         ([(X, IDS + 1)], CE, "the label 4 is not a class of a network with 4"),
-        ([(X, IDS)], {"losses": [BinaryCrossEntropy()]}, "bce needs labels \\[N, classes\\]"),
         ([X], CE, "train_loader yields images alone, and the loss ce reads labels"),
         ([{"image": X, "fine": IDS, "coarse": IDS}], CE, "yields images alone, and the loss ce"),
         ([{"image": X, "label": IDS, "target": IDS}], CE, "several can be the labels"),

@@ -76,3 +76,37 @@ def test_each_term_says_which_labels_it_reads():
     assert typed_config("bce", {"weight": 2.0}).build("bce").weights == {"bce": 2.0}
     with pytest.raises(ValueError, match=r"losses\.bce\.wieght"):
         typed_config("bce", {"wieght": 2.0})
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_one_class_per_image_is_a_target_of_every_class(smoothing, threshold):
+    """Against the formula in float64; ids are one-hot rows, -100 counts nowhere."""
+    logits_NC = (2 * torch.randn(6, 5)).requires_grad_()
+    labels_N = torch.tensor([0, 4, -100, 2, 2, 1])
+    rows_NC = torch.nn.functional.one_hot(labels_N.clamp(min=0), 5).float()
+    mixed_NC = 0.7 * rows_NC + 0.3 * rows_NC.roll(1, 0)
+    for given, targets_NC in ((labels_N, rows_NC), (mixed_NC, mixed_NC)):
+        targets_NC = targets_NC.double()
+        if threshold is not None:
+            targets_NC = (targets_NC > threshold).double()
+        targets_NC = (1 - smoothing) * targets_NC + smoothing / 5
+        if given is labels_N:
+            targets_NC[2] = -1
+        inputs = TermInputs({"x/student/logits": logits_NC}, given, torch.arange(6), {})
+        term = BinaryCrossEntropy(label_smoothing=smoothing, target_threshold=threshold)
+        loss = term(inputs).parts["bce"]
+        (gradient,) = torch.autograd.grad(0.7 * loss, logits_NC)
+        wanted, wanted_gradient = truth(logits_NC.detach(), targets_NC)
+        np.testing.assert_allclose(loss.item(), wanted, rtol=1e-5)
+        np.testing.assert_allclose(gradient.numpy(), 0.7 * wanted_gradient, rtol=2e-5, atol=1e-7)
+
+
+def test_timms_binary_cross_entropy_is_the_same():
+    timm = pytest.importorskip("timm.loss")
+    logits_NC, mixed_NC = torch.randn(8, 7), torch.rand(8, 7).softmax(1)
+    for threshold in (None, 0.15):
+        theirs = timm.BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
+        inputs = TermInputs({"x/student/logits": logits_NC}, mixed_NC, torch.arange(8), {})
+        ours = BinaryCrossEntropy(target_threshold=threshold)(inputs).parts["bce"]
+        torch.testing.assert_close(ours, theirs(logits_NC, mixed_NC))

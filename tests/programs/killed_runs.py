@@ -91,6 +91,20 @@ JOINTRD = (
     "losses.jointrd.eta_epochs=2",
 )
 
+# Whatever is random about x.
+MIXED_X = (
+    *UNEVEN,
+    "losses.kd.views=x",
+    "augment.xprime=none",
+    "augment.policy=trivial",
+    "augment.erasing=0.5",
+    "augment.repeats=3",
+    "augment.mixup=0.3",
+    "augment.cutmix=1",
+    "augment.mix_share=0.8",
+    "augment.sizes=6,8",
+)
+
 
 def before_step(number: int) -> None:
     """Die before optimizer step `number` of the run, when the one before it has been saved."""
@@ -255,6 +269,8 @@ SCENARIOS: dict[str, Scenario] = {
     "crd on two ranks, before step 5": Scenario(CRD, (partial(before_step, 5),), 2),
     "meal_v2 on two ranks, before step 5": Scenario(MEAL_V2, (partial(before_step, 5),), 2),
     "crd, tlcutmix and pick on two ranks": Scenario(CRD_PICKED, (partial(before_step, 5),), 2),
+    "mixed x": Scenario(MIXED_X, (partial(before_step, 5),)),
+    "mixed x on two ranks": Scenario(MIXED_X, (partial(before_step, 5),), 2),
     "jointrd on two ranks": Scenario(JOINTRD, (partial(before_step, 6),), 2),
 }
 

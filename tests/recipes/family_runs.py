@@ -185,7 +185,7 @@ def asked(name: str, trainer: Trainer) -> dict[str, Any]:
         "optim": recipe.optim.model_dump(mode="json", include=SCHEDULED),
         "groups": [
             {"tensors": len(group["params"]), "lr": group["base_lr"]}
-            | {key: group[key] for key in ("momentum", "nesterov", "weight_decay")}
+            | {key: group[key] for key in ("momentum", "nesterov", "weight_decay") if key in group}
             for group in trainer.optimizer.param_groups
         ],
     }

@@ -33,7 +33,8 @@ def test_names_have_the_parts_that_the_listing_counts_by():
     for name in all_recipes():
         if name in ("quickstart", "folder"):
             continue
-        parts = 4 if name.startswith((*PAPERS, "transfer")) else 2 + ("--" in name)
+        of_papers = (*PAPERS, "transfer", "rsb", "vanillakd", "funmatch")
+        parts = 4 if name.startswith(of_papers) else 2 + ("--" in name)
         assert re.fullmatch("/".join([PART] * parts), name), name
 
 

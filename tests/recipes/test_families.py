@@ -43,6 +43,9 @@ UNSTEADY = dict.fromkeys(("at-G:4", "at-G:N:8", "at-G:N", "at-BG:2:4", "rkd", "j
 UNSTEADY["no-shortcuts-G"] = 0.2
 CHOICES = (
     "augment.xprime",
+    "augment.policy",
+    "augment.randaugment.space",
+    "augment.repeats",
     "augment.pick.criterion",
     "losses.jointrd.form",
     "losses.kd.standardize",
@@ -76,7 +79,8 @@ def features(keys: Mapping[str, Any]) -> set[str]:
     """What a recipe asks of fastkd that another may not: losses, forms, views, picks, blocks."""
     found = {key.split(".")[1] for key in keys if key.startswith("losses.")}
     found |= {f"{key}={keys[key]}" for key in CHOICES if key in keys}
-    found |= {"several teachers"} if keys.get("teacher.ensemble") else set()
+    mixes = {f"{key}=" for key in ("augment.mixup", "augment.cutmix") if key in keys}
+    found |= mixes | {"several teachers"} if keys.get("teacher.ensemble") else set()
     blocks = (parse_block(keys[key]) for key in ("student.block", "teacher.block") if key in keys)
     return found | {re.sub(r"\d+", "", str(block)) for block in blocks}
 

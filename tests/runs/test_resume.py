@@ -91,7 +91,7 @@ def eager(
 ) -> dict[str, Any]:
     staged = [f"staged, before step {step}" for step in STAGED]
     names = [*RESUMED_AT, *staged, *STOPPED, "stopped in the teacher's last step"]
-    return killed_runs(tmp_path_factory.mktemp("eager"), *names, timeout=1500)
+    return killed_runs(tmp_path_factory.mktemp("eager"), *names)
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
@@ -173,7 +173,7 @@ def test_a_run_whose_terminal_is_closed_saves(program: Callable[..., Any], tmp_p
 def test_a_killed_compiled_run_ends_bit_identical(
     killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    found = killed_runs(tmp_path, "compiled student", timeout=1500)["compiled student"]
+    found = killed_runs(tmp_path, "compiled student")["compiled student"]
     assert found["codes"] == [[-9], [0]], found["log"]
     assert "resumed tiny/kd at epoch 1 of 1, step 2 of 3" in found["log"]
     assert len(found["fetched"][0]) == 1
@@ -184,7 +184,7 @@ def test_a_killed_compiled_run_ends_bit_identical(
 def compiled(
     killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    return killed_runs(tmp_path_factory.mktemp("compiled"), *COMPILED, timeout=1500)
+    return killed_runs(tmp_path_factory.mktemp("compiled"), *COMPILED)
 
 
 @pytest.mark.slow

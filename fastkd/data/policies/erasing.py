@@ -46,11 +46,11 @@ def rectangles(words_BK: np.ndarray, side: int, probability: float) -> np.ndarra
 
 
 def erase(images_BCHW: Tensor, rectangles_B4: np.ndarray) -> Tensor:
-    """The images with zeros in their rectangles."""
+    """Set the rectangles of these images to zero, in place; the images."""
     edges_B4 = to_device(rectangles_B4, images_BCHW.device)
     top, bottom, left, right = edges_B4[:, :, None].unbind(1)
     down_H = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)
     across_W = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
     rows_BH = (down_H >= top) & (down_H < bottom)
     columns_BW = (across_W >= left) & (across_W < right)
-    return images_BCHW.masked_fill((rows_BH[:, :, None] & columns_BW[:, None])[:, None], 0.0)
+    return images_BCHW.masked_fill_((rows_BH[:, :, None] & columns_BW[:, None])[:, None], 0.0)

@@ -159,7 +159,7 @@ def _moved(images_BCHW: Tensor, theta_B23: Tensor, resampling: Resampling) -> Te
 
 
 def _theta(images_BCHW: Tensor, **entries: Tensor | float) -> Tensor:
-    """Matrices [B, 2, 3], the identity but for the entries named by row and column."""
+    """Matrices [B, 2, 3], the identity except for the entries named by row and column."""
     theta_B23 = torch.eye(2, 3, dtype=torch.float64, device=images_BCHW.device)
     theta_B23 = theta_B23.repeat(len(images_BCHW), 1, 1)
     for name, value in entries.items():
