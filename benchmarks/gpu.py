@@ -3,11 +3,11 @@
     python benchmarks/gpu.py [--part N ...] [--assets FOLDER] [--out FOLDER] [--rehearse]
 
 Parts: 1 proof (all tests marked gpu, every kernel against float64), 2 ops, 3 whole steps, 4 a short
-training. Each runs in its own process with a time limit and writes its findings case by case to
-OUT/gpu_<part>_<device>.jsonl and .md, so that a run that is cut short loses nothing. The last lines
-of output list every bar that was missed. No network is needed. --rehearse runs the same lines on
-CPU tensors, the Triton kernels in the interpreter, at sizes that test the program but measure
-nothing.
+training, 5 loaders. Each runs in its own process with a time limit and writes its findings case by
+case to OUT/gpu_<part>_<device>.jsonl and .md, so that a run that is cut short loses nothing. The
+last lines of output list every bar that was missed. No network is needed. --rehearse runs the same
+lines on CPU tensors, the Triton kernels in the interpreter, at sizes that test the program but
+measure nothing.
 """
 
 import argparse
@@ -22,8 +22,14 @@ from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Number -> module and seconds it may take: 20 minutes together, none above 8.
-PARTS = {1: ("proof", 300), 2: ("ops", 200), 3: ("steps", 460), 4: ("training", 240)}
+# Number -> module and seconds it may take: 22 minutes together, none above 8.
+PARTS = {
+    1: ("proof", 300),
+    2: ("ops", 200),
+    3: ("steps", 460),
+    4: ("training", 240),
+    5: ("loaders", 120),
+}
 
 
 def arguments() -> argparse.Namespace:

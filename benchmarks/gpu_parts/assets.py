@@ -1,7 +1,8 @@
 """What --assets brings to a bare machine: wheels, checkouts of peers, data archives.
 
 What is missing is reported, never replaced. The folders RepDistiller and mdistiller are checkouts;
-cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder per class.
+cifar10-jpeg.tar.xz holds cifar10/train and cifar10/test, one folder per class, and
+imagenet-sample100.tar.xz photographs of full size, one folder per class.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["UNPACKED", "lacking", "load_mdistiller_kd", "unpacked_cifar10", "unpacked_wheels"]
+__all__ = ["UNPACKED", "lacking", "load_mdistiller_kd", "unpacked", "unpacked_wheels"]
 
 UNPACKED = Path(tempfile.gettempdir()) / "fastkd-gpu"
 
@@ -54,17 +55,18 @@ def is_installed(package: str) -> bool:
     return True
 
 
-def unpacked_cifar10(assets: Path | None) -> Path | None:
-    """The folder with train/ and test/, or None without an archive."""
-    archive = (assets or Path()) / "cifar10-jpeg.tar.xz"
-    if assets is None or not archive.exists():
+def unpacked(assets: Path | None, archive: str, folder: str) -> Path | None:
+    """A folder of an archive among the assets, or None without the archive."""
+    file = (assets or Path()) / archive
+    if assets is None or not file.exists():
         return None
     target = UNPACKED / "data"
-    if not (target / ".complete").exists():
-        with tarfile.open(archive) as packed:
+    mark = target / f".{folder}"
+    if not mark.exists():
+        with tarfile.open(file) as packed:
             packed.extractall(target, filter="data")
-        (target / ".complete").touch()
-    return target / "cifar10"
+        mark.touch()
+    return target / folder
 
 
 def load_mdistiller_kd(folder: Path) -> Any:

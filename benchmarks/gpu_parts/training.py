@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.assets import UNPACKED, unpacked_cifar10
+from gpu_parts.assets import UNPACKED, unpacked
 from gpu_parts.record import Job
 
 __all__ = ["run"]
@@ -34,7 +34,7 @@ SHOWN = (
 
 def run(job: Job) -> None:
     """Two probes, then the run whose accuracy counts."""
-    data = unpacked_cifar10(job.assets)
+    data = unpacked(job.assets, "cifar10-jpeg.tar.xz", "cifar10")
     if data is None:
         job.record.missing("the training: no cifar10-jpeg.tar.xz in --assets")
         if not job.rehearse:

@@ -66,6 +66,7 @@ def test_every_side_has_an_entry_with_all_its_samples(folder: Path) -> None:
     assert "| case | slow ms | fastkd ms |" in done.stdout
 
 
+@pytest.mark.matrix
 def test_few_pairs_are_a_rehearsal_and_not_saved(folder: Path) -> None:
     done = run(folder, "--pairs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,6 +90,7 @@ def test_a_part_is_saved_under_its_own_name(folder: Path) -> None:
     assert "there is no part snore; choose of doze, sleep" in refused.stderr
 
 
+@pytest.mark.matrix
 def test_quick_is_a_rehearsal(folder: Path) -> None:
     done = run(folder, "--quick", "--benchmark-json", "all.json")
     assert "A rehearsal with --quick" in done.stdout

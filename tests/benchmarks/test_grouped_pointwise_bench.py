@@ -49,6 +49,7 @@ def columns(table: str, first: str) -> set[str]:
     return {cell.strip() for cell in head.strip("|").split("|")}
 
 
+@pytest.mark.matrix
 def test_the_picture_has_the_columns_that_its_page_reads() -> None:
     table = run("--part", "picture")
     wanted = {"block", "mode", "MMACs an image", "batch", "plain ms", "fastkd ms"}

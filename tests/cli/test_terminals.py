@@ -80,6 +80,7 @@ def test_closed_streams_are_no_error(tmp_path, closing):
     assert ("losses.kd.weight" in said.stdout) == (closing == "2>&-")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("flag", "words"),
     [("-O", "losses crd"), ("-OO", "losses crd"), ("-OO", "train --print-config")],

@@ -210,6 +210,7 @@ def test_images_in_memory_can_be_cut_at_random_too():
     assert batch.labels_N.tolist() == source.labels_N[batch.index_N].tolist()
 
 
+@pytest.mark.matrix
 def test_boxes_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     ours, theirs = [], []

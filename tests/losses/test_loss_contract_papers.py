@@ -191,6 +191,7 @@ def test_a_real_term_trains_and_leaves_the_teacher_alone(name: str) -> None:
         assert torch.equal(value, teacher[key]), key
 
 
+@pytest.mark.matrix
 def test_all_terms_together_are_one_graph_under_autocast() -> None:
     trainer = build(*(make() for make in TERMS.values()), precision="bf16")
     arguments = inputs_of(trainer, next(trainer.prepare(0)))

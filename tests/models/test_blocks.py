@@ -38,6 +38,7 @@ def conv_params(model):
     ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "row", MOONSHINE["table2"], ids=lambda row: f"{row['network']}-{row['block']}"
 )

@@ -50,9 +50,18 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """One network of each further family, whose compilation takes up to two minutes."""
 slow = pytest.mark.slow
-# Of their kinds of blocks a smaller one is traced by default.
+# Traced in the matrix: of most kinds of blocks a smaller one is traced by default.
 SIBLINGS = {
-    form: FORMS[form] for form in ("mobilenetv2", "erfnet-G(N)", "resnet50", "shufflenetv1")
+    form: FORMS[form]
+    for form in (
+        "mobilenetv2",
+        "mobilenetv2_half",
+        "erfnet",
+        "erfnet-G(N)",
+        "resnet50",
+        "shufflenetv1",
+        "shufflenetv2",
+    )
 }
 TRACED = {form: build for form, build in FORMS.items() if form not in SIBLINGS}
 

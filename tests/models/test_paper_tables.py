@@ -71,6 +71,7 @@ def test_the_true_counts_of_grouped_networks() -> None:
     assert size("shufflenetv2", 100, 32, "kdda").macs == 43_163_664
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore:block .* is read as a column")
 @pytest.mark.parametrize(
     "cell",

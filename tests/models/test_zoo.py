@@ -21,6 +21,7 @@ SETTINGS = {"cifar100": (100, 32), "tinyimagenet": (200, 64), "imagenet": (1000,
 SMALL = ("resnet8", "resnet8x4", "wrn_16_2")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("build", ORACLE)
 def test_build_equals_the_published_table(build: str) -> None:
     data, name = build.split("/")

@@ -113,7 +113,6 @@ class Compilation(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[
-        "share",
         pytest.param("turns", marks=pytest.mark.matrix),
         pytest.param("all", marks=pytest.mark.slow),
     ],
@@ -134,8 +133,7 @@ def compilation(request: pytest.FixtureRequest) -> Compilation:
 def test_kernels_compile_and_can_be_launched(op: str, compilation: Compilation) -> None:
     """What is ours is asserted, what a compiler makes of it is reported: registers and spills.
 
-    By default every kernel is compiled once, in the matrix every launch for one of the chips,
-    with `-m slow` for all.
+    In the matrix every launch for one of the chips, with `-m slow` for all.
     """
     chips = {launch["chosen"]["chip"] for launch in compilation.launches[op]}
     assert chips == {"sm_80", "sm_90", "sm_100"}

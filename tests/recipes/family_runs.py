@@ -16,13 +16,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from torch import Tensor, nn
@@ -53,6 +54,20 @@ FAMILIES = {
     name: (recipe, tuple(_TABLE["networks"][networks]))
     for name, (recipe, networks) in _TABLE["families"].items()
 }
+COMPILED = frozenset(("kd", "crd+tlcutmix-pick", "simkd", "meal_v2-two"))
+"""Families that are compiled by default."""
+_DEFAULT = {*COMPILED, "at-G:4", "tlcutmix-pick", "jointrd", *list(FAMILIES)[::4]}
+"""One family for each way in which a step can differ, and some more."""
+
+
+def families(default: Collection[str] = _DEFAULT) -> pytest.MarkDecorator:
+    """Run a test on these families, with `-m matrix` on all others."""
+    names = [
+        pytest.param(name, marks=() if name in default else pytest.mark.matrix) for name in FAMILIES
+    ]
+    return pytest.mark.parametrize("name", names)
+
+
 ALL = ("device=cpu", "precision=fp32", f"batch_size={BATCH}", "data.drop_last=true")
 SCHEDULED = {"name", "schedule", "milestones", "gamma", "warmup_epochs", "clip_norm"}
 # What those that have it need for batches of 16 of 480 images.

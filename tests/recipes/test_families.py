@@ -29,6 +29,7 @@ from family_runs import (
     STEPS,
     Workplace,
     at_work,
+    families,
     recorded,
     taken,
 )
@@ -62,7 +63,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         yield place
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@families()
 def test_every_part_is_positive_and_reaches_the_student(workplace: Workplace, name: str) -> None:
     run = workplace.run(name)
     assert len(run.steps) == STEPS
@@ -101,14 +102,14 @@ def test_nothing_that_recipes_use_is_without_a_family() -> None:
     assert {feature: name for feature, name in asked.items() if feature not in covered} == {}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@families()
 def test_recipes_ask_for_their_golden_training(workplace: Workplace, name: str) -> None:
     """Rates, decay and schedule are in the file as they are: 30 steps cannot tell all of them."""
     assert workplace.run(name).asked == json.loads(GOLDEN.read_text())[name]["asked"]
 
 
 @pytest.mark.skipif(not DATA, reason="FASTKD_TEST_DATA is not set (folder with cifar10/ in it)")
-@pytest.mark.parametrize("name", FAMILIES)
+@families()
 def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
     golden, found = json.loads(GOLDEN.read_text())[name], recorded(workplace, name)
     own = UNSTEADY.get(name, TOLERANCE)
@@ -123,7 +124,7 @@ def test_first_steps_are_golden(workplace: Workplace, name: str) -> None:
         assert step == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@families()
 def test_on_a_fixed_batch_the_total_falls(workplace: Workplace, name: str) -> None:
     trainer = workplace.gentle(name)
     batch = next(trainer.prepare(0))

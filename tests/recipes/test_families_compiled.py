@@ -23,15 +23,11 @@ import fastkd.teachers.teacher
 import fastkd.training.build
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_runs import FAMILIES, Workplace, at_work, taken
+from family_runs import COMPILED, FAMILIES, Workplace, at_work, families, taken
 
 COMPILED_STEPS, COMPILED_TOLERANCE = 3, 1e-4
 PART, PARTS = map(int, os.environ.get("FASTKD_SHARE", "1/1").split("/"))
 assert 1 <= PART <= PARTS, f"FASTKD_SHARE={PART}/{PARTS}: expected 1/{PARTS} to {PARTS}/{PARTS}"
-REPRESENTATIVE = frozenset(
-    ("kd", "at-G:4", "tlcutmix-pick", "crd+tlcutmix-pick", "simkd", "jointrd", "meal_v2-two")
-)
-"""One family for each way in which a step can differ; `-m matrix` has all others."""
 SHARE = list(FAMILIES)[PART - 1 :: PARTS]
 
 
@@ -54,13 +50,7 @@ def compare_compiled(workplace: Workplace, name: str) -> None:
         assert step == pytest.approx(expected, rel=COMPILED_TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.matrix)
-        for name in FAMILIES
-    ],
-)
+@families(COMPILED)
 def test_the_compiler_traces_what_runs(
     workplace: Workplace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
