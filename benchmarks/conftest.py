@@ -81,6 +81,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"there is no part {part}; choose of {', '.join(names)}")
     config.hook.pytest_deselected(items=others)
     items[:] = [one for one in items if one not in others]
+    for item in items:
+        # The limit of pyproject.toml is for tests.
+        item.add_marker(pytest.mark.timeout(0))
 
 
 def pairs_of(config: pytest.Config) -> int:

@@ -194,6 +194,13 @@ def killed_runs(program: Callable[..., Said]) -> Callable[..., dict[str, Any]]:
     return run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests take as long as they take."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device, except in rehearsals."""
     rehearsed = REHEARSED and "device" in getattr(item, "fixturenames", ())

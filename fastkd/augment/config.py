@@ -46,9 +46,10 @@ class AugmentConfig(AppearanceConfig):
     """alpha of CutMix on x. With both, each batch gets one of them."""
     mix_share: Annotated[float, Since("0.2")] = Field(default=1.0, gt=0, le=1)
     """Share of the batches that are mixed."""
-    sizes: Annotated[tuple[PositiveInt, ...], Since("0.2")] = ()
-    """Sides in pixels of the training images in equal parts of the run, each at most their own
-    size: the first epochs are cheaper. Evaluation keeps the full size."""
+    # torch.compile makes a graph for each shape, also of a partial batch, and stops at eight.
+    sizes: Annotated[tuple[PositiveInt, ...], Since("0.2")] = Field(default=(), max_length=4)
+    """Sides in pixels of the training images in up to four equal parts of the run, each at most
+    their own size: the first epochs are cheaper. Evaluation keeps the full size."""
 
     @property
     def mixing(self) -> Mixing:

@@ -13,14 +13,15 @@ mixup and CutMix and in timm.
 import math
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fastkd.data.draws import as_integers, as_permutation, as_uniforms, step_words
+from fastkd.data.draws import as_beta, as_integers, as_permutation, as_uniforms, step_words
 
 __all__ = [
     "MIXES",
+    "NOT_MIXED",
     "MixDraw",
     "MixKind",
     "Mixing",
@@ -71,6 +72,9 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0
 
 
+NOT_MIXED = Mixing()
+
+
 def has_partners(kind: str) -> bool:
     """Whether x' combines two images."""
     return kind in MIXES and kind != "cutout"
@@ -92,27 +96,37 @@ def draw_mix(
 
 def x_mix_kind(mixing: Mixing, *, seed: int, epoch: int, step: int) -> MixKind | None:
     """What happens to x in a step; None: nothing."""
-    happens, which = as_uniforms(step_words(seed, epoch, step, 0, 0, 5)[3:]).tolist()
-    if not mixing or happens >= mixing.share:
-        return None
-    if mixing.mixup and mixing.cutmix:
-        return "cutmix" if which < 0.5 else "mixup"
-    return "mixup" if mixing.mixup else "cutmix"
+    return _x_draw(mixing, seed, epoch, step).kind
 
 
 def draw_x_mix(
     mixing: Mixing, *, seed: int, epoch: int, step: int, num: int, side: int
 ) -> MixDraw | None:
     """What happens to x in a step, for a global batch of `num` square images; None: nothing."""
-    kind = x_mix_kind(mixing, seed=seed, epoch=epoch, step=step)
-    if kind is None:
+    drawn = _x_draw(mixing, seed, epoch, step)
+    if drawn.kind is None:
         return None
-    words = step_words(seed, epoch, step, 0, 0, 6)
-    # numpy guarantees the numbers of its RandomState for all versions.
-    state = np.random.RandomState(int(words[5] >> np.uint64(32)))
-    alpha = mixing.mixup if kind == "mixup" else mixing.cutmix
-    partner_N = draw_partners(kind, seed=seed, epoch=epoch, step=step, num=num)
-    return _mixed(kind, float(state.beta(alpha, alpha)), words[1:3], side, partner_N)
+    alpha = mixing.mixup if drawn.kind == "mixup" else mixing.cutmix
+    partner_N = draw_partners(drawn.kind, seed=seed, epoch=epoch, step=step, num=num)
+    return _mixed(drawn.kind, as_beta(drawn.lam, alpha), drawn.place, side, partner_N)
+
+
+class _XDraw(NamedTuple):
+    kind: MixKind | None
+    lam: np.uint64
+    """A word for lambda."""
+    place: np.ndarray
+    """Two for the centre of the box."""
+
+
+def _x_draw(mixing: Mixing, seed: int, epoch: int, step: int) -> _XDraw:
+    # The first word is lambda of x', which is uniform.
+    _, row, column, whether, which, lam = step_words(seed, epoch, step, 0, 0, 6)
+    happens = mixing and as_uniforms(whether) < mixing.share
+    first: MixKind = "cutmix" if as_uniforms(which) < 0.5 else "mixup"
+    if not (mixing.mixup and mixing.cutmix):
+        first = "mixup" if mixing.mixup else "cutmix"
+    return _XDraw(first if happens else None, lam, np.array([row, column]))
 
 
 def _mixed(kind: str, lam: float, place: np.ndarray, side: int, partner_N: np.ndarray) -> MixDraw:

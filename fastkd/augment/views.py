@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd.augment.mix import (
+    NOT_MIXED,
     MixDraw,
     Mixing,
     MixKind,
@@ -30,14 +31,11 @@ from fastkd.data.picture_views import PICTURE_VIEWS, PictureKind, PictureView
 from fastkd.data.tables import to_device
 from fastkd.kernels import mix as mix_images
 
-__all__ = ["NOT_MIXED", "XPRIMES", "ViewMaker", "XPrime"]
+__all__ = ["XPRIMES", "ViewMaker", "XPrime", "resized"]
 
 XPrime = Literal["none", MixKind, PictureKind]
 """Kinds of x': a mix of x, or a second view of its picture."""
 XPRIMES: tuple[XPrime, ...] = get_args(XPrime)
-
-
-NOT_MIXED = Mixing()
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
     The batches come from the loader that `opened` returns. Besides x it yields what x' is made
-    from: second views of the pictures or, with several ranks, the partners.
+    from: second views of the pictures or, with several ranks, the partners, also of a mixed x.
     """
 
     xprime: XPrime
@@ -85,6 +83,7 @@ class ViewMaker:
     ) -> Batch:
         """The batch with images and labels mixed, if x is: labels are float32 rows [N, C] then.
 
+        Every image has a class: recipes read sets that have them.
         rows_of_ranks: the number of images on each rank, whose labels are exchanged.
         """
         if not self.mixing:
@@ -97,7 +96,9 @@ class ViewMaker:
         if draw is None:
             return batch._replace(labels_N=rows_NC)
         images_NCHW = self._mixed(self._laid_out(batch.images_NCHW), draw, batch.second_NCHW)
-        everyone_NC, mine = self._everyone(rows_NC, batch, rows_of_ranks)
+        # Ids are exchanged, not their rows; floats hold them exactly.
+        everyone, mine = self._everyone(batch.labels_N[:, None].float(), batch, rows_of_ranks)
+        everyone_NC = F.one_hot(everyone[:, 0].long(), self.num_classes).float()
         labels_NC = _mixed_rows(rows_NC, everyone_NC, mine, draw, side)
         return batch._replace(images_NCHW=images_NCHW, labels_N=labels_NC)
 
@@ -109,10 +110,8 @@ class ViewMaker:
         side = self.side(epoch)
         return {name: self._laid_out(resized(view, side)) for name, view in views.items()}
 
-    def side(self, epoch: int) -> int | None:
-        """Side in pixels of the images in an epoch; None: their own."""
-        if not self.sizes:
-            return None
+    def side(self, epoch: int) -> int:
+        """Side in pixels of the images in an epoch, if they have several `sizes`."""
         return self.sizes[min(epoch * len(self.sizes) // self.epochs, len(self.sizes) - 1)]
 
     def _views(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
@@ -237,9 +236,9 @@ def _mixed_rows(
     return stays * rows_NC + (1.0 - stays) * partners_NC
 
 
-def resized(images_NCHW: Tensor, side: int | None) -> Tensor:
+def resized(images_NCHW: Tensor, side: int) -> Tensor:
     """Images made smaller, bilinear with antialias, in fp32; unchanged at their own size."""
-    if side in (None, images_NCHW.shape[-1]):
+    if side == images_NCHW.shape[-1]:
         return images_NCHW
     small_NCHW = F.interpolate(
         images_NCHW.float(), (side, side), mode="bilinear", antialias=True, align_corners=False

@@ -161,16 +161,16 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if entries := entries_of(annotation):
         first, *_ = keys = list(entries.model_fields)
         return f"a list such as [{{{first}: ..}}], the keys of each {', '.join(keys)}"
+    sizes = [
+        f"{word} {getattr(limit, name)}"
+        for kind, name, word in _SIZES
+        for limit in metadata
+        if isinstance(limit, kind)
+    ]
+    few = f" with {' and '.join(sizes)} entries" if sizes else ""
     if origin is tuple:
-        return f"a list joined by commas, each {_words(inner[0])}"
+        return f"a list{few} joined by commas, each {_words(inner[0])}"
     if origin is dict or origin is Mapping:
-        sizes = [
-            f"{word} {getattr(limit, name)}"
-            for kind, name, word in _SIZES
-            for limit in metadata
-            if isinstance(limit, kind)
-        ]
-        few = f" with {' and '.join(sizes)} entries" if sizes else ""
         return f"a mapping such as {{name: value}}{few}"
     plain: dict[Any, str] = {
         bool: "true or false",

@@ -29,8 +29,9 @@ class Batch(NamedTuple):
     """Floating, normalised, channels-last in memory unless the loader is set otherwise."""
     labels_N: Tensor
     """int64 class ids; for images with several labels float32 [N, C]: 1 where a class is present, 0
-    where it is absent, IGNORED where that is unknown. Of a user's loader also rows of probabilities
-    of the classes, float32 [N, C], if every loss that reads labels takes them."""
+    where it is absent, IGNORED where that is unknown. Of a user's loader, and where x is mixed,
+    also rows of probabilities of the classes, float32 [N, C], if every loss that reads labels
+    takes them."""
     index_N: Tensor
     """int64 stable sample ids: the position in the source's canonical order, the same in every
     epoch and on every rank (memory banks and teacher caches are keyed by it)."""
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
     second_NCHW: Tensor | None = None
     """What a loader opened by `with_views` yields besides x: k images for each of x, all first
     ones, then all second ones, and so on. They are second views of the pictures of x, or
-    the partners that x is mixed with, from any rank."""
+    the partners that x is mixed with, from any rank; None in a step that mixes nothing."""
     unread: tuple[tuple[int, str], ...] = ()
     """(sample id, reason) of the planned images that cannot be read: with data.on_bad=skip another
     one is shown in its row or, in evaluation, a black one without a label."""
@@ -64,7 +65,7 @@ class TrainLoader(Protocol):
         ...
 
     def with_views(self, views: SecondViews) -> "TrainLoader":
-        """A loader of the same batches that also yields what x' is made from.
+        """A loader of the same batches that also yields what x' is made from, or x is mixed with.
 
         A loader that cannot read other ranks' samples yields no partners: x is mixed in its batch.
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fastkd.config.section import Channels, Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
@@ -139,6 +139,12 @@ class AppearanceConfig(Section):
     repeats: Annotated[PositiveInt, Since("0.2")] = 1
     """How often an image is shown in an epoch, each time changed in another way; an epoch then has
     as many images as ever, of a part of the set."""
+
+    @field_validator("randaugment")
+    @classmethod
+    def _default_is_none(cls, value: RandAugmentConfig | None) -> RandAugmentConfig | None:
+        """One digest for one strength."""
+        return None if value == RandAugmentConfig() else value
 
     @model_validator(mode="after")
     def _has_its_policy(self) -> "AppearanceConfig":

@@ -17,6 +17,7 @@ __all__ = [
     "POLICY",
     "SHIFT_LEFT",
     "SHIFT_TOP",
+    "as_beta",
     "as_integers",
     "as_permutation",
     "as_uniforms",
@@ -113,7 +114,8 @@ def sample_words(
     return words_BK ^ (words_BK >> np.uint64(31))
 
 
-@lru_cache(maxsize=32)
+# A policy of x and one of x', and erasing, in one epoch.
+@lru_cache(maxsize=4)
 def _word_of_each(
     seed: int, epoch: int, stream: int, num_samples: int, appearance: int
 ) -> np.ndarray:
@@ -121,6 +123,13 @@ def _word_of_each(
     words_N = _raw(seed, (epoch, stream, *_again(appearance)), num_samples)
     words_N.flags.writeable = False
     return words_N
+
+
+def as_beta(word: np.uint64, alpha: float) -> float:
+    """A number of the Beta(alpha, alpha) distribution, of the upper 32 bits of a word."""
+    # numpy guarantees the numbers of its RandomState for all versions.
+    state = np.random.RandomState(int(word >> np.uint64(32)))
+    return float(state.beta(alpha, alpha))
 
 
 def step_words(seed: int, epoch: int, step: int, number: int, draw: int, count: int) -> np.ndarray:

@@ -35,39 +35,39 @@ PLAIN = Look()
 
 @dataclass(frozen=True)
 class Finish:
-    """Finishes crops of some samples; every draw follows from (seed, epoch, id, appearance).
+    """Finishes crops; every draw follows from (seed, epoch, id, appearance).
 
-    ids_B: sample ids on the host. appearance: 0 is x, others are views of the same picture.
+    Ids are those of `fastkd.data.loaders.plan`. Appearance 0 is x, others are views of its picture.
     """
 
     look: Look
     normalize: Normalizer
     seed: int
-    num_samples: int
-    """In the split, over all ranks."""
+    num_ids: int
+    """All ids are below it."""
 
-    def x(self, crops_BHWC: Tensor, ids_B: np.ndarray, epoch: int, appearance: int = 0) -> Tensor:
-        """The images [B, C, H, W] of crops."""
-        look_BHWC = self._looked(crops_BHWC, ids_B, epoch, appearance)
-        return self._image(look_BHWC, ids_B, epoch, appearance)
-
-    def with_second(
+    def images(
         self,
-        crop: Callable[[int], Tensor],
-        second: PictureView,
+        crops: Callable[[int], Tensor],
         ids_B: np.ndarray,
         epoch: int,
-    ) -> tuple[Tensor, Tensor]:
-        """x, and all second views, one below the other. crop: the crops of an appearance."""
-        x_BHWC = self._looked(crop(0), ids_B, epoch, 0)
+        second: PictureView | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, H, W], and the second views, one below the other.
+
+        crops: uint8 [B, H, W, C] of an appearance. ids_B: their ids, on the host.
+        """
+        look_BHWC = self._looked(crops(0), ids_B, epoch, 0)
+        x_BCHW = self._image(look_BHWC, ids_B, epoch, 0)
+        if second is None:
+            return x_BCHW, None
         views = []
         for appearance in second.appearances:
             if second.policy is None:
-                view_BHWC = self._looked(crop(appearance), ids_B, epoch, appearance)
+                view_BHWC = self._looked(crops(appearance), ids_B, epoch, appearance)
             else:
-                view_BHWC = self._after(second.policy, x_BHWC, ids_B, epoch, appearance)
+                view_BHWC = self._after(second.policy, look_BHWC, ids_B, epoch, appearance)
             views.append(self._image(view_BHWC, ids_B, epoch, appearance))
-        x_BCHW = self._image(x_BHWC, ids_B, epoch)
         return x_BCHW, views[0] if len(views) == 1 else torch.cat(views)
 
     def _looked(self, crops_BHWC: Tensor, ids_B: np.ndarray, epoch: int, appearance: int) -> Tensor:
@@ -81,9 +81,7 @@ class Finish:
         words_BK = self._words(POLICY, ids_B, policy.words, epoch, appearance)
         return policy.of(images_BHWC, words_BK)
 
-    def _image(
-        self, look_BHWC: Tensor, ids_B: np.ndarray, epoch: int, appearance: int = 0
-    ) -> Tensor:
+    def _image(self, look_BHWC: Tensor, ids_B: np.ndarray, epoch: int, appearance: int) -> Tensor:
         images_BCHW = self.normalize(look_BHWC)
         if not self.look.erasing:
             return images_BCHW
@@ -94,4 +92,4 @@ class Finish:
     def _words(
         self, stream: int, ids_B: np.ndarray, count: int, epoch: int, appearance: int
     ) -> np.ndarray:
-        return sample_words(self.seed, epoch, stream, self.num_samples, ids_B, count, appearance)
+        return sample_words(self.seed, epoch, stream, self.num_ids, ids_B, count, appearance)

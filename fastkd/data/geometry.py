@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import mix
-from fastkd.storage.facts import Interpolation
 
 __all__ = ["NO_GEOMETRY", "Crop", "Geometry", "Normalizer", "PadMode", "gather_crops", "pad_images"]
 
@@ -38,13 +37,11 @@ class Geometry:
     padding   pixels added on each side; the crop is then uniform over (2 * padding + 1)^2 places
     pad_mode  "zero": black border; "reflect": mirrored without repeating the edge pixel
     flip      mirror left-right with probability 1/2
-    interpolation  how random areas of large pictures are brought to size, where they are cut out
     """
 
     padding: int = 0
     pad_mode: PadMode = "zero"
     flip: bool = False
-    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.padding < 0:

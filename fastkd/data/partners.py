@@ -16,5 +16,5 @@ class Partners:
     """Who is mixed with whom; drawn by `fastkd.augment`, shown by the loaders."""
 
     draw: Callable[[int, int, int], Sequence[np.ndarray]]
-    """(epoch, step, samples in the global batch) -> for each x' the partners, int64 [N]: sample n
-    of the global batch is mixed with sample partner_N[n]."""
+    """(epoch, step, samples in the global batch) -> for x, or for each x', the partners, int64 [N]:
+    sample n of the global batch is mixed with sample partner_N[n]. Empty: nothing is mixed."""

@@ -14,10 +14,11 @@ from typing_extensions import override
 
 from fastkd.config.section import Since
 from fastkd.data.batch import IGNORED, NO_LABEL
+from fastkd.errors import UserError
 from fastkd.losses.base.arguments import Smoothing, Weight
 from fastkd.losses.base.dtypes import widened
 from fastkd.losses.base.needs import STUDENT_LOGITS, Need
-from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
 
 __all__ = ["BinaryCrossEntropy", "known_bce"]
 
@@ -68,6 +69,7 @@ class BinaryCrossEntropy(LossTerm):
 
     label_kind = "multi"
     takes_classes = True
+    takes_no_label = True
 
     def __init__(
         self,
@@ -85,6 +87,14 @@ class BinaryCrossEntropy(LossTerm):
     @classmethod
     def needs_of(cls, **keys: Any) -> tuple[Need, ...]:
         return (STUDENT_LOGITS,)
+
+    def bind(self, context: BindContext) -> None:
+        """Refuse targets that would blur several labels per image."""
+        if context.train_labels_N.dim() == 2 and (self.label_smoothing or self.target_threshold):
+            raise UserError(
+                f"the loss {self.name} has label_smoothing or target_threshold, which are for "
+                "images of one class, and these have several labels: leave them out"
+            )
 
     @override
     def forward(self, inputs: TermInputs) -> TermOutput:

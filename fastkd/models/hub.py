@@ -29,6 +29,9 @@ BARE_IN_TIMM_0_2 = {
 }
 """Weights that a bare name meant in timm 0.2, which MEAL V2 used, if it means others now."""
 
+_DROP_PATH = {"timm": "drop_path_rate", "torchvision": "stochastic_depth_prob"}
+"""What stochastic depth is called there."""
+
 
 class Built(NamedTuple):
     """A network, with facts that the caller cannot read off it."""
@@ -55,7 +58,7 @@ def build_timm(
         _check_pinned(base)
     if num_classes is not None:
         options = {**options, "num_classes": num_classes}
-    options = _spelled(options, "drop_path_rate")
+    options = _spelled(options, _DROP_PATH["timm"])
     model = _build("timm", name, pretrained, lambda: timm.create_model(name, pretrained, **options))
     details: Any = model
     mean_std = tuple(details.pretrained_cfg["mean"]), tuple(details.pretrained_cfg["std"])
@@ -72,7 +75,7 @@ def build_torchvision(
 
     if name not in list_torchvision():
         _unknown("torchvision", name, list_torchvision())
-    options = _spelled(options, "stochastic_depth_prob")
+    options = _spelled(options, _DROP_PATH["torchvision"])
     choices: Any = get_model_weights(name)
     weights = choices.DEFAULT
     own_classes = len(weights.meta["categories"])
@@ -171,15 +174,21 @@ def list_torchvision(pattern: str = "*") -> list[str]:
 
 
 def _spelled(options: dict[str, Any], drop_path: str) -> dict[str, Any]:
-    """The options as a package spells them; a rate of 0 is left to it."""
+    """The options as a package spells them; without a rate the network has its own."""
     named = {key: value for key, value in options.items() if key != "drop_path"}
-    return {**named, drop_path: options["drop_path"]} if options.get("drop_path") else named
+    rate = options.get("drop_path")
+    return named if rate is None else {**named, drop_path: rate}
 
 
 def _build(hub: str, name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except TypeError as error:  # the builders take **kwargs: a wrong option fails only here
+        if any(word in str(error) for word in _DROP_PATH.values()):
+            raise UserError(
+                f"{hub}:{name} has no stochastic depth: leave out drop_path, or take a network "
+                "that has it, such as timm:resnet50"
+            ) from error
         raise UserError(f"{hub}:{name} does not take these options: {error}") from error
     except Exception as error:
         # Download errors come from four libraries and share no base class.

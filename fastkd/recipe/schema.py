@@ -140,6 +140,18 @@ class Recipe(Section):
                 f"augment.repeats={self.augment.repeats} shows an image several times in a batch, "
                 f"and losses.{keeping[0]} keeps one memory of each: leave one of them out"
             )
+        terms = {name: config_class(name).term for name in self.losses}
+        of_ids = [
+            name
+            for name, term in terms.items()
+            if term.label_kind == "class" and not term.takes_soft_labels
+        ]
+        if self.augment.mixing and of_ids:
+            raise ValueError(
+                f"losses.{of_ids[0]} needs one class per image, and augment.mixup and "
+                f"augment.cutmix give an image those of two: leave them out, or use losses that "
+                f"take both, such as ce, bce and kd"
+            )
         check_needs(
             self.losses,
             has_teacher=self.teacher is not None,
@@ -239,6 +251,12 @@ class Recipe(Section):
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
         )
 
+    def _of_labels(self) -> dict[str, Any]:
+        """The loss on labels alone: binary cross entropy as the recipe has it, or cross entropy."""
+        if "bce" in self.losses:
+            return {"bce": _plain(self.losses["bce"]) | {"weight": 1.0}}
+        return {"ce": {"weight": 1.0}}
+
     def without_teacher(self, name: str, lr: float | None = None) -> "Recipe":
         """The same budget on the labels alone: only the loss (and, if given, the rate) differs."""
         return self.replace(
@@ -246,7 +264,7 @@ class Recipe(Section):
             description=f"a part of {self.name}: labels alone",
             out=None,
             teacher=None,
-            losses={"bce" if "bce" in self.losses else "ce": {"weight": 1.0}},
+            losses=self._of_labels(),
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),

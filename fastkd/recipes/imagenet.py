@@ -48,8 +48,12 @@ SOURCES = {
 }
 ROOT = "data.root is ImageNet as folders or shards: train/ and val/, one folder a class."
 OTHERWISE = (
-    " timm's rate rises once an epoch from 1e-4 or 1e-6 and ends at 1e-6, here in every step from "
-    "0 and to 0; its LAMB clips the gradient's norm to 1, here too."
+    " timm's rate rises once an epoch from 1e-4 or 1e-6 and ends at 1e-6, and its cosine counts "
+    "the warm-up; here it rises in every step from 0, and the cosine from there to 0. Its LAMB "
+    "clips the gradient's norm to 1, here too. timm draws between bilinear and bicubic for crops "
+    "and operations, here both are bilinear; it mixes an image with the one at the other end of its "
+    "process's batch, here with any of the whole batch, after normalisation; its repeats of an "
+    "image go to different processes, here they are neighbours."
 )
 
 # Name -> differences from SETTING, top-1 accuracy that the paper prints.
@@ -148,8 +152,8 @@ def _vanillakd(
         },
         sources=SOURCES
         | {"teacher.name": "the repository names beitv2_base and no file; timm's best weights"},
-        note=f"{ROOT}{OTHERWISE} The repository prints 83.08 % for the longest training, 4,800 "
-        "epochs, and no number for this one.",
+        note=f"{ROOT}{OTHERWISE} The repository prints 83.08 % for its released network, which by "
+        "others' accounts took 4,800 epochs, and no number for this training.",
     )
 
 
@@ -185,8 +189,9 @@ def _funmatch(epochs: int, accuracy: float) -> Entry:
         },
         sources={
             "optim.weight_decay": "3e-4 that is not multiplied by the rate, over a rate of 0.03",
-            "optim.warmup_epochs": "5,000 steps of 4,096 images of 98 % of the training images",
+            "optim.warmup_epochs": "5,000 steps of 4,096 images; an epoch of all images has 312",
         },
         note=f"{ROOT} The paper prints {accuracy:g} % top-1. Its areas are 5 to 100 % of a "
-        "picture, here 8 to 100 %; it trains on 98 % of the training images.",
+        "picture, here 8 to 100 %, and resized without antialias; it trains on 98 % of the "
+        "training images, and its classifier starts at zero.",
     )

@@ -106,7 +106,7 @@ def details(entry: Entry) -> Iterator[str]:
     if entry.published:
         yield f"\n{papers()[entry.published[0].paper]['title']}"
     else:
-        yield "\nno published number"
+        yield "\nno number from a printed table"
     for cell in entry.published:
         epoch = f", {cell.epoch} epoch" if cell.epoch else ""
         yield f"  {cell}  ({cell.place}, {cell.row}, {cell.column}{epoch})"

@@ -45,6 +45,8 @@ def measure_throughput(recipe: Recipe, session: Session, seconds: float) -> dict
     data = open_recipe_data(recipe, session)
     teachers = load_teacher(recipe.teacher, data)
     trainer = build_stage(recipe, data, teachers, session)
+    # At the full size of the images, also where epochs have smaller ones.
+    trainer = replace(trainer, views=replace(trainer.views, sizes=()))
     trainer.runner.train()
     loader = _rate(trainer, _loaded(trainer), seconds)
     with closing(trainer.fallback):

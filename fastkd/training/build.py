@@ -92,6 +92,11 @@ def build_trainer(
     remedies = data.remedies
     probe = engine.probe(facts, 2)
     shapes, taught = shapes_of_needs(student, teacher, terms, probe, placement.precision, remedies)
+    smallest = _smallest(settings.sizes, facts, plan.epochs)
+    for shown in smallest:
+        # Networks that take no smaller images are refused; connectors keep the full shapes.
+        images = engine.probe(shown, 2)
+        shapes_of_needs(student, teacher, terms, images, placement.precision, remedies)
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     check_classes(terms, shapes, facts, remedies.one_class)
     check_labels(terms, facts.multilabel, mixed=bool(settings.mixing))
@@ -108,21 +113,22 @@ def build_trainer(
     views = _view_maker(plan, settings, step, facts, engine)
     loader = views.opened(data.loader)
     pick = _picker(settings.pick, student, engine) if settings.pick else None
-    try_step(
-        step,
-        Trial(
-            teacher=teacher,
-            facts=facts,
-            probe=partial(engine.probe, facts),
-            batch_rows=loader.batch_rows,
-            accumulate=plan.accumulate,
-            pick=pick,
-            pool=settings.pool,
-            world=world,
-            remedies=remedies,
-            mixed=bool(settings.mixing),
-        ),
-    )
+    for shown in (facts, *smallest):
+        try_step(
+            step,
+            Trial(
+                teacher=teacher,
+                facts=shown,
+                probe=partial(engine.probe, shown),
+                batch_rows=loader.batch_rows,
+                accumulate=plan.accumulate,
+                pick=pick,
+                pool=settings.pool,
+                world=world,
+                remedies=remedies,
+                mixed=bool(settings.mixing),
+            ),
+        )
     seen = look_at_training(student, taught, probe, placement.precision, ranks=world.size)
     for note in notes_on(seen, student, teacher, terms, probe, placement.precision):
         output.console.note(note)
@@ -382,6 +388,25 @@ def _view_maker(
         sizes=settings.sizes,
         epochs=plan.epochs,
     )
+
+
+def _smallest(sizes: Sequence[int], facts: Facts, epochs: int) -> tuple[Facts, ...]:
+    """The data as the run shows them smallest, if it does; UserError for sizes beyond the own."""
+    channels, side, _ = facts.image_shape
+    if not sizes:
+        return ()
+    if len(sizes) > epochs:
+        raise UserError(
+            f"augment.sizes={','.join(map(str, sizes))} has {len(sizes)} sizes for {epochs} "
+            "epochs: the last one would never be shown; give fewer"
+        )
+    if max(sizes) > side:
+        raise UserError(
+            f"augment.sizes={','.join(map(str, sizes))}: the images have {side} pixels a side, and "
+            f"{max(sizes)} is more; sizes make them smaller in early epochs"
+        )
+    least = min(sizes)
+    return (replace(facts, image_shape=(channels, least, least)),)
 
 
 def _picker(pick: PickConfig, student: nn.Module, engine: _Engine) -> Pick:

@@ -220,7 +220,7 @@ def check_classes(
 def check_labels(terms: Sequence[LossTerm], multilabel: bool, *, mixed: bool = False) -> None:
     """UserError for a loss that reads labels of another form.
 
-    mixed: labels of classes come as rows of probabilities.
+    mixed: x is mixed; that the losses take its labels, the recipe has checked.
 
     A multi-hot row could pass as class probabilities and silently train nonsense.
     """
@@ -231,12 +231,6 @@ def check_labels(terms: Sequence[LossTerm], multilabel: bool, *, mixed: bool = F
         )
     kind = "multi" if multilabel else "class"
     for term in terms:
-        if mixed and term.label_kind == "class" and not term.takes_soft_labels:
-            raise UserError(
-                f"the loss {term.name} needs one class per image, and augment.mixup and "
-                f"augment.cutmix give an image the classes of two: leave them out, or use losses "
-                f"that take both (ce, bce, kd, soft_ce)"
-            )
         if term.label_kind not in (None, kind) and not (kind == "class" and term.takes_classes):
             cure = (
                 "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0"

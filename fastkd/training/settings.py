@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.augment.config import PickConfig
-from fastkd.augment.mix import Mixing
-from fastkd.augment.views import NOT_MIXED, XPrime
+from fastkd.augment.mix import NOT_MIXED, Mixing
+from fastkd.augment.views import XPrime
 from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.data.batch import TrainLoader
 from fastkd.data.facts import Facts

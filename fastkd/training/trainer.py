@@ -211,9 +211,12 @@ class Trainer:
             if batch is None:
                 return
             self.unread.count(batch.unread)
+            self.progress.wait_s += time.perf_counter() - clock
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
+            # Not a wait for data: ranks exchange labels there.
             batch = self.views.mixed(batch, epoch, step, rows_of_ranks)
+            clock = time.perf_counter()
             views = self.views(batch, epoch, step)
             self.progress.wait_s += time.perf_counter() - clock
             targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}

@@ -57,8 +57,7 @@ class Trial:
     pool: int
     world: World
     remedies: Remedies
-
-    mixed: bool = False
+    mixed: bool
     """Whether labels of classes come as rows of probabilities."""
 
     def micro_rows(self) -> list[Rows]:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch.nn import functional as F
 
 from fastkd.augment.config import AugmentConfig
 from fastkd.augment.mix import Mixing, draw_x_mix
@@ -18,15 +18,18 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
+from fastkd.data.draws import ERASE, POLICY, sample_words
 from fastkd.data.finish import Look
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
+from fastkd.data.picture_views import PictureView
+from fastkd.data.policies.erasing import WORDS_PER_RECTANGLE, erase, rectangles
 from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
-from fastkd.losses import DKD, BinaryCrossEntropy, CrossEntropy
+from fastkd.losses import BinaryCrossEntropy, CrossEntropy
 from fastkd.recipes.loading import load_recipe
 from fastkd.training.matching import check_labels
 
@@ -111,7 +114,7 @@ def test_mixed_batches_do_not_depend_on_the_number_of_ranks(
     for step, batch in zip(steps, own.epoch(2), strict=False):
         whole.append(make.mixed(batch, 2, step, (10,)))
     plain = ResidentLoader(make_synthetic("train", 8), alone).epoch(2)
-    labels = [F.one_hot(next(plain).labels_N, 10).float() for _ in steps]
+    labels = [next(plain).labels_N[:, None].float() for _ in steps]
     for step in steps:
         parts = []
         for rank in range(ranks):
@@ -211,10 +214,13 @@ def test_what_would_mix_twice_or_do_nothing_is_refused(keys: Any, message: str) 
 
 
 def test_losses_that_need_one_class_are_named() -> None:
-    ce, bce, dkd = CrossEntropy(), BinaryCrossEntropy(), DKD(weight=1.0)
+    ce, bce = CrossEntropy(), BinaryCrossEntropy()
     check_labels([ce, bce], multilabel=False, mixed=True)
-    with pytest.raises(UserError, match=r"the loss dkd needs one class per image, and augment"):
-        check_labels([ce, dkd], multilabel=False, mixed=True)
+    for loss in ("dkd", "crd", "jointrd"):
+        words = [f"losses.{loss}.weight=1", "augment.mixup=0.2"]
+        words += {"crd": ["losses.crd.pairs={pooled: pooled}"]}.get(loss, [])
+        with pytest.raises(UserError, match=rf"losses\.{loss} needs one class per image, and"):
+            load_recipe("quickstart", overrides=words)
     with pytest.raises(UserError, match="these have several"):
         check_labels([bce], multilabel=True, mixed=True)
 
@@ -223,3 +229,70 @@ def test_a_memory_of_each_image_and_repeats_exclude_each_other() -> None:
     words = ["losses.crd.weight=0.8", "losses.crd.pairs={pooled: pooled}", "augment.repeats=2"]
     with pytest.raises(UserError, match=r"augment\.repeats=2 .* losses\.crd keeps one memory"):
         load_recipe("quickstart", overrides=words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["augment.sizes=4,64"], r"sizes=4,64: the images have 32 pixels a side, and 64 is more"),
+        (["augment.sizes=8,16,32", "epochs=2"], "has 3 sizes for 2 epochs"),
+        (["augment.sizes=1,2,3,4,5"], "a list with at most 4 entries joined by commas"),
+        (["augment.repeats=33"], "would fill a batch of 32 with one of .* images"),
+        (
+            ["augment.sizes=16,32", "student.name=timm:vit_tiny_patch16_224", "student.width=null"],
+            "vit_tiny_patch16_224",
+        ),
+        (["augment.sizes=1,32", "student.name=vgg8", "student.width=null"], "vgg8"),
+    ],
+)
+def test_what_would_fail_in_a_later_epoch_is_refused_before_the_first(
+    command: Callable[..., Any], words: list[str], message: str
+) -> None:
+    small = ["data.name=synthetic", "data.image_size=32", "teacher=null", "losses.kd=null"]
+    small += ["losses.ce.weight=1", "baseline.lrs=", "batch_size=32", "epochs=5", "compile=off"]
+    said = command("train", "quickstart", *small, *words)
+    assert said.code == 2 and "Traceback" not in said.err
+    assert re.search(message, said.err) and said.err.count("\n") <= 3
+
+
+def test_the_gradient_that_is_wrong_at_a_small_size_is_seen(command: Callable[..., Any]) -> None:
+    small = ["data.name=synthetic", "data.image_size=32", "teacher=null", "losses.kd=null"]
+    small += ["losses.ce.weight=1", "baseline.lrs=", "student.name=resnet18", "precision=bf16"]
+    small += ["student.width=0.125", "epochs=2", "augment.sizes=4,32", "device=cpu"]
+    said = command("train", "quickstart", *small)
+    assert said.code == 2 and "at 4x4 pixels its layer" in said.err
+
+
+def test_the_student_alone_keeps_the_label_loss_of_the_recipe() -> None:
+    words = ["losses.bce.weight=2", "losses.bce.target_threshold=0.2", "losses.kd.ce_weight=0"]
+    alone = load_recipe("quickstart", overrides=words).without_teacher("alone")
+    (loss,) = alone.losses.values()
+    assert dict(loss) == {"weight": 1.0, "label_smoothing": 0.0, "target_threshold": 0.2}
+
+
+@pytest.mark.parametrize("kind", ["cropflip", "randaugment"])
+def test_a_second_view_has_the_policy_of_x_and_its_own_draws(kind: Any) -> None:
+    """Made step by step from the parts that have tests of their own."""
+    images, given = make_synthetic("train", 16), loading(look=look())
+    (batch, *_) = ResidentLoader(images, given).with_views(PictureView(kind, 2)).epoch(1)
+    (plain, *_) = ResidentLoader(images, given).epoch(1)
+    assert torch.equal(batch.images_NCHW, plain.images_NCHW)
+    bare = ResidentLoader(images, loading())
+    ids = batch.index_N.numpy()
+
+    def words(stream: int, count: int, appearance: int) -> np.ndarray:
+        return sample_words(0, 1, stream, len(images), ids, count, appearance)
+
+    first = given.look.policy
+    assert first is not None
+    second = make_policy("randaugment")
+    assert second is not None
+    for appearance, view in enumerate(batch.second_NCHW.split(10), 1):
+        crop = bare._crops(batch.index_N, 1, appearance if kind == "cropflip" else 0)
+        drawn = appearance if kind == "cropflip" else 0
+        shown = first.of(crop, words(POLICY, first.words, drawn))
+        if kind == "randaugment":
+            shown = second.of(shown, words(POLICY, second.words, appearance))
+        wanted = given.normalizer(shown)
+        erase(wanted, rectangles(words(ERASE, WORDS_PER_RECTANGLE, appearance), 16, 0.7))
+        assert torch.equal(view, wanted)

@@ -23,8 +23,8 @@ def test_areas_and_proportions_are_torchvisions(side: int) -> None:
     assert (left >= 0).all() and (right <= side).all()
     assert (height < side).all() and (width < side).all() and (height > 0).all()
     share, ratio = height * width / side**2, height / width
-    # The mean of U(0.02, 1/3), less what does not fit; one pixel of rounding on each side.
-    assert share.mean() == pytest.approx((0.02 + 1 / 3) / 2, rel=0.02)
+    # The mean of U(0.02, 0.33), less what does not fit; one pixel of rounding on each side.
+    assert share.mean() == pytest.approx((0.02 + 0.33) / 2, rel=0.02)
     assert share.min() > 0.01 and share.max() < 0.38
     assert abs(np.log(ratio).mean()) < 0.02
     low, high = np.quantile(ratio, (0.001, 0.999))

@@ -305,6 +305,12 @@ def test_an_image_looks_the_same_in_every_batch_and_in_no_other_epoch() -> None:
         assert (other != whole).flatten(1).any(1).float().mean() > 0.6
 
 
+def test_the_default_strength_is_the_same_run() -> None:
+    plain = AppearanceConfig(policy="randaugment")
+    stated = AppearanceConfig(policy="randaugment", randaugment=RandAugmentConfig())
+    assert stated == plain
+
+
 def test_words_are_spread_evenly_and_not_correlated() -> None:
     found = sample_words(0, 0, POLICY, 20_000, np.arange(20_000), 6)
     numbers = (found >> np.uint64(11)) * 2.0**-53

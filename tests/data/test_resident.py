@@ -165,9 +165,9 @@ def test_starting_in_mid_epoch_computes_no_earlier_batch(monkeypatch):
     fetched = []
     original = own._crops
 
-    def spy(index_N, epoch):
+    def spy(index_N, epoch, appearance):
         fetched.append(index_N.tolist())
-        return original(index_N, epoch)
+        return original(index_N, epoch, appearance)
 
     monkeypatch.setattr(own, "_crops", spy)
     iterator = own.epoch(0, 2)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd.errors import UserError
 from fastkd.losses import CRD, DKD, KD, BinaryCrossEntropy, CrossEntropy, JointRD, TermInputs
 from fastkd.losses.base.registry import typed_config
+from fastkd.losses.base.term import BindContext
 
 
 def truth(logits_NC, targets_NC):
@@ -110,3 +112,12 @@ def test_timms_binary_cross_entropy_is_the_same():
         inputs = TermInputs({"x/student/logits": logits_NC}, mixed_NC, torch.arange(8), {})
         ours = BinaryCrossEntropy(target_threshold=threshold)(inputs).parts["bce"]
         torch.testing.assert_close(ours, theirs(logits_NC, mixed_NC))
+
+
+def test_several_labels_are_not_blurred():
+    labels_NC = torch.zeros(4, 3)
+    context = BindContext(4, 3, labels_NC, {})
+    BinaryCrossEntropy().bind(context)
+    for keys in ({"label_smoothing": 0.1}, {"target_threshold": 0.2}):
+        with pytest.raises(UserError, match="which are for images of one class"):
+            BinaryCrossEntropy(**keys).bind(context)

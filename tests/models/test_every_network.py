@@ -4,8 +4,8 @@ Backward pass, tracing as one graph, export, channels-last, bf16. By default one
 of a family (four siblings are traced with `-m matrix`); its other depths and widths, which repeat
 the same blocks, with `-m slow`.
 
-Inductor itself takes 10 to 60 s of a core for a network: by default it compiles the smallest of
-one family (`SMALLEST`), of the other families with `-m matrix`, all others with `-m slow`.
+Inductor itself takes 10 to 80 s of a core for a network: it compiles the smallest of one family
+with `-m matrix` (`SMALLEST`), all others with `-m slow`.
 """
 
 import copy
@@ -48,7 +48,6 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "shufflenetv2": ("shufflenetv2", {}),
     "erfnet": ("erfnet", {}),
 }
-"""One network of each further family, whose compilation takes up to two minutes."""
 slow = pytest.mark.slow
 # Traced in the matrix: of most kinds of blocks a smaller one is traced by default.
 SIBLINGS = {
@@ -180,7 +179,6 @@ def test_exports(name: str, options: dict[str, Any], side: int) -> None:
     torch.testing.assert_close(exported.module()(images), model(images))
 
 
-# What inductor makes of the losses and of smaller networks is in test_families_compiled.py.
 @builds({}, FORMS | OTHERS | OTHER_FAMILIES, SMALLEST)
 def test_a_training_step_compiles(name: str, options: dict[str, Any]) -> None:
     model = build(name, options)

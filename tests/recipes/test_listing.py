@@ -96,7 +96,7 @@ def test_one_recipe_in_full(command):
 def test_every_number_of_a_loss_is_shown_with_its_source(command, name, defaults, sources):
     said = command("recipes", "show", name).out
     assert "\nSetting of CRD (arXiv:1910.10699) and its code, RepDistiller." in said
-    assert ("\nno published number\n" in said) == (not find_entry(name).published)
+    assert ("\nno number from a printed table\n" in said) == (not find_entry(name).published)
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line[:2] == "  "}
     loss = name.rpartition("/")[2]
     for key, value in defaults.items():

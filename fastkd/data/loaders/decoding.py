@@ -60,7 +60,7 @@ class View:
                 sample,
                 self.flip,
                 appearance,
-                self.interpolation,
+                interpolation=self.interpolation,
             )
         return framing_cut(picture, self.framing)
 

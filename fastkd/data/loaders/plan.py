@@ -6,13 +6,15 @@ Shared by all loaders, so that the composition of a batch depends on (seed, epoc
     rank's part   = the rank-th of world_size contiguous parts, sized as by numpy.array_split
 
 With `repeats` R an epoch has as many images as ever, but only the first N / R samples of the
-permutation, each R times in a row (repeated augmentation, Hoffer et al. 2019, arXiv:1901.09335, as
-in timm). The r-th time it has the id  sample + r * N , so that it draws anew; N divides it out.
+permutation, each R times in a row (repeated augmentation, Hoffer et al. 2019, arXiv:1901.09335).
+The r-th time it has the id  sample + r * N , so that it draws anew; `samples_of` gives the sample.
+timm has the same samples in an epoch, but hands its copies to different processes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from fastkd.data.draws import epoch_order
 from fastkd.errors import UserError
@@ -53,6 +55,11 @@ class BatchPlan:
             raise ValueError(f"rank {self.rank} of {self.world_size}, expected 0 <= rank < ranks")
         if not self.train:
             return
+        if self.repeats > min(self.batch_size, self.num_samples):
+            raise UserError(
+                f"augment.repeats={self.repeats} would fill a batch of {self.batch_size} with one "
+                f"of {self.name}'s {self.num_samples} images; repeat it less often"
+            )
         if self.world_size > self.num_samples:
             raise UserError(
                 f"{self.world_size} processes, but {self.name} has {self.num_samples} images; "
@@ -85,12 +92,21 @@ class BatchPlan:
         sizes = [self.global_size(step) for step in (0, self.steps_per_epoch - 1)]
         return tuple(dict.fromkeys(size // self.world_size for size in sizes))
 
+    @property
+    def num_ids(self) -> int:
+        """All ids are below it: the samples, times their repeats."""
+        return self.num_samples * (self.repeats if self.train else 1)
+
+    def samples_of(self, ids: Tensor) -> Tensor:
+        """The samples of some ids, on the same device."""
+        return ids if self.num_ids == self.num_samples else ids % self.num_samples
+
     def order(self, epoch: int) -> np.ndarray:
-        """Sample ids in the order of this epoch, int64 [N]; see above for repeats."""
+        """Ids in the order of this epoch, int64 [N]; sample ids, except for repeats."""
         return self._ids(epoch, 0, self.num_samples)
 
     def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Sample ids of a whole global batch, all ranks together, int64."""
+        """Ids of a whole global batch, all ranks together, int64."""
         start = step * self.batch_size
         return self._ids(epoch, start, min(start + self.batch_size, self.num_samples))
 

@@ -20,6 +20,7 @@ from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import to_device
+from fastkd.storage.facts import Interpolation
 
 __all__ = ["Loading", "PlannedLoader"]
 
@@ -31,7 +32,7 @@ class Loading:
     batch_size: int
     """Global, over all ranks."""
     seed: int
-    """Together with the epoch's number it decides order, corners and flips."""
+    """Together with the epoch's number it decides all draws."""
     train: bool
     """False: every sample once, unshuffled, unaugmented, nothing dropped; the ranks' counts differ,
     and a rank may yield one batch less than another."""
@@ -40,6 +41,8 @@ class Loading:
     """Ranks, device, and the type and memory layout of the output images."""
     geometry: Geometry = NO_GEOMETRY
     """Shift and flip in training."""
+    interpolation: Interpolation = "bilinear"
+    """How random areas of pictures are brought to size in training."""
     look: Look = PLAIN
     """Policy and erasing in training."""
     repeats: int = 1
@@ -76,10 +79,10 @@ class Loading:
         mean, std = self.normalization
         return Normalizer(mean, std, self.placement.dtype, self.placement.channels_last)
 
-    def finish(self, num_samples: int) -> Finish:
-        """What happens to crops, which have ids below num_samples."""
+    def finish(self, num_ids: int) -> Finish:
+        """What happens to the crops of ids below num_ids."""
         look = self.look if self.train else PLAIN
-        return Finish(look, self.normalizer, self.seed, num_samples)
+        return Finish(look, self.normalizer, self.seed, num_ids)
 
 
 class PlannedLoader(ABC):
@@ -91,9 +94,7 @@ class PlannedLoader(ABC):
         self._loading = loading
         self.plan = loading.plan(source)
         self._device = loading.placement.device
-        # Ids of repeated samples go beyond the samples, see `plan`.
-        self._num_ids = self.plan.num_samples * loading.repeats
-        self._finish = loading.finish(self._num_ids)
+        self._finish = loading.finish(self.plan.num_ids)
         self._labels_N = torch.from_numpy(source.labels_N)
         self._device_labels_N = to_device(source.labels_N, self._device)
         self._second = views if isinstance(views, PictureView) else None

@@ -49,7 +49,7 @@ class ResidentLoader(PlannedLoader):
         self._learn(images.unread)
         self._crop_size = images.images_NHWC.shape[1:3]
         geometry = loading.applied
-        self._tables = GeometryTables(geometry, loading.seed, self._num_ids, self._device)
+        self._tables = GeometryTables(geometry, loading.seed, self.plan.num_ids, self._device)
         if padded_NPPC is None:
             try:
                 stored_NHWC = torch.from_numpy(images.images_NHWC).to(self._device)
@@ -65,14 +65,14 @@ class ResidentLoader(PlannedLoader):
     @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         ids_N = self._shown_ids(index_N.cpu().numpy())
-        crops_NHWC = self._crops(to_device(ids_N, self._device), epoch)
-        return self._finish.x(crops_NHWC, ids_N, epoch)
+        crops = partial(self._crops, to_device(ids_N, self._device), epoch)
+        return self._finish.images(crops, ids_N, epoch, None)[0]
 
-    def _crops(self, index_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
+    def _crops(self, ids_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
         """uint8 [N, H, W, 3] on the device."""
-        drawn = self._tables.of(epoch, index_N, appearance)
-        sample_N = index_N % len(self._images)
-        return gather_crops(self._padded_NPPC, sample_N, *drawn, self._crop_size)
+        drawn = self._tables.of(epoch, ids_N, appearance)
+        samples_N = self.plan.samples_of(ids_N)
+        return gather_crops(self._padded_NPPC, samples_N, *drawn, self._crop_size)
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
@@ -80,15 +80,10 @@ class ResidentLoader(PlannedLoader):
         order = self._shown_ids(planned)
         order_N = to_device(order, self._device)
         for part in parts:
-            index_N = order_N[part]
-            second_NCHW = None
-            if self._second is None:
-                images_NCHW = self._finish.x(self._crops(index_N, epoch), order[part], epoch)
-            else:
-                images_NCHW, second_NCHW = self._finish.with_second(
-                    partial(self._crops, index_N, epoch), self._second, order[part], epoch
-                )
-            index_N = index_N % len(self._images)
+            ids_N = order_N[part]
+            crops = partial(self._crops, ids_N, epoch)
+            images_NCHW, second_NCHW = self._finish.images(crops, order[part], epoch, self._second)
+            index_N = self.plan.samples_of(ids_N)
             labels_N = self._device_labels_N.index_select(0, index_N)
             unread = self._stand_ins.said_of(planned[part])
             yield Batch(images_NCHW, labels_N, index_N, second_NCHW=second_NCHW, unread=unread)

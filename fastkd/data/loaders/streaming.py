@@ -1,7 +1,7 @@
 """What loaders that decode batch by batch share: keys out, pixels in, the rest on the device."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -12,6 +12,7 @@ from fastkd.data.batch import Batch, SecondViews
 from fastkd.data.geometry import NO_GEOMETRY, Crop
 from fastkd.data.loaders.decoding import Pixels, Reader, View
 from fastkd.data.loaders.planned import Loading, PlannedLoader
+from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import GeometryTables
 from fastkd.errors import UserError
@@ -27,7 +28,7 @@ class StreamingLoader(PlannedLoader):
     """Batches of a split that is too large to keep decoded; protocol `fastkd.data.batch.Loader`.
 
     source        labels and pictures by sample id: a FolderIndex or an ImageSet
-    loading       as for ResidentLoader; of its geometry "resized" uses flip and interpolation
+    loading       as for ResidentLoader; of its geometry "resized" uses flip only
     image_size    side of the square output images, in pixels
     crop          "resized": random area and aspect in training (see `cuts.random_cut`); "pad" and
                   "none": `framing`, then the geometry, the same bytes as ResidentLoader gives
@@ -63,17 +64,17 @@ class StreamingLoader(PlannedLoader):
         self._workers = workers
         framing = framing or Framing.whole(image_size)
         view = View(
-            image_size,
-            framing,
-            crop,
-            loading.train,
-            geometry.flip,
-            loading.seed,
-            geometry.interpolation,
+            size=image_size,
+            framing=framing,
+            crop=crop,
+            train=loading.train,
+            flip=geometry.flip,
+            seed=loading.seed,
+            interpolation=loading.interpolation,
         )
         self._reader = Reader(source, view, skips)
-        self._cut = NO_GEOMETRY if crop == "resized" else geometry
-        self._tables = GeometryTables(self._cut, loading.seed, self._num_ids, self._device)
+        shift = NO_GEOMETRY if crop == "resized" else geometry
+        self._tables = GeometryTables(shift, loading.seed, self.plan.num_ids, self._device)
         second = self._second
         self._appearances = [0]
         if second is not None and second.is_crop and view.is_random:
@@ -109,8 +110,8 @@ class StreamingLoader(PlannedLoader):
     @override
     def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
         pixels = self._read(self._shown_ids(index_N.cpu().numpy()).tolist(), epoch)
-        crops_NHWC = self._crops(pixels, epoch)(0)
-        return self._finish.x(crops_NHWC, pixels.ids_B.numpy(), epoch)
+        ids_N = pixels.ids_B.to(self._device, non_blocking=True)
+        return self._images(pixels, ids_N, epoch, None)[0]
 
     @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
@@ -118,15 +119,9 @@ class StreamingLoader(PlannedLoader):
         keys = [(epoch, self._shown_ids(order_N[part])) for part in parts]
         for part, pixels in zip(parts, self._stream(keys), strict=True):
             self._learn(pixels.unread)
-            ids_N, crops = pixels.ids_B.numpy(), self._crops(pixels, epoch)
-            second_NCHW = None
-            if self._second is None:
-                images_NCHW = self._finish.x(crops(0), ids_N, epoch)
-            else:
-                images_NCHW, second_NCHW = self._finish.with_second(
-                    crops, self._second, ids_N, epoch
-                )
-            index_N = (pixels.ids_B % self.plan.num_samples).to(self._device, non_blocking=True)
+            ids_N = pixels.ids_B.to(self._device, non_blocking=True)
+            images_NCHW, second_NCHW = self._images(pixels, ids_N, epoch, self._second)
+            index_N = self.plan.samples_of(ids_N)
             yield Batch(
                 images_NCHW,
                 self._device_labels_N.index_select(0, index_N),
@@ -135,15 +130,16 @@ class StreamingLoader(PlannedLoader):
                 unread=self._stand_ins.said_of(order_N[part]),
             )
 
-    def _crops(self, pixels: Pixels, epoch: int) -> Callable[[int], Tensor]:
-        """The crops of each appearance, uint8 on the device."""
+    def _images(
+        self, pixels: Pixels, ids_N: Tensor, epoch: int, second: PictureView | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x and its second views. ids_N: those of the pixels, on the device."""
         pictures_NHWC = pixels.pictures_BHWC.to(self._device, non_blocking=True)
-        index_N = pixels.ids_B.to(self._device, non_blocking=True)
 
         def crops(appearance: int) -> Tensor:
             if appearance and pixels.more_BHWC is not None:
-                cut_NHWC = pixels.more_BHWC.split(len(index_N))[appearance - 1]
+                cut_NHWC = pixels.more_BHWC.split(len(ids_N))[appearance - 1]
                 return cut_NHWC.to(self._device, non_blocking=True)
-            return self._tables.crop(pictures_NHWC, index_N, epoch, appearance)
+            return self._tables.crop(pictures_NHWC, ids_N, epoch, appearance)
 
-        return crops
+        return self._finish.images(crops, pixels.ids_B.numpy(), epoch, second)

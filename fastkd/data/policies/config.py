@@ -6,10 +6,10 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from fastkd.config.section import Section
 
-__all__ = ["PolicyName", "RandAugmentConfig"]
+__all__ = ["LEVELS", "PolicyName", "RandAugmentConfig"]
 
 PolicyName = Literal["none", "randaugment", "trivial", "autoaugment", "3augment"]
-_LEVELS = {"torchvision": 30, "timm": 10, "timm_increasing": 10}
+LEVELS = {"torchvision": 30, "timm": 10, "timm_increasing": 10}
 """Highest magnitude."""
 
 
@@ -28,7 +28,7 @@ class RandAugmentConfig(Section):
 
     @model_validator(mode="after")
     def _of_its_space(self) -> "RandAugmentConfig":
-        highest = _LEVELS[self.space]
+        highest = LEVELS[self.space]
         if self.magnitude > highest:
             raise ValueError(
                 f"augment.randaugment.magnitude={self.magnitude:g} is above {highest}, the highest "

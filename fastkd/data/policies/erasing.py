@@ -1,7 +1,8 @@
 """Random erasing: a rectangle of the normalised image becomes zero, the mean colour.
 
-Zhong et al. 2017, arXiv:1708.04896, with the ranges of timm and torchvision: 2 to 33 % of the area,
-sides in proportion of 0.3 to 3.3 (log-uniform), up to ten attempts to fit into the image.
+Zhong et al. 2017, arXiv:1708.04896, with torchvision's ranges: 2 to 33 % of the area, sides in
+proportion of 0.3 to 3.3 (log-uniform), up to ten attempts to fit into the image. timm's ranges are
+these except for rounding; its script fills with noise.
 """
 
 import math
@@ -16,7 +17,7 @@ from fastkd.data.tables import to_device
 __all__ = ["WORDS_PER_RECTANGLE", "erase", "rectangles"]
 
 _ATTEMPTS = 10
-_LEAST_AREA, _LARGEST_AREA = 0.02, 1 / 3
+_LEAST_AREA, _LARGEST_AREA = 0.02, 0.33
 _LEAST_RATIO, _LARGEST_RATIO = 0.3, 3.3
 # Whether; two per attempt for area and proportion; two for the place.
 WORDS_PER_RECTANGLE = 1 + 2 * _ATTEMPTS + 2

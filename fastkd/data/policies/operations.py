@@ -28,6 +28,9 @@ class Resampling(NamedTuple):
 
 
 Operation = Callable[[Tensor, Tensor, Resampling], Tensor]
+_Row = tuple[Tensor | float, Tensor | float, Tensor | float]
+_Rows = tuple[_Row, _Row]
+"""The two rows of an affine map, each entry for all images or one for each of them [B]."""
 
 _LARGEST = 255
 _LUMA = (0.2989, 0.587, 0.114)
@@ -135,36 +138,42 @@ def _blur(images_BCHW: Tensor, sigma_B: Tensor, _: Resampling) -> Tensor:
     return _pixels(wide.round_()).view(num, channels, height, width)
 
 
-def _moved(images_BCHW: Tensor, theta_B23: Tensor, resampling: Resampling) -> Tensor:
-    """The pixel (x, y), counted from the centre, shows what lies at theta (x, y, 1)."""
+def _moved(images_BCHW: Tensor, rows: _Rows, resampling: Resampling) -> Tensor:
+    """The pixel (x, y), counted from the centre, shows what lies at rows (x, y, 1)."""
     height, width = images_BCHW.shape[2:]
     device = images_BCHW.device
     across = torch.linspace((1.0 - width) * 0.5, (width - 1.0) * 0.5, width, device=device)
     down = torch.linspace((1.0 - height) * 0.5, (height - 1.0) * 0.5, height, device=device)
-    half = theta_B23.new_tensor([0.5 * width, 0.5 * height]).view(1, 2, 1)
-    theta_B23 = (theta_B23 / half).float()
-    ones = torch.ones((height, width), device=device)
-    places = torch.stack([across.expand(height, width), down[:, None].expand(height, width), ones])
-    grid = (theta_B23 @ places.view(1, 3, -1)).view(-1, 2, height, width).permute(0, 2, 3, 1)
-    wide_BCHW = images_BCHW.float()
-    filled = any(resampling.fill)
-    if filled:
-        # So that what lies beyond the edge, which is sampled as zero, becomes the fill.
-        fill = wide_BCHW.new_tensor(resampling.fill).view(1, 3, 1, 1)
-        wide_BCHW = wide_BCHW - fill
-    wide_BCHW = F.grid_sample(
-        wide_BCHW, grid, mode=resampling.mode, padding_mode="zeros", align_corners=False
+    # grid_sample counts from -1 to 1.
+    places = [
+        _entry(a, half) * across + _entry(b, half) * down[:, None] + _entry(c, half)
+        for (a, b, c), half in zip(rows, (0.5 * width, 0.5 * height), strict=True)
+    ]
+    shape = (len(images_BCHW), height, width)
+    grid = torch.stack([place.expand(shape) for place in places], dim=-1)
+    # What lies beyond the edge is sampled as zero: it becomes the fill.
+    filled = [
+        plane.float() - fill
+        for plane, fill in zip(images_BCHW.unbind(1), resampling.fill, strict=True)
+    ]
+    moved_BCHW = F.grid_sample(
+        torch.stack(filled, 1),
+        grid,
+        mode=resampling.mode,
+        padding_mode="zeros",
+        align_corners=False,
     )
-    return _pixels((wide_BCHW + fill if filled else wide_BCHW).round_())
+    planes = [
+        plane + fill for plane, fill in zip(moved_BCHW.unbind(1), resampling.fill, strict=True)
+    ]
+    return _pixels(torch.stack(planes, 1).round_())
 
 
-def _theta(images_BCHW: Tensor, **entries: Tensor | float) -> Tensor:
-    """Matrices [B, 2, 3], the identity except for the entries named by row and column."""
-    theta_B23 = torch.eye(2, 3, dtype=torch.float64, device=images_BCHW.device)
-    theta_B23 = theta_B23.repeat(len(images_BCHW), 1, 1)
-    for name, value in entries.items():
-        theta_B23[:, int(name[1]), int(name[2])] = value  # type: ignore[call-overload]
-    return theta_B23
+def _entry(value: Tensor | float, half: float) -> Tensor | float:
+    """An entry of a row in units of half a side, for every pixel of its image."""
+    if isinstance(value, Tensor):
+        return (value / half).float().view(-1, 1, 1)
+    return value / half
 
 
 def _shear(
@@ -173,26 +182,24 @@ def _shear(
     """Around the corner at the top left, as in torchvision and AutoAugment."""
     height, width = images_BCHW.shape[2:]
     if across:
-        theta = _theta(images_BCHW, t01=tangent_B, t02=tangent_B * (0.5 * height))
+        rows = (1.0, tangent_B, tangent_B * (0.5 * height)), (0.0, 1.0, 0.0)
     else:
-        theta = _theta(images_BCHW, t10=tangent_B, t12=tangent_B * (0.5 * width))
-    return _moved(images_BCHW, theta, resampling)
+        rows = (1.0, 0.0, 0.0), (tangent_B, 1.0, tangent_B * (0.5 * width))
+    return _moved(images_BCHW, rows, resampling)
 
 
 def _translate(
     images_BCHW: Tensor, pixels_B: Tensor, resampling: Resampling, *, across: bool
 ) -> Tensor:
-    moved = -pixels_B
-    theta = _theta(images_BCHW, t02=moved) if across else _theta(images_BCHW, t12=moved)
-    return _moved(images_BCHW, theta, resampling)
+    x, y = (-pixels_B, 0.0) if across else (0.0, -pixels_B)
+    return _moved(images_BCHW, ((1.0, 0.0, x), (0.0, 1.0, y)), resampling)
 
 
 def _rotate(images_BCHW: Tensor, degrees_B: Tensor, resampling: Resampling) -> Tensor:
     """Counter-clockwise around the centre."""
     angle_B = torch.deg2rad(-degrees_B)
     cos, sin = angle_B.cos(), angle_B.sin()
-    theta = _theta(images_BCHW, t00=cos, t01=sin, t10=-sin, t11=cos)
-    return _moved(images_BCHW, theta, resampling)
+    return _moved(images_BCHW, ((cos, sin, 0.0), (-sin, cos, 0.0)), resampling)
 
 
 OPERATIONS: dict[str, Operation] = {

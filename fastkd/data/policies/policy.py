@@ -18,6 +18,7 @@ every batch, backend and number of ranks, and no operator draws anything.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -25,17 +26,18 @@ import numpy as np
 from torch import Tensor
 
 from fastkd.data.draws import as_integers, as_uniforms
-from fastkd.data.policies.config import PolicyName, RandAugmentConfig
+from fastkd.data.policies.config import LEVELS, PolicyName, RandAugmentConfig
 from fastkd.data.policies.operations import IDENTITY, LARGEST_SIGMA, OPERATIONS, Resampling
 from fastkd.data.tables import to_device
 
 __all__ = ["Policy", "Turn", "make_policy"]
 
+_OPERATIONS = list(OPERATIONS.values())
 _NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
 _SMALL = 64
 """Images of fewer pixels a side get AutoAugment's policy for CIFAR-10."""
 _IMAGENET_GREY = (124.0, 116.0, 104.0)
-"""255 times ImageNet's means, with which timm fills."""
+"""255 times ImageNet's means; timm fills with the means of the data, which are mostly these."""
 
 
 class Turn(NamedTuple):
@@ -82,9 +84,8 @@ def _take(turn: Turn, images_BCHW: Tensor, resampling: Resampling) -> None:
         first += count
         if number == IDENTITY:
             continue
-        operation = list(OPERATIONS.values())[number]
         chosen = images_BCHW.index_select(0, rows_B[part])
-        changed = operation(chosen, magnitude_B[part], resampling)
+        changed = _OPERATIONS[number](chosen, magnitude_B[part], resampling)
         images_BCHW.index_copy_(0, rows_B[part], changed)
 
 
@@ -151,6 +152,7 @@ _WIDE = _space(
     factor=0.99,
     lost_bits=6,
 )
+_WIDE_LEVELS = 30
 _TIMM_FACTORS = _Strength(0.0, 0.9, signed=True, offset=1.0)
 _TIMM_INCREASING: _Space = {
     "auto_contrast": _Strength(),
@@ -203,9 +205,9 @@ def _are_negative(words_B: np.ndarray) -> np.ndarray:
 class RandAugment(Policy):
     """`operations` of torchvision's fourteen, one of which does nothing, at one magnitude."""
 
-    operations: int = 2
-    magnitude: float = 9.0
-    """Level in 0..30."""
+    operations: int
+    magnitude: float
+    """Up to LEVELS."""
 
     @property
     def words(self) -> int:
@@ -214,7 +216,7 @@ class RandAugment(Policy):
 
     def turns(self, words_BK: np.ndarray, side: int) -> list[Turn]:
         """One after the other; the same operation may come twice."""
-        level_B = np.full(len(words_BK), self.magnitude / 30.0)
+        level_B = np.full(len(words_BK), self.magnitude / LEVELS["torchvision"])
         space = _OF_AUTOAUGMENT
         return [
             _turn(
@@ -237,11 +239,11 @@ class TimmRandAugment(Policy):
 
     increasing: bool
     """Whether a higher level is always harder, timm's "inc1"."""
-    operations: int = 2
-    magnitude: float = 9.0
-    """Level in 0..10."""
-    spread: float = 0.5
-    """Standard deviation of the level."""
+    operations: int
+    magnitude: float
+    """Up to LEVELS."""
+    spread: float
+    """Standard deviation of the magnitude."""
     resampling = Resampling("bilinear", _IMAGENET_GREY)
 
     @property
@@ -260,7 +262,8 @@ class TimmRandAugment(Policy):
         # Box and Muller: a normal number of two uniform ones, the first above 0.
         radius_B = np.sqrt(-2.0 * np.log(1.0 - as_uniforms(words_B5[:, 3])))
         normal_B = radius_B * np.cos(2.0 * np.pi * as_uniforms(words_B5[:, 4]))
-        level_B = np.clip(self.magnitude + self.spread * normal_B, 0.0, 10.0) / 10.0
+        highest = LEVELS["timm"]
+        level_B = np.clip(self.magnitude + self.spread * normal_B, 0.0, highest) / highest
         turn = _turn(space, choice_B, level_B, _are_negative(words_B5[:, 2]), side)
         least_B = np.where(np.isin(turn.operation_B, _FACTORS), _LEAST_FACTOR, -np.inf)
         return turn._replace(magnitude_B=np.maximum(turn.magnitude_B, least_B))
@@ -277,7 +280,7 @@ class TrivialAugment(Policy):
 
     def turns(self, words_BK: np.ndarray, side: int) -> list[Turn]:
         """A single one."""
-        level_B = as_integers(words_BK[:, 1], 31) / 30.0
+        level_B = as_integers(words_BK[:, 1], _WIDE_LEVELS + 1) / _WIDE_LEVELS
         choice_B = as_integers(words_BK[:, 0], len(_WIDE) + 1)
         return [_turn(_WIDE, choice_B, level_B, _are_negative(words_BK[:, 2]), side)]
 
@@ -296,7 +299,7 @@ class AutoAugment(Policy):
 
     def turns(self, words_BK: np.ndarray, side: int) -> list[Turn]:
         """The first and the second of the pair."""
-        pairs = _pairs(side)
+        pairs = _pairs("CIFAR10" if side < _SMALL else "IMAGENET")
         pair_B = as_integers(words_BK[:, 0], len(pairs))
         return [
             self._one(
@@ -327,13 +330,13 @@ class AutoAugment(Policy):
         return _turn(space, choice_B, level[pair_B], _are_negative(sign_B), side)
 
 
-def _pairs(side: int) -> list[_Pair]:
+@cache
+def _pairs(dataset: str) -> list[_Pair]:
     """The learned policies, which torchvision holds."""
-    name = "CIFAR10" if side < _SMALL else "IMAGENET"
     from torchvision.transforms import AutoAugment as OfTorchvision
     from torchvision.transforms import AutoAugmentPolicy
 
-    return OfTorchvision(AutoAugmentPolicy[name]).policies  # type: ignore[return-value]
+    return OfTorchvision(AutoAugmentPolicy[dataset]).policies  # type: ignore[return-value]
 
 
 _JITTER = 0.3

@@ -102,6 +102,7 @@ def random_cut(
     sample: int,
     flip: bool,
     appearance: int = 0,
+    *,
     interpolation: Interpolation = "bilinear",
 ) -> Cut:
     """Random area (8 to 100 %), aspect (3/4 to 4/3, log-uniform) and place, to size x size; flip.

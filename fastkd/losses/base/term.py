@@ -91,8 +91,8 @@ class LossTerm(nn.Module):
     takes_soft_labels: bool = False
     """Whether class ids may also come as rows of probabilities [N, C], as after MixUp."""
     takes_classes: bool = False
-    """Whether a term on several labels per image, [N, C], also takes class ids [N] and rows of
-    probabilities."""
+    """Whether a term on several labels per image, [N, C], also takes class ids [N], and the rows
+    that mixing x makes of them."""
     uses_index: bool = False
     """True if the term keeps state per sample id, so that every batch must carry real ids."""
 
