@@ -169,7 +169,9 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     ]
     few = f" with {' and '.join(sizes)} entries" if sizes else ""
     if origin is tuple:
-        return f"a list{few} joined by commas, each {_words(inner[0])}"
+        # An empty list is most often the word for none.
+        most = few if all(isinstance(limit, MaxLen) for limit in metadata) else ""
+        return f"a list{most} joined by commas, each {_words(inner[0])}"
     if origin is dict or origin is Mapping:
         return f"a mapping such as {{name: value}}{few}"
     plain: dict[Any, str] = {

@@ -51,8 +51,8 @@ OTHERWISE = (
     " timm's rate rises once an epoch from 1e-4 or 1e-6 and ends at 1e-6, and its cosine counts "
     "the warm-up; here it rises in every step from 0, and the cosine from there to 0. Its LAMB "
     "clips the gradient's norm to 1, here too. timm draws between bilinear and bicubic for crops "
-    "and operations, here both are bilinear; it mixes an image with the one at the other end of its "
-    "process's batch, here with any of the whole batch, after normalisation; its repeats of an "
+    "and operations, here both are bilinear; it mixes an image with the one at the other end of "
+    "its process's batch, here with any of the whole batch, after normalisation; its repeats of an "
     "image go to different processes, here they are neighbours."
 )
 
