@@ -29,8 +29,6 @@ __all__ = [
     "draw_mix",
     "draw_partners",
     "draw_x_mix",
-    "has_partners",
-    "x_mix_kind",
 ]
 
 MixKind = Literal["cutmix", "mixup", "cutout"]
@@ -75,11 +73,6 @@ class Mixing:
 NOT_MIXED = Mixing()
 
 
-def has_partners(kind: str) -> bool:
-    """Whether x' combines two images."""
-    return kind in MIXES and kind != "cutout"
-
-
 def draw_mix(
     kind: str, *, seed: int, epoch: int, step: int, num: int, side: int, number: int = 0
 ) -> MixDraw:
@@ -92,11 +85,6 @@ def draw_mix(
         return MixDraw(1.0, _box(side, side // 4 // 2, row, column), None)
     partner_N = draw_partners(kind, seed=seed, epoch=epoch, step=step, num=num, number=number)
     return _mixed(kind, float(as_uniforms(words[0])), words[1:3], side, partner_N)
-
-
-def x_mix_kind(mixing: Mixing, *, seed: int, epoch: int, step: int) -> MixKind | None:
-    """What happens to x in a step; None: nothing."""
-    return _x_draw(mixing, seed, epoch, step).kind
 
 
 def draw_x_mix(

@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.augment.mix import (
-    NOT_MIXED,
-    MixDraw,
-    Mixing,
-    MixKind,
-    draw_mix,
-    draw_partners,
-    draw_x_mix,
-    has_partners,
-    x_mix_kind,
-)
-from fastkd.compute.collectives import join_rows
+from fastkd.augment.mix import NOT_MIXED, MixDraw, Mixing, MixKind, draw_mix, draw_x_mix
+from fastkd.compute.collectives import rows_of_partners, split_evenly
 from fastkd.compute.placement import Placement
 from fastkd.data.batch import Batch, TrainLoader
-from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureKind, PictureView
 from fastkd.data.tables import to_device
 from fastkd.kernels import mix as mix_images
@@ -42,8 +31,8 @@ XPRIMES: tuple[XPrime, ...] = get_args(XPrime)
 class ViewMaker:
     """Batch -> views by name, in one layout and dtype.
 
-    The batches come from the loader that `opened` returns. Besides x it yields what x' is made
-    from: second views of the pictures or, with several ranks, the partners, also of a mixed x.
+    The batches come from the loader that `opened` returns. Besides x it yields second views of the
+    pictures, where x' is one. x and x' are mixed with images of all ranks, which exchange them.
     """
 
     xprime: XPrime
@@ -64,27 +53,22 @@ class ViewMaker:
     """Sides of the images in equal parts of the run; (): their own."""
     epochs: int = 1
     """Of the run."""
+    joined: bool = False
+    """Whether the ranks' batches are parts of one: partners are then drawn from all of it."""
 
     def opened(self, loader: TrainLoader) -> TrainLoader:
         """The loader of the batches from which these views are made.
 
         UserError if it cannot provide them.
         """
-        # On one rank all partners are in the batch.
-        mixed = has_partners(self.xprime) or bool(self.mixing)
-        if mixed and self.placement.world.size > 1:
-            return loader.with_views(Partners(self._partners))
         if self.xprime in PICTURE_VIEWS:
             return loader.with_views(PictureView(self.xprime, self.pool))
         return loader
 
-    def mixed(
-        self, batch: Batch, epoch: int, step: int, rows_of_ranks: Sequence[int] = ()
-    ) -> Batch:
+    def mixed(self, batch: Batch, epoch: int, step: int) -> Batch:
         """The batch with images and labels mixed, if x is: labels are float32 rows [N, C] then.
 
         Every image has a class: recipes read sets that have them.
-        rows_of_ranks: the number of images on each rank, whose labels are exchanged.
         """
         if not self.mixing:
             return batch
@@ -92,14 +76,14 @@ class ViewMaker:
         draw = draw_x_mix(
             self.mixing, seed=self.seed, epoch=epoch, step=step, num=self._num(batch), side=side
         )
-        rows_NC = F.one_hot(batch.labels_N, self.num_classes).float()
+        labels_N = batch.labels_N
+        rows_NC = F.one_hot(labels_N, self.num_classes).float()
         if draw is None:
             return batch._replace(labels_N=rows_NC)
-        images_NCHW = self._mixed(self._laid_out(batch.images_NCHW), draw, batch.second_NCHW)
-        # Ids are exchanged, not their rows; floats hold them exactly.
-        everyone, mine = self._everyone(batch.labels_N[:, None].float(), batch, rows_of_ranks)
-        everyone_NC = F.one_hot(everyone[:, 0].long(), self.num_classes).float()
-        labels_NC = _mixed_rows(rows_NC, everyone_NC, mine, draw, side)
+        images_NCHW = self._mixed(self._laid_out(batch.images_NCHW), draw, batch)
+        partners_N = self._of_partners(labels_N, draw, batch)
+        partners_NC = F.one_hot(partners_N, self.num_classes).float()
+        labels_NC = _weighted(rows_NC, partners_NC, draw.stays(side))
         return batch._replace(images_NCHW=images_NCHW, labels_N=labels_NC)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
@@ -118,30 +102,21 @@ class ViewMaker:
         x = self._laid_out(batch.images_NCHW)
         if self.xprime == "none":
             return {"x": x}
-        second = None if batch.second_NCHW is None else self._laid_out(batch.second_NCHW)
         if self.xprime in PICTURE_VIEWS:
-            if second is None:
+            if batch.second_NCHW is None:
                 raise ValueError(f"x' is {self.xprime}, but the loader shows x only: see `opened`")
-            return {"x": x, "xprime": second}
-        draws = self._draws(batch, epoch, step)
-        partners = [None] * self.pool if second is None else second.split(len(x))
-        mixed = [self._mixed(x, *each) for each in zip(draws, partners, strict=True)]
+            return {"x": x, "xprime": self._laid_out(batch.second_NCHW)}
+        mixed = [self._mixed(x, draw, batch) for draw in self._draws(batch, epoch, step)]
         return {"x": x, "xprime": mixed[0] if self.pool == 1 else torch.cat(mixed)}
 
     def xprime_targets(
-        self,
-        batch: Batch,
-        teacher: Mapping[str, Tensor],
-        epoch: int,
-        step: int,
-        rows_of_ranks: Sequence[int] = (),
+        self, batch: Batch, teacher: Mapping[str, Tensor], epoch: int, step: int
     ) -> dict[str, Tensor]:
         """Labels and teacher logits of x', mixed like its pixels, in fp32, keyed by need.
 
         `xprime/mixed/labels` starts from one-hot rows, `xprime/mixed/logits` from the teacher's
         logits of x. Each is mixed with its partner's in proportion to their pixels; an x' made
-        from one image keeps that image's own. Ranks whose images are partners exchange rows;
-        rows_of_ranks gives the number on each rank.
+        from one image keeps that image's own.
         """
         found: dict[str, Tensor] = {}
         for tap in self.mixes:
@@ -151,38 +126,24 @@ class ViewMaker:
                     rows_NC = F.one_hot(rows_NC, self.num_classes)
             else:
                 rows_NC = teacher["x/teacher/logits"]
-            found[f"xprime/mixed/{tap}"] = self._mixed_rows(
-                rows_NC.float(), batch, epoch, step, rows_of_ranks
-            )
+            found[f"xprime/mixed/{tap}"] = self._mixed_rows(rows_NC.float(), batch, epoch, step)
         return found
 
-    def _mixed_rows(
-        self, rows_NC: Tensor, batch: Batch, epoch: int, step: int, rows_of_ranks: Sequence[int]
-    ) -> Tensor:
+    def _mixed_rows(self, rows_NC: Tensor, batch: Batch, epoch: int, step: int) -> Tensor:
         if self.xprime in PICTURE_VIEWS:
             return rows_NC.repeat(self.pool, 1)
-        everyone_NC, mine = self._everyone(rows_NC, batch, rows_of_ranks)
-        side = batch.images_NCHW.shape[-1]
-        return torch.cat(
-            [
-                _mixed_rows(rows_NC, everyone_NC, mine, draw, side)
-                for draw in self._draws(batch, epoch, step)
-            ]
-        )
+        side, made = batch.images_NCHW.shape[-1], []
+        for draw in self._draws(batch, epoch, step):
+            if draw.partner_N is None:
+                made.append(rows_NC)
+            else:
+                partners_NC = self._of_partners(rows_NC, draw, batch)
+                made.append(_weighted(rows_NC, partners_NC, draw.stays(side)))
+        return torch.cat(made)
 
-    def _everyone(
-        self, rows_NC: Tensor, batch: Batch, rows_of_ranks: Sequence[int]
-    ) -> tuple[Tensor, slice]:
-        """The rows of all images that may be partners, and where this rank's are among them."""
-        if batch.second_NCHW is None:
-            return rows_NC, slice(None)
-        first = sum(rows_of_ranks[: self.placement.world.rank])
-        return join_rows(rows_NC, rows_of_ranks), slice(first, first + len(rows_NC))
-
-    @staticmethod
-    def _num(batch: Batch) -> int:
-        """Images among which partners are drawn: of all ranks, if their images are here."""
-        return len(batch.labels_N) if batch.second_NCHW is None else batch.global_size
+    def _num(self, batch: Batch) -> int:
+        """Images among which partners are drawn."""
+        return batch.global_size if self.joined else len(batch.labels_N)
 
     def _draws(self, batch: Batch, epoch: int, step: int) -> list[MixDraw]:
         """One for each x' of the pool."""
@@ -199,40 +160,31 @@ class ViewMaker:
             for number in range(self.pool)
         ]
 
-    def _partners(self, epoch: int, step: int, num: int) -> list[np.ndarray]:
-        """Who is mixed with whom in the same draws, for the loader."""
-        if self.mixing:
-            kind = x_mix_kind(self.mixing, seed=self.seed, epoch=epoch, step=step)
-            if kind is None:
-                return []
-            return [draw_partners(kind, seed=self.seed, epoch=epoch, step=step, num=num)]
-        return [
-            draw_partners(
-                self.xprime, seed=self.seed, epoch=epoch, step=step, num=num, number=number
-            )
-            for number in range(self.pool)
-        ]
-
-    def _mixed(self, x: Tensor, draw: MixDraw, partners_NCHW: Tensor | None) -> Tensor:
+    def _mixed(self, x: Tensor, draw: MixDraw, batch: Batch) -> Tensor:
         boxes = None if draw.box is None else to_device(np.array(draw.box), x.device)
         if draw.partner_N is None:
             return mix_images(x, boxes=boxes)
-        # Without given partners, x is mixed with other rows of the batch.
-        partners = to_device(draw.partner_N, x.device) if partners_NCHW is None else partners_NCHW
+        if self.joined:
+            # In the memory order of pixels, in which they are sent.
+            rows_NHWC = self._of_partners(x.permute(0, 2, 3, 1), draw, batch)
+            partners = rows_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        else:
+            partners = to_device(draw.partner_N, x.device)
         return mix_images(x, partners, boxes=boxes, lam=draw.lam if boxes is None else None)
+
+    def _of_partners(self, rows: Tensor, draw: MixDraw, batch: Batch) -> Tensor:
+        """The rows of those with whom this rank's images are mixed."""
+        assert draw.partner_N is not None
+        if self.joined:
+            rows_of_ranks = split_evenly(batch.global_size, self.placement.world.size)
+            return rows_of_partners(rows, draw.partner_N, rows_of_ranks)
+        return rows[to_device(draw.partner_N, rows.device)]
 
     def _laid_out(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.to(dtype=self.placement.dtype, memory_format=self.layout)
 
 
-def _mixed_rows(
-    rows_NC: Tensor, everyone_NC: Tensor, mine: slice, draw: MixDraw, side: int
-) -> Tensor:
-    """Rows mixed with their partners' in proportion to the pixels of images of this side."""
-    if draw.partner_N is None:
-        return rows_NC
-    partners_NC = everyone_NC[to_device(draw.partner_N[mine], rows_NC.device)]
-    stays = draw.stays(side)
+def _weighted(rows_NC: Tensor, partners_NC: Tensor, stays: float) -> Tensor:
     return stays * rows_NC + (1.0 - stays) * partners_NC
 
 

@@ -6,6 +6,7 @@ Trainer, losses and evaluation call these on all ranks; `ranks` opens the world 
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ __all__ = [
     "join_rows",
     "on_any_rank",
     "on_ranks",
+    "rows_of_partners",
     "split_evenly",
     "sync_buffers",
 ]
@@ -79,6 +81,35 @@ def join_rows(rows: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
     # Each rank's rows among zeros: a gather needs equal counts.
     before, after = sum(rows_of_ranks[:rank]), sum(rows_of_ranks[rank + 1 :])
     return _sum_over_ranks(F.pad(rows, (*[0, 0] * (rows.dim() - 1), before, after)))
+
+
+def rows_of_partners(rows: Tensor, partner_N: np.ndarray, rows_of_ranks: Sequence[int]) -> Tensor:
+    """Of the rows of all ranks together, those with these numbers that belong to this rank.
+
+    rows: of this rank, [n, ...]; without gradient. partner_N: int64, for each row of all ranks the
+    number of another one; the same on every rank. Each rank is sent what it needs and no more.
+    """
+    ends = np.cumsum(rows_of_ranks)
+    parts = [slice(end - num, end) for num, end in zip(rows_of_ranks, ends, strict=True)]
+    mine = parts[dist.get_rank()]
+    owner_N = np.searchsorted(ends, partner_N, side="right")
+    wanted = [partner_N[part][owner_N[part] == dist.get_rank()] - mine.start for part in parts]
+    sent = torch.as_tensor(np.concatenate(wanted), device=rows.device)
+    # As bytes, because gloo does not send every type.
+    out = rows.detach().index_select(0, sent).contiguous()
+    raw = out.flatten(1).view(torch.uint8) if out.dim() > 1 else out[:, None].view(torch.uint8)
+    owners = owner_N[mine]
+    received = raw.new_empty((len(owners), raw.shape[1]))
+    dist.all_to_all_single(
+        received,
+        raw,
+        np.bincount(owners, minlength=len(parts)).tolist(),
+        [len(one) for one in wanted],
+    )
+    # They come in the order of their owners.
+    places = np.argsort(np.argsort(owners, kind="stable"))
+    own = received.index_select(0, torch.as_tensor(places, device=rows.device)).view(rows.dtype)
+    return own.view(len(owners), *rows.shape[1:])
 
 
 def gather_rows(rows: Tensor | None, world: World) -> Tensor | None:

@@ -170,7 +170,7 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     few = f" with {' and '.join(sizes)} entries" if sizes else ""
     if origin is tuple:
         # An empty list is most often the word for none.
-        most = few if all(isinstance(limit, MaxLen) for limit in metadata) else ""
+        most = "" if any(isinstance(limit, MinLen) for limit in metadata) else few
         return f"a list{most} joined by commas, each {_words(inner[0])}"
     if origin is dict or origin is Mapping:
         return f"a mapping such as {{name: value}}{few}"

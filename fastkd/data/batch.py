@@ -8,18 +8,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PictureView
 
-__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "SecondViews", "TrainLoader"]
+__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "TrainLoader"]
 
 IGNORED = -1.0
 """In labels [N, C]: unknown; ignored by all losses and metrics."""
 NO_LABEL = -100
 """In class ids [N], as in torch: unknown; ignored by the accuracy, by KD on x and by CE."""
-
-SecondViews = PictureView | Partners
-"""What a loader can yield besides x, as material for x'."""
 
 
 class Batch(NamedTuple):
@@ -38,9 +34,8 @@ class Batch(NamedTuple):
     global_size: int = 0
     """Samples of all ranks together; 0 if not counted, in an evaluation on users' loaders."""
     second_NCHW: Tensor | None = None
-    """What a loader opened by `with_views` yields besides x: k images for each of x, all first
-    ones, then all second ones, and so on. They are second views of the pictures of x, or
-    the partners that x is mixed with, from any rank; None in a step that mixes nothing."""
+    """Second views of the pictures of x, by a loader opened by `with_views`: k images for each of
+    x, all first ones, then all second ones, and so on."""
     unread: tuple[tuple[int, str], ...] = ()
     """(sample id, reason) of the planned images that cannot be read: with data.on_bad=skip another
     one is shown in its row or, in evaluation, a black one without a label."""
@@ -64,14 +59,17 @@ class TrainLoader(Protocol):
         """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
         ...
 
-    def with_views(self, views: SecondViews) -> "TrainLoader":
-        """A loader of the same batches that also yields what x' is made from, or x is mixed with.
-
-        A loader that cannot read other ranks' samples yields no partners: x is mixed in its batch.
+    def with_views(self, views: PictureView) -> "TrainLoader":
+        """A loader of the same batches that also yields second views of their pictures.
 
         Raises:
             UserError: this loader has no pictures to make second views of.
         """
+        ...
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the ranks' batches are parts of one that follows from (seed, epoch, step)."""
         ...
 
 

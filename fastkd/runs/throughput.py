@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastkd.data import DataPair
-from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.batch import Batch
+from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.errors import UserError
 from fastkd.recipe.schema import Recipe
@@ -103,7 +104,11 @@ class _Repeated:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         return repeat(self.batch, self.steps_per_epoch - start_step)
 
-    def with_views(self, views: SecondViews) -> "_Repeated":
+    @property
+    def is_planned(self) -> bool:
+        return True
+
+    def with_views(self, views: PictureView) -> "_Repeated":
         return self
 
 

@@ -110,7 +110,7 @@ def build_trainer(
         labelled=facts.labelled,
     )
     step = step.to(world.device)
-    views = _view_maker(plan, settings, step, facts, engine)
+    views = _view_maker(plan, settings, step, facts, engine, joins=data.loader.is_planned)
     loader = views.opened(data.loader)
     pick = _picker(settings.pick, student, engine) if settings.pick else None
     for shown in (facts, *smallest):
@@ -375,6 +375,8 @@ def _view_maker(
     step: DistillStep,
     facts: Facts,
     engine: _Engine,
+    *,
+    joins: bool,
 ) -> ViewMaker:
     return ViewMaker(
         settings.xprime if "xprime" in step.views else "none",
@@ -387,6 +389,7 @@ def _view_maker(
         mixing=settings.mixing,
         sizes=settings.sizes,
         epochs=plan.epochs,
+        joined=joins and engine.placement.world.size > 1,
     )
 
 

@@ -202,7 +202,7 @@ class Trainer:
                 self.save()
 
     def prepare(self, epoch: int) -> Iterator[Prepared]:
-        """Batches with views and targets; only the loader and the views count as data wait."""
+        """Batches with views and targets; only the loader counts as data wait."""
         step = self.progress.step
         batches = self.loader.epoch(epoch, step)
         while True:
@@ -212,15 +212,13 @@ class Trainer:
                 return
             self.unread.count(batch.unread)
             self.progress.wait_s += time.perf_counter() - clock
+            # Not a wait for data: ranks exchange images there.
+            batch = self.views.mixed(batch, epoch, step)
+            views = self.views(batch, epoch, step)
+            targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
-            # Not a wait for data: ranks exchange labels there.
-            batch = self.views.mixed(batch, epoch, step, rows_of_ranks)
-            clock = time.perf_counter()
-            views = self.views(batch, epoch, step)
-            self.progress.wait_s += time.perf_counter() - clock
-            targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
-            targets |= self.views.xprime_targets(batch, targets, epoch, step, rows_of_ranks)
+            targets |= self.views.xprime_targets(batch, targets, epoch, step)
             # The step needs the views, not what they were made from.
             batch = batch._replace(second_NCHW=None)
             yield Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))

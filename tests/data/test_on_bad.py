@@ -20,7 +20,6 @@ from fastkd.data import FolderIndex, ResidentLoader, TorchLoader, open_data, ope
 from fastkd.data.batch import NO_LABEL
 from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.loaders.streaming import StreamingLoader
-from fastkd.data.partners import Partners
 from fastkd.data.sources.by_name import decode_source
 from fastkd.errors import FastKDError, UserError
 from fastkd.evaluation.evaluate import evaluate
@@ -96,7 +95,6 @@ def test_a_stand_in_looks_as_it_does_in_its_own_row(root, backend):
     assert [len(each) for each in rows.values()] == [3, 2]
     for each in rows.values():
         assert all(torch.equal(each[0], other) for other in each)
-    assert torch.equal(data.fetch(torch.tensor([3, 4, 23, 7]), 1)[:1], rows[5][:1])
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -113,14 +111,6 @@ def test_ranks_show_what_one_process_shows(root, backend, ranks):
     ]
     assert torch.equal(torch.cat([part.index_N for part in parts]), whole.index_N)
     assert torch.equal(torch.cat([part.images_NCHW for part in parts]), whole.images_NCHW)
-
-
-@pytest.mark.parametrize("backend", backends())
-def test_partners_are_replaced_like_the_images_themselves(root, backend):
-    turned = Partners(lambda epoch, step, num: [np.roll(np.arange(num), 1)])
-    data = opened(root, backend, batch_size=24, drop_last=False).with_views(turned)
-    (batch,) = data.epoch(2)
-    assert torch.equal(batch.second_NCHW, batch.images_NCHW.roll(1, 0))
 
 
 @pytest.mark.parametrize("backend", backends())

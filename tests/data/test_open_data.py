@@ -45,15 +45,20 @@ def test_quickstart_data():
 
 
 @pytest.mark.parametrize(
-    ("crop", "limit_bytes", "backend"),
-    [("pad", 1 << 30, "resident"), ("pad", 1000, "torch"), ("resized", 1 << 30, "torch")],
+    ("crop", "limit_bytes", "backend", "why"),
+    [
+        ("pad", 1 << 30, "resident", "0 MiB when decoded"),
+        ("pad", 1000, "torch", "0.0 GiB when decoded"),
+        ("resized", 1 << 30, "torch", "random areas are cut from the files"),
+    ],
 )
-def test_auto_chooses_by_crop_and_size(make_folder, monkeypatch, crop, limit_bytes, backend):
+def test_auto_chooses_by_crop_and_size(make_folder, monkeypatch, crop, limit_bytes, backend, why):
     monkeypatch.setattr(fastkd.data.loaders.open, "RESIDENT_LIMIT_BYTES", limit_bytes)
     pair = opened(
         name="folder", root=str(make_folder()), image_size=8, batch_size=4, crop=crop, flip=True
     )
     assert pair.backend == backend
+    assert f"data.backend={backend} ({why})" in pair.remarks[0]
     wanted = ResidentLoader if backend == "resident" else TorchLoader
     assert isinstance(pair.train, wanted) and isinstance(pair.val, wanted)
     assert next(pair.train.epoch(0)).images_NCHW.shape == (4, 3, 8, 8)

@@ -60,22 +60,12 @@ def test_partial_batch_is_kept_only_when_every_rank_gets_a_sample():
     assert plan(11, 4, drop_last=True).steps_per_epoch == 2
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "val"])
-def test_global_index_is_the_whole_batch_of_every_rank(train):
-    for rank in range(3):
-        own = plan(23, 8, train=train, drop_last=False, world_size=3, rank=rank)
-        for step in range(own.steps_per_epoch):
-            expected = own.order(4)[8 * step : 8 * step + 8]
-            np.testing.assert_array_equal(own.global_index(4, step), expected)
-
-
 def test_writing_into_an_order_does_not_change_the_next_one():
     own = plan(23, 8)
-    order, batch = own.order(1), own.global_index(1, 0)
+    order = own.order(1)
     kept = order.copy()
-    order[:], batch[:] = 0, 0
+    order[:] = 0
     np.testing.assert_array_equal(own.order(1), kept)
-    np.testing.assert_array_equal(own.global_index(1, 0), kept[:8])
 
 
 def test_start_step_skips_whole_batches():

@@ -177,7 +177,7 @@ def test_starting_in_mid_epoch_computes_no_earlier_batch(monkeypatch):
     assert len(fetched) == 2
 
 
-def test_rank_part_finds_the_own_samples_in_the_global_batch():
+def test_a_part_holds_the_own_samples_of_the_global_batch():
     for rank in range(3):
         loading = Loading(
             batch_size=12,
@@ -189,7 +189,7 @@ def test_rank_part_finds_the_own_samples_in_the_global_batch():
         plan = loading.plan(image_set())
         for step, batch in enumerate(ResidentLoader(image_set(), loading).epoch(2)):
             assert plan.global_size(step) == batch.global_size == 12
-            part = plan.global_index(2, step)[plan.rank_part(step)]
+            part = plan.order(2)[plan.part(step)]
             assert part.tolist() == batch.index_N.tolist()
     assert list(loader(drop_last=False).epoch(0))[4].global_size == 2
 
@@ -197,17 +197,6 @@ def test_rank_part_finds_the_own_samples_in_the_global_batch():
 def test_start_step_outside_the_epoch_is_refused_at_once():
     with pytest.raises(ValueError, match="start_step is 5, an epoch of set/train has 4"):
         loader().epoch(0, 5)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fetch_gives_the_bytes_of_the_samples_own_batch(precision):
-    own = loader(placement=placed(precision=precision))
-    everything = concatenated(list(own.epoch(4)))
-    other = loader(placement=placed(precision=precision, rank=1, world_size=3))
-    next(other.epoch(9))
-    shuffled = torch.randperm(len(everything.index_N), generator=torch.Generator().manual_seed(0))
-    got = other.fetch(everything.index_N[shuffled], 4)
-    assert torch.equal(got, everything.images_NCHW[shuffled])
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -93,8 +93,6 @@ def test_padded_crops_are_the_bytes_of_the_resident_loader(make_folder, pad_mode
             open_source("folder", root), crop="pad", image_size=10, train=train, geometry=geometry
         )
         assert_same(list(workers.epoch(3)), list(resident.epoch(3)))
-        index = torch.tensor([7, 0, 7])
-        assert torch.equal(workers.fetch(index, 1), resident.fetch(index, 1))
 
 
 def test_training_view_is_torchvisions_resized_crop_of_the_drawn_box(make_folder):
@@ -140,32 +138,6 @@ def test_views_depend_on_neither_workers_nor_ranks(make_folder, crop):
     assert_same(together, alone)
 
 
-def test_fetch_gives_the_bytes_of_the_samples_own_batch(make_folder):
-    source = open_source("folder", make_folder())
-    everything = concatenated(list(loader(source, workers=1).epoch(2)))
-    got = loader(source, rank=1, world_size=2).fetch(everything.index_N, 2)
-    assert torch.equal(got, everything.images_NCHW)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_starting_in_mid_epoch_decodes_nothing_earlier(make_folder, tmp_path, workers):
-    root = make_folder(per_class=8)
-    whole = list(loader(open_source("folder", root)).epoch(1))
-    source = Recorded(open_source("folder", root), tmp_path / "notes")
-    rest = list(loader(source, workers=workers).epoch(1, 2))
-    assert_same(rest, whole[2:])
-    assert sorted(source.asked()) == sorted(concatenated(rest).index_N.tolist())
-
-
-def test_workers_go_on_after_an_epoch_was_left_early(make_folder):
-    source = open_source("folder", make_folder(per_class=8))
-    own = loader(source, workers=2)
-    for batch in own.epoch(0):
-        assert len(batch.index_N) == 5
-        break
-    assert_same(list(own.epoch(1)), list(loader(source).epoch(1)))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_corrupt_image_is_one_sentence_that_names_it(make_folder, workers):
     root = make_folder()
@@ -176,8 +148,6 @@ def test_corrupt_image_is_one_sentence_that_names_it(make_folder, workers):
         list(loader(source, workers=workers, drop_last=False).epoch(0))
     assert str(caught.value).startswith(f"cannot decode the image {bad}: ")
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot decode the image"):
-        loader(source).fetch(torch.tensor([6]), 0)
 
 
 AT_EXIT = """

@@ -40,7 +40,7 @@ class Repeating(ResidentLoader):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
             if self.plan.rank == self.plan.world_size - 1:
-                batch.index_N[-1] = int(self.plan.global_index(epoch, step)[0])
+                batch.index_N[-1] = int(self.plan.order(epoch)[step * self.plan.batch_size])
             yield batch
 
 

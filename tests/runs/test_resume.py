@@ -62,7 +62,7 @@ def batches_from(epoch: int, step: int, *, epochs: int, num: int = 60) -> list[l
     """(epoch, sample ids) of every batch from there to the end of the run."""
     plan = BatchPlan("tiny", num, 16, seed=0, train=True, drop_last=False)
     return [
-        [e, plan.global_index(e, s).tolist()]
+        [e, plan.order(e)[plan.part(s)].tolist()]
         for e in range(epoch, epochs)
         for s in range(step if e == epoch else 0, plan.steps_per_epoch)
     ]

@@ -198,7 +198,7 @@ def test_the_plan_knows_its_smallest_batches(num, batch, ranks, drop_last, rows)
     plans = [plan(rank) for rank in range(ranks)]
     assert {one.batch_rows for one in plans} == {rows}
     taken = [
-        min(len(range(*one.rank_part(step).indices(num))) for one in plans)
+        min(len(range(*one.part(step).indices(num))) for one in plans)
         for step in range(plans[0].steps_per_epoch)
     ]
     assert set(taken) == set(rows)

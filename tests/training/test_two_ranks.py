@@ -17,17 +17,7 @@ import pytest
 import torch
 import yaml
 
-from fastkd.augment.mix import draw_mix
-from fastkd.augment.views import ViewMaker
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
-from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.plan import BatchPlan
-from fastkd.data.loaders.planned import Loading
-from fastkd.data.loaders.resident import ResidentLoader
-from fastkd.data.sources.image_set import ImageSet
-from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.storage.weights import load_weights
 
 # Where the resumed ranks go on: (epoch, step), both from 0.
@@ -144,23 +134,11 @@ def test_distill_on_ranks_is_distill_in_one_process(inside: dict[str, Any]) -> N
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
 
 
-def batches_of(
-    rank: int, *, first: int, pool: int, num: int = 57, ranks: int = 2
-) -> list[list[Any]]:
-    """What a rank fetches from step `first` of 8 on: its own ids, then those it mixes in."""
+def batches_of(rank: int, *, first: int, num: int = 57, ranks: int = 2) -> list[list[Any]]:
+    """What a rank reads from step `first` of 8 on: its own ids, not those of partners."""
     plan = BatchPlan("tiny", num, 16, 0, train=True, drop_last=False, rank=rank, world_size=ranks)
-    found = []
-    for epoch, step in (divmod(number, 4) for number in range(first, 8)):
-        whole = plan.global_index(epoch, step)
-        part = plan.part(step)
-        mine = slice(part.start - 16 * step, part.stop - 16 * step)
-        found.append([epoch, whole[mine].tolist()])
-        for number in range(pool):
-            draw = draw_mix(
-                "cutmix", seed=0, epoch=epoch, step=step, num=len(whole), side=8, number=number
-            )
-            found.append([epoch, whole[draw.partner_N][mine].tolist()])
-    return found
+    steps = (divmod(number, 4) for number in range(first, 8))
+    return [[epoch, plan.order(epoch)[plan.part(step)].tolist()] for epoch, step in steps]
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
@@ -173,9 +151,7 @@ def test_ranks_that_ended_early_end_bit_identical(runs: dict[str, Any], name: st
     assert found["different"] == []
     assert found["states"][0] == found["states"][1]
     for rank in range(2):
-        # A second view of a picture needs no partner, and is not asked for before its step.
-        pool = 2 if "picked" in name else 0 if "second" in name else 1
-        assert found["fetched"][rank] == batches_of(rank, first=4 * epoch + step, pool=pool)
+        assert found["fetched"][rank] == batches_of(rank, first=4 * epoch + step)
 
 
 def test_both_ranks_were_killed(runs: dict[str, Any]) -> None:
@@ -203,35 +179,9 @@ def test_a_student_whose_head_has_no_loss_trains_on_ranks(runs: dict[str, Any]) 
     assert found["different"] == []  # from a second run of the same recipe
 
 
-@pytest.mark.parametrize("kind", ["cutmix", "mixup", "cutout"])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_views_are_those_of_one_process(kind: str, ranks: int) -> None:
-    whole = make_synthetic("train", 8)
-    images = ImageSet("few", whole.images_NHWC[:57], whole.labels_N[:57], whole.classes)
-
-    def views(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-        world = World(rank, rank, world_size, torch.device("cpu"), None)
-        loading = Loading(
-            batch_size=16,
-            seed=3,
-            train=True,
-            normalization=((0.5,) * 3, (0.25,) * 3),
-            placement=Placement(world, Precision("fp32", "cpu")),
-            geometry=Geometry(2, "zero", flip=True),
-            drop_last=False,
-        )
-        maker = ViewMaker(kind, seed=3, placement=loading.placement, layout=torch.channels_last)
-        loader = maker.opened(ResidentLoader(images, loading))
-        return [maker(batch, 5, step) for step, batch in enumerate(loader.epoch(5))]
-
-    one = views(0, 1)
-    parts = [views(rank, ranks) for rank in range(ranks)]
-    assert len(one) == 4
-    for step, expected in enumerate(one):
-        for name in ("x", "xprime"):
-            joined = torch.cat([part[step][name] for part in parts])
-            assert torch.equal(joined, expected[name])
-        assert not torch.equal(expected["x"], expected["xprime"])
+@pytest.mark.parametrize("num", [2, 3])
+def test_views_are_those_of_one_process(ranks: Callable[..., Any], num: int) -> None:
+    ranks(num, "partners_on_ranks.py", timeout=120)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -47,7 +47,7 @@ _END_OF_JPEG = b"\xff\xd9"
 class _File(NamedTuple):
     """A file for DALI: the id that is shown, and for each appearance bytes and a cut."""
 
-    sample: int
+    id: int
     parts: list[tuple[bytes, Cut]]
 
 
@@ -56,7 +56,6 @@ class _Fed:
     """A batch on its way through DALI."""
 
     epoch: int
-    appearances: Sequence[int]
     files: list[_File]
     unread: dict[int, str]
 
@@ -111,31 +110,11 @@ class DaliLoader(StreamingLoader):
                 # What was fed would come out at the beginning of the next epoch.
                 self._pipelines.pop("stream", None)
 
-    @override
-    def _read(self, ids: Sequence[int], epoch: int) -> Pixels:
-        pieces: list[Pixels] = []
-        for first in range(0, len(ids), self._rows):
-            key = epoch, np.array(ids[first : first + self._rows])
-            fed = self._feed("fetch", self._begin(*key, appearances=(0,)).result())
-            pieces.append(self._take("fetch", fed))
-        return Pixels(
-            torch.cat([one.pictures_BHWC for one in pieces]),
-            torch.cat([one.ids_B for one in pieces]),
-            None,
-            {sample: reason for one in pieces for sample, reason in one.unread.items()},
-        )
-
-    def _begin(
-        self, epoch: int, ids: np.ndarray, appearances: Sequence[int] | None = None
-    ) -> "_Reading":
+    def _begin(self, epoch: int, ids: np.ndarray) -> "_Reading":
         """Let the threads read the files of a batch."""
-        shown = self._appearances if appearances is None else appearances
         unread: dict[int, str] = {}
-        files = [
-            self._threads.submit(self._file, sample, epoch, shown, unread)
-            for sample in ids.tolist()
-        ]
-        return _Reading(epoch, shown, files, unread)
+        files = [self._threads.submit(self._file, id, epoch, unread) for id in ids.tolist()]
+        return _Reading(epoch, files, unread)
 
     def _feed(self, name: str, batch: _Fed) -> _Fed:
         by_appearance = zip(*(file.parts for file in batch.files), strict=True)
@@ -154,14 +133,11 @@ class DaliLoader(StreamingLoader):
             # A pipeline is of no use after an error.
             del self._pipelines[name]
             self._note_refused(batch, error)
-            batch.files = [
-                self._file(file.sample, batch.epoch, batch.appearances, batch.unread)
-                for file in batch.files
-            ]
+            batch.files = [self._file(file.id, batch.epoch, batch.unread) for file in batch.files]
             self._feed(name, batch)
             every_BHWC = outcome_of(self._pipeline(name), self._device)
         num = len(batch.files)
-        ids_B = torch.tensor([file.sample for file in batch.files])
+        ids_B = torch.tensor([file.id for file in batch.files])
         more_BHWC = every_BHWC[num:] if len(every_BHWC) > num else None
         return Pixels(every_BHWC[:num], ids_B, more_BHWC, batch.unread)
 
@@ -172,13 +148,13 @@ class DaliLoader(StreamingLoader):
         """
         refused: set[int] = set()
         for file in batch.files:
-            alone = _Fed(batch.epoch, batch.appearances, [file], {})
+            alone = _Fed(batch.epoch, [file], {})
             try:
                 self._feed("alone", alone)
                 outcome_of(self._pipeline("alone"), self._device)
             except RuntimeError:
                 del self._pipelines["alone"]
-                refused.add(file.sample % len(self._files))
+                refused.add(file.id % len(self._files))
         if not refused:
             raise RunFailed(f"DALI failed: {first_line(error)}", shared=False) from error
         self._refused |= refused
@@ -196,29 +172,22 @@ class DaliLoader(StreamingLoader):
             )
         return self._pipelines[name]
 
-    def _file(
-        self, sample: int, epoch: int, appearances: Sequence[int], unread: dict[int, str]
-    ) -> _File:
+    def _file(self, id: int, epoch: int, unread: dict[int, str]) -> _File:
         """A file that DALI reads as Pillow does, with its cuts."""
-        found = self._reader.readable(sample, lambda n: for_dali(self._files, n), unread)
+        found = self._reader.readable(id, lambda n: for_dali(self._files, n), unread)
         if found is None:
-            return _of_squares(sample, [self._reader.black] * len(appearances))
+            return _of_squares(id, [self._reader.black] * len(self._appearances))
         shown, (content, size) = found
-        cuts = [self._reader.view.cut(size, shown, epoch, k) for k in appearances]
+        cuts = [self._reader.view.cut(size, shown, epoch, k) for k in self._appearances]
         of_pillow = any(cut.is_huge or cut.interpolation not in FILTERS for cut in cuts)
         if of_pillow or shown % len(self._files) in self._refused:
-            return self._by_pillow(shown, epoch, appearances, unread)
+            # What the torch backend shows, for DALI to pass on.
+            return _of_squares(*self._reader.shown(shown, epoch, self._appearances, unread))
         return _File(shown, [(content, cut) for cut in cuts])
 
-    def _by_pillow(
-        self, sample: int, epoch: int, appearances: Sequence[int], unread: dict[int, str]
-    ) -> _File:
-        """What the torch backend shows, for DALI to pass on."""
-        return _of_squares(*self._reader.shown(sample, epoch, appearances, unread))
 
-
-def _of_squares(sample: int, squares: Sequence[np.ndarray]) -> _File:
-    return _File(sample, [(as_ppm(square), Cut.whole(len(square))) for square in squares])
+def _of_squares(id: int, squares: Sequence[np.ndarray]) -> _File:
+    return _File(id, [(as_ppm(square), Cut.whole(len(square))) for square in squares])
 
 
 @dataclass
@@ -226,14 +195,13 @@ class _Reading:
     """A batch whose files are being read."""
 
     epoch: int
-    appearances: Sequence[int]
     files: list[Future[_File]]
     unread: dict[int, str]
 
     def result(self) -> _Fed:
         """Wait for them. UserError: one cannot be read, on this rank."""
         files = [one.result() for one in self.files]
-        return _Fed(self.epoch, self.appearances, files, self.unread)
+        return _Fed(self.epoch, files, self.unread)
 
     def cancel(self) -> None:
         """Nobody wants them any more."""

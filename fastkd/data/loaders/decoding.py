@@ -7,7 +7,6 @@ nothing takes its place: its row is black and has no label, so no metric counts 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -125,21 +124,14 @@ class Reader:
         ids: Sequence[int],
         epoch: int,
         appearances: Sequence[int] = (0,),
-        threads: ThreadPoolExecutor | None = None,
     ) -> Pixels:
         """A batch with the first appearance as its pictures, the others as more of them.
-
-        threads: decode in these.
 
         Raises:
             UserError: an image cannot be read and none takes its place.
         """
         unread: dict[int, str] = {}
-        found = list(
-            (threads.map if threads else map)(
-                lambda id: self.shown(id, epoch, appearances, unread), ids
-            )
-        )
+        found = [self.shown(id, epoch, appearances, unread) for id in ids]
         by_appearance = zip(*(pictures for _, pictures in found), strict=True)
         stacked = np.stack([picture for each in by_appearance for picture in each])
         every_BHWC, num = torch.from_numpy(stacked), len(found)

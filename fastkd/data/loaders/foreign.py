@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset, default_co
 from fastkd.compute.collectives import on_any_rank, on_ranks
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
-from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.batch import Batch
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.items import item_of
 from fastkd.data.loaders.label_rules import LabelKind, LabelRules, LabelUse, kind_on_ranks, unlike
@@ -97,18 +97,18 @@ class ForeignLoader:
                 f"the processes have loaders of different lengths ({lengths} batches): {_EQUAL}"
             )
 
-    def with_views(self, views: SecondViews) -> Self:
-        """This loader itself: each rank mixes its own images, and there are no pictures.
+    @property
+    def is_planned(self) -> bool:
+        """Each rank's batches are its own, and it mixes its own images."""
+        return False
 
-        UserError for second views of the pictures.
-        """
-        if isinstance(views, PictureView):
-            raise UserError(
-                f"xprime={views.kind!r} is made of the pictures as they are stored, and a loader "
-                f"of your own gives normalised images: choose cutmix, mixup or cutout, or run a "
-                f"recipe on the image files, such as `fastkd train folder data.root=FOLDER`"
-            )
-        return self
+    def with_views(self, views: PictureView) -> Self:
+        """UserError: there are no pictures."""
+        raise UserError(
+            f"xprime={views.kind!r} is made of the pictures as they are stored, and a loader "
+            f"of your own gives normalised images: choose cutmix, mixup or cutout, or run a "
+            f"recipe on the image files, such as `fastkd train folder data.root=FOLDER`"
+        )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches on the device; batches before `start_step` are drawn and discarded."""

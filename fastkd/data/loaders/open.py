@@ -54,6 +54,8 @@ class DataPair:
     """Name of the data set."""
     backend: str
     """"resident", "torch" or "dali"."""
+    why: str
+    """Why data.backend=auto took it; empty if the recipe says it."""
     seed: int
     """Seed of order and augmentation."""
     sources: Sources
@@ -82,7 +84,8 @@ class DataPair:
         Some training images are opened for it on first use, so only who shows it asks.
         """
         side = self.facts.image_shape[1]
-        return _remarks(*self.sources, f"{side}x{side} pixels, data.backend={self.backend}")
+        why = f" ({self.why})" if self.why else ""
+        return _remarks(*self.sources, f"{side}x{side} pixels, data.backend={self.backend}{why}")
 
     @cached_property
     def remembered(self) -> DataFacts:
@@ -126,11 +129,7 @@ def open_data(
         )
     train, val = _open_sources(data)
     size = _square_size(train, data, crop)
-    backend = data.backend
-    if backend == "auto":
-        num_bytes = (len(train) + len(val)) * size * size * 3
-        fits = crop != "resized" and num_bytes <= RESIDENT_LIMIT_BYTES
-        backend = "resident" if fits else "torch"
+    backend, why = _backend(data, crop, (len(train) + len(val)) * size * size * 3)
     loading = Loading(
         batch_size=batch_size,
         seed=seed,
@@ -183,10 +182,22 @@ def open_data(
         ),
         name=data.name,
         backend=backend,
+        why=why,
         seed=seed,
         sources=(train, val),
         skips=skips,
     )
+
+
+def _backend(data: DataConfig, crop: Crop, num_bytes: int) -> tuple[str, str]:
+    """Which backend serves both splits of so many decoded bytes, and why, if it is for `auto`."""
+    if data.backend != "auto":
+        return data.backend, ""
+    if crop == "resized":
+        return "torch", "random areas are cut from the files"
+    if num_bytes > RESIDENT_LIMIT_BYTES:
+        return "torch", f"{num_bytes / 2**30:.1f} GiB when decoded"
+    return "resident", f"{num_bytes / 2**20:.0f} MiB when decoded"
 
 
 def streaming_loader(backend: str) -> type[StreamingLoader]:

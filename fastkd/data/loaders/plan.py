@@ -103,15 +103,7 @@ class BatchPlan:
 
     def order(self, epoch: int) -> np.ndarray:
         """Ids in the order of this epoch, int64 [N]; sample ids, except for repeats."""
-        return self._ids(epoch, 0, self.num_samples)
-
-    def global_index(self, epoch: int, step: int) -> np.ndarray:
-        """Ids of a whole global batch, all ranks together, int64."""
-        start = step * self.batch_size
-        return self._ids(epoch, start, min(start + self.batch_size, self.num_samples))
-
-    def _ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        places = np.arange(start, stop)
+        places = np.arange(self.num_samples)
         if not self.train:
             return places
         places, again = np.divmod(places, self.repeats)
@@ -122,11 +114,6 @@ class BatchPlan:
     def global_size(self, step: int) -> int:
         """Samples in a whole global batch, all ranks together."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
-
-    def rank_part(self, step: int) -> slice:
-        """Slice of this rank's part in the global batch of a step; possibly empty."""
-        part, start = self.part(step), step * self.batch_size
-        return slice(part.start - start, part.stop - start)
 
     def part(self, step: int) -> slice:
         """Slice of `order` for this rank's part of global batch `step`; possibly empty."""

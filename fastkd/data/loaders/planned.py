@@ -1,4 +1,4 @@
-"""What all loaders of fastkd share: plan, labels, images of other ranks, known bad files."""
+"""What all loaders of fastkd share: plan, labels, known bad files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fastkd.compute.placement import Placement
 from fastkd.config.section import Normalization
-from fastkd.data.batch import IGNORED, NO_LABEL, Batch, SecondViews
+from fastkd.data.batch import IGNORED, NO_LABEL, Batch
 from fastkd.data.finish import PLAIN, Finish, Look
 from fastkd.data.geometry import NO_GEOMETRY, Geometry, Normalizer
 from fastkd.data.loaders.decoding import StandIns
 from fastkd.data.loaders.plan import BatchPlan
-from fastkd.data.partners import Partners
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import to_device
@@ -89,7 +88,7 @@ class PlannedLoader(ABC):
     """The part of the protocol `fastkd.data.batch.Loader` that follows from a BatchPlan."""
 
     def __init__(
-        self, source: ImageSource, loading: Loading, views: SecondViews | None = None
+        self, source: ImageSource, loading: Loading, views: PictureView | None = None
     ) -> None:
         self._loading = loading
         self.plan = loading.plan(source)
@@ -97,8 +96,7 @@ class PlannedLoader(ABC):
         self._finish = loading.finish(self.plan.num_ids)
         self._labels_N = torch.from_numpy(source.labels_N)
         self._device_labels_N = to_device(source.labels_N, self._device)
-        self._second = views if isinstance(views, PictureView) else None
-        self._partners = views if isinstance(views, Partners) else None
+        self._second = views
         self._stand_ins = StandIns(self.plan.num_samples)
 
     @property
@@ -130,13 +128,14 @@ class PlannedLoader(ABC):
         parts = self.plan.parts(start_step)
         return self._completed(epoch, parts)
 
-    @abstractmethod
-    def with_views(self, views: SecondViews) -> Self:
-        """A loader of the same batches that also yields what x' is made from; self is unchanged."""
+    @property
+    def is_planned(self) -> bool:
+        """Every batch is this rank's part of one."""
+        return True
 
     @abstractmethod
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        """Images [N, C, H, W] of any sample ids, the same bytes as in this epoch's batches."""
+    def with_views(self, views: PictureView) -> Self:
+        """A loader of the same batches that also yields second views; self is unchanged."""
 
     def _shown_ids(self, ids_N: np.ndarray) -> np.ndarray:
         """The ids that are shown for these, as far as bad files are known."""
@@ -159,18 +158,4 @@ class PlannedLoader(ABC):
     def _completed(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         for part, batch in zip(parts, self._batches(epoch, parts), strict=True):
             step = part.start // self.plan.batch_size
-            batch = batch._replace(global_size=self.plan.global_size(step))
-            if self._partners is not None:
-                batch = batch._replace(second_NCHW=self._shown(self._partners, epoch, step))
-            yield batch
-
-    def _shown(self, partners: Partners, epoch: int, step: int) -> Tensor | None:
-        """The images that this rank's part of the global batch is mixed with; None: it is not."""
-        index_N, mine = self.plan.global_index(epoch, step), self.plan.rank_part(step)
-        shown = [
-            self.fetch(torch.from_numpy(index_N[partner_N][mine]), epoch)
-            for partner_N in partners.draw(epoch, step, len(index_N))
-        ]
-        if not shown:
-            return None
-        return shown[0] if len(shown) == 1 else torch.cat(shown)
+            yield batch._replace(global_size=self.plan.global_size(step))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.batch import Batch
 from fastkd.data.geometry import gather_crops, pad_images
 from fastkd.data.loaders.planned import Loading, PlannedLoader
+from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSet
 from fastkd.data.tables import GeometryTables, to_device
 from fastkd.errors import UserError
@@ -41,7 +42,7 @@ class ResidentLoader(PlannedLoader):
         images: ImageSet,
         loading: Loading,
         *,
-        views: SecondViews | None = None,
+        views: PictureView | None = None,
         padded_NPPC: Tensor | None = None,
     ) -> None:
         super().__init__(images, loading, views)
@@ -59,16 +60,10 @@ class ResidentLoader(PlannedLoader):
         self._padded_NPPC = padded_NPPC
 
     @override
-    def with_views(self, views: SecondViews) -> Self:
+    def with_views(self, views: PictureView) -> Self:
         return type(self)(self._images, self._loading, views=views, padded_NPPC=self._padded_NPPC)
 
-    @override
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        ids_N = self._shown_ids(index_N.cpu().numpy())
-        crops = partial(self._crops, to_device(ids_N, self._device), epoch)
-        return self._finish.images(crops, ids_N, epoch, None)[0]
-
-    def _crops(self, ids_N: Tensor, epoch: int, appearance: int = 0) -> Tensor:
+    def _crops(self, ids_N: Tensor, epoch: int, appearance: int) -> Tensor:
         """uint8 [N, H, W, 3] on the device."""
         drawn = self._tables.of(epoch, ids_N, appearance)
         samples_N = self.plan.samples_of(ids_N)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from fastkd.data.batch import Batch, SecondViews
+from fastkd.data.batch import Batch
 from fastkd.data.geometry import NO_GEOMETRY, Crop
 from fastkd.data.loaders.decoding import Pixels, Reader, View
 from fastkd.data.loaders.planned import Loading, PlannedLoader
@@ -52,7 +52,7 @@ class StreamingLoader(PlannedLoader):
         workers: int = 0,
         framing: Framing | None = None,
         skips: bool = False,
-        views: SecondViews | None = None,
+        views: PictureView | None = None,
     ) -> None:
         super().__init__(source, loading, views)
         geometry = loading.applied
@@ -89,12 +89,8 @@ class StreamingLoader(PlannedLoader):
     def _stream(self, keys: Sequence[Key]) -> Iterator[Pixels]:
         """The pixels of each key, in order."""
 
-    @abstractmethod
-    def _read(self, ids: Sequence[int], epoch: int) -> Pixels:
-        """Pictures of any ids, the same bytes as in the stream."""
-
     @override
-    def with_views(self, views: SecondViews) -> Self:
+    def with_views(self, views: PictureView) -> Self:
         view = self._reader.view
         return type(self)(
             self._reader.source,
@@ -108,19 +104,13 @@ class StreamingLoader(PlannedLoader):
         )
 
     @override
-    def fetch(self, index_N: Tensor, epoch: int) -> Tensor:
-        pixels = self._read(self._shown_ids(index_N.cpu().numpy()).tolist(), epoch)
-        ids_N = pixels.ids_B.to(self._device, non_blocking=True)
-        return self._images(pixels, ids_N, epoch, None)[0]
-
-    @override
     def _batches(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         order_N = self.plan.order(epoch)
         keys = [(epoch, self._shown_ids(order_N[part])) for part in parts]
         for part, pixels in zip(parts, self._stream(keys), strict=True):
             self._learn(pixels.unread)
             ids_N = pixels.ids_B.to(self._device, non_blocking=True)
-            images_NCHW, second_NCHW = self._images(pixels, ids_N, epoch, self._second)
+            images_NCHW, second_NCHW = self._images(pixels, ids_N, epoch)
             index_N = self.plan.samples_of(ids_N)
             yield Batch(
                 images_NCHW,
@@ -130,9 +120,7 @@ class StreamingLoader(PlannedLoader):
                 unread=self._stand_ins.said_of(order_N[part]),
             )
 
-    def _images(
-        self, pixels: Pixels, ids_N: Tensor, epoch: int, second: PictureView | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _images(self, pixels: Pixels, ids_N: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
         """x and its second views. ids_N: those of the pixels, on the device."""
         pictures_NHWC = pixels.pictures_BHWC.to(self._device, non_blocking=True)
 
@@ -142,4 +130,4 @@ class StreamingLoader(PlannedLoader):
                 return cut_NHWC.to(self._device, non_blocking=True)
             return self._tables.crop(pictures_NHWC, ids_N, epoch, appearance)
 
-        return self._finish.images(crops, pixels.ids_B.numpy(), epoch, second)
+        return self._finish.images(crops, pixels.ids_B.numpy(), epoch, self._second)

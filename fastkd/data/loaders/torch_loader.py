@@ -10,7 +10,6 @@ import atexit
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
@@ -74,7 +73,6 @@ class TorchLoader(StreamingLoader):
 
     @override
     def _start(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
         self._keys = _Keys()
         self._loader: DataLoader[Pixels | str] = DataLoader(
             _Pictures(self._reader, self._appearances),
@@ -95,10 +93,3 @@ class TorchLoader(StreamingLoader):
             if isinstance(pixels, str):
                 raise UserError(pixels, shared=False)
             yield pixels
-
-    @override
-    def _read(self, ids: Sequence[int], epoch: int) -> Pixels:
-        # Decoded in threads of this process; the workers keep to their batches.
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor()
-        return self._reader.read(ids, epoch, threads=self._threads)
