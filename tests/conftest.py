@@ -17,12 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# Before torch: test processes side by side share the cores, and threads that spin while they wait
-# would starve the others.
-if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    share = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+# Before torch: threads that spin while they wait would starve the other test process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
