@@ -24,7 +24,7 @@ from fastkd.training.trainer import Trainer
 def machine(monkeypatch):
     """Another tool chain for one test: what was found before is forgotten, here and in torch."""
     from torch._inductor import config as inductor
-    from torch._inductor import cpp_builder
+    from torch._inductor import cpp_builder, cpu_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     caches = (
@@ -47,6 +47,9 @@ def machine(monkeypatch):
             )
         forget()
 
+    # Torch tries its vector instructions with the compiler, once per process: with a broken one it
+    # would find none, and later tests could not compile what other processes have cached.
+    cpu_vec_isa.pick_vec_isa()
     # A test may take it out of the environment.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir())
     forget()
