@@ -27,6 +27,7 @@ from fastkd.data.facts import Facts
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows, step_macs
 from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
@@ -66,7 +67,7 @@ def trainer_of(
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),
-        teachers=(LoadedNet(copy.deepcopy(teacher)),),
+        teaching=Teaching((LoadedNet(copy.deepcopy(teacher)),)),
         terms=[KD(views=("x",) if side == "kd" else ("x", "xprime"))],
         data=TrainData(loader, loader, facts, images=BATCH),
         settings=TrainingSettings(

@@ -33,6 +33,7 @@ from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows
 from fastkd.training.ahead import run_ahead
 from fastkd.training.build import build_trainer
@@ -182,7 +183,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teachers=tuple(map(LoadedNet, nets)),
+        teaching=Teaching(tuple(map(LoadedNet, nets))),
         terms=[KD()],
         data=TrainData(loader, loader, facts, images=len(setting.labels)),
         settings=TrainingSettings(

@@ -43,7 +43,9 @@ from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
 from fastkd.report.plots import draw_curves
 from fastkd.storage.checkpoint import Checkpoint
+from fastkd.teachers.cache.cached import CachedTeacher
 from fastkd.teachers.judging import judge
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.arguments import (
     check_callback,
     check_choice,
@@ -202,7 +204,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         pays = decide_compile(
             compile,
             student=student,
-            teachers=loaded,
+            teacher_macs=Teaching(loaded).macs(data.facts.image_shape),
             terms=terms,
             image_shape=data.facts.image_shape,
             images=data.images * epochs,
@@ -247,7 +249,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
                 accumulate=accumulate,
             ),
             student=student,
-            teachers=loaded,
+            teaching=Teaching(loaded),
             terms=terms,
             data=data,
             settings=settings,
@@ -319,6 +321,7 @@ def _judged(
     if data.val_loader is None:
         return None
     name = " + ".join(title_of(model) for model in teachers)
+    assert not isinstance(trainer.teacher, CachedTeacher)  # caches are for recipes
     return judge(trainer.teacher, name, data.val_loader, data.facts, trainer.placement, say=say)
 
 

@@ -148,6 +148,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_table(commands)
     _add_evaluate(commands)
     _add_data(commands)
+    _add_cache(commands)
     _add_bench(commands)
     _add_models(commands)
     _add_cheapen(commands)
@@ -281,6 +282,22 @@ def _add_data(commands: _Commands) -> None:
         help="pack: resize pictures whose short side has more than N pixels, as JPEG",
     )
     data.add_argument("--quality", metavar="Q", type=int, help="pack: of those JPEGs, 1 to 95 (90)")
+
+
+def _add_cache(commands: _Commands) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="ask a recipe's teacher once for all views, for runs that read its answers",
+        description="Ask the teacher of a recipe for the views of its epochs and keep the answers "
+        "in DIR, which runs name as teacher.cache=DIR. What is there is left out, so the same "
+        "command again goes on. With torchrun on any number of processes.",
+    )
+    _add_words(cache, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
+    cache.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")
+    cache.add_argument("--out", metavar="DIR", help="the folder; default: the recipe's, or auto")
+    cache.add_argument(
+        "--epochs", type=_positive, metavar="N", help="only of the first N epochs; default: all"
+    )
 
 
 def _add_bench(commands: _Commands) -> None:

@@ -29,6 +29,7 @@ _COMMANDS = {
     "table": ("fastkd.cli.comparing", "table"),
     "eval": ("fastkd.cli.running", "evaluate"),
     "data": ("fastkd.cli.data", "data"),
+    "cache": ("fastkd.cli.caching", "cache"),
     "bench": ("fastkd.cli.benching", "bench"),
     "models": ("fastkd.cli.networks", "models"),
     "cheapen": ("fastkd.cli.networks", "cheapen"),

@@ -89,3 +89,7 @@ class Loader(TrainLoader, Protocol):
     def labels_N(self) -> Tensor:
         """Labels by sample id, on the CPU, in the form of `Batch.labels_N`."""
         ...
+
+    def part(self, step: int) -> slice:
+        """This rank's places of a step in the order of every epoch; possibly none."""
+        ...

@@ -48,6 +48,8 @@ class SimKD(LossTerm):
     test_terms_on_ranks.py; oracle peer_losses.json (the authors' code).
     """
 
+    uses_head = True
+
     def __init__(
         self,
         *,

@@ -123,7 +123,7 @@ class Console:
         steps: int,
         images_per_s: float,
         data_wait: float,
-        loss: float,
+        loss: float | None = None,
     ) -> None:
         """Redraw the live line; without a terminal a plain line, where none came for long.
 
@@ -141,8 +141,9 @@ class Console:
             f"epoch {min(epoch + 1, epochs)}/{epochs}",
             f"{images_per_s:,.0f} images/s",
             f"wait {data_wait:.0%}",
-            f"loss {loss:.3f}",
         ]
+        if loss is not None:
+            facts.append(f"loss {loss:.3f}")
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
         if not self._live:

@@ -152,6 +152,12 @@ class Recipe(Section):
                 f"augment.cutmix give an image those of two: leave them out, or use losses that "
                 f"take both, such as ce, bce and kd"
             )
+        using = [name for name, term in terms.items() if term.uses_stages]
+        if using and self.teacher is not None and self.teacher.cache is not None:
+            raise ValueError(
+                f"losses.{using[0]} sends the student's features through the teacher's stages in "
+                f"every step, which no cache can keep: leave out teacher.cache"
+            )
         check_needs(
             self.losses,
             has_teacher=self.teacher is not None,
@@ -210,7 +216,8 @@ class Recipe(Section):
         teacher = self.teacher
         if teacher:
             others = tuple(net(one) for one in teacher.ensemble)
-            teacher = net(teacher).model_copy(update={"ensemble": others})
+            cache = teacher.cache if teacher.cache == "auto" else _absolute(teacher.cache)
+            teacher = net(teacher).model_copy(update={"ensemble": others, "cache": cache})
         places = {key: _absolute(getattr(self.data, key)) for key in ("root", "labels")}
         data = self.data.model_copy(update=places)
         return self.model_copy(

@@ -30,8 +30,12 @@ from fastkd.recipe.schema import TEACHES, Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
 from fastkd.runs.folders import RunIdentity, choose_folder, finished_before, stage_folder
+from fastkd.runs.teacher_cache import find_cache, seen_in
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
+from fastkd.teachers.cache.cached import CachedTeacher
+from fastkd.teachers.cache.opening import AnswerCache
+from fastkd.teachers.cache.store import TeacherFacts
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import (
     chance_in,
@@ -42,6 +46,7 @@ from fastkd.teachers.loading import (
     size,
     start_of,
 )
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.arguments import check_mode
 from fastkd.training.build import build_trainer
 from fastkd.training.checkpointing import keep_plain, open_checkpoint
@@ -52,9 +57,12 @@ from fastkd.training.trainer import Trainer
 __all__ = [
     "Session",
     "build_stage",
+    "cache_of",
     "open_recipe_data",
+    "prove",
     "run_recipe",
     "teacher_folder",
+    "try_out",
 ]
 
 
@@ -94,7 +102,8 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     ):
         session.console.note(f"{recipe.name}: finished before, nothing to resume")
         return finished
-    teachers = _try_out(recipe, data, session)
+    cache = cache_of(recipe, data, session)
+    teachers = try_out(recipe, data, session, cache)
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
@@ -110,16 +119,14 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         checkpoint = (
             open_checkpoint(folder.path, identity.digest, session.world) if resumed else None
         )
-        teachers, teacher_summary = prove_teacher(
-            recipe.teacher,
-            teachers,
-            data,
-            session.placement(recipe),
-            say=session.console.note,
-            train=lambda member: _teach(data, session, recipe.as_teacher(member)),
-        )
+        if cache and cache.replaces_teacher:
+            teacher_summary = cache.known.summary
+            for sentence in cache.known.said:
+                session.console.note(sentence)
+        else:
+            teachers, teacher_summary, cache = prove(recipe, teachers, data, session)
         alone = _train_alone(recipe, data, session, folder.path / "alone")
-        trainer = build_stage(recipe, data, teachers, session, folder, checkpoint)
+        trainer = build_stage(recipe, data, teachers, session, folder, checkpoint, cache)
         if resumed:
             _go_on(trainer, folder, checkpoint, session)
         del checkpoint  # as large as the student and its optimizer
@@ -150,17 +157,68 @@ def _baselines(recipe: Recipe) -> str:
     )
 
 
-def _try_out(recipe: Recipe, data: DataPair, session: Session) -> tuple[LoadedNet, ...]:
-    """Build every training and drop it, but keep the loaded teachers.
+def cache_of(
+    recipe: Recipe, data: DataPair, session: Session, facts: TeacherFacts | None = None
+) -> AnswerCache | None:
+    """The cache of the teacher's answers; see `find_cache`."""
+    return find_cache(
+        recipe,
+        data,
+        session.placement(recipe),
+        session.root,
+        folder_of=lambda member: teacher_folder(recipe.as_teacher(member), data, session),
+        say=session.console.note,
+        facts=facts,
+    )
+
+
+def prove(
+    recipe: Recipe, teachers: tuple[LoadedNet, ...], data: DataPair, session: Session
+) -> tuple[tuple[LoadedNet, ...], dict[str, Any] | None, AnswerCache | None]:
+    """The teachers with their weights, what summary.json says of them, and their cache."""
+    said = list[str]()
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        session.console.note(sentence)
+
+    teachers, summary = prove_teacher(
+        recipe.teacher,
+        teachers,
+        data,
+        session.placement(recipe),
+        say=say,
+        train=lambda member: _teach(data, session, recipe.as_teacher(member)),
+    )
+    if recipe.teacher is None or recipe.teacher.cache is None or summary is None:
+        return teachers, summary, None
+    facts = TeacherFacts(
+        summary=summary,
+        said=tuple(said),
+        validation=seen_in(data),
+        macs=Teaching(teachers).macs(data.facts.image_shape),
+    )
+    return teachers, summary, cache_of(recipe, data, session, facts)
+
+
+def try_out(
+    recipe: Recipe, data: DataPair, session: Session, cache: AnswerCache | None
+) -> tuple[LoadedNet, ...]:
+    """Build every training and drop it, but keep the loaded teachers, unless a cache replaces them.
 
     Mismatches are found before the teacher is trained, and leave no folder behind.
     """
     silent = replace(session, console=Console(enabled=False))
-    for one in recipe.teachers().values():
-        if one.trains:
-            build_stage(recipe.as_teacher(one), data, (), silent)
-    teachers = load_teacher(recipe.teacher, data)
-    trainer = build_stage(recipe, data, teachers, silent)
+    if cache and cache.replaces_teacher:
+        teachers: tuple[LoadedNet, ...] = ()
+    else:
+        for one in recipe.teachers().values():
+            if one.trains:
+                build_stage(recipe.as_teacher(one), data, (), silent)
+        teachers = load_teacher(recipe.teacher, data)
+    # Nothing is written before the folder of the run is.
+    kept = replace(cache, say=silent.console.note) if cache and cache.manifest else None
+    trainer = build_stage(recipe, data, teachers, silent, cache=kept)
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
         # Whether the student's step compiles would come out only after those.
@@ -226,10 +284,11 @@ def build_stage(
     session: Session,
     folder: RunFolder | None = None,
     checkpoint: Checkpoint | None = None,
+    cache: AnswerCache | None = None,
 ) -> Trainer:
     """The recipe's own training, in a folder or without one.
 
-    checkpoint: the checkpoint that the caller will resume.
+    checkpoint: the checkpoint that the caller will resume. cache: of the teachers' answers.
     """
     # Graphs of earlier stages are no longer needed, and a long sweep would reach the limit of 256.
     if "torch._dynamo" in sys.modules:
@@ -248,7 +307,7 @@ def build_stage(
     return build_trainer(
         _plan(recipe, data, session.world),
         student=net.model,
-        teachers=teachers,
+        teaching=Teaching(teachers, cache),
         terms=build_terms(recipe.losses),
         data=TrainData(
             data.train, data.val, data.facts, data.train.num_samples, _remedies(recipe, data)
@@ -347,9 +406,17 @@ def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
         "digest": recipe.digest(),
         "student": recipe.student.name,
         "lr": recipe.optim.lr,
+        **_kept_answers(trainer),
         **size(trainer.kept(), data.facts.image_shape),
         "history": trainer.history,
     }
+
+
+def _kept_answers(trainer: Trainer) -> dict[str, Any]:
+    """For summary.json, if the teacher's answers are kept."""
+    if not isinstance(trainer.teacher, CachedTeacher):
+        return {}
+    return {"answers": trainer.teacher.report()}
 
 
 def _go_on(

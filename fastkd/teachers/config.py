@@ -12,8 +12,9 @@ from pydantic import (
 
 from fastkd.compute.compiling import CompileSwitch
 from fastkd.compute.precision import PrecisionName
-from fastkd.config.section import Channels, Deviations, yaml_switch
+from fastkd.config.section import Channels, Deviations, NoEffect, Since, yaml_switch
 from fastkd.models.config import StudentConfig
+from fastkd.teachers.cache.codec import CacheFormat
 
 __all__ = ["MemberConfig", "TeacherConfig"]
 
@@ -60,6 +61,16 @@ class TeacherConfig(MemberConfig):
 
     ensemble: tuple[MemberConfig, ...] = ()
     """Additional teachers, each with its own keys; the student imitates the mean probability."""
+    cache: Annotated[str | None, NoEffect] = None
+    """Folder where its answers to every view are kept: the first run writes them, later runs with
+    the same teacher and views read them and do not build it. `auto`: below runs/teachers."""
+    cache_format: Annotated[CacheFormat, Since("0.2")] = "full"
+    """How logits are kept: `full` without loss; fp16, bf16; top16 and top8 only the most probable
+    classes, in 16 or 8 bits, the rest spread evenly. What is kept is what is trained on."""
+    cache_top: Annotated[PositiveInt, Since("0.2")] = 10
+    """Classes of each image that top16 and top8 keep."""
+    cache_maps: Annotated[tuple[str, ...], NoEffect] = ()
+    """Taps of whole maps, such as stage3, that are kept although they are large."""
 
     def members(self) -> dict[str, MemberConfig]:
         """All teachers, this one first, by their key in the recipe."""
@@ -73,10 +84,28 @@ class TeacherConfig(MemberConfig):
         return self
 
     @model_validator(mode="after")
+    def _keeps_answers(self) -> "TeacherConfig":
+        # How answers are kept says nothing without a place to keep them.
+        keys = ("cache_format", "cache_top", "cache_maps")
+        given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if given and self.cache is None:
+            raise ValueError(
+                f"teacher.{given[0]} is for the answers that teacher.cache=DIR keeps: set it, or "
+                f"leave it out"
+            )
+        if "cache_top" in given and not self.cache_format.startswith("top"):
+            raise ValueError(
+                f"teacher.cache_top={self.cache_top} is for teacher.cache_format=top16 or top8, "
+                f"got {self.cache_format}: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _different(self) -> "TeacherConfig":
         seen: dict[str, str] = {}
         # How it computes, and what is required of it, does not make it another teacher.
         aside = {"ensemble", "min_accuracy", "precision", "compile", "kernels"}
+        aside |= TeacherConfig.model_fields.keys() - MemberConfig.model_fields.keys()
         for key, one in self.members().items():
             unread = set() if one.trains else {"train", "epochs", "lr", "seed"}
             same = seen.setdefault(repr(one.model_dump(exclude=aside | unread)), key)

@@ -39,6 +39,7 @@ from fastkd.teachers.loaded import LoadedNet
 
 __all__ = [
     "chance_in",
+    "filled",
     "load_net",
     "load_teacher",
     "of_images",
@@ -82,7 +83,7 @@ def prove_teacher(
         lesson = {}
         if one.trains:
             path, summary = train(one)
-            net = _filled(net, path)
+            net = filled(net, path)
             lesson = {"training": summary}
         for note in net.notes:
             say(note)
@@ -233,7 +234,7 @@ def of_images(data: DataPair) -> Remedy:
     return Remedy(size, "set precision=fp32")
 
 
-def _filled(net: LoadedNet, run: Path) -> LoadedNet:
+def filled(net: LoadedNet, run: Path) -> LoadedNet:
     """A network that was built before its training, with the trained weights."""
     file = WeightFile.open(run / "best.safetensors")
     load_into(net.model, file)

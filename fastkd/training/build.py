@@ -34,10 +34,13 @@ from fastkd.models.card import card_of, sign
 from fastkd.models.counting.count import cost
 from fastkd.models.head import has_frozen_backbone
 from fastkd.output.console import Console
+from fastkd.teachers.cache.cached import Answering
+from fastkd.teachers.cache.opening import AnswerCache, HeadParts
 from fastkd.teachers.ensemble import Ensemble, bind_teacher, check_ensemble_needs
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.parts import copy_of_head, last_norm, taps_into_head
 from fastkd.teachers.teacher import Teacher
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.answers import look_at_training, notes_on
 from fastkd.training.config import OptimConfig
 from fastkd.training.ema import EMA
@@ -69,7 +72,7 @@ def build_trainer(
     plan: Plan,
     *,
     student: nn.Module,
-    teachers: tuple[LoadedNet, ...],
+    teaching: Teaching,
     terms: Sequence[LossTerm],
     data: TrainData,
     settings: TrainingSettings,
@@ -78,7 +81,7 @@ def build_trainer(
 ) -> Trainer:
     """Connect everything; UserError if student, teachers and losses do not fit."""
     facts, world = data.facts, placement.world
-    engine = _engine(plan, student, teachers, terms, data, settings, placement, output.console)
+    engine = _engine(plan, student, teaching, terms, data, settings, placement, output.console)
     if note := check_exports(terms, averaged=bool(settings.ema)):
         output.console.note(note)
     student = _placed(student, settings, engine)
@@ -88,9 +91,14 @@ def build_trainer(
     # Copied before any hook is placed on the student.
     ema = EMA(student, settings.ema) if settings.ema else None
 
-    teacher = _bound_teacher(teachers, student, terms, facts, engine)
     remedies = data.remedies
     probe = engine.probe(facts, 2)
+    bound = _bound_teacher(teaching.nets, student, terms, facts, engine)
+    parts = _teacher_parts(teaching.nets, bound, facts, world.device)
+    teacher: Answering | None = bound
+    if teaching.cache and needed_taps(terms, "teacher"):
+        teacher = _answered_from(teaching.cache, bound, parts, terms, probe, facts, engine)
+        parts = parts or _kept_parts(teaching.cache)
     shapes, taught = shapes_of_needs(student, teacher, terms, probe, placement.precision, remedies)
     smallest = _smallest(settings.sizes, facts, plan.epochs)
     for shown in smallest:
@@ -100,7 +108,7 @@ def build_trainer(
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
     check_classes(terms, shapes, facts, remedies.one_class)
     check_labels(terms, facts.multilabel, mixed=bool(settings.mixing))
-    _bind_terms(terms, shapes, facts, _teacher_parts(teachers, teacher, facts, world.device))
+    _bind_terms(terms, shapes, facts, parts)
 
     step = DistillStep(
         student,
@@ -130,7 +138,7 @@ def build_trainer(
             ),
         )
     seen = look_at_training(student, taught, probe, placement.precision, ranks=world.size)
-    for note in notes_on(seen, student, teacher, terms, probe, placement.precision):
+    for note in notes_on(seen, student, bound, terms, probe, placement.precision):
         output.console.note(note)
     optimizer = _optimizer(student, terms, settings.optim, world.device)
     banks = [f"terms.{number}.{bank}" for number, term in enumerate(terms) for bank in term.banks]
@@ -167,7 +175,7 @@ def build_trainer(
         ema=ema,
         fallback=Fallback(
             decisions,
-            compiled=engine.compiled or any(one.compiled for one in teachers),
+            compiled=engine.compiled or any(one.compiled for one in teaching.nets),
             reason=engine.reason,
             say=output.console.note,
         ),
@@ -192,7 +200,7 @@ def decide_compile(
     mode: CompileChoice,
     *,
     student: nn.Module,
-    teachers: Sequence[LoadedNet],
+    teacher_macs: Sequence[float | None],
     terms: Sequence[LossTerm],
     image_shape: tuple[int, int, int],
     images: int,
@@ -200,19 +208,19 @@ def decide_compile(
 ) -> bool:
     """Whether to compile; `auto` from the recipe and the kind of device alone (nothing is timed).
 
-    images: training images over the whole run. Where a network cannot be counted, `auto` is eager.
+    teacher_macs: of each teacher per image; None: not known. images: training images over the whole
+    run. Where a network cannot be counted, `auto` is eager.
     """
     macs = 0.0
     if mode == "auto":
         of_student = cost(student, image_shape)
-        of_teachers = [cost(one.model, one.image_shape(image_shape)) for one in teachers]
-        if of_student is None or None in of_teachers:
+        if of_student is None or None in teacher_macs:
             return False
         # There is no backward pass through a frozen backbone.
         passes = 1.0 if has_frozen_backbone(student) else 3.0
         macs += passes * of_student.macs * len(needed_taps(terms, "student"))
         views = len(needed_taps(terms, "teacher"))
-        macs += sum(one.macs for one in of_teachers if one) * views
+        macs += sum(one for one in teacher_macs if one) * views
     return worth_compiling(mode, macs_per_image=macs, images=images, device_type=device_type)
 
 
@@ -254,7 +262,7 @@ class _Engine:
 def _engine(
     plan: Plan,
     student: nn.Module,
-    teachers: tuple[LoadedNet, ...],
+    teaching: Teaching,
     terms: Sequence[LossTerm],
     data: TrainData,
     settings: TrainingSettings,
@@ -264,7 +272,7 @@ def _engine(
     compiled = decide_compile(
         settings.compile,
         student=student,
-        teachers=teachers,
+        teacher_macs=teaching.macs(data.facts.image_shape),
         terms=terms,
         image_shape=data.facts.image_shape,
         images=data.images * plan.epochs,
@@ -274,7 +282,7 @@ def _engine(
     reason = "auto" if settings.compile == "auto" else settings.compile_reason
     if compiled:
         compiled = compiler_works(placement.world, reason, console.note)
-    elif any(one.compiled for one in teachers):
+    elif any(one.compiled for one in teaching.nets):
         reason = "key"
         compiler_works(placement.world, reason, console.note, key="teacher.compile")
     return _Engine(placement, placement.layout(student), compiled, settings.fullgraph, reason)
@@ -301,18 +309,52 @@ def _bound_teacher(
     check_ensemble_needs(teachers, terms)
     nets = {"student": student} | ({"teacher": teachers[0].model} if teachers else {})
     refuse_unknown_taps(terms, nets)
-    taps = needed_taps(terms, "teacher")
-    if not teachers or not taps:
+    if not teachers or not needed_taps(terms, "teacher"):
         return None
+    return _bound(teachers, terms, facts, engine)
+
+
+def _bound(
+    teachers: Sequence[LoadedNet], terms: Sequence[LossTerm], facts: Facts, engine: _Engine
+) -> Teacher | Ensemble:
     return bind_teacher(
         teachers,
-        taps,
+        needed_taps(terms, "teacher"),
         engine.placement,
         data_normalization=facts.normalization,
         layout=engine.layout,
         compiled=engine.compiled,
         fullgraph=engine.fullgraph,
     )
+
+
+def _answered_from(
+    cache: AnswerCache,
+    bound: Teacher | Ensemble | None,
+    parts: Mapping[str, Any],
+    terms: Sequence[LossTerm],
+    probe: Tensor,
+    facts: Facts,
+    engine: _Engine,
+) -> Answering:
+    """The teacher that answers from a cache, which keeps its classifier where a loss takes it."""
+    head: nn.Linear | None = parts.get("teacher_head")
+    takes = any(term.uses_head for term in terms)
+    return cache.around(
+        bound,
+        needed_taps(terms, "teacher"),
+        probe,
+        bind=lambda nets: _bound(nets, terms, facts, engine),
+        parts=HeadParts(head, parts["teacher_pooled"]()) if head is not None and takes else None,
+    )
+
+
+def _kept_parts(cache: AnswerCache) -> dict[str, Any]:
+    """The parts of a teacher that a cache keeps, for `BindContext`."""
+    head, pooled = cache.head(), cache.known.pooled
+    if head is None or pooled is None:
+        return {}
+    return {"teacher_head": head, "teacher_pooled": lambda: pooled}
 
 
 def _teacher_parts(

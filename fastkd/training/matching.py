@@ -19,8 +19,7 @@ from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
 from fastkd.models.intake import image_dtype, noting_wrong_gradients, refusal
 from fastkd.models.taps import Tapped, ZooNetwork, check_taps
-from fastkd.teachers.ensemble import Ensemble
-from fastkd.teachers.teacher import Teacher
+from fastkd.teachers.cache.cached import Answering
 from fastkd.training.settings import Remedies
 from fastkd.training.step import needed_taps
 
@@ -88,7 +87,7 @@ def _where_taps_are_named(term: LossTerm, net: str) -> str:
 
 def shapes_of_needs(
     student: nn.Module,
-    teacher: Teacher | Ensemble | None,
+    teacher: Answering | None,
     terms: Sequence[LossTerm],
     probe: Tensor,
     precision: Precision,

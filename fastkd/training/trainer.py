@@ -14,7 +14,7 @@ and nowhere else.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -38,8 +38,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.weights import save_weights
-from fastkd.teachers.ensemble import Ensemble
-from fastkd.teachers.teacher import Teacher
+from fastkd.teachers.cache.cached import Answering, CachedTeacher
 from fastkd.training.ahead import run_ahead
 from fastkd.training.checkpointing import (
     Rows,
@@ -81,7 +80,7 @@ class Trainer:
     """None without labels to evaluate on: the last epoch is then kept as the best."""
     views: ViewMaker
     """Makes x' of a batch."""
-    teacher: Teacher | Ensemble | None
+    teacher: Answering | None
     """Answers before the step; None if no loss needs it."""
 
     # The step.
@@ -169,7 +168,8 @@ class Trainer:
                 "there are no validation labels: no accuracy is measured, and the last epoch is "
                 "kept as the best"
             )
-        with StopSignal() as stop, closing(self.fallback), errors_as_sentences():
+        kept = closing(self.teacher) if isinstance(self.teacher, CachedTeacher) else nullcontext()
+        with StopSignal() as stop, closing(self.fallback), kept, errors_as_sentences():
             while self.progress.epoch < self.plan.epochs:
                 self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()
@@ -215,7 +215,7 @@ class Trainer:
             # Not a wait for data: ranks exchange images there.
             batch = self.views.mixed(batch, epoch, step)
             views = self.views(batch, epoch, step)
-            targets = self.fallback.run(partial(self.teacher, views)) if self.teacher else {}
+            targets = self.fallback.run(partial(self._answers, views, epoch, step))
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
             targets |= self.views.xprime_targets(batch, targets, epoch, step)
@@ -223,6 +223,14 @@ class Trainer:
             batch = batch._replace(second_NCHW=None)
             yield Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
             step += 1
+
+    def _answers(self, views: dict[str, Tensor], epoch: int, step: int) -> dict[str, Tensor]:
+        """Of the teacher, by need; none without one."""
+        if self.teacher is None:
+            return {}
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.at(views, epoch, step)
+        return self.teacher(views)
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""

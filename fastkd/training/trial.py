@@ -25,6 +25,7 @@ from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
 from fastkd.models.intake import refusal, restored_after
 from fastkd.printable import first_line
+from fastkd.teachers.cache.cached import Answering
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher, usable
 from fastkd.training.settings import Remedies
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
 class Trial:
     """What a step is tried with."""
 
-    teacher: Teacher | Ensemble | None
+    teacher: Answering | None
     facts: Facts
     probe: Callable[[int], Tensor]
     """That many images of noise, as the views come."""

@@ -17,6 +17,7 @@ from fastkd.compute.compiling import (
 from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import count, create_model
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.build import decide_compile
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def chosen(images, mode="auto", terms=None, teachers=()):
     return decide_compile(
         mode,
         student=create_model("resnet8", 10, width=0.5),
-        teachers=teachers,
+        teacher_macs=Teaching(tuple(teachers)).macs((3, 32, 32)),
         terms=terms or [CrossEntropy()],
         image_shape=(3, 32, 32),
         images=images,
@@ -90,10 +91,11 @@ def test_the_recipes_decide_as_meant():
     ):
         recipe = find_recipe(name)
         options = {} if recipe.student.width is None else {"width": recipe.student.width}
+        teacher = LoadedNet(create_model(recipe.teacher.name, 10))
         compiled = decide_compile(
             recipe.compile,
             student=create_model(recipe.student.name, 10, **options),
-            teachers=[LoadedNet(create_model(recipe.teacher.name, 10))],
+            teacher_macs=Teaching((teacher,)).macs((3, size, size)),
             terms=[KD()],
             image_shape=(3, size, size),
             images=images * recipe.total_epochs,

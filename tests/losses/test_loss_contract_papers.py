@@ -51,6 +51,7 @@ from fastkd.models.taps import Tapped
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.build import build_trainer
 from fastkd.training.config import OptimConfig
 from fastkd.training.progress import Plan
@@ -130,7 +131,7 @@ def build(
     return build_trainer(
         plan,
         student=create_model("resnet8", CLASSES, width=0.5),
-        teachers=(LoadedNet(create_model("resnet8", CLASSES, width=0.5)),),
+        teaching=Teaching((LoadedNet(create_model("resnet8", CLASSES, width=0.5)),)),
         terms=terms,
         data=TrainData(
             train,

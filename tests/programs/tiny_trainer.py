@@ -18,6 +18,7 @@ from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.losses.base.term import LossTerm
 from fastkd.models import create_model
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.training.build import build_trainer
 from fastkd.training.progress import Plan
 from fastkd.training.settings import Output, TrainData, TrainingSettings
@@ -87,7 +88,7 @@ def make_trainer(
     return build_trainer(
         Plan(**given),
         student=student,
-        teachers=(LoadedNet(create_model(teacher, 10, width=0.5)),) if teacher else (),
+        teaching=Teaching((LoadedNet(create_model(teacher, 10, width=0.5)),) if teacher else ()),
         terms=terms,
         data=data,
         settings=settings,

@@ -23,6 +23,7 @@ from fastkd.errors import UserError
 from fastkd.losses import KD
 from fastkd.losses.base.term import LossTerm
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.testing import no_host_sync
 from fastkd.training.ahead import run_ahead
 from fastkd.training.build import build_trainer
@@ -70,7 +71,7 @@ def trainer(
     return build_trainer(
         Plan(stage="gpu", digest="", seed=0, epochs=3),
         student=create_model("wrn_10_1", CLASSES),
-        teachers=(LoadedNet(create_model("wrn_16_1", CLASSES)),),
+        teaching=Teaching((LoadedNet(create_model("wrn_16_1", CLASSES)),)),
         terms=terms,
         data=TrainData(
             loader,

@@ -119,6 +119,10 @@ class PlannedLoader(ABC):
         """Labels by sample id, on the CPU, in the form of `Batch.labels_N`."""
         return self._labels_N
 
+    def part(self, step: int) -> slice:
+        """This rank's places of a step in the order of every epoch; possibly none."""
+        return self.plan.part(step)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This rank's part of global batches start_step, start_step + 1, ... of an epoch.
 

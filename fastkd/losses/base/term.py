@@ -98,6 +98,8 @@ class LossTerm(nn.Module):
 
     uses_stages: bool = False
     """True if the term runs the teacher's stages, which only networks of the zoo expose."""
+    uses_head: bool = False
+    """True if the term takes over the teacher's classifier."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

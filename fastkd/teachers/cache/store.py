@@ -1,0 +1,336 @@
+"""A folder of answers: what they belong to, and files of them for each epoch.
+
+    DIR/manifest.json            the identity of the cache, its columns, facts of the teacher
+    DIR/classifier.safetensors   the teacher's last layer, where a loss takes it over
+    DIR/epoch-00000/*.answers    by the processes that asked the teacher (`segments`)
+
+Several runs may read and write one folder at the same time: files belong to one process each, and
+a place that two have written is the same in both.
+"""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fastkd.errors import UserError
+from fastkd.storage.atomic import FULL, atomic_path
+from fastkd.teachers.cache.codec import Codec, Column, codec_of
+from fastkd.teachers.cache.identity import Identity
+from fastkd.teachers.cache.segments import Block, Segment, SegmentWriter
+
+__all__ = ["FORMAT", "AnswerStore", "Manifest", "TeacherFacts", "size_in_words"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NUMBERS = itertools.count()
+
+
+class TeacherFacts(BaseModel):
+    """What a run says of its teacher without building it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    summary: dict[str, Any]
+    """Its entry in summary.json."""
+    said: tuple[str, ...] = ()
+    """The sentences about it on the screen."""
+    validation: str = ""
+    """Fingerprint of the data on which its accuracy was measured."""
+    macs: tuple[float | None, ...] = ()
+    """Multiply-accumulates of an image for each of the teachers; None where nobody can tell."""
+    pooled: tuple[str, ...] | None = None
+    """Taps that its classifier pools, where a loss asks for them."""
+
+
+class Manifest(BaseModel):
+    """What a folder of answers holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    identity: Identity
+    places: int
+    """Images of an epoch."""
+    columns: dict[str, Column]
+    """By need, such as x/teacher/logits."""
+    teacher: TeacherFacts
+    written_by: dict[str, str] = {}
+    """Machine and versions, for people."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a folder; None if there is none. UserError for a damaged one."""
+        path = folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): {_ANEW}") from error
+        try:
+            found = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "its text"
+            raise UserError(
+                f"{path} is no manifest of a cache of answers, or damaged ({place}: "
+                f"{first['msg']}): {_ANEW}"
+            ) from None
+        if found.format != FORMAT:
+            raise UserError(
+                f"{path} has format {found.format}, this fastkd reads {FORMAT}: {_ANEW}"
+            )
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write it atomically. RunFailed where the disk refuses."""
+        with atomic_path(folder / MANIFEST) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+_ANEW = "remove the folder, and the cache is made anew, or name another as teacher.cache"
+
+
+@dataclass
+class AnswerStore:
+    """The answers of a cache to some needs: reads what is there, appends what is not.
+
+    say: shows a sentence to the user. A block that is damaged, or missing where others of its epoch
+    are there, is said once; so is a disk that takes no more.
+    """
+
+    folder: Path
+    manifest: Manifest
+    needs: tuple[str, ...]
+    """The columns that are read and written."""
+    rank: int = 0
+    say: Callable[[str], None] = lambda _: None
+    read: int = 0
+    """Places that were found so far."""
+    written: int = 0
+    """Places that were written so far."""
+    _epoch: "_Epoch | None" = None
+    _writer: SegmentWriter | None = None
+    _writes: bool = True
+    _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        columns = self.manifest.columns
+        self.codecs: dict[str, Codec] = {need: codec_of(columns[need]) for need in self.needs}
+        self._row_bytes = {
+            need: codec.row_bytes * columns[need].images for need, codec in self.codecs.items()
+        }
+
+    @property
+    def epoch_bytes(self) -> int:
+        """Bytes of the answers of one epoch."""
+        return self.manifest.places * sum(self._row_bytes.values())
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of the answers to one image."""
+        return sum(self._row_bytes.values())
+
+    def there_bytes(self) -> int:
+        """Bytes of answers in the folder."""
+        files = self.folder.glob("epoch-*/*.answers")
+        return sum(path.stat().st_size for path in files)
+
+    def lacking_bytes(self, epochs: int) -> int:
+        """Bytes that the disk lacks for the answers of so many epochs; not above 0: none."""
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        wanted = self.epoch_bytes * epochs - self.there_bytes()
+        return wanted - shutil.disk_usage(there).free
+
+    def lacks(self, epoch: int, part: slice) -> bool:
+        """Whether a place of an epoch is not there, or damaged."""
+        return self._opened(epoch).pieces(part, self._note_damage) is None
+
+    def rows(self, epoch: int, part: slice) -> dict[str, Tensor] | None:
+        """The answers to some places as uint8 [N, bytes] by need; None if one is missing.
+
+        Where they were written in one piece, they lie on the mapped file.
+        """
+        opened = self._opened(epoch)
+        pieces = opened.pieces(part, self._note_damage)
+        if pieces is None:
+            if opened.segments and len(opened.covered):
+                self._note(
+                    f"missing {epoch}",
+                    f"{self.folder}: of epoch {epoch + 1} answers are missing, first those to "
+                    f"images {part.start + 1} to {part.stop}: the teacher is asked for them",
+                )
+            return None
+        self.read += part.stop - part.start
+        found: dict[str, Tensor] = {}
+        for need, codec in self.codecs.items():
+            each = [segment.rows(block, need, places) for segment, block, places in pieces]
+            whole = each[0] if len(each) == 1 else torch.cat(each)
+            found[need] = whole.view(-1, codec.row_bytes)
+        return found
+
+    def write(self, epoch: int, part: slice, rows: Mapping[str, Tensor]) -> None:
+        """Keep the answers to some places: by need uint8 on the host, [N, bytes]."""
+        if not self._writes:
+            return
+        num = part.stop - part.start
+        columns = {need: tensor.view(num, -1) for need, tensor in rows.items()}
+        try:
+            self._writer_of(epoch).write(part.start, columns)
+        except OSError as error:
+            self._writes = False
+            why = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+            self._note("disk", f"{self.folder}: {why}; no more answers are kept, training goes on")
+            return
+        self.written += num
+
+    def close(self) -> None:
+        """Close what is written to."""
+        if self._writer:
+            self._writer.close()
+        self._writer = None
+
+    def _opened(self, epoch: int) -> "_Epoch":
+        if self._epoch is None or self._epoch.number != epoch:
+            self.close()
+            self._epoch = _Epoch.open(
+                self.folder,
+                epoch,
+                self.manifest.identity.digest(),
+                self._row_bytes,
+                self.manifest.places,
+            )
+        return self._epoch
+
+    def _writer_of(self, epoch: int) -> SegmentWriter:
+        self._opened(epoch)
+        if self._writer is None:
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            name = f"{stamp}-{os.getpid()}-{next(_NUMBERS)}-rank-{self.rank}.answers"
+            self._writer = SegmentWriter(
+                _folder_of(self.folder, epoch) / name,
+                self.manifest.identity.digest(),
+                self._row_bytes,
+            )
+        return self._writer
+
+    def _note_damage(self, segment: Segment, block: Block) -> None:
+        self._note(
+            "damage",
+            f"{segment.path}: the answers to images {block.first + 1} to {block.first + block.num} "
+            f"are damaged (checksum): the teacher is asked again",
+        )
+
+    def _note(self, kind: str, sentence: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self.say(sentence)
+
+
+def size_in_words(num_bytes: float) -> str:
+    """35.2 KiB"""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.3g} GiB" if num_bytes < 1000 else f"{num_bytes:,.0f} GiB"
+
+
+def _folder_of(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:05d}"
+
+
+_Piece = tuple[Segment, Block, slice]
+
+
+@dataclass
+class _Epoch:
+    """The files of an epoch as they were when it was opened."""
+
+    number: int
+    segments: list[Segment]
+    blocks: list[tuple[Segment, Block]]
+    covered: np.ndarray
+    """For every place the number of the block that holds it, int32; -1: none does."""
+    checked: set[int] = field(default_factory=set)
+    """Blocks whose checksum is right."""
+
+    @classmethod
+    def open(
+        cls, folder: Path, number: int, identity: str, row_bytes: Mapping[str, int], places: int
+    ) -> "_Epoch":
+        segments = list[Segment]()
+        for path in _files(_folder_of(folder, number)):
+            try:
+                segment = Segment.open(path, identity, row_bytes, places)
+            except OSError:
+                continue  # as if it was not there
+            if segment:
+                segments.append(segment)
+        blocks = [(segment, block) for segment in segments for block in segment.blocks]
+        opened = cls(number, segments, blocks, np.full(places, -1, np.int32))
+        opened._cover(range(len(blocks)))
+        return opened
+
+    def _cover(self, numbers: "range | list[int]") -> None:
+        for number in numbers:
+            self.covered[self.blocks[number][1].places] = number
+
+    def pieces(self, part: slice, damaged: Callable[[Segment, Block], None]) -> list[_Piece] | None:
+        """Where the places of a part lie, in order; None if one is missing."""
+        while True:
+            numbers = self.covered[part]
+            if not len(numbers) or numbers.min() < 0:
+                return None
+            wrong = next((one for one in np.unique(numbers).tolist() if not self._whole(one)), None)
+            if wrong is None:
+                return list(self._runs(numbers, part.start))
+            damaged(*self.blocks[wrong])
+            self._drop(wrong)
+
+    def _whole(self, number: int) -> bool:
+        if number in self.checked:
+            return True
+        segment, block = self.blocks[number]
+        if not segment.is_whole(block):
+            return False
+        self.checked.add(number)
+        return True
+
+    def _drop(self, wrong: int) -> None:
+        """Leave a block out; an earlier one may hold some of its places."""
+        places = self.blocks[wrong][1].places
+        self.blocks[wrong] = self.blocks[wrong][0], Block(0, 0, 0, 0)
+        self.covered[places] = -1
+        overlap = [
+            number
+            for number, (_, block) in enumerate(self.blocks)
+            if block.num and block.places.start < places.stop and places.start < block.places.stop
+        ]
+        for number in overlap:
+            first = max(self.blocks[number][1].places.start, places.start)
+            last = min(self.blocks[number][1].places.stop, places.stop)
+            self.covered[first:last] = number
+
+    def _runs(self, numbers: np.ndarray, start: int) -> Iterator[_Piece]:
+        borders = np.flatnonzero(np.diff(numbers)) + 1
+        for first, last in itertools.pairwise([0, *borders.tolist(), len(numbers)]):
+            segment, block = self.blocks[int(numbers[first])]
+            yield segment, block, slice(start + first, start + last)
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("*.answers"))
+    except OSError:
+        return []
