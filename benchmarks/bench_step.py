@@ -32,6 +32,7 @@ from fastkd.data.facts import Facts
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
+from fastkd.teachers.cache.opening import AnswerCache
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teaching import Teaching
 from fastkd.testing import assert_mean_as_accurate, eager_step_rows
@@ -168,7 +169,13 @@ def timm_task(setting: Setting, engine: Engine, mode: str | None = None) -> Step
     return repeated(step, setting)
 
 
-def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None = None) -> Trainer:
+def fastkd_trainer(
+    setting: Setting,
+    engine: Engine,
+    loader: TrainLoader | None = None,
+    cache: AnswerCache | None = None,
+) -> Trainer:
+    """The trainer on `loader`, by default on the one batch; cache: of the teacher's answers."""
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
     nets = teacher.nets if isinstance(teacher, Together) else [teacher]
     batches = [(images, setting.labels)] * setting.steps
@@ -183,7 +190,7 @@ def fastkd_trainer(setting: Setting, engine: Engine, loader: TrainLoader | None 
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
-        teaching=Teaching(tuple(map(LoadedNet, nets))),
+        teaching=Teaching(tuple(map(LoadedNet, nets)), cache),
         terms=[KD()],
         data=TrainData(loader, loader, facts, images=len(setting.labels)),
         settings=TrainingSettings(

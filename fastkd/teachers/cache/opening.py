@@ -145,13 +145,14 @@ class AnswerCache:
             weight_CF = state["weight"]
             classes, features = weight_CF.shape
             # Initial values would be drawn from the generator that the student's come from.
-            head = nn.utils.skip_init(nn.Linear, features, classes, bias="bias" in state)
+            head = nn.Linear(features, classes, bias="bias" in state, device="meta")
+            head.to_empty(device=self.world.device)
             head.load_state_dict(state)
         except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): remove {self.folder}, and the cache is made anew"
             ) from None
-        return head.requires_grad_(False).to(self.world.device)
+        return head.requires_grad_(False)
 
     def _made(
         self,
@@ -206,12 +207,13 @@ class AnswerCache:
             return store.there_bytes(), store.lacking_bytes(self.epochs)
 
         there, lacking = on_main(self.world, sizes)
+        each, whole, there = map(size_in_words, (store.epoch_bytes, whole, there))
         self.say(
-            f"the teacher's answers, in {self.folder}: {size_in_words(store.epoch_bytes)} an epoch, "
-            f"{size_in_words(whole)} in all, {size_in_words(there)} are there"
+            f"the teacher's answers, in {self.folder}: {each} an epoch, {whole} in all, {there} "
+            f"are there"
         )
         if lacking > 0:
             self.say(
-                f"note: the disk of {self.folder} lacks {size_in_words(lacking)} for all of them: what "
-                f"fits is kept"
+                f"note: the disk of {self.folder} lacks {size_in_words(lacking)} for all of them: "
+                f"what fits is kept"
             )

@@ -1,0 +1,190 @@
+"""Steps and epochs of KD from a cache of the teacher's answers, against asking the teacher.
+
+    pytest benchmarks/bench_teacher_cache.py [--pairs 20] [--save-results]
+
+Three pairs at 32 px, batch 64, 100 classes, from an image set in memory with crop and flip, in the
+default precision, compiled; for the first pair also the loop as RepDistiller writes it (eager,
+fp32, NCHW). A step is everything for one batch; an epoch has 1,024 images and its loader. Beside
+each ratio is what the arithmetic allows: (teacher + 3 student) / (3 student).
+
+Checked before the clock starts: an epoch from the cache has the loss of the epoch that asked, and
+no teacher was asked in it.
+
+`--part formats`: bytes of an image's logits in each format, and how fast an epoch of them is read.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import count
+from fastkd.compute.placement import Placement
+from fastkd.compute.precision import resolve_precision
+from fastkd.data import ImageSet, Loading, ResidentLoader
+from fastkd.data.geometry import Geometry
+from fastkd.teachers.cache.cached import CachedTeacher
+from fastkd.teachers.cache.codec import FORMATS, Column
+from fastkd.teachers.cache.identity import Identity
+from fastkd.teachers.cache.opening import AnswerCache
+from fastkd.teachers.cache.store import AnswerStore, Manifest, TeacherFacts
+from fastkd.training.trainer import Trainer
+
+sys.path.append(str(Path(__file__).parent))
+from bench_step import Engine, Setting, fastkd_trainer, plain_loop
+
+BATCH, CLASSES, SIDE, IMAGES = 64, 100, 32, 1024
+PAIRS = {
+    "wrn_40_2 -> wrn_16_2": ("wrn_40_2", "wrn_16_2"),
+    "resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"),
+    "resnet50 -> vgg8": ("resnet50", "vgg8"),
+}
+NOTHING = Identity(shared={}, views={})
+
+
+def loader_of(setting: Setting, engine: Engine) -> ResidentLoader:
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), np.uint8)
+    labels_N = np.arange(IMAGES) % CLASSES
+    arrays = ImageSet("bench", images_NHWC, labels_N, tuple(map(str, range(CLASSES))))
+    return ResidentLoader(
+        arrays,
+        Loading(
+            batch_size=BATCH,
+            seed=0,
+            train=True,
+            normalization=((0.5,) * 3, (0.25,) * 3),
+            placement=Placement(setting.world, engine.precision),
+            geometry=Geometry(4, "zero", True),
+        ),
+    )
+
+
+def cache_in(folder: Path, setting: Setting, loader: ResidentLoader) -> AnswerCache:
+    return AnswerCache(
+        folder=folder,
+        identity=NOTHING,
+        manifest=Manifest.read(folder),
+        facts=TeacherFacts(summary={}),
+        believed=False,
+        load=lambda: pytest.fail("the teacher was built"),
+        part=loader.part,
+        places=IMAGES,
+        epochs=1,
+        format="full",
+        top=0,
+        maps=(),
+        pool=1,
+        world=setting.world,
+        say=lambda _: None,
+    )
+
+
+def epoch_of(trainer: Trainer, steps: int | None = None) -> Callable[[], float]:
+    """The first steps of an epoch; returns the mean loss."""
+    trainer.runner.train()
+
+    def run() -> float:
+        before = trainer.totals_M.clone()
+        for step, prepared in enumerate(islice(trainer.prepare(0), steps)):
+            trainer.optimize(prepared, 0, step)
+        images, loss = (trainer.totals_M - before)[:2].tolist()
+        return loss / images
+
+    return run
+
+
+def allowed(teacher: torch.nn.Module, student: torch.nn.Module) -> float:
+    """How much less there is to compute without the teacher."""
+    of_teacher, of_student = (count(net, (3, SIDE, SIDE)).macs for net in (teacher, student))
+    return (of_teacher + 3 * of_student) / (3 * of_student)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def bench_training(pair: str, table, race) -> None:
+    teacher, student = PAIRS[pair]
+    engine = Engine(resolve_precision("auto", torch.device("cpu")), compiled=True)
+    setting = Setting(student, (teacher,), batch=BATCH, classes=CLASSES)
+    loader = loader_of(setting, engine)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = fastkd_trainer(setting, engine, loader)
+        written = fastkd_trainer(setting, engine, loader, cache_in(Path(folder), setting, loader))
+        read = fastkd_trainer(setting, engine, loader, cache_in(Path(folder), setting, loader))
+        losses = [epoch_of(trainer)() for trainer in (asked, written, read)]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-3), losses
+        store = read.teacher.store if isinstance(read.teacher, CachedTeacher) else None
+        assert store is not None
+        assert (store.read, store.written) == (IMAGES, 0)
+        by_arithmetic = allowed(setting.teacher, setting.student)
+        for what, steps in (("step", 1), ("epoch", None)):
+            sides = {"from the cache": epoch_of(read, steps), "teacher": epoch_of(asked, steps)}
+            if pair == next(iter(PAIRS)) and what == "step":
+                sides["plain loop (eager, fp32, NCHW)"] = plain_loop(setting)
+            found = race(sides)
+            for side in sides:
+                ratio = found.ratio(side)
+                table.rows.append(
+                    {
+                        "case": f"{pair}, {what}, {engine.precision.name} compiled",
+                        "side": side,
+                        "ms": found.ms(side),
+                        "time / from the cache": ratio.median,
+                        "p10": ratio.p10,
+                        "by arithmetic": by_arithmetic if side == "teacher" else None,
+                    }
+                )
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def bench_formats(classes: int, table, race) -> None:
+    noise = torch.Generator().manual_seed(0)
+    logits_NC = 4 * torch.randn(IMAGES, classes, generator=noise)
+    need = "x/teacher/logits"
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {}
+        for format in FORMATS:
+            column = Column.of(logits_NC, format=format, top=10)
+            manifest = Manifest(
+                identity=NOTHING,
+                places=IMAGES,
+                columns={need: column},
+                teacher=TeacherFacts(summary={}),
+            )
+            store = AnswerStore(Path(folder) / format, manifest, (need,))
+            encoded = store.codecs[need].encode(logits_NC)
+            for first in range(0, IMAGES, BATCH):
+                rows = slice(first, first + BATCH)
+                store.write(0, rows, {need: encoded[rows]})
+            store.close()
+            stores[format] = replace(store, _epoch=None, _writer=None)
+
+        def reading(store: AnswerStore) -> Callable[[], float]:
+            def run() -> float:
+                store._epoch = None  # its files are opened and checked again
+                last = None
+                for first in range(0, IMAGES, BATCH):
+                    rows = store.rows(0, slice(first, first + BATCH))
+                    assert rows is not None
+                    last = store.codecs[need].decode(rows[need])
+                return float(last[-1, 0])
+
+            return run
+
+        sides = {format: reading(store) for format, store in stores.items()}
+        assert sides["full"]() == float(logits_NC[-1, 0])
+        found = race(sides)
+        for format, store in stores.items():
+            table.rows.append(
+                {
+                    "case": f"{classes} classes",
+                    "side": format,
+                    "bytes an image": store.place_bytes,
+                    "us an image": 1e3 * found.ms(format) / IMAGES,
+                    "MB/s": store.epoch_bytes / 1e3 / found.ms(format),
+                }
+            )
