@@ -54,7 +54,8 @@ class Recipe(Section):
     description: Annotated[str, NoEffect] = ""
     """One line for `fastkd recipes`."""
     seed: int = Field(default=0, ge=0)
-    """Initial weights, order, augmentation and dropout all follow from it."""
+    """Initial weights, order, augmentation and dropout all follow from it. `data.seed` gives the
+    images one of their own."""
     epochs: PositiveInt = 240
     """Passes over the training images."""
     epoch_factor: PositiveFloat = 1.0
@@ -170,6 +171,11 @@ class Recipe(Section):
     def teachers(self) -> dict[str, MemberConfig]:
         """All teachers by their key in the recipe; may be empty."""
         return self.teacher.members() if self.teacher else {}
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of everything random about the images: `data.seed`, or else `seed`."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @property
     def total_epochs(self) -> int:

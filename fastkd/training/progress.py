@@ -15,6 +15,9 @@ class Plan:
     digest: str
     """Identifies the outcome: a checkpoint with another digest is not resumed."""
     seed: int
+    """Of weights and dropout."""
+    data_seed: int | None = None
+    """Of how images are mixed, as of the loader; None: `seed`."""
     epochs: int
     accumulate: int = 1
     """Micro-batches per optimizer step."""
