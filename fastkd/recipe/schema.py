@@ -203,6 +203,10 @@ class Recipe(Section):
     def digest(self) -> str:
         """Sixteen hex digits that identify the outcome; `config.section` says which keys enter."""
         keys = self.absolute().outcome()
+        cycle = self.augment.cycle
+        if cycle is not None and cycle >= self.total_epochs:
+            # The run ends before a view comes again.
+            del keys["augment"]["cycle"]
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
             if "pairs" in loss:
@@ -261,7 +265,8 @@ class Recipe(Section):
             seed=self.seed if teacher.seed is None else teacher.seed,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
             optim=self.optim.model_copy(update=optim),
-            augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
+            # A cycle spares answers of a teacher, of which this one has none.
+            augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
         )
 
     def _of_labels(self) -> dict[str, Any]:

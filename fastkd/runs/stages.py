@@ -352,6 +352,7 @@ def _plan(recipe: Recipe, data: DataPair, world: World) -> Plan:
         save_steps=recipe.save_steps,
         eval_epochs=recipe.eval_epochs,
         epoch_factor=recipe.epoch_factor,
+        cycle=recipe.augment.cycle,
         metadata=remembered | {"recipe": recipe.name, "digest": digest},
     )
 

@@ -33,6 +33,7 @@ augment.interpolation augment.policy augment.erasing augment.repeats
 augment.randaugment.space augment.randaugment.operations augment.randaugment.magnitude
 augment.randaugment.spread
 augment.mixup augment.cutmix augment.mix_share augment.sizes
+augment.cycle
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
 student.name student.width student.block student.shortcuts student.stem student.dropout

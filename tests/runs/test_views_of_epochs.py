@@ -1,9 +1,10 @@
-"""Which images a run sees, and in which epoch: `data.seed`.
+"""Which images a run sees, and in which epoch: `data.seed` and `augment.cycle`.
 
 The runs have everything that is random about images: three recipes, since not all of it goes
 together.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 import fastkd.data.sources.synthetic
 from fastkd.compute.ranks import World
 from fastkd.data.loaders.plan import BatchPlan
+from fastkd.losses.base.schedules import scheduled_values
 from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
@@ -186,3 +188,56 @@ def test_a_teacher_is_shown_the_images_as_the_data_s_seed_says(
 def test_a_seed_of_the_data_is_another_outcome_and_none_is_the_old_one() -> None:
     assert recipe("data.seed=null").digest() == recipe().digest()
     assert len({recipe(f"data.seed={seed}").digest() for seed in ("null", 0, 1)}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_and_answers_come_again_after_a_cycle(
+    make: Callable[..., Trainer], kind: str
+) -> None:
+    words = (*KINDS[kind], "epochs=5")
+    cycled, plain = make(*words, "augment.cycle=2"), make(*words)
+    first = [shown(plain, epoch) for epoch in range(3)]
+    assert not same(first[0], first[1]) and not same(first[0], first[2])
+    for epoch in range(5):
+        assert same(shown(cycled, epoch), first[epoch % 2])
+
+
+def test_rates_schedules_and_dropout_go_on_through_cycles(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropout: list[tuple[int, int]] = []
+    schedules: list[float] = []
+
+    def seed(_: int, epoch: int, step: int, rank: int) -> int:
+        dropout.append((epoch, step))
+        return rank
+
+    def values(terms: Any, epoch: float, device: Any) -> Any:
+        schedules.append(epoch)
+        return scheduled_values(terms, epoch, device)
+
+    monkeypatch.setattr("fastkd.training.update.step_seed", seed)
+    monkeypatch.setattr("fastkd.training.update.scheduled_values", values)
+    words = ("epochs=4", "optim.schedule=cosine", "optim.warmup_epochs=0")
+    cycled = make(*words, "augment.cycle=1")
+    cycled.fit()
+    assert dropout == [(epoch, step) for epoch in range(4) for step in range(3)]
+    assert schedules == pytest.approx([epoch + step / 3 for epoch, step in dropout])
+    # The rate of the last step of each epoch.
+    rates = [0.5 * (1 + math.cos(math.pi * (3 * epoch + 2) / 12)) for epoch in range(4)]
+    base = recipe().optim.lr
+    assert [row["lr"] / base for row in cycled.history] == pytest.approx(rates)
+
+
+def test_a_cycle_counts_only_where_views_come_again() -> None:
+    words = ("epochs=10", "epoch_factor=0.5")
+    plain = recipe(*words).digest()
+    found = {cycle: recipe(*words, f"augment.cycle={cycle}").digest() for cycle in (1, 4, 5, 6, 30)}
+    assert plain == found[5] == found[6] == found[30]
+    assert len({plain, found[1], found[4]}) == 3
+
+
+def test_the_student_alone_keeps_the_cycle_and_its_teacher_is_trained_without() -> None:
+    cycled, plain = recipe("epochs=9", "augment.cycle=2"), recipe("epochs=9")
+    assert cycled.without_teacher("alone").augment.cycle == 2
+    assert cycled.as_teacher().digest() == plain.as_teacher().digest()
