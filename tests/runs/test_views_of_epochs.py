@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastkd.data.sources.synthetic
 from fastkd.compute.ranks import World
+from fastkd.data import open_data
 from fastkd.data.loaders.plan import BatchPlan
 from fastkd.losses.base.schedules import scheduled_values
 from fastkd.models import create_model
@@ -44,7 +45,7 @@ SMALL = (
     "teacher.min_accuracy=0",
 )
 TAUGHT = ("teacher.weights=null", "teacher.train=true")
-PICKED = ("losses.kd.views=x,xprime", "augment.pick.images=16")
+PICKED = ("losses.kd.views=x,xprime", "losses.mixed_ce.weight=1", "augment.pick.images=16")
 KINDS = {
     "pools of cutmix": (*PICKED, "augment.xprime=cutmix"),
     "second views": (*PICKED, "augment.xprime=randaugment", "augment.policy=3augment"),
@@ -161,9 +162,19 @@ def first_ids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 
 def test_a_teacher_is_shown_the_images_as_the_data_s_seed_says(
-    command: Callable[..., Any], first_ids: dict[str, list[int]], tmp_path: Path
+    command: Callable[..., Any],
+    first_ids: dict[str, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So runs of several seeds still share one by teacher.seed."""
+    """So runs of several seeds still share one by teacher.seed, and its images are opened once."""
+    opened: list[int] = []
+
+    def noting(*args: Any, seed: int, **more: Any) -> Any:
+        opened.append(seed)
+        return open_data(*args, seed=seed, **more)
+
+    monkeypatch.setattr("fastkd.runs.stages.open_data", noting)
     teacher = ("teacher.weights=null", "teacher.train=true", "teacher.seed=7")
     for seed in (1, 2):
         assert (
@@ -177,6 +188,7 @@ def test_a_teacher_is_shown_the_images_as_the_data_s_seed_says(
         "teacher/synthetic/resnet8": order,
         "quickstart": order * 2,
     }
+    assert opened == [5, 5]
     assert len(list((tmp_path / "runs/teachers").iterdir())) == 1
     taught = {
         words: recipe("teacher.seed=7", *words).as_teacher().digest()
