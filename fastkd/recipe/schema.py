@@ -182,6 +182,11 @@ class Recipe(Section):
         """Epochs after `epoch_factor`."""
         return max(1, round(self.epochs * self.epoch_factor))
 
+    @property
+    def shown_epochs(self) -> int:
+        """Epochs that have views of their own: all, or those before `augment.cycle` ends."""
+        return min(self.total_epochs, self.augment.cycle or self.total_epochs)
+
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
 
@@ -203,8 +208,7 @@ class Recipe(Section):
     def digest(self) -> str:
         """Sixteen hex digits that identify the outcome; `config.section` says which keys enter."""
         keys = self.absolute().outcome()
-        cycle = self.augment.cycle
-        if cycle is not None and cycle >= self.total_epochs:
+        if self.augment.cycle and self.shown_epochs == self.total_epochs:
             # The run ends before a view comes again.
             del keys["augment"]["cycle"]
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.

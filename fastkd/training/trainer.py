@@ -204,6 +204,9 @@ class Trainer:
     def prepare(self, epoch: int) -> Iterator[Prepared]:
         """Batches with views and targets; only the loader counts as data wait."""
         step, shown = self.progress.step, self.plan.shown_epoch(epoch)
+        if isinstance(self.teacher, CachedTeacher):
+            # What was written is read, should the same views come again.
+            self.teacher.close()
         batches = self.loader.epoch(shown, step)
         while True:
             clock = time.perf_counter()
