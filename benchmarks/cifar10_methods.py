@@ -24,7 +24,7 @@ from fastkd.runs.stages import Session, run_recipe
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, TEACHER_EPOCHS = 10, 3
-LESSON = ("data.train_limit=5000", "batch_size=64", f"eval_epochs={EPOCHS}")
+LESSON = ("data.train_limit=5000", "batch_size=64")
 # Stages 2 to 4 at a quarter of the width, and ImageNet's stem without its pooling: as in the
 # paper's text, at a quarter of the cost of the recipes' stem.
 QUARTER = ("student.width=0.25", "student.stem=imagenet-nopool")
@@ -92,13 +92,12 @@ def main() -> None:
         teachers: dict[str, dict] = {}
         for seed in range(options.seeds):
             for name, method in METHODS.items():
-                shrunk = f"epoch_factor={EPOCHS / load_recipe(method.recipe).epochs:.12g}"
-                overrides = [*LESSON, shrunk, f"seed={seed}", *method.keys, *given]
+                keys = [f"seed={seed}", *given]
                 if method.teacher is not None:
                     if method.teacher not in teachers:
                         teachers[method.teacher] = taught(method.teacher, given, session)
-                    overrides.append(f"teacher.weights={teachers[method.teacher]['weights']}")
-                summary = finished(load_recipe(method.recipe, overrides=overrides), session)
+                    keys.append(f"teacher.weights={teachers[method.teacher]['weights']}")
+                summary = finished(lesson(method, *keys), session)
                 row = {
                     "method": name,
                     "seed": seed,
@@ -123,6 +122,13 @@ def main() -> None:
         (ROOT / "docs" / "cifar10_methods.md").write_text(text)
 
 
+def lesson(method: Method, *keys: str, epochs: int = EPOCHS) -> Recipe:
+    """The recipe of a row in these epochs, its schedules shrunk to them; evaluated at their end."""
+    shrunk = f"epoch_factor={epochs / load_recipe(method.recipe).epochs:.12g}"
+    words = [*LESSON, shrunk, f"eval_epochs={epochs}", *method.keys, *keys]
+    return load_recipe(method.recipe, overrides=words)
+
+
 def finished(recipe: Recipe, session: Session) -> dict:
     """The summary of a run, which is made now unless it exists."""
     before = find_finished(session.root, recipe.name, recipe.digest())
@@ -132,12 +138,11 @@ def finished(recipe: Recipe, session: Session) -> dict:
 
 def taught(name: str, given: list[str], session: Session) -> dict:
     """The summary of a teacher of `TEACHERS`, with the path of its weights."""
-    recipe, keys = TEACHERS[name]
-    lesson = load_recipe(
-        recipe, overrides=[f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
-    )
-    summary = finished(lesson, session)
-    (folder,) = (session.root / lesson.name).glob(f"*-{lesson.digest()[:8]}")
+    base, keys = TEACHERS[name]
+    words = [f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
+    recipe = load_recipe(base, overrides=words)
+    summary = finished(recipe, session)
+    (folder,) = (session.root / recipe.name).glob(f"*-{recipe.digest()[:8]}")
     return summary | {"weights": folder / "best.safetensors"}
 
 
@@ -185,20 +190,27 @@ _ENDING = (
 
 
 def _row(name: str, values: list[float], base: list[float] | None) -> str:
-    mean, spread = statistics.mean(values), _spread(values)
-    cells = [name, str(len(values)), f"{mean:.2%}", f"{spread:.2%}"]
+    mean, std = statistics.mean(values), spread(values)
+    cells = [name, str(len(values)), f"{mean:.2%}", f"{std:.2%}"]
     if base is None:
         cells += ["", ""]
     else:
-        apart = abs(mean - statistics.mean(base)) > spread + _spread(base)
+        apart = abs(mean - statistics.mean(base)) > std + spread(base)
         above = mean > statistics.mean(base)
         cells.append("overlap" if not apart else "above" if above else "below")
         cells.append(" ".join(f"{100 * (v - b):+.2f}" for v, b in zip(values, base, strict=False)))
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float]) -> float:
+def spread(values: list[float]) -> float:
+    """Their sample standard deviation; NaN of one alone."""
     return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def difference(gains: list[float]) -> list[str]:
+    """Cells of a table: points gained in every pair of runs, their mean, its standard error."""
+    each = " ".join(f"{gain:+.2f}" for gain in gains)
+    return [each, f"{statistics.mean(gains):+.2f}", f"{spread(gains) / len(gains) ** 0.5:.2f}"]
 
 
 if __name__ == "__main__":

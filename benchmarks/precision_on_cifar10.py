@@ -18,14 +18,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from cifar10_methods import ALONE, EPOCHS, LESSON, METHODS, finished, taught
+from cifar10_methods import ALONE, EPOCHS, METHODS, difference, finished, lesson, taught
 from torch import Tensor, nn
 
 from fastkd.compute.machine import environment
 from fastkd.compute.precision import computes_in_bf16
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
-from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,13 +94,11 @@ def main() -> None:
         teacher = taught("resnet56", plain, session)
         for name, seed in itertools.product(NAMES, range(options.seeds)):
             method = METHODS[name]
-            shrunk = f"epoch_factor={EPOCHS / load_recipe(method.recipe).epochs:.12g}"
-            keys = [*LESSON, shrunk, f"seed={seed}", *method.keys, *given]
-            keys.append(f"student.name={STUDENT}")
+            keys = [f"seed={seed}", *given, f"student.name={STUDENT}"]
             if method.teacher is not None:
                 keys += [f"teacher.name={TEACHER}", f"teacher.weights={teacher['weights']}"]
             for precision in PRECISIONS:
-                recipe = load_recipe(method.recipe, overrides=[*keys, f"precision={precision}"])
+                recipe = lesson(method, *keys, f"precision={precision}")
                 accuracy = finished(recipe, session)["accuracy_last"]
                 row = {"method": name.replace("resnet20", STUDENT), "seed": seed}
                 rows.append(row | {"precision": precision, "accuracy": accuracy})
@@ -148,15 +145,9 @@ def table(facts: dict) -> str:
         gains = [100 * (b - f) for f, b in zip(found["fp32"], found["bf16"], strict=True)]
         every += gains
         means = [f"{statistics.mean(found[precision]):.2%}" for precision in PRECISIONS]
-        lines.append("| " + " | ".join([name, *means, *_difference(gains)]) + " |")
-    lines.append("| " + " | ".join(["all", "", "", *_difference(every)]) + " |")
+        lines.append("| " + " | ".join([name, *means, *difference(gains)]) + " |")
+    lines.append("| " + " | ".join(["all", "", "", *difference(every)]) + " |")
     return "\n".join([*lines, ""])
-
-
-def _difference(gains: list[float]) -> list[str]:
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    each = " ".join(f"{gain:+.2f}" for gain in gains)
-    return [each, f"{statistics.mean(gains):+.2f}", f"{error:.2f}"]
 
 
 if __name__ == "__main__":

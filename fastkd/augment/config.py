@@ -50,6 +50,11 @@ class AugmentConfig(AppearanceConfig):
     sizes: Annotated[tuple[PositiveInt, ...], Since("0.2")] = Field(default=(), max_length=4)
     """Sides in pixels of the training images in up to four equal parts of the run, each at most
     their own size: the first epochs are cheaper. Evaluation keeps the full size."""
+    cycle: Annotated[PositiveInt | None, Since("0.2")] = None
+    """Epochs after which the views come again: order, crops, policies, mixing, x' and pools of
+    epoch e are those of epoch e mod cycle; by default never. Rates, schedules and dropout go on. A
+    cycle as long as the run changes nothing. The student alone keeps it; a teacher trained by the
+    recipe sees new views in every epoch."""
 
     @property
     def mixing(self) -> Mixing:
@@ -67,6 +72,15 @@ class AugmentConfig(AppearanceConfig):
             raise ValueError(
                 f"augment.mix_share={self.mix_share:g} is for augment.mixup and augment.cutmix: "
                 "set one of them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_come_again(self) -> "AugmentConfig":
+        if self.cycle is not None and self.sizes:
+            raise ValueError(
+                f"augment.cycle={self.cycle} shows the same views again, and augment.sizes="
+                f"{','.join(map(str, self.sizes))} others in each part of the run: use one of them"
             )
         return self
 

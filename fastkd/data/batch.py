@@ -56,7 +56,10 @@ class TrainLoader(Protocol):
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched."""
+        """Batches start_step, start_step + 1, ... of an epoch; earlier ones are never touched.
+
+        Epochs may come in any order, and again (`augment.cycle`): each is a function of its number.
+        """
         ...
 
     def with_views(self, views: PictureView) -> "TrainLoader":

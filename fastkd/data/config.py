@@ -60,6 +60,11 @@ class DataConfig(Section):
     only class folders; one with val/ or test/ uses these."""
     val_seed: Annotated[int, Since("0.2")] = Field(default=0, ge=0)
     """Seed of that choice. It does not follow `seed`, so that no teacher has seen these images."""
+    seed: Annotated[int | None, Since("0.2")] = Field(default=None, ge=0)
+    """Seed of everything random about the images: their order, crops, flips, policies, erasing and
+    mixing; by default the recipe's `seed`, which keeps initial weights and dropout. Where it is
+    set, all runs with it see the same images in the same order, whatever their `seed`; so does a
+    teacher trained by the recipe, whatever `teacher.seed`."""
     exif: Annotated[Exif, Since("0.2")] = "ignore"
     """`apply` turns photos upright by their EXIF orientation; torchvision ignores it."""
     alpha: Annotated[Alpha, Since("0.2")] = "drop"

@@ -54,7 +54,8 @@ class Recipe(Section):
     description: Annotated[str, NoEffect] = ""
     """One line for `fastkd recipes`."""
     seed: int = Field(default=0, ge=0)
-    """Initial weights, order, augmentation and dropout all follow from it."""
+    """Initial weights, order, augmentation and dropout all follow from it. `data.seed` gives the
+    images one of their own."""
     epochs: PositiveInt = 240
     """Passes over the training images."""
     epoch_factor: PositiveFloat = 1.0
@@ -172,9 +173,19 @@ class Recipe(Section):
         return self.teacher.members() if self.teacher else {}
 
     @property
+    def data_seed(self) -> int:
+        """Seed of everything random about the images: `data.seed`, or else `seed`."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
     def total_epochs(self) -> int:
         """Epochs after `epoch_factor`."""
         return max(1, round(self.epochs * self.epoch_factor))
+
+    @property
+    def shown_epochs(self) -> int:
+        """Epochs that have views of their own: all, or those before `augment.cycle` ends."""
+        return min(self.total_epochs, self.augment.cycle or self.total_epochs)
 
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section after `epoch_factor`: milestones and warm-up in actual epochs.
@@ -197,6 +208,9 @@ class Recipe(Section):
     def digest(self) -> str:
         """Sixteen hex digits that identify the outcome; `config.section` says which keys enter."""
         keys = self.absolute().outcome()
+        if self.augment.cycle and self.shown_epochs == self.total_epochs:
+            # The run ends before a view comes again.
+            del keys["augment"]["cycle"]
         # FSP and AB compare neighbours: the order of the pairs is part of the loss.
         for loss in keys["losses"].values():
             if "pairs" in loss:
@@ -255,7 +269,8 @@ class Recipe(Section):
             seed=self.seed if teacher.seed is None else teacher.seed,
             student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
             optim=self.optim.model_copy(update=optim),
-            augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
+            # A cycle spares answers of a teacher, of which this one has none.
+            augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
         )
 
     def _of_labels(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ __all__ = ["PaperRow", "paper_row"]
 
 # Metric of a paper -> ours; an error is 1 - accuracy.
 _OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
-# Location of the data, speed, output; and the seed, which the papers vary.
+# Location of the data, speed, output; and the seeds, which the papers vary.
 _NO_MATTER = frozenset(
     [
         "description",
@@ -36,6 +36,7 @@ _NO_MATTER = frozenset(
         "deterministic",
         "baseline.lrs",
         "data.root",
+        "data.seed",
         "data.backend",
         "data.download",
         "data.workers",

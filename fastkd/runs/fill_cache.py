@@ -24,7 +24,7 @@ __all__ = ["fill_cache"]
 
 
 def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> None:
-    """Ask the teacher for the views of the first `epochs` epochs, by default of all.
+    """Ask the teacher for the views of the first `epochs` epochs, by default of all that differ.
 
     What is there is left out: the same call again goes on. All ranks must call this.
 
@@ -34,7 +34,7 @@ def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> N
     """
     if recipe.teacher is None:
         raise UserError(f"{recipe.name} has no teacher whose answers could be kept")
-    epochs = min(epochs or recipe.total_epochs, recipe.total_epochs)
+    epochs = min(epochs or recipe.shown_epochs, recipe.shown_epochs)
     data = open_recipe_data(recipe, session)
     cache = cache_of(recipe, data, session)
     teachers = try_out(recipe, data, session, cache)

@@ -272,7 +272,7 @@ def _open_data(recipe: Recipe, session: Session) -> DataPair:
         recipe.data,
         recipe.augment,
         batch_size=recipe.batch_size,
-        seed=recipe.seed,
+        seed=recipe.data_seed,
         placement=session.placement(recipe),
     )
 
@@ -346,11 +346,13 @@ def _plan(recipe: Recipe, data: DataPair, world: World) -> Plan:
         stage=recipe.name,
         digest=digest,
         seed=recipe.seed,
+        data_seed=recipe.data_seed,
         epochs=recipe.total_epochs,
         accumulate=recipe.accumulate,
         save_steps=recipe.save_steps,
         eval_epochs=recipe.eval_epochs,
         epoch_factor=recipe.epoch_factor,
+        cycle=recipe.augment.cycle,
         metadata=remembered | {"recipe": recipe.name, "digest": digest},
     )
 
@@ -380,8 +382,8 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
         if finished is not None:
             session.console.note(f"{recipe.name}: finished before, {path}")
             return {key: value for key, value in finished.items() if key not in _OF_THE_FOLDER}
-        if data.seed != recipe.seed:
-            # A teacher's own seed also decides the order in which it sees the images.
+        if data.seed != recipe.data_seed:
+            # Without data.seed a teacher's own seed also decides how it sees the images.
             data = _open_data(recipe, session)
         with tidy(folder, session.root, session.world):
             checkpoint = open_checkpoint(folder.path, identity.digest, session.world)

@@ -78,7 +78,7 @@ def find_cache(
         load=partial(_load, config, data, trained),
         part=data.train.part,
         places=data.train.num_samples,
-        epochs=recipe.total_epochs,
+        epochs=recipe.shown_epochs,
         format=config.cache_format,
         top=config.cache_top,
         maps=config.cache_maps,

@@ -32,7 +32,7 @@ class MemberConfig(StudentConfig):
     """Learning rate of that training; by default the student's."""
     seed: int | None = Field(default=None, ge=0)
     """Seed of that training; by default the run's. Set it to let runs with several seeds share
-    one teacher."""
+    one teacher. Its images follow `data.seed` where that is set."""
     resolution: PositiveInt | None = None
     """Side in pixels of the images the teacher expects; by default the student's."""
     mean: Channels | None = None

@@ -422,7 +422,7 @@ def _view_maker(
 ) -> ViewMaker:
     return ViewMaker(
         settings.xprime if "xprime" in step.views else "none",
-        seed=plan.seed,
+        seed=plan.seed if plan.data_seed is None else plan.data_seed,
         placement=engine.placement,
         layout=engine.layout,
         pool=settings.pool,

@@ -15,6 +15,9 @@ class Plan:
     digest: str
     """Identifies the outcome: a checkpoint with another digest is not resumed."""
     seed: int
+    """Of weights and dropout."""
+    data_seed: int | None = None
+    """Of how images are mixed, as of the loader; None: `seed`."""
     epochs: int
     accumulate: int = 1
     """Micro-batches per optimizer step."""
@@ -24,8 +27,14 @@ class Plan:
     """Evaluate every N epochs, and after the last."""
     epoch_factor: float = 1.0
     """The recipe's factor on its epochs; it also stretches the losses' schedules."""
+    cycle: int | None = None
+    """Epochs after which the views come again; None: never."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Written to best.safetensors."""
+
+    def shown_epoch(self, epoch: int) -> int:
+        """The epoch whose views are shown in `epoch`; nothing but the views follows from it."""
+        return epoch if self.cycle is None else epoch % self.cycle
 
 
 @dataclass

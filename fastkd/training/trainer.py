@@ -203,8 +203,11 @@ class Trainer:
 
     def prepare(self, epoch: int) -> Iterator[Prepared]:
         """Batches with views and targets; only the loader counts as data wait."""
-        step = self.progress.step
-        batches = self.loader.epoch(epoch, step)
+        step, shown = self.progress.step, self.plan.shown_epoch(epoch)
+        if isinstance(self.teacher, CachedTeacher):
+            # What was written is read, should the same views come again.
+            self.teacher.close()
+        batches = self.loader.epoch(shown, step)
         while True:
             clock = time.perf_counter()
             batch = next(batches, None)
@@ -213,12 +216,12 @@ class Trainer:
             self.unread.count(batch.unread)
             self.progress.wait_s += time.perf_counter() - clock
             # Not a wait for data: ranks exchange images there.
-            batch = self.views.mixed(batch, epoch, step)
-            views = self.views(batch, epoch, step)
-            targets = self.fallback.run(partial(self._answers, views, epoch, step))
+            batch = self.views.mixed(batch, shown, step)
+            views = self.views(batch, shown, step)
+            targets = self.fallback.run(partial(self._answers, views, shown, step))
             num = batch.global_size
             rows_of_ranks = split_evenly(num, self.world.size)
-            targets |= self.views.xprime_targets(batch, targets, epoch, step)
+            targets |= self.views.xprime_targets(batch, targets, shown, step)
             # The step needs the views, not what they were made from.
             batch = batch._replace(second_NCHW=None)
             yield Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))

@@ -213,6 +213,8 @@ def test_evaluation_is_neither_changed_nor_repeated() -> None:
         ({"mixup": -1}, "greater than or equal to 0"),
         ({"sizes": [0, 8]}, "greater than 0"),
         ({"repeats": 0}, "greater than 0"),
+        ({"cycle": 0}, "greater than 0"),
+        ({"cycle": 2, "sizes": (4, 8)}, "and augment.sizes=4,8 others in each part"),
     ],
 )
 def test_what_would_mix_twice_or_do_nothing_is_refused(keys: Any, message: str) -> None:

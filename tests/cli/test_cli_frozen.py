@@ -27,12 +27,13 @@ device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboar
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels
-data.on_bad data.labels
+data.on_bad data.labels data.seed
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.interpolation augment.policy augment.erasing augment.repeats
 augment.randaugment.space augment.randaugment.operations augment.randaugment.magnitude
 augment.randaugment.spread
 augment.mixup augment.cutmix augment.mix_share augment.sizes
+augment.cycle
 augment.pick.criterion augment.pick.temperature augment.pick.pool augment.pick.share
 augment.pick.images augment.pick.update_statistics
 student.name student.width student.block student.shortcuts student.stem student.dropout

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,10 @@ from fastkd.compute.ranks import World
 from fastkd.data import FolderIndex, ResidentLoader, TorchLoader, open_data, open_source
 from fastkd.data.batch import NO_LABEL
 from fastkd.data.config import AppearanceConfig, DataConfig
+from fastkd.data.finish import Look
 from fastkd.data.loaders.streaming import StreamingLoader
+from fastkd.data.picture_views import PictureView
+from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.by_name import decode_source
 from fastkd.errors import FastKDError, UserError
 from fastkd.evaluation.evaluate import evaluate
@@ -88,6 +92,22 @@ def test_the_next_image_takes_its_place_in_every_epoch(root, backend):
 
 
 @pytest.mark.parametrize("backend", backends())
+def test_an_epoch_that_comes_again_is_the_same(root, backend):
+    """Also after another one was left in its middle, and from its own middle on."""
+    look = Look(make_policy("trivial"), 0.5)
+    views = PictureView("cropflip", 2)
+    again = opened(root, backend, look=look).with_views(views)
+    for epoch, start, steps in ((0, 0, 4), (1, 0, 2), (0, 0, 4), (1, 1, 3), (2, 3, 1), (0, 2, 2)):
+        once = opened(root, backend, look=look).with_views(views)
+        shown = list(islice(again.epoch(epoch, start), steps))
+        for one, other in zip(shown, islice(once.epoch(epoch, start), steps), strict=True):
+            assert torch.equal(one.images_NCHW, other.images_NCHW)
+            assert torch.equal(one.second_NCHW, other.second_NCHW)
+            assert torch.equal(one.index_N, other.index_N)
+            assert one.unread == other.unread
+
+
+@pytest.mark.parametrize("backend", backends())
 def test_a_stand_in_looks_as_it_does_in_its_own_row(root, backend):
     data = opened(root, backend, drop_last=False, batch_size=24)
     (batch,) = data.epoch(1)
@@ -153,8 +173,11 @@ def test_nothing_can_be_read(root):
         list(data.epoch(0))
 
 
-@pytest.mark.parametrize("backend", ["resident", "torch"])
-def test_a_run_counts_them_and_names_them(root, command, tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    [("resident", ()), ("torch", ()), ("torch", ("augment.cycle=1", "data.workers=2"))],
+)
+def test_a_run_counts_them_and_names_them(root, command, tmp_path, monkeypatch, backend, more):
     monkeypatch.chdir(tmp_path)
     words = [
         "train",
@@ -178,6 +201,7 @@ def test_a_run_counts_them_and_names_them(root, command, tmp_path, monkeypatch, 
         "out=run",
         "augment.padding=0",
         "augment.crop=none",
+        *more,
     ]
     refused = command(*words)
     assert refused.code == 2 and "empty" in refused.err

@@ -23,6 +23,8 @@ WHOLE = {
     "epochs": (1, 10**6),
     "batch_size": (2, 10**5),
     "seed": (0, 2**31),
+    "data.seed": (0, 2**31),
+    "augment.cycle": (1, 10**6),
     "data.image_size": (1, 4096),
     "data.workers": (0, 512),
     "teacher.epochs": (1, 10**4),

@@ -105,6 +105,9 @@ MIXED_X = (
     "augment.sizes=6,8",
 )
 
+# The third epoch shows the first one again.
+CYCLED = (*RICH, *SECOND_VIEWS, "augment.cycle=2", "epochs=3")
+
 
 def before_step(number: int) -> None:
     """Die before optimizer step `number` of the run, when the one before it has been saved."""
@@ -214,6 +217,7 @@ SCENARIOS: dict[str, Scenario] = {
         for step in (1, 3, 6)
     },
     "rich, inside save 2": Scenario(RICH, (partial(inside_save, 2),)),
+    "cycled, before step 9": Scenario(CYCLED, (partial(before_step, 9),)),
     "picked, before step 3": Scenario(PICKED, (partial(before_step, 3),)),
     **{
         f"staged, before step {step}": Scenario(STAGED, (partial(before_step, step),))

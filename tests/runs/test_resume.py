@@ -58,17 +58,22 @@ COMPILED: dict[str, tuple[int, int] | None] = {
 }
 
 
-def batches_from(epoch: int, step: int, *, epochs: int, num: int = 60) -> list[list[Any]]:
-    """(epoch, sample ids) of every batch from there to the end of the run."""
-    plan = BatchPlan("tiny", num, 16, seed=0, train=True, drop_last=False)
+def batches_from(
+    epoch: int, step: int, *, epochs: int, cycle: int | None = None
+) -> list[list[Any]]:
+    """(epoch shown, sample ids) of every batch from there to the end of the run."""
+    plan = BatchPlan("tiny", 60, 16, seed=0, train=True, drop_last=False)
+    cycle = cycle or epochs
     return [
-        [e, plan.order(e)[plan.part(s)].tolist()]
+        [e % cycle, plan.order(e % cycle)[plan.part(s)].tolist()]
         for e in range(epoch, epochs)
         for s in range(step if e == epoch else 0, plan.steps_per_epoch)
     ]
 
 
-def check_same_end(found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int) -> None:
+def check_same_end(
+    found: dict[str, Any], at: tuple[int, int] | None, *, epochs: int, cycle: int | None = None
+) -> None:
     *killed, finished = found["codes"]
     assert all(codes == [-9] for codes in killed)
     assert finished == [0], found["log"]
@@ -79,7 +84,7 @@ def check_same_end(found: dict[str, Any], at: tuple[int, int] | None, *, epochs:
         assert line in found["log"]
     else:
         assert f"resumed tiny/kd after its last epoch, {epochs}" in found["log"]
-    assert found["fetched"] == [batches_from(*(at or (0, 0)), epochs=epochs)]
+    assert found["fetched"] == [batches_from(*(at or (0, 0)), epochs=epochs, cycle=cycle)]
     assert found["different"] == []
     whole = ["best.safetensors", "config.yaml", "environment.json", "facts.json", "last.pt"]
     assert found["files"] == [*whole, "metrics.csv", "metrics.jsonl", "summary.json"]
@@ -90,13 +95,18 @@ def eager(
     killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     staged = [f"staged, before step {step}" for step in STAGED]
-    names = [*RESUMED_AT, *staged, *STOPPED, "stopped in the teacher's last step"]
+    others = ["cycled, before step 9", "stopped in the teacher's last step"]
+    names = [*RESUMED_AT, *staged, *STOPPED, *others]
     return killed_runs(tmp_path_factory.mktemp("eager"), *names)
 
 
 @pytest.mark.parametrize("name", RESUMED_AT)
 def test_a_killed_run_ends_bit_identical(eager: dict[str, Any], name: str) -> None:
     check_same_end(eager[name], RESUMED_AT[name], epochs=2)
+
+
+def test_a_run_that_is_killed_in_a_later_cycle_ends_bit_identical(eager: dict[str, Any]) -> None:
+    check_same_end(eager["cycled, before step 9"], (2, 1), epochs=3, cycle=2)
 
 
 @pytest.mark.parametrize("step", STAGED)

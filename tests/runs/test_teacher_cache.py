@@ -449,3 +449,34 @@ def test_an_accuracy_that_is_too_low_is_refused_as_with_the_teacher(runs):
     runs.fill()
     with pytest.raises(UserError, match=r"at least 99\.00%"):
         runs.cached("teacher.min_accuracy=0.99")
+
+
+@pytest.mark.parametrize("cycle", [1, 2])
+def test_a_cycle_asks_the_teacher_once(runs, no_teacher, cycle):
+    words = ("epochs=5", f"augment.cycle={cycle}")
+    live, wrote = runs.run(*words), runs.cached(*words)
+    assert not unlike(live, wrote)
+    assert wrote[f"{SUMMARY}.images_written"] == str(60 * cycle)
+    assert wrote[f"{SUMMARY}.images_read"] == str(60 * (5 - cycle))
+    no_teacher()
+    # A longer run of the same cycle, and a run as short as the cycle that has none.
+    read = runs.cached("epochs=7", f"augment.cycle={cycle}")
+    assert read[f"{SUMMARY}.images_read"] == str(60 * 7)
+    assert runs.cached(f"epochs={cycle}")[f"{SUMMARY}.images_written"] == "0"
+
+
+def test_a_cycle_is_filled_once(runs, no_teacher):
+    runs.fill("epochs=5", "augment.cycle=2")
+    assert sorted(path.parent.name for path in runs.files()) == ["epoch-00000", "epoch-00001"]
+    no_teacher()
+    read = runs.cached("epochs=5", "augment.cycle=2")
+    assert read[f"{SUMMARY}.images_written"] == "0"
+
+
+def test_runs_of_several_seeds_share_the_answers_of_one_seed_of_the_data(runs, no_teacher):
+    live = runs.run("seed=2", "data.seed=5")
+    runs.fill("seed=1", "data.seed=5")
+    no_teacher()
+    read = runs.cached("seed=2", "data.seed=5")
+    assert not unlike(live, read)
+    assert read[f"{SUMMARY}.images_written"] == "0"

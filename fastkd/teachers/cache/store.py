@@ -195,10 +195,10 @@ class AnswerStore:
         self.written += num
 
     def close(self) -> None:
-        """Close what is written to."""
+        """Close what is written to; who asks next sees it too."""
         if self._writer:
             self._writer.close()
-        self._writer = None
+        self._writer = self._epoch = None
 
     def _opened(self, epoch: int) -> "_Epoch":
         if self._epoch is None or self._epoch.number != epoch:

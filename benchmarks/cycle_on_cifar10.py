@@ -1,0 +1,114 @@
+"""What it costs to show the same views again: KD on real CIFAR-10 with `augment.cycle`, by seed.
+
+    python benchmarks/cycle_on_cifar10.py --data DIR/cifar10 --runs runs [--seeds 3] [--write]
+
+Images, networks, batches and teacher are those of the row `resnet20, KD` of `cifar10_methods.py`.
+Its 10 epochs would end before most cycles do, so these runs have 60: every view of the longest
+cycle is then shown twice. Cycles that a run of `--epochs` would not complete are left out. To
+resume an interrupted run, give the command again.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from cifar10_methods import METHODS, difference, finished, lesson, spread, taught
+
+from fastkd.compute.machine import environment
+from fastkd.compute.ranks import open_world
+from fastkd.output.console import Console
+from fastkd.runs.stages import Session
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "resnet20, KD"
+EPOCHS = 60
+CYCLES = (None, 30, 10, 5)
+"""None: every epoch has views of its own."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--write", action="store_true", help="write results/cycle_cifar10.*")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
+    options = parser.parse_args()
+    given = [f"data.root={options.data}", *options.keys]
+    method = METHODS[NAME]
+    rows = []
+    with open_world("cpu") as world:
+        session = Session(world, Console(enabled=True), options.runs)
+        teacher = taught(method.teacher, given, session)
+        given.append(f"teacher.weights={teacher['weights']}")
+        for seed in range(options.seeds):
+            for cycle in shorter_than(options.epochs):
+                shown = "null" if cycle is None else cycle
+                keys = [*given, f"seed={seed}", f"augment.cycle={shown}"]
+                summary = finished(lesson(method, *keys, epochs=options.epochs), session)
+                row = {
+                    "cycle": cycle,
+                    "seed": seed,
+                    "accuracy": summary["accuracy_last"],
+                    "images_per_s": summary["history"][-1]["images_per_s"],
+                }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    facts = {
+        "command": f"python benchmarks/cycle_on_cifar10.py --seeds {options.seeds} "
+        f"--epochs {options.epochs}",
+        "epochs": options.epochs,
+        "teacher": teacher["accuracy_last"],
+        "environment": environment(),
+        "rows": rows,
+    }
+    text = table(facts)
+    print(text)
+    if options.write:
+        (RESULTS / "cycle_cifar10.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (RESULTS / "cycle_cifar10.md").write_text(text)
+
+
+def shorter_than(epochs: int) -> list[int | None]:
+    """The cycles after which a run of these epochs shows something again, and none."""
+    return [cycle for cycle in CYCLES if cycle is None or cycle < epochs]
+
+
+def table(facts: dict) -> str:
+    """Mean and spread of every cycle, and what it gains over none, seed by seed."""
+    machine = facts["environment"]
+    lines = [
+        "# KD on CIFAR-10 with the same views again",
+        "",
+        f"- command: {facts['command']}",
+        f"- date: {machine['time']}; cpu: {machine['cpu']['name']}; torch: {machine['torch']}",
+        f"- {NAME} of docs/cifar10_methods.md: 5,000 training images, here {facts['epochs']} "
+        f"epochs, accuracy of the last one on 10,000 test images; teacher "
+        f"{facts['teacher']:.2%}",
+        "- cycle: after so many epochs the views come again; std: the sample standard deviation "
+        "over the seeds",
+        "",
+        "| cycle | seeds | accuracy | std | minus that of no cycle by seed, points | mean "
+        "| standard error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    found = {
+        cycle: [row["accuracy"] for row in facts["rows"] if row["cycle"] == cycle]
+        for cycle in shorter_than(facts["epochs"])
+    }
+    for cycle, reached in found.items():
+        cells = [str(cycle or "none"), str(len(reached))]
+        cells += [f"{statistics.mean(reached):.2%}", f"{spread(reached):.2%}"]
+        if cycle is None:
+            cells += ["", "", ""]
+        else:
+            pairs = zip(reached, found[None], strict=True)
+            cells += difference([100 * (one - none) for one, none in pairs])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
