@@ -14,6 +14,7 @@ OPTIONS = {
     "eval": {"--weights"},
     "data": {"--json", "--out", "--quality", "--shrink"},
     "bench": {"--seconds"},
+    "cache": {"--config", "--epochs", "--out"},
     "models": {"--input", "--json"},
     "cheapen": {"--where", "--input"},
     "recipes": {"--json"},
@@ -45,6 +46,7 @@ teacher.weights teacher.weights_key teacher.pretrained teacher.new_head teacher.
 teacher.train teacher.epochs
 teacher.lr teacher.seed teacher.resolution teacher.mean teacher.std teacher.class_map
 teacher.min_accuracy teacher.precision teacher.compile teacher.ensemble
+teacher.cache teacher.cache_format teacher.cache_top teacher.cache_maps
 teacher.ensemble.0.name teacher.ensemble.0.width teacher.ensemble.0.block
 teacher.ensemble.0.shortcuts teacher.ensemble.0.stem teacher.ensemble.0.dropout
 teacher.ensemble.0.weights teacher.ensemble.0.weights_key teacher.ensemble.0.pretrained
