@@ -6,7 +6,6 @@ Flow: `cli` calls this in place of `runs.stages`, whose parts build the run; not
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from itertools import count as forever
 from itertools import islice
@@ -107,13 +106,12 @@ def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
     trainer = replace(trainer, views=replace(trainer.views, sizes=()))
     trainer.runner.train()
     clocks, shapes = [time.perf_counter()], {}
-    with closing(trainer.fallback):
-        for prepared in islice(_batches(trainer), steps):
-            trainer.optimize(prepared, 0, 0)
-            trainer.totals_M.tolist()  # waits for the device
-            clocks.append(time.perf_counter())
-            tensors = prepared.views | prepared.targets
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for prepared in islice(_batches(trainer), steps):
+        trainer.optimize(prepared, 0, 0)
+        trainer.totals_M.tolist()  # waits for the device
+        clocks.append(time.perf_counter())
+        tensors = prepared.views | prepared.targets
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     first_s, each_s = clocks[1] - clocks[0], clocks[-1] - clocks[-2]
     num_steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
     return {

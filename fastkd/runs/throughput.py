@@ -7,7 +7,7 @@ same time.
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count as forever
 from itertools import islice, repeat
@@ -50,11 +50,10 @@ def measure_throughput(recipe: Recipe, session: Session, seconds: float) -> dict
     trainer = replace(trainer, views=replace(trainer.views, sizes=()))
     trainer.runner.train()
     loader = _rate(trainer, _loaded(trainer), seconds)
-    with closing(trainer.fallback):
-        first = next(trainer.loader.epoch(0))
-        repeated = _Repeated(first, trainer.loader.steps_per_epoch)
-        step = _rate(trainer, _trained(replace(trainer, loader=repeated)), seconds)
-        both = _rate(trainer, _trained(trainer), seconds)
+    first = next(trainer.loader.epoch(0))
+    repeated = _Repeated(first, trainer.loader.steps_per_epoch)
+    step = _rate(trainer, _trained(replace(trainer, loader=repeated)), seconds)
+    both = _rate(trainer, _trained(trainer), seconds)
     return {
         "recipe": recipe.name,
         "backend": data.backend,

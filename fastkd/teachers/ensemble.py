@@ -95,7 +95,15 @@ def bind_teacher(
     fullgraph: bool = True,
     fold_batch_norm: bool = True,
 ) -> Teacher | Ensemble:
-    """One teacher, or the ensemble of several; arguments as of `Teacher`."""
+    """One teacher, or the ensemble of several; arguments as of `Teacher`.
+
+    Bound in the same way as before, it is the same object, as long as somebody uses that.
+    """
+    asked = tuple((view, tuple(sorted(own))) for view, own in taps.items())
+    inputs = placement, data_normalization, layout
+    how = (*map(id, nets), asked, inputs, compiled, fullgraph, fold_batch_norm)
+    if (known := nets[0].bound.get(how)) is not None:
+        return known
 
     def bind(net: LoadedNet, taps: Mapping[str, tuple[str, ...]]) -> Teacher:
         return Teacher(
@@ -110,11 +118,11 @@ def bind_teacher(
         )
 
     if len(nets) == 1:
-        return bind(nets[0], taps)
+        return nets[0].bound.setdefault(how, bind(nets[0], taps))
     logits = dict.fromkeys(taps, ("logits",))
     # By number too: two may have the same architecture.
     members = {f"{n}: {net.name}": bind(net, logits) for n, net in enumerate(nets, 1)}
-    return Ensemble(members, taps)
+    return nets[0].bound.setdefault(how, Ensemble(members, taps))
 
 
 def check_ensemble_needs(nets: Sequence[LoadedNet], terms: Iterable[LossTerm]) -> None:

@@ -1,6 +1,9 @@
 """A network as it was loaded, with its settings from a recipe or its weight file."""
 
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -32,6 +35,11 @@ class LoadedNet:
     """What the user should know about how it was loaded."""
     remedy: Remedy = field(default_factory=Remedy)
     """What the user changes if it refuses the images."""
+    bound: MutableMapping[Hashable, Any] = field(
+        init=False, repr=False, compare=False, default_factory=WeakValueDictionary
+    )
+    """What `bind_teacher` has made of it for runs that are still alive, by how it was bound: those
+    that are trained together share one."""
 
     def image_shape(self, of_data: tuple[int, int, int]) -> tuple[int, int, int]:
         """[C, H, W] of the images that it sees."""

@@ -91,7 +91,8 @@ def prove_teacher(
         metric = headline(found)
         say(f"teacher {_title(one, net)}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
-        proven.append(net)
+        # A new one, which is bound anew: the trial's teachers are without their hooks.
+        proven.append(replace(net))
         cost_of = size(net.model, net.image_shape(data.facts.image_shape))
         facts.append({"name": one.name, metric: found[metric]} | cost_of | lesson)
     if len(proven) == 1:

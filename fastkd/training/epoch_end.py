@@ -1,20 +1,22 @@
-"""The row of metrics of an epoch, and a summary of all rows.
+"""The row of metrics of an epoch, who is told of it, and a summary of all rows.
 
 Which epoch is the best: `fastkd.training.trainer.Trainer.end_epoch`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median_high
 from typing import Any
 
 import torch
 
 from fastkd.compute.collectives import sync_buffers
+from fastkd.compute.ranks import World, broadcast_object
+from fastkd.errors import RunFailed
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.term import LossTerm
 from fastkd.training.progress import Plan, Progress
 
-__all__ = ["summary_of", "sync_statistics", "training_row"]
+__all__ = ["summary_of", "sync_statistics", "tell", "training_row"]
 
 
 def sync_statistics(
@@ -57,6 +59,35 @@ def training_row(
         if measured in row:
             row[name] = row.pop(measured)
     return row
+
+
+def tell(
+    on_epoch: Callable[[dict[str, Any]], object] | None,
+    row: Mapping[str, Any],
+    world: World,
+    *,
+    saved: bool,
+) -> None:
+    """Call the user's `on_epoch`. Its exception ends the run on every rank, after the epoch's save.
+
+    saved: whether there was one.
+    """
+    if on_epoch is None:
+        return
+    failed: Exception | None = None
+    if world.is_main:
+        try:
+            on_epoch(dict(row))
+        except Exception as error:  # the caller's code, which may raise anything
+            failed = error
+    if failed is not None:
+        state = "is saved: resume=True continues after it" if saved else "is not saved"
+        failed.add_note(f"fastkd: raised by on_epoch after epoch {row['epoch']}, which {state}")
+    others = broadcast_object(failed and repr(failed)) if world.size > 1 else None
+    if failed is not None:
+        raise failed
+    if others:
+        raise RunFailed(f"on_epoch failed on rank 0: {others}")
 
 
 def summary_of(

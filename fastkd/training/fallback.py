@@ -49,25 +49,27 @@ class Fallback:
 
         undo: puts back what a failed `work` may have changed.
         """
+        if self._stopped:
+            return _eagerly(work)
         try:
             return work()
         except FastKDError:
             raise
         except Exception as error:
-            if not self._compiled or self._stopped:
+            if not self._compiled:
                 raise
             self._stopped = True
-            torch.compiler.set_stance("force_eager")
             undo()
             why = in_words(error)[:200]
         # Outside the handler: if it fails here too, that error is the whole story.
-        result = work()
+        result = _eagerly(work)
         # Only now is it known that compiling is to blame.
         self._say(not_compiled(f"torch.compile failed ({why})", self._reason))
         self._decisions["compile"] = "off"
         return result
 
-    def close(self) -> None:
-        """Let later runs of this process compile again."""
-        if self._stopped:
-            torch.compiler.set_stance("default")
+
+def _eagerly(work: Callable[[], T]) -> T:
+    """`work()` without what is compiled; other runs of this process go on as they are."""
+    with torch.compiler.set_stance("force_eager"):
+        return work()

@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Plan", "Progress"]
+__all__ = ["Plan", "Position", "Progress"]
+
+Position = tuple[int, int]
+"""Epochs done, and steps done in the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,11 @@ class Progress:
     """Seconds spent on this epoch's steps."""
     wait_s: float = 0.0
     """Seconds of these in which the loop waited for data."""
+
+    @property
+    def position(self) -> Position:
+        """Where the run is."""
+        return self.epoch, self.step
 
     def next_epoch(self) -> None:
         """One epoch done, its row written."""

@@ -9,11 +9,11 @@ decides whether this epoch is the best, and saves. The host waits for the device
     in every step of an optimizer that cannot skip a bad one on the device (guard: LAMB, apex)
     between epochs, to evaluate and to save
 
-and nowhere else.
+and nowhere else. Several runs may take turns, a step each: `Trainer.training` stops between steps.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.collectives import all_reduce_sum, split_evenly
 from fastkd.compute.placement import Placement
-from fastkd.compute.ranks import World, broadcast_object
-from fastkd.data.batch import TrainLoader
-from fastkd.errors import Interrupted, RunFailed
+from fastkd.compute.ranks import World
+from fastkd.data.batch import Batch, TrainLoader
+from fastkd.errors import Interrupted
 from fastkd.evaluation.evaluate import EvalLoader, evaluate, evaluating
 from fastkd.evaluation.headline import headline, of_epoch
 from fastkd.losses.base.term import LossTerm
@@ -50,13 +50,14 @@ from fastkd.training.checkpointing import (
     write,
 )
 from fastkd.training.ema import EMA
-from fastkd.training.epoch_end import summary_of, sync_statistics, training_row
+from fastkd.training.epoch_end import summary_of, sync_statistics, tell, training_row
 from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
-from fastkd.training.progress import Plan, Progress
+from fastkd.training.progress import Plan, Position, Progress
 from fastkd.training.step import DistillStep, Prepared
 from fastkd.training.trial import errors_as_sentences
+from fastkd.training.turns import to_its_end
 from fastkd.training.unread import Unread
 from fastkd.training.update import Update
 
@@ -82,6 +83,8 @@ class Trainer:
     """Makes x' of a batch."""
     teacher: Answering | None
     """Answers before the step; None if no loss needs it."""
+    shared: Callable[["Trainer", int], Iterator[Prepared]] | None = None
+    """Batches of an epoch that are prepared for several trainers at once; None: this one's own."""
 
     # The step.
     student: nn.Module
@@ -162,6 +165,13 @@ class Trainer:
         Interrupted after Ctrl-C, SIGTERM or a closed terminal (state saved), RunFailed after too
         many bad steps, or if not one step was good.
         """
+        return to_its_end(self.training())
+
+    def training(self, stop: StopSignal | None = None) -> Generator[Position, None, dict[str, Any]]:
+        """`fit`, step by step: yields where the run is, before its first step and after each one.
+
+        stop: already receives signals, for several runs; None: its own.
+        """
         self.console.stage(self.plan.stage)
         if self.val_loader is None:
             self.console.note(
@@ -169,18 +179,20 @@ class Trainer:
                 "kept as the best"
             )
         kept = closing(self.teacher) if isinstance(self.teacher, CachedTeacher) else nullcontext()
-        with StopSignal() as stop, closing(self.fallback), kept, errors_as_sentences():
+        with nullcontext(stop) if stop else StopSignal() as stop, kept, errors_as_sentences():
             while self.progress.epoch < self.plan.epochs:
-                self._train_epoch(self.progress.epoch, stop)
+                yield from self._train_epoch(self.progress.epoch, stop)
                 self.end_epoch()
+                yield self.progress.position
                 # Also after the last epoch: other stages of a recipe may follow this one.
                 if stop.agreed(self.world):
                     self._interrupt(stop)
         return self.summary()
 
-    def _train_epoch(self, epoch: int, stop: StopSignal) -> None:
+    def _train_epoch(self, epoch: int, stop: StopSignal) -> Iterator[Position]:
         progress, steps = self.progress, self.loader.steps_per_epoch
         device = self.world.device
+        yield progress.position
         self.runner.train()
         clock = time.perf_counter()
         for prepared in run_ahead(self.prepare(epoch), device):
@@ -189,6 +201,7 @@ class Trainer:
             fetching = progress.step % LOG_STEPS[device.type] == 0 or progress.step == steps
             if fetching:
                 self._fetch()
+            yield progress.position
             # After the fetch: until then a GPU may still be computing these steps.
             now = time.perf_counter()
             progress.epoch_s += now - clock
@@ -207,25 +220,36 @@ class Trainer:
         if isinstance(self.teacher, CachedTeacher):
             # What was written is read, should the same views come again.
             self.teacher.close()
+        if self.shared is not None:
+            yield from self.shared(self, shown)
+            return
         batches = self.loader.epoch(shown, step)
         while True:
             clock = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
-            self.unread.count(batch.unread)
-            self.progress.wait_s += time.perf_counter() - clock
-            # Not a wait for data: ranks exchange images there.
-            batch = self.views.mixed(batch, shown, step)
-            views = self.views(batch, shown, step)
-            targets = self.fallback.run(partial(self._answers, views, shown, step))
-            num = batch.global_size
-            rows_of_ranks = split_evenly(num, self.world.size)
-            targets |= self.views.xprime_targets(batch, targets, shown, step)
-            # The step needs the views, not what they were made from.
-            batch = batch._replace(second_NCHW=None)
-            yield Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
+            self.received(batch, time.perf_counter() - clock)
+            yield self.prepared(batch, shown, step)
             step += 1
+
+    def received(self, batch: Batch, wait_s: float) -> None:
+        """Count what a batch lacks, and how long it was waited for."""
+        self.unread.count(batch.unread)
+        self.progress.wait_s += wait_s
+
+    def prepared(self, batch: Batch, epoch: int, step: int) -> Prepared:
+        """A batch of the loader with its views and targets."""
+        # Not a wait for data: ranks exchange images there.
+        batch = self.views.mixed(batch, epoch, step)
+        views = self.views(batch, epoch, step)
+        targets = self.fallback.run(partial(self._answers, views, epoch, step))
+        num = batch.global_size
+        rows_of_ranks = split_evenly(num, self.world.size)
+        targets |= self.views.xprime_targets(batch, targets, epoch, step)
+        # The step needs the views, not what they were made from.
+        batch = batch._replace(second_NCHW=None)
+        return Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
 
     def _answers(self, views: dict[str, Tensor], epoch: int, step: int) -> dict[str, Tensor]:
         """Of the teacher, by need; none without one."""
@@ -242,9 +266,8 @@ class Trainer:
     def compile_one_step(self) -> None:
         """One step, to find what fails in it; the trainer and its student are then spoilt."""
         self.runner.train()
-        with closing(self.fallback):
-            for prepared in islice(self.prepare(0), 1):
-                self.optimize(prepared, 0, 0)
+        for prepared in islice(self.prepare(0), 1):
+            self.optimize(prepared, 0, 0)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best, write one row, save."""
@@ -285,26 +308,7 @@ class Trainer:
             self.folder.append_metrics(row)
         self.save()
         self.console.epoch(row, plan.epochs)
-        self._tell(row)
-
-    def _tell(self, row: dict[str, Any]) -> None:
-        """Call `on_epoch`. Its exception ends the run on every rank, after the epoch was saved."""
-        if self.on_epoch is None:
-            return
-        failed: Exception | None = None
-        if self.world.is_main:
-            try:
-                self.on_epoch(dict(row))
-            except Exception as error:  # the caller's code, which may raise anything
-                failed = error
-        if failed is not None:
-            saved = "is saved: resume=True continues after it" if self.folder else "is not saved"
-            failed.add_note(f"fastkd: raised by on_epoch after epoch {row['epoch']}, which {saved}")
-        others = broadcast_object(failed and repr(failed)) if self.world.size > 1 else None
-        if failed is not None:
-            raise failed
-        if others:
-            raise RunFailed(f"on_epoch failed on rank 0: {others}")
+        tell(self.on_epoch, row, self.world, saved=self.folder is not None)
 
     def _evaluate(self) -> dict[str, float]:
         assert self.val_loader is not None
