@@ -203,6 +203,12 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="train runs that share teacher, data and views in one process: one pass of the "
+        "teacher for all of them",
+    )
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:

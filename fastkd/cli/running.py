@@ -31,13 +31,15 @@ def train(options: argparse.Namespace) -> int:
     """Train with a recipe, or print it, try it out, or sweep over it."""
     if options.jobs > 1 and not options.sweep:
         raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
+    if options.together and not options.sweep:
+        raise UserError("--together is for the runs of a --sweep, which it trains in one process")
     if options.sweep:
         for flag in ("resume", "dry_run", "print_config"):
             if getattr(options, flag):
                 raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
         recipes = swept(combinations(options.sweep), options.words, options.config)
         check_sweep(recipes)
-        return run_all(recipes, jobs=options.jobs)
+        return run_all(recipes, options)
     recipe = recipe_of(options.words, config=options.config, resume=options.resume)
     if options.print_config:
         print(annotated_yaml(recipe), end="")
@@ -82,14 +84,25 @@ def settled(recipe: Recipe, session: Session) -> Recipe:
 
 
 def run_all(
-    recipes: Mapping[Choice, Recipe], *, jobs: int, formats: Sequence[str] = (), note: str = ""
+    recipes: Mapping[Choice, Recipe],
+    options: argparse.Namespace,
+    *,
+    formats: Sequence[str] = (),
+    note: str = "",
 ) -> int:
     """Run a checked sweep, whose table is also printed in `formats`, after a note."""
+    if options.together and options.jobs > 1:
+        raise UserError(
+            f"--together trains the runs in one process and --jobs {options.jobs} each in its own: "
+            f"leave one of them out"
+        )
     with session_of(recipes.values()) as session:
         if note:
             session.console.note(note)
         every = {choice: settled(recipe, session) for choice, recipe in recipes.items()}
-        return run_sweep(every, session, jobs=jobs, formats=formats)
+        return run_sweep(
+            every, session, jobs=options.jobs, together=options.together, formats=formats
+        )
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:

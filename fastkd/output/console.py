@@ -36,6 +36,7 @@ _OF_AN_EPOCH = {
 
 
 _LEAST_WIDTH, _USUAL_WIDTH = 20, 80
+_LOSSES = 4  # of several runs, in the live line
 
 
 class _Screen(RichConsole):
@@ -123,12 +124,12 @@ class Console:
         steps: int,
         images_per_s: float,
         data_wait: float,
-        loss: float | None = None,
+        loss: float | Sequence[float] | None = None,
     ) -> None:
         """Redraw the live line; without a terminal a plain line, where none came for long.
 
         `epoch` and `step` count what is done, of `epochs` and of `steps` per epoch; `data_wait` is
-        a share of 1.
+        a share of 1; `loss` is that of each run, if there are several.
         """
         if not self._enabled:
             return
@@ -143,7 +144,7 @@ class Console:
             f"wait {data_wait:.0%}",
         ]
         if loss is not None:
-            facts.append(f"loss {loss:.3f}")
+            facts.append(f"loss {_losses(loss)}")
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
         if not self._live:
@@ -283,6 +284,13 @@ def _bar(console: RichConsole) -> "Progress":
         columns.insert(1, BarColumn(bar_width=16))
     # No extra thread: the line is redrawn when there is something new.
     return Progress(*columns, console=console, transient=True, expand=True, auto_refresh=False)
+
+
+def _losses(loss: float | Sequence[float]) -> str:
+    """The first ones, where there are many."""
+    every = loss if isinstance(loss, Sequence) else [loss]
+    shown = " ".join(f"{one:.3f}" for one in every[:_LOSSES])
+    return f"{shown} .." if len(every) > _LOSSES else shown
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

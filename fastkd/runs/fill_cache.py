@@ -12,6 +12,7 @@ from fastkd.compute.collectives import on_ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
+from fastkd.runs.shared import Shared
 from fastkd.runs.stages import Session, build_stage, cache_of, open_recipe_data, prove, try_out
 from fastkd.teachers.cache.cached import CachedTeacher
 from fastkd.teachers.cache.store import size_in_words
@@ -37,7 +38,7 @@ def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> N
     epochs = min(epochs or recipe.shown_epochs, recipe.shown_epochs)
     data = open_recipe_data(recipe, session)
     cache = cache_of(recipe, data, session)
-    teachers = try_out(recipe, data, session, cache)
+    teachers = try_out(recipe, data, session, cache, Shared(session.console))
     if cache is None or not cache.replaces_teacher:
         teachers, _, cache = prove(recipe, teachers, data, session)
     trainer = build_stage(recipe, data, teachers, session, cache=cache)
@@ -54,7 +55,7 @@ def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> N
     session.console.stage(
         f"answers of {' + '.join(one.label for one in recipe.teachers().values())}"
     )
-    with StopSignal() as stop, closing(trainer.fallback), closing(teacher), errors_as_sentences():
+    with StopSignal() as stop, closing(teacher), errors_as_sentences():
         for epoch in range(epochs):
             _fill_epoch(trainer, teacher, epoch, epochs, session.console, stop)
     store = teacher.store

@@ -6,13 +6,15 @@ Flow: `stages` calls this, on rank 0, once everything fits; a stage that fails b
 result leaves no folder behind.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from fastkd.compute.machine import environment
-from fastkd.errors import FastKDError, UserError
+from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_facts import finished_on, refuse_other_data, write_facts
 from fastkd.output.run_folder import RunFolder, find_finished, find_resumable
@@ -23,7 +25,7 @@ from fastkd.storage.atomic import writing
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 
-__all__ = ["RunIdentity", "choose_folder", "finished_before", "stage_folder"]
+__all__ = ["RunIdentity", "advising", "choose_folder", "finished_before", "stage_folder"]
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,16 @@ def _describe(run: RunIdentity, folder: RunFolder) -> None:
     folder.write_text("config.yaml", run.config)
     folder.write_json("environment.json", environment())
     write_facts(folder, run.data, run.network)
+
+
+@contextmanager
+def advising(run: Path) -> Iterator[None]:
+    """Add to an interruption how to resume the run."""
+    advice = f"Resume it with: fastkd train --resume {quote(str(run))}"
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped} {advice}", stopped.exit_code) from None
+    except KeyboardInterrupt:
+        # If another rank failed first, the folder may be gone.
+        raise Interrupted(f"stopped. {advice}" if run.exists() else "stopped.", 130) from None

@@ -1,15 +1,14 @@
 """A recipe as a whole: data, teacher, baselines, distilled student, comparison, report.
 
 Every stage is one training in its own run folder, so each can be resumed and reused separately:
-the teacher below runs/teachers, the baselines below the run's own folder.
+the teacher below runs/teachers, the baselines below the run's own folder. Runs that are trained
+together (`fastkd.runs.sweep.together`) take turns in `run_in_turns`.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
-from fastkd.errors import Interrupted
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import is_of_zoo
@@ -29,7 +27,14 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import TEACHES, Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
-from fastkd.runs.folders import RunIdentity, choose_folder, finished_before, stage_folder
+from fastkd.runs.folders import (
+    RunIdentity,
+    advising,
+    choose_folder,
+    finished_before,
+    stage_folder,
+)
+from fastkd.runs.shared import Shared
 from fastkd.runs.teacher_cache import find_cache, seen_in
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
@@ -50,9 +55,11 @@ from fastkd.teachers.teaching import Teaching
 from fastkd.training.arguments import check_mode
 from fastkd.training.build import build_trainer
 from fastkd.training.checkpointing import keep_plain, open_checkpoint
-from fastkd.training.progress import Plan
+from fastkd.training.interrupt import StopSignal
+from fastkd.training.progress import Plan, Position
 from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
 from fastkd.training.trainer import Trainer
+from fastkd.training.turns import to_its_end
 
 __all__ = [
     "Session",
@@ -60,6 +67,7 @@ __all__ = [
     "cache_of",
     "open_recipe_data",
     "prove",
+    "run_in_turns",
     "run_recipe",
     "teacher_folder",
     "try_out",
@@ -94,16 +102,29 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     resume: None, "auto" (the newest unfinished run of this digest, else a finished one, else a new
     one) or a run folder.
     """
+    return to_its_end(run_in_turns(recipe, session, Shared(session.console), resume=resume))
+
+
+def run_in_turns(
+    recipe: Recipe, session: Session, shared: Shared, *, resume: str | None = None
+) -> Generator[Position | None, None, dict[str, Any]]:
+    """`run_recipe`, step by step.
+
+    Yields None when everything was tried, then where the student is before its first step and after
+    each one; its teacher and baselines are trained in between, without a stop.
+    """
     check_mode()
-    data = open_recipe_data(recipe, session)
+    of_all = replace(session, console=shared.console)
+    data = shared.once("data", lambda: open_recipe_data(recipe, of_all))
     identity = _identity(recipe, data, session)
     if resume == "auto" and (
         finished := on_main(session.world, lambda: finished_before(identity, session.root))
     ):
         session.console.note(f"{recipe.name}: finished before, nothing to resume")
         return finished
-    cache = cache_of(recipe, data, session)
-    teachers = try_out(recipe, data, session, cache)
+    cache = shared.once("cache", lambda: cache_of(recipe, data, of_all))
+    teachers = try_out(recipe, data, session, cache, shared)
+    yield None
     folder, resumed = on_main(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
@@ -111,7 +132,7 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
     if announced := _baselines(recipe):
         session.console.note(announced)
     with (
-        _advice(folder.path),
+        advising(folder.path),
         occupied(folder.path, session.world),
         tidy(folder, session.root, session.world),
     ):
@@ -121,16 +142,19 @@ def run_recipe(recipe: Recipe, session: Session, *, resume: str | None = None) -
         )
         if cache and cache.replaces_teacher:
             teacher_summary = cache.known.summary
-            for sentence in cache.known.said:
-                session.console.note(sentence)
+            shared.once("said", lambda: [of_all.console.note(one) for one in cache.known.said])
         else:
-            teachers, teacher_summary, cache = prove(recipe, teachers, data, session)
+            teachers, teacher_summary, cache = shared.once(
+                "teachers", lambda: prove(recipe, teachers, data, of_all)
+            )
         alone = _train_alone(recipe, data, session, folder.path / "alone")
         trainer = build_stage(recipe, data, teachers, session, folder, checkpoint, cache)
         if resumed:
             _go_on(trainer, folder, checkpoint, session)
         del checkpoint  # as large as the student and its optimizer
-        summary = _fit(trainer, recipe, data) | {"teacher": teacher_summary} | alone
+        trainer.shared = shared.batches
+        trained = yield from _fit(trainer, recipe, data, shared.stop)
+        summary = trained | {"teacher": teacher_summary} | alone
         if session.world.is_main:
             summary |= _facts(trainer, data)
             finish_report(
@@ -202,20 +226,22 @@ def prove(
 
 
 def try_out(
-    recipe: Recipe, data: DataPair, session: Session, cache: AnswerCache | None
+    recipe: Recipe, data: DataPair, session: Session, cache: AnswerCache | None, shared: Shared
 ) -> tuple[LoadedNet, ...]:
     """Build every training and drop it, but keep the loaded teachers, unless a cache replaces them.
 
     Mismatches are found before the teacher is trained, and leave no folder behind.
     """
     silent = replace(session, console=Console(enabled=False))
-    if cache and cache.replaces_teacher:
-        teachers: tuple[LoadedNet, ...] = ()
-    else:
+
+    def load() -> tuple[LoadedNet, ...]:
         for one in recipe.teachers().values():
             if one.trains:
                 build_stage(recipe.as_teacher(one), data, (), silent)
-        teachers = load_teacher(recipe.teacher, data)
+        return load_teacher(recipe.teacher, data)
+
+    replaced = cache is not None and cache.replaces_teacher
+    teachers = () if replaced else shared.once("loaded teachers", load)
     # Nothing is written before the folder of the run is.
     kept = replace(cache, say=silent.console.note) if cache and cache.manifest else None
     trainer = build_stage(recipe, data, teachers, silent, cache=kept)
@@ -224,19 +250,6 @@ def try_out(
         # Whether the student's step compiles would come out only after those.
         trainer.compile_one_step()
     return teachers
-
-
-@contextmanager
-def _advice(run: Path) -> Iterator[None]:
-    """Add to an interruption how to resume the run."""
-    advice = f"Resume it with: fastkd train --resume {quote(str(run))}"
-    try:
-        yield
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped} {advice}", stopped.exit_code) from None
-    except KeyboardInterrupt:
-        # If another rank failed first, the folder may be gone.
-        raise Interrupted(f"stopped. {advice}" if run.exists() else "stopped.", 130) from None
 
 
 def _train_alone(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict[str, Any]:
@@ -390,7 +403,7 @@ def _train(recipe: Recipe, data: DataPair, session: Session, path: Path) -> dict
             trainer = build_stage(recipe, data, (), session, folder, checkpoint)
             _go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
-            summary = _fit(trainer, recipe, data)
+            summary = to_its_end(_fit(trainer, recipe, data))
         on_main(session.world, lambda: folder.finish(summary | _facts(trainer, data)))
     return summary
 
@@ -401,9 +414,12 @@ def _teach(data: DataPair, session: Session, lesson: Recipe) -> tuple[Path, dict
     return path, _train(lesson, data, session, path)
 
 
-def _fit(trainer: Trainer, recipe: Recipe, data: DataPair) -> dict[str, Any]:
-    """Train; returns the entries of summary.json that every stage has."""
-    return trainer.fit() | {
+def _fit(
+    trainer: Trainer, recipe: Recipe, data: DataPair, stop: StopSignal | None = None
+) -> Generator[Position, None, dict[str, Any]]:
+    """Train, step by step; returns the entries of summary.json that every stage has."""
+    summary = yield from trainer.training(stop)
+    return summary | {
         "recipe": recipe.name,
         "digest": recipe.digest(),
         "student": recipe.student.name,

@@ -179,14 +179,15 @@ class Trainer:
                 "kept as the best"
             )
         kept = closing(self.teacher) if isinstance(self.teacher, CachedTeacher) else nullcontext()
-        with nullcontext(stop) if stop else StopSignal() as stop, kept, errors_as_sentences():
+        signals = nullcontext(stop) if stop else StopSignal()
+        with signals as asked, kept, errors_as_sentences():
             while self.progress.epoch < self.plan.epochs:
-                yield from self._train_epoch(self.progress.epoch, stop)
+                yield from self._train_epoch(self.progress.epoch, asked)
                 self.end_epoch()
                 yield self.progress.position
                 # Also after the last epoch: other stages of a recipe may follow this one.
-                if stop.agreed(self.world):
-                    self._interrupt(stop)
+                if asked.agreed(self.world):
+                    self._interrupt(asked)
         return self.summary()
 
     def _train_epoch(self, epoch: int, stop: StopSignal) -> Iterator[Position]:

@@ -1,8 +1,8 @@
 """Run a sweep: finished runs are found by their digest, the rest is run, then the table.
 
 Each combination is a separate run with its own folder, so a stopped sweep resumes when the same
-command is run again. The runs follow each other in this process, or run in parallel in their own
-processes (`jobs`).
+command is run again. The runs follow each other in this process, run in parallel in their own
+processes (`jobs`), or take turns in this one (`together`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,11 @@ from fastkd.output.run_folder import RunFolder, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
+from fastkd.runs.sweep.grouping import grouped, in_words
 from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
+from fastkd.runs.sweep.labels import labels
 from fastkd.runs.sweep.table import print_table
+from fastkd.runs.sweep.together import run_group
 from fastkd.storage.facts import DataFacts
 
 __all__ = ["run_sweep"]
@@ -31,23 +34,30 @@ def run_sweep(
     session: Session,
     *,
     jobs: int = 1,
+    together: bool = False,
     formats: Sequence[str] = (),
 ) -> int:
     """Run what is not finished yet, print the table; returns the exit code, 1 if a run failed.
 
     formats: what the table is also printed as, `latex` or `markdown`.
-    jobs: number of parallel runs. In one process a failed run (such as one that diverged) does not
-    stop the others; a run's UserError ends the sweep, with the table of what is finished.
+    jobs: number of parallel runs. together: runs that can share batches and teacher do. In one
+    process a failed run (such as one that diverged) does not stop the others; a run's UserError
+    ends the sweep, with the table of what is finished.
     """
     if jobs > 1 and session.world.size > 1:
         raise UserError(
             "--jobs starts its own processes and does not work with torchrun; leave one of them out"
         )
+    if together and session.world.size > 1:
+        raise UserError(
+            "--together trains its runs in one process and does not work with torchrun; leave one "
+            "of them out"
+        )
     check_networks(recipes)
     found: dict[Choice, dict[str, Any]] = {}
     past = _Past(session)
     try:
-        _run_all(recipes, past, jobs, found)
+        _run_all(recipes, past, found, jobs=jobs, together=together)
     except UserError:
         _fill_in(recipes, past, found, "not run")
         if any(len(summary) > 1 for summary in found.values()):
@@ -61,25 +71,49 @@ def run_sweep(
 def _run_all(
     recipes: Mapping[Choice, Recipe],
     past: "_Past",
-    jobs: int,
     found: dict[Choice, dict[str, Any]],
+    *,
+    jobs: int,
+    together: bool,
 ) -> None:
     """Put summaries into `found` as they arrive; other processes' stay in their folders."""
     session = past.session
-    wanted: dict[str, Recipe] = {}
+    waiting: dict[Choice, str] = {}
     for number, (choice, recipe) in enumerate(recipes.items(), 1):
         name = f"sweep {number}/{len(recipes)}: {' '.join(choice)}"
         summary = on_main(session.world, lambda recipe=recipe: past.finished(recipe))
         if summary is not None:
             session.console.note(f"{name}, finished before")
             found[choice] = summary
-        elif jobs > 1:
-            wanted[name] = recipe
+        elif jobs > 1 or together:
+            waiting[choice] = name
         else:
             session.console.note(name)
             found[choice] = _run(recipe, session)
-    if wanted:
-        run_jobs(wanted, session, jobs)
+    if jobs > 1 and waiting:
+        run_jobs({name: recipes[choice] for choice, name in waiting.items()}, session, jobs)
+    elif waiting:
+        named = labels(list(recipes))
+        _run_groups({choice: recipes[choice] for choice in waiting}, named, session, found)
+
+
+def _run_groups(
+    recipes: Mapping[Choice, Recipe],
+    named: Mapping[Choice, str],
+    session: Session,
+    found: dict[Choice, dict[str, Any]],
+) -> None:
+    groups = grouped(recipes, session)
+    for line in in_words(groups, named):
+        session.console.note(line)
+    for group in groups:
+        members = {choice: recipes[choice] for choice in group.choices}
+        if len(members) > 1:
+            run_group(members, named, session, found)
+            continue
+        for choice, recipe in members.items():
+            session.console.note(named[choice])
+            found[choice] = _run(recipe, session)
 
 
 def _fill_in(
