@@ -202,11 +202,12 @@ class Trainer:
             fetching = progress.step % LOG_STEPS[device.type] == 0 or progress.step == steps
             if fetching:
                 self._fetch()
-            yield progress.position
-            # After the fetch: until then a GPU may still be computing these steps.
+            # After the fetch: until then a GPU may still be computing these steps. Between two of
+            # its steps a run also waits for those that take turns with it.
             now = time.perf_counter()
             progress.epoch_s += now - clock
             clock = now
+            yield progress.position
             # Asking the other ranks would make a GPU wait, so ask only when it waits anyway.
             asking = fetching or self.world.size == 1 or device.type == "cpu"
             if asking and stop.agreed(self.world) and progress.step < steps:

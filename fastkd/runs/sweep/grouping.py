@@ -104,12 +104,12 @@ def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _word(name: str, value: Any) -> str:
+    if name == "data.seed":
+        return f"images in the order of seed {value}: data.seed gives all seeds the same"
     if name == _TEACHERS_TRAINING:
-        return (
-            "a teacher trained in another way (teacher.seed, teacher.lr and teacher.epochs fix it)"
-        )
+        return "another training of the teacher: teacher.seed, teacher.lr and teacher.epochs fix it"
     if name == _TEACHERS_TAPS:
-        return f"losses that ask the teacher for {'; '.join(value)}"
+        return f"losses that ask the teacher for {'; '.join(value) or 'nothing'}"
     if name == "students see":
         return f"losses that show the student {' and '.join(value)}"
     if name == "teacher.name" and value is None:
