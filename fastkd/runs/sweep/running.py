@@ -92,28 +92,32 @@ def _run_all(
             found[choice] = _run(recipe, session)
     if jobs > 1 and waiting:
         run_jobs({name: recipes[choice] for choice, name in waiting.items()}, session, jobs)
+    elif len(waiting) == 1:
+        ((choice, name),) = waiting.items()
+        session.console.note(name)
+        found[choice] = _run(recipes[choice], session)
     elif waiting:
-        named = labels(list(recipes))
-        _run_groups({choice: recipes[choice] for choice in waiting}, named, session, found)
+        _run_groups({choice: recipes[choice] for choice in waiting}, recipes, session, found)
 
 
 def _run_groups(
+    waiting: Mapping[Choice, Recipe],
     recipes: Mapping[Choice, Recipe],
-    named: Mapping[Choice, str],
     session: Session,
     found: dict[Choice, dict[str, Any]],
 ) -> None:
-    groups = grouped(recipes, session)
+    """Those that can share together, then the next ones. recipes: of the sweep, to name them."""
+    named = {choice: name or recipes[choice].name for choice, name in labels([*recipes]).items()}
+    groups = grouped(waiting, session)
     for line in in_words(groups, named):
         session.console.note(line)
     for group in groups:
-        members = {choice: recipes[choice] for choice in group.choices}
-        if len(members) > 1:
-            run_group(members, named, session, found)
-            continue
-        for choice, recipe in members.items():
-            session.console.note(named[choice])
-            found[choice] = _run(recipe, session)
+        first, *others = group.choices
+        if others:
+            run_group({one: waiting[one] for one in group.choices}, named, session, found)
+        else:
+            session.console.note(named[first])
+            found[first] = _run(waiting[first], session)
 
 
 def _fill_in(
