@@ -22,7 +22,7 @@ from fastkd.runs.dry_run import dry_run
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
-from fastkd.runs.sweep.running import run_sweep
+from fastkd.runs.sweep.running import rehearse_sweep, run_sweep
 
 __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept", "train"]
 
@@ -35,11 +35,11 @@ def train(options: argparse.Namespace) -> int:
         raise UserError("--together is for the runs of a --sweep, which it trains in one process")
     if options.sweep:
         for flag in ("resume", "dry_run", "print_config"):
-            if getattr(options, flag):
+            if getattr(options, flag) and not (flag == "dry_run" and options.together):
                 raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
         recipes = swept(combinations(options.sweep), options.words, options.config)
         check_sweep(recipes)
-        return run_all(recipes, options)
+        return _rehearse_all(recipes) if options.dry_run else run_all(recipes, options)
     recipe = recipe_of(options.words, config=options.config, resume=options.resume)
     if options.print_config:
         print(annotated_yaml(recipe), end="")
@@ -103,6 +103,12 @@ def run_all(
         return run_sweep(
             every, session, jobs=options.jobs, together=options.together, formats=formats
         )
+
+
+def _rehearse_all(recipes: Mapping[Choice, Recipe]) -> int:
+    with session_of(recipes.values()) as session:
+        rehearse_sweep({c: settled(recipe, session) for c, recipe in recipes.items()}, session)
+    return 0
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -5,10 +5,9 @@ Flow: `cli` calls this in place of `runs.stages`, whose parts build the run; not
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count as forever
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,11 +25,12 @@ from fastkd.runs.stages import (
     teacher_folder,
 )
 from fastkd.teachers.loading import load_teacher
+from fastkd.training.sharing import SharedBatches
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
 from fastkd.training.trial import errors_as_sentences
 
-__all__ = ["dry_run", "rehearse"]
+__all__ = ["dry_run", "dry_run_together", "rehearse"]
 
 
 def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
@@ -72,6 +72,32 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     }
 
 
+def dry_run_together(recipes: Mapping[str, Recipe], session: Session) -> dict[str, Any]:
+    """The same of a group's students, all in memory, without what is trained before them.
+
+    recipes: by label; they share data, views and teacher.
+    """
+    first, *_ = recipes.values()
+    data = open_recipe_data(first, session)
+    teachers = load_teacher(first.teacher, data)
+    trainers = {
+        label: build_stage(recipe, data, teachers, session) for label, recipe in recipes.items()
+    }
+    found = rehearse(*trainers.values())
+    image_shape = data.facts.image_shape
+    students = enumerate(trainers.items(), 1)
+    projected = f"{duration(found.pop('projected_seconds'))} of training, of all students together"
+    return {
+        "student": {
+            n: f"{label}: {_size(one.student, image_shape)}" for n, (label, one) in students
+        },
+        "teacher": "; ".join(one.label for one in first.teachers().values()) or "none",
+        "device": str(session.world.device),
+        **found,
+        "projected_duration": projected,
+    }
+
+
 def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     found = cost(model, image_shape)
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -98,26 +124,34 @@ def _earlier_stages(
 
 
 @errors_as_sentences()
-def rehearse(trainer: Trainer, steps: int = 2) -> dict[str, Any]:
+def rehearse(*trainers: Trainer, steps: int = 2) -> dict[str, Any]:
     """Seconds of the first step, the last step and all steps, peak memory, input shapes.
 
-    At the full size of the images, also where epochs have smaller ones: that needs most.
+    At the full size of the images, also where epochs have smaller ones: that needs most. Several
+    trainers take turns on the same batches; a step is then one of each.
     """
-    trainer = replace(trainer, views=replace(trainer.views, sizes=()))
-    trainer.runner.train()
+    shared = SharedBatches() if len(trainers) > 1 else None
+    trainers = tuple(
+        replace(one, views=replace(one.views, sizes=()), shared=shared) for one in trainers
+    )
+    sources = [_batches(one) for one in trainers]
     clocks, shapes = [time.perf_counter()], {}
-    for prepared in islice(_batches(trainer), steps):
-        trainer.optimize(prepared, 0, 0)
-        trainer.totals_M.tolist()  # waits for the device
+    for trainer in trainers:
+        trainer.runner.train()
+    for _ in range(steps):
+        for trainer, source in zip(trainers, sources, strict=True):
+            prepared = next(source)
+            trainer.optimize(prepared, 0, 0)
+            trainer.totals_M.tolist()  # waits for the device
+            tensors = prepared.views | prepared.targets
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         clocks.append(time.perf_counter())
-        tensors = prepared.views | prepared.targets
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     first_s, each_s = clocks[1] - clocks[0], clocks[-1] - clocks[-2]
-    num_steps = trainer.loader.steps_per_epoch * trainer.plan.epochs
+    num_steps = max(one.loader.steps_per_epoch * one.plan.epochs for one in trainers)
     return {
         "first_step_seconds": first_s,
         "seconds_per_step": each_s,
-        "peak_memory_MiB": _peak_memory_mib(trainer.world.device),
+        "peak_memory_MiB": _peak_memory_mib(trainers[0].world.device),
         "shapes": shapes,
         "steps": num_steps,
         # The first step compiles.

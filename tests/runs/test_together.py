@@ -425,7 +425,7 @@ def groups_of(axes: tuple[str, ...], *words: str) -> list[str]:
 
 
 ORDER = "images in the order of seed 1: data.seed gives all seeds the same"
-TAUGHT = "another training of the teacher: teacher.seed, .lr and .epochs fix it, or teacher.weights"
+TAUGHT = "another training of the teacher: teacher.seed, .lr, .epochs or .weights fix it"
 KD_CE = "kd: {weight: 1, ce_weight: 1}"
 AT = "at: {weight: 1, pairs: {stage1: stage1}}, ce: {weight: 1}"
 
@@ -503,6 +503,23 @@ def test_a_sweep_says_how_it_is_grouped_and_why(
         assert len(said) == lines
     else:
         assert [line.strip() for line in said] == lines
+
+
+def test_a_dry_run_rehearses_every_group_and_writes_nothing(
+    place: Callable[[str], Path], train: Callable[..., Any], counts: Counter[str]
+) -> None:
+    folder = place("together")
+    axes = ("--sweep", "student.name=resnet8;resnet14", "--sweep", "augment.padding=1;2")
+    said = train(folder, *axes, "--together", "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    assert "together: 4 runs in 2 groups\n" in said.out
+    assert said.out.count("peak memory MiB") == said.out.count("projected duration") == 2
+    first, second = said.out.split("dry run of group ")[1:]
+    assert "name=resnet8 padding=1: " in first and "name=resnet14 padding=1: " in first
+    assert "name=resnet8 padding=2: " in second and "name=resnet14 padding=2: " in second
+    # Two steps of each group, after the trials without a loader.
+    assert counts == {"batches": 2 * 2, "answers": 2 * 2}
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(

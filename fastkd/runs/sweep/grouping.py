@@ -107,7 +107,7 @@ def _word(name: str, value: Any) -> str:
     if name == "data.seed":
         return f"images in the order of seed {value}: data.seed gives all seeds the same"
     if name == _TEACHERS_TRAINING:
-        return "another training of the teacher: teacher.seed, .lr and .epochs fix it, or teacher.weights"
+        return "another training of the teacher: teacher.seed, .lr, .epochs or .weights fix it"
     if name == _TEACHERS_TAPS:
         return f"losses that ask the teacher for {'; '.join(value) or 'nothing'}"
     if name == "students see":

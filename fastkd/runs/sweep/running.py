@@ -17,16 +17,17 @@ from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.run_facts import finished_on
 from fastkd.output.run_folder import RunFolder, find_finished
 from fastkd.recipe.schema import Recipe
+from fastkd.runs.dry_run import dry_run, dry_run_together
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
-from fastkd.runs.sweep.grouping import grouped, in_words
+from fastkd.runs.sweep.grouping import Group, grouped, in_words
 from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
 from fastkd.runs.sweep.labels import labels
 from fastkd.runs.sweep.table import print_table
 from fastkd.runs.sweep.together import run_group
 from fastkd.storage.facts import DataFacts
 
-__all__ = ["run_sweep"]
+__all__ = ["rehearse_sweep", "run_sweep"]
 
 
 def run_sweep(
@@ -100,6 +101,28 @@ def _run_all(
         _run_groups({choice: recipes[choice] for choice in waiting}, recipes, session, found)
 
 
+def rehearse_sweep(recipes: Mapping[Choice, Recipe], session: Session) -> None:
+    """Say how the runs would be grouped, and what each group would take; nothing is written."""
+    check_networks(recipes)
+    named, groups = _grouped(recipes, recipes, session)
+    for number, group in enumerate(groups, 1):
+        members = {named[choice]: recipes[choice] for choice in group.choices}
+        first, *others = members.values()
+        found = dry_run_together(members, session) if others else dry_run(first, session)
+        session.console.facts(f"dry run of group {number}", found)
+
+
+def _grouped(
+    waiting: Mapping[Choice, Recipe], recipes: Mapping[Choice, Recipe], session: Session
+) -> tuple[dict[Choice, str], list[Group]]:
+    """Labels of the runs, and the groups of those that wait; says which they are."""
+    named = {choice: name or recipes[choice].name for choice, name in labels([*recipes]).items()}
+    groups = grouped(waiting, session)
+    for line in in_words(groups, named):
+        session.console.note(line)
+    return named, groups
+
+
 def _run_groups(
     waiting: Mapping[Choice, Recipe],
     recipes: Mapping[Choice, Recipe],
@@ -107,10 +130,7 @@ def _run_groups(
     found: dict[Choice, dict[str, Any]],
 ) -> None:
     """Those that can share together, then the next ones. recipes: of the sweep, to name them."""
-    named = {choice: name or recipes[choice].name for choice, name in labels([*recipes]).items()}
-    groups = grouped(waiting, session)
-    for line in in_words(groups, named):
-        session.console.note(line)
+    named, groups = _grouped(waiting, recipes, session)
     for group in groups:
         first, *others = group.choices
         if others:
