@@ -85,7 +85,7 @@ def dry_run_together(recipes: Mapping[str, Recipe], session: Session) -> dict[st
     }
     found = rehearse(*trainers.values())
     image_shape = data.facts.image_shape
-    students = enumerate(trainers.items(), 1)
+    students = {label: _size(one.student, image_shape) for label, one in trainers.items()}
     projected = f"{duration(found.pop('projected_seconds'))} of training, of all students together"
     return {
         "student": {
