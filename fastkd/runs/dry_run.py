@@ -88,9 +88,8 @@ def dry_run_together(recipes: Mapping[str, Recipe], session: Session) -> dict[st
     students = {label: _size(one.student, image_shape) for label, one in trainers.items()}
     projected = f"{duration(found.pop('projected_seconds'))} of training, of all students together"
     return {
-        "student": {
-            n: f"{label}: {_size(one.student, image_shape)}" for n, (label, one) in students
-        },
+        # Numbered: the names of facts are shown without underscores.
+        "student": {n: f"{label}: {size}" for n, (label, size) in enumerate(students.items(), 1)},
         "teacher": "; ".join(one.label for one in first.teachers().values()) or "none",
         "device": str(session.world.device),
         **found,

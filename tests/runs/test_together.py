@@ -32,6 +32,7 @@ from fastkd.runs.stages import Session
 from fastkd.runs.sweep.grid import Choice, combinations
 from fastkd.runs.sweep.grouping import grouped, in_words
 from fastkd.runs.sweep.running import run_sweep
+from fastkd.runs.sweep.table import same_images
 from fastkd.storage.weights import describe, save_weights
 from fastkd.teachers.teacher import Teacher
 from fastkd.testing.recipes import TINY
@@ -216,6 +217,26 @@ def test_a_batch_is_made_and_the_teacher_asked_once_for_a_group(
     assert train(folder, *sweep, "--together").code == 0
     assert counts == {"batches": 2 * STEPS * times, "answers": 2 * STEPS * times}
     assert len(ends(folder)) == runs
+
+
+NOTE = (
+    "note: the seeds share the order of the images and all views of them (data.seed): what they "
+    "differ by comes from initial weights and dropout alone"
+)
+
+
+@pytest.mark.parametrize(
+    ("axis", "key", "note"),
+    [
+        ("seed=0;1", "data.seed=0", NOTE),
+        ("seed=0;1", "data.seed=null", ""),
+        ("optim.lr=0.05;0.1", "data.seed=0", ""),
+    ],
+)
+def test_the_table_says_whether_seeds_have_shared_their_images(
+    axis: str, key: str, note: str
+) -> None:
+    assert same_images(recipes_of((axis,), key)) == note
 
 
 def test_a_run_that_fails_leaves_the_others_as_they_are(
@@ -412,12 +433,16 @@ def test_trainers_that_need_other_batches_get_their_own(counts: Counter[str]) ->
     assert counts == {"batches": 2 * 5, "answers": 2 * 5}
 
 
-def groups_of(axes: tuple[str, ...], *words: str) -> list[str]:
-    """The lines that say how a sweep is grouped, without the first one."""
-    recipes = {
+def recipes_of(axes: tuple[str, ...], *words: str) -> dict[Choice, Recipe]:
+    return {
         choice: load_recipe("quickstart", overrides=[*TINY, *words, *choice])
         for choice in combinations(axes)
     }
+
+
+def groups_of(axes: tuple[str, ...], *words: str) -> list[str]:
+    """The lines that say how a sweep is grouped, without the first one."""
+    recipes = recipes_of(axes, *words)
     named = {choice: "+".join(one.partition("=")[2] for one in choice) for choice in recipes}
     world = World(0, 0, 1, torch.device("cpu"), None)
     groups = grouped(recipes, Session(world, Console(enabled=False), Path("runs")))

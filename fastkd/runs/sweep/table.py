@@ -23,7 +23,14 @@ from fastkd.runs.sweep.grid import Choice
 from fastkd.runs.sweep.labels import labels
 from fastkd.storage.atomic import atomic_path, writing
 
-__all__ = ["FORMATS", "different_teachers", "print_table", "rows_of", "visible_rows"]
+__all__ = [
+    "FORMATS",
+    "different_teachers",
+    "print_table",
+    "rows_of",
+    "same_images",
+    "visible_rows",
+]
 
 FORMATS = {"latex": as_latex, "markdown": as_markdown}
 """What a table can also be printed as."""
@@ -45,7 +52,7 @@ def print_table(
     session.console.comparison(visible_rows(rows))
     if session.world.is_main:
         session.console.note(_written(recipes, rows, session.root))
-    if note := different_teachers(recipes):
+    for note in filter(None, (different_teachers(recipes), same_images(recipes))):
         session.console.note(note)
     for name in formats:
         for line in FORMATS[name](visible_rows(rows)).splitlines():
@@ -144,11 +151,32 @@ def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
     )
 
 
+def same_images(recipes: Mapping[Choice, Recipe]) -> str:
+    """A note if runs that differ in the seed saw the same images; else nothing."""
+    alike: dict[Choice, list[Recipe]] = {}
+    for choice, recipe in recipes.items():
+        alike.setdefault(_without_seed(choice), []).append(recipe)
+    shared = any(
+        len({one.seed for one in runs}) > len({one.data_seed for one in runs})
+        for runs in alike.values()
+    )
+    if not shared:
+        return ""
+    return (
+        "note: the seeds share the order of the images and all views of them (data.seed): what "
+        "they differ by comes from initial weights and dropout alone"
+    )
+
+
+def _without_seed(choice: Choice) -> Choice:
+    return tuple(key for key in choice if not key.startswith("seed="))
+
+
 def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[Choice, list[Mapping[str, Any]]]:
     """Finished runs that differ only in the seed, by what they share."""
     groups: dict[Choice, list[Mapping[str, Any]]] = {}
     for row in rows:
-        rest = tuple(key for key in row["choice"] if not key.startswith("seed="))
+        rest = _without_seed(row["choice"])
         if rest != row["choice"] and headline(row) + "_last" in row:
             groups.setdefault(rest, []).append(row)
     return {rest: runs for rest, runs in groups.items() if len(runs) > 1}
