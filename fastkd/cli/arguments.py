@@ -24,6 +24,7 @@ examples:
   fastkd train --resume auto                    resume the last quickstart
   fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
   fastkd train --sweep 'recipe=cifar10/resnet56--resnet20/kd;quickstart'
+  fastkd train --sweep 'optim.lr=0.05;0.1' --together    one teacher for both
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).

@@ -124,8 +124,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def place(tmp_path: Path) -> Callable[[str], Path]:
     """A working folder; where the teachers lie beside it is part of a recipe's digest."""
     torch.manual_seed(7)
-    for name, net in (("teacher", {"width": 0.5}), ("other", {})):
-        model = create_model("resnet8" if net else "wrn_10_1", 10, **net)
+    nets = {
+        "teacher": create_model("resnet8", 10, width=0.5),
+        "other": create_model("wrn_10_1", 10),
+    }
+    for name, model in nets.items():
         save_weights(tmp_path / f"{name}.safetensors", model, describe(model))
 
     def make(name: str) -> Path:
