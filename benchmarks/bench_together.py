@@ -31,6 +31,7 @@ from fastkd.data.geometry import Geometry
 from fastkd.losses import DIST, DKD, KD, CrossEntropy, SoftCE
 from fastkd.losses.base.term import LossTerm
 from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.teaching import Teaching
 from fastkd.testing import step_macs
 from fastkd.training.ahead import run_ahead
 from fastkd.training.build import build_trainer
@@ -42,7 +43,7 @@ from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
 
 BATCH, CLASSES, SIDE, IMAGES = 64, 100, 32, 128
-NORMALIZATION = ((0.5,) * 3, (0.25,) * 3)
+NORMALIZATION = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 WORLD = World(0, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
 
 Student = tuple[int, Callable[[], list[LossTerm]]]
@@ -56,8 +57,9 @@ GROUPS: dict[str, list[Student]] = {
         (0, lambda: [SoftCE(), CrossEntropy()]),
     ],
 }
-# Precision, compiled.
-HOW = [("auto", True), ("auto", False), ("fp32", False)]
+# Precision, compiled; on a machine that computes in fp32 only there are two.
+DEFAULT = resolve_precision("auto", WORLD.device).name
+HOW = list(dict.fromkeys([(DEFAULT, True), (DEFAULT, False), ("fp32", False)]))
 
 
 def data_of(placement: Placement) -> TrainData:
@@ -87,7 +89,7 @@ def trainer_of(
     return build_trainer(
         Plan(stage="bench", digest="", seed=seed, data_seed=0, epochs=1),
         student=create_model("resnet8x4", CLASSES),
-        teachers=(teacher,),
+        teaching=Teaching((teacher,)),
         terms=losses(),
         data=data,
         settings=TrainingSettings(

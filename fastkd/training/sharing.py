@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd.data.batch import Batch
 from fastkd.losses.base.needs import Need
+from fastkd.teachers.cache.cached import CachedTeacher
 from fastkd.training.progress import Position
 from fastkd.training.step import Prepared
 from fastkd.training.trainer import Trainer
@@ -56,7 +57,11 @@ def _kind(trainer: Trainer) -> Hashable:
     views = trainer.views
     # What is mixed besides the pixels is up to each; `epochs` decide the sizes of the images only.
     views = replace(views, mixes=(), epochs=views.epochs if views.sizes else 1)
-    return views, trainer.teacher, trainer.decisions["compile"]
+    teacher: Hashable = trainer.teacher
+    if isinstance(trainer.teacher, CachedTeacher):
+        # Each trainer has its own, which reads what the others have written.
+        teacher = trainer.teacher.store.folder, trainer.teacher.store.needs
+    return views, teacher, trainer.decisions["compile"]
 
 
 @dataclass(eq=False)

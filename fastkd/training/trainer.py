@@ -38,7 +38,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.weights import save_weights
-from fastkd.teachers.cache.cached import Answering, CachedTeacher
+from fastkd.teachers.cache.cached import Answering, CachedTeacher, answers
 from fastkd.training.ahead import run_ahead
 from fastkd.training.checkpointing import (
     Rows,
@@ -245,21 +245,13 @@ class Trainer:
         # Not a wait for data: ranks exchange images there.
         batch = self.views.mixed(batch, epoch, step)
         views = self.views(batch, epoch, step)
-        targets = self.fallback.run(partial(self._answers, views, epoch, step))
+        targets = self.fallback.run(partial(answers, self.teacher, views, epoch, step))
         num = batch.global_size
         rows_of_ranks = split_evenly(num, self.world.size)
         targets |= self.views.xprime_targets(batch, targets, epoch, step)
         # The step needs the views, not what they were made from.
         batch = batch._replace(second_NCHW=None)
         return Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
-
-    def _answers(self, views: dict[str, Tensor], epoch: int, step: int) -> dict[str, Tensor]:
-        """Of the teacher, by need; none without one."""
-        if self.teacher is None:
-            return {}
-        if isinstance(self.teacher, CachedTeacher):
-            return self.teacher.at(views, epoch, step)
-        return self.teacher(views)
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""

@@ -222,6 +222,26 @@ def test_a_batch_is_made_and_the_teacher_asked_once_for_a_group(
     assert len(ends(folder)) == runs
 
 
+def test_answers_that_are_kept_are_shared_too(
+    place: Callable[[str], Path], train: Callable[..., Any], counts: Counter[str]
+) -> None:
+    alone, together = place("alone"), place("together")
+    assert train(alone, *RATES).code == 0
+    counts.clear()
+    assert train(together, *RATES, "teacher.cache=kept", "--together").code == 0
+    assert counts == {"batches": 2 * STEPS, "answers": 2 * STEPS}
+    found = {
+        digest: {key: value for key, value in run.items() if not key.startswith("summary.answers")}
+        for digest, run in ends(together).items()
+    }
+    check_same(found, ends(alone))
+    # A further run of the same sweep reads them.
+    counts.clear()
+    words = ("--sweep", "losses.kd.temperature=2;8", "teacher.cache=kept", "--together")
+    assert train(together, *words).code == 0
+    assert counts == {"batches": 2 * STEPS}
+
+
 NOTE = (
     "note: the seeds share the order of the images and all views of them (data.seed): what they "
     "differ by comes from initial weights and dropout alone"

@@ -80,6 +80,8 @@ def _shared_facts(recipe: Recipe, session: Session) -> dict[str, Any]:
     facts["teacher.name"] = recipe.teacher and recipe.teacher.name
     if recipe.teacher:
         facts |= dotted({"teacher": recipe.teacher.outcome()})
+        # Without effect on the outcome, but the folder is of one run of the group for all.
+        facts["teacher.cache"] = recipe.teacher.cache
         taps = needed_taps(terms, "teacher")
         facts[_TEACHERS_TAPS] = [f"{view}: {' '.join(sorted(own))}" for view, own in taps.items()]
         lessons = (recipe.as_teacher(one) for one in recipe.teachers().values() if one.trains)

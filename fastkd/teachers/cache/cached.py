@@ -20,7 +20,7 @@ from fastkd.teachers.cache.store import AnswerStore, size_in_words
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
 
-__all__ = ["Answering", "CachedTeacher", "columns_of"]
+__all__ = ["Answering", "CachedTeacher", "answers", "columns_of"]
 
 _JUDGED = 8
 """Batches whose answers are compared with what was stored of them."""
@@ -227,6 +227,15 @@ class CachedTeacher:
 
 Answering = Teacher | Ensemble | CachedTeacher
 """What answers for the taps that the losses need."""
+
+
+def answers(
+    teacher: Answering | None, views: Mapping[str, Tensor], epoch: int, step: int
+) -> dict[str, Tensor]:
+    """A teacher's answers to the views of a step, by need; none without one."""
+    if teacher is None:
+        return {}
+    return teacher.at(views, epoch, step) if isinstance(teacher, CachedTeacher) else teacher(views)
 
 
 def _kl(given_NC: Tensor, kept_NC: Tensor) -> Tensor:
