@@ -35,7 +35,7 @@ class SharedBatches:
         self._streams: dict[Hashable, _Stream] = {}
 
     def __call__(self, trainer: Trainer, epoch: int) -> Iterator[Prepared]:
-        """The batches from where the trainer is to the end of the epoch."""
+        """The batches from where the trainer is to the end. epoch: whose views are shown."""
         for step in range(trainer.progress.step, trainer.loader.steps_per_epoch):
             yield self._prepared(trainer, (epoch, step))
 

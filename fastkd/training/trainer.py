@@ -202,8 +202,7 @@ class Trainer:
             fetching = progress.step % LOG_STEPS[device.type] == 0 or progress.step == steps
             if fetching:
                 self._fetch()
-            # After the fetch: until then a GPU may still be computing these steps. Between two of
-            # its steps a run also waits for those that take turns with it.
+            # After the fetch: until then a GPU may still be computing. Others take turns meanwhile.
             now = time.perf_counter()
             progress.epoch_s += now - clock
             clock = now
@@ -241,17 +240,16 @@ class Trainer:
         self.progress.wait_s += wait_s
 
     def prepared(self, batch: Batch, epoch: int, step: int) -> Prepared:
-        """A batch of the loader with its views and targets."""
+        """A batch of the loader with its views and targets. epoch: whose views are shown."""
         # Not a wait for data: ranks exchange images there.
         batch = self.views.mixed(batch, epoch, step)
         views = self.views(batch, epoch, step)
         targets = self.fallback.run(partial(answers, self.teacher, views, epoch, step))
-        num = batch.global_size
-        rows_of_ranks = split_evenly(num, self.world.size)
         targets |= self.views.xprime_targets(batch, targets, epoch, step)
         # The step needs the views, not what they were made from.
         batch = batch._replace(second_NCHW=None)
-        return Prepared(batch, views, targets, num, dict.fromkeys(views, rows_of_ranks))
+        rows_of_ranks = dict.fromkeys(views, split_evenly(batch.global_size, self.world.size))
+        return Prepared(batch, views, targets, batch.global_size, rows_of_ranks)
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""

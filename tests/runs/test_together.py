@@ -76,6 +76,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
         (f"losses={{{KD_ON_BOTH}}};{{mixed_ce: {{weight: 1}}, {KD_ON_BOTH}}}",),
     ),
+    "views that come again": ((*X, "augment.cycle=1"), ("losses.kd.temperature=2;4",)),
     "averages": (X, ("ema=null;0.9",)),
     "epochs": (X, ("epochs=1;3",)),
     "taps": (
@@ -106,6 +107,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("losses.kd.temperature=2;4",),
     ),
+    "compiled": ((*X, "compile=on", "epochs=1"), ("losses.kd.temperature=2;4",)),
     "a teacher and baselines that are trained first": (
         (*X, "teacher.train=true", "teacher.weights=null", "baseline.lrs=0.05,0.1", "epochs=1"),
         ("losses.kd.temperature=2;4",),
@@ -162,7 +164,10 @@ def check_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     assert {key: tiny.different(one[key], other[key]) for key in one} == {key: [] for key in one}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=pytest.mark.matrix) if one == "compiled" else one for one in CASES],
+)
 def test_runs_together_end_as_alone(
     place: Callable[[str], Path], train: Callable[..., Any], name: str
 ) -> None:
