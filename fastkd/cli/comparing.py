@@ -46,7 +46,7 @@ def compare(options: argparse.Namespace) -> int:
     note = f"{len(recipes)} runs"
     if baselines:
         note += f", and {baselines} of students alone to compare with (baseline.lrs= omits them)"
-    return run_all(every, jobs=options.jobs, formats=options.formats, note=note)
+    return run_all(every, options, formats=options.formats, note=note)
 
 
 def _seeds(options: argparse.Namespace) -> list[Choice]:

@@ -22,6 +22,7 @@ from fastkd.runs.dry_run import dry_run
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
+from fastkd.runs.sweep.launchers import open_launcher
 from fastkd.runs.sweep.running import run_sweep
 
 __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept", "train"]
@@ -29,15 +30,18 @@ __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept",
 
 def train(options: argparse.Namespace) -> int:
     """Train with a recipe, or print it, try it out, or sweep over it."""
-    if options.jobs > 1 and not options.sweep:
-        raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
+    for flag in ("jobs", "launcher"):
+        if getattr(options, flag) and not options.sweep:
+            raise UserError(
+                f"--{flag} is for the runs of a --sweep; several GPUs for one run: torchrun"
+            )
     if options.sweep:
         for flag in ("resume", "dry_run", "print_config"):
             if getattr(options, flag):
                 raise UserError(f"--sweep and --{flag.replace('_', '-')} exclude each other")
         recipes = swept(combinations(options.sweep), options.words, options.config)
         check_sweep(recipes)
-        return run_all(recipes, jobs=options.jobs)
+        return run_all(recipes, options)
     recipe = recipe_of(options.words, config=options.config, resume=options.resume)
     if options.print_config:
         print(annotated_yaml(recipe), end="")
@@ -58,8 +62,11 @@ def swept(
 
 
 @contextmanager
-def session_of(recipes: Iterable[Recipe]) -> Iterator[Session]:
-    """What the runs of one process share. They agree in device and deterministic."""
+def session_of(recipes: Iterable[Recipe], *, elsewhere: bool = False) -> Iterator[Session]:
+    """What the runs of one process share. They agree in device and deterministic.
+
+    elsewhere: other hosts compute, and this one needs no device for it.
+    """
     keep_to_quota()
     every = list(recipes)
     if any(recipe.tensorboard for recipe in every):
@@ -68,33 +75,51 @@ def session_of(recipes: Iterable[Recipe]) -> Iterator[Session]:
         # cuBLAS is deterministic only with a fixed workspace, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with open_world(every[0].device) as world, Console(enabled=world.is_main) as console:
+    device = "cpu" if elsewhere else every[0].device
+    with open_world(device) as world, Console(enabled=world.is_main) as console:
         yield Session(world, console, Path("runs"))
 
 
-def settled(recipe: Recipe, session: Session) -> Recipe:
+def settled(recipe: Recipe, device: torch.device) -> Recipe:
     """With the precision that is computed in.
 
     It is saved with the recipe: a run resumed on another machine computes as it did before.
     """
-    precision = resolve_precision(recipe.precision, session.world.device).name
+    if recipe.precision == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "precision=auto is decided where the sweep starts, and torch sees no CUDA device here "
+            "to ask: say precision=bf16 or precision=fp32"
+        )
+    precision = resolve_precision(recipe.precision, device).name
     return recipe.model_copy(update={"precision": precision})
 
 
 def run_all(
-    recipes: Mapping[Choice, Recipe], *, jobs: int, formats: Sequence[str] = (), note: str = ""
+    recipes: Mapping[Choice, Recipe],
+    options: argparse.Namespace,
+    *,
+    formats: Sequence[str] = (),
+    note: str = "",
 ) -> int:
-    """Run a checked sweep, whose table is also printed in `formats`, after a note."""
-    with session_of(recipes.values()) as session:
+    """Run a checked sweep as `--jobs` and `--launcher` say; its table is also printed in `formats`.
+
+    note: printed first.
+    """
+    text, jobs, choice = options.launcher, options.jobs, next(iter(recipes.values())).device
+    with (
+        session_of(recipes.values(), elsewhere=text is not None) as session,
+        open_launcher(text, jobs, choice, session) as launcher,
+    ):
         if note:
             session.console.note(note)
-        every = {choice: settled(recipe, session) for choice, recipe in recipes.items()}
-        return run_sweep(every, session, jobs=jobs, formats=formats)
+        device = torch.device(launcher.device) if launcher else session.world.device
+        every = {choice: settled(recipe, device) for choice, recipe in recipes.items()}
+        return run_sweep(every, session, launcher=launcher, formats=formats)
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     with session_of([recipe]) as session:
-        recipe = settled(recipe, session)
+        recipe = settled(recipe, session.world.device)
         if options.dry_run:
             session.console.facts(f"dry run of {recipe.name}", dry_run(recipe, session))
         else:

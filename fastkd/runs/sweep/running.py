@@ -1,10 +1,11 @@
 """Run a sweep: finished runs are found by their digest, the rest is run, then the table.
 
 Each combination is a separate run with its own folder, so a stopped sweep resumes when the same
-command is run again. The runs follow each other in this process, or run in parallel in their own
-processes (`jobs`).
+command is run again. The runs follow each other in this process, or run in processes of their own,
+here or on other hosts (`launching`).
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,35 +20,34 @@ from fastkd.output.run_folder import RunFolder, find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
-from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
+from fastkd.runs.sweep.launching import HOW_TO_RESUME, Launcher, launch
 from fastkd.runs.sweep.table import print_table
 from fastkd.storage.facts import DataFacts
 
 __all__ = ["run_sweep"]
+
+_APPEARS_WITHIN_S = 90.0
 
 
 def run_sweep(
     recipes: Mapping[Choice, Recipe],
     session: Session,
     *,
-    jobs: int = 1,
+    launcher: Launcher | None = None,
     formats: Sequence[str] = (),
 ) -> int:
     """Run what is not finished yet, print the table; returns the exit code, 1 if a run failed.
 
-    formats: what the table is also printed as, `latex` or `markdown`.
-    jobs: number of parallel runs. In one process a failed run (such as one that diverged) does not
-    stop the others; a run's UserError ends the sweep, with the table of what is finished.
+    launcher: starts the runs; None: one after the other in this process. formats: what the table is
+    also printed as, `latex` or `markdown`.
+    In one process a failed run (such as one that diverged) does not stop the others; a run's
+    UserError ends the sweep, with the table of what is finished.
     """
-    if jobs > 1 and session.world.size > 1:
-        raise UserError(
-            "--jobs starts its own processes and does not work with torchrun; leave one of them out"
-        )
     check_networks(recipes)
     found: dict[Choice, dict[str, Any]] = {}
     past = _Past(session)
     try:
-        _run_all(recipes, past, jobs, found)
+        _run_all(recipes, past, launcher, found)
     except UserError:
         _fill_in(recipes, past, found, "not run")
         if any(len(summary) > 1 for summary in found.values()):
@@ -61,7 +61,7 @@ def run_sweep(
 def _run_all(
     recipes: Mapping[Choice, Recipe],
     past: "_Past",
-    jobs: int,
+    launcher: Launcher | None,
     found: dict[Choice, dict[str, Any]],
 ) -> None:
     """Put summaries into `found` as they arrive; other processes' stay in their folders."""
@@ -73,13 +73,14 @@ def _run_all(
         if summary is not None:
             session.console.note(f"{name}, finished before")
             found[choice] = summary
-        elif jobs > 1:
+        elif launcher:
             wanted[name] = recipe
         else:
             session.console.note(name)
             found[choice] = _run(recipe, session)
-    if wanted:
-        run_jobs(wanted, session, jobs)
+    if launcher and wanted:
+        for name in launch(wanted, session, launcher):
+            past.await_summary(wanted[name])
 
 
 def _fill_in(
@@ -129,6 +130,15 @@ class _Past:
         if found is None:
             self.outdated.add(run.path)
         return found
+
+    def await_summary(self, recipe: Recipe) -> None:
+        """Return when the summary that another process has written is seen here, too.
+
+        Of another host's files a network file system may show an old state for a minute.
+        """
+        deadline = time.monotonic() + _APPEARS_WITHIN_S
+        while self.written(recipe) is None and time.monotonic() < deadline:
+            time.sleep(1)
 
     def written(self, recipe: Recipe) -> dict[str, Any] | None:
         """Likewise, but only outdated runs are left out: this sweep may have made it."""
