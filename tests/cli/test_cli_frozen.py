@@ -8,8 +8,16 @@ from fastkd.losses.base.registry import term_names
 from fastkd.recipe.printing import valid_keys
 
 OPTIONS = {
-    "train": {"--config", "--dry-run", "--jobs", "--print-config", "--resume", "--sweep"},
-    "compare": {"--jobs", "--latex", "--markdown", "--seeds", "--sweep"},
+    "train": {
+        "--config",
+        "--dry-run",
+        "--jobs",
+        "--launcher",
+        "--print-config",
+        "--resume",
+        "--sweep",
+    },
+    "compare": {"--jobs", "--latex", "--launcher", "--markdown", "--seeds", "--sweep"},
     "table": {"--latex", "--markdown"},
     "eval": {"--weights"},
     "data": {"--json", "--out", "--quality", "--shrink"},

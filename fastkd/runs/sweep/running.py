@@ -6,7 +6,7 @@ here or on other hosts (`launching`).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def _run_all(
             session.console.note(name)
             found[choice] = _run(recipe, session)
     if launcher and wanted:
-        for name in launch(wanted, session, launcher):
-            past.await_summary(wanted[name])
+        done = launch(wanted, session, launcher)
+        past.await_summaries([wanted[name] for name in done])
 
 
 def _fill_in(
@@ -131,14 +131,15 @@ class _Past:
             self.outdated.add(run.path)
         return found
 
-    def await_summary(self, recipe: Recipe) -> None:
-        """Return when the summary that another process has written is seen here, too.
+    def await_summaries(self, recipes: Iterable[Recipe]) -> None:
+        """Return when the summaries that other processes have written are seen here, too.
 
         Of another host's files a network file system may show an old state for a minute.
         """
         deadline = time.monotonic() + _APPEARS_WITHIN_S
-        while self.written(recipe) is None and time.monotonic() < deadline:
-            time.sleep(1)
+        for recipe in recipes:
+            while self.written(recipe) is None and time.monotonic() < deadline:
+                time.sleep(1)
 
     def written(self, recipe: Recipe) -> dict[str, Any] | None:
         """Likewise, but only outdated runs are left out: this sweep may have made it."""
