@@ -47,7 +47,7 @@ def slurm(tmp_path, monkeypatch):
     return call
 
 
-def until(what, seconds=60):
+def until(what, seconds=240):
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline
@@ -136,8 +136,10 @@ def test_a_job_that_is_cancelled_by_others_has_failed(slurm, command, tmp_path):
 def test_ctrl_c_cancels_the_jobs(slurm, start, tmp_path):
     words = [*ALONE, "epochs=5000", "--sweep", "seed=0;1", "--launcher", "submitit"]
     sweep = start("-m", "fastkd.train", *words, cwd=tmp_path)
-    until(lambda: len(checkpoints(tmp_path)) == 2)
-    sweep.send_signal(signal.SIGINT)
+    try:
+        until(lambda: len(checkpoints(tmp_path)) == 2)
+    finally:
+        sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
     assert said.splitlines()[-1].endswith("run the same command again to resume the whole sweep")

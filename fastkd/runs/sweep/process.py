@@ -1,7 +1,7 @@
 """One run of a sweep as a process of its own: what every launcher starts, on whichever host.
 
 The process is `fastkd train --config RECIPE --resume auto`: a run that was stopped, or whose host
-died, goes on where it was. Other hosts import this module, so nothing here loads torch.
+died, resumes. Other hosts import this module, so nothing here loads torch.
 """
 
 import os
