@@ -15,10 +15,18 @@ from fastkd.errors import UserError
 from fastkd.printable import first_line
 from fastkd.runs.sweep.process import End, Order, run_to_end
 
-__all__ = ["RETRIES", "RayLauncher", "cpus_each", "open_ray"]
+__all__ = ["RETRIES", "RayLauncher", "cpus_each", "open_ray", "run_in_worker"]
 
 RETRIES = 10
 """How often a run is started again whose worker or host has died."""
+
+
+def run_in_worker(order: Order) -> End:
+    """Run it in a worker of Ray, whose `cancel` stops it."""
+    # Where the sweep was started in the background of a script, SIGINT is ignored, and so would be
+    # the KeyboardInterrupt by which Ray cancels.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_to_end(order)
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,8 @@ class _Task:
             return End(*self.ray.get(self.ref))
         except self.ray.exceptions.RayError as error:
             # Its last line says what happened; a remote traceback comes before it.
-            said = next(line for line in reversed(str(error).split("\n")) if line.strip())
-            return End(1, f"{type(error).__name__}: {said.strip()}")
+            said = str(error).strip().rpartition("\n")[2].strip()
+            return End(1, f"{type(error).__name__}: {said}".rstrip(": "))
 
     def stop(self) -> None:
         self.ray.cancel(self.ref)
@@ -68,7 +76,7 @@ class RayLauncher:
 
     def start(self, order: Order) -> _Task:
         """Hand it to Ray."""
-        task = self.ray.remote(run_to_end).options(
+        task = self.ray.remote(run_in_worker).options(
             name=order.title,
             num_cpus=self._cpus,
             num_gpus=1 if self.device == "cuda" else 0,
