@@ -25,6 +25,7 @@ examples:
   fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
   fastkd train --sweep 'recipe=cifar10/resnet56--resnet20/kd;quickstart'
   fastkd train --sweep 'optim.lr=0.05;0.1' --together    one teacher for both
+  fastkd train --sweep 'seed=0;1;2' --launcher submitit:partition=gpu   on SLURM
   torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
 
 keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
@@ -200,9 +201,14 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=_positive,
-        default=1,
         metavar="N",
         help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
+    )
+    parser.add_argument(
+        "--launcher",
+        metavar="ray[:ADDRESS]|submitit[:k=v,..]",
+        help="give the runs of a sweep to the hosts of a Ray cluster or to SLURM, all or N at a "
+        "time; start it in a folder that all hosts share",
     )
     parser.add_argument(
         "--together",

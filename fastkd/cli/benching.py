@@ -15,7 +15,7 @@ def bench(options: argparse.Namespace) -> None:
         raise UserError(f"--seconds {options.seconds:g}: expected more than 0")
     recipe = recipe_of(options.words)
     with session_of([recipe]) as session:
-        found = measure_throughput(settled(recipe, session), session, options.seconds)
+        found = measure_throughput(settled(recipe, session.world.device), session, options.seconds)
         if not session.world.is_main:
             return
         rates = {

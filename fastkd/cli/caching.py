@@ -16,4 +16,4 @@ def cache(options: argparse.Namespace) -> None:
         teacher = recipe.teacher.model_copy(update={"cache": place})
         recipe = recipe.replace(teacher=teacher)
     with session_of([recipe]) as session:
-        fill_cache(settled(recipe, session), session, options.epochs)
+        fill_cache(settled(recipe, session.world.device), session, options.epochs)

@@ -70,7 +70,8 @@ def facts() -> dict[str, Any]:
 
 
 def _parts() -> list[Part]:
-    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex()]
+    engines = [_launcher("Ray", "ray"), _launcher("submitit", "submitit")]
+    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex(), *engines]
 
 
 def _compiled_core() -> Part:
@@ -127,6 +128,15 @@ def _apex() -> Part:
         f"{missing}; fastkd does not need it. It is built from github.com/NVIDIA/apex; the apex "
         "on PyPI is another project",
     )
+
+
+def _launcher(title: str, name: str) -> Part:
+    used_for = f"sweeps over several hosts, by request (--launcher {name})"
+    version = version_of(name)
+    if version is not None:
+        return Part(title, version, True, used_for, "")
+    advice = f'not installed; pip install "fastkd[{name}]"; without it --jobs uses one host'
+    return Part(title, "", False, used_for, advice)
 
 
 def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from fastkd.runs.dry_run import dry_run
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
+from fastkd.runs.sweep.launchers import open_launcher
 from fastkd.runs.sweep.running import rehearse_sweep, run_sweep
 
 __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept", "train"]
@@ -29,8 +30,11 @@ __all__ = ["evaluate", "recipe_of", "run_all", "session_of", "settled", "swept",
 
 def train(options: argparse.Namespace) -> int:
     """Train with a recipe, or print it, try it out, or sweep over it."""
-    if options.jobs > 1 and not options.sweep:
-        raise UserError("--jobs is for the runs of a --sweep; several GPUs for one run: torchrun")
+    for flag in ("jobs", "launcher"):
+        if getattr(options, flag) and not options.sweep:
+            raise UserError(
+                f"--{flag} is for the runs of a --sweep; several GPUs for one run: torchrun"
+            )
     if options.together and not options.sweep:
         raise UserError("--together is for the runs of a --sweep, which it trains in one process")
     if options.sweep:
@@ -60,8 +64,11 @@ def swept(
 
 
 @contextmanager
-def session_of(recipes: Iterable[Recipe]) -> Iterator[Session]:
-    """What the runs of one process share. They agree in device and deterministic."""
+def session_of(recipes: Iterable[Recipe], *, elsewhere: bool = False) -> Iterator[Session]:
+    """What the runs of one process share. They agree in device and deterministic.
+
+    elsewhere: other hosts compute, and this one needs no device for it.
+    """
     keep_to_quota()
     every = list(recipes)
     if any(recipe.tensorboard for recipe in every):
@@ -70,16 +77,22 @@ def session_of(recipes: Iterable[Recipe]) -> Iterator[Session]:
         # cuBLAS is deterministic only with a fixed workspace, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with open_world(every[0].device) as world, Console(enabled=world.is_main) as console:
+    device = "cpu" if elsewhere else every[0].device
+    with open_world(device) as world, Console(enabled=world.is_main) as console:
         yield Session(world, console, Path("runs"))
 
 
-def settled(recipe: Recipe, session: Session) -> Recipe:
+def settled(recipe: Recipe, device: torch.device) -> Recipe:
     """With the precision that is computed in.
 
     It is saved with the recipe: a run resumed on another machine computes as it did before.
     """
-    precision = resolve_precision(recipe.precision, session.world.device).name
+    if recipe.precision == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "precision=auto is decided where the sweep starts, and torch sees no CUDA device here "
+            "to ask: say precision=bf16 or precision=fp32"
+        )
+    precision = resolve_precision(recipe.precision, device).name
     return recipe.model_copy(update={"precision": precision})
 
 
@@ -90,30 +103,40 @@ def run_all(
     formats: Sequence[str] = (),
     note: str = "",
 ) -> int:
-    """Run a checked sweep, whose table is also printed in `formats`, after a note."""
-    if options.together and options.jobs > 1:
-        raise UserError(
-            f"--together trains the runs in one process and --jobs {options.jobs} each in its own: "
-            f"leave one of them out"
-        )
-    with session_of(recipes.values()) as session:
+    """Run a checked sweep as `--jobs`, `--launcher` and `--together` say.
+
+    Its table is also printed in `formats`. note: printed first.
+    """
+    text, jobs, choice = options.launcher, options.jobs, next(iter(recipes.values())).device
+    for flag in ("jobs", "launcher"):
+        if options.together and getattr(options, flag):
+            raise UserError(
+                f"--together trains the runs in one process and --{flag} {getattr(options, flag)} "
+                f"each in its own: leave one of them out"
+            )
+    with (
+        session_of(recipes.values(), elsewhere=text is not None) as session,
+        open_launcher(text, jobs, choice, session) as launcher,
+    ):
         if note:
             session.console.note(note)
-        every = {choice: settled(recipe, session) for choice, recipe in recipes.items()}
+        device = torch.device(launcher.device) if launcher else session.world.device
+        every = {choice: settled(recipe, device) for choice, recipe in recipes.items()}
         return run_sweep(
-            every, session, jobs=options.jobs, together=options.together, formats=formats
+            every, session, launcher=launcher, together=options.together, formats=formats
         )
 
 
 def _rehearse_all(recipes: Mapping[Choice, Recipe]) -> int:
     with session_of(recipes.values()) as session:
-        rehearse_sweep({c: settled(recipe, session) for c, recipe in recipes.items()}, session)
+        device = session.world.device
+        rehearse_sweep({c: settled(recipe, device) for c, recipe in recipes.items()}, session)
     return 0
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:
     with session_of([recipe]) as session:
-        recipe = settled(recipe, session)
+        recipe = settled(recipe, session.world.device)
         if options.dry_run:
             session.console.facts(f"dry run of {recipe.name}", dry_run(recipe, session))
         else:

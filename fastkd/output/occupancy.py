@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import Interrupted, UserError
-from fastkd.output.run_folder import RunFolder
+from fastkd.output.run_folder import LOCK, RunFolder
 from fastkd.storage.atomic import remove_leftovers, writing
 
 __all__ = ["occupied", "tidy"]
@@ -23,7 +23,7 @@ def occupied(
     *,
     ask_again_s: float = 2.0,
 ) -> Iterator[None]:
-    """Keep other processes out of a run folder; the system releases it when this one dies.
+    """Keep other processes, also of other hosts, out of a run folder, until this one ends or dies.
 
     waiting: called once if another process has the folder, before waiting for it; None: do not wait
     but raise UserError. ask_again_s: seconds between two tries.
@@ -33,20 +33,16 @@ def occupied(
     def take() -> bool:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
+            folder = _hold(path, os.O_RDONLY)
+            # Of a lock on a folder a network file system does not tell other hosts.
+            file = None if folder is None else _hold(path / LOCK, os.O_RDWR | os.O_CREAT)
+        if folder is None or file is None:
+            if folder is not None:
+                os.close(folder)
             return False
-        except OSError:
-            pass  # a file system without locks: the user must not start two runs in one folder
-        held.append(handle)
-        # Its last holder may have removed it before releasing it.
-        mine = path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
-        if mine:
-            remove_leftovers(path)
-        return mine
+        held.extend((folder, file))
+        remove_leftovers(path)
+        return True
 
     asked = 0
     while not on_main(world, take):
@@ -60,8 +56,28 @@ def occupied(
     try:
         yield
     finally:
+        if held:
+            with suppress(OSError):
+                (path / LOCK).unlink()
         for handle in held:
             os.close(handle)
+
+
+def _hold(path: Path, flags: int) -> int | None:
+    """A locked descriptor; None if another process has the lock."""
+    handle = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        pass  # a file system without locks: the user must not start two runs in one folder
+    # Its last holder may have removed it before releasing it.
+    if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+        return handle
+    os.close(handle)
+    return None
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from fastkd.storage.atomic import FULL, append_line, atomic_path, remove_leftove
 
 __all__ = [
     "FACTS",
+    "LOCK",
     "SUMMARY",
     "WITHOUT_SUMMARY",
     "RunFolder",
@@ -46,6 +47,8 @@ __all__ = [
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 FACTS = "facts.json"
 SUMMARY = "summary.json"
+LOCK = ".lock"
+"""Of the process that is using the folder (`occupancy`)."""
 WITHOUT_SUMMARY = "Remove it, and the resumed run writes it anew"
 _DESCRIPTION = ("config.yaml", "environment.json", FACTS)
 # A folder with any of these is a run folder.
@@ -100,7 +103,7 @@ class RunFolder:
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"there is no run folder {path}")
-        names = {entry.name for entry in path.iterdir()}
+        names = {entry.name for entry in path.iterdir()} - {LOCK}
         if names and names.isdisjoint(_OUR_FILES):
             raise UserError(f"{path} is not a run folder: it has none of {', '.join(_OUR_FILES)}")
         return cls(path)

@@ -11,6 +11,7 @@ import torch
 from fastkd.compute.ranks import World
 from fastkd.errors import UserError
 from fastkd.output.occupancy import occupied
+from fastkd.output.run_folder import RunFolder
 
 WORLD = World(0, 0, 1, torch.device("cpu"), None)
 
@@ -34,6 +35,25 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     for _ in range(2):  # it is let go at the end
         with occupied(tmp_path / "run", WORLD):
             assert (tmp_path / "run").is_dir()
+
+
+def test_the_lock_of_another_host_is_on_a_file(tmp_path: Path) -> None:
+    """A network file system tells other hosts nothing of locks on folders."""
+    with occupied(tmp_path / "run", WORLD):
+        handle = os.open(tmp_path / "run/.lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+    assert not any((tmp_path / "run").iterdir())
+    with (tmp_path / "run/.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match=r"another process is using .*run"),
+            occupied(tmp_path / "run", WORLD),
+        ):
+            pytest.fail("entered a folder that is in use")
+    with occupied(tmp_path / "run", WORLD):  # what a killed process leaves behind is no obstacle
+        assert RunFolder.open(tmp_path / "run").summary() is None
 
 
 def test_a_shared_stage_is_waited_for(tmp_path: Path) -> None:

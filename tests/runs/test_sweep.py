@@ -95,6 +95,9 @@ def test_a_misspelled_sweep_is_refused(sweeps, sentence):
             ["--jobs", "2"],
             "--jobs is for the runs of a --sweep; several GPUs for one run: tor",
         ),
+        (["--launcher", "ray"], "--launcher is for the runs of a --sweep; several GPUs for one"),
+        ([*SWEEP, "--launcher", "slurm"], "--launcher slurm: choose ray, ray:ADDRESS or submitit,"),
+        ([*SWEEP, "--launcher", "submitit:fast"], "--launcher submitit:fast: expected submitit's"),
         ([*SWEEP, "--jobs", "0"], "argument --jobs: 0: expected a whole number above 0. See"),
         ([*SWEEP, "--jobs", "two"], "argument --jobs: two: expected a whole number above 0. See"),
     ],
@@ -360,7 +363,7 @@ def test_a_mistake_that_a_process_finds_is_told_once(command, tmp_path):
     said = command("train", *KEYS[3:], "student.name=resnet8", *words)
     assert said.code == 2
     assert said.err.startswith("fastkd: sweep ")
-    assert ": data.root=none is not a folder" in said.err
+    assert f": data.root={tmp_path}/none is not a folder" in said.err
     assert said.err.count("\n") == 1
 
 

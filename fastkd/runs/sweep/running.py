@@ -1,11 +1,12 @@
 """Run a sweep: finished runs are found by their digest, the rest is run, then the table.
 
 Each combination is a separate run with its own folder, so a stopped sweep resumes when the same
-command is run again. The runs follow each other in this process, run in parallel in their own
-processes (`jobs`), or take turns in this one (`together`).
+command is run again. The runs follow each other in this process, take turns in it (`together`), or
+run in processes of their own, here or on other hosts (`launching`).
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,33 @@ from fastkd.runs.dry_run import dry_run, dry_run_together
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
 from fastkd.runs.sweep.grouping import Group, grouped, in_words
-from fastkd.runs.sweep.jobs import HOW_TO_RESUME, run_jobs
 from fastkd.runs.sweep.labels import labels
+from fastkd.runs.sweep.launching import HOW_TO_RESUME, Launcher, launch
 from fastkd.runs.sweep.table import print_table
 from fastkd.runs.sweep.together import run_group
 from fastkd.storage.facts import DataFacts
 
 __all__ = ["rehearse_sweep", "run_sweep"]
 
+_APPEARS_WITHIN_S = 90.0
+
 
 def run_sweep(
     recipes: Mapping[Choice, Recipe],
     session: Session,
     *,
-    jobs: int = 1,
+    launcher: Launcher | None = None,
     together: bool = False,
     formats: Sequence[str] = (),
 ) -> int:
     """Run what is not finished yet, print the table; returns the exit code, 1 if a run failed.
 
-    formats: what the table is also printed as, `latex` or `markdown`.
-    jobs: number of parallel runs. together: runs that can share batches and teacher do. In one
-    process a failed run (such as one that diverged) does not stop the others; a run's UserError
-    ends the sweep, with the table of what is finished.
+    launcher: starts the runs; None: one after the other in this process. together: those that can
+    share batches and teacher take turns. formats: what the table is also printed as, `latex` or
+    `markdown`.
+    In one process a failed run (such as one that diverged) does not stop the others; a run's
+    UserError ends the sweep, with the table of what is finished.
     """
-    if jobs > 1 and session.world.size > 1:
-        raise UserError(
-            "--jobs starts its own processes and does not work with torchrun; leave one of them out"
-        )
     if together and session.world.size > 1:
         raise UserError(
             "--together trains its runs in one process and does not work with torchrun; leave one "
@@ -58,7 +58,7 @@ def run_sweep(
     found: dict[Choice, dict[str, Any]] = {}
     past = _Past(session)
     try:
-        _run_all(recipes, past, found, jobs=jobs, together=together)
+        _run_all(recipes, past, found, launcher=launcher, together=together)
     except UserError:
         _fill_in(recipes, past, found, "not run")
         if any(len(summary) > 1 for summary in found.values()):
@@ -74,7 +74,7 @@ def _run_all(
     past: "_Past",
     found: dict[Choice, dict[str, Any]],
     *,
-    jobs: int,
+    launcher: Launcher | None,
     together: bool,
 ) -> None:
     """Put summaries into `found` as they arrive; other processes' stay in their folders."""
@@ -86,13 +86,15 @@ def _run_all(
         if summary is not None:
             session.console.note(f"{name}, finished before")
             found[choice] = summary
-        elif jobs > 1 or together:
+        elif launcher or together:
             waiting[choice] = name
         else:
             session.console.note(name)
             found[choice] = _run(recipe, session)
-    if jobs > 1 and waiting:
-        run_jobs({name: recipes[choice] for choice, name in waiting.items()}, session, jobs)
+    if launcher and waiting:
+        wanted = {name: recipes[choice] for choice, name in waiting.items()}
+        done = launch(wanted, session, launcher)
+        past.await_summaries([wanted[name] for name in done])
     elif len(waiting) == 1:
         ((choice, name),) = waiting.items()
         session.console.note(name)
@@ -187,6 +189,16 @@ class _Past:
         if found is None:
             self.outdated.add(run.path)
         return found
+
+    def await_summaries(self, recipes: Iterable[Recipe]) -> None:
+        """Return when the summaries that other processes have written are seen here, too.
+
+        Of another host's files a network file system may show an old state for a minute.
+        """
+        deadline = time.monotonic() + _APPEARS_WITHIN_S
+        for recipe in recipes:
+            while self.written(recipe) is None and time.monotonic() < deadline:
+                time.sleep(1)
 
     def written(self, recipe: Recipe) -> dict[str, Any] | None:
         """Likewise, but only outdated runs are left out: this sweep may have made it."""

@@ -19,7 +19,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.runs.shared import Shared
 from fastkd.runs.stages import Session, run_in_turns
 from fastkd.runs.sweep.grid import Choice
-from fastkd.runs.sweep.jobs import HOW_TO_RESUME
+from fastkd.runs.sweep.launching import HOW_TO_RESUME
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Position
 from fastkd.training.sharing import SharedBatches

@@ -1,0 +1,128 @@
+"""A sweep on a Ray cluster of two nodes: it uses both, outlives its workers, and stops exactly."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.storage.weights import load_weights
+from fastkd.testing.recipes import TINY
+
+pytestmark = pytest.mark.matrix  # a cluster takes ten seconds to start
+
+ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster.address
+    cluster.shutdown()
+
+
+def runs_below(folder):
+    """The processes of runs that were started there, and what started them."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes()
+            if b"fastkd.train\0--config" in words and (place / "cwd").resolve() == folder:
+                parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+                found[int(place.name)] = int(parent)
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def until(what, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def logs(folder):
+    return [file.read_text() for file in sorted(folder.glob("runs/quickstart/sweep-*.log"))]
+
+
+def test_each_node_has_a_run(cluster, command, tmp_path):
+    words = ("epochs=20", "--sweep", "seed=0;1", "--launcher", f"ray:{cluster}")
+    said = command("train", *ALONE, *words)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.count(": done\n") == 2
+    ends = [file.stat().st_mtime for file in tmp_path.glob("runs/quickstart/*/summary.json")]
+    begins = [file.stat().st_mtime for file in tmp_path.glob("runs/quickstart/*/config.yaml")]
+    # Each of them takes the only CPU of a node.
+    assert max(begins) < min(ends)
+    again = command("train", *ALONE, *words)
+    assert again.out.count("finished before\n") == 2
+    assert again.out[again.out.index("\nrun ") :] == said.out[said.out.index("\nrun ") :]
+
+
+def test_a_run_whose_worker_is_killed_goes_on_and_ends_as_if_it_had_not(cluster, command, tmp_path):
+    words = [*ALONE, "epochs=12"]
+    plain = command("train", *words, "seed=0", "out=plain")
+    assert plain.code == 0
+    killed = []
+
+    def kill():
+        until(lambda: list(tmp_path.glob("runs/quickstart/*/last.pt")))
+        ((run, worker),) = runs_below(tmp_path).items()
+        os.kill(worker, signal.SIGKILL)
+        killed.append(run)
+        until(lambda: run not in runs_below(tmp_path), 10)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    said = command(
+        "train", *words, "--sweep", "seed=0;1", "--jobs", "1", "--launcher", f"ray:{cluster}"
+    )
+    killer.join()
+    assert said.code == 0
+    assert killed
+    first, second = sorted(logs(tmp_path), key=lambda log: "resumed" not in log)
+    assert "resumed" in first
+    assert "resumed" not in second
+    assert len(list(tmp_path.glob("runs/quickstart/*/summary.json"))) == 2
+    (folder,) = (
+        file.parent
+        for file in tmp_path.glob("runs/quickstart/*/config.yaml")
+        if "\nseed: 0\n" in file.read_text()
+    )
+    one, two = (load_weights(place)[0] for place in (folder, tmp_path / "plain"))
+    assert one and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_ctrl_c_saves_the_runs_on_all_nodes(cluster, start, tmp_path):
+    words = [*ALONE, "epochs=5000", "--sweep", "seed=0;1;2", "--launcher", "ray"]
+    sweep = start("-m", "fastkd.train", *words, cwd=tmp_path, RAY_ADDRESS=cluster)
+    try:
+        until(lambda: len(list(tmp_path.glob("runs/quickstart/*/last.pt"))) == 2)
+    finally:
+        sweep.send_signal(signal.SIGINT)
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert said.splitlines()[-1] == (
+        "fastkd: stopped with 3 runs under way; run the same command again to resume the whole "
+        "sweep"
+    )
+    assert runs_below(tmp_path) == {}
+    assert sorted("the state is saved" in log for log in logs(tmp_path)) == [False, True, True]
+
+
+def test_no_cluster_at_the_address_is_told_in_a_sentence(command):
+    pytest.importorskip("ray")
+    said = command("train", *ALONE, "--sweep", "seed=0;1", "--launcher", "ray:127.0.0.1:1")
+    assert said.code == 2
+    assert said.err.startswith("fastkd: --launcher ray: there is no Ray at 127.0.0.1:1 (")
+    assert said.err.count("\n") == 1
