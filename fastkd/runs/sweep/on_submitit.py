@@ -155,6 +155,7 @@ def open_submitit(
     Raises:
         UserError: submitit or SLURM is not installed, or a parameter is wrong.
     """
+    given = read_parameters(text)
     try:
         submitit: Any = import_module("submitit")
     except ImportError:
@@ -162,7 +163,6 @@ def open_submitit(
             "--launcher submitit needs submitit, which is not installed: "
             'pip install "fastkd[submitit]"'
         ) from None
-    given = read_parameters(text)
     if several := [key for key in _ONE_PROCESS if given.get(key, 1) != 1]:
         raise UserError(
             f"--launcher submitit: a run of a sweep is one process: leave out {several[0]}"
