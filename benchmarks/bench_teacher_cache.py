@@ -4,7 +4,7 @@
 
 Three pairs at 32 px, batch 64, 100 classes, from an image set in memory with crop and flip, in the
 default precision, compiled; for the first pair also the loop as RepDistiller writes it (eager,
-fp32, NCHW). A step is everything for one batch; an epoch has 1,024 images and its loader. Beside
+fp32, NCHW). A step is everything for one batch; an epoch has 512 images and its loader. Beside
 each ratio is what the arithmetic allows: (teacher + 3 student) / (3 student).
 
 Checked before the clock starts: an epoch from the cache has the loss of the epoch that asked, and
@@ -39,7 +39,7 @@ from fastkd.training.trainer import Trainer
 sys.path.append(str(Path(__file__).parent))
 from bench_step import Engine, Setting, fastkd_trainer, plain_loop
 
-BATCH, CLASSES, SIDE, IMAGES = 64, 100, 32, 1024
+BATCH, CLASSES, SIDE, IMAGES = 64, 100, 32, 512
 PAIRS = {
     "wrn_40_2 -> wrn_16_2": ("wrn_40_2", "wrn_16_2"),
     "resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"),

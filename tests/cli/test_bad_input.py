@@ -383,6 +383,6 @@ def test_a_folder_with_someone_else_s_files_is_not_removed(command, tmp_path, mo
         (tmp_path / "run/notes.txt").write_text("mine")
         raise UserError("no")
 
-    monkeypatch.setattr(fastkd.training.trainer.Trainer, "fit", broken)
+    monkeypatch.setattr(fastkd.training.trainer.Trainer, "training", broken)
     assert command("train", *ALONE, *SYNTHETIC, "out=run").code == 2
     assert (tmp_path / "run/notes.txt").exists()

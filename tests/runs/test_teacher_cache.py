@@ -91,7 +91,7 @@ def no_teacher(monkeypatch):
 
 
 def unlike(one, other):
-    """What differs between two runs but for what summary.json says of the cache."""
+    """What differs between two runs except for what summary.json says of the cache."""
     return [key for key in different(one, other) if not key.startswith(SUMMARY)]
 
 

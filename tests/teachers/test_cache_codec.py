@@ -82,7 +82,7 @@ def test_the_top_classes_are_kept_and_the_rest_is_spread_evenly(classes, top, fo
     if format == "top8":
         step = step + np.ptp(spread, axis=1, keepdims=True) / 255
     assert (np.abs(np.take_along_axis(back, kept, 1) - spread) <= step).all()
-    # The probabilities still sum to 1, but for the same rounding.
+    # The probabilities still sum to 1, within the same rounding.
     assert np.exp(back).sum(1) == pytest.approx(1.0, abs=0.02)
     others = np.exp(back).sum(1) - np.exp(np.take_along_axis(back, kept, 1)).sum(1)
     assert others == pytest.approx(1 - np.exp(spread).sum(1), abs=0.02)
