@@ -45,6 +45,7 @@ PAIRS = {
     "resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"),
     "resnet50 -> vgg8": ("resnet50", "vgg8"),
 }
+CACHED = "from the cache"
 NOTHING = Identity(shared={}, views={})
 
 
@@ -122,12 +123,12 @@ def bench_training(pair: str, table, race) -> None:
         assert (store.read, store.written) == (IMAGES, 0)
         by_arithmetic = allowed(setting.teacher, setting.student)
         for what, steps in (("step", 1), ("epoch", None)):
-            sides = {"from the cache": epoch_of(read, steps), "teacher": epoch_of(asked, steps)}
+            sides = {CACHED: epoch_of(read, steps), "teacher": epoch_of(asked, steps)}
             if pair == next(iter(PAIRS)) and what == "step":
                 sides["plain loop (eager, fp32, NCHW)"] = plain_loop(setting)
-            found = race(sides)
+            found = race(sides, of=CACHED)
             for side in sides:
-                ratio = found.ratio(side)
+                ratio = found.ratio(side, CACHED)
                 table.rows.append(
                     {
                         "case": f"{pair}, {what}, {engine.precision.name} compiled",
@@ -177,7 +178,7 @@ def bench_formats(classes: int, table, race) -> None:
 
         sides = {format: reading(store) for format, store in stores.items()}
         assert sides["full"]() == float(logits_NC[-1, 0])
-        found = race(sides)
+        found = race(sides, of="full")
         for format, store in stores.items():
             table.rows.append(
                 {

@@ -303,7 +303,7 @@ def _add_cache(commands: _Commands) -> None:
         help="ask a recipe's teacher once for all views, for runs that read its answers",
         description="Ask the teacher of a recipe for the views of its epochs and keep the answers "
         "in DIR, which runs name as teacher.cache=DIR. What is there is left out, so the same "
-        "command again goes on. With torchrun on any number of processes.",
+        "command again resumes. With torchrun on any number of processes.",
     )
     _add_words(cache, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
     cache.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")

@@ -10,10 +10,9 @@ __all__ = ["cache"]
 
 def cache(options: argparse.Namespace) -> None:
     """Fill the cache that the command or the recipe names, or one below runs/teachers."""
-    recipe = recipe_of(options.words, config=options.config)
-    if recipe.teacher is not None:
-        place = options.out or recipe.teacher.cache or "auto"
-        teacher = recipe.teacher.model_copy(update={"cache": place})
-        recipe = recipe.replace(teacher=teacher)
+    place = [] if options.out is None else [f"teacher.cache={options.out}"]
+    recipe = recipe_of(options.words, config=options.config, more=place)
+    if recipe.teacher is not None and recipe.teacher.cache is None:
+        recipe = recipe_of(options.words, config=options.config, more=["teacher.cache=auto"])
     with session_of([recipe]) as session:
         fill_cache(settled(recipe, session.world.device), session, options.epochs)

@@ -159,6 +159,11 @@ class Recipe(Section):
                 f"losses.{using[0]} sends the student's features through the teacher's stages in "
                 f"every step, which no cache can keep: leave out teacher.cache"
             )
+        if self.augment.sizes and self.teacher is not None and self.teacher.cache_maps:
+            raise ValueError(
+                f"teacher.cache_maps={','.join(self.teacher.cache_maps)} keeps maps of one size, "
+                f"and with augment.sizes they change theirs: leave one of them out"
+            )
         check_needs(
             self.losses,
             has_teacher=self.teacher is not None,

@@ -9,7 +9,7 @@ from contextlib import closing
 from itertools import islice
 
 from fastkd.compute.collectives import on_ranks
-from fastkd.errors import Interrupted, UserError
+from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.console import Console
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.shared import Shared
@@ -27,10 +27,11 @@ __all__ = ["fill_cache"]
 def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> None:
     """Ask the teacher for the views of the first `epochs` epochs, by default of all that differ.
 
-    What is there is left out: the same call again goes on. All ranks must call this.
+    What is there is left out: the same call again resumes. All ranks must call this.
 
     Raises:
         UserError: no loss of the recipe asks a teacher; a cache of something else; no space.
+        RunFailed: the disk took no more.
         Interrupted: Ctrl-C or SIGTERM.
     """
     if recipe.teacher is None:
@@ -60,9 +61,10 @@ def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> N
             _fill_epoch(trainer, teacher, epoch, epochs, session.console, stop)
     store = teacher.store
     session.console.note(
-        f"{store.folder}: {epochs} epochs, {store.written:,} images asked for by this process, "
-        f"{store.read:,} were there"
+        f"{store.folder}: {epochs} epochs, {store.written:,} images asked for by this process"
     )
+    if (lost := teacher.report().get("kl")) is not None:
+        session.console.note(f"KL from the teacher's answers to those that are kept: {lost:.2g}")
 
 
 def _fill_epoch(
@@ -84,10 +86,15 @@ def _fill_epoch(
         images += one.global_size
         if step % LOG_STEPS[world.device.type] and step < steps:
             continue
+        if not all(on_ranks(teacher.store.writes, world)):
+            raise RunFailed(
+                f"{teacher.store.folder} takes no more answers: what was asked is kept; make room, "
+                f"and the same command again resumes"
+            )
         if stop.agreed(world):
             raise Interrupted(
                 f"stopped at epoch {epoch + 1}, step {step}; what was asked is kept, the same "
-                f"command again goes on",
+                f"command again resumes",
                 stop.code or 130,
             )
         console.progress(
@@ -98,3 +105,4 @@ def _fill_epoch(
             images_per_s=images / (time.perf_counter() - clock),
             data_wait=0.0,
         )
+    teacher.flush()

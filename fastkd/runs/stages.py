@@ -35,12 +35,13 @@ from fastkd.runs.folders import (
     stage_folder,
 )
 from fastkd.runs.shared import Shared
-from fastkd.runs.teacher_cache import find_cache, seen_in
+from fastkd.runs.teacher_cache import check_columns, find_cache, seen_in
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
-from fastkd.teachers.cache.cached import CachedTeacher
+from fastkd.teachers.cache.cached import CachedTeacher, answers_to
 from fastkd.teachers.cache.opening import AnswerCache
 from fastkd.teachers.cache.store import TeacherFacts
+from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import (
     chance_in,
@@ -51,6 +52,7 @@ from fastkd.teachers.loading import (
     size,
     start_of,
 )
+from fastkd.teachers.teacher import Teacher
 from fastkd.teachers.teaching import Teaching
 from fastkd.training.arguments import check_mode
 from fastkd.training.build import build_trainer
@@ -206,7 +208,7 @@ def prove(
         said.append(sentence)
         session.console.note(sentence)
 
-    teachers, summary = prove_teacher(
+    teachers, summary, evaluations = prove_teacher(
         recipe.teacher,
         teachers,
         data,
@@ -219,6 +221,7 @@ def prove(
     facts = TeacherFacts(
         summary=summary,
         said=tuple(said),
+        evaluations=evaluations,
         validation=seen_in(data),
         macs=Teaching(teachers).macs(data.facts.image_shape),
     )
@@ -243,8 +246,13 @@ def try_out(
     replaced = cache is not None and cache.replaces_teacher
     teachers = () if replaced else shared.once("loaded teachers", load)
     # Nothing is written before the folder of the run is.
-    kept = replace(cache, say=silent.console.note) if cache and cache.manifest else None
+    kept = None
+    if cache and cache.manifest:
+        kept = replace(cache, say=silent.console.note, writes=False)
     trainer = build_stage(recipe, data, teachers, silent, cache=kept)
+    if recipe.teacher and recipe.teacher.cache and isinstance(trainer.teacher, Teacher | Ensemble):
+        probe = torch.zeros(2, *data.facts.image_shape, device=session.world.device)
+        check_columns(recipe, data, answers_to(probe.to(trainer.placement.dtype), trainer.teacher))
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
         # Whether the student's step compiles would come out only after those.

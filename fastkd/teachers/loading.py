@@ -4,10 +4,10 @@ Flow: `runs.stages` calls this before it builds a stage. A teacher that has to b
 trained by a function that `runs.stages` passes in.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -40,6 +40,7 @@ from fastkd.teachers.loaded import LoadedNet
 __all__ = [
     "chance_in",
     "filled",
+    "good_enough",
     "load_net",
     "load_teacher",
     "of_images",
@@ -55,6 +56,18 @@ def load_teacher(config: TeacherConfig | None, data: DataPair) -> tuple[LoadedNe
     return tuple(load_net(one, data, one.weights, key) for key, one in members.items())
 
 
+class Proof(NamedTuple):
+    """Teachers that may teach."""
+
+    nets: tuple[LoadedNet, ...]
+    """With their weights."""
+    summary: dict[str, Any] | None
+    """For summary.json: name, accuracy, size; for several teachers these are joint, and each one's
+    are in `members`. None without a teacher."""
+    evaluations: tuple[dict[str, float], ...]
+    """What each reaches on the validation images."""
+
+
 def prove_teacher(
     config: TeacherConfig | None,
     nets: tuple[LoadedNet, ...],
@@ -63,22 +76,22 @@ def prove_teacher(
     *,
     say: Callable[[str], None],
     train: Callable[[MemberConfig], tuple[Path, dict[str, Any]]],
-) -> tuple[tuple[LoadedNet, ...], dict[str, Any] | None]:
+) -> Proof:
     """The recipe's teachers, trained first if the recipe says so, each better than chance.
 
     nets: as returned by `load_teacher`; those that are trained first are filled in place.
     placement: of the run; its precision is for teachers without their own.
     say: shows a sentence to the user.
     train: trains one of them; its run folder and summary.
-    Also returns the facts for summary.json: name, accuracy, size; for several teachers these are
-    joint, and each one's are in `members`. UserError for a teacher below `min_accuracy`.
+    UserError for a teacher below `min_accuracy`.
     """
     if config is None:
-        return (), None
+        return Proof((), None, ())
     # Hooks that a trial of the run has left on them.
     remove_taps(*(net.model for net in nets))
     proven = list[LoadedNet]()
     facts = list[dict[str, Any]]()
+    evaluations = list[dict[str, float]]()
     for (key, one), net in zip(config.members().items(), nets, strict=True):
         lesson = {}
         if one.trains:
@@ -91,21 +104,23 @@ def prove_teacher(
         metric = headline(found)
         say(f"teacher {_title(one, net)}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
+        evaluations.append(found)
         # A new one, which is bound anew: the trial's teachers are without their hooks.
         proven.append(replace(net))
         cost_of = size(net.model, net.image_shape(data.facts.image_shape))
         facts.append({"name": one.name, metric: found[metric]} | cost_of | lesson)
     if len(proven) == 1:
-        return tuple(proven), facts[0]
+        return Proof(tuple(proven), facts[0], tuple(evaluations))
     found = _evaluated(proven, data, placement)
     metric = headline(found)
     say(f"the {len(proven)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
-    return tuple(proven), {
+    summary = {
         "name": " + ".join(one["name"] for one in facts),
         metric: found[metric],
         **{each: _total(one[each] for one in facts) for each in ("params", "macs")},
         "members": facts,
     }
+    return Proof(tuple(proven), summary, tuple(evaluations))
 
 
 def _title(config: MemberConfig, net: LoadedNet) -> str:
@@ -336,26 +351,35 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
     return evaluate(teacher.logits, data.val, precision, placement.world, data.facts.multilabel)
 
 
-def chance_in(data: DataPair, found: dict[str, float] | None = None) -> Chance:
+def chance_in(data: DataPair, found: Mapping[str, float] | None = None) -> Chance:
     """What guessing reaches on the validation images. found: the evaluation that is judged."""
     return chance_of(class_counts(data.val_labels_N, data.facts.num_classes), found)
 
 
-def _check_quality(key: str, config: MemberConfig, found: dict[str, float], data: DataPair) -> None:
+def good_enough(config: MemberConfig, found: Mapping[str, float], data: DataPair) -> bool:
+    """Whether a teacher with this evaluation may teach; see `min_accuracy`."""
+    reached = found.get(headline(found), 0.0)
+    if config.min_accuracy is None:
+        return chance_in(data, found).beaten_by(reached)
+    return reached >= config.min_accuracy
+
+
+def _check_quality(
+    key: str, config: MemberConfig, found: Mapping[str, float], data: DataPair
+) -> None:
+    if good_enough(config, found, data):
+        return
     reached, least = found[headline(found)], config.min_accuracy
     chance = chance_in(data, found)
-    if least is None:
-        passed = chance.beaten_by(reached)
-        wanted = f"more than {chance.floor:.2%}, clearly above chance ({chance.accuracy:.2%}),"
-    else:
-        passed, wanted = reached >= least, f"at least {least:.2%}"
-    if not passed:
-        raise UserError(
-            f"the teacher {config.name} reaches {reached:.2%} on the validation images, {wanted} "
-            f"was expected. If its weights are right, its class order "
-            f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
-            f"epochs; {key}.min_accuracy=0 accepts it as it is"
-        )
+    wanted = f"more than {chance.floor:.2%}, clearly above chance ({chance.accuracy:.2%}),"
+    if least is not None:
+        wanted = f"at least {least:.2%}"
+    raise UserError(
+        f"the teacher {config.name} reaches {reached:.2%} on the validation images, {wanted} "
+        f"was expected. If its weights are right, its class order "
+        f"({key}.class_map) or normalisation is not; if it was just trained, give it more "
+        f"epochs; {key}.min_accuracy=0 accepts it as it is"
+    )
 
 
 def _own_classes(name: str, file: WeightFile | None, of_data: int) -> int | None:

@@ -18,6 +18,13 @@ class Teaching:
     cache: AnswerCache | None = None
     """Of their answers, if they are kept."""
 
+    @property
+    def compiled(self) -> bool:
+        """Whether one is compiled although the run may not be."""
+        if self.cache and self.cache.compiled:
+            return True
+        return any(one.compiled for one in self.nets)
+
     def macs(self, image_shape: tuple[int, int, int]) -> tuple[float | None, ...]:
         """Multiply-accumulates of each for an image of the data; None where nobody can tell.
 

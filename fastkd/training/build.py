@@ -98,7 +98,7 @@ def build_trainer(
     teacher: Answering | None = bound
     if teaching.cache and needed_taps(terms, "teacher"):
         teacher = _answered_from(teaching.cache, bound, parts, terms, probe, facts, engine)
-        parts = parts or _kept_parts(teaching.cache)
+        parts = parts or _kept_parts(teaching.cache, terms)
     shapes, taught = shapes_of_needs(student, teacher, terms, probe, placement.precision, remedies)
     smallest = _smallest(settings.sizes, facts, plan.epochs)
     for shown in smallest:
@@ -175,7 +175,7 @@ def build_trainer(
         ema=ema,
         fallback=Fallback(
             decisions,
-            compiled=engine.compiled or any(one.compiled for one in teaching.nets),
+            compiled=engine.compiled or teaching.compiled,
             reason=engine.reason,
             say=output.console.note,
         ),
@@ -282,7 +282,7 @@ def _engine(
     reason = "auto" if settings.compile == "auto" else settings.compile_reason
     if compiled:
         compiled = compiler_works(placement.world, reason, console.note)
-    elif any(one.compiled for one in teaching.nets):
+    elif teaching.compiled:
         reason = "key"
         compiler_works(placement.world, reason, console.note, key="teacher.compile")
     return _Engine(placement, placement.layout(student), compiled, settings.fullgraph, reason)
@@ -349,10 +349,15 @@ def _answered_from(
     )
 
 
-def _kept_parts(cache: AnswerCache) -> dict[str, Any]:
+def _kept_parts(cache: AnswerCache, terms: Sequence[LossTerm]) -> dict[str, Any]:
     """The parts of a teacher that a cache keeps, for `BindContext`."""
     head, pooled = cache.head(), cache.known.pooled
     if head is None or pooled is None:
+        if takers := [term.name for term in terms if term.uses_head]:
+            raise UserError(
+                f"losses.{takers[0]} takes over the teacher's classifier, and the run that made "
+                f"teacher.cache={cache.folder} did not: name another folder"
+            )
         return {}
     return {"teacher_head": head, "teacher_pooled": lambda: pooled}
 

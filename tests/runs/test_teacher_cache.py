@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastkd.data.sources.synthetic
 import fastkd.report.plots
 import fastkd.runs.stages
 import fastkd.runs.teacher_cache
 from fastkd.compute.ranks import World
-from fastkd.errors import UserError
+from fastkd.errors import RunFailed, UserError
 from fastkd.models import create_model
 from fastkd.output.console import Console
 from fastkd.recipes.loading import load_recipe
@@ -142,6 +143,21 @@ def words_of(runs, method):
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("teacher=null", "losses.kd=null", "losses.ce.weight=1"), "no teacher"),
+        (("losses.kd=null", "losses.jointrd.weight=1"), "which no cache can keep"),
+        (("teacher.cache_format=top99",), "teacher.cache_format=top99"),
+    ],
+)
+def test_a_command_that_cannot_fill_says_so_in_one_sentence(command, words, says):
+    said = command("cache", "quickstart", "augment.xprime=none", "--out=answers", *words)
+    assert said.code == 2
+    assert says in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "method", some(METHODS, "kd with cutmix", "pick", "an ensemble of two", "simkd")
 )
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(runs, no_teacher, method):
@@ -207,9 +223,9 @@ def test_a_view_less_than_is_kept_belongs(runs, no_teacher):
         (("teacher.class_map=1,0,2,3,4,5,6,7,8,9",), "teacher.class_map"),
         (("teacher.mean=0.5,0.5,0.5", "teacher.std=0.2,0.2,0.2"), "teacher.mean"),
         (("teacher.cache_format=fp16",), "teacher.cache_format was 'full', is 'fp16'"),
-        (("seed=1",), "seed was 0, is 1"),
-        (("data.train_limit=50",), "data was"),
-        (("data.mean=0.5,0.5,0.5", "data.std=0.2,0.2,0.2"), "data was"),
+        (("seed=1",), "data.seed was 0, is 1"),
+        (("data.train_limit=50",), "training images was '60, "),
+        (("data.mean=0.5,0.5,0.5", "data.std=0.2,0.2,0.2"), "data.mean and data.std was"),
         (("augment.padding=2",), "augment.padding was 1, is 2"),
         (("augment.flip=false",), "augment.flip was True, is False"),
         (("augment.policy=trivial",), "augment.policy"),
@@ -237,7 +253,7 @@ def test_a_cache_of_other_images_is_refused_in_one_sentence(runs):
         runs.cached("seed=1", "batch_size=20")
     assert str(refused.value) == (
         f"teacher.cache={runs.cache} holds the answers of another teacher, or to other images: "
-        f"seed was 0, is 1; xprime: batch_size was 16, is 20. Name another folder, or "
+        f"data.seed was 0, is 1; xprime: batch_size was 16, is 20. Name another folder, or "
         f"teacher.cache=auto, which has one for each"
     )
 
@@ -249,6 +265,59 @@ def test_auto_has_a_folder_for_each(runs, no_teacher):
     assert len(folders) == 2
     no_teacher()
     assert not unlike(first, runs.run("teacher.cache=auto"))
+
+
+def test_auto_has_another_folder_for_other_answers(runs):
+    runs.run("teacher.cache=auto", *X_ALONE)
+    maps = ("losses.at.weight=1", "losses.at.pairs.stage3=stage3", "teacher.cache_maps=stage3")
+    runs.run("teacher.cache=auto", *X_ALONE, *maps)
+    runs.run("teacher.cache=auto", *X_ALONE, "losses.kd=null", "losses.dist.weight=1")
+    assert len(list(runs.place.glob("runs/teachers/resnet8-answers-*"))) == 2
+
+
+def test_an_ensemble_and_one_teacher_do_not_share_a_folder(runs):
+    runs.fill(epochs=1)
+    with pytest.raises(UserError, match=r"teacher\.ensemble\.0\.name was not set, is 'resnet8'"):
+        runs.cached(*words_of(runs, "an ensemble of two"))
+
+
+def test_the_teacher_of_a_file_counts_and_not_what_else_it_holds(runs):
+    """A checkpoint of distillation has the student too, which is not what answers."""
+    one, two = (load_file(runs.place / f"{name}.safetensors") for name in ("one", "two"))
+    both = runs.place / "both.pt"
+    words = (f"teacher.weights={both}", "teacher.weights_key=teacher", *X_ALONE)
+    torch.save({"student": one, "teacher": one}, both)
+    runs.cached(*words)
+    torch.save({"student": one, "teacher": two}, both)
+    with pytest.raises(UserError, match=r"teacher\.weights was"):
+        runs.cached(*words)
+
+
+def test_a_teacher_at_chance_is_refused_from_a_cache_too(runs):
+    words = (*X_ALONE, f"teacher.weights={runs.place / 'two.safetensors'}")
+    runs.fill(*words)
+    for run in (runs.run, runs.cached):
+        with pytest.raises(UserError, match="clearly above chance"):
+            run(*words, "teacher.min_accuracy=null")
+
+
+def test_what_a_cache_cannot_keep_is_refused_before_a_teacher_is_trained(runs):
+    trained = ("teacher.weights=null", "teacher.train=true", "augment.xprime=none")
+    maps = ("losses.kd=null", "losses.at.weight=1", "losses.at.pairs.stage3=stage3")
+    with pytest.raises(UserError, match=r"teacher\.cache_maps=stage3"):
+        runs.cached(*trained, *maps)
+    with pytest.raises(UserError, match=r"teacher\.cache_top=10 of 10 classes"):
+        runs.cached(*trained, "losses.kd.views=x", "teacher.cache_format=top8")
+    with pytest.raises(UserError, match="no loss asks the teacher for it"):
+        runs.cached(*trained, "losses.kd.views=x", "teacher.cache_maps=stage1")
+    assert not list(runs.place.glob("runs/teachers/*"))
+
+
+def test_a_teacher_that_was_trained_is_found_from_its_cache(runs, no_teacher):
+    words = (*X_ALONE, "teacher.weights=null", "teacher.train=true")
+    first = runs.cached(*words)
+    no_teacher()
+    assert not unlike(first, runs.cached(*words))
 
 
 def test_what_is_missing_is_asked_and_kept(runs, no_teacher):
@@ -401,6 +470,15 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(runs, monkeypa
     assert not runs.files()
 
 
+def test_filling_a_disk_that_takes_no_more_fails(runs, monkeypatch):
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastkd.teachers.cache.segments.SegmentWriter.write", full)
+    with pytest.raises(RunFailed, match="takes no more answers"):
+        runs.fill()
+
+
 def test_maps_are_refused_with_the_size_they_would_take(runs):
     words = (
         "augment.xprime=none",
@@ -438,10 +516,12 @@ def test_lossy_formats_train_on_what_they_keep_and_say_what_it_costs(runs, no_te
     assert not unlike(written, runs.cached(*words))
 
 
-def test_another_validation_set_evaluates_the_teacher_anew(runs, monkeypatch):
+def test_another_validation_set_evaluates_the_teacher_anew_once(runs, monkeypatch, no_teacher):
     runs.fill(*X_ALONE)
     monkeypatch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 30)
     live = runs.run(*X_ALONE)
+    assert not unlike(live, runs.cached(*X_ALONE))
+    no_teacher()
     assert not unlike(live, runs.cached(*X_ALONE))
 
 

@@ -69,7 +69,7 @@ def test_a_teacher_that_is_trained_first_keeps_its_network(tmp_path: Path) -> No
     sign(lesson, replace(card_of(lesson), normalization=normalization))
     save_weights(tmp_path / "best.safetensors", lesson)
     said: list[str] = []
-    proven, summary = prove_teacher(
+    proven, summary, _ = prove_teacher(
         config,
         nets,
         data,

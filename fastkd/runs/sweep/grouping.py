@@ -82,6 +82,7 @@ def _shared_facts(recipe: Recipe, session: Session) -> dict[str, Any]:
         facts |= dotted({"teacher": recipe.teacher.outcome()})
         # Without effect on the outcome, but the folder is of one run of the group for all.
         facts["teacher.cache"] = recipe.teacher.cache
+        facts["teacher.cache_maps"] = list(recipe.teacher.cache_maps)
         taps = needed_taps(terms, "teacher")
         facts[_TEACHERS_TAPS] = [f"{view}: {' '.join(sorted(own))}" for view, own in taps.items()]
         lessons = (recipe.as_teacher(one) for one in recipe.teachers().values() if one.trains)

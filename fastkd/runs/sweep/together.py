@@ -100,10 +100,12 @@ def _train(runs: list[_Run], screen: GroupConsole, found: Found, stop: StopSigna
         if not isinstance(error, Interrupted):
             raise error
     if stop.code:
-        raise Interrupted(
-            f"stopped with {len(ended)} runs under way, whose state is saved; {HOW_TO_RESUME}",
-            stop.code,
+        saved = (
+            f"with {len(ended)} runs under way, whose state is saved"
+            if ended
+            else "after these runs"
         )
+        raise Interrupted(f"stopped {saved}; {HOW_TO_RESUME}", stop.code)
 
 
 def _advance(run: _Run, screen: GroupConsole, found: Found) -> None:

@@ -28,6 +28,17 @@ _WAITING = 4
 """Steps that may wait for the copy from a GPU before they are written."""
 
 
+def answers_to(images_NCHW: Tensor, teacher: Teacher | Ensemble) -> dict[str, Tensor]:
+    """A teacher's answers to a few images, the first that it is shown, by need of every view."""
+    features = teacher.tried(images_NCHW)
+    return {
+        str(Need.of(view, "teacher", tap)): features[tap]
+        for view, taps in teacher.taps.items()
+        for tap in taps
+        if tap in features
+    }
+
+
 def columns_of(
     answers: Mapping[str, Tensor],
     *,
@@ -40,8 +51,15 @@ def columns_of(
     """The columns of a cache for these answers to a few images, by need.
 
     pool: images of x' for each of x. maps: taps of whole maps that the user wants to be kept.
-    images: of the whole run, for messages. UserError for a map that is not among them.
+    images: of the whole run, for messages. UserError for a map that is not among them, and for a
+    name that no loss asks for.
     """
+    asked = {Need(name).tap for name in answers}
+    if unasked := [tap for tap in maps if tap not in asked]:
+        raise UserError(
+            f"teacher.cache_maps={unasked[0]}: no loss asks the teacher for it; they ask for "
+            f"{', '.join(sorted(asked))}"
+        )
     found: dict[str, Column] = {}
     for name, tensor in answers.items():
         need = Need(name)
@@ -103,7 +121,7 @@ class CachedTeacher:
             self.taps[need.view] = (*self.taps.get(need.view, ()), need.tap)
 
     @property
-    def is_lossless(self) -> bool:
+    def _is_lossless(self) -> bool:
         """Whether answers are kept as the teacher gives them."""
         columns = self.store.manifest.columns
         return all(columns[need].format == "full" for need in self.store.needs)
@@ -178,6 +196,12 @@ class CachedTeacher:
     def _encoded(self, need: str, answer: Tensor) -> Tensor:
         """uint8 [places, bytes]; of a pool the images of a place lie together."""
         column, codec = self.store.manifest.columns[need], self.store.codecs[need]
+        if (tuple(answer.shape[1:]), answer.dtype) != (column.shape, column.type):
+            raise UserError(
+                f"the teacher's {need} is {list(answer.shape[1:])} of {answer.dtype} for every "
+                f"image, and {self.store.folder} keeps {list(column.shape)} of {column.dtype}: "
+                f"name another folder as teacher.cache, or leave it out"
+            )
         if column.images > 1:
             answer = answer.unflatten(0, (column.images, -1)).transpose(0, 1).flatten(0, 1)
         return codec.encode(answer)
@@ -198,7 +222,7 @@ class CachedTeacher:
         return rows
 
     def _judge(self, answers: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-        if self.is_lossless or len(self._divergence) >= _JUDGED:
+        if self._is_lossless or len(self._divergence) >= _JUDGED:
             return
         each = [_kl(answers[need], found[need]) for need in self._kept_logits]
         if each:

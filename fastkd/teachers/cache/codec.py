@@ -52,8 +52,16 @@ class Column(BaseModel):
     def of(
         cls, answers: Tensor, *, images: int = 1, format: CacheFormat = "full", top: int = 0
     ) -> "Column":
-        """The column of some answers [N, ...]. UserError if `top` is no part of their classes."""
+        """The column of some answers [N, ...].
+
+        UserError if `top` is no part of their classes, or for numbers of another type.
+        """
         shape = tuple(answers.shape[1:])
+        if str(answers.dtype) not in _DTYPES:
+            raise UserError(
+                f"the teacher answers in {answers.dtype}, and a cache keeps {', '.join(_DTYPES)}: "
+                f"leave out teacher.cache"
+            )
         if format in ("top16", "top8") and not 0 < top < math.prod(shape):
             raise UserError(
                 f"teacher.cache_top={top} of {math.prod(shape)} classes: keep at least one and not "

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from fastkd.errors import UserError
 from fastkd.printable import brief
@@ -27,6 +27,12 @@ class Identity(BaseModel):
     """What decides the answers to every view: teacher, data, order, how x is changed."""
     views: Mapping[str, Mapping[str, Any]]
     """What else decides those to one view, by its name."""
+
+    @field_validator("shared", "views", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        """As JSON gives them back: what is read is compared with what was not written yet."""
+        return json.loads(json.dumps(value))
 
     def of_views(self, views: Iterable[str]) -> dict[str, Any]:
         """All facts that decide the answers to some views; those of a view begin with its name."""

@@ -5,6 +5,7 @@ calls `around` -> the trainer asks the `CachedTeacher`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastkd.compute.machine import version_of
 from fastkd.compute.ranks import World, on_main
 from fastkd.errors import RunFailed, UserError
 from fastkd.losses.base.needs import Need
 from fastkd.printable import few
 from fastkd.storage.atomic import atomic_path, writing
-from fastkd.teachers.cache.cached import CachedTeacher, columns_of
+from fastkd.teachers.cache.cached import CachedTeacher, answers_to, columns_of
 from fastkd.teachers.cache.codec import CacheFormat
 from fastkd.teachers.cache.identity import Identity, refuse
 from fastkd.teachers.cache.store import AnswerStore, Manifest, TeacherFacts, size_in_words
@@ -52,6 +54,10 @@ class AnswerCache:
     """Of the teacher that has just been evaluated, if it was."""
     believed: bool
     """Whether what the manifest says of the teacher would be found again."""
+    compiled: bool = False
+    """Whether the recipe compiles a teacher of its own accord."""
+    writes: bool = True
+    """Whether anything is written, or all is tried only."""
     load: Callable[[], tuple[LoadedNet, ...]]
     """Builds the teachers with their weights."""
     part: Callable[[int], slice]
@@ -106,6 +112,8 @@ class AnswerCache:
             assert teacher is not None, "a cache is made of a teacher that was built"
             manifest = self._made(teacher, probe_NCHW, parts)
         refuse(self.folder, manifest.identity, self.identity, taps)
+        if self.facts and self.manifest and self.writes:
+            manifest = self._refreshed(manifest, self.facts)
         needs = tuple(
             str(Need.of(view, "teacher", tap))
             for view, wanted in taps.items()
@@ -124,9 +132,11 @@ class AnswerCache:
             manifest,
             tuple(need for need in needs if need in manifest.columns),
             rank=self.world.rank,
+            writes=self.writes,
             say=self.say,
         )
-        self._announce(store)
+        if self.writes:
+            self._announce(store)
         return CachedTeacher(
             store,
             part=self.part,
@@ -134,6 +144,18 @@ class AnswerCache:
             teacher=teacher,
             bind=lambda: bind(self.load()),
         )
+
+    def _refreshed(self, manifest: Manifest, facts: TeacherFacts) -> Manifest:
+        """The manifest with what the teacher reaches on today's validation images."""
+        facts = facts.model_copy(update={"pooled": manifest.teacher.pooled})
+        fresh = manifest.model_copy(update={"teacher": facts})
+
+        def write() -> None:
+            with suppress(RunFailed):  # a folder that can only be read stays as it is
+                fresh.write(self.folder)
+
+        on_main(self.world, write)
+        return fresh
 
     def head(self) -> nn.Linear | None:
         """The teacher's classifier, if it is kept here. UserError for a damaged file."""
@@ -160,15 +182,8 @@ class AnswerCache:
         probe_NCHW: Tensor,
         parts: HeadParts | None,
     ) -> Manifest:
-        features = teacher.tried(probe_NCHW)
-        answers = {
-            str(Need.of(view, "teacher", tap)): features[tap]
-            for view, taps in teacher.taps.items()
-            for tap in taps
-            if tap in features
-        }
         columns = columns_of(
-            answers,
+            answers_to(probe_NCHW, teacher),
             pool=self.pool,
             format=self.format,
             top=self.top,
@@ -179,7 +194,11 @@ class AnswerCache:
         if parts:
             facts = facts.model_copy(update={"pooled": parts.pooled})
         manifest = Manifest(
-            identity=self.identity, places=self.places, columns=columns, teacher=facts
+            identity=self.identity,
+            places=self.places,
+            columns=columns,
+            teacher=facts,
+            written_by={name: str(version_of(name)) for name in ("fastkd", "torch")},
         )
         return on_main(self.world, lambda: self._written(manifest, parts))
 

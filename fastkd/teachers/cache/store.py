@@ -9,10 +9,11 @@ a place that two have written is the same in both.
 """
 
 import itertools
-import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ __all__ = ["FORMAT", "AnswerStore", "Manifest", "TeacherFacts", "size_in_words"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NUMBERS = itertools.count()
 
 
 class TeacherFacts(BaseModel):
@@ -44,8 +44,10 @@ class TeacherFacts(BaseModel):
     """Its entry in summary.json."""
     said: tuple[str, ...] = ()
     """The sentences about it on the screen."""
+    evaluations: tuple[dict[str, float], ...] = ()
+    """What each of the teachers reaches on the validation images."""
     validation: str = ""
-    """Fingerprint of the data on which its accuracy was measured."""
+    """Fingerprint of these images."""
     macs: tuple[float | None, ...] = ()
     """Multiply-accumulates of an image for each of the teachers; None where nobody can tell."""
     pooled: tuple[str, ...] | None = None
@@ -114,6 +116,8 @@ class AnswerStore:
     needs: tuple[str, ...]
     """The columns that are read and written."""
     rank: int = 0
+    writes: bool = True
+    """Whether answers that are not there are kept; false once the disk takes no more."""
     say: Callable[[str], None] = lambda _: None
     read: int = 0
     """Places that were found so far."""
@@ -121,7 +125,6 @@ class AnswerStore:
     """Places that were written so far."""
     _epoch: "_Epoch | None" = None
     _writer: SegmentWriter | None = None
-    _writes: bool = True
     _said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -143,8 +146,11 @@ class AnswerStore:
 
     def there_bytes(self) -> int:
         """Bytes of answers in the folder."""
-        files = self.folder.glob("epoch-*/*.answers")
-        return sum(path.stat().st_size for path in files)
+        total = 0
+        for path in self.folder.glob("epoch-*/*.answers"):
+            with suppress(OSError):  # another process may remove it
+                total += path.stat().st_size
+        return total
 
     def lacking_bytes(self, epochs: int) -> int:
         """Bytes that the disk lacks for the answers of so many epochs; not above 0: none."""
@@ -164,9 +170,9 @@ class AnswerStore:
         opened = self._opened(epoch)
         pieces = opened.pieces(part, self._note_damage)
         if pieces is None:
-            if opened.segments and len(opened.covered):
+            if opened.segments:
                 self._note(
-                    f"missing {epoch}",
+                    "missing",
                     f"{self.folder}: of epoch {epoch + 1} answers are missing, first those to "
                     f"images {part.start + 1} to {part.stop}: the teacher is asked for them",
                 )
@@ -181,16 +187,16 @@ class AnswerStore:
 
     def write(self, epoch: int, part: slice, rows: Mapping[str, Tensor]) -> None:
         """Keep the answers to some places: by need uint8 on the host, [N, bytes]."""
-        if not self._writes:
+        if not self.writes:
             return
         num = part.stop - part.start
         columns = {need: tensor.view(num, -1) for need, tensor in rows.items()}
         try:
             self._writer_of(epoch).write(part.start, columns)
         except OSError as error:
-            self._writes = False
+            self.writes = False
             why = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
-            self._note("disk", f"{self.folder}: {why}; no more answers are kept, training goes on")
+            self._note("disk", f"{self.folder}: {why}; no more answers are kept")
             return
         self.written += num
 
@@ -216,7 +222,8 @@ class AnswerStore:
         self._opened(epoch)
         if self._writer is None:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            name = f"{stamp}-{os.getpid()}-{next(_NUMBERS)}-rank-{self.rank}.answers"
+            # Processes of several hosts may have one number.
+            name = f"{stamp}-rank-{self.rank}-{secrets.token_hex(4)}.answers"
             self._writer = SegmentWriter(
                 _folder_of(self.folder, epoch) / name,
                 self.manifest.identity.digest(),
@@ -273,7 +280,7 @@ class _Epoch:
         for path in _files(_folder_of(folder, number)):
             try:
                 segment = Segment.open(path, identity, row_bytes, places)
-            except OSError:
+            except (OSError, ValueError):  # mmap's, of a file that was just emptied
                 continue  # as if it was not there
             if segment:
                 segments.append(segment)
