@@ -36,21 +36,14 @@ from fastkd.training.step import needed_taps
 
 __all__ = ["check_columns", "find_cache", "seen_in"]
 
-_ASIDE = {
-    *(
-        "weights",
-        "weights_key",
-        "pretrained",
-        "new_head",
-        "frozen",
-        "train",
-        "epochs",
-        "lr",
-        "seed",
-    ),
-    *("kernels", "compile", "min_accuracy"),
-    *(TeacherConfig.model_fields.keys() - MemberConfig.model_fields.keys()),
-}
+_OF_ITS_TRAINING = {"pretrained", "new_head", "frozen", "train", "epochs", "lr", "seed"}
+_OF_ITS_FILE = {"weights", "weights_key"}
+_ASIDE = (
+    _OF_ITS_TRAINING
+    | _OF_ITS_FILE
+    | {"kernels", "compile", "min_accuracy"}
+    | (TeacherConfig.model_fields.keys() - MemberConfig.model_fields.keys())
+)
 """Keys of a teacher that the digest of its weights answers for, that change roundings at most, or
 that say what happens to its answers."""
 

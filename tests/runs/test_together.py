@@ -113,6 +113,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("losses.kd.temperature=2;4",),
     ),
 }
+QUICK = ("losses", "students", "seeds of weights", "picks", "two teachers")
+"""Of these; the others are left to the exhaustive run."""
 RATES = ("--sweep", "optim.lr=0.05;0.1;0.2")
 
 
@@ -166,7 +168,7 @@ def check_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(one, marks=pytest.mark.matrix) if one == "compiled" else one for one in CASES],
+    [one if one in QUICK else pytest.param(one, marks=pytest.mark.matrix) for one in CASES],
 )
 def test_runs_together_end_as_alone(
     place: Callable[[str], Path], train: Callable[..., Any], name: str
@@ -330,7 +332,14 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int, number: signal.Sign
     monkeypatch.setattr(Trainer, "optimize", stopped)
 
 
-@pytest.mark.parametrize("call", [0, 4, 3 * STEPS - 1, 5 * STEPS + 1])
+@pytest.mark.parametrize(
+    "call",
+    [
+        4,
+        5 * STEPS + 1,
+        *(pytest.param(call, marks=pytest.mark.matrix) for call in (0, 3 * STEPS - 1)),
+    ],
+)
 def test_a_signal_saves_every_run_and_the_same_command_resumes_all(
     place: Callable[[str], Path],
     train: Callable[..., Any],
