@@ -18,9 +18,11 @@ from fastkd.augment.mix import MIXES
 from fastkd.compute.machine import version_of
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import on_main
+from fastkd.config.values import is_list, is_mapping
 from fastkd.data import DataPair
 from fastkd.data.config import AppearanceConfig
 from fastkd.data.sources.folder import FolderIndex
+from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
@@ -150,11 +152,28 @@ def _holds(facts: TeacherFacts, config: TeacherConfig, data: DataPair) -> bool:
     """Whether what a cache says of the teachers would be found again, and is good enough."""
     each = facts.evaluations
     return (
-        facts.validation == seen_in(data)
+        _reportable(facts.summary, config)
+        and facts.validation == seen_in(data)
         and len(each) == len(config.members())
         and all(
             good_enough(one, found, data)
             for one, found in zip(config.members().values(), each, strict=True)
+        )
+    )
+
+
+def _reportable(summary: Mapping[str, Any], config: TeacherConfig) -> bool:
+    """Whether the end of a run can be told with what a manifest says of its teachers."""
+    members = summary.get("members", [summary])
+    return (
+        is_list(members)
+        and len(members) == len(config.members())
+        and all(
+            is_mapping(one)
+            and isinstance(one.get("name"), str)
+            and isinstance(one.get(headline(one)), float)
+            and is_mapping(one.get("training", {}))
+            for one in (summary, *members)
         )
     )
 

@@ -7,6 +7,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -82,6 +83,21 @@ class TeacherConfig(MemberConfig):
         for key, one in self.members().items():
             _check_member(key, one)
         return self
+
+    @field_validator("cache")
+    @classmethod
+    def _is_a_folder(cls, value: str | None) -> str | None:
+        word = (value or "").strip().lower()
+        if (
+            value is not None
+            and value != "auto"
+            and word in ("", "auto", "none", "null", "off", "no")
+        ):
+            raise ValueError(
+                f"teacher.cache={value}: name a folder, or auto, or null for no cache (./{word} is "
+                f"a folder of that name)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _keeps_answers(self) -> "TeacherConfig":

@@ -1,7 +1,10 @@
 """Runs that read a teacher's answers from a cache are, bit for bit, those that ask the teacher."""
 
 import json
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -416,6 +419,114 @@ def test_a_damaged_manifest_is_one_sentence(runs, text, why):
         runs.cached()
     assert why in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def changed_head(change):
+    """A file whose head names other columns, with the right checksum."""
+
+    def changed(data):
+        magic, length, _ = struct.unpack_from("<8sII", data)
+        head = json.loads(data[16 : 16 + length])
+        change(head["columns"])
+        text = json.dumps(head).encode()
+        new = struct.pack("<8sII", magic, len(text), zlib.crc32(text)) + text
+        start = 16 + length + -(16 + length) % 64
+        return new + bytes(-len(new) % 64) + data[start:]
+
+    return changed
+
+
+WIDTHS = (-43, -64, 0, -(10**9), 10**30, None, "abc", True, 1.5, [1])
+
+
+@pytest.mark.parametrize("width", some(WIDTHS, -43, None))
+def test_a_head_with_impossible_columns_is_as_if_it_was_not_there(runs, width):
+    live = runs.run(*X_ALONE)
+    runs.fill(*X_ALONE)
+    damaged(runs, changed_head(lambda columns: columns.update(q=width)))
+    assert not unlike(live, runs.cached(*X_ALONE))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_asked_again(runs, monkeypatch):
+    """Mapped into memory it would end the process."""
+    live = runs.run()
+    runs.fill()
+    rows, calls = AnswerStore.rows, iter(range(100))
+
+    def cuts(self, epoch, part):
+        if next(calls) == 2:
+            os.truncate(runs.files()[0], 1000)
+        return rows(self, epoch, part)
+
+    monkeypatch.setattr(AnswerStore, "rows", cuts)
+    assert not unlike(live, runs.cached())
+
+
+def _in_column(**values):
+    def change(manifest):
+        for column in manifest["columns"].values():
+            column.update(values)
+
+    return change
+
+
+def _in(name, value):
+    return lambda manifest: manifest.update({name: value})
+
+
+MANIFESTS = {
+    "a huge shape": _in_column(shape=[10**12]),
+    "a shape beyond any number": _in_column(shape=[10**30]),
+    "a large shape": _in_column(shape=[1 << 20, 1 << 20]),
+    "a negative shape": _in_column(shape=[-10]),
+    "another layout": _in_column(channels_last=True),
+    "more classes than there are": _in_column(format="top16", top=1000),
+    "top without a format of it": _in_column(top=3),
+    "another pool": _in_column(images=7),
+    "no images": _in("places", 0),
+    "too few images": _in("places", 10),
+    "too many images": _in("places", 10**12),
+    "a negative number of images": _in("places", -5),
+    "too deep": lambda manifest: manifest["teacher"].update(said=[[[[]]]]),
+}
+
+
+@pytest.mark.parametrize("name", some(MANIFESTS, "a huge shape", "another pool", "no images"))
+def test_an_impossible_manifest_is_one_sentence(runs, name):
+    runs.fill(*X_ALONE, epochs=1)
+    path = runs.cache / "manifest.json"
+    manifest = json.loads(path.read_text())
+    MANIFESTS[name](manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"damaged|expected|answers in the cache") as refused:
+        runs.cached(*X_ALONE)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "summary", [{}, {"name": 3}, {"name": "x", "accuracy": []}, {"members": 1}]
+)
+def test_a_summary_that_cannot_be_told_is_made_anew(runs, summary):
+    live = runs.run(*X_ALONE)
+    runs.fill(*X_ALONE)
+    path = runs.cache / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["teacher"]["summary"] = summary
+    path.write_text(json.dumps(manifest))
+    assert not unlike(live, runs.cached(*X_ALONE))
+
+
+@pytest.mark.parametrize("word", ["none", "off", "AUTO", "' '"])
+def test_a_folder_that_is_meant_as_a_word_is_refused(runs, word):
+    with pytest.raises(UserError, match="or null for no cache"):
+        runs.recipe(f"teacher.cache={word.strip(chr(39))}")
+
+
+def test_a_file_in_place_of_the_folder_is_refused(runs):
+    runs.cache.write_text("mine")
+    with pytest.raises(UserError, match="is a file, or lies below one: name a folder"):
+        runs.cached()
+    assert runs.cache.read_text() == "mine"
 
 
 def test_a_full_disk_ends_no_run(runs, monkeypatch):

@@ -6,10 +6,10 @@ operations, so they run where the answers are.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Annotated, Literal, Protocol, Self, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fastkd.errors import UserError
@@ -22,8 +22,13 @@ FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 
 _STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _DTYPES = {str(kind): kind for kind in (torch.float32, torch.float16, torch.bfloat16)}
+_LARGEST = 1 << 28
+"""Numbers of an answer to one image."""
 _LEAST = 1e-7
 """Of the probability that is spread over the classes that are not kept."""
+
+
+_Side = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class Column(BaseModel):
@@ -31,7 +36,7 @@ class Column(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shape: tuple[int, ...] = Field(min_length=1)
+    shape: tuple[_Side, ...] = Field(min_length=1, max_length=8)
     """Of the answer to one image."""
     dtype: Literal["torch.float32", "torch.float16", "torch.bfloat16"]
     """Type in which the teacher gives it."""
@@ -42,6 +47,18 @@ class Column(BaseModel):
     format: CacheFormat = "full"
     top: int | None = Field(default=None, ge=1)
     """Classes kept by `top16` and `top8`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if math.prod(self.shape) > _LARGEST:
+            raise ValueError(f"answers of {math.prod(self.shape):,} numbers")
+        if (self.top is not None) != self.format.startswith("top"):
+            raise ValueError(f"top={self.top} with the format {self.format}")
+        if self.top is not None and (self.shape[1:] or self.top >= math.prod(self.shape)):
+            raise ValueError(f"top={self.top} of {list(self.shape)}")
+        if self.channels_last and len(self.shape) != 3:
+            raise ValueError(f"channels_last, and {list(self.shape)} is no map")
+        return self
 
     @property
     def type(self) -> torch.dtype:
@@ -172,6 +189,8 @@ class _Top:
     def decode(self, bytes_NB: Tensor) -> Tensor:
         values, classes = self._parts
         class_NK = bytes_NB[:, values : values + classes].contiguous().view(self._index).long()
+        # A file may hold any number.
+        class_NK = class_NK.clamp(0, self.num_classes - 1)
         if self.column.format == "top16":
             log_p_NK = bytes_NB[:, : 2 * self.top].contiguous().view(torch.float16).float()
         else:

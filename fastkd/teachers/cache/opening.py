@@ -4,7 +4,7 @@ Flow: `fastkd.runs.teacher_cache` makes an `AnswerCache` of a recipe -> `fastkd.
 calls `around` -> the trainer asks the `CachedTeacher`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ class AnswerCache:
             assert teacher is not None, "a cache is made of a teacher that was built"
             manifest = self._made(teacher, probe_NCHW, parts)
         refuse(self.folder, manifest.identity, self.identity, taps)
+        self._check(manifest, taps)
         if self.facts and self.manifest and self.writes:
             manifest = self._refreshed(manifest, self.facts)
         needs = tuple(
@@ -144,6 +145,18 @@ class AnswerCache:
             teacher=teacher,
             bind=lambda: bind(self.load()),
         )
+
+    def _check(self, manifest: Manifest, views: Iterable[str]) -> None:
+        """UserError if the manifest contradicts the data that it belongs to."""
+        pools = {Need(need).view: column.images for need, column in manifest.columns.items()}
+        expected = {view: self.pool if view == "xprime" else 1 for view in views}
+        if manifest.places != self.places or any(
+            pools.get(view, images) != images for view, images in expected.items()
+        ):
+            raise UserError(
+                f"the manifest of {self.folder} is damaged: it is for {manifest.places} images, "
+                f"and an epoch has {self.places}. Remove the folder, and the cache is made anew"
+            )
 
     def _refreshed(self, manifest: Manifest, facts: TeacherFacts) -> Manifest:
         """The manifest with what the teacher reaches on today's validation images."""
@@ -229,7 +242,7 @@ class AnswerCache:
         each, whole, there = map(size_in_words, (store.epoch_bytes, whole, there))
         self.say(
             f"the teacher's answers, in {self.folder}: {each} an epoch, {whole} in all, {there} "
-            f"are there"
+            f"on the disk"
         )
         if lacking > 0:
             self.say(

@@ -7,23 +7,24 @@
 
 Every part begins at a multiple of 64 bytes. A file is only ever appended to, by the process that
 made it, so whatever was written whole stays readable whatever happens to that process; the rest is
-recognised and left out. Nothing in a file is trusted before its checksum is right.
+recognised and left out. Nothing in a file is trusted before its checksum is right. Blocks are read
+and not mapped into memory: a file that another program cuts short would end the process.
 """
 
 import json
-import mmap
 import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.config.values import is_list, is_mapping
+from fastkd.config.values import is_mapping
 
 __all__ = ["Block", "Segment", "SegmentWriter"]
 
@@ -32,6 +33,9 @@ _HEAD_MAGIC = b"fastkdA1"
 _BLOCK = struct.Struct("<8sQII")
 _BLOCK_MAGIC = b"answers1"
 _ALIGN = 64
+_WIDEST = 1 << 32
+"""Bytes of an image in a column."""
+_LONGEST_HEAD = 1 << 20
 
 
 def _padded(num_bytes: int) -> int:
@@ -67,14 +71,16 @@ class _Layout:
         return found, end
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segment:
-    """A file that is read, mapped into memory."""
+    """A file that is read."""
 
     path: Path
     blocks: tuple[Block, ...]
-    memory: mmap.mmap
+    file: FileIO
     layout: _Layout
+    _last: tuple[Block, bytearray] | None = None
+    """The block that was read last: a batch may begin where another has ended in it."""
 
     @classmethod
     def open(
@@ -85,40 +91,47 @@ class Segment:
         row_bytes: bytes of a place in each column that is wanted. None for a file of another cache,
         or without these columns, or without a block. Raises OSError.
         """
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < _HEAD.size:
-                return None
-            # Private pages: torch wants memory that could be written.
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        head = _head_of(memory)
+        file = FileIO(path)
+        head, start = _head_of(file)
         columns = head.get("columns")
         if head.get("identity") != identity or not is_mapping(columns):
             return None
-        if any(columns.get(name) != each for name, each in row_bytes.items()):
+        widths = {str(name): each for name, each in columns.items()}
+        if not all(type(each) is int and 0 < each <= _WIDEST for each in widths.values()):
             return None
-        layout = _Layout({str(name): int(each) for name, each in columns.items()})
-        blocks = tuple(_blocks(memory, layout, places))
-        if hasattr(memory, "madvise"):
-            memory.madvise(mmap.MADV_SEQUENTIAL)
-        return cls(path, blocks, memory, layout) if blocks else None
+        if any(widths.get(name) != each for name, each in row_bytes.items()):
+            return None
+        layout = _Layout(widths)
+        blocks = tuple(_blocks(file, start, layout, places))
+        return cls(path, blocks, file, layout) if blocks else None
 
     def is_whole(self, block: Block) -> bool:
         """Whether the block's data are those that were written."""
-        _, end = self.layout.offsets(block.num)
-        data = memoryview(self.memory)[block.offset : block.offset + end]
-        return len(data) == end and _checksum(block.first, block.num, [data]) == block.checksum
+        return self._data(block) is not None
 
-    def rows(self, block: Block, column: str, places: slice) -> Tensor:
-        """Some places of a block in one column, uint8 [N, bytes], on the mapped memory."""
+    def rows(self, block: Block, column: str, places: slice) -> Tensor | None:
+        """Some places of a block in one column, uint8 [N, bytes]; None if they are damaged."""
+        data = self._data(block)
+        if data is None:
+            return None
         offsets, _ = self.layout.offsets(block.num)
         each = self.layout.row_bytes[column]
         num = places.stop - places.start
-        return torch.frombuffer(
-            self.memory,
-            dtype=torch.uint8,
-            count=num * each,
-            offset=block.offset + offsets[column] + (places.start - block.first) * each,
-        ).view(num, each)
+        start = offsets[column] + (places.start - block.first) * each
+        return torch.frombuffer(data, dtype=torch.uint8, count=num * each, offset=start).view(
+            num, each
+        )
+
+    def _data(self, block: Block) -> bytearray | None:
+        """The data of a block, if their checksum is right."""
+        if self._last is None or self._last[0] != block:
+            _, end = self.layout.offsets(block.num)
+            data = bytearray(_read(self.file, block.offset, end))
+            whole = len(data) == end and _checksum(block.first, block.num, [data]) == block.checksum
+            if not whole:
+                return None
+            self._last = block, data
+        return self._last[1]
 
 
 class SegmentWriter:
@@ -165,36 +178,48 @@ class SegmentWriter:
         self._end += len(whole)
 
 
-def _checksum(first: int, num: int, data: Sequence[bytes | memoryview]) -> int:
+def _checksum(first: int, num: int, data: Sequence[bytes | bytearray | memoryview]) -> int:
     found = zlib.crc32(struct.pack("<QI", first, num))
     for part in data:
         found = zlib.crc32(part, found)
     return found
 
 
-def _head_of(memory: mmap.mmap) -> Mapping[str, Any]:
-    """The JSON of a file's head; empty if it is not one of ours."""
-    magic, length, checksum = _HEAD.unpack_from(memory)
-    text = memory[_HEAD.size : _HEAD.size + length]
-    if magic != _HEAD_MAGIC or zlib.crc32(text) != checksum:
-        return {}
+def _read(file: FileIO, offset: int, num_bytes: int) -> bytes:
+    """So many bytes, or fewer where the file ends or the disk fails."""
+    try:
+        return os.pread(file.fileno(), num_bytes, offset)
+    except OSError:
+        return b""
+
+
+def _head_of(file: FileIO) -> tuple[Mapping[str, Any], int]:
+    """The JSON of a file's head, empty if it is not one of ours, and where the blocks begin."""
+    fixed = _read(file, 0, _HEAD.size)
+    if len(fixed) < _HEAD.size:
+        return {}, 0
+    magic, length, checksum = _HEAD.unpack(fixed)
+    if magic != _HEAD_MAGIC or length > _LONGEST_HEAD:
+        return {}, 0
+    text = _read(file, _HEAD.size, length)
+    if zlib.crc32(text) != checksum:
+        return {}, 0
     try:
         found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if is_mapping(found) and not is_list(found) else {}
+    except (ValueError, RecursionError):
+        return {}, 0
+    return (found if is_mapping(found) else {}), _padded(_HEAD.size + length)
 
 
-def _blocks(memory: mmap.mmap, layout: _Layout, places: int) -> "list[Block]":
+def _blocks(file: FileIO, start: int, layout: _Layout, places: int) -> "list[Block]":
     """The blocks one behind the other, up to the first that is not whole or not possible."""
-    _, length, _ = _HEAD.unpack_from(memory)
-    place, found = _padded(_HEAD.size + length), list[Block]()
-    while place + _ALIGN <= len(memory):
-        magic, first, num, checksum = _BLOCK.unpack_from(memory, place)
+    size_of_file, place, found = os.fstat(file.fileno()).st_size, start, list[Block]()
+    while len(head := _read(file, place, _BLOCK.size)) == _BLOCK.size:
+        magic, first, num, checksum = _BLOCK.unpack(head)
         if magic != _BLOCK_MAGIC or not 0 < num <= places or first + num > places:
             break
         _, size = layout.offsets(num)
-        if place + _ALIGN + size > len(memory):
+        if place + _ALIGN + size > size_of_file:
             break
         found.append(Block(first, num, place + _ALIGN, checksum))
         place += _ALIGN + size

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fastkd.errors import UserError
@@ -61,7 +61,7 @@ class Manifest(BaseModel):
 
     format: int = FORMAT
     identity: Identity
-    places: int
+    places: int = Field(ge=1, le=1 << 40)
     """Images of an epoch."""
     columns: dict[str, Column]
     """By need, such as x/teacher/logits."""
@@ -77,6 +77,10 @@ class Manifest(BaseModel):
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+        except NotADirectoryError:
+            raise UserError(
+                f"teacher.cache={folder} is a file, or lies below one: name a folder"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}): {_ANEW}") from error
         try:
@@ -163,26 +167,26 @@ class AnswerStore:
         return self._opened(epoch).pieces(part, self._note_damage) is None
 
     def rows(self, epoch: int, part: slice) -> dict[str, Tensor] | None:
-        """The answers to some places as uint8 [N, bytes] by need; None if one is missing.
-
-        Where they were written in one piece, they lie on the mapped file.
-        """
+        """The answers to some places as uint8 [N, bytes] by need; None if one is missing."""
         opened = self._opened(epoch)
         pieces = opened.pieces(part, self._note_damage)
         if pieces is None:
             if opened.segments:
                 self._note(
                     "missing",
-                    f"{self.folder}: of epoch {epoch + 1} answers are missing, first those to "
-                    f"images {part.start + 1} to {part.stop}: the teacher is asked for them",
+                    f"{self.folder}: not all answers of epoch {epoch + 1} are there, from image "
+                    f"{part.start + 1} on the teacher is asked for what is missing",
                 )
             return None
-        self.read += part.stop - part.start
         found: dict[str, Tensor] = {}
         for need, codec in self.codecs.items():
             each = [segment.rows(block, need, places) for segment, block, places in pieces]
-            whole = each[0] if len(each) == 1 else torch.cat(each)
+            there = [one for one in each if one is not None]
+            if len(there) < len(each):  # a file was changed since its block was looked at
+                return None
+            whole = there[0] if len(there) == 1 else torch.cat(there)
             found[need] = whole.view(-1, codec.row_bytes)
+        self.read += part.stop - part.start
         return found
 
     def write(self, epoch: int, part: slice, rows: Mapping[str, Tensor]) -> None:
@@ -280,7 +284,7 @@ class _Epoch:
         for path in _files(_folder_of(folder, number)):
             try:
                 segment = Segment.open(path, identity, row_bytes, places)
-            except (OSError, ValueError):  # mmap's, of a file that was just emptied
+            except OSError:
                 continue  # as if it was not there
             if segment:
                 segments.append(segment)
