@@ -5,6 +5,7 @@ another host if need be, where the run resumes.
 """
 
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ __all__ = ["RETRIES", "RayLauncher", "cpus_each", "open_ray", "run_in_worker"]
 
 RETRIES = 10
 """How often a run is started again whose worker or host has died."""
+
+_ANSWERS_WITHIN_S = 10.0
 
 
 def run_in_worker(order: Order) -> End:
@@ -102,6 +105,22 @@ def cpus_each(nodes: Sequence[Mapping[str, float]], runs: int, *, gpu: bool) -> 
     return next((each for each in shares if sum(own // each for own in cpus) >= runs), 1)
 
 
+def _refuse_silence(address: str) -> None:
+    """UserError if nobody answers at `host:port`, for which Ray itself would wait for minutes.
+
+    Ray's other forms of an address, such as auto, are left to it.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--launcher ray: there is no Ray at {address} ({first_line(error)})"
+        ) from None
+
+
 @contextmanager
 def open_ray(address: str | None, choice: str, jobs: int | None) -> Iterator[RayLauncher]:
     """Connect to Ray at the address; None: where RAY_ADDRESS says, or on this host.
@@ -118,6 +137,8 @@ def open_ray(address: str | None, choice: str, jobs: int | None) -> Iterator[Ray
     if ray.is_initialized():
         yield RayLauncher(ray, choice, jobs)
         return
+    if address is not None:
+        _refuse_silence(address)
     # Ray takes SIGTERM for itself.
     before = signal.getsignal(signal.SIGTERM)
     try:
