@@ -15,3 +15,8 @@ def to_its_end(turns: Generator[object, None, T]) -> T:
             next(turns)
         except StopIteration as end:
             return end.value
+        except RuntimeError as error:
+            # Python does not let a StopIteration of the work itself, such as a callback's, out.
+            if isinstance(error.__cause__, StopIteration):
+                raise error.__cause__ from None
+            raise
