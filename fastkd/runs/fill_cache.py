@@ -41,7 +41,7 @@ def fill_cache(recipe: Recipe, session: Session, epochs: int | None = None) -> N
     cache = cache_of(recipe, data, session)
     teachers = try_out(recipe, data, session, cache, Shared(session.console))
     if cache is None or not cache.replaces_teacher:
-        teachers, _, cache = prove(recipe, teachers, data, session)
+        teachers, _, cache = prove(recipe, teachers, data, session, cache)
     trainer = build_stage(recipe, data, teachers, session, cache=cache)
     teacher = trainer.teacher
     if not isinstance(teacher, CachedTeacher):

@@ -35,7 +35,7 @@ from fastkd.runs.folders import (
     stage_folder,
 )
 from fastkd.runs.shared import Shared
-from fastkd.runs.teacher_cache import check_columns, find_cache, seen_in
+from fastkd.runs.teacher_cache import find_cache, keeping, seen_in
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.storage.description import facts_of
 from fastkd.teachers.cache.cached import CachedTeacher, answers_to
@@ -147,7 +147,7 @@ def run_in_turns(
             shared.once("said", lambda: [of_all.console.note(one) for one in cache.known.said])
         else:
             teachers, teacher_summary, cache = shared.once(
-                "teachers", lambda: prove(recipe, teachers, data, of_all)
+                "teachers", lambda: prove(recipe, teachers, data, of_all, cache)
             )
         alone = _train_alone(recipe, data, session, folder.path / "alone")
         trainer = build_stage(recipe, data, teachers, session, folder, checkpoint, cache)
@@ -183,9 +183,7 @@ def _baselines(recipe: Recipe) -> str:
     )
 
 
-def cache_of(
-    recipe: Recipe, data: DataPair, session: Session, facts: TeacherFacts | None = None
-) -> AnswerCache | None:
+def cache_of(recipe: Recipe, data: DataPair, session: Session) -> AnswerCache | None:
     """The cache of the teacher's answers; see `find_cache`."""
     return find_cache(
         recipe,
@@ -194,14 +192,20 @@ def cache_of(
         session.root,
         folder_of=lambda member: teacher_folder(recipe.as_teacher(member), data, session),
         say=session.console.note,
-        facts=facts,
     )
 
 
 def prove(
-    recipe: Recipe, teachers: tuple[LoadedNet, ...], data: DataPair, session: Session
+    recipe: Recipe,
+    teachers: tuple[LoadedNet, ...],
+    data: DataPair,
+    session: Session,
+    cache: AnswerCache | None,
 ) -> tuple[tuple[LoadedNet, ...], dict[str, Any] | None, AnswerCache | None]:
-    """The teachers with their weights, what summary.json says of them, and their cache."""
+    """The teachers with their weights, what summary.json says of them, and their cache.
+
+    cache: as `cache_of` found it; of a teacher that is trained here it could not be found yet.
+    """
     said = list[str]()
 
     def say(sentence: str) -> None:
@@ -216,7 +220,8 @@ def prove(
         say=say,
         train=lambda member: _teach(data, session, recipe.as_teacher(member)),
     )
-    if recipe.teacher is None or recipe.teacher.cache is None or summary is None:
+    cache = cache or cache_of(recipe, data, session)
+    if cache is None or summary is None:
         return teachers, summary, None
     facts = TeacherFacts(
         summary=summary,
@@ -225,7 +230,7 @@ def prove(
         validation=seen_in(data),
         macs=Teaching(teachers).macs(data.facts.image_shape),
     )
-    return teachers, summary, cache_of(recipe, data, session, facts)
+    return teachers, summary, replace(cache, facts=facts)
 
 
 def try_out(
@@ -252,7 +257,8 @@ def try_out(
     trainer = build_stage(recipe, data, teachers, silent, cache=kept)
     if recipe.teacher and recipe.teacher.cache and isinstance(trainer.teacher, Teacher | Ensemble):
         probe = torch.zeros(2, *data.facts.image_shape, device=session.world.device)
-        check_columns(recipe, data, answers_to(probe.to(trainer.placement.dtype), trainer.teacher))
+        probe = probe.to(trainer.placement.dtype)
+        keeping(recipe, data).columns(answers_to(probe, trainer.teacher))
     trains_first = any(one.trains for one in recipe.teachers().values()) or recipe.baseline.lrs
     if recipe.compile == "on" and trains_first:
         # Whether the student's step compiles would come out only after those.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastkd.augment.mix import MIXES
 from fastkd.compute.machine import version_of
@@ -27,7 +26,7 @@ from fastkd.losses.base.registry import build_terms
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.storage.weight_file import WeightFile
-from fastkd.teachers.cache.cached import columns_of
+from fastkd.teachers.cache.cached import Keeping
 from fastkd.teachers.cache.identity import Identity, refuse
 from fastkd.teachers.cache.opening import AnswerCache
 from fastkd.teachers.cache.store import Manifest, TeacherFacts
@@ -36,7 +35,7 @@ from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.loading import filled, good_enough, load_teacher
 from fastkd.training.step import needed_taps
 
-__all__ = ["check_columns", "find_cache", "seen_in"]
+__all__ = ["find_cache", "keeping", "seen_in"]
 
 _OF_ITS_TRAINING = {"pretrained", "new_head", "frozen", "train", "epochs", "lr", "seed"}
 _OF_ITS_FILE = {"weights", "weights_key"}
@@ -58,12 +57,11 @@ def find_cache(
     *,
     folder_of: Callable[[MemberConfig], Path],
     say: Callable[[str], None],
-    facts: TeacherFacts | None = None,
 ) -> AnswerCache | None:
     """The cache that the recipe names; None if it names none, or a teacher is not trained yet.
 
-    root: where run folders go. folder_of: where a teacher is trained. facts: of a teacher that has
-    just been evaluated. All ranks must call this. UserError for a damaged manifest.
+    root: where run folders go. folder_of: where a teacher is trained. All ranks must call this.
+    UserError for a damaged manifest.
     """
     config = recipe.teacher
     if config is None or config.cache is None:
@@ -93,35 +91,27 @@ def find_cache(
         folder=folder,
         identity=identity,
         manifest=manifest,
-        facts=facts,
         believed=believed,
         compiled=any(one.compile == "on" for one in config.members().values()),
         load=partial(_load, config, data, trained),
         part=data.train.part,
         places=data.train.num_samples,
         epochs=recipe.shown_epochs,
-        format=config.cache_format,
-        top=config.cache_top,
-        maps=config.cache_maps,
-        pool=recipe.augment.pick.pool if recipe.augment.pick else 1,
+        keeping=keeping(recipe, data),
         world=placement.world,
         say=say,
     )
 
 
-def check_columns(recipe: Recipe, data: DataPair, answers: Mapping[str, Tensor]) -> None:
-    """UserError if the recipe's cache cannot keep answers like these, by need.
-
-    For a teacher that is trained first, whose cache cannot be found yet.
-    """
+def keeping(recipe: Recipe, data: DataPair) -> Keeping:
+    """How the recipe's cache keeps answers."""
     config, pick = recipe.teacher, recipe.augment.pick
     assert config is not None
-    columns_of(
-        answers,
-        pool=pick.pool if pick else 1,
+    return Keeping(
         format=config.cache_format,
         top=config.cache_top,
         maps=config.cache_maps,
+        pool=pick.pool if pick else 1,
         images=data.train.num_samples * recipe.shown_epochs,
     )
 

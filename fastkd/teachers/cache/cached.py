@@ -6,7 +6,8 @@ as in those that read it.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from fastkd.teachers.cache.store import AnswerStore, size_in_words
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.teacher import Teacher
 
-__all__ = ["Answering", "CachedTeacher", "answers", "columns_of"]
+__all__ = ["Answering", "CachedTeacher", "Keeping", "answers", "answers_to"]
 
 _JUDGED = 8
 """Batches whose answers are compared with what was stored of them."""
@@ -39,44 +40,47 @@ def answers_to(images_NCHW: Tensor, teacher: Teacher | Ensemble) -> dict[str, Te
     }
 
 
-def columns_of(
-    answers: Mapping[str, Tensor],
-    *,
-    pool: int,
-    format: CacheFormat,
-    top: int,
-    maps: Sequence[str],
-    images: int,
-) -> dict[str, Column]:
-    """The columns of a cache for these answers to a few images, by need.
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How a recipe wants answers to be kept."""
 
-    pool: images of x' for each of x. maps: taps of whole maps that the user wants to be kept.
-    images: of the whole run, for messages. UserError for a map that is not among them, and for a
-    name that no loss asks for.
-    """
-    asked = {Need(name).tap for name in answers}
-    if unasked := [tap for tap in maps if tap not in asked]:
-        raise UserError(
-            f"teacher.cache_maps={unasked[0]}: no loss asks the teacher for it; they ask for "
-            f"{', '.join(sorted(asked))}"
-        )
-    found: dict[str, Column] = {}
-    for name, tensor in answers.items():
-        need = Need(name)
-        in_pool = pool if need.view == "xprime" else 1
-        if tensor.dim() > 2 and need.tap not in maps:
-            each = tensor[0].numel() * tensor.element_size() * in_pool
+    format: CacheFormat = "full"
+    top: int = 0
+    """Classes of each image, where only the most probable ones are kept."""
+    maps: tuple[str, ...] = ()
+    """Taps of whole maps that are kept although they are large."""
+    pool: int = 1
+    """Images of x' for each of x."""
+    images: int = 0
+    """Of the whole run, for messages."""
+
+    def columns(self, answers: Mapping[str, Tensor]) -> dict[str, Column]:
+        """The columns of a cache for these answers to a few images, by need.
+
+        UserError for a map that is not to be kept, and for a name that no loss asks for.
+        """
+        asked = {Need(name).tap for name in answers}
+        if unasked := [tap for tap in self.maps if tap not in asked]:
             raise UserError(
-                f"teacher.cache would keep the map {need} of {list(tensor.shape[1:])} for every "
-                f"image, {size_in_words(each)} each and {size_in_words(each * images)} for this "
-                f"run: if the disk has them, set teacher.cache_maps={need.tap}, else leave out "
-                f"teacher.cache"
+                f"teacher.cache_maps={unasked[0]}: no loss asks the teacher for it; they ask for "
+                f"{', '.join(sorted(asked))}"
             )
-        logits = need.tap == "logits" and tensor.dim() == 2
+        return {name: self._column(Need(name), tensor) for name, tensor in answers.items()}
+
+    def _column(self, need: Need, answer: Tensor) -> Column:
+        in_pool = self.pool if need.view == "xprime" else 1
+        if answer.dim() > 2 and need.tap not in self.maps:
+            each = answer[0].numel() * answer.element_size() * in_pool
+            raise UserError(
+                f"teacher.cache would keep the map {need} of {list(answer.shape[1:])} for every "
+                f"image, {size_in_words(each)} each and {size_in_words(each * self.images)} for "
+                f"this run: if the disk has them, set teacher.cache_maps={need.tap}, else leave "
+                f"out teacher.cache"
+            )
+        logits = need.tap == "logits" and answer.dim() == 2
         # The rest is spread evenly over classes; other numbers have none.
-        kept: CacheFormat = format if logits or not format.startswith("top") else "full"
-        found[name] = Column.of(tensor, images=in_pool, format=kept, top=top)
-    return found
+        kept: CacheFormat = self.format if logits or not self.format.startswith("top") else "full"
+        return Column.of(answer, images=in_pool, format=kept, top=self.top)
 
 
 class _Copy(NamedTuple):

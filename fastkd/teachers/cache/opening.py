@@ -19,8 +19,7 @@ from fastkd.errors import RunFailed, UserError
 from fastkd.losses.base.needs import Need
 from fastkd.printable import few
 from fastkd.storage.atomic import atomic_path, writing
-from fastkd.teachers.cache.cached import CachedTeacher, answers_to, columns_of
-from fastkd.teachers.cache.codec import CacheFormat
+from fastkd.teachers.cache.cached import CachedTeacher, Keeping, answers_to
 from fastkd.teachers.cache.identity import Identity, refuse
 from fastkd.teachers.cache.store import AnswerStore, Manifest, TeacherFacts, size_in_words
 from fastkd.teachers.ensemble import Ensemble
@@ -50,7 +49,7 @@ class AnswerCache:
     identity: Identity
     manifest: Manifest | None
     """What lies there; None if nothing does."""
-    facts: TeacherFacts | None
+    facts: TeacherFacts | None = None
     """Of the teacher that has just been evaluated, if it was."""
     believed: bool
     """Whether what the manifest says of the teacher would be found again."""
@@ -66,12 +65,7 @@ class AnswerCache:
     """Images of an epoch."""
     epochs: int
     """Different epochs of the run."""
-    format: CacheFormat
-    top: int
-    maps: tuple[str, ...]
-    """Taps of whole maps that are kept."""
-    pool: int
-    """Images of x' for each of x."""
+    keeping: Keeping
     world: World
     say: Callable[[str], None]
 
@@ -149,7 +143,7 @@ class AnswerCache:
     def _check(self, manifest: Manifest, views: Iterable[str]) -> None:
         """UserError if the manifest contradicts the data that it belongs to."""
         pools = {Need(need).view: column.images for need, column in manifest.columns.items()}
-        expected = {view: self.pool if view == "xprime" else 1 for view in views}
+        expected = {view: self.keeping.pool if view == "xprime" else 1 for view in views}
         if manifest.places != self.places or any(
             pools.get(view, images) != images for view, images in expected.items()
         ):
@@ -195,14 +189,7 @@ class AnswerCache:
         probe_NCHW: Tensor,
         parts: HeadParts | None,
     ) -> Manifest:
-        columns = columns_of(
-            answers_to(probe_NCHW, teacher),
-            pool=self.pool,
-            format=self.format,
-            top=self.top,
-            maps=self.maps,
-            images=self.places * self.epochs,
-        )
+        columns = self.keeping.columns(answers_to(probe_NCHW, teacher))
         facts = self.known
         if parts:
             facts = facts.model_copy(update={"pooled": parts.pooled})

@@ -105,22 +105,19 @@ class Segment:
         blocks = tuple(_blocks(file, start, layout, places))
         return cls(path, blocks, file, layout) if blocks else None
 
-    def is_whole(self, block: Block) -> bool:
-        """Whether the block's data are those that were written."""
-        return self._data(block) is not None
-
-    def rows(self, block: Block, column: str, places: slice) -> Tensor | None:
-        """Some places of a block in one column, uint8 [N, bytes]; None if they are damaged."""
+    def rows(self, block: Block, places: slice) -> dict[str, Tensor] | None:
+        """Some places of a block, by column uint8 [N, bytes]; None if the block is damaged."""
         data = self._data(block)
         if data is None:
             return None
         offsets, _ = self.layout.offsets(block.num)
-        each = self.layout.row_bytes[column]
-        num = places.stop - places.start
-        start = offsets[column] + (places.start - block.first) * each
-        return torch.frombuffer(data, dtype=torch.uint8, count=num * each, offset=start).view(
-            num, each
-        )
+        num, behind = places.stop - places.start, places.start - block.first
+        return {
+            column: torch.frombuffer(
+                data, dtype=torch.uint8, count=num * each, offset=offsets[column] + behind * each
+            ).view(num, each)
+            for column, each in self.layout.row_bytes.items()
+        }
 
     def _data(self, block: Block) -> bytearray | None:
         """The data of a block, if their checksum is right."""

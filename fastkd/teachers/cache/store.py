@@ -164,12 +164,12 @@ class AnswerStore:
 
     def lacks(self, epoch: int, part: slice) -> bool:
         """Whether a place of an epoch is not there, or damaged."""
-        return self._opened(epoch).pieces(part, self._note_damage) is None
+        return self._opened(epoch).rows(part, self._note_damage) is None
 
     def rows(self, epoch: int, part: slice) -> dict[str, Tensor] | None:
         """The answers to some places as uint8 [N, bytes] by need; None if one is missing."""
         opened = self._opened(epoch)
-        pieces = opened.pieces(part, self._note_damage)
+        pieces = opened.rows(part, self._note_damage)
         if pieces is None:
             if opened.segments:
                 self._note(
@@ -180,11 +180,8 @@ class AnswerStore:
             return None
         found: dict[str, Tensor] = {}
         for need, codec in self.codecs.items():
-            each = [segment.rows(block, need, places) for segment, block, places in pieces]
-            there = [one for one in each if one is not None]
-            if len(there) < len(each):  # a file was changed since its block was looked at
-                return None
-            whole = there[0] if len(there) == 1 else torch.cat(there)
+            each = [piece[need] for piece in pieces]
+            whole = each[0] if len(each) == 1 else torch.cat(each)
             found[need] = whole.view(-1, codec.row_bytes)
         self.read += part.stop - part.start
         return found
@@ -261,9 +258,6 @@ def _folder_of(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:05d}"
 
 
-_Piece = tuple[Segment, Block, slice]
-
-
 @dataclass
 class _Epoch:
     """The files of an epoch as they were when it was opened."""
@@ -273,8 +267,6 @@ class _Epoch:
     blocks: list[tuple[Segment, Block]]
     covered: np.ndarray
     """For every place the number of the block that holds it, int32; -1: none does."""
-    checked: set[int] = field(default_factory=set)
-    """Blocks whose checksum is right."""
 
     @classmethod
     def open(
@@ -297,26 +289,29 @@ class _Epoch:
         for number in numbers:
             self.covered[self.blocks[number][1].places] = number
 
-    def pieces(self, part: slice, damaged: Callable[[Segment, Block], None]) -> list[_Piece] | None:
-        """Where the places of a part lie, in order; None if one is missing."""
+    def rows(
+        self, part: slice, damaged: Callable[[Segment, Block], None]
+    ) -> list[dict[str, Tensor]] | None:
+        """The places of a part in order, block by block; None if one is missing.
+
+        damaged: is told of a block that is then left out.
+        """
         while True:
             numbers = self.covered[part]
             if not len(numbers) or numbers.min() < 0:
                 return None
-            wrong = next((one for one in np.unique(numbers).tolist() if not self._whole(one)), None)
+            found, wrong = list[dict[str, Tensor]](), None
+            for number, places in self._runs(numbers, part.start):
+                segment, block = self.blocks[number]
+                rows = segment.rows(block, places)
+                if rows is None:
+                    wrong = number
+                    break
+                found.append(rows)
             if wrong is None:
-                return list(self._runs(numbers, part.start))
+                return found
             damaged(*self.blocks[wrong])
             self._drop(wrong)
-
-    def _whole(self, number: int) -> bool:
-        if number in self.checked:
-            return True
-        segment, block = self.blocks[number]
-        if not segment.is_whole(block):
-            return False
-        self.checked.add(number)
-        return True
 
     def _drop(self, wrong: int) -> None:
         """Leave a block out; an earlier one may hold some of its places."""
@@ -333,11 +328,11 @@ class _Epoch:
             last = min(self.blocks[number][1].places.stop, places.stop)
             self.covered[first:last] = number
 
-    def _runs(self, numbers: np.ndarray, start: int) -> Iterator[_Piece]:
+    def _runs(self, numbers: np.ndarray, start: int) -> Iterator[tuple[int, slice]]:
+        """The number of each block and its places, in order."""
         borders = np.flatnonzero(np.diff(numbers)) + 1
         for first, last in itertools.pairwise([0, *borders.tolist(), len(numbers)]):
-            segment, block = self.blocks[int(numbers[first])]
-            yield segment, block, slice(start + first, start + last)
+            yield int(numbers[first]), slice(start + first, start + last)
 
 
 def _files(folder: Path) -> list[Path]:
