@@ -284,23 +284,31 @@ def bench_training_step(name: str, table, race) -> None:
     add_rows(table, name, race(sides), BATCH)
 
 
-def bench_end_to_end(table, race) -> None:
-    """Each side with its own loader, over epochs of 1,024 images with crop and flip."""
-    default, setting = next(iter(engines().values())), Setting()
-    images_NHWC = np.random.default_rng(0).integers(0, 256, (1024, SIDE, SIDE, 3), np.uint8)
-    labels_N = np.arange(1024) % CLASSES
-    arrays = ImageSet("bench", images_NHWC, labels_N, tuple(map(str, range(CLASSES))))
-    resident = ResidentLoader(
-        arrays,
+def pictures_in_memory(num: int) -> ImageSet:
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (num, SIDE, SIDE, 3), np.uint8)
+    return ImageSet("bench", images_NHWC, np.arange(num) % CLASSES, tuple(map(str, range(CLASSES))))
+
+
+def resident_loader(pictures: ImageSet, setting: Setting, engine: Engine) -> ResidentLoader:
+    """Batches with crop and flip."""
+    return ResidentLoader(
+        pictures,
         Loading(
             batch_size=BATCH,
             seed=0,
             train=True,
             normalization=((0.5,) * 3, (0.25,) * 3),
-            placement=Placement(setting.world, default.precision),
+            placement=Placement(setting.world, engine.precision),
             geometry=Geometry(4, "zero", True),
         ),
     )
+
+
+def bench_end_to_end(table, race) -> None:
+    """Each side with its own loader, over epochs of 1,024 images with crop and flip."""
+    default, setting = next(iter(engines().values())), Setting()
+    arrays = pictures_in_memory(1024)
+    resident = resident_loader(arrays, setting, default)
     trainer = fastkd_trainer(setting, default, resident)
     trainer.runner.train()
     crops = transforms.Compose(
@@ -311,8 +319,9 @@ def bench_end_to_end(table, race) -> None:
             transforms.Normalize((0.5,) * 3, (0.25,) * 3),
         ]
     )
-    pictures = [Image.fromarray(image) for image in images_NHWC]
-    dataset = [(picture, int(label)) for picture, label in zip(pictures, labels_N, strict=True)]
+    pictures = [Image.fromarray(image) for image in arrays.images_NHWC]
+    labels = arrays.labels_N.tolist()
+    dataset = list(zip(pictures, labels, strict=True))
     plain = DataLoader(
         Transformed(dataset, crops), BATCH, shuffle=True, num_workers=2, persistent_workers=True
     )

@@ -20,16 +20,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from fastkd import count
-from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
-from fastkd.data import ImageSet, Loading, ResidentLoader
-from fastkd.data.geometry import Geometry
-from fastkd.teachers.cache.cached import CachedTeacher
+from fastkd.data import ResidentLoader
+from fastkd.teachers.cache.cached import CachedTeacher, Keeping
 from fastkd.teachers.cache.codec import FORMATS, Column
 from fastkd.teachers.cache.identity import Identity
 from fastkd.teachers.cache.opening import AnswerCache
@@ -37,9 +34,19 @@ from fastkd.teachers.cache.store import AnswerStore, Manifest, TeacherFacts
 from fastkd.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parent))
-from bench_step import Engine, Setting, fastkd_trainer, plain_loop
+from bench_step import (
+    BATCH,
+    CLASSES,
+    SIDE,
+    Engine,
+    Setting,
+    fastkd_trainer,
+    pictures_in_memory,
+    plain_loop,
+    resident_loader,
+)
 
-BATCH, CLASSES, SIDE, IMAGES = 64, 100, 32, 512
+IMAGES = 512
 PAIRS = {
     "wrn_40_2 -> wrn_16_2": ("wrn_40_2", "wrn_16_2"),
     "resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"),
@@ -47,23 +54,6 @@ PAIRS = {
 }
 CACHED = "from the cache"
 NOTHING = Identity(shared={}, views={})
-
-
-def loader_of(setting: Setting, engine: Engine) -> ResidentLoader:
-    images_NHWC = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), np.uint8)
-    labels_N = np.arange(IMAGES) % CLASSES
-    arrays = ImageSet("bench", images_NHWC, labels_N, tuple(map(str, range(CLASSES))))
-    return ResidentLoader(
-        arrays,
-        Loading(
-            batch_size=BATCH,
-            seed=0,
-            train=True,
-            normalization=((0.5,) * 3, (0.25,) * 3),
-            placement=Placement(setting.world, engine.precision),
-            geometry=Geometry(4, "zero", True),
-        ),
-    )
 
 
 def cache_in(folder: Path, setting: Setting, loader: ResidentLoader) -> AnswerCache:
@@ -77,10 +67,7 @@ def cache_in(folder: Path, setting: Setting, loader: ResidentLoader) -> AnswerCa
         part=loader.part,
         places=IMAGES,
         epochs=1,
-        format="full",
-        top=0,
-        maps=(),
-        pool=1,
+        keeping=Keeping(),
         world=setting.world,
         say=lambda _: None,
     )
@@ -112,7 +99,7 @@ def bench_training(pair: str, steps: int, table, race) -> None:
     teacher, student = PAIRS[pair]
     engine = Engine(resolve_precision("auto", torch.device("cpu")), compiled=True)
     setting = Setting(student, (teacher,), batch=BATCH, classes=CLASSES)
-    loader = loader_of(setting, engine)
+    loader = resident_loader(pictures_in_memory(IMAGES), setting, engine)
     with tempfile.TemporaryDirectory() as folder:
         asked = fastkd_trainer(setting, engine, loader)
         written = fastkd_trainer(setting, engine, loader, cache_in(Path(folder), setting, loader))
