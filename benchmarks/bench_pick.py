@@ -63,7 +63,7 @@ def trainer_of(
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH,))
     loader = ForeignLoader([(images, labels)], placement, seed=0)
-    facts = Facts((3, SIDE, SIDE), CLASSES, labels, False, ((0.0,) * 3, (1.0,) * 3))
+    facts = Facts((3, SIDE, SIDE), CLASSES, labels, "class", ((0.0,) * 3, (1.0,) * 3))
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=copy.deepcopy(student),

@@ -32,6 +32,7 @@ from fastkd.data.facts import Facts
 from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.foreign import ForeignLoader
 from fastkd.losses import KD
+from fastkd.losses.base.term import LossTerm
 from fastkd.teachers.cache.opening import AnswerCache
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teaching import Teaching
@@ -174,8 +175,12 @@ def fastkd_trainer(
     engine: Engine,
     loader: TrainLoader | None = None,
     cache: AnswerCache | None = None,
+    terms: Sequence[LossTerm] = (),
 ) -> Trainer:
-    """The trainer on `loader`, by default on the one batch; cache: of the teacher's answers."""
+    """The trainer on `loader`, by default on the one batch; cache: of the teacher's answers.
+
+    terms: the losses, by default KD.
+    """
     student, teacher, images = setting.copies(channels_last=engine.channels_last)
     nets = teacher.nets if isinstance(teacher, Together) else [teacher]
     batches = [(images, setting.labels)] * setting.steps
@@ -184,14 +189,14 @@ def fastkd_trainer(
         image_shape=(3, setting.side, setting.side),
         num_classes=setting.classes,
         labels_N=setting.labels,
-        multilabel=False,
+        label_kind="class",
         normalization=((0.0,) * 3, (1.0,) * 3),
     )
     return build_trainer(
         Plan(stage="bench", digest="", seed=0, epochs=1),
         student=student,
         teaching=Teaching(tuple(map(LoadedNet, nets)), cache),
-        terms=[KD()],
+        terms=terms or [KD()],
         data=TrainData(loader, loader, facts, images=len(setting.labels)),
         settings=TrainingSettings(
             optim=OptimConfig(schedule="constant"),

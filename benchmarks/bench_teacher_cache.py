@@ -3,9 +3,10 @@
     pytest benchmarks/bench_teacher_cache.py [--pairs 20] [--save-results]
 
 Three pairs at 32 px, batch 64, 100 classes, from an image set in memory with crop and flip, in the
-default precision, compiled; for the first pair also the loop as RepDistiller writes it (eager,
-fp32, NCHW). A step is everything for one batch; an epoch has 512 images and its loader. Beside
-each ratio is what the arithmetic allows: (teacher + 3 student) / (3 student).
+default precision, compiled; beside them the student alone, which no cache can be faster than, and
+for the first pair also the loop as RepDistiller writes it (eager, fp32, NCHW). A step is everything
+for one batch; an epoch has 512 images and its loader. Beside each ratio is what the arithmetic
+allows where all of it runs at one speed: (teacher + 3 student) / (3 student).
 
 Checked before the clock starts: an epoch from the cache has the loss of the epoch that asked, and
 no teacher was asked in it.
@@ -26,6 +27,7 @@ import torch
 from fastkd import count
 from fastkd.compute.precision import resolve_precision
 from fastkd.data import ResidentLoader
+from fastkd.losses import CrossEntropy
 from fastkd.teachers.cache.cached import CachedTeacher, Keeping
 from fastkd.teachers.cache.codec import FORMATS, Column
 from fastkd.teachers.cache.identity import Identity
@@ -110,7 +112,12 @@ def bench_training(pair: str, steps: int, table, race) -> None:
         assert store is not None
         assert (store.read, store.written) == (IMAGES, 0)
         by_arithmetic = allowed(setting.teacher, setting.student)
-        sides = {CACHED: epoch_of(read, steps), "teacher": epoch_of(asked, steps)}
+        alone = fastkd_trainer(setting, engine, loader, terms=[CrossEntropy()])
+        sides = {
+            CACHED: epoch_of(read, steps),
+            "teacher": epoch_of(asked, steps),
+            "student alone": epoch_of(alone, steps),
+        }
         if pair == next(iter(PAIRS)) and steps == 1:
             sides["plain loop (eager, fp32, NCHW)"] = plain_loop(setting)
         found = race(sides, of=CACHED)

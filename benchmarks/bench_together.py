@@ -5,7 +5,8 @@
 ResNet32x4 -> ResNet8x4 on random images of CIFAR's size, 100 classes: three seeds of weights that
 share their images (`data.seed`), and four losses on logits. A sample is one step: of all students
 by the batches that they share, and of the first student with a teacher of its own. Beside the ratio
-of times is that of multiply-accumulates, (teacher + N * 3 students) / (teacher + 3 students), and
+of times is that of multiply-accumulates, (teacher + N * 3 students) / (teacher + 3 students), the
+same of measured times, with that of the student without a teacher, which a perfect sharing has, and
 what is saved against N such runs one after another.
 
 Checked before the clock starts: after three steps, the third in another epoch, every student that
@@ -76,7 +77,7 @@ def data_of(placement: Placement) -> TrainData:
         geometry=Geometry(4, "zero", True),
     )
     loader = ResidentLoader(arrays, loading)
-    facts = Facts((3, SIDE, SIDE), CLASSES, loader.labels_N, False, NORMALIZATION)
+    facts = Facts((3, SIDE, SIDE), CLASSES, loader.labels_N, "class", NORMALIZATION)
     return TrainData(loader, loader, facts, images=IMAGES)
 
 
@@ -159,8 +160,14 @@ def bench_together(name: str, precision: str, compiled: bool, table, race) -> No
     for trainer in together:
         trainer.shared = shared
     check(together, alone)
-    found = race({"together": step_of(together), "one alone": step_of(alone[:1])}, of="one alone")
-    assert all(trainer.guard.counts() == (0, 0) for trainer in (*together, alone[0]))
+    untaught = made([(0, lambda: [CrossEntropy()])])
+    sides = {
+        "together": step_of(together),
+        "one alone": step_of(alone[:1]),
+        "no teacher": step_of(untaught),
+    }
+    found = race(sides, of="one alone")
+    assert all(trainer.guard.counts() == (0, 0) for trainer in (*together, alone[0], *untaught))
     num, ratio = len(students), found.ratio("together", "one alone")
     of_student, of_teacher = (count(one, (3, SIDE, SIDE)).macs for one in (alone[0].student, net))
     macs = of_teacher + num * step_macs(of_student, 0)
@@ -170,10 +177,12 @@ def bench_together(name: str, precision: str, compiled: bool, table, race) -> No
             "how": f"{placement.precision.name}, {'compiled' if compiled else 'eager'}",
             "ms together": found.ms("together"),
             "ms one alone": found.ms("one alone"),
+            "ms no teacher": found.ms("no teacher"),
             "time together / one": ratio.median,
             "p10": ratio.p10,
             "p90": ratio.p90,
             "arithmetic": macs / step_macs(of_student, of_teacher),
+            "by measured times": 1 + (num - 1) * found.ratio("no teacher", "one alone").median,
             "one after another / together": num / ratio.median,
         }
     )

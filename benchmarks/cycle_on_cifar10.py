@@ -4,8 +4,11 @@
 
 Images, networks, batches and teacher are those of the row `resnet20, KD` of `cifar10_methods.py`.
 Its 10 epochs would end before most cycles do, so these runs have 60: every view of the longest
-cycle is then shown twice. Cycles that a run of `--epochs` would not complete are left out. To
-resume an interrupted run, give the command again.
+cycle is then shown twice. Cycles that a run of `--epochs` would not complete are left out. The
+teacher answers every view once, for all cycles of a seed (`teacher.cache`). To resume an
+interrupted run, give the command again. With --write every finished seed goes into the results at
+once, and one that is there is not made again: seeds may be made on different days, each by a
+teacher that was trained then.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
 from fastkd.runs.stages import Session
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "cycle_cifar10"
 NAME = "resnet20, KD"
 EPOCHS = 60
 CYCLES = (None, 30, 10, 5)
@@ -33,42 +36,64 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--write", action="store_true", help="write results/cycle_cifar10.*")
+    parser.add_argument(
+        "--write", action="store_true", help="write and extend results/cycle_cifar10.*"
+    )
     parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
-    method = METHODS[NAME]
-    rows = []
-    with open_world("cpu") as world:
-        session = Session(world, Console(enabled=True), options.runs)
-        teacher = taught(method.teacher, given, session)
-        given.append(f"teacher.weights={teacher['weights']}")
-        for seed in range(options.seeds):
-            for cycle in shorter_than(options.epochs):
-                shown = "null" if cycle is None else cycle
-                keys = [*given, f"seed={seed}", f"augment.cycle={shown}"]
-                summary = finished(lesson(method, *keys, epochs=options.epochs), session)
-                row = {
-                    "cycle": cycle,
-                    "seed": seed,
-                    "accuracy": summary["accuracy_last"],
-                    "images_per_s": summary["history"][-1]["images_per_s"],
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    facts = {
+    facts = read_results(options.epochs) if options.write else {}
+    facts.setdefault("rows", [])
+    facts |= {
         "command": f"python benchmarks/cycle_on_cifar10.py --seeds {options.seeds} "
         f"--epochs {options.epochs}",
         "epochs": options.epochs,
-        "teacher": teacher["accuracy_last"],
-        "environment": environment(),
-        "rows": rows,
     }
-    text = table(facts)
-    print(text)
-    if options.write:
-        (RESULTS / "cycle_cifar10.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (RESULTS / "cycle_cifar10.md").write_text(text)
+    with open_world("cpu") as world:
+        session = Session(world, Console(enabled=True), options.runs)
+        for seed in range(options.seeds):
+            if any(row["seed"] == seed for row in facts["rows"]):
+                continue
+            facts["rows"] += rows_of(seed, given, options.epochs, session)
+            if options.write:
+                RESULTS.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+                RESULTS.with_suffix(".md").write_text(table(facts))
+    print(table(facts))
+
+
+def read_results(epochs: int) -> dict:
+    """Seeds that were made before, if they had these epochs."""
+    file = RESULTS.with_suffix(".json")
+    facts = json.loads(file.read_text()) if file.exists() else {}
+    return facts if facts.get("epochs") == epochs else {}
+
+
+def rows_of(seed: int, given: list[str], epochs: int, session: Session) -> list[dict]:
+    """Every cycle of one seed, by one teacher."""
+    method = METHODS[NAME]
+    teacher = taught(method.teacher, given, session)
+    # All cycles of a seed show the same first views, so they share the teacher's answers.
+    given = [*given, f"teacher.weights={teacher['weights']}", "teacher.cache=auto"]
+    rows = []
+    for cycle in shorter_than(epochs):
+        shown = "null" if cycle is None else cycle
+        keys = [*given, f"seed={seed}", f"augment.cycle={shown}"]
+        summary = finished(lesson(method, *keys, epochs=epochs), session)
+        row = {
+            "cycle": cycle,
+            "seed": seed,
+            "accuracy": summary["accuracy_last"],
+            "images_per_s": summary["history"][-1]["images_per_s"],
+            "teacher": teacher["accuracy_last"],
+            "environment": environment(),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def seeds(facts: dict) -> list[int]:
+    return sorted({row["seed"] for row in facts["rows"]})
 
 
 def shorter_than(epochs: int) -> list[int | None]:
@@ -78,15 +103,17 @@ def shorter_than(epochs: int) -> list[int | None]:
 
 def table(facts: dict) -> str:
     """Mean and spread of every cycle, and what it gains over none, seed by seed."""
-    machine = facts["environment"]
+    first = [next(row for row in facts["rows"] if row["seed"] == seed) for seed in seeds(facts)]
+    taught_by = ", ".join(format(one["teacher"], ".2%") for one in first)
+    machines = {one["environment"]["cpu"]["name"]: one["environment"]["torch"] for one in first}
     lines = [
         "# KD on CIFAR-10 with the same views again",
         "",
         f"- command: {facts['command']}",
-        f"- date: {machine['time']}; cpu: {machine['cpu']['name']}; torch: {machine['torch']}",
+        f"- cpu, torch: {'; '.join(f'{cpu}, {torch}' for cpu, torch in machines.items())}",
         f"- {NAME} of docs/cifar10_methods.md: 5,000 training images, here {facts['epochs']} "
         f"epochs, accuracy of the last one on 10,000 test images; teacher "
-        f"{facts['teacher']:.2%}",
+        f"{taught_by} (seed by seed)",
         "- cycle: after so many epochs the views come again; std: the sample standard deviation "
         "over the seeds",
         "",

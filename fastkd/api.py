@@ -19,7 +19,7 @@ from fastkd.augment.pick import PickCriterion
 from fastkd.augment.views import XPRIMES
 from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision, PrecisionChoice, resolve_precision
+from fastkd.compute.precision import PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
 from fastkd.data.loaders.foreign import (
     LoaderItem,
@@ -30,17 +30,16 @@ from fastkd.data.loaders.foreign import (
     peek,
 )
 from fastkd.data.loaders.label_rules import kind_on_ranks
-from fastkd.errors import UserError
-from fastkd.evaluation.evaluate import evaluating
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
-from fastkd.models.intake import Remedy, image_dtype, refusal
-from fastkd.models.taps import ZooNetwork, logits_of, remove_taps
+from fastkd.models.intake import Remedy
+from fastkd.models.taps import ZooNetwork, remove_taps
 from fastkd.models.unwrap import uncompiled
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
+from fastkd.report.class_iou import with_class_names
 from fastkd.report.plots import draw_curves
 from fastkd.storage.checkpoint import Checkpoint
 from fastkd.teachers.cache.cached import CachedTeacher
@@ -70,7 +69,7 @@ from fastkd.training.call_folder import (
 )
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
-from fastkd.training.matching import check_labels
+from fastkd.training.matching import check_form, check_labels, shape_of_logits
 from fastkd.training.progress import Plan
 from fastkd.training.result import Result
 from fastkd.training.settings import Output, Remedies, TrainData, TrainingSettings
@@ -117,10 +116,11 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     SIGTERM end the run between two steps, the state saved if there is a folder.
 
     Args:
-        student: any nn.Module, images [N, C, H, W] -> logits [N, classes], or an output of which
-            `fastkd.models.taps.logits_of` finds them; trained in place, without its wrappers, and
-            in training mode, except for what `fastkd.models.head.freeze_backbone` froze. Parameters
-            that require no gradient stay as they are.
+        student: any nn.Module, images [N, C, H, W] -> logits [N, classes], or for segmentation
+            [N, classes, h, w] of any size, or an output of which `fastkd.models.taps.logits_of`
+            finds them; trained in place, without its wrappers, and in training mode, except for
+            what `fastkd.models.head.freeze_backbone` froze. Parameters that require no gradient
+            stay as they are.
         teacher: a network of the same form, frozen here (evaluation mode, no gradients); None to
             train on labels. It sees exactly the images that the student sees, resized to
             `teacher_resolution`. TorchScript, exported and quantised teachers work, as do those in
@@ -132,7 +132,9 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             `set_epoch` is called. Sized (`len`). Labels are class ids [N] (-100: none) or rows of
             probabilities [N, classes], one-hot or as MixUp and CutMix make them; or [N, classes] of
             0 and 1 (-1: unknown) for images with several labels: then pass a loss such as
-            `BinaryCrossEntropy`; the metrics report mAP instead of accuracy.
+            `BinaryCrossEntropy`; the metrics report mAP instead of accuracy. For segmentation they
+            are label maps [N, H, W] of class ids (-100: ignored), in the size of the images or a
+            whole fraction of it; the metrics report mIoU.
         val_loader: the same, with every sample once; of a row of probabilities the most probable
             class counts. None, or images alone: nothing is measured, and the last epoch is kept.
         losses: LossTerms; a tap of your own network is a module path, as in
@@ -287,7 +289,8 @@ def _trained(
         if checkpoint is not None:
             trainer.resume(checkpoint)
             checkpoint.state.clear()  # as large as the student and its optimizer
-        metrics = trainer.fit() | {"teacher": taught, "history": trainer.history}
+        metrics = with_class_names(trainer.fit())
+        metrics |= {"teacher": taught, "history": trainer.history}
         on_main(world, lambda: _finish(folder, trainer, metrics))
     student = trainer.kept()
     student.eval()  # an overridden train() may not return the network
@@ -296,7 +299,7 @@ def _trained(
         metrics,
         folder.path if folder else None,
         trainer.placement,
-        data.facts.multilabel,
+        data.facts.label_kind,
         trainer.best_state,
     )
 
@@ -349,10 +352,14 @@ def _data(
 ) -> TrainData:
     """The user's loaders for training and validation, and what the losses must know about them."""
     train_items, val_items = loaders
-    use, num_classes = label_use(terms), _num_classes(student, shown, placement.precision)
-    kind = kind_on_ranks(shown.labels, use, num_classes, placement.world)
-    if kind == "multi":
-        check_labels(terms, multilabel=True)
+    use, precision = label_use(terms), placement.precision
+    shape = shape_of_logits(student, shown.images_NCHW, precision, REMEDIES)
+    num_classes, dense = shape[0], len(shape) == 3
+    kind = kind_on_ranks(shown.labels, use, num_classes, placement.world, dense=dense)
+    if use.reads and shown.labels is not None:
+        check_form("student", shape, kind, shown.images_NCHW.shape[2:])
+    if kind != "class":
+        check_labels(terms, kind)
     pair = open_foreign(
         train_items,
         val_items,
@@ -366,31 +373,3 @@ def _data(
     # A loader without a data set to count: assume that all batches are like the first.
     images = images_per_epoch(train_items, len(shown.images_NCHW) * placement.world.size)
     return TrainData(pair.train, pair.val, pair.facts, images, REMEDIES)
-
-
-def _num_classes(student: nn.Module, shown: Shown, precision: Precision) -> int:
-    # Two, as in the trial of the step: one is not a batch to every network.
-    images_NCHW = shown.images_NCHW[:2].to(image_dtype(student, precision))
-    with torch.no_grad(), evaluating(student):
-        try:
-            with precision.autocast():
-                logits = logits_of(student(images_NCHW))
-        except UserError:
-            raise
-        except Exception as error:
-            # Foreign code can fail in any way.
-            raise refusal(
-                error,
-                title=f"the student {title_of(student)}",
-                model=student,
-                run=student,
-                images_NCHW=images_NCHW,
-                precision=precision,
-                remedy=REMEDIES.student,
-                trained=True,
-            ) from error
-    if logits.ndim != 2:
-        raise UserError(
-            f"the student must return logits [N, classes], got {list(logits.shape)} for one image"
-        )
-    return logits.shape[1]

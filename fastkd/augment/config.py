@@ -61,6 +61,14 @@ class AugmentConfig(AppearanceConfig):
         """How x is mixed."""
         return Mixing(self.mixup, self.cutmix, self.mix_share)
 
+    @property
+    def beyond_pixels(self) -> str | None:
+        """A key that is set and for which an image must have labels as a whole, with its value."""
+        wanted: dict[str, object] = {"mixup": self.mixup, "cutmix": self.cutmix}
+        wanted["sizes"] = ",".join(map(str, self.sizes))
+        wanted["xprime"] = "" if self.xprime == "none" else self.xprime
+        return next((f"{key}={value}" for key, value in wanted.items() if value), None)
+
     @model_validator(mode="after")
     def _mixes_once(self) -> "AugmentConfig":
         if self.mixing and self.xprime != "none":

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
 
 from fastkd import __version__
+from fastkd.cli.export_words import add_export
+from fastkd.cli.latency_words import add_latency
 from fastkd.errors import UserError
 from fastkd.printable import shown
 
@@ -107,7 +109,7 @@ def _no_option(
     flag, _, value = word.partition("=")
     says = f"there is no option {shown(flag)}"
     command = f"fastkd {options.command}"
-    if "words" in options and options.command != "recipes":
+    if "words" in options and options.command not in ("recipes", "predict"):
         following = [*arguments[arguments.index(word) + 1 :], ""][0]
         if not value and "=" not in following and not following.startswith("-"):
             value = following
@@ -149,11 +151,14 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_compare(commands)
     _add_table(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
+    add_export(commands)
     _add_data(commands)
     _add_cache(commands)
     _add_bench(commands)
     _add_models(commands)
     _add_cheapen(commands)
+    add_latency(commands)
     _add_recipes(commands)
     _add_losses(commands)
     _add_doctor(commands)
@@ -264,12 +269,27 @@ def _add_table(commands: _Commands) -> None:
 def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "eval",
-        help="evaluate a run folder or a network",
-        description="Evaluate RUN, or MODEL with --weights, on the validation images.",
+        help="evaluate a run folder, a network or an ONNX file",
+        description="Evaluate RUN, MODEL with --weights, or an exported FILE.onnx, on the "
+        "validation images.",
     )
-    evaluate.add_argument("what", metavar="RUN | MODEL", help="run folder, or network name")
+    evaluate.add_argument(
+        "what", metavar="RUN | MODEL | FILE.onnx", help="run folder, network name, exported file"
+    )
     evaluate.add_argument("--weights", metavar="FILE", help="weights of MODEL")
     _add_words(evaluate, "key=value", "recipe keys such as data.name=cifar10 data.root=DATA")
+
+
+def _add_predict(commands: _Commands) -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="what a trained network says about any images",
+        description="Predict images of any size with the best weights of RUN. A network that "
+        "labels pixels writes a label map (PNG) for each into DIR, a classifier predictions.csv.",
+    )
+    predict.add_argument("run", metavar="RUN", help="run folder")
+    _add_words(predict, "IMAGE | FOLDER", "image files, and folders of which all are taken")
+    predict.add_argument("--out", metavar="DIR", required=True, help="where predictions go")
 
 
 def _add_data(commands: _Commands) -> None:
@@ -343,18 +363,27 @@ def _add_cheapen(commands: _Commands) -> None:
     cheapen = commands.add_parser(
         "cheapen",
         help="show how a cheap block changes a network: parameters, MACs, layers",
-        description="Replace 3x3 convolutions by a cheap block and count before and after. "
-        "Train it with student.name=NAME student.block=BLOCK.",
+        description="Replace 3x3 convolutions by a cheap block, or each by its own, and count "
+        "before and after. Train it with student.name=NAME student.block=BLOCK, or the keys that "
+        "are printed.",
     )
     cheapen.add_argument("name", metavar="NAME", help="of the zoo, timm:NAME or torchvision:NAME")
     cheapen.add_argument(
-        "block", metavar="BLOCK", help="G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M:8, BG:2:M or S-2x2"
+        "block",
+        metavar="BLOCK",
+        help="G:4, G:N:8, G:N, B:2, BG:2:4, BG:2:M:8, BG:2:M or S-2x2; or one for each path or "
+        "stage, as student.blocks: '{layer1: G:4, layer3.*: BG:2:M}'; {} for none",
     )
     cheapen.add_argument(
         "--where",
         action="append",
         metavar="PATTERN",
         help="only modules whose path fits, such as 'layer3.*'; repeatable",
+    )
+    cheapen.add_argument(
+        "--depth",
+        metavar="N,N,..",
+        help="residual blocks that each stage keeps, as student.depth: 5,3,5 or '{stage2: 3}'",
     )
     cheapen.add_argument(
         "--input", metavar="CxHxW", help="input shape to count with; default: the network's own"

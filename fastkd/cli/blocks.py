@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.cli.networks import image_shape, own_shape
+from fastkd.cli.networks import changed, image_shape, own_shape
 from fastkd.compute.machine import cpu_facts
 from fastkd.compute.precision import Precision, resolve_precision
 from fastkd.errors import UserError
-from fastkd.models import cheapen, create_model, use_kernels
+from fastkd.models import create_model, use_kernels
 from fastkd.models.fused.method import fused_methods
 from fastkd.models.intake import Remedy, refusal
 from fastkd.models.planner import CHOOSER, BlockSpec, Case
@@ -44,7 +44,7 @@ def blocks_of(options: argparse.Namespace) -> None:
     precision = resolve_precision(options.precision or "auto", device)
     with torch.device("meta"):
         model = create_model(name, None if ":" in name else 100)
-        model = use_kernels(model if block is None else cheapen(model, block), "auto")
+        model = use_kernels(model if block is None else changed(model, block), "auto")
     shape = image_shape(options.input) if options.input else own_shape(name, model)
     images_NCHW = torch.zeros(options.batch or 32, *shape, device="meta")
     found = Counter(_blocks_in(model, name, images_NCHW, precision))

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fastkd.data.loaders.dense_pair import open_both
+from fastkd.data.normalization import LABEL_MAPS
 from fastkd.data.sources.by_name import open_source
 from fastkd.data.sources.checking import Equal, SplitCheck, check_split, equal_files
 from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.sources.label_maps import LabelMaps
 from fastkd.data.sources.packing import Shrink, pack
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
@@ -19,7 +24,19 @@ __all__ = ["data"]
 
 _KEYS = tuple(
     f"data.{key}"
-    for key in ("name", "labels", "val_share", "val_seed", "exif", "alpha", "white", "max_pixels")
+    for key in (
+        "name",
+        "labels",
+        "image_dir",
+        "label_dir",
+        "classes_file",
+        "val_share",
+        "val_seed",
+        "exif",
+        "alpha",
+        "white",
+        "max_pixels",
+    )
 )
 """What decides which files are read and how."""
 
@@ -61,7 +78,13 @@ def _pack(options: argparse.Namespace) -> None:
         quality = Shrink.quality if options.quality is None else options.quality
         shrink = Shrink(options.shrink, quality)
     target = Path(options.out)
-    splits = dict(zip(_SPLITS, _opened(options.root, options.words), strict=True))
+    opened = [one for one in _opened(options.root, options.words) if isinstance(one, FolderIndex)]
+    if not opened:
+        raise UserError(
+            "shards hold images with labels as a whole, and these have label maps: train on the "
+            "folder"
+        )
+    splits = dict(zip(_SPLITS, opened, strict=True))
     sizes = pack(splits, target, shrink)
     for split, index in splits.items():
         mib = sizes[split] / 2**20
@@ -70,7 +93,7 @@ def _pack(options: argparse.Namespace) -> None:
     print(f"train on them with data.name={name} data.root={shown(target)}")
 
 
-def _opened(root: str, words: Sequence[str]) -> list[FolderIndex]:
+def _opened(root: str, words: Sequence[str]) -> list[FolderIndex] | list[LabelMaps]:
     """Both splits, not yet read."""
     for word in words:
         key, is_key, _ = word.partition("=")
@@ -79,7 +102,11 @@ def _opened(root: str, words: Sequence[str]) -> list[FolderIndex]:
                 f"`fastkd data` got {shown(word)}; expected a folder and the keys "
                 f"{', '.join(_KEYS)}"
             )
-    keys = load_recipe("folder", overrides=[*words, f"data.root={root}"]).data
+    # The recipe is for its data; random areas do not go with label maps.
+    overrides = ["augment.crop=pad", *words, f"data.root={root}"]
+    keys = load_recipe("folder", overrides=overrides).data
+    if keys.name in LABEL_MAPS:
+        return list(open_both(keys))
     # Both are opened first: a mistake in one is told before the other is read for an hour.
     sources = [
         open_source(
@@ -105,7 +132,7 @@ def _text(splits: Sequence[SplitCheck], equal: Sequence[Equal]) -> str:
     for split in splits:
         index = split.index
         lines.append(f"{index.name}: {len(index):,} images of {len(index.classes):,} classes")
-        lines += [f"  {line}" for line in (*_numbers(split), *index.remarks, *survey(index))]
+        lines += [f"  {line}" for line in (*_numbers(split), *_remarks(split))]
         lines += _listed("cannot be read", [bad.reason for bad in split.bad])
     for kind, words in _KINDS.items():
         groups = [" = ".join(map(shown, one.files)) for one in equal if one.kind == kind]
@@ -118,6 +145,8 @@ def _text(splits: Sequence[SplitCheck], equal: Sequence[Equal]) -> str:
 def _numbers(split: SplitCheck) -> list[str]:
     counts = split.counts
     lines = [f"{min(counts):,} to {max(counts):,} images a class"]
+    if split.pixels_C is not None:
+        lines = _shares(split.index.classes, split.pixels_C)
     if split.median_size is not None:
         width, height = split.median_size
         sides_N = split.sizes_N2.min(1)
@@ -126,6 +155,19 @@ def _numbers(split: SplitCheck) -> list[str]:
             f"{sides_N.max()}"
         )
     return lines + ([split.imbalance] if split.imbalance else [])
+
+
+def _remarks(split: SplitCheck) -> list[str]:
+    index = split.index
+    return [*index.remarks, *(survey(index) if isinstance(index, FolderIndex) else ())]
+
+
+def _shares(classes: Sequence[str], pixels_C: np.ndarray) -> list[str]:
+    """The share of every class in the pixels, the commonest first."""
+    total = max(int(pixels_C.sum()), 1)
+    order = [int(id) for id in np.argsort(-pixels_C[:-1], kind="stable")]
+    named = ", ".join(f"{shown(classes[id])} {pixels_C[id] / total:.2%}" for id in order)
+    return [f"pixels: {named}; no class {pixels_C[-1] / total:.2%}"]
 
 
 def _listed(what: str, items: Sequence[str]) -> list[str]:
@@ -144,7 +186,7 @@ def _facts(splits: Sequence[SplitCheck], equal: Sequence[Equal]) -> dict[str, An
                 "images": len(split.index),
                 "classes": dict(zip(split.index.classes, split.counts, strict=True)),
                 "median_size": split.median_size,
-                "remarks": [*split.index.remarks, *survey(split.index)],
+                "remarks": _remarks(split),
                 "imbalance": split.imbalance,
                 "bad": [{"file": bad.file, "reason": bad.reason} for bad in split.bad],
             }

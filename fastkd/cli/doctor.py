@@ -7,6 +7,7 @@ whatever an import may raise and reports it in place.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import platform
 import textwrap
@@ -71,7 +72,7 @@ def facts() -> dict[str, Any]:
 
 def _parts() -> list[Part]:
     engines = [_launcher("Ray", "ray"), _launcher("submitit", "submitit")]
-    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex(), *engines]
+    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex(), _onnx(), *engines]
 
 
 def _compiled_core() -> Part:
@@ -128,6 +129,18 @@ def _apex() -> Part:
         f"{missing}; fastkd does not need it. It is built from github.com/NVIDIA/apex; the apex "
         "on PyPI is another project",
     )
+
+
+def _onnx() -> Part:
+    used_for = "fastkd export, and fastkd eval of ONNX files"
+    names = ("onnxruntime", "onnx", "onnxscript")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        # The build for GPUs is a distribution of another name.
+        version = version_of("onnxruntime") or version_of("onnxruntime-gpu") or ""
+        return Part("onnxruntime", version, True, used_for, "")
+    advice = f'{", ".join(missing)} not installed; pip install "fastkd[export]"'
+    return Part("onnxruntime", "", False, used_for, advice)
 
 
 def _launcher(title: str, name: str) -> Part:

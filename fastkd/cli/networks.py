@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import nn
 
 from fastkd.compute.precision import Precision
+from fastkd.config.mistakes import explain
 from fastkd.errors import UserError
-from fastkd.models import Count, count, create_model, list_models
+from fastkd.models import Count, count, create_model, list_models, shorten
 from fastkd.models import cheapen as cheapen_network
 from fastkd.models.card import card_of
+from fastkd.models.config import StudentConfig
 from fastkd.models.counting.count import cost
 from fastkd.models.hub import HUBS
 from fastkd.models.intake import Remedy, refusal
 from fastkd.models.taps import available_taps
+from fastkd.recipe.overrides import parse_override
+from fastkd.storage.description import keys_in_words
 
-__all__ = ["cheapen", "image_shape", "models", "own_shape"]
+__all__ = ["changed", "cheapen", "image_shape", "models", "own_shape"]
 
 
 def models(options: argparse.Namespace) -> None:
@@ -96,7 +102,7 @@ def cheapen(options: argparse.Namespace) -> None:
 
     with torch.device("meta"):
         model = create_model(options.name, None if ":" in options.name else 100)
-        cheap = cheapen_network(model, options.block, where=options.where)
+        cheap = changed(model, options.block, depth=options.depth, where=options.where)
     shape = image_shape(options.input) if options.input else own_shape(options.name, model)
     before, after = (_counted(options.name, one, shape) for one in (model, cheap))
     print(f"{options.name} at {'x'.join(map(str, shape))}")
@@ -109,6 +115,40 @@ def cheapen(options: argparse.Namespace) -> None:
     card = card_of(cheap)
     assert card is not None
     print(card.report)
+    if card.options.keys() & {"blocks", "depth"}:
+        keys = {f"student.{key}": one for key, one in card.options.items()}
+        print(f"recipe: student.name={options.name} {keys_in_words(keys)}")
+
+
+def changed(
+    model: nn.Module,
+    block: str,
+    *,
+    depth: str | None = None,
+    where: Sequence[str] | None = None,
+) -> nn.Module:
+    """A copy with a block, or with those of a map such as `{layer1: G:4}`, and less depth."""
+    if depth is not None:
+        model = shorten(model, _value("depth", depth))
+    if not block.startswith("{"):
+        return cheapen_network(model, block, where=where)
+    if where is not None:
+        raise UserError(f"--where is for one block, and {block} says itself what each is for")
+    if not block.strip("{} "):
+        if depth is None:
+            raise UserError("{} changes nothing: name blocks, or --depth")
+        return model
+    return cheapen_network(model, blocks=_value("blocks", block))
+
+
+def _value(key: str, text: str) -> Any:
+    """What the text means as the value of a key of the student."""
+    _, value = parse_override(f"student.{key}={text}")
+    try:
+        return StudentConfig.model_validate({"name": "any", key: value}).options()[key]
+    except ValidationError as error:
+        said = explain(error, StudentConfig, {key: value}, (), prefix="student.")
+        raise UserError(*said) from None
 
 
 def _counted(name: str, model: Any, shape: tuple[int, int, int]) -> Count:

@@ -19,6 +19,7 @@ from fastkd.recipe.printing import annotated_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.dry_run import dry_run
+from fastkd.runs.evaluate_onnx import evaluate_onnx
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
@@ -145,8 +146,12 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate a run folder, or a network with weights from a file."""
-    if options.weights:
+    """Evaluate a run folder, a network with weights from a file, or an exported file."""
+    if options.what.endswith(".onnx"):
+        if options.weights:
+            raise UserError(f"{options.what} holds its weights: leave out --weights")
+        found = evaluate_onnx(options.what, options.words)
+    elif options.weights:
         found = evaluate_model(options.what, options.weights, options.words)
     else:
         found = evaluate_run(options.what, options.words)

@@ -14,7 +14,7 @@ in another section, in a list of sections, or among the losses.
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -83,9 +83,14 @@ class Section(BaseModel):
         if typing.get_origin(annotation) is tuple and value is None:
             return ()
         # Also where the key may be null: class_map is `tuple[int, ...] | None`.
-        lists = [annotation, *typing.get_args(annotation)]
-        is_list = any(Ellipsis in typing.get_args(kind) for kind in lists)
-        return (value,) if is_list and isinstance(value, str | int | float) else value
+        is_tuple = typing.get_origin(annotation) is tuple
+        kinds = [annotation, *(() if is_tuple else typing.get_args(annotation))]
+        is_list = any(Ellipsis in typing.get_args(kind) for kind in kinds)
+        # In place of a list some keys take a word.
+        words = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
+        is_word = any(value in options for options in words)
+        is_entry = isinstance(value, str | int | float) and not is_word
+        return (value,) if is_list and is_entry else value
 
     @field_validator("*", mode="before")
     @classmethod

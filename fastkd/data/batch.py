@@ -4,18 +4,22 @@ Flow: sources -> loader -> Batch -> augment -> teacher / student.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fastkd.data.picture_views import PictureView
 
-__all__ = ["IGNORED", "NO_LABEL", "Batch", "Loader", "TrainLoader"]
+__all__ = ["IGNORED", "NO_LABEL", "Batch", "LabelKind", "Loader", "TrainLoader"]
+
+LabelKind = Literal["class", "multi", "pixel"]
+"""What is labelled: an image by one class [N], by several [N, C], or its pixels one by one
+[N, H, W]."""
 
 IGNORED = -1.0
 """In labels [N, C]: unknown; ignored by all losses and metrics."""
 NO_LABEL = -100
-"""In class ids [N], as in torch: unknown; ignored by the accuracy, by KD on x and by CE."""
+"""In class ids [N] or [N, H, W], as in torch: unknown; ignored by metrics, by KD on x and by CE."""
 
 
 class Batch(NamedTuple):
@@ -27,7 +31,7 @@ class Batch(NamedTuple):
     """int64 class ids; for images with several labels float32 [N, C]: 1 where a class is present, 0
     where it is absent, IGNORED where that is unknown. Of a user's loader, and where x is mixed,
     also rows of probabilities of the classes, float32 [N, C], if every loss that reads labels
-    takes them."""
+    takes them. Where pixels are labelled int64 [N, H, W], the class of each."""
     index_N: Tensor
     """int64 stable sample ids: the position in the source's canonical order, the same in every
     epoch and on every rank (memory banks and teacher caches are keyed by it)."""

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from fastkd.config.section import Channels, Deviations, NoEffect, Section, Since
 from fastkd.data.geometry import Crop, PadMode
+from fastkd.data.label_map_keys import wrong_data_key
 from fastkd.data.normalization import DATASETS, DataName
 from fastkd.data.policies.config import PolicyName, RandAugmentConfig
 from fastkd.data.sources.holdout import Holdout
@@ -17,27 +18,47 @@ __all__ = ["AppearanceConfig", "Backend", "DataConfig", "OnBad"]
 Backend = Literal["auto", "resident", "torch", "dali"]
 TrainInterpolation = Literal["bilinear", "bicubic"]
 OnBad = Literal["fail", "skip"]
+_LARGEST_SCALE = 10
 
 
 class DataConfig(Section):
     """Where the images come from (`fastkd.data`)."""
 
     name: DataName
-    """Data set. `folder` is any ImageFolder with train/ and val/ or test/, see `val_share`."""
+    """Data set. `folder` is any ImageFolder with train/ and val/ or test/, see `val_share`; `pairs`
+    are any images with a label map (PNG) each, see `image_dir`."""
     root: str | None = None
     """Folder of the data set; digits and synthetic need none."""
     labels: Annotated[str | None, Since("0.2")] = None
     """CSV file with the columns path, label (or labels, separated by |) and split, for a folder
     whose images are not sorted into class folders."""
+    image_dir: Annotated[str | None, Since("0.2")] = None
+    """Folder of the images of data.name=pairs, which may have train/ and val/ or test/; by default
+    images/ in root."""
+    label_dir: Annotated[str | None, Since("0.2")] = None
+    """Folder of their label maps, PNG files with the names of the images; by default labels/ in
+    root."""
+    classes_file: Annotated[str | None, Since("0.2")] = None
+    """Text file with a class of data.name=pairs on each line, NAME or NAME,RED,GREEN,BLUE, in the
+    order of the numbers in the label maps; by default classes.txt in root. 255, and the number of a
+    class named ignore, are no class."""
     backend: Backend = "auto"
     """`resident` keeps the decoded set on the device, `torch` decodes with Pillow in worker
     processes, `dali` with NVIDIA DALI, on the GPU where there is one."""
     image_size: PositiveInt | None = None
-    """Side in pixels after decoding; by default the data set's own."""
+    """Side in pixels after decoding; by default the data set's own. Of a set with label maps the
+    short side, and the aspect ratio is kept."""
+    multiple: Annotated[PositiveInt, Since("0.2")] = 8
+    """Images with label maps are padded below and on the right, black and without labels, until
+    both sides are a multiple of this, so that networks with strides fit."""
+    label_stride: Annotated[PositiveInt, Since("0.2")] = 1
+    """Label maps are made smaller by this factor, by nearest: 8 for a network whose answers have an
+    eighth of the size of its images."""
     download: Annotated[bool, NoEffect] = False
     """Fetch a missing CIFAR archive into root."""
     train_limit: PositiveInt | None = None
-    """Use only this many training images, the same share of every class."""
+    """Use only this many training images, the same share of every class; with label maps evenly
+    spread over the set."""
     workers: Annotated[int, NoEffect] = Field(default=2, ge=0)
     """Decoding processes of the torch backend, or threads of the dali backend."""
     mean: Channels | None = None
@@ -57,7 +78,7 @@ class DataConfig(Section):
     """`center`, the default, keeps the aspect ratio of a picture in evaluation; `squash`: not."""
     val_share: Annotated[float | None, Since("0.2")] = Field(default=None, gt=0, lt=1)
     """Share of every class that is held back for validation, for a folder that has only train/, or
-    only class folders; one with val/ or test/ uses these."""
+    only class folders, and for pairs; one with val/ or test/ uses these."""
     val_seed: Annotated[int, Since("0.2")] = Field(default=0, ge=0)
     """Seed of that choice. It does not follow `seed`, so that no teacher has seen these images."""
     seed: Annotated[int | None, Since("0.2")] = Field(default=None, ge=0)
@@ -97,16 +118,22 @@ class DataConfig(Section):
                 f"data.labels={self.labels} is for data.name=folder, {self.name} has labels of its "
                 "own: leave it out (data.labels=null)"
             )
-        if self.val_share is not None and self.name != "folder":
+        if self.val_share is not None and self.name not in ("folder", "pairs"):
             raise ValueError(
-                f"data.val_share={self.val_share:g} is for data.name=folder, {self.name} has "
-                "validation images: leave it out (data.val_share=null)"
+                f"data.val_share={self.val_share:g} is for data.name=folder or pairs, {self.name} "
+                "has validation images: leave it out (data.val_share=null)"
             )
         if self.name in ("digits", "synthetic") and self.decoding.pixels != Decoding().pixels:
             raise ValueError(
                 f"data.exif, data.alpha and data.white are for image files, data.name={self.name} "
                 "reads none; leave them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_label_maps(self) -> "DataConfig":
+        if (said := wrong_data_key(self)) is not None:
+            raise ValueError(said)
         return self
 
     @model_validator(mode="after")
@@ -133,6 +160,13 @@ class AppearanceConfig(Section):
     """Mirror half of the images."""
     interpolation: Annotated[TrainInterpolation, Since("0.2")] = "bilinear"
     """How the random areas of `resized` are brought to size."""
+    scale: Annotated[tuple[PositiveFloat, PositiveFloat] | None, Since("0.2")] = None
+    """Lowest and highest factor by which an image with a label map is resized at random; the
+    outcome is cut to `window`, or to the size of the image."""
+    window: Annotated[tuple[PositiveInt, PositiveInt] | None, Since("0.2")] = None
+    """Height and width of the window that is cut out of an image with a label map at random, filled
+    up without labels where the image is smaller; by default all of it. Needed where images differ
+    in size."""
     policy: Annotated[PolicyName, Since("0.2")] = "none"
     """Random operations on every image: RandAugment, TrivialAugment Wide, AutoAugment, or
     3-Augment of DeiT III."""
@@ -159,6 +193,16 @@ class AppearanceConfig(Section):
                 "the policy, or leave it out"
             )
         return self
+
+    @field_validator("scale")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] <= value[1] <= _LARGEST_SCALE:
+            raise ValueError(
+                f"augment.scale={value[0]:g},{value[1]:g}: expected the lowest factor, then the "
+                f"highest one, up to {_LARGEST_SCALE}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _resizes(self) -> "AppearanceConfig":

@@ -12,6 +12,7 @@ import numpy as np
 
 __all__ = [
     "ERASE",
+    "JOINT",
     "MIRROR",
     "ORDER",
     "POLICY",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 # A stream per purpose: adding one never changes what the others draw.
-ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX, POLICY, ERASE = range(8)
+ORDER, SHIFT_TOP, SHIFT_LEFT, MIRROR, RESIZED_CROP, MIX, POLICY, ERASE, JOINT = range(9)
 
 # Of splitmix64.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

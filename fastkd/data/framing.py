@@ -22,6 +22,12 @@ def evaluation_framing(data: DataConfig, train: ImageSet | FolderIndex, image_si
 
     train: the training images, of which the first one is looked at. image_size: their side.
     """
+    if data.eval_mode == "whole":
+        # Of a network for label maps, whose habits an evaluation takes over.
+        raise UserError(
+            f"the network learned from whole pictures with label maps, and data.name={data.name} "
+            "has labels of whole images: evaluate it on a set with label maps"
+        )
     crop = data.eval_crop or image_size
     resize = data.eval_resize or _own_resize(data, train, image_size, crop)
     if crop > resize:

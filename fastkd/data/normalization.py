@@ -2,8 +2,8 @@
 
 cifar10, cifar100: the constants of the Moonshine code (spec, section 1.8), which most published
 CIFAR results use; those std values are means of per-image deviations, smaller than the true ones.
-folder and sets of photographs: ImageNet's, what pretrained models expect. digits: measured on its
-300 training images.
+folder, sets of photographs and of label maps: ImageNet's, what pretrained models expect. digits:
+measured on its 300 training images.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 
-__all__ = ["DATASETS", "PHOTOGRAPHS", "DataName", "normalization"]
+__all__ = ["DATASETS", "LABEL_MAPS", "PHOTOGRAPHS", "DataName", "normalization"]
 
 DataName = Literal[
     "digits",
@@ -21,11 +21,17 @@ DataName = Literal[
     "voc2007",
     "cub200",
     "birdsnap",
+    "cityscapes",
+    "camvid",
+    "voc_segmentation",
+    "pairs",
     "folder",
     "synthetic",
 ]
 PHOTOGRAPHS: tuple[DataName, ...] = ("voc2007", "cub200", "birdsnap", "folder")
 """Sets of pictures of any size."""
+LABEL_MAPS: tuple[DataName, ...] = ("cityscapes", "camvid", "voc_segmentation", "pairs")
+"""Sets that label every pixel."""
 
 _IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -37,6 +43,7 @@ DATASETS: dict[str, Normalization] = {
     "voc2007": _IMAGENET,
     "cub200": _IMAGENET,
     "birdsnap": _IMAGENET,
+    **dict.fromkeys(LABEL_MAPS, _IMAGENET),
     "folder": _IMAGENET,
     "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }

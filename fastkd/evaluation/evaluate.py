@@ -1,6 +1,7 @@
 """Exact metrics on the validation images: every sample once, over all ranks.
 
-Accuracy if an image has one class, mean average precision if it has several labels.
+Accuracy if an image has one class, mean average precision if it has several labels, mean
+intersection over union if its pixels are labelled.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from fastkd.compute.collectives import all_reduce_sum, gather_rows, on_ranks
 from fastkd.compute.precision import Precision
 from fastkd.compute.ranks import World
-from fastkd.data.batch import IGNORED, NO_LABEL, Batch
+from fastkd.data.batch import IGNORED, NO_LABEL, Batch, LabelKind
 from fastkd.errors import UserError
+from fastkd.evaluation.confusion import confused, of_confusion
 from fastkd.losses.multilabel import known_bce
+from fastkd.models.dense import logits_at
 from fastkd.models.intake import image_dtype
 from fastkd.models.taps import logits_of
 
@@ -49,28 +52,30 @@ def evaluate(
     loader: EvalLoader,
     precision: Precision,
     world: World,
-    multilabel: bool = False,
-) -> dict[str, float]:
+    kind: LabelKind = "class",
+) -> dict[str, Any]:
     """Metrics over all samples of all ranks, equal on every rank; `fastkd.evaluation.headline`
     names the main one.
 
-    forward: images [N, 3, H, W] -> logits [N, C], or what `logits_of` finds them in; in evaluation
-    mode already.
-    multilabel: labels are [N, C] in 0, 1 and -1 (unknown), not class ids [N].
+    forward: images [N, 3, H, W] -> logits [N, C], of every pixel [N, C, h, w], or what `logits_of`
+    finds them in; in evaluation mode already.
+    kind: what is labelled; several labels per image are [N, C] in 0, 1 and -1 (unknown).
 
     One class per image: `accuracy` and `top5` (shares of 1), `loss` (mean cross entropy), over
     the samples with a label: a negative class id means no label.
     Several labels: `map`, the mean over classes of the area under the steps of precision over
     recall (torchmetrics; not VOC's older 11 points), of classes with at least one positive, without
     unknown labels; `loss` (mean binary cross entropy); `chance`, the expected mAP of scores
-    that carry no information. Both: `samples`, and `unread` if images could not be read, which then
-    do not count (data.on_bad=skip).
+    that carry no information.
+    A class per pixel: what `fastkd.evaluation.confusion.of_confusion` says, and `loss` (mean cross
+    entropy of the labelled pixels), of logits at the size of the labels. All: `samples`, and
+    `unread` if images could not be read, which then do not count (data.on_bad=skip).
 
     Raises:
         UserError: no validation image has a label, or mAP finds labels that it cannot use.
     """
     answers = _Answers(forward, loader, precision)
-    found = _ranked(answers, world) if multilabel else _counted(answers, world)
+    found = _METRICS[kind](answers, world)
     if not found["unread"]:
         del found["unread"]
     if not found["samples"]:
@@ -83,7 +88,7 @@ def evaluate(
 
 @dataclass
 class _Answers:
-    """fp32 logits [N, C] and labels of every batch."""
+    """fp32 logits and labels of every batch."""
 
     forward: Callable[[Tensor], Any]
     loader: EvalLoader
@@ -99,7 +104,7 @@ class _Answers:
 
 
 def answer(forward: Callable[[Tensor], Any], images_NCHW: Tensor, precision: Precision) -> Tensor:
-    """fp32 logits [N, C] of images on the network's device."""
+    """fp32 logits of images on the network's device."""
     with precision.autocast():
         return logits_of(forward(images_NCHW.to(image_dtype(forward, precision)))).float()
 
@@ -166,6 +171,37 @@ def _ranked(answers: _Answers, world: World) -> dict[str, float]:
         "samples": len(targets_NC) - unread,
         "unread": unread,
     }
+
+
+def _confused(answers: _Answers, world: World) -> dict[str, Any]:
+    """Pixels by label and prediction are whole numbers: the same for every batch and rank."""
+    counts_CC: Tensor | None = None
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for logits_NCHW, labels_NHW in answers:
+        logits_NCHW = logits_at(logits_NCHW, (labels_NHW.shape[1], labels_NHW.shape[2]))
+        labels_NHW = torch.where(labels_NHW < 0, NO_LABEL, labels_NHW)
+        found = confused(logits_NCHW.argmax(1), labels_NHW, logits_NCHW.shape[1])
+        counts_CC = found if counts_CC is None else counts_CC + found
+        loss = F.cross_entropy(logits_NCHW, labels_NHW, ignore_index=NO_LABEL, reduction="sum")
+        sums[0] += loss.double()
+        sums[1] += (labels_NHW != NO_LABEL).flatten(1).any(1).sum()
+    sums[2] = answers.unread
+    if world.size > 1:
+        # A rank without an image does not know the number of classes.
+        sizes = on_ranks(0 if counts_CC is None else len(counts_CC), world)
+        if counts_CC is None:
+            counts_CC = torch.zeros(max(sizes), max(sizes), dtype=torch.int64, device=world.device)
+        all_reduce_sum(counts_CC)
+        all_reduce_sum(sums)
+    loss, images, unread = sums.tolist()
+    if counts_CC is None:
+        return {"samples": 0, "unread": 0}
+    found = of_confusion(counts_CC)
+    pixels = max(int(counts_CC.sum()), 1)
+    return {**found, "loss": loss / pixels, "samples": int(images), "unread": int(unread)}
+
+
+_METRICS = {"class": _counted, "multi": _ranked, "pixel": _confused}
 
 
 def _places(logits_N: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["HEADLINES", "headline", "headline_of", "of_epoch"]
 
-HEADLINES = {"accuracy": "accuracy", "map": "mAP"}
+HEADLINES = {"accuracy": "accuracy", "map": "mAP", "miou": "mIoU"}
 """Key of an evaluation, and with `_last` and `_best` of a summary -> how it is printed. All are
 shares of 1, larger is better."""
 
@@ -32,5 +32,5 @@ def headline_of(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def of_epoch(found: Mapping[str, float]) -> dict[str, float]:
     """The values of an evaluation that enter a row of metrics.jsonl, as `val_NAME`."""
-    of_the_data = ("samples", "chance")
-    return {f"val_{name}": value for name, value in found.items() if name not in of_the_data}
+    aside = ("samples", "chance", "class_iou")
+    return {f"val_{name}": value for name, value in found.items() if name not in aside}

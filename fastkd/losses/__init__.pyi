@@ -6,6 +6,8 @@ from fastkd.losses.base.term import LossTerm as LossTerm
 from fastkd.losses.base.term import TermInputs as TermInputs
 from fastkd.losses.base.term import TermOutput as TermOutput
 from fastkd.losses.crd import CRD as CRD
+from fastkd.losses.dense import CWD as CWD
+from fastkd.losses.dense import MGD as MGD
 from fastkd.losses.discriminator import Discriminator as Discriminator
 from fastkd.losses.dist import DIST as DIST
 from fastkd.losses.dkd import DKD as DKD

@@ -52,11 +52,12 @@ class DKD(LossTerm):
     mdistiller/distillers/DKD.py.
     Needs: the logits of both networks on x, and the labels.
     Weight: 1, the reference's.
-    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_terms_on_ranks.py; oracles
-    logit_losses.json, peer_losses.json (the authors' code).
+    Tests: tests/losses/test_logit_losses.py, test_peer_losses.py, test_dense_logits.py,
+    test_terms_on_ranks.py; oracles logit_losses.json, peer_losses.json (the authors' code).
     """
 
     label_kind = "class"
+    takes_pixels = True
 
     def __init__(
         self,

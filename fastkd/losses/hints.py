@@ -22,6 +22,10 @@ from fastkd.losses.base.term import BindContext
 
 __all__ = ["AB", "VID", "FitNet"]
 
+# Sides of a connector's kernel: from the first on, a map of about twice the size is halved instead;
+# beyond the second, which the maps of 32 pixels in the papers do not need, it would be all weights.
+_LARGE, _LARGEST = 8, 32
+
 
 class FitNet(PairTerm):
     """Hint training: the student's map predicts the teacher's.
@@ -31,7 +35,9 @@ class FitNet(PairTerm):
     connector = convolution, batch norm, ReLU. The convolution brings the student's map to the
     teacher's size: 3x3 of stride 2 from twice the size, transposed 4x4 of stride 2 from half of
     it, else unpadded with a kernel as large as the difference plus 1. It has no bias, which the
-    batch norm would cancel.
+    batch norm would cancel. Large maps have two rules of their own: where half of an odd size was
+    rounded up (45 and 23), a transposed kernel of 3 leads up, and 3x3 of stride 2 down if the other
+    kernel were larger than 8; a kernel larger than 32 is refused.
 
     Source: Romero et al. 2014, arXiv:1412.6550, section 2.2, as one term of the total and not as
     its first stage of training; HobbitLong/RepDistiller distiller_zoo/FitNet.py and ConvReg of
@@ -167,18 +173,21 @@ def _resizing(name: str, student: Shape, teacher: Shape) -> nn.Sequential:
     """Convolution and batch norm from one shape to the other; UserError if none fits."""
     channels = (student[0], teacher[0])
     sizes = list(zip(student[1:], teacher[1:], strict=True))
+    height, width = (1 + s - t for s, t in sizes)
     convolution: nn.Module
-    if all(s == 2 * t for s, t in sizes):
+    if all(s == 2 * t for s, t in sizes) or (
+        max(height, width) > _LARGE and all(s in (2 * t - 1, 2 * t) for s, t in sizes)
+    ):
         convolution = nn.Conv2d(*channels, 3, stride=2, padding=1, bias=False)
-    elif all(2 * s == t for s, t in sizes):
-        convolution = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1, bias=False)
-    elif all(s >= t for s, t in sizes):
-        height, width = (1 + s - t for s, t in sizes)
+    elif all(t in (2 * s - 1, 2 * s) for s, t in sizes) and min(height, width) < 1:
+        tall, wide = (4 - (t % 2) for _, t in sizes)
+        convolution = nn.ConvTranspose2d(*channels, (tall, wide), 2, padding=1, bias=False)
+    elif min(height, width) >= 1 and max(height, width) <= _LARGEST:
         convolution = nn.Conv2d(*channels, (height, width), bias=False)
     else:
         raise UserError(
             f"losses.{name} cannot bring a student's map of {student[1]}x{student[2]} to the "
-            f"teacher's {teacher[1]}x{teacher[2]}: pair taps where the student's is at least as "
-            f"large, or exactly half as large"
+            f"teacher's {teacher[1]}x{teacher[2]}: pair taps where the student's is half as large, "
+            f"as large, twice as large, or at most {_LARGEST - 1} pixels larger"
         )
     return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from fastkd.config.section import Since
 from fastkd.data.batch import NO_LABEL
 from fastkd.errors import UserError
 from fastkd.kernels import kd_loss
@@ -28,7 +29,14 @@ from fastkd.losses.base.needs import (
     View,
     both_logits,
 )
-from fastkd.losses.base.term import LossTerm, TermInputs, TermOutput
+from fastkd.losses.base.term import BindContext, LossTerm, TermInputs, TermOutput
+from fastkd.losses.cross_entropy import (
+    ClassWeights,
+    check_hard_labels,
+    class_weights_C,
+    labelled_ce,
+    weighted_mean,
+)
 from fastkd.losses.drop_in import KDLoss
 
 __all__ = ["KD", "CrossEntropy", "MixedCE", "SoftCE", "standardize"]
@@ -48,24 +56,6 @@ def standardize(logits_NC: Tensor) -> Tensor:
     return centred_NC / (z_NC.std(1, keepdim=True) + 1e-7)
 
 
-def labelled_ce(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in fp32 of the rows with a label; 0 if there are none.
-
-    labels_N: class ids, or probabilities of the logits' shape.
-    """
-    if labels_N.is_floating_point():
-        wide_NC = widened(logits_NC)
-        return F.cross_entropy(wide_NC, labels_N.to(wide_NC), label_smoothing=label_smoothing)
-    total = F.cross_entropy(
-        widened(logits_NC),
-        labels_N,
-        label_smoothing=label_smoothing,
-        ignore_index=NO_LABEL,
-        reduction="sum",
-    )
-    return total / (labels_N != NO_LABEL).sum().clamp_min(1)
-
-
 class CrossEntropy(LossTerm):
     """Cross entropy of the student with the labels.
 
@@ -77,26 +67,47 @@ class CrossEntropy(LossTerm):
     label has failed where every loss reads labels. With several processes, or with accumulate, each
     rank or micro-batch divides by its own number of rows. Part: `<name>`.
 
+    With `class_weights` w the mean is sum of w[label] * row / sum of w[label], as in torch.
+    "erfnet" is w_c = 1 / ln(1.10 + p_c), p_c the share of class c among the labelled pixels (or
+    images) of the training set: ERFNet's formula. "erfnet_encoder" has 1.20, from which the list
+    that ERFNet's code has for its encoder's stage follows. Both released lists count the pixels
+    without a class in the whole (11.5% of Cityscapes), so they differ a little from these. A row
+    smoothed by `label_smoothing` counts by its label, where torch weighs each of its classes.
+
     Args:
         weight: Factor in the total.
         label_smoothing: Share of the target spread over all classes.
+        class_weights: How much a row counts by its class: none (equally), erfnet, erfnet_encoder,
+            or a list of one number per class.
 
-    Source: `torch.nn.functional.cross_entropy`.
+    Source: `torch.nn.functional.cross_entropy`. class_weights: Romera et al. 2018, "ERFNet",
+    section IV, after ENet, arXiv:1606.02147, section 5.2; Eromera/erfnet_pytorch train/main.py.
     Needs: the student's logits on x, and the labels.
     Weight: 1.
     Tests: tests/training/test_trainer.py, tests/ops/test_kd_loss.py,
-    tests/losses/test_peer_losses.py, test_terms_on_ranks.py; oracle logit_losses.json.
+    tests/losses/test_peer_losses.py, test_dense_logits.py, test_class_weights.py,
+    test_terms_on_ranks.py; oracle logit_losses.json.
     """
 
     label_kind = "class"
     takes_no_label = True
     takes_soft_labels = True
+    takes_pixels = True
+    class_weight_C: Tensor | None
 
     def __init__(
-        self, *, weight: Weight = 1.0, label_smoothing: Smoothing = 0.0, name: str = "ce"
+        self,
+        *,
+        weight: Weight = 1.0,
+        label_smoothing: Smoothing = 0.0,
+        class_weights: Annotated[ClassWeights, Since("0.2")] = "none",
+        name: str = "ce",
     ) -> None:
         super().__init__(name, self.needs_of(), {name: weight})
         self.label_smoothing = label_smoothing
+        self.class_weights: ClassWeights = class_weights
+        self.takes_soft_labels = class_weights == "none"
+        self.register_buffer("class_weight_C", None)
 
     @override
     @classmethod
@@ -104,10 +115,20 @@ class CrossEntropy(LossTerm):
         return (STUDENT_LOGITS,)
 
     @override
+    def bind(self, context: BindContext) -> None:
+        """Keep the weights of the classes, which a resumed run finds in its checkpoint."""
+        if self.class_weights != "none":
+            self.class_weight_C = class_weights_C(self.class_weights, self.name, context)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Softmax in fp32 whatever the autocast type."""
         (logits_NC,) = self.wanted(inputs)
-        loss = labelled_ce(logits_NC, inputs.labels_N, self.label_smoothing)
+        if self.class_weight_C is not None:
+            check_hard_labels(self.name, inputs.labels_N)
+        loss = labelled_ce(
+            logits_NC, inputs.labels_N, self.label_smoothing, self.class_weight_C, self.weight
+        )
         return TermOutput({self.name: loss})
 
 
@@ -127,8 +148,9 @@ class KD(LossTerm):
     counts, as in `KDLoss` without labels. With ce_weight > 0 a row labelled -100 counts in neither
     a sum nor the divisor, as in `KDLoss` with labels, so the teacher would not be imitated on it
     either: training refuses such an image. [KD(ce_weight=0), CrossEntropy(weight=0.1)] is the way
-    out; there it counts in the KL alone. With several processes, or with accumulate, each rank or
-    micro-batch divides by its own number of rows.
+    out; there it counts in the KL alone. The same holds for the pixels of label maps, of which
+    some have no class as a rule and none is refused. With several processes, or with accumulate,
+    each rank or micro-batch divides by its own number of rows.
 
     xprime_target: what is imitated on x': "teacher", its logits of x' (TLmixup, TLCutMix), or
     "mixed_logits", its logits of the two images, mixed like their pixels, which the released code
@@ -143,6 +165,8 @@ class KD(LossTerm):
         xprime_target: On x': the teacher's logits of x', or its logits of the two images, mixed
             like their pixels.
         standardize: Take both logits of the KL to zero mean and unit deviation per sample first.
+        class_weights: How much a row counts in the cross entropy by its class, as in
+            `CrossEntropy`; the KL is not weighted.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2; HobbitLong/RepDistiller
     distiller_zoo/KD.py. standardize: Sun et al. 2024, arXiv:2403.01427, section 4;
@@ -150,13 +174,15 @@ class KD(LossTerm):
     Needs: the logits of both networks on every view of `views`, and the labels.
     Weight: 0.9, and ce_weight 0.1, RepDistiller's.
     Tests: tests/ops/test_kd_loss.py, oracle kd_loss_oracle.json; tests/losses/test_logit_losses.py,
-    test_peer_losses.py, test_mixed_targets.py, test_terms_on_ranks.py, oracles logit_losses.json,
-    peer_losses.json (the authors' code).
+    test_peer_losses.py, test_mixed_targets.py, test_dense_logits.py, test_class_weights.py,
+    test_terms_on_ranks.py, oracles logit_losses.json, peer_losses.json (the authors' code).
     """
 
     takes_soft_labels = True
+    takes_pixels = True
+    class_weight_C: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the keys of a recipe
         self,
         *,
         weight: Weight = 0.9,
@@ -166,8 +192,14 @@ class KD(LossTerm):
         views: tuple[View, ...] = ("x",),
         xprime_target: Target = "teacher",
         standardize: bool = False,
+        class_weights: Annotated[ClassWeights, Since("0.2")] = "none",
         name: str = "kd",
     ) -> None:
+        if class_weights != "none" and not ce_weight:
+            raise UserError(
+                f"losses.{name}.class_weights weighs its cross entropy, which ce_weight=0 leaves "
+                f"out: set losses.{name}.ce_weight, or losses.ce.class_weights"
+            )
         needs = self.needs_of(views=views, xprime_target=xprime_target, ce_weight=ce_weight)
         weights = self.weights_of(name, weight=weight, views=views, ce_weight=ce_weight)
         super().__init__(name, needs, weights)
@@ -184,6 +216,9 @@ class KD(LossTerm):
         self.label_kind = "class" if ce_weight else None
         # A row without a label would not count in the KL either.
         self.takes_no_label = not ce_weight
+        self.class_weights: ClassWeights = class_weights
+        self.takes_soft_labels = class_weights == "none"
+        self.register_buffer("class_weight_C", None)
 
     @override
     @classmethod
@@ -214,10 +249,18 @@ class KD(LossTerm):
         return weights | {"ce": ce_weight} if ce_weight else weights
 
     @override
+    def bind(self, context: BindContext) -> None:
+        """As `CrossEntropy`."""
+        if self.class_weights != "none":
+            self.class_weight_C = class_weights_C(self.class_weights, self.name, context)
+
+    @override
     def forward(self, inputs: TermInputs) -> TermOutput:
         """Means over the rows of each view."""
         parts = {}
-        labels_N = inputs.labels_N
+        labels_N, weight_C = inputs.labels_N, self.class_weight_C
+        if weight_C is not None:
+            check_hard_labels(self.name, labels_N)
         for view, student, teacher in self.compared:
             student_NC, teacher_NC = inputs.tensors[student], inputs.tensors[teacher]
             if self.standardize:
@@ -239,11 +282,13 @@ class KD(LossTerm):
             )
             rows = kd_N.numel() if counts_N is None else counts_N.sum().clamp_min(1)
             parts[_part(self.name, view)] = kd_N.sum() / rows
-            if with_labels:
+            if with_labels and weight_C is not None:
+                parts["ce"] = weighted_mean(ce_N, labels_N, weight_C)
+            elif with_labels:
                 parts["ce"] = ce_N.sum() / rows
         if self.ce_weight and "ce" not in parts:
             logits_NC = inputs.tensors[_STUDENT]
-            parts["ce"] = labelled_ce(logits_NC, labels_N, self.label_smoothing)
+            parts["ce"] = labelled_ce(logits_NC, labels_N, self.label_smoothing, weight_C)
         return TermOutput(parts)
 
 

@@ -6,6 +6,7 @@ from fastkd.models.registry import create_model, list_models, model_from_file
 from fastkd.models.rewrite.cheapen import cheapen
 from fastkd.models.rewrite.fuse import fuse
 from fastkd.models.rewrite.shortcuts import remove_shortcuts
+from fastkd.models.rewrite.shorten import shorten
 from fastkd.models.taps import Tapped, available_taps
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "list_models",
     "model_from_file",
     "remove_shortcuts",
+    "shorten",
     "use_kernels",
 ]

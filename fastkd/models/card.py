@@ -33,8 +33,13 @@ class Card:
     timm's networks what timm states; a training clears it."""
     head: tuple[str, ...] | None = None
     """Paths of the classifier layers; None until `classifier_paths` has searched."""
+    new: tuple[str, ...] = ()
+    """Paths of the layers that `new_head` left at their initial weights."""
     trained: tuple[str, ...] | None = None
     """If the backbone is frozen, paths of the layers that are trained."""
+    unlearned: tuple[str, ...] = ()
+    """Options, such as blocks, by which it differs from the network whose weights it has a part
+    of: it has to be trained before it is worth anything."""
     report: RewriteReport | None = None
     """What the last rewrite changed."""
     kernels: KernelChoice | None = field(default=None, compare=False)

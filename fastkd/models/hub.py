@@ -87,8 +87,12 @@ def build_torchvision(
     sized = {**options, "num_classes": num_classes}
     if not pretrained:
         model = _build("torchvision", name, False, lambda: get_model(name, weights=None, **sized))
+        if "aux_loss" not in options:
+            _drop_auxiliary(model)
         return Built(model, num_classes, None)
     model = _build("torchvision", name, True, lambda: get_model(name, weights=weights, **options))
+    if "aux_loss" not in options:
+        _drop_auxiliary(model)
     if num_classes != own_classes:
         fresh = _build("torchvision", name, False, lambda: get_model(name, weights=None, **sized))
         _take_heads(model, fresh)
@@ -99,6 +103,19 @@ def build_torchvision(
         framing = Framing(resize=resize, crop=crop, interpolation=preset.interpolation.value)
         shown = DataFacts(image_size=crop, evaluation=framing)
     return Built(model, num_classes, (tuple(preset.mean), tuple(preset.std)), shown)
+
+
+def _drop_auxiliary(model: nn.Module) -> None:
+    """Leave out the second classifier of a segmentation network: no loss here would train it.
+
+    torchvision's own checkpoints have weights of it, which are passed over.
+    """
+    from torchvision.models.segmentation import FCN, DeepLabV3
+
+    if isinstance(model, FCN | DeepLabV3):
+        model.aux_classifier = None
+        attributes: dict[str, Any] = model.__dict__
+        attributes["key_maps"] = {"torchvision": {"aux_classifier": None}}
 
 
 def convention(name: str, size: int | None = None) -> DataFacts | None:

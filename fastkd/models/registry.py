@@ -10,7 +10,6 @@ import fnmatch
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,26 +17,21 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import hub, reused_head
-from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.card import Card, card_of, sign
 from fastkd.models.fused import use_kernels
 from fastkd.models.head import class_layers
 from fastkd.models.planner import DEFAULT_KERNELS, KernelChoice
 from fastkd.models.proportion import check_proportion
-from fastkd.models.rewrite.cheapen import cheapen
-from fastkd.models.rewrite.shortcuts import remove_shortcuts
-from fastkd.models.taps import ZooNetwork
-from fastkd.models.zoo import (
-    erfnet,
-    mobilenetv2,
-    resnet,
-    resnet18,
-    resnet50,
-    shufflenetv1,
-    shufflenetv2,
-    vgg,
-    wrn,
+from fastkd.models.rewrite.options import (
+    GENOTYPE,
+    REWRITES,
+    canonical,
+    conflicts,
+    fill,
+    rewritten,
 )
+from fastkd.models.taps import ZooNetwork
+from fastkd.models.zoo.families import FAMILIES, encoder_of, family_of, options_of
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.fitting import load_into
@@ -54,19 +48,6 @@ __all__ = [
     "without_memory",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (
-    resnet,
-    resnet18,
-    resnet50,
-    wrn,
-    vgg,
-    mobilenetv2,
-    shufflenetv1,
-    shufflenetv2,
-    erfnet,
-)
-"""Each has NAMES (listed), PATTERN (accepted) and build(name, num_classes, *, options)."""
-
 
 def create_model(
     name: str,
@@ -79,7 +60,8 @@ def create_model(
     kernels: KernelChoice = DEFAULT_KERNELS,
     **options: Any,
 ) -> nn.Module:
-    """Build a network: images [N, 3, H, W] -> logits [N, num_classes].
+    """Build a network: images [N, 3, H, W] -> logits [N, num_classes], or for segmentation
+    [N, num_classes, h, w].
 
     name: of the zoo (`wrn_40_2`, `resnet20`, `resnet8x4`; see `list_models`), `timm:NAME` or
         `torchvision:NAME`.
@@ -91,13 +73,17 @@ def create_model(
     weights_key: which network in that file, if several fit: a dotted path such as `state_dict` or
         `model.teacher`; by default the only one that fits, an average (EMA) before others.
     new_head: load everything except the classifier from `weights` or the pretrained network,
-        whatever their class count; the classifier keeps its initialisation.
+        whatever their class count; the classifier keeps its initialisation. From the file of its
+        encoder (`erfnet_encoder` for `erfnet`) also the layers that this has not.
     kernels: how chains of grouped 3x3 and 1x1 convolutions compute, by default plain
         (`fastkd.use_kernels`).
     options: of the family, such as `width` of the CIFAR ResNets, or of timm or torchvision. Every
-        network takes `block` (cheap blocks for its 3x3 convolutions) and `shortcuts` (False: none,
-        "projection": only those): if a family does not support them, `fastkd.cheapen` and
-        `fastkd.remove_shortcuts` rewrite the finished network.
+        network takes `block` (cheap blocks for its 3x3 convolutions) or `blocks` (one for each
+        path, stage or pattern), `depth` (residual blocks that each stage keeps) and `shortcuts`
+        (False: none, "projection": only those): if a family does not support them,
+        `fastkd.cheapen`, `fastkd.models.shorten` and `fastkd.remove_shortcuts` rewrite the finished
+        network. With `blocks` or `depth`, weights of the network without them are copied as far
+        as they fit, with a warning.
 
     `card_of(model)` (`fastkd.models.card`) has the name, the options, the class count, the
     normalisation ((mean, std) per channel for images in [0, 1], or None) and `data`, how pictures
@@ -130,12 +116,15 @@ def create_model(
     options = taken | options
     if num_classes is None:
         num_classes = facts.num_classes
-    if "block" in options:
-        options["block"] = str(parse_block(options["block"]))
+    options = canonical(options)
     rewrites = _rewrites(name, options)
     own = {option: value for option, value in options.items() if option not in rewrites}
     built = _build(name, num_classes, pretrained, own)
-    model = _rewritten(built.model, rewrites)
+    # Messages of the rewrites call it by its name.
+    named = {"name": name, "options": own, "num_classes": built.num_classes}
+    sign(built.model, replace(card_of(built.model) or Card(), **named))
+    model = rewritten(built.model, rewrites)
+    changed = tuple(key for key in GENOTYPE if key in options)
     sign(
         model,
         replace(
@@ -148,11 +137,14 @@ def create_model(
             head=(model.head_path,) if isinstance(model, ZooNetwork) else None,
         ),
     )
-    new = classifier_paths(model) if new_head else ()
+    new = (*classifier_paths(model), *_lacking(name, facts)) if new_head else ()
+    sign(model, replace(card_of(model) or Card(), new=new))
     if donor is not None:
         load_into(model, donor.state_dict(), origin=f"the pretrained {name}", new=new)
     elif file is not None:
-        load_into(model, file, new=new)
+        changed = fill(model, file, facts, new, create_model)
+    if changed and (donor is not None or pretrained or file is not None):
+        sign(model, replace(card_of(model) or Card(), unlearned=changed))
     return use_kernels(model, kernels)
 
 
@@ -164,6 +156,11 @@ def _data(facts: DataFacts | None, new_head: bool) -> DataFacts | None:
 def _facts_for(name: str, file: WeightFile, new_head: bool) -> NetworkFacts:
     """The metadata of a file as far as they are about this network: of SimKD's, about its body."""
     facts = file.network
+    if _lacking(name, facts) and not new_head:
+        raise UserError(
+            f"{file} holds {facts.architecture}, the first layers of {name}: new_head=True "
+            f"(student.new_head=true) starts {name} from it, with a new decoder and classifier"
+        )
     if facts.architecture != f"simkd:{name}":
         return facts
     if not new_head:
@@ -181,17 +178,24 @@ def unnamed_options(name: str, facts: NetworkFacts, given: Mapping[str, Any]) ->
 
     Rates of dropout and the like are left out: they belong to a training, not to its result.
     """
-    if facts.architecture != name:
+    if facts.architecture != name and not _lacking(name, facts):
         return {}
-    family = _family(name)
+    family = family_of(name)
     defaults = inspect.signature(family.build).parameters if family else {}
     return {
         option: value
         for option, value in facts.options.items()
         if option not in given
         and "drop" not in option
+        and not conflicts(option, given)
         and not (option in defaults and defaults[option].default == value)
     }
+
+
+def _lacking(name: str, facts: NetworkFacts) -> tuple[str, ...]:
+    """Layers of a network that a file of its encoder has not; none for any other file."""
+    encoder = encoder_of(name)
+    return encoder.lacks if encoder and facts.architecture == encoder.name else ()
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:
@@ -232,7 +236,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def is_of_zoo(name: str) -> bool:
     """Whether `create_model` builds this network from the zoo."""
-    return _family(name) is not None
+    return family_of(name) is not None
 
 
 def model_options(name: str) -> list[str] | None:
@@ -242,13 +246,13 @@ def model_options(name: str) -> list[str] | None:
     that fastkd names.
     """
     # Any network can be rewritten with these.
-    rewrites = ["block", "shortcuts"]
+    rewrites = list(REWRITES)
     source, colon, rest = name.partition(":")
     if colon:
         known = source in hub.HUBS and hub.knows(source, rest)
         return [*rewrites, "drop_path"] if known else None
-    family = _family(name)
-    return [*rewrites, *_own_options(family)] if family else None
+    family = family_of(name)
+    return [*rewrites, *options_of(family)] if family else None
 
 
 def model_from_file(path: WeightSource) -> nn.Module:
@@ -338,14 +342,14 @@ def _build_simkd(
 def _build_zoo(
     name: str, num_classes: int | None, pretrained: bool, options: dict[str, Any]
 ) -> hub.Built:
-    family = _family(name)
+    family = family_of(name)
     if family is None:
         raise _unknown(name)
     if pretrained:
         raise UserError(f"{name}: the zoo has no pretrained weights; give weights=FILE")
     if num_classes is None:
         raise UserError(f"{name}: num_classes is missing; give the number of classes of your data")
-    allowed = _own_options(family)
+    allowed = options_of(family)
     for option in options:
         if option not in allowed:
             near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
@@ -385,29 +389,8 @@ def _unknown(name: str) -> UserError:
     )
 
 
-def _family(name: str) -> ModuleType | None:
-    return next((family for family in FAMILIES if family.PATTERN.fullmatch(name)), None)
-
-
-def _own_options(family: ModuleType) -> list[str]:
-    parameters = inspect.signature(family.build).parameters.values()
-    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
-
-
-def _rewrites(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`block` and `shortcuts` for networks whose builder does not support them."""
-    family = _family(name)
-    own = _own_options(family) if family else []
-    return {key: options[key] for key in ("block", "shortcuts") if key in options if key not in own}
-
-
-def _rewritten(model: nn.Module, rewrites: dict[str, Any]) -> nn.Module:
-    shortcuts = rewrites.get("shortcuts", True)
-    if shortcuts not in (True, False, "projection"):
-        raise UserError(
-            f"shortcuts={shortcuts!r}: of this network they can be kept (True), removed (False) or "
-            "removed except for projections ('projection')"
-        )
-    if shortcuts is not True:
-        model = remove_shortcuts(model, keep_projection=shortcuts == "projection")
-    return cheapen(model, rewrites["block"]) if "block" in rewrites else model
+def _rewrites(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that rewrite the finished network, as its builder does not support them."""
+    family = family_of(name)
+    own = options_of(family) if family else []
+    return {key: options[key] for key in REWRITES if key in options if key not in own}

@@ -45,6 +45,10 @@ class ZooNetwork(nn.Module):
     match counts; names without a match are the same. Or a function from all names to the new ones.
     `fastkd.storage.fitting.load_into` finds out which repository it is."""
 
+    def stage_paths(self) -> dict[str, tuple[str, ...]]:
+        """Stage -> paths of its modules in order, such as {"stage1": ("layer1",)}."""
+        return {}
+
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Yield (tap, tensor) for every tap later than `after`, whose value is `x`."""
         raise TypeError(f"{type(self).__name__} must define walk(x, after), see ZooNetwork")

@@ -165,7 +165,8 @@ class Console:
         """An epoch's metrics as one plain line; on a terminal only for the last epoch.
 
         Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
-        `val_accuracy` or `val_map`, `images_per_s`, `data_wait` (a share of 1) and `skipped`.
+        `val_accuracy` (or `val_map`, `val_miou`), `images_per_s`, `data_wait` (a share of 1) and
+        `skipped`.
         """
         if not self._enabled:
             return

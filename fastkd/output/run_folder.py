@@ -9,6 +9,7 @@ it.
         metrics.jsonl                        one row per epoch
         last.pt best.safetensors             by the trainer (`save`, `_keep_best`)
         metrics.csv summary.json             when the run is finished
+        curves.png predictions.png           likewise, by `report`; the second of labelled pixels
         tensorboard/                         events, if asked for
 
 Text files are written next to their final place, flushed to the disk and renamed; metrics.jsonl

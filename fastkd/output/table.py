@@ -46,7 +46,8 @@ def cells_of(rows: Sequence[Mapping[str, Any]]) -> _Cells:
     Each row may have `run`, `accuracy_last` (or `accuracy`, for a network that was only
     evaluated), `accuracy_best`, `of_teacher` (accuracy of the run's teacher), `gain` and `gain_se`
     (over the same student alone, and its standard error), `params`, `macs`, `images_per_s` (in
-    training) and `note`. Accuracies are shares of 1. `map` replaces `accuracy` if a row has it.
+    training) and `note`. Accuracies are shares of 1. `map` or `miou` replaces `accuracy` if a row
+    has it.
     """
     metric = headline_of(rows)
     printed = HEADLINES[metric]

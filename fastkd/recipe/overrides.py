@@ -8,10 +8,11 @@ What the text after `=` means depends on the type of its key, which the schema k
     a mapping, a section      a mapping of YAML in braces
 """
 
+import re
 import typing
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastkd.config.mistakes import entries_of, holds_texts, is_text, section_of
 from fastkd.config.plain_yaml import NotPlain, is_utf8, plain_scalar, read_yaml
@@ -56,19 +57,49 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return key, _value(key, raw.strip(), texts=holds_texts(kind))
     except NotPlain as error:
-        raise UserError(f"{shown(text)}: the value is not valid YAML ({error})") from None
+        star = re.search(r"[{,]\s*\*", raw)
+        hint = "; a name that begins with a star needs quotes" if star else ""
+        raise UserError(f"{shown(text)}: the value is not valid YAML ({error}){hint}") from None
 
 
 def type_of(key: str) -> Any:
     """The type that the schema gives a dotted key; None for a key that it does not have."""
     kind: Any = Recipe
-    parts = key.split(".")
+    parts = _parts(key)
     for number, part in enumerate(parts):
         if parts[:number] == ["losses"]:
             kind = config_class(part) if part in term_names() else None
         else:
             kind = _inner(kind, part)
     return kind
+
+
+def _parts(key: str) -> list[str]:
+    """The parts of a dotted key; below a mapping of plain values all the rest is one.
+
+    `student.blocks.layer3.0` is the entry `layer3.0` of `student.blocks`.
+    """
+    kind: Any = Recipe
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        if _is_plain_mapping(kind):
+            return [*parts[:number], ".".join(parts[number:])]
+        if parts[:number] == ["losses"]:
+            kind = config_class(part) if part in term_names() else None
+        else:
+            kind = _inner(kind, part)
+    return parts
+
+
+def _is_plain_mapping(kind: Any) -> bool:
+    """Whether an annotation is, or may be, a mapping of texts or numbers."""
+    options = (kind,) if typing.get_origin(kind) is dict else typing.get_args(kind)
+    for option in options:
+        if typing.get_origin(option) is dict:
+            value = typing.get_args(option)[1]
+            annotated = typing.get_origin(value) is Annotated
+            return (typing.get_args(value)[0] if annotated else value) in (str, int, float)
+    return False
 
 
 def _inner(kind: Any, part: str) -> Any:
@@ -115,7 +146,7 @@ def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested values; a number between names is an entry of a list."""
-    *sections, last = key.split(".")
+    *sections, last = _parts(key)
     node: Any = values
     for depth, section in enumerate(sections):
         new: Any = [] if any(map(_is_index, sections[depth + 1 : depth + 2])) else {}

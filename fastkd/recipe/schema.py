@@ -26,10 +26,19 @@ from fastkd.augment.config import AugmentConfig
 from fastkd.compute.compiling import CompileChoice
 from fastkd.compute.precision import PrecisionChoice
 from fastkd.compute.ranks import DeviceChoice
-from fastkd.config.section import NoEffect, Section, yaml_switch
+from fastkd.config.section import NoEffect, Section, Since, yaml_switch
 from fastkd.data.config import DataConfig
+from fastkd.data.label_map_keys import wrong_appearance_key
+from fastkd.data.normalization import LABEL_MAPS
 from fastkd.losses.base.registry import check_needs, config_class, typed_config
 from fastkd.models.config import StudentConfig
+from fastkd.models.zoo.families import encoder_of
+from fastkd.recipe.encoder import (
+    EncoderConfig,
+    losses_of_encoder,
+    weighs_classes,
+    wrong_encoder,
+)
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.training.config import OptimConfig
 
@@ -96,6 +105,7 @@ class Recipe(Section):
     tensorboard: Annotated[bool, NoEffect] = False
     """Also write TensorBoard events."""
     baseline: BaselineConfig = BaselineConfig()
+    encoder: Annotated[EncoderConfig | None, Since("0.2")] = None
 
     @field_validator("name")
     @classmethod
@@ -173,6 +183,36 @@ class Recipe(Section):
         )
         return self
 
+    @model_validator(mode="after")
+    def _has_an_encoder(self) -> "Recipe":
+        if self.encoder is None:
+            return self
+        trained = [one.name for one in self.teachers().values() if one.trains]
+        cached = self.teacher is not None and self.teacher.cache is not None
+        said = wrong_encoder(
+            self.encoder, self.data, self.student, self.losses, trained=trained, cached=cached
+        )
+        if said is not None:
+            raise ValueError(said)
+        return self
+
+    @model_validator(mode="after")
+    def _suits_its_labels(self) -> "Recipe":
+        if (said := wrong_appearance_key(self.augment, self.data.name)) is not None:
+            raise ValueError(said)
+        if self.data.name in LABEL_MAPS and (key := self.augment.beyond_pixels):
+            raise ValueError(
+                f"augment.{key} is for labels of whole images, and data.name={self.data.name} has "
+                f"a label for every pixel: leave it out"
+            )
+        squares = [f"{key}.resolution" for key, one in self.teachers().items() if one.resolution]
+        if self.data.name in LABEL_MAPS and squares:
+            raise ValueError(
+                f"{squares[0]} shows a teacher squares of another size, and data.name="
+                f"{self.data.name} has label maps of any shape: leave it out"
+            )
+        return self
+
     def teachers(self) -> dict[str, MemberConfig]:
         """All teachers by their key in the recipe; may be empty."""
         return self.teacher.members() if self.teacher else {}
@@ -237,7 +277,8 @@ class Recipe(Section):
             others = tuple(net(one) for one in teacher.ensemble)
             cache = teacher.cache if teacher.cache == "auto" else _absolute(teacher.cache)
             teacher = net(teacher).model_copy(update={"ensemble": others, "cache": cache})
-        places = {key: _absolute(getattr(self.data, key)) for key in ("root", "labels")}
+        keys = ("root", "labels", "image_dir", "label_dir", "classes_file")
+        places = {key: _absolute(getattr(self.data, key)) for key in keys}
         data = self.data.model_copy(update=places)
         return self.model_copy(
             update={"data": data, "student": net(self.student), "teacher": teacher}
@@ -258,9 +299,45 @@ class Recipe(Section):
             raise ValueError(f"recipe {self.name} has no teacher")
         fields = StudentConfig.model_fields
         epochs = teacher.epochs or self.epochs
+        # One that is fine-tuned starts from its weights.
+        starts = teacher.weights is not None or teacher.pretrained
+        # What blocks and depth name may lie behind its encoder.
+        starts = starts or teacher.blocks is not None or teacher.depth is not None
+        has_encoder = encoder_of(teacher.name) is not None and not starts
+        return self.without_teacher(f"{TEACHES}{self.data.name}/{teacher.name}").replace(
+            epochs=epochs,
+            seed=self.seed if teacher.seed is None else teacher.seed,
+            student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
+            optim=self._optim_over(epochs, teacher.lr),
+            encoder=self.encoder if has_encoder else None,
+            # A cycle spares answers of a teacher, of which this one has none.
+            augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
+        )
+
+    def of_encoder(self) -> "Recipe | None":
+        """The recipe that trains the encoder of this recipe's network first; None: not at all."""
+        encoder = encoder_of(self.student.name)
+        if self.encoder is None or encoder is None:
+            return None
+        epochs = self.encoder.epochs or self.epochs
+        return self.replace(
+            name=f"{self.name}/encoder",
+            description=f"a part of {self.name}: the encoder",
+            out=None,
+            epochs=epochs,
+            data=self.data.model_copy(update={"label_stride": self.encoder.label_stride}),
+            student=self.student.model_copy(update={"name": encoder.name}),
+            losses=losses_of_encoder(self.losses, encoder.taps, self.encoder),
+            optim=self._optim_over(epochs),
+            baseline=BaselineConfig(),
+            encoder=None,
+        )
+
+    def _optim_over(self, epochs: int, lr: float | None = None) -> OptimConfig:
+        """The optimizer of a training of this length in place of the recipe's own."""
         share = epochs / self.epochs
-        optim = {
-            "lr": teacher.lr or self.optim.lr,
+        changed = {
+            "lr": lr or self.optim.lr,
             # Milestones from 1 up are epochs and scale with the run. One that would fall into the
             # first epoch becomes a share of the run, as everything below 1 is.
             "milestones": tuple(
@@ -269,20 +346,15 @@ class Recipe(Section):
             ),
             "warmup_epochs": self.optim.warmup_epochs * share,
         }
-        return self.without_teacher(f"{TEACHES}{self.data.name}/{teacher.name}").replace(
-            epochs=epochs,
-            seed=self.seed if teacher.seed is None else teacher.seed,
-            student=StudentConfig(**{key: getattr(teacher, key) for key in fields}),
-            optim=self.optim.model_copy(update=optim),
-            # A cycle spares answers of a teacher, of which this one has none.
-            augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
-        )
+        return self.optim.model_copy(update=changed)
 
     def _of_labels(self) -> dict[str, Any]:
         """The loss on labels alone: binary cross entropy as the recipe has it, or cross entropy."""
         if "bce" in self.losses:
             return {"bce": _plain(self.losses["bce"]) | {"weight": 1.0}}
-        return {"ce": {"weight": 1.0}}
+        weighing = [_plain(loss) for loss in self.losses.values() if weighs_classes(loss)]
+        kept = {"class_weights": weighing[0]["class_weights"]} if weighing else {}
+        return {"ce": {"weight": 1.0} | kept}
 
     def without_teacher(self, name: str, lr: float | None = None) -> "Recipe":
         """The same budget on the labels alone: only the loss (and, if given, the rate) differs."""
@@ -292,6 +364,7 @@ class Recipe(Section):
             out=None,
             teacher=None,
             losses=self._of_labels(),
+            encoder=self.encoder if encoder_of(self.student.name) else None,
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),

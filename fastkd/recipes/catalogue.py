@@ -15,7 +15,7 @@ from fastkd.recipes.entry import Entry
 __all__ = ["all_recipes", "find_entry", "recipes_by_module"]
 
 _OF_PAPERS = ("cifar", "moonshine", "demystification", "kdda", "meal_v2", "alignkd")
-_MODULES = ("quickstart", "folder", *_OF_PAPERS, "imagenet")
+_MODULES = ("quickstart", "folder", "pairs", *_OF_PAPERS, "imagenet", "camvid")
 
 # On digits bf16 costs what distillation gains (benchmarks/results/quickstart_seeds_bf16.md);
 # benchmarks/precision_on_cifar10.py is the measurement that could allow it here.

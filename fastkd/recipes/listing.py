@@ -21,7 +21,10 @@ __all__ = ["as_data", "details", "listing", "matching", "overview"]
 # The setting of a module that is not named after its paper.
 _PAPERS = {"cifar": "crd"}
 # Of modules whose numbers are in no table of published.json.
-_TITLES = {"imagenet": "Today's training on ImageNet"}
+_TITLES = {
+    "imagenet": "Today's training on ImageNet",
+    "camvid": "Segmentation of street scenes",
+}
 _BY = {None: "", "paper": ", by the text of the paper", "released": ", by the released code"}
 _WHAT_NEXT = """\
 fastkd recipes PATTERN            list them with the papers' numbers: kdda, 'kdda/cifar100/*/kd*'

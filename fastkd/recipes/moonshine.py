@@ -60,17 +60,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "epochs": 150,
         "batch_size": 6,
         "data.name": "cityscapes",
-        "augment.crop": "shift",
+        "data.image_size": 512,
+        "data.mean": [0.0, 0.0, 0.0],
+        "data.std": [1.0, 1.0, 1.0],
+        "data.drop_last": False,
         "augment.padding": 2,
         "optim.name": "adam",
         "optim.lr": 5e-4,
         "optim.weight_decay": 1e-4,
         "optim.schedule": "poly",
-        "losses.ce.class_weights": "cityscapes",
+        "optim.power": 0.9,
+        "losses.ce.class_weights": "erfnet",
+        "encoder.label_stride": 8,
     },
 }
+# Numbers of Eromera/erfnet_pytorch train/main.py, class by class.
+OF_ENCODER = """
+2.3653597831726 4.4237880706787 2.9691488742828 5.3442072868347 5.2983593940735
+5.2275490760803 5.4394111633301 5.3659925460815 3.4170460700989 5.2414722442627
+4.7376127243042 5.2286224365234 5.455126285553 4.3019247055054 5.4264230728149
+5.4331531524658 5.433765411377 5.4631009101868 5.3947434425354
+"""
+OF_DECODER = """
+2.8149201869965 6.9850029945374 3.7890393733978 9.9428062438965 9.7702074050903
+9.5110931396484 10.311357498169 10.026463508606 4.6323022842407 9.5608062744141
+7.8698215484619 9.5168733596802 10.373730659485 6.6616044044495 10.260489463806
+10.287888526917 10.289801597595 10.405355453491 10.138095855713
+"""
 CODE = "the released code"
-ERFNET = "ERFNet's code, which the paper refers to"
+ERFNET = "ERFNet's code, whose setting the paper takes over"
 SOURCES: dict[str, dict[str, str]] = {
     "cifar10": {
         "data.mean": CODE,
@@ -89,26 +107,36 @@ SOURCES: dict[str, dict[str, str]] = {
         "optim.weight_decay": "the authors' other ImageNet code; the number is not in our copy",
     },
     "cityscapes": {
-        key: ERFNET
-        for key in (
-            "epochs",
-            "batch_size",
-            "augment.crop",
-            "augment.padding",
-            "optim.name",
-            "optim.lr",
-            "optim.weight_decay",
-            "optim.schedule",
-            "losses.ce.class_weights",
-        )
+        **dict.fromkeys(
+            (
+                "epochs",
+                "batch_size",
+                "data.image_size",
+                "data.drop_last",
+                "augment.padding",
+                "optim.name",
+                "optim.lr",
+                "optim.weight_decay",
+                "optim.schedule",
+                "optim.power",
+                "encoder.label_stride",
+            ),
+            ERFNET,
+        ),
+        "data.mean": f"{ERFNET}: pixels in 0..1 as they are",
+        "data.std": f"{ERFNET}: pixels in 0..1 as they are",
+        "losses.ce.class_weights": "the formula of ERFNet's paper",
     },
 }
 SOURCES["cifar100"] = SOURCES["cifar10"]
 NOTES = {
     "imagenet": "data.root is ImageNet as folders: train/ and val/, one folder a class.",
-    "cityscapes": "ERFNet's encoder is trained first, for 150 epochs on labels at an eighth of the "
-    "size (AT: layers 7, 12 and 16, beta 1000). These keys are the second stage; set its initial "
-    "weights with student.weights. Whether the student's convolutions have a bias is not known.",
+    "cityscapes": "Two stages of 150 epochs, teacher and student alike: the encoder on labels at "
+    "an eighth of the size, then the whole network, which starts from the encoder's best epoch (in "
+    "ERFNet's code from its last). With attention, layers 7, 12 and 16 count in the first stage "
+    "with beta = 1000, and 19 and 22 as well in the second with 600. ERFNet's code has a 20th "
+    "output for pixels that do not count. Whether the student's convolutions have a bias is not "
+    "known.",
 }
 AT_NOTE = (
     "Equation 2 has the norm of the difference of the maps; beta belongs to the mean square of the "
@@ -129,7 +157,24 @@ def recipes() -> dict[str, Entry]:
                 "was made with: 5 times with 10 classes, 50 times with 100.",
             )
             entries[other.name] = other
+        if "/cityscapes/" in entry.name:
+            other = _released(entry)
+            entries[other.name] = other
     return entries
+
+
+def _released(entry: Entry) -> Entry:
+    """A row on Cityscapes with the weights of the classes that ERFNet's code lists."""
+    words = {"losses.ce.class_weights": OF_DECODER, "encoder.class_weights": OF_ENCODER}
+    lists = {key: [float(word) for word in text.split()] for key, text in words.items()}
+    return entry.in_mode(
+        "released",
+        {**entry.keys, **lists},
+        f"{entry.note} The weights of the classes are the lists of ERFNet's code: 1 / ln(1.2 + p) "
+        f"in the first stage and 1 / ln(1.1 + p) in the second, p being the class's share of all "
+        f"pixels, of which 11 percent have no class.",
+        dict.fromkeys(lists, ERFNET),
+    )
 
 
 def _of(cell: Published) -> Entry:
@@ -196,5 +241,5 @@ def _entry(
         keys=keys,
         sources=SOURCES[dataset],
         note=" ".join(notes),
-        mode="paper" if alone else "released",
+        mode="paper" if alone or dataset == "cityscapes" else "released",
     )

@@ -13,6 +13,7 @@ from fastkd.evaluation.headline import headline
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.report import plots
+from fastkd.report.class_iou import class_lines
 from fastkd.report.paper import PaperRow
 
 __all__ = ["failure", "finish_report", "verdict"]
@@ -70,6 +71,8 @@ def finish_report(
     )
     folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     console.comparison(rows)
+    for line in class_lines(summary):
+        console.note(line)
     if chance:
         students = {"student alone": alone, kind: summary}
         for label, one in students.items():
@@ -93,7 +96,7 @@ def verdict(summary: Mapping[str, Any], chance: Chance) -> str:
     loss = summary["history"][-1].get("val_loss")
     if loss is not None and not loss <= DIVERGED * chance.loss:
         return "diverged"
-    return "" if chance.beaten_by(summary["accuracy_last"]) else "at chance"
+    return "" if chance.beaten_by(summary[f"{headline(summary)}_last"]) else "at chance"
 
 
 def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:
@@ -107,8 +110,11 @@ def failure(label: str, summary: Mapping[str, Any], chance: Chance) -> str:
         )
     if not found:
         return ""
+    metric = headline(summary)
+    blind = "always naming the commonest class gives"
+    if metric == "miou":
+        blind = "an answer that ignores the image gives"
     return (
-        f"{label}: at chance, {summary['accuracy_last']:.2%} where always naming the "
-        f"commonest class gives {chance.accuracy:.2%}. Give it more epochs or another "
-        f"learning rate, such as {lower}"
+        f"{label}: at chance, {summary[f'{metric}_last']:.2%} where {blind} "
+        f"{chance.accuracy:.2%}. Give it more epochs or another learning rate, such as {lower}"
     )

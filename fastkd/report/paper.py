@@ -18,7 +18,7 @@ from fastkd.recipes.published import Published
 __all__ = ["PaperRow", "paper_row"]
 
 # Metric of a paper -> ours; an error is 1 - accuracy.
-_OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map"}
+_OURS = {"top1": "accuracy", "top1_error": "accuracy", "map": "map", "class_iou": "miou"}
 # Location of the data, speed, output; and the seeds, which the papers vary.
 _NO_MATTER = frozenset(
     [
@@ -72,7 +72,7 @@ def paper_row(name: str, keys: Mapping[str, Any], summary: Mapping[str, Any]) ->
     """The paper's number for a finished run; None if no paper prints one.
 
     name, keys: of the recipe that was run, as in `Recipe.dotted`.
-    summary: `accuracy_last` and `accuracy_best` (or `map_..`), shares of 1.
+    summary: `accuracy_last` and `accuracy_best` (or `map_..`, `miou_..`), shares of 1.
     """
     entry = all_recipes().get(name)
     cells = entry.published if entry is not None else ()

@@ -43,11 +43,11 @@ def plot_curves(
     title: str = "",
     teachers: Mapping[str, float] | None = None,
 ) -> None:
-    """Validation accuracy (or mAP) and training loss per epoch, one line per run.
+    """Validation accuracy (or mAP, mIoU) and training loss per epoch, one line per run.
 
-    `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` or `val_map` (shares of 1)
-    and `train_loss` are used, rows that lack one of them are left out of that panel.
-    teachers: accuracies (or mAP) by label of networks without curves, as dashed lines.
+    `runs` maps a name to rows of metrics.jsonl; `epoch`, `val_accuracy` (or `val_map`, `val_miou`,
+    shares of 1) and `train_loss` are used, rows that lack one of them are left out of that panel.
+    teachers: accuracies (or mAP, mIoU) by label of networks without curves, as dashed lines.
 
     Raises:
         RunFailed: the file cannot be written.

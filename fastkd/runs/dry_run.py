@@ -20,6 +20,7 @@ from fastkd.output.console import duration
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.stages import (
     Session,
+    build_encoder_stage,
     build_stage,
     open_recipe_data,
     teacher_folder,
@@ -39,10 +40,14 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
     image_shape = data.facts.image_shape
     stages: dict[str, float] = {}
     for name, stage, times in _earlier_stages(recipe, data, session):
+        if encoder := build_encoder_stage(stage, data, (), session):
+            stages[f"encoder of {name}"] = times * rehearse(encoder)["projected_seconds"]
         found = rehearse(build_stage(stage, data, (), session))
         stages[name] = times * found["projected_seconds"]
     teachers = load_teacher(recipe.teacher, data)
     members = recipe.teacher.members().values() if recipe.teacher else ()
+    if encoder := build_encoder_stage(recipe, data, teachers, session):
+        stages["encoder of student"] = rehearse(encoder)["projected_seconds"]
     trainer = build_stage(recipe, data, teachers, session)
     found = rehearse(trainer)
     stages["student distilled" if teachers else "student"] = found.pop("projected_seconds")
@@ -55,7 +60,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         "val_images": data.val.num_samples,
         "image": image_shape,
         "classes": data.facts.num_classes,
-        "evaluation": str(data.facts.evaluation),
+        "evaluation": data.facts.shown,
         "backend": data.backend,
         "student": f"{recipe.student.label}: {_size(trainer.student, image_shape)}",
         "teacher": "; ".join(

@@ -1,4 +1,4 @@
-"""`fastkd eval`: accuracy of a finished run or of a weight file, on the whole validation set."""
+"""`fastkd eval`: the metrics of a finished run or of a weight file, on the whole validation set."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
 from fastkd.data.normalization import PHOTOGRAPHS
 from fastkd.errors import UserError
+from fastkd.evaluation.confusion import by_class
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.models import create_model, use_kernels
 from fastkd.models.card import card_of, title_of
@@ -26,11 +27,19 @@ from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.facts import DataFacts
 from fastkd.storage.weight_file import WeightFile
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm
-from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.loaded import LoadedNet, unlearned
 from fastkd.teachers.loading import of_images, size
 from fastkd.teachers.teacher import Teacher
 
-__all__ = ["evaluate_model", "evaluate_run"]
+__all__ = [
+    "as_shown",
+    "built_for",
+    "evaluate_model",
+    "evaluate_network",
+    "evaluate_run",
+    "names_data",
+    "recipe_for",
+]
 
 
 def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,7 +55,7 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{run} has no best.safetensors yet: it has not been evaluated so far")
     if read_call(folder) is not None:
         model = model_from_file(weights)
-        if not _names_data(keys):
+        if not names_data(keys):
             raise UserError(
                 f"{run} is a run of fastkd.distill, and its validation images are in the script "
                 f"that made it: name images to evaluate on, normalised as that script does it, "
@@ -54,10 +63,10 @@ def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
             )
         card = card_of(model)
         assert card is not None and card.name is not None
-        return _evaluate(_recipe_for(card.name, keys), lambda _: model)
+        return evaluate_network(recipe_for(card.name, keys), lambda _: model)
     recipe = load_recipe(None, config=folder / "config.yaml", overrides=keys)
     file = WeightFile.open(weights)
-    return _evaluate(_shown_as(recipe, file.network.data), lambda _: model_from_file(file))
+    return evaluate_network(as_shown(recipe, file.network.data), lambda _: model_from_file(file))
 
 
 def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -67,11 +76,11 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     (`student.width=0.5`). So does the way in which pictures are shown, and for a network of timm
     with a file that does not say it, from timm.
     """
-    if not _names_data(keys):
+    if not names_data(keys):
         raise UserError(
             "name the data to evaluate on: data.name=cifar10 data.root=FOLDER, or data.name=digits"
         )
-    recipe = _recipe_for(name, keys, weights)
+    recipe = recipe_for(name, keys, weights)
 
     file = WeightFile.open(weights, recipe.student.weights_key)
     shown = file.network.data
@@ -88,18 +97,30 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
                 f"10) in lower case, or the accuracy is wrong",
                 stacklevel=1,
             )
-        if options := recipe.student.options():
-            model = create_model(name, data.facts.num_classes, weights=file, **options)
-        elif file.network.architecture in (name, f"simkd:{name}"):
-            model = model_from_file(file)
-        else:
-            model = create_model(name, data.facts.num_classes, weights=file)
+        model = built_for(recipe, file, data.facts.num_classes)
         return use_kernels(model, recipe.student.kernels)
 
-    return _evaluate(_shown_as(recipe, shown), build)
+    return evaluate_network(as_shown(recipe, shown), build)
 
 
-def _shown_as(recipe: Recipe, facts: DataFacts | None) -> Recipe:
+def built_for(recipe: Recipe, file: WeightFile, num_classes: int | None) -> nn.Module:
+    """The network that recipe keys name, with the weights of a file and what the file says of it.
+
+    num_classes: for a file that does not say it.
+    """
+    name = recipe.student.name
+    if options := recipe.student.options():
+        model = create_model(name, num_classes, weights=file, **options)
+        card = card_of(model)
+        if card and card.unlearned:
+            raise UserError(unlearned(card, file, "student", "train it like this first"))
+        return model
+    if file.network.architecture in (name, f"simkd:{name}"):
+        return model_from_file(file)
+    return create_model(name, num_classes, weights=file)
+
+
+def as_shown(recipe: Recipe, facts: DataFacts | None) -> Recipe:
     """The recipe that shows pictures as the network is used to, where no key says otherwise."""
     keys = recipe.data
     # Digits come in one size.
@@ -116,11 +137,12 @@ def _shown_as(recipe: Recipe, facts: DataFacts | None) -> Recipe:
     return recipe.model_copy(update={"data": keys.model_copy(update=missing)})
 
 
-def _names_data(keys: Sequence[str]) -> bool:
+def names_data(keys: Sequence[str]) -> bool:
+    """Whether recipe keys say which images there are."""
     return any(key.startswith("data.name=") for key in keys)
 
 
-def _recipe_for(name: str, keys: Sequence[str], weights: str | None = None) -> Recipe:
+def recipe_for(name: str, keys: Sequence[str], weights: str | None = None) -> Recipe:
     """A recipe that says no more than which network sees which data."""
     blank = {
         "name": "eval",
@@ -131,7 +153,8 @@ def _recipe_for(name: str, keys: Sequence[str], weights: str | None = None) -> R
     return load_recipe(None, values=blank, overrides=keys)
 
 
-def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
+def evaluate_network(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
+    """Metrics of a network on the validation images of a recipe, and its size."""
     # Training images are not used here, so their number must not matter.
     whole = {"drop_last": False, "train_limit": None}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=whole)})
@@ -170,6 +193,8 @@ def _evaluate(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[st
         images_NCHW = torch.zeros(2, *data.facts.image_shape, device=world.device)
         network.tried(images_NCHW, called="the network")
         precision = placement.precision
-        found = evaluate(network.logits, data.val, precision, world, data.facts.multilabel)
-    shown = {"shown": str(data.facts.evaluation)}
-    return found | shown | size(model, data.facts.image_shape) | {"precision": precision.name}
+        found = evaluate(network.logits, data.val, precision, world, data.facts.label_kind)
+    if "class_iou" in found:
+        found["class_iou"] = by_class(found["class_iou"], data.facts.classes)
+    found |= {"shown": data.facts.shown, **size(model, data.facts.image_shape)}
+    return found | {"precision": precision.name}

@@ -20,7 +20,8 @@ from fastkd.compute.ranks import on_main
 from fastkd.config.values import is_list, is_mapping
 from fastkd.data import DataPair
 from fastkd.data.config import AppearanceConfig
-from fastkd.data.sources.folder import FolderIndex
+from fastkd.data.normalization import LABEL_MAPS
+from fastkd.data.sources.image_set import ImageSet
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.registry import build_terms
 from fastkd.output.run_folder import RunFolder
@@ -223,7 +224,7 @@ def _identity(
 def _of_images(recipe: Recipe, data: DataPair) -> dict[str, Any]:
     """What decides how x looks, by key."""
     augment, facts = recipe.augment, data.remembered
-    files, kept = isinstance(data.sources[0], FolderIndex), facts.train
+    files, kept = not isinstance(data.sources[0], ImageSet), facts.train
     found: dict[str, Any] = {
         "data.seed": data.seed,
         "data.name": facts.name,
@@ -237,7 +238,12 @@ def _of_images(recipe: Recipe, data: DataPair) -> dict[str, Any]:
     if recipe.data.on_bad == "skip":
         found["data.max_pixels"] = recipe.data.max_pixels
     found |= {f"data.{name}": getattr(recipe.data, name) for name in ("exif", "alpha", "white")}
+    if facts.name in LABEL_MAPS:
+        found |= {f"data.{key}": getattr(recipe.data, key) for key in ("multiple", "label_stride")}
     appearance = augment.model_dump(mode="json", include=set(AppearanceConfig.model_fields))
+    # Newer than the first caches, which do not say them.
+    newer = [key for key in ("scale", "window") if appearance[key] is None]
+    appearance = {key: value for key, value in appearance.items() if key not in newer}
     if augment.crop != "pad":
         appearance = {k: v for k, v in appearance.items() if k not in ("padding", "pad_mode")}
     found |= {f"augment.{name}": value for name, value in appearance.items()}

@@ -138,7 +138,7 @@ def _limit(
     workers = recipe.data.workers
     if workers < cores:
         limit.append(f"data.workers={cores} would use all cores (now {workers})")
-    if data.backend == "torch":
+    if data.backend == "torch" and data.facts.label_kind != "pixel":
         limit.append("data.backend=dali decodes faster: on a GPU, or in threads of the CPU")
     source = data.sources[0]
     if isinstance(source, FolderIndex):

@@ -107,7 +107,10 @@ LOADING = re.compile(r"(pretrained|weights).*|checkpoint_path|cache_dir|.*(file|
 
 WORD = re.compile(r"[A-Za-z0-9_.:+,()/ -]{0,64}")
 
-MOST_TEXT, MOST_ENTRIES, LARGEST, DEEPEST = 10_000, 64, 65_536, 4
+MOST_TEXT, MOST_ENTRIES, LARGEST, DEEPEST = 50_000, 64, 65_536, 4
+
+MAPS = {"blocks": 1000, "depth": 1000}
+"""Options that may have more entries, by path."""
 
 
 def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
@@ -138,8 +141,8 @@ def _normalization(given: Any) -> Normalization | None:
         ) from None
 
 
-def _check_options(options: Mapping[Any, Any], depth: int = 0) -> None:
-    if len(options) > MOST_ENTRIES or depth > DEEPEST:
+def _check_options(options: Mapping[Any, Any], depth: int = 0, entries: int = MOST_ENTRIES) -> None:
+    if len(options) > entries or depth > DEEPEST:
         raise ValueError("options: too many")
     for name, value in options.items():
         if LOADING.fullmatch(name):
@@ -149,7 +152,7 @@ def _check_options(options: Mapping[Any, Any], depth: int = 0) -> None:
 
 def _check_value(name: str, value: Any, depth: int) -> None:
     if is_mapping(value):
-        _check_options(value, depth + 1)
+        _check_options(value, depth + 1, MAPS.get(name, MOST_ENTRIES))
     elif is_list(value) and len(value) <= MOST_ENTRIES and depth <= DEEPEST:
         for entry in value:
             _check_value(name, entry, depth + 1)
@@ -170,7 +173,14 @@ def _is_number(value: Any, largest: float) -> bool:
 
 def options_in_words(options: Mapping[str, Any]) -> str:
     """`block=G(4), width=0.5`, or `no options`."""
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+    return ", ".join(f"{name}={_in_words(one)}" for name, one in options.items()) or "no options"
+
+
+def _in_words(value: object) -> str:
+    """`{layer1: G(4)}`, `5,3,5`."""
+    if is_mapping(value):
+        return f"{{{', '.join(f'{name}: {_in_words(one)}' for name, one in value.items())}}}"
+    return ",".join(map(str, value)) if is_list(value) else str(value)
 
 
 def keys_in_words(options: Mapping[str, Any]) -> str:
@@ -178,10 +188,23 @@ def keys_in_words(options: Mapping[str, Any]) -> str:
     words: list[str] = []
     for name, value in options.items():
         text = "null" if value is None else str(value).lower() if value in (True, False) else value
-        if name.rpartition(".")[2] == "block":
-            text = re.sub(r"[(),/]+", ":", str(text)).rstrip(":")
-        words.append(f"{name}={text}")
+        key = name.rpartition(".")[2]
+        if key == "block":
+            text = _with_colons(text)
+        elif key == "blocks" and is_mapping(value):
+            text = {_quoted(path): _with_colons(block) for path, block in value.items()}
+        text = _in_words(text)
+        words.append(f"{name}='{text}'" if " " in text or "*" in text else f"{name}={text}")
     return " ".join(words)
+
+
+def _with_colons(block: object) -> str:
+    return re.sub(r"[(),/]+", ":", str(block)).rstrip(":")
+
+
+def _quoted(path: str) -> str:
+    """As YAML takes a key: a star in front would be an alias."""
+    return f'"{path}"' if re.match(r"[*?\[!&-]", path) else path
 
 
 def other_options(model: nn.Module, metadata: Mapping[str, str]) -> str | None:

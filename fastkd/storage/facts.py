@@ -20,8 +20,9 @@ __all__ = ["DataFacts", "Framing", "FramingMode", "Interpolation", "Listing", "p
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 """Filters by which Pillow resizes."""
-FramingMode = Literal["center", "squash"]
-"""The short side is resized and the aspect ratio kept, or both sides are."""
+FramingMode = Literal["center", "squash", "whole"]
+"""The short side is resized and the aspect ratio kept, or both sides are; "whole": the short side
+is, and all of the picture is shown."""
 
 _Side = Annotated[int, Field(ge=1, le=1 << 16)]
 _Digest = Annotated[str, Field(max_length=64)]
@@ -34,7 +35,8 @@ class _Fact(BaseModel):
 
 
 class Framing(_Fact):
-    """How a picture of any size becomes a square: resized, then its centre cut out."""
+    """How a picture of any size becomes a square: resized, then its centre cut out. Of the mode
+    "whole" it keeps its shape, and `crop` is its short side."""
 
     resize: _Side
     """Pixels of the short side; of both sides if `squash`."""
@@ -61,6 +63,8 @@ class Framing(_Fact):
 
     def __str__(self) -> str:
         side = "both sides" if self.mode == "squash" else "short side"
+        if self.mode == "whole":
+            return f"{side} to {self.resize} ({self.interpolation}), all of it"
         return f"{side} to {self.resize} ({self.interpolation}), central {self.crop}"
 
 
@@ -68,12 +72,12 @@ class Listing(_Fact):
     """The images of one split; two differ if an image was added, removed or replaced."""
 
     counts: tuple[int, ...]
-    """Images of each class."""
+    """Images of each class; () where pixels are labelled."""
     num: int | None = Field(default=None, ge=0)
     """Images, where one may be of several classes."""
     files: _Digest
-    """Digest of names and sizes, and of labels that the names do not say; of the labels if the set
-    is held in memory."""
+    """Digest of names and sizes, of label maps as of images, and of labels that the names do not
+    say; of the labels if the set is held in memory."""
     contents: _Digest
     """Digest of the first `read` contents, evenly spread over the split."""
     read: int = Field(ge=0)

@@ -121,16 +121,17 @@ def _compared(
 ) -> Found:
     """One place, read in the way that fits best."""
     best: dict[str, Tensor] | None = None
-    most = -1
+    most = (-1, 0)
     for renaming in renamings(model, list(below)):
         state = {
             name: _as_in(wanted.get(name), below[key])
             for key, name in renaming.items()
             if not lies_in(name, new)
         }
+        # Of two that find as much of the network, the one with less beside it.
         common = len(state.keys() & wanted.keys())
-        if common > most:
-            best, most = state, common
+        if (common, -len(state)) > most:
+            best, most = state, (common, -len(state))
     state = best or {}
     beginnings = {name.partition(".")[0] for name in (*wanted, *(f"{layer}." for layer in new))}
     return Found(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.printable import shown
-from fastkd.storage.description import facts_of, other_options
+from fastkd.storage.description import facts_of, options_in_words, other_options
 from fastkd.storage.finding import Found, find_network, lies_in
 from fastkd.storage.foreign_checkpoints import unwrapped_names
 from fastkd.storage.weight_file import WeightFile, WeightSource
@@ -161,8 +161,10 @@ def _hint(
 
 
 def _or_another_block(model: nn.Module) -> str:
-    block = facts_of(model).options.get("block")
-    return f", or like this one without its cheap block: block={block}" if block else ""
+    options = facts_of(model).options
+    given = {key: options[key] for key in ("block", "blocks", "depth") if options.get(key)}
+    what = "cheap block" if "block" in given else "genotype"
+    return f", or like this one without its {what}: {options_in_words(given)}" if given else ""
 
 
 def _dims(tensor: Tensor, other: Tensor | None = None) -> str:

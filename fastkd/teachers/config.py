@@ -148,6 +148,12 @@ def _check_member(key: str, one: MemberConfig) -> None:
             f"{key}.{given} is for a teacher trained by this recipe ({more}); finished weights are "
             f"imitated as they are: leave it out, or set {more} to train them on this data"
         )
+    key_of_shape = "blocks" if one.blocks else "depth" if one.depth else None
+    if key_of_shape and not one.trains and not one.weights:
+        raise ValueError(
+            f"{key}.{key_of_shape} changes the published {one.name}, which then knows nothing: set "
+            f"{key}.weights to a network that was trained like this, or {key}.train=true"
+        )
     # It sees what it was trained on.
     own = {"mean": one.mean, "resolution": one.resolution, "class_map": one.class_map}
     given = [name for name, value in own.items() if value is not None]

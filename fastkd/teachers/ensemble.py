@@ -16,6 +16,7 @@ from fastkd.config.section import Normalization
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS, Need
 from fastkd.losses.base.term import LossTerm
+from fastkd.models.dense import logits_at
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teacher import Teacher
 
@@ -31,6 +32,14 @@ def _mean_logits(each: Sequence[Tensor]) -> Tensor:
     return torch.stack([logits_NC.float() for logits_NC in each]).mean(0)
 
 
+def _at_one_size(each: Sequence[Tensor]) -> list[Tensor]:
+    """Answers of every pixel at the size of the largest map, by `logits_at`; others as they are."""
+    if each[0].dim() != 4:
+        return list(each)
+    rows, columns = zip(*((logits.shape[2], logits.shape[3]) for logits in each), strict=True)
+    return [logits_at(logits, (max(rows), max(columns))) for logits in each]
+
+
 TAPS = {"logits": _log_mean_probability, MEAN_LOGITS: _mean_logits}
 """The taps that several networks have in common."""
 
@@ -41,7 +50,8 @@ class Ensemble:
     `logits` is the natural logarithm of the mean over the members of their probabilities at
     temperature 1, fp32 [N, C]: its softmax is that mean. A loss of another temperature T therefore
     softens the mean, softmax(log(mean_k p_k) / T); it does not average softened probabilities.
-    `mean_logits` is the mean of the raw logits, which is another distribution.
+    `mean_logits` is the mean of the raw logits, which is another distribution. Answers of every
+    pixel, [N, C, H, W], are first brought to the size of the largest.
 
     All members have equal weight. There are no stages and no other taps: they belong to no one
     network.
@@ -57,13 +67,17 @@ class Ensemble:
         out: dict[str, Tensor] = {}
         answers = [member(views) for member in self.members.values()]
         for view, taps in self.taps.items():
-            each = [answer[str(Need.of(view, "teacher", "logits"))] for answer in answers]
+            each = _at_one_size(
+                [answer[str(Need.of(view, "teacher", "logits"))] for answer in answers]
+            )
             out |= {str(Need.of(view, "teacher", tap)): TAPS[tap](each) for tap in taps}
         return out
 
     def features(self, images_NCHW: Tensor) -> dict[str, Tensor]:
         """Both taps, uncompiled; UserError if the members do not have the same classes."""
         each = [member.logits(images_NCHW) for member in self.members.values()]
+        if len({logits.dim() for logits in each}) == 1:
+            each = _at_one_size(each)
         shapes = [tuple(logits_NC.shape[1:]) for logits_NC in each]
         if len(set(shapes)) > 1:
             found = ", ".join(f"{n} {s}" for n, s in zip(self.members, shapes, strict=True))

@@ -18,6 +18,7 @@ from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.facts import Facts
 from fastkd.evaluation.chance import chance_of, class_counts
+from fastkd.evaluation.confusion import reached
 from fastkd.evaluation.evaluate import EvalLoader, evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.teachers.ensemble import Ensemble
@@ -49,7 +50,8 @@ def judge(
         if isinstance(one, Teacher):
             each.append(joint)
         shape = _answer(one, facts, placement)
-        if shape != (facts.num_classes,):
+        dense = facts.label_kind == "pixel"
+        if shape is None or shape[:1] != (facts.num_classes,) or len(shape) != (3 if dense else 1):
             answers = "no logits" if shape is None else f"{shape} per image"
             say(
                 f"teacher {label}: not evaluated, it gives {answers} and not "
@@ -58,11 +60,11 @@ def judge(
             continue
         watched = _Counted(val_loader, torch.zeros(facts.num_classes, dtype=torch.int64))
         found = evaluate(
-            one.logits, watched, placement.precision, placement.world, facts.multilabel
+            one.logits, watched, placement.precision, placement.world, facts.label_kind
         )
         chance = chance_of(watched.over_ranks(placement.world), found)
         metric = headline(found)
-        joint[metric] = found[metric]
+        joint |= reached(found, facts.classes)
         say(f"teacher {label}: {HEADLINES[metric]} {found[metric]:.2%}")
         if placement.world.is_main and not chance.beaten_by(found[metric]):
             warnings.warn(

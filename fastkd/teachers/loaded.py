@@ -9,9 +9,10 @@ from torch import nn
 
 from fastkd.compute.precision import PrecisionName
 from fastkd.config.section import Normalization
+from fastkd.models.card import Card
 from fastkd.models.intake import Remedy
 
-__all__ = ["LoadedNet"]
+__all__ = ["LoadedNet", "unlearned"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,10 @@ class LoadedNet:
         channels, height, width = of_data
         side = self.resolution
         return (channels, height, width) if side is None else (channels, side, side)
+
+
+def unlearned(card: Card, file: object, key: str, why: str) -> str:
+    """What is wrong with a network that has only a part of the weights it was given."""
+    changes = " and ".join(f"{key}.{option}" for option in card.unlearned)
+    verb = "changes" if len(card.unlearned) == 1 else "change"
+    return f"{file} holds the whole {card.name}, and {changes} {verb} it: {why}, or leave that out"

@@ -17,6 +17,7 @@ from fastkd.config.section import Normalization
 from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.evaluation.chance import Chance, chance_of, class_counts
+from fastkd.evaluation.confusion import reached
 from fastkd.evaluation.evaluate import evaluate
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models import create_model
@@ -30,12 +31,13 @@ from fastkd.models.taps import remove_taps
 from fastkd.printable import few
 from fastkd.storage.description import keys_in_words, options_in_words
 from fastkd.storage.facts import DataFacts
+from fastkd.storage.finding import lies_in
 from fastkd.storage.fitting import load_into
 from fastkd.storage.weight_file import WeightFile, WeightSource
 from fastkd.teachers.class_names import map_by_name, other_order_in_timm
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.teachers.ensemble import bind_teacher
-from fastkd.teachers.loaded import LoadedNet
+from fastkd.teachers.loaded import LoadedNet, unlearned
 
 __all__ = [
     "chance_in",
@@ -104,11 +106,11 @@ def prove_teacher(
         metric = headline(found)
         say(f"teacher {_title(one, net)}: {HEADLINES[metric]} {found[metric]:.2%}")
         _check_quality(key, one, found, data)
-        evaluations.append(found)
+        evaluations.append({key: value for key, value in found.items() if key != "class_iou"})
         # A new one, which is bound anew: the trial's teachers are without their hooks.
         proven.append(replace(net))
         cost_of = size(net.model, net.image_shape(data.facts.image_shape))
-        facts.append({"name": one.name, metric: found[metric]} | cost_of | lesson)
+        facts.append({"name": one.name, **reached(found, data.facts.classes)} | cost_of | lesson)
     if len(proven) == 1:
         return Proof(tuple(proven), facts[0], tuple(evaluations))
     found = _evaluated(proven, data, placement)
@@ -116,7 +118,7 @@ def prove_teacher(
     say(f"the {len(proven)} teachers together: {HEADLINES[metric]} {found[metric]:.2%}")
     summary = {
         "name": " + ".join(one["name"] for one in facts),
-        metric: found[metric],
+        **reached(found, data.facts.classes),
         **{each: _total(one[each] for one in facts) for each in ("params", "macs")},
         "members": facts,
     }
@@ -165,6 +167,10 @@ def load_net(
         )
     card = card_of(model)
     assert card is not None and card.num_classes is not None
+    if card.unlearned and finished:
+        raise UserError(unlearned(card, file, key, "a finished teacher has to be trained like it"))
+    if card.unlearned and config.frozen and own is None:
+        raise UserError(unlearned(card, file, key, f"{key}.frozen=backbone would never train it"))
     if config.frozen and own is None:
         freeze_backbone(model, classifier_paths(model))
     if class_map is not None and not 0 <= min(class_map) <= max(class_map) < card.num_classes:
@@ -223,6 +229,10 @@ def _other_size(
     """A note if the teacher learned from images of another size than it will be shown."""
     facts = file.network.data if file else None
     size, shown = facts.image_size if facts else None, data.facts.image_shape[1]
+    if data.facts.label_kind == "pixel":
+        # The short side; the images are padded to a multiple of some pixels.
+        framing = data.facts.evaluation
+        shown = framing.resize if framing else size
     if size is None or size == shown or config.resolution is not None:
         return ()
     return (
@@ -261,6 +271,7 @@ def filled(net: LoadedNet, run: Path) -> LoadedNet:
         card,
         normalization=facts.normalization or card.normalization,
         data=facts.data or card.data,
+        unlearned=(),
     )
     sign(net.model, card)
     return replace(net, normalization=card.normalization)
@@ -278,13 +289,13 @@ def start_of(config: StudentConfig, net: LoadedNet, data: DataPair, role: str) -
         assert card is not None
         head = classifier_paths(net.model)
         names = ", ".join(f"{path} ({card.num_classes} classes)" for path in head)
-        inside = tuple(f"{path}." for path in head)
         state = net.model.state_dict()
-        loaded = [key for key in state if not (config.new_head and key.startswith(inside))]
+        loaded = [key for key in state if not lies_in(key, card.new)]
+        fresh = ", ".join([names, *(path for path in card.new if path not in head)])
         said.append(
             f"{role} {config.name}: {len(loaded) if source else 0} of {len(state)} tensors from "
             f"{source or 'nowhere, all are random'}"
-            + (f"; new: {names}" if config.new_head else "")
+            + (f"; new: {fresh}" if config.new_head else "")
         )
         if config.frozen:
             said.append(
@@ -333,7 +344,7 @@ def _close(one: Normalization, other: Normalization) -> bool:
     return all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
-def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) -> dict[str, float]:
+def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) -> dict[str, Any]:
     teacher = bind_teacher(
         nets,
         {},
@@ -348,15 +359,15 @@ def _evaluated(nets: Sequence[LoadedNet], data: DataPair, placement: Placement) 
         precision = Precision("fp32", placement.device.type)
     elif nets[0].precision is not None:
         precision = resolve_precision(nets[0].precision, placement.device)
-    return evaluate(teacher.logits, data.val, precision, placement.world, data.facts.multilabel)
+    return evaluate(teacher.logits, data.val, precision, placement.world, data.facts.label_kind)
 
 
-def chance_in(data: DataPair, found: Mapping[str, float] | None = None) -> Chance:
-    """What guessing reaches on the validation images. found: the evaluation that is judged."""
+def chance_in(data: DataPair, found: Mapping[str, Any] | None = None) -> Chance:
+    """What guessing reaches on the validation images. found: as in `chance_of`."""
     return chance_of(class_counts(data.val_labels_N, data.facts.num_classes), found)
 
 
-def good_enough(config: MemberConfig, found: Mapping[str, float], data: DataPair) -> bool:
+def good_enough(config: MemberConfig, found: Mapping[str, Any], data: DataPair) -> bool:
     """Whether a teacher with this evaluation may teach; see `min_accuracy`."""
     reached = found.get(headline(found), 0.0)
     if config.min_accuracy is None:
@@ -365,7 +376,7 @@ def good_enough(config: MemberConfig, found: Mapping[str, float], data: DataPair
 
 
 def _check_quality(
-    key: str, config: MemberConfig, found: Mapping[str, float], data: DataPair
+    key: str, config: MemberConfig, found: Mapping[str, Any], data: DataPair
 ) -> None:
     if good_enough(config, found, data):
         return

@@ -12,6 +12,7 @@
 
 from fastkd.testing.baselines import (
     eager_attention_loss,
+    eager_dense_loss,
     eager_hardness,
     eager_kd_loss,
     eager_kd_rows,
@@ -63,6 +64,7 @@ __all__ = [
     "call_term",
     "captured",
     "eager_attention_loss",
+    "eager_dense_loss",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "eager_attention_loss",
+    "eager_dense_loss",
     "eager_hardness",
     "eager_kd_loss",
     "eager_kd_rows",
@@ -33,6 +34,33 @@ def eager_kd_loss(
     )
     kd = kl.sum(1).mean() * temperature**2
     return (1 - alpha) * F.cross_entropy(student, labels) + alpha * kd
+
+
+def eager_dense_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    class_weights: Tensor,
+    *,
+    temperature: float = 4.0,
+    kd_weight: float = 0.9,
+    ce_weight: float = 0.1,
+) -> Tensor:
+    """The scalar loss of logits [N, C, H, W] and labels [N, H, W], -100 where there is none.
+
+    A part of weight 0 is not computed. With labels the KL counts where they do.
+    """
+    loss = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+    if kd_weight:
+        log_p = F.log_softmax(student / temperature, dim=1)
+        kl = F.kl_div(log_p, F.softmax(teacher / temperature, dim=1), reduction="none").sum(1)
+        if ce_weight:
+            kl = kl[labels != -100]
+        loss = loss + kd_weight * temperature**2 * kl.mean()
+    if ce_weight:
+        weight = class_weights.to(student.dtype)
+        loss = loss + ce_weight * F.cross_entropy(student, labels, weight, ignore_index=-100)
+    return loss
 
 
 def eager_kd_rows(

@@ -28,7 +28,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.wrapping import wrap_ddp
 from fastkd.data.facts import Facts
 from fastkd.errors import UserError
-from fastkd.losses.base.needs import Need
+from fastkd.losses.base.needs import LOGITS, Need
 from fastkd.losses.base.term import BindContext, LossTerm
 from fastkd.models.card import card_of, sign
 from fastkd.models.counting.count import cost
@@ -87,7 +87,7 @@ def build_trainer(
     student = _placed(student, settings, engine)
     if (card := card_of(student)) and card.data:
         # What it knew before is not what it learns now.
-        sign(student, replace(card, data=None))
+        sign(student, replace(card, data=None, unlearned=()))
     # Copied before any hook is placed on the student.
     ema = EMA(student, settings.ema) if settings.ema else None
 
@@ -106,15 +106,20 @@ def build_trainer(
         images = engine.probe(shown, 2)
         shapes_of_needs(student, teacher, terms, images, placement.precision, remedies)
     shapes |= {need: (facts.num_classes,) for t in terms for need in t.needs if need.net == "mixed"}
+    check_labels(
+        terms, facts.label_kind, mixed=bool(settings.mixing), picked=settings.pick is not None
+    )
     check_classes(terms, shapes, facts, remedies.one_class)
-    check_labels(terms, facts.multilabel, mixed=bool(settings.mixing))
+    if facts.label_size is not None:
+        dense = {need: shape[0] for need, shape in shapes.items() if need.tap in LOGITS}
+        shapes |= {need: (classes, *facts.label_size) for need, classes in dense.items()}
     _bind_terms(terms, shapes, facts, parts)
 
     step = DistillStep(
         student,
         terms,
         placement.precision,
-        multilabel=facts.multilabel,
+        label_kind=facts.label_kind,
         labelled=facts.labelled,
     )
     step = step.to(world.device)
@@ -398,6 +403,7 @@ def _bind_terms(
                 num_classes=facts.num_classes,
                 train_labels_N=facts.labels_N,
                 shapes={need: shapes[need] for need in term.needs},
+                count_pixels=facts.count_pixels,
                 **teacher_parts,
             )
         )

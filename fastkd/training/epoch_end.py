@@ -16,7 +16,7 @@ from fastkd.evaluation.headline import headline
 from fastkd.losses.base.term import LossTerm
 from fastkd.training.progress import Plan, Progress
 
-__all__ = ["summary_of", "sync_statistics", "tell", "training_row"]
+__all__ = ["keep_scores", "summary_of", "sync_statistics", "tell", "training_row"]
 
 
 def sync_statistics(
@@ -90,15 +90,38 @@ def tell(
         raise RunFailed(f"on_epoch failed on rank 0: {others}")
 
 
+def keep_scores(
+    scores: list[dict[str, Any]], found: Mapping[str, Any], epoch: int, *, better: bool
+) -> None:
+    """Keep what an evaluation of labelled pixels says of each class: the best epoch, the last one.
+
+    A row of metrics has no place for it. better: whether this epoch is the best one so far.
+    """
+    if "class_iou" not in found:
+        return
+    classes = {str(number): iou for number, iou in enumerate(found["class_iou"])}
+    row = {"epoch": epoch, "chance": found["chance"]} | classes
+    scores[:] = [row if better or not scores else scores[0], row]
+
+
 def summary_of(
-    plan: Plan, progress: Progress, history: Sequence[Mapping[str, Any]]
+    plan: Plan,
+    progress: Progress,
+    history: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Last and best headline metric, if measured, and the rates of the run; for summary.json."""
+    """Last and best headline metric, if measured, and the rates of the run; for summary.json.
+
+    scores: of `keep_scores`; they become `class_iou_best` and `class_iou_last`, by class id.
+    """
     last = history[-1]
     metric = headline(last)
     measured = {}
     if f"val_{metric}" in last:
         measured = {f"{metric}_last": last[f"val_{metric}"], f"{metric}_best": progress.best}
+    for which, row in zip(("best", "last"), scores, strict=False):
+        classes = {name: iou for name, iou in row.items() if name not in ("epoch", "chance")}
+        measured |= {f"class_iou_{which}": classes, "chance": row["chance"]}
     return {
         "epochs": plan.epochs,
         **measured,

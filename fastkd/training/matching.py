@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.precision import Precision
+from fastkd.data.batch import LabelKind
 from fastkd.data.facts import Facts
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import evaluating
-from fastkd.losses.base.needs import MEAN_LOGITS, Need
+from fastkd.losses.base.needs import LOGITS, MEAN_LOGITS, MIXED_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
 from fastkd.models.intake import image_dtype, noting_wrong_gradients, refusal
-from fastkd.models.taps import Tapped, ZooNetwork, check_taps
+from fastkd.models.taps import Tapped, ZooNetwork, check_taps, logits_of
 from fastkd.teachers.cache.cached import Answering
 from fastkd.training.settings import Remedies
 from fastkd.training.step import needed_taps
@@ -26,8 +27,10 @@ from fastkd.training.step import needed_taps
 __all__ = [
     "check_classes",
     "check_exports",
+    "check_form",
     "check_labels",
     "refuse_unknown_taps",
+    "shape_of_logits",
     "shapes_of_needs",
 ]
 
@@ -187,12 +190,12 @@ def check_classes(
     A loss on pairs of taps takes logits as features like any others and checks the shapes itself.
     """
     num_classes = facts.num_classes
-    if num_classes == 1 and not facts.multilabel:
+    if num_classes == 1 and facts.label_kind != "multi":
         raise UserError(
             f"there is one class only, so every answer is right and nothing can be learned: {cure}"
         )
     for term in terms if num_classes == 1 else ():
-        logits = {need.net for need in term.needs if need.tap in ("logits", MEAN_LOGITS)}
+        logits = {need.net for need in term.needs if need.tap in LOGITS}
         if logits == {"student", "teacher"} and not isinstance(term, PairTerm):
             raise UserError(
                 f"the loss {term.name} compares the probabilities of classes, and the networks "
@@ -202,8 +205,10 @@ def check_classes(
     read = {need for term in terms if not isinstance(term, PairTerm) for need in term.needs}
     read |= {need for need in shapes if need.net == "student"}
     for need, shape in shapes.items():
-        named = need in read and need.tap in ("logits", MEAN_LOGITS)
-        if named and shape != (num_classes,):
+        named = need in read and need.tap in LOGITS
+        if named:
+            check_form(need.net, shape, facts.label_kind, facts.image_shape[1:])
+        if named and shape[:1] != (num_classes,):
             net = need.net
             cure = (
                 "give another teacher, or in a recipe teacher.class_map, one entry per class"
@@ -216,28 +221,115 @@ def check_classes(
             )
 
 
-def check_labels(terms: Sequence[LossTerm], multilabel: bool, *, mixed: bool = False) -> None:
+def check_form(net: str, shape: Sequence[int], kind: LabelKind, image_size: Sequence[int]) -> None:
+    """UserError for an answer per image where pixels are labelled, or the other way round, and for
+    classes that come last.
+
+    shape: of the logits of one image. net: whose they are. image_size: [H, W] of the images.
+    """
+    if len(shape) == 3 and _fits(shape[:2], image_size) and not _fits(shape[1:], image_size):
+        raise UserError(
+            f"the {net} gives logits of shape {tuple(shape)} per image, for images of "
+            f"{image_size[0]}x{image_size[1]} pixels, so that the classes come last: let it return "
+            f"logits.permute(0, 3, 1, 2), [N, classes, H, W]"
+        )
+    if kind == "pixel" and len(shape) != 3:
+        raise UserError(
+            f"the {net} gives logits of shape {tuple(shape)} per image, and the data labels "
+            f"pixels: give a network for segmentation, whose logits are [N, classes, H, W]"
+        )
+    if kind != "pixel" and len(shape) == 3:
+        raise UserError(
+            f"the {net} gives logits of shape {tuple(shape)} per image, one answer per pixel, "
+            f"and the data labels whole images: give a classifier, or label maps [N, H, W]"
+        )
+
+
+def _fits(size: Sequence[int], image_size: Sequence[int]) -> bool:
+    """Whether a map has the size of the images, or a whole fraction of it."""
+    factor = image_size[0] // max(size[0], 1)
+    return [side * factor for side in size] == list(image_size)
+
+
+def shape_of_logits(
+    student: nn.Module, images_NCHW: Tensor, precision: Precision, remedies: Remedies
+) -> tuple[int, ...]:
+    """[C] of a classifier, [C, H, W] of a network that labels pixels."""
+    # Two, as in the trial of the step: one is not a batch to every network.
+    images_NCHW = images_NCHW[:2].to(image_dtype(student, precision))
+    with torch.no_grad(), evaluating(student):
+        try:
+            with precision.autocast():
+                logits = logits_of(student(images_NCHW))
+        except UserError:
+            raise
+        except Exception as error:
+            # Foreign code can fail in any way.
+            raise refusal(
+                error,
+                title=f"the student {title_of(student)}",
+                model=student,
+                run=student,
+                images_NCHW=images_NCHW,
+                precision=precision,
+                remedy=remedies.student,
+                trained=True,
+            ) from error
+    if logits.ndim not in (2, 4):
+        raise UserError(
+            f"the student must return logits [N, classes], or [N, classes, H, W] for segmentation, "
+            f"got {list(logits.shape)} for {len(images_NCHW)} images"
+        )
+    return tuple(logits.shape[1:])
+
+
+def check_labels(
+    terms: Sequence[LossTerm], kind: LabelKind, *, mixed: bool = False, picked: bool = False
+) -> None:
     """UserError for a loss that reads labels of another form.
 
-    mixed: x is mixed; that the losses take its labels, the recipe has checked.
+    mixed: x is mixed; that the losses take its labels, the recipe has checked. picked: x' is picked
+    from a pool.
 
     A multi-hot row could pass as class probabilities and silently train nonsense.
     """
-    if mixed and multilabel:
+    if mixed and kind == "multi":
         raise UserError(
             "augment.mixup and augment.cutmix mix the classes of images that have one each, and "
             "these have several: leave them out"
         )
-    kind = "multi" if multilabel else "class"
+    if mixed and kind == "pixel":
+        raise UserError(
+            "augment.mixup and augment.cutmix mix the classes of whole images, and these have one "
+            "for every pixel: leave them out"
+        )
+    if picked and kind == "pixel":
+        raise UserError(
+            "the pick chooses images by one answer for each, and these have one for every pixel: "
+            "leave it out"
+        )
     for term in terms:
-        if term.label_kind not in (None, kind) and not (kind == "class" and term.takes_classes):
-            cure = (
-                "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0"
-                if multilabel
-                else "use CrossEntropy (losses.ce), or give labels as floating 0 and 1"
+        takes = term.label_kind in (None, kind)
+        takes |= kind == "class" and term.takes_classes
+        takes |= kind == "pixel" and term.takes_pixels
+        if kind == "pixel" and MIXED_LOGITS in term.needs:
+            raise UserError(
+                f"the loss {term.name} mixes the teacher's answers to whole images "
+                f"(xprime_target=mixed_logits), and the data has one class id per pixel: set "
+                f"xprime_target=teacher"
             )
-            wants = {"class": "one class id per image, [N]", "multi": "labels [N, classes]"}
+        if not takes:
+            cures: dict[LabelKind, str] = {
+                "multi": "use BinaryCrossEntropy (losses.bce), and KD with ce_weight=0",
+                "class": "use CrossEntropy (losses.ce), or give labels as floating 0 and 1",
+                "pixel": "use CrossEntropy (losses.ce), KD or CWD",
+            }
+            wants: dict[LabelKind, str] = {
+                "class": "one class id per image, [N]",
+                "multi": "labels [N, classes]",
+                "pixel": "one class id per pixel, [N, H, W]",
+            }
             raise UserError(
                 f"the loss {term.name} needs {wants[term.label_kind or kind]}, the data has "
-                f"{wants[kind]}: {cure}"
+                f"{wants[kind]}: {cures[kind]}"
             )

@@ -2,13 +2,13 @@
 
 Flow: recipe -> `build_optimizer` -> `guard.Guard` steps it; `set_lr` applies the schedule.
 
-torch's SGD and AdamW run fused: those kernels read `optimizer.found_inf` on the device and leave
-everything alone where it is 1, so no step needs a host synchronisation. Two properties of the
+torch's SGD, Adam and AdamW run fused: those kernels read `optimizer.found_inf` on the device and
+leave everything alone where it is 1, so no step needs a host synchronisation. Two properties of the
 fused kernels are handled here, both found by test (torch 2.15): SGD allocates its momentum
-uninitialised in its first step, which leaves garbage when that step is skipped, and breaks
-when a parameter gets its first gradient later than the others; on a CPU the kernels walk raw
-memory, so a state restored into a parameter of another memory order silently gives wrong
-numbers (gradients always have their parameter's order: autograd ensures that).
+uninitialised in its first step, which leaves garbage when that step is skipped, and breaks when a
+parameter gets its first gradient later than the others; on a CPU the kernels walk raw memory, so a
+state restored into a parameter of another memory order silently gives wrong numbers (gradients
+always have their parameter's order: autograd ensures that).
 
 Weight decay applies to every parameter, batch norm and biases included, because the reproduced
 papers do so; a group with its own `weight_decay` overrides it, and `spare_norms` makes
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastkd.errors import UserError
 from fastkd.training.config import OptimConfig, OptimizerName
@@ -36,9 +36,14 @@ __all__ = [
 ]
 
 # Every `OptimizerName` but lamb, which torch does not have (timm's is used).
-_TORCH_CLASS: dict[OptimizerName, Callable[..., Optimizer]] = {"sgd": SGD, "adamw": AdamW}
+_TORCH_CLASS: dict[OptimizerName, Callable[..., Optimizer]] = {
+    "sgd": SGD,
+    "adam": Adam,
+    "adamw": AdamW,
+}
 _APEX_CLASS = {
     "sgd": "FusedSGD",
+    "adam": "FusedAdam",
     "adamw": "FusedAdam",
     "lamb": "FusedLAMB",
 }
@@ -58,8 +63,8 @@ def build_optimizer(
 
     `named_groups` are mappings with `params`, and optionally `lr_scale` (the group's learning rate
     is lr * lr_scale; 1 by default), `weight_decay` and a `name` for reports. Each group keeps its
-    unscheduled rate as `base_lr`. `momentum` and `nesterov` belong to SGD; AdamW and LAMB run with
-    betas (0.9, 0.999).
+    unscheduled rate as `base_lr`. `momentum` and `nesterov` belong to SGD; Adam, AdamW and LAMB run
+    with betas (0.9, 0.999). Adam adds the weight decay to the gradient, AdamW does not.
 
     Raises:
         UserError: nothing to train; nesterov without momentum; apex requested but not usable, or
@@ -167,8 +172,8 @@ def _options(config: OptimConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         options |= {"momentum": config.momentum, "nesterov": config.nesterov}
-    if config.name == "adamw" and config.impl == "apex":
-        options["adam_w_mode"] = True
+    if config.name in ("adam", "adamw") and config.impl == "apex":
+        options["adam_w_mode"] = config.name == "adamw"
     return options
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import Precision
+from fastkd.data.batch import LabelKind
 from fastkd.data.loaders.in_order import in_order
 from fastkd.errors import UserError
 from fastkd.evaluation.evaluate import answer, evaluating
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.models.card import title_of
 from fastkd.output.console import duration
+from fastkd.printable import few
 from fastkd.storage.weight_file import WeightFile
 from fastkd.storage.weights import load_into
 
@@ -33,15 +35,16 @@ class Result:
     """The student after the last epoch, in evaluation mode: the network that was passed in, its
     average with ema, with the head that a loss gave it. `best` is that of the best epoch."""
     metrics: dict[str, Any]
-    """accuracy_last, accuracy_best (or map_..), best_epoch, images_per_s, ...; `teacher`: its name
-    and accuracy; `history`: one row per epoch."""
+    """accuracy_last, accuracy_best (or map_.., miou_..), best_epoch, images_per_s, ...; `teacher`:
+    its name and accuracy; `history`: one row per epoch. With label maps also `class_iou_best` and
+    `class_iou_last`, by class id."""
     run_dir: Path | None
     """Folder of last.pt, best.safetensors, config.yaml, metrics and curves.png; None if nothing was
     written."""
     placement: Placement | None = None
     """Where and how it was trained, which predictions repeat."""
-    multilabel: bool = False
-    """Whether an image has several labels."""
+    label_kind: LabelKind = "class"
+    """What is labelled."""
     best_state: Mapping[str, Any] | None = None
     """State dict of the best epoch's network if there is no folder."""
 
@@ -84,7 +87,8 @@ class Result:
 
     @property
     def teacher_accuracy(self) -> float | None:
-        """Accuracy (mAP for several labels) of the teacher, of several together, as a share of 1.
+        """Accuracy (mAP for several labels, mIoU for label maps) of the teacher, of several
+        together, as a share of 1.
 
         None: there is no teacher, or what it answers are not the classes of the data.
         """
@@ -100,6 +104,9 @@ class Result:
     ) -> Tensor:
         """Logits [N, classes] of every image of a loader, in its order; fp32, on the CPU.
 
+        Of a network for segmentation [N, classes, h, w], as the network gives them: argmax(1) is
+        the label map.
+
         Computed as in the validation: in evaluation mode, in the precision of the run, on the
         device where the network is now. The images must be normalised as those of the training.
         Each of several processes predicts its own share of the images, without those that a
@@ -109,10 +116,12 @@ class Result:
             loader: yields what a train_loader may, or is the images [N, C, H, W] as one tensor. It
                 must not shuffle or leave images out.
             best: with the network of the best epoch.
-            probabilities: their softmax; the sigmoid where images have several labels.
+            probabilities: their softmax over the classes; the sigmoid where images have several
+                labels.
 
         Raises:
-            UserError: the loader shuffles, drops images, or yields something else or nothing.
+            UserError: the loader shuffles, drops images, or yields something else or nothing, or
+                the label maps of its images differ in size.
         """
         network = self.best if best else self.student
         device, precision, layout = self._place(network)
@@ -124,10 +133,16 @@ class Result:
                 rows.append(answer(network, images_NCHW, precision).cpu())
         if not rows:
             raise UserError("predict: the loader yields no image")
+        if len(sizes := {tuple(row.shape[2:]) for row in rows}) > 1:
+            found = few(f"{height}x{width}" for height, width in sorted(sizes))
+            raise UserError(
+                f"predict gives the answers to all images as one tensor, and those of this loader "
+                f"have several sizes ({found}): call it for the images of each size"
+            )
         logits_NC = torch.cat(rows)
         if not probabilities:
             return logits_NC
-        return logits_NC.sigmoid() if self.multilabel else logits_NC.softmax(1)
+        return logits_NC.sigmoid() if self.label_kind == "multi" else logits_NC.softmax(1)
 
     def _place(self, network: nn.Module) -> tuple[torch.device, Precision, torch.memory_format]:
         tensors = (*network.parameters(), *network.buffers())

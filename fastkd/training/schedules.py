@@ -13,6 +13,8 @@ factor of the base learning rate:
                  epoch, a milestone within an epoch falls on its nearest step
     exponential  gamma ** epoch; `ExponentialLR` stepped per epoch
     cosine       (1 + cos(pi * s / S)) / 2; `CosineAnnealingLR` stepped per step
+    poly         (1 - epoch / epochs) ** power; `PolynomialLR` stepped per epoch. ERFNet's released
+                 code has a power of 0.9
     onecycle     `OneCycleLR` with its defaults: cosine, pct_start 0.3, 25, 1e4, and a momentum of
                  0.95 - 0.85 - 0.95
 
@@ -54,6 +56,8 @@ class Schedule:
     """multistep: from the start of each of these epochs the rate is multiplied by gamma."""
     gamma: float = 0.1
     """multistep and exponential: the factor at each milestone, or after every epoch."""
+    power: float = 0.9
+    """poly: the exponent."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs, rounded to whole steps; 0 is none."""
 
@@ -84,6 +88,7 @@ class Schedule:
             steps_per_epoch=steps_per_epoch,
             milestones=config.milestones,
             gamma=config.gamma,
+            power=config.power,
             warmup_epochs=config.warmup_epochs,
         )
 
@@ -108,6 +113,8 @@ class Schedule:
             return warmup * self.gamma ** sum(passed)
         if self.kind == "exponential":
             return warmup * self.gamma**epoch
+        if self.kind == "poly":
+            return warmup * (1 - epoch / self.epochs) ** self.power
         if self.kind == "cosine":
             if step < warmup_steps:
                 return warmup

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastkd.compute.collectives import split_evenly
 from fastkd.compute.precision import Precision
-from fastkd.data.batch import Batch
+from fastkd.data.batch import NO_LABEL, Batch, LabelKind
 from fastkd.errors import UserError
-from fastkd.losses.base.needs import STUDENT_LOGITS, Need
+from fastkd.losses.base.needs import LOGITS, STUDENT_LOGITS, Need
 from fastkd.losses.base.pairs import PairTerm
 from fastkd.losses.base.term import LossTerm, TermInputs, check_names
+from fastkd.models.dense import logits_at
 from fastkd.models.head import keep_frozen_still
 from fastkd.models.intake import image_dtype
 from fastkd.models.taps import Tapped
@@ -134,12 +135,12 @@ class DistillStep(nn.Module):
         terms: Iterable[LossTerm],
         precision: Precision,
         *,
-        multilabel: bool = False,
+        label_kind: LabelKind = "class",
         labelled: bool = True,
     ) -> None:
-        """multilabel, labelled: as in `fastkd.data.facts.Facts`."""
+        """label_kind, labelled: as in `fastkd.data.facts.Facts`."""
         super().__init__()
-        self.multilabel = multilabel
+        self.label_kind: LabelKind = label_kind
         self.terms = nn.ModuleList(terms)
         check_names(self._terms())
         self.precision = precision
@@ -155,6 +156,13 @@ class DistillStep(nn.Module):
         needs = [need for term in self._terms() for need in term.needs]
         self.trains_head = any((need.net, need.tap) == ("student", "logits") for need in needs)
         self.mixed = sorted({need.tap for need in needs if need.net == "mixed"})
+        # Logits, which are brought to the size of the label maps.
+        self.dense = tuple(
+            dict.fromkeys(
+                [keys["logits"] for keys in self.student_keys.values()]
+                + [str(need) for need in needs if need.tap in LOGITS]
+            )
+        )
         self.term_keys = {term.name: tuple(map(str, term.needs)) for term in self._terms()}
         self.taps_of = {
             term.name: tuple(str(need) for need in term.needs if need.net == "student")
@@ -164,7 +172,7 @@ class DistillStep(nn.Module):
         self.part_names = [part for term in self._terms() for part in term.weights]
         # If no loss shows x to the student, it is not shown for the accuracy either: its batch
         # norms would see it. mAP, for several labels, is not a sum over batches.
-        self.counts = "x" in self.views and labelled and not multilabel
+        self.counts = "x" in self.views and labelled and label_kind != "multi"
         counted = ("correct",) if self.counts else ()
         self.metric_names = ("images", "loss", *self.part_names, *counted)
 
@@ -192,6 +200,10 @@ class DistillStep(nn.Module):
             for view, keys in self.student_keys.items():
                 features = self.student(views[view].to(self.image_dtype))
                 tensors.update({keys[tap]: features[tap] for tap in keys if tap in features})
+
+        if self.label_kind == "pixel":
+            size = (labels_N.shape[1], labels_N.shape[2])
+            tensors |= {key: logits_at(tensors[key], size) for key in self.dense if key in tensors}
 
         total = torch.zeros((), device=labels_N.device)
         values: dict[str, Tensor] = {}
@@ -223,6 +235,14 @@ class DistillStep(nn.Module):
         counts = torch.full((), float(images), device=labels_N.device)
         metrics = [counts, *(m.detach().float() * images for m in means)]
         if self.counts and answer_NC is not None:
-            classes_N = labels_N.argmax(1) if labels_N.is_floating_point() else labels_N
-            metrics.append((answer_NC.detach().argmax(1) == classes_N).sum().float())
+            metrics.append(self._right(answer_NC.detach(), labels_N))
         return StepOutput(total, torch.stack(metrics), carry)
+
+    def _right(self, logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+        """How many images are classified right, 0-dim fp32; each counts with its share of right
+        pixels where these are labelled."""
+        classes_N = labels_N.argmax(1) if labels_N.is_floating_point() else labels_N
+        right = (logits_NC.argmax(1) == classes_N).sum()
+        if self.label_kind == "pixel":
+            return right * (len(labels_N) / (labels_N != NO_LABEL).sum().clamp_min(1))
+        return right.float()

@@ -50,7 +50,7 @@ from fastkd.training.checkpointing import (
     write,
 )
 from fastkd.training.ema import EMA
-from fastkd.training.epoch_end import summary_of, sync_statistics, tell, training_row
+from fastkd.training.epoch_end import keep_scores, summary_of, sync_statistics, tell, training_row
 from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
@@ -102,6 +102,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    """Where pixels are labelled, what `keep_scores` keeps of the best epoch and the last."""
     unread: Unread = field(default_factory=Unread)
     """Images that could not be read."""
     best_state: dict[str, Any] | None = None
@@ -290,6 +292,7 @@ class Trainer:
             better = metric > progress.best
             if better:
                 progress.best, progress.best_epoch = metric, row["epoch"]
+            keep_scores(self.scores, found, row["epoch"], better=better)
         self.history.append(row)
         if better:
             self._keep_best(row)
@@ -302,17 +305,11 @@ class Trainer:
         self.console.epoch(row, plan.epochs)
         tell(self.on_epoch, row, self.world, saved=self.folder is not None)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         assert self.val_loader is not None
-        kept = self.kept()
-        with evaluating(kept):
-            return evaluate(
-                kept,
-                self.val_loader,
-                self.placement.precision,
-                self.world,
-                self.step.multilabel,
-            )
+        precision = self.placement.precision
+        with evaluating(self.kept()) as kept:
+            return evaluate(kept, self.val_loader, precision, self.world, self.step.label_kind)
 
     def kept(self) -> nn.Module:
         """The network to evaluate and keep: the student or its average, as the terms export it."""
@@ -337,7 +334,7 @@ class Trainer:
 
     def summary(self) -> dict[str, Any]:
         """Last and best headline metric and the rates of the run; for summary.json."""
-        return summary_of(self.plan, self.progress, self.history)
+        return summary_of(self.plan, self.progress, self.history, self.scores)
 
     def saved_parts(self) -> dict[str, SavedPart | None]:
         """Everything that `last.pt` saves and a resumed run restores, by its key there."""
@@ -351,6 +348,7 @@ class Trainer:
             "ema": self.ema,
             "totals": SumsOverRanks(self.totals_M, self.world),
             "history": Rows(self.history),
+            "scores": Rows(self.scores) if self.step.label_kind == "pixel" else None,
         }
 
     def save(self) -> None:

@@ -123,7 +123,9 @@ def _forward(step: DistillStep, terms: list[LossTerm], trial: Trial, rows: Rows)
             targets |= {f"{view}/teacher/{tap}": usable(features[tap]) for tap in known}
     index_N = torch.zeros(rows.x, dtype=torch.int64, device=device)
     labels_N = index_N
-    if facts.multilabel or trial.mixed:
+    if facts.label_size is not None:
+        labels_N = torch.zeros(rows.x, *facts.label_size, dtype=torch.int64, device=device)
+    elif facts.label_kind == "multi" or trial.mixed:
         labels_N = torch.zeros(rows.x, facts.num_classes, device=device)
     schedules = scheduled_values(terms, 0.0, device)
     rows_of_ranks = {view: (len(images),) * world.size for view, images in views.items()}

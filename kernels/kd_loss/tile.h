@@ -39,17 +39,63 @@ Place place_of(const Job<T>& j, std::int64_t unit) {
   return p;
 }
 
+// Whether load_wide and store_narrow convert between these types.
+template <class T, class Stored>
+constexpr bool kVectors = sizeof(T) == sizeof(double) ? sizeof(Stored) == sizeof(double)
+                                                      : sizeof(Stored) <= sizeof(float);
+
+// Calls f with a number of the type that is stored.
+template <class F>
+FASTKD_INLINE void with_type(std::int64_t type, F f) {
+  if (type == kFloat32) f(float{});
+  else if (type == kFloat64) f(double{});
+  else if (type == kBFloat16) f(bf16{});
+  else f(fp16{});
+}
+
+// `count` pixels of every class, whose first ones lie `step` apart.
+template <class T, class Stored>
+void load_pixels(const Stored* from, std::int64_t step, std::int64_t classes, std::int64_t count,
+                 T* tile) {
+  for (std::int64_t c = 0; c < classes; ++c, from += step, tile += kTileRows) {
+    if constexpr (kVectors<T, Stored>) {
+      if (count == kTileRows) {
+        for (std::int64_t i = 0; i < kTileRows; i += Lanes<T>::n) store(tile + i, load_wide(from + i));
+        // There are more classes than the hardware follows: ask for those of the next tile.
+        const char* next = reinterpret_cast<const char*>(from + kTileRows);
+        for (std::size_t line = 0; line < kTileRows * sizeof(Stored); line += 64)
+          __builtin_prefetch(next + line);
+        continue;
+      }
+    }
+    widen_row(from, tile, count);
+  }
+}
+
+template <class T, class Stored>
+void store_pixels(const T* tile, std::int64_t step, std::int64_t classes, std::int64_t count,
+                  Stored* to) {
+  for (std::int64_t c = 0; c < classes; ++c, to += step, tile += kTileRows) {
+    if constexpr (kVectors<T, Stored>) {
+      if (count == kTileRows) {
+        for (std::int64_t i = 0; i < kTileRows; i += Lanes<T>::n) store_narrow(to + i, load(tile + i));
+        continue;
+      }
+    }
+    narrow_row(tile, to, count);
+  }
+}
+
 template <class T>
 void load_tile(const Job<T>& j, const Place& p, const void* base, std::int64_t type,
                std::int64_t stride, T* row, T* tile) {
   const KdLossArgs& a = j.a;
   const std::int64_t n = a.classes;
   if (a.inner > 1) {
-    for (std::int64_t c = 0; c < n; ++c) {
-      T* to = tile + c * kTileRows;
-      const T* from = fetch(base, type, p.sample * stride + c * a.inner + p.first, p.count, to);
-      if (from != to) std::memcpy(to, from, p.count * sizeof(T));
-    }
+    with_type(type, [&](auto number) {
+      const auto* from = static_cast<const decltype(number)*>(base) + p.sample * stride + p.first;
+      load_pixels(from, a.inner, n, p.count, tile);
+    });
     return;
   }
   for (std::int64_t i = 0; i < p.count; ++i) {
@@ -63,9 +109,10 @@ void store_tile(const Job<T>& j, const Place& p, T* row, const T* tile) {
   const KdLossArgs& a = j.a;
   const std::int64_t n = a.classes;
   if (a.inner > 1) {
-    for (std::int64_t c = 0; c < n; ++c)
-      deposit(tile + c * kTileRows, a.grad, a.student_type, (p.sample * n + c) * a.inner + p.first,
-              p.count);
+    with_type(a.student_type, [&](auto number) {
+      auto* to = static_cast<decltype(number)*>(a.grad) + p.sample * n * a.inner + p.first;
+      store_pixels(tile, a.inner, n, p.count, to);
+    });
     return;
   }
   for (std::int64_t i = 0; i < p.count; ++i) {

@@ -388,7 +388,7 @@ def test_a_teacher_of_other_answers_is_not_judged() -> None:
     said = list[str]()
     placement = Placement(CPU, Precision("fp32", "cpu"))
     normal = ((0.0,) * 3, (1.0,) * 3)
-    facts = Facts((3, 8, 8), 4, LABELS, False, normal)
+    facts = Facts((3, 8, 8), 4, LABELS, "class", normal)
     bound = Teacher(LoadedNet(net(1, classes=7)), {}, placement, data_normalization=normal)
     loader = ForeignLoader(VAL, placement, 0, train=False)
     found = judge(bound, "embedder", loader, facts, placement, say=said.append)

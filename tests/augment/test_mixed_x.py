@@ -224,14 +224,14 @@ def test_what_would_mix_twice_or_do_nothing_is_refused(keys: Any, message: str) 
 
 def test_losses_that_need_one_class_are_named() -> None:
     ce, bce = CrossEntropy(), BinaryCrossEntropy()
-    check_labels([ce, bce], multilabel=False, mixed=True)
+    check_labels([ce, bce], "class", mixed=True)
     for loss in ("dkd", "crd", "jointrd"):
         words = [f"losses.{loss}.weight=1", "augment.mixup=0.2"]
         words += {"crd": ["losses.crd.pairs={pooled: pooled}"]}.get(loss, [])
         with pytest.raises(UserError, match=rf"losses\.{loss} needs one class per image, and"):
             load_recipe("quickstart", overrides=words)
     with pytest.raises(UserError, match="these have several"):
-        check_labels([bce], multilabel=True, mixed=True)
+        check_labels([bce], "multi", mixed=True)
 
 
 def test_a_memory_of_each_image_and_repeats_exclude_each_other() -> None:

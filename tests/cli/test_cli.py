@@ -66,11 +66,23 @@ def test_the_package_and_train_are_programs(program, module, usage, tmp_path):
 def test_without_a_command_it_says_what_there_is(command):
     said = command()
     assert (said.code, said.err) == (0, "")
-    for word in ("train", "eval", "data", "bench", "models", "cheapen", "recipes", "doctor"):
+    for word in COMMANDS:
         assert f"\n    {word} " in said.out
 
 
-COMMANDS = ["train", "eval", "data", "bench", "models", "cheapen", "recipes", "doctor"]
+COMMANDS = [
+    "train",
+    "eval",
+    "predict",
+    "export",
+    "data",
+    "bench",
+    "models",
+    "cheapen",
+    "latency",
+    "recipes",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -88,12 +100,12 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
         (
             ["xyz"],
-            "there is no command 'xyz': choose train, compare, table, eval, data, cache, bench, ",
+            "there is no command 'xyz': choose train, compare, table, eval, predict, exp",
         ),
         (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),
         (["train", "--resume"], "argument --resume: expected one argument. See `fastkd train -"),
-        (["eval"], "the following arguments are required: RUN | MODEL. See `fastkd eval --help`"),
+        (["eval"], "the following arguments are required: RUN | MODEL | FILE.onnx. See `fast"),
         (["doctor", "now"], "`fastkd doctor` takes no further argument, got 'now'"),
         (["train", "quickstart", "cifar10/resnet20"], "one recipe at a time, got quickstart, cif"),
         (["train", "mine.yaml"], "mine.yaml is a file: fastkd train --config mine.yaml"),
@@ -111,6 +123,16 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["cheapen", "resnet20"], "the following arguments are required: BLOCK. See `fastkd cheap"),
         (["cheapen", "resnet20", "G/4"], "there is no block 'G/4'; expected S, S-2x2, G(g)"),
         (["cheapen", "resnet20", "G:3"], "block G(3): 16 channels cannot be split into 3 groups"),
+        (["latency"], "give one of: a network, a run or an ONNX file to measure; --script OUT.py;"),
+        (["latency", "resnet20", "--on", "eagre"], "there is no backend 'eagre': did you mean eag"),
+        (["latency", "resnet20", "--batch", "0"], "argument --batch: 0: expected numbers above 0,"),
+        (["latency", "resnet20", "--size", "3x4x5"], "argument --size: 3x4x5: expected a side or"),
+        (["latency", "resnet21"], "unknown network 'resnet21'; nearest: "),
+        (["latency", "none.onnx"], "none.onnx: no such file"),
+        (["latency", "--read", "none.json"], "none.json cannot be read: No such file or directory"),
+        (["latency", "--read", "a.json", "--on", "eager"], "--on is for measuring here: leave it"),
+        (["latency", "--script", "a.py", "--layers"], "--layers is for measuring here: leave it "),
+        (["latency", "--script", "a.py", "--on", "eager"], "the script runs onnxruntime only, not"),
         (["cheapen", "resnet21", "G:2"], "unknown network 'resnet21'; nearest: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -118,6 +118,40 @@ def test_what_cannot_be_checked(words: list[str], message: str, tmp_path: Path, 
     assert message in said.err
 
 
+def test_label_maps_are_checked_with_their_images(tmp_path: Path, command) -> None:
+    root = tmp_path / "set"
+    for split, images in (("train", 3), ("val", 2)):
+        for number in range(images):
+            picture(root / "images" / split / f"{number}.png", 10 * images + number)
+            labels_HW = np.repeat(np.array([0, 0, 1, 255], np.uint8), 5)
+            labels = Image.fromarray(np.tile(labels_HW, (16, 1)))
+            (root / "labels" / split).mkdir(parents=True, exist_ok=True)
+            labels.save(root / "labels" / split / f"{number}.png")
+    (root / "classes.txt").write_text("road\ncar\n")
+    said = command("data", "check", str(root), "data.name=pairs")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert lines[0] == "pairs/train: 3 images of 2 classes"
+    assert lines[1] == "  pixels: road 50.00%, car 25.00%; no class 25.00%"
+    assert lines[-1] == "every file is read"
+    Image.fromarray(np.full((16, 20), 7, np.uint8)).save(root / "labels" / "train" / "0.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "labels" / "train" / "1.png")
+    (root / "images" / "train" / "2.png").write_bytes(b"no picture")
+    shutil.copy(root / "images" / "train" / "0.png", root / "images" / "val" / "1.png")
+    said = command("data", "check", str(root), "data.name=pairs", "--json")
+    assert said.code == 1
+    found = json.loads(said.out)
+    train = found["splits"][0]
+    reasons = [(one["file"], one["reason"]) for one in train["bad"]]
+    assert [file for file, _ in reasons] == ["2.png", "0.png", "1.png"]
+    assert "it holds 7, and the set has 2 classes" in reasons[1][1]
+    assert "20x16 pixels and its label map" in reasons[2][1]
+    assert train["classes"] == {"road": 160, "car": 80}
+    assert [one["kind"] for one in found["equal"]] == ["leak"]
+    said = command("data", "pack", str(root), "data.name=pairs", "--out", str(tmp_path / "out"))
+    assert said.code == 2 and "shards hold images with labels as a whole" in said.err
+
+
 def test_a_split_of_bad_files_only_is_still_json(root: Path, command) -> None:
     for file in root.glob("val/*/*"):
         file.write_bytes(b"")

@@ -282,7 +282,7 @@ def test_an_evaluation_with_several_labels(root):
     )
     world = World(0, 0, 1, torch.device("cpu"), None)
     known = {n for n in range(NUM) if n not in BAD}
-    found = evaluate(lambda x: x.mean((2, 3)), data, Precision("fp32", "cpu"), world, True)
+    found = evaluate(lambda x: x.mean((2, 3)), data, Precision("fp32", "cpu"), world, "multi")
     assert found["samples"] == len(known) and found["unread"] == len(BAD)
     for batch in data.epoch(0):
         for sample, row in zip(batch.index_N.tolist(), batch.labels_N, strict=True):

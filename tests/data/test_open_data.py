@@ -33,7 +33,7 @@ def test_quickstart_data():
     assert isinstance(pair.train, ResidentLoader) and pair.backend == "resident"
     assert (pair.train.num_samples, pair.val.num_samples) == (300, 1497)
     assert (pair.name, pair.facts.image_shape) == ("digits", (3, 16, 16))
-    assert (pair.facts.num_classes, pair.facts.multilabel) == (10, False)
+    assert (pair.facts.num_classes, pair.facts.label_kind) == (10, "class")
     assert torch.equal(pair.facts.labels_N, pair.train.labels_N)
     images = next(pair.train.epoch(0)).images_NCHW
     assert images.shape == (64, 3, 16, 16)
@@ -117,7 +117,7 @@ def test_impossible_requests(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "digit"}, "name\n.*'digits', 'cifar10', .*'birdsnap', 'folder' or 'synthetic'"),
+        ({"name": "digit"}, "name\n.*'digits', 'cifar10', .*'pairs', 'folder' or 'synthetic'"),
         ({"backend": "ffcv"}, "backend\n.*'auto', 'resident', 'torch' or 'dali'"),
         ({"crop": "center"}, "crop\n.*'pad', 'resized' or 'none'"),
     ],

@@ -12,7 +12,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PRESENT = ARCHITECTURE.partition("These places are reserved")[0]
 # Names that are banned, or that stand for the file of this name in any package.
 GENERIC = {"utils.py", "helpers.py", "common.py", "misc.py", "config.py"}
-FOLDERS_OF_OTHERS = {"htmlcov/", "cifar10/"}
+FOLDERS_OF_OTHERS = {"htmlcov/", "cifar10/", "camvid/"}
 PATH = r"`((?:[\w.]+/)*[\w.]+\.(?:pyi?|cpp|txt|md)|(?:\w+/)+)`"
 FILES = sorted(set(re.findall(PATH, CONTRIBUTING)) - FOLDERS_OF_OTHERS)
 NAMES = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", PRESENT)

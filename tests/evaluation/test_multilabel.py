@@ -66,7 +66,7 @@ def example(num, classes, unknown=0.0, seed=0, scale=1.0):
 @pytest.mark.parametrize("unknown", [0.0, 0.25])
 def test_map_is_that_of_scikit_learn(num, classes, batch_size, unknown):
     scores, targets = example(num, classes, unknown)
-    found = evaluate(read, Scores(scores, targets, batch_size), FP32, ALONE, multilabel=True)
+    found = evaluate(read, Scores(scores, targets, batch_size), FP32, ALONE, "multi")
     assert found["map"] == pytest.approx(sklearn_map(scores, targets), rel=1e-6)
     assert found["samples"] == num
     known = targets != -1
@@ -77,22 +77,22 @@ def test_map_is_that_of_scikit_learn(num, classes, batch_size, unknown):
 
 def test_only_the_order_counts_also_of_logits_whose_sigmoid_is_1():
     scores, targets = example(60, 4)
-    usual = evaluate(read, Scores(scores, targets, 60), FP32, ALONE, True)["map"]
+    usual = evaluate(read, Scores(scores, targets, 60), FP32, ALONE, "multi")["map"]
     for large in (scores * 3 + 40, scores.double().exp().float() * 1e4):
         assert torch.equal(large.argsort(0), scores.argsort(0))
-        assert evaluate(read, Scores(large, targets, 60), FP32, ALONE, True)["map"] == usual
+        assert evaluate(read, Scores(large, targets, 60), FP32, ALONE, "multi")["map"] == usual
     within = torch.sigmoid(scores)
-    assert evaluate(read, Scores(within, targets, 60), FP32, ALONE, True)["map"] == usual
+    assert evaluate(read, Scores(within, targets, 60), FP32, ALONE, "multi")["map"] == usual
 
 
 def test_equal_scores_and_classes_without_a_positive():
     scores, targets = example(50, 5)
     scores = scores.round()
     targets[:, 2] = 0
-    found = evaluate(read, Scores(scores, targets, 9), FP32, ALONE, True)
+    found = evaluate(read, Scores(scores, targets, 9), FP32, ALONE, "multi")
     assert found["map"] == pytest.approx(sklearn_map(scores, targets), rel=1e-6)
     nothing = torch.zeros(50, 5)
-    found = evaluate(read, Scores(nothing, targets, 9), FP32, ALONE, True)
+    found = evaluate(read, Scores(nothing, targets, 9), FP32, ALONE, "multi")
     assert found["map"] == pytest.approx(found["chance"])
 
 
@@ -100,9 +100,9 @@ def test_labels_that_map_does_not_know_are_refused():
     scores, targets = example(6, 2)
     targets[3, 1] = 0.5
     with pytest.raises(UserError, match=r"0, 1 and -1 .*such as 0\.5"):
-        evaluate(read, Scores(scores, targets, 6), FP32, ALONE, True)
+        evaluate(read, Scores(scores, targets, 6), FP32, ALONE, "multi")
     with pytest.raises(UserError, match="the validation images have none"):
-        evaluate(read, Scores(scores, torch.zeros(6, 2), 6), FP32, ALONE, True)
+        evaluate(read, Scores(scores, torch.zeros(6, 2), 6), FP32, ALONE, "multi")
 
 
 SHAPES = 5
@@ -269,7 +269,7 @@ def test_labels_of_no_known_kind_are_named():
     scores, targets = example(6, 3)
     targets[0, 0], targets[5, 2] = -1, 0.5
     with pytest.raises(UserError, match=r"hold others, such as 0\.5$"):
-        evaluate(read, Scores(scores, targets, 3), FP32, ALONE, multilabel=True)
+        evaluate(read, Scores(scores, targets, 3), FP32, ALONE, "multi")
 
 
 class Annotated(TensorDataset):

@@ -32,6 +32,7 @@ WHOLE = {
 REAL = {
     "optim.lr": (1e-8, 1e3),
     "optim.gamma": (1e-6, 10.0),
+    "optim.power": (1e-3, 10.0),
     "optim.weight_decay": (0.0, 10.0),
     "losses.kd.weight": (1e-6, 1e6),
     "losses.kd.temperature": (1e-3, 1e3),
@@ -39,8 +40,8 @@ REAL = {
 }
 SWITCHES = ("channels_last", "deterministic", "optim.nesterov", "optim.decay_norms")
 WORDS = {
-    "optim.name": ("sgd", "adamw", "lamb"),
-    "optim.schedule": ("constant", "multistep", "exponential", "cosine", "onecycle"),
+    "optim.name": ("sgd", "adam", "adamw", "lamb"),
+    "optim.schedule": ("constant", "multistep", "exponential", "cosine", "poly", "onecycle"),
     "precision": ("fp32", "bf16", "fp16", "auto"),
     "compile": ("on", "off", "auto"),
     "device": ("cpu", "cuda", "auto"),

@@ -107,6 +107,16 @@ PROOFS = {
         "losses/test_relations_on_ranks.py"
         "::test_crd_banks_and_normalizer_are_those_of_one_process[crd]",
     ),
+    "cwd": Proof(
+        "losses/test_dense.py::test_cwd_is_the_released_formula",
+        "losses/test_dense.py::test_cwd_is_the_released_formula",
+        f"{JOINED}[cwd]",
+    ),
+    "mgd": Proof(
+        "losses/test_dense.py::test_mgd_is_the_released_formula",
+        "losses/test_dense.py::test_mgd_is_the_released_formula",
+        f"{APART}[mgd]",
+    ),
     "reviewkd": Proof(
         f"{PEERS}::test_reviewkd_equals_its_peer",
         f"{PEERS}::test_reviewkd_equals_its_peer",

@@ -7,7 +7,18 @@ import pytest
 
 import fastkd.losses
 from fastkd.errors import UserError
-from fastkd.losses import AT, CRD, DIST, FSP, KD, BinaryCrossEntropy, CrossEntropy, JointRD, KDLoss
+from fastkd.losses import (
+    AT,
+    CRD,
+    DIST,
+    FSP,
+    KD,
+    MGD,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    JointRD,
+    KDLoss,
+)
 from fastkd.losses.base.term import LossTerm
 
 NAN, INF = float("nan"), float("inf")
@@ -34,6 +45,7 @@ BELOW_1 = (
     (CrossEntropy, "label_smoothing"),
     (KD, "label_smoothing"),
     (CRD, "momentum"),
+    (MGD, "mask_ratio"),
 )
 PLACES = ("ignore_index", "class_dim")
 CASES = [(loss, name) for loss in LOSSES for name in numbers(loss) if name not in PLACES]
@@ -98,4 +110,5 @@ def test_python_refuses_what_a_recipe_refuses(loss: Any, wrong: Any, message: st
 
 
 def test_there_are_losses_with_a_temperature() -> None:
-    assert {loss.__name__ for loss in COOLED} == {"KDLoss", "KD", "SoftCE", "DKD", "DIST", "CRD"}
+    found = {loss.__name__ for loss in COOLED}
+    assert found == {"KDLoss", "KD", "SoftCE", "DKD", "DIST", "CRD", "CWD"}

@@ -26,11 +26,13 @@ from fastkd.losses import (
     AB,
     CC,
     CRD,
+    CWD,
     DIST,
     DKD,
     FSP,
     FT,
     KD,
+    MGD,
     NST,
     PKT,
     RKD,
@@ -65,7 +67,7 @@ STAGES = ("stage1", "stage2", "stage3")
 
 FEATURE_PAIRS = {"stage1": "stage1", "stage3": "stage2"}
 TERMS: dict[str, Callable[[], LossTerm]] = {
-    "kd-mixed-view": lambda: KD(views=("xprime",)),
+    "kd-mixed-view": lambda: KD(views=("xprime",), class_weights="erfnet"),
     "kd-mixed-logits": lambda: KD(
         views=("x", "xprime"), ce_weight=0, xprime_target="mixed_logits", name="of_mixed"
     ),
@@ -82,6 +84,8 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "discriminator": Discriminator,
     "cc": CC,
     "crd": lambda: CRD(dim=16, negatives=12),
+    "cwd": lambda: CWD(FEATURE_PAIRS),
+    "mgd": lambda: MGD(FEATURE_PAIRS),
     "fitnet": lambda: FitNet({"stage1": "stage2", "stage2": "stage2", "stage3": "stage2"}),
     "ab": lambda: AB({"stage1:preact": "stage1:preact", "stage2:preact": "stage3:preact"}),
     "fsp": lambda: FSP({tap: tap for tap in ("stem", *STAGES)}),
@@ -136,7 +140,7 @@ def build(
         data=TrainData(
             train,
             loader("val", 20),
-            Facts((3, 8, 8), CLASSES, train.labels_N, False, ((0.5,) * 3, (0.25,) * 3)),
+            Facts((3, 8, 8), CLASSES, train.labels_N, "class", ((0.5,) * 3, (0.25,) * 3)),
             40,
         ),
         settings=TrainingSettings(
@@ -206,7 +210,8 @@ def test_all_terms_together_are_one_graph_under_autocast() -> None:
     assert all(parameter.grad is not None for parameter in trainer.step.parameters())
     found = dict(zip(trainer.step.metric_names, out.metrics_M.tolist(), strict=True))
     truth = dict(zip(trainer.step.metric_names, eager.metrics_M.tolist(), strict=True))
-    for drawn in ("crd", "loss"):  # aot_eager draws the negatives of CRD from another stream
+    # aot_eager draws the negatives of CRD and the masks of MGD from another stream.
+    for drawn in ("crd", "mgd", "loss"):
         assert math.isfinite(found.pop(drawn))
         del truth[drawn]
     assert found == pytest.approx(truth, rel=1e-5)

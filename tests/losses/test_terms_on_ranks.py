@@ -1,7 +1,8 @@
 """Losses under two ranks over gloo, with 5 and 4 samples: what reaches the student and the modules.
 
 Losses that are means over rows, and DIST with gather=True, give what one process gives on the
-joined batch; DIST with gather=False and losses with batch norms of their own the mean over ranks.
+joined batch; DIST with gather=False, losses with batch norms of their own, means weighted by class
+and masks drawn on every rank the mean over ranks.
 """
 
 import math
@@ -27,6 +28,8 @@ JOINED = [
     "discriminator",
     "ab",
     "fsp",
+    "cwd",
+    "cwd_connected",
 ]
 APART = [
     "dist_apart",
@@ -36,6 +39,9 @@ APART = [
     "reviewkd",
     "simkd",
     "jointrd_released",
+    "ce_weighted",
+    "cwd_released",
+    "mgd",
 ]
 
 

@@ -27,7 +27,10 @@ WORLD = World(0, 0, 1, torch.device("cpu"), None)
 STAGES = {f"stage{k}": f"stage{k}" for k in (1, 2, 3)}
 # What a loss must be told besides its weight.
 KEYS: dict[str, dict[str, Any]] = {
-    **{name: {"pairs": STAGES} for name in ("ab", "at", "fitnet", "fsp", "ft", "nst", "vid")},
+    **{
+        name: {"pairs": STAGES}
+        for name in ("ab", "at", "cwd", "fitnet", "fsp", "ft", "mgd", "nst", "vid")
+    },
     **{name: {"pairs": {"stage3": "stage3"}} for name in ("sp", "stage_mse")},
     "crd": {"negatives": 8},
     "jointrd": {"stages": list(STAGES)},

@@ -93,6 +93,12 @@ def main() -> None:
         add("pytorch-cifar100", name, getattr(module, name))
     erfnet = load("erfnet_pytorch/train", "erfnet")
     add("erfnet_pytorch", "erfnet", lambda: erfnet.Net(20))
+
+    class Encoder(erfnet.Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images, only_encode=True)
+
+    add("erfnet_pytorch", "erfnet_encoder", lambda: Encoder(20))
     RESULT.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

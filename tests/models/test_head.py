@@ -21,6 +21,7 @@ HEADS = {
     "torchvision:regnet_x_400mf": ["fc"],  # cannot be built on the meta device
     "torchvision:squeezenet1_1": ["classifier.1"],
     "torchvision:mobilenet_v3_small": ["classifier.3"],
+    "erfnet_encoder": ["head"],
 }
 FP32 = Precision("fp32", "cpu")
 

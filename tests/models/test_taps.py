@@ -18,12 +18,13 @@ STAGES = {"resnet8": 3, "wrn_10_1": 3, "wrn_16_2": 3, "plain18": 4, "resnet50": 
     "shufflenetv1": 3,
     "shufflenetv2": 3,
     "erfnet": 5,
+    "erfnet_encoder": 3,
 }
 
 
 def all_taps(name: str) -> list[str]:
     stages = [f"stage{number}" for number in range(1, STAGES[name] + 1)]
-    pooled = [] if name == "erfnet" else ["pooled"]
+    pooled = [] if name.startswith("erfnet") else ["pooled"]
     return ["stem", *stages, *(f"{stage}:preact" for stage in stages), *pooled, "logits"]
 
 

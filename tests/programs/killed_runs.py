@@ -22,6 +22,7 @@ import torch
 import fastkd.output.run_folder
 import fastkd.training.trainer
 from fastkd.output.run_folder import RunFolder
+from fastkd.testing.label_maps import write_pairs
 from fastkd.training.trainer import Trainer
 
 # More of everything that has state: averaged weights, Adam's moments, micro-batches, a momentum
@@ -103,6 +104,22 @@ MIXED_X = (
     "augment.cutmix=1",
     "augment.mix_share=0.8",
     "augment.sizes=6,8",
+)
+
+# Label maps, and every network in two stages: 6 trainings of 3 steps.
+TWO_STAGES = (
+    "data={name: pairs, root: ../pairs, image_size: 16, drop_last: false}",
+    "batch_size=4",
+    "epochs=1",
+    "encoder.label_stride=8",
+    "student={name: erfnet, block: G:N}",
+    "teacher={name: erfnet, train: true, min_accuracy: 0}",
+    "baseline.lrs=0.001",
+    "optim={name: adam, lr: 0.001, schedule: poly}",
+    "augment.xprime=none",
+    "losses.kd=null",
+    "losses.ce.weight=1",
+    "losses.at={weight: 600, pairs: {stage1: stage1, stage5: stage5}}",
 )
 
 # The third epoch shows the first one again.
@@ -201,6 +218,12 @@ class Scenario:
 
 
 SCENARIOS: dict[str, Scenario] = {
+    **{
+        f"two stages, before step {step}": Scenario(TWO_STAGES, (partial(before_step, step),))
+        for step in (1, 4, 7, 10, 14, 17)
+    },
+    "two stages, twice": Scenario(TWO_STAGES, (partial(before_step, 13), partial(before_step, 3))),
+    "two stages on two ranks, before step 16": Scenario(TWO_STAGES, (partial(before_step, 16),), 2),
     **{f"before step {step}": Scenario((), (partial(before_step, step),)) for step in range(5)},
     **{f"before save {step}": Scenario((), (partial(before_save, step),)) for step in (0, 3)},
     **{f"inside save {step}": Scenario((), (partial(inside_save, step),)) for step in (0, 2, 3)},
@@ -354,6 +377,8 @@ def kill_and_resume(base: Path, name: str, whole: dict[str, Any]) -> dict[str, A
 def main(base: Path, names: list[str]) -> None:
     """Run the named scenarios and write what was found."""
     base.mkdir(parents=True, exist_ok=True)
+    if any(SCENARIOS[name].words == TWO_STAGES for name in names):
+        write_pairs(base / "pairs")
     wholes: dict[Any, dict[str, Any]] = {}
     found = {}
     for name in names:

@@ -20,11 +20,13 @@ from fastkd.compute.ranks import World
 from fastkd.losses import (
     AB,
     AT,
+    CWD,
     DIST,
     DKD,
     FSP,
     FT,
     KD,
+    MGD,
     NST,
     VID,
     BinaryCrossEntropy,
@@ -43,6 +45,7 @@ from fastkd.teachers.teacher import freeze
 from fastkd.testing import bind_term, call_term, sines
 
 STAGES = ("stage1", "stage2", "stage3")
+WEIGHTS = tuple(0.5 + k for k in range(10))
 TERMS: dict[str, Callable[[], LossTerm]] = {
     "ce": lambda: CrossEntropy(),
     "bce": lambda: BinaryCrossEntropy(),
@@ -65,6 +68,11 @@ TERMS: dict[str, Callable[[], LossTerm]] = {
     "fitnet": lambda: FitNet({"stage2": "stage2"}),
     "reviewkd": lambda: ReviewKD(),
     "simkd": lambda: SimKD(),
+    "ce_weighted": lambda: CrossEntropy(class_weights=WEIGHTS, name="ce_weighted"),
+    "cwd": lambda: CWD({"stage1": "stage1", "stage2": "stage2"}),
+    "cwd_connected": lambda: CWD({"stage1": "stage2"}, name="cwd_connected"),
+    "cwd_released": lambda: CWD({"stage1": "stage2"}, connector="released", name="cwd_released"),
+    "mgd": lambda: MGD({"stage1": "stage2"}),
     "jointrd_released": lambda: JointRD(STAGES, form="released", name="jointrd_released"),
 }
 NUM = 9

@@ -68,7 +68,7 @@ def data_of(
     )
     train = kind(images("train", num), loading)
     val = ResidentLoader(images("val", num_val), replace(loading, train=False))
-    facts = Facts((3, 8, 8), 10, train.labels_N, multilabel=False, normalization=NORMALIZATION)
+    facts = Facts((3, 8, 8), 10, train.labels_N, label_kind="class", normalization=NORMALIZATION)
     return TrainData(train, val, facts, num)
 
 

@@ -88,7 +88,8 @@ def test_an_unknown_key_is_named_with_the_nearest(override, sentence):
         ("baseline=3", "baseline=3: expected keys of its own (lrs), not a value"),
         (
             "losses.ce=3",
-            "losses.ce=3: expected keys of its own (weight, label_smoothing), not a value",
+            "losses.ce=3: expected keys of its own (weight, label_smoothing, class_weights), not a "
+            "value",
         ),
         ("losses.kd.weight=-1", "losses.kd.weight=-1: expected a number above 0"),
         (
@@ -168,3 +169,36 @@ def test_the_keys_of_a_teacher_need_one(name):
     named = ["teacher.name=resnet20", "teacher.train=true", "losses.kd.weight=1"]
     with_one = load_recipe(name, overrides=[*named, "losses.kd.ce_weight=0", "teacher.epochs=1"])
     assert with_one.teacher.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "augment.xprime=cutmix losses.kd.views=xprime",
+            "augment.xprime=cutmix is for labels of whole images",
+        ),
+        (
+            "augment.xprime=cropflip augment.flip=true losses.kd.views=xprime",
+            "augment.xprime=cropflip is for labels of whole images",
+        ),
+        ("augment.mixup=0.2", "augment.mixup=0.2 is for labels of whole images"),
+        ("augment.cutmix=1", "augment.cutmix=1.0 is for labels of whole images"),
+        ("augment.sizes=8,16", "augment.sizes=8,16 is for labels of whole images"),
+        ("augment.crop=resized", "augment.crop=resized squeezes areas"),
+        ("augment.policy=trivial", "augment.policy=trivial shears"),
+        (
+            "teacher.resolution=32 teacher.train=false teacher.weights=t.pt",
+            "teacher.resolution shows a teacher squares",
+        ),
+        ("data.backend=dali", "data.backend=dali decodes images without their label maps"),
+    ],
+)
+def test_what_does_not_go_with_label_maps_is_said_before_a_run(override, sentence):
+    assert sentence in mistake("data.name=camvid", "data.root=x", *override.split())
+
+
+@pytest.mark.parametrize("key", ["augment.scale=0.5,2", "augment.window=8,8"])
+def test_what_is_for_label_maps_only(key):
+    name = key.partition("=")[0]
+    assert f"{name} is for sets with label maps" in mistake(key)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd.data.normalization import LABEL_MAPS
+from fastkd.data.sources.segmentation import CITYSCAPES
 from fastkd.errors import UserError
 from fastkd.losses.base.needs import MEAN_LOGITS
 from fastkd.losses.base.registry import build_terms
@@ -40,10 +42,10 @@ def shapes_of(
     return {tap: tuple(tensor.shape[1:]) for tap, tensor in found.items()}
 
 
-def shape(tap: str, net: StudentConfig, side: int) -> tuple[int, ...]:
+def shape(tap: str, net: StudentConfig, side: int, logits: tuple[int, ...]) -> tuple[int, ...]:
     """Of a tap; all taps of a network of the zoo come from one pass."""
     if tap in ("logits", MEAN_LOGITS):
-        return (10,)
+        return logits
     key = (net.name, tuple(net.options().items()))
     every = getattr(network(*key), "tap_names", ())
     return shapes_of(*key, side, every if tap in every else (tap,))[tap]
@@ -68,7 +70,10 @@ def kinds() -> Iterator[tuple[str, Recipe]]:
         ]
         if (text := " ".join(sorted(kind))) not in seen:
             seen.add(text)
-            yield name, build(entry)
+            recipe = build(entry)
+            yield name, recipe
+            if (encoder := recipe.of_encoder()) is not None:
+                yield encoder.name, encoder
 
 
 def refused(recipe: Recipe) -> str:
@@ -76,12 +81,17 @@ def refused(recipe: Recipe) -> str:
     teacher = recipe.teacher
     assert teacher is not None
     side = SIDES.get(recipe.data.name, 32)
+    # Some recipes list a weight for each of them.
+    classes = len(CITYSCAPES.names) if recipe.data.name == "cityscapes" else 10
+    logits = (classes, side, side) if recipe.data.name in LABEL_MAPS else (classes,)
     nets = {"student": recipe.student, "teacher": teacher}
     for term in build_terms(recipe.losses):
         inner: dict[str, Any] = {}
         try:
             shapes = {
-                need: (10,) if need.net == "mixed" else shape(need.tap, nets[need.net], side)
+                need: (10,)
+                if need.net == "mixed"
+                else shape(need.tap, nets[need.net], side, logits)
                 for need in term.needs
             }
             if term.name in ("simkd", "jointrd"):
@@ -94,11 +104,11 @@ def refused(recipe: Recipe) -> str:
                         taps_into_head, LoadedNet(model), (3, side, side), torch.device("cpu")
                     ),
                 }
-            labels_N = torch.arange(20_000) % 10
+            labels_N = torch.arange(20_000) % classes
             term.bind(
                 BindContext(
                     num_samples=len(labels_N),
-                    num_classes=10,
+                    num_classes=classes,
                     train_labels_N=labels_N,
                     shapes=shapes,
                     **inner,

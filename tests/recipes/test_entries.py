@@ -1,5 +1,6 @@
 """The named recipes: names, keys, settings of the papers, and what is not from the papers."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def without_name(recipe):
 
 def test_names_have_the_parts_that_the_listing_counts_by():
     for name in all_recipes():
-        if name in ("quickstart", "folder"):
+        if name in ("quickstart", "folder", "pairs"):
             continue
         of_papers = (*PAPERS, "transfer", "rsb", "vanillakd", "funmatch")
         parts = 4 if name.startswith(of_papers) else 2 + ("--" in name)
@@ -151,6 +152,35 @@ def test_attention_has_the_same_share_whatever_the_number_of_layers():
         keys = keys_of(name)
         assert keys["losses.at.weight"] == weight
         assert weight * len(keys["losses.at.pairs"]) == 3000
+
+
+def test_the_encoder_of_erfnet_has_the_attention_of_its_three_layers():
+    name = "moonshine/cityscapes/erfnet--erfnet-G:N/at"
+    keys = {key: value for key, value in keys_of(name).items() if "class_weights" not in key}
+    recipe = build(Entry(name=name, description="", keys=keys))
+    first = recipe.of_encoder()
+    assert first.losses["at"].weight == 1000
+    assert dict(first.losses["at"].pairs) == {f"stage{n}": f"stage{n}" for n in (1, 2, 3)}
+    assert (first.data.label_stride, first.epochs, recipe.epochs) == (8, 150, 150)
+    lesson = recipe.as_teacher()
+    assert lesson.of_encoder().student.name == "erfnet_encoder"
+    alone = keys_of("moonshine/cityscapes/erfnet/scratch")
+    assert {key: alone[key] for key in ("epochs", "optim.lr", "encoder.label_stride")} == {
+        key: keys[key] for key in ("epochs", "optim.lr", "encoder.label_stride")
+    }
+
+
+def test_the_weights_of_erfnet_s_classes_are_of_one_survey_of_pixels():
+    """Its two lists differ in the constant, 1.2 and 1.1, and else in how the labels are resized."""
+    keys = keys_of("moonshine/cityscapes/erfnet/scratch:released")
+    shares = [
+        [math.exp(1 / weight) - constant for weight in keys[key]]
+        for key, constant in (("encoder.class_weights", 1.2), ("losses.ce.class_weights", 1.1))
+    ]
+    assert [len(one) for one in shares] == [19, 19]
+    assert shares[0] == pytest.approx(shares[1], abs=2e-3)
+    assert sum(shares[0]) == pytest.approx(0.88, abs=0.01)
+    assert min(min(one) for one in shares) > 0
 
 
 def test_a_teacher_is_trained_once_for_all_students_and_methods():
@@ -330,6 +360,15 @@ def test_errors_and_best_epochs_are_compared_as_the_paper_has_them():
     assert at.row == {"run": "paper, Table 2", "note": "error 6.48"}
     assert at.facts["ours"] == pytest.approx(29.69)
     assert "here 29.69 in the last epoch, +23.21 points. " in at.text
+
+
+def test_iou_is_compared_with_the_mean_over_classes(monkeypatch):
+    name = "moonshine/cityscapes/erfnet--erfnet-G:N/at"
+    entry = replace(entry_of(), published=find_entry(name).published)
+    monkeypatch.setattr("fastkd.report.paper.all_recipes", lambda: {"plain": entry})
+    found = beside_paper(build(entry), {"miou_last": 0.6, "miou_best": 0.7})
+    assert found.row == {"run": "paper, Table 4", "miou_last": 0.6811, "note": ""}
+    assert "the paper's mean class IoU 68.11 (Table 4); here 60.00 in the last ep" in found.text
 
 
 def test_a_best_epoch_is_compared_with_the_best(monkeypatch):

@@ -11,8 +11,10 @@ from fastkd.evaluation.chance import Chance, chance_of, class_counts
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipes.loading import load_recipe
+from fastkd.report.class_iou import class_lines, with_class_names
 from fastkd.report.comparison import failure, finish_report
 from fastkd.report.paper import paper_row
+from fastkd.report.plots import plot_curves
 
 ROW = "kdda/cifar100/resnet56--resnet20/kd"
 RUN = {
@@ -170,3 +172,68 @@ def test_both_students_are_judged(tmp_path):
     assert summary["verdict"] == summary["alone"]["verdict"] == "diverged"
     saved = json.loads((folder.path / "summary.json").read_text())
     assert saved["verdict"] == "diverged"
+
+
+IOU = {"sky": 0.9, "road": 0.81234, "pole": None}
+
+
+def dense_run(miou, **more):
+    row = {"epoch": 1, "val_miou": miou, "val_pixel_accuracy": 0.8, "train_loss": 1.0}
+    row |= {"val_loss": 1.1}
+    scores = {"class_iou_best": IOU, "class_iou_last": IOU}
+    return {"miou_last": miou, "miou_best": miou, "lr": 0.1, "history": [row], **scores, **more}
+
+
+def test_a_run_on_labelled_pixels_is_told_by_its_miou(tmp_path):
+    screen = io.StringIO()
+    summary = dense_run(
+        0.61,
+        teacher={"name": "erfnet", "miou": 0.72, "class_iou": {"sky": 1.0, "road": 0.5, "pole": 0}},
+        alone=dense_run(0.03, class_iou_best={"sky": 0.1, "road": 0.2, "pole": None}),
+        alone_tried=[{"lr": 0.1, "miou_last": 0.03}],
+    )
+    folder = RunFolder.create(tmp_path, "run", "0" * 16)
+    chance = Chance(accuracy=0.04, floor=0.04, loss=math.log(3))
+    finish_report(summary, folder, Console(file=screen), teachers=["erfnet"], chance=chance)
+    lines = screen.getvalue().splitlines()
+    assert lines[0].split() == ["mIoU", "gain"] or lines[0].split() == ["mIoU", "images"]
+    assert line_of(lines, "teacher erfnet").split()[2] == "72.00%"
+    assert line_of(lines, "student alone ").split()[2:5] == ["3.00%", "3.00%", "at"]
+    assert line_of(lines, "student distilled").split()[2] == "61.00%"
+    assert line_of(lines, "IoU by class").split()[3:] == ["alone", "teacher", "distilled"]
+    assert line_of(lines, "sky ").split()[1:] == ["10.00%", "100.00%", "90.00%"]
+    assert line_of(lines, "pole ").split()[1:] == ["-", "0.00%", "-"]
+    said = line_of(lines, "student alone: at chance, 3.00% where an answer that ignores the image")
+    assert said.endswith(
+        "gives 4.00%. Give it more epochs or another learning rate, such as optim.lr=0.01"
+    )
+    saved = json.loads((folder.path / "summary.json").read_text())
+    assert saved["class_iou_best"] == IOU
+    assert "verdict" not in saved
+
+
+def test_scores_get_the_names_of_their_classes():
+    found = {"class_iou_best": {"0": 0.5, "1": None}, "miou_best": 0.5}
+    assert with_class_names(found, ("a", "b"))["class_iou_best"] == {"a": 0.5, "b": None}
+    assert with_class_names(found) == found
+    assert with_class_names({"accuracy_best": 1.0}, ("a",)) == {"accuracy_best": 1.0}
+    assert class_lines({"accuracy_best": 1.0, "teacher": None, "alone": None}) == []
+    many = {str(number): 0.5 for number in range(150)}
+    (said,) = class_lines({"class_iou_best": many, "teacher": None, "alone": None})
+    assert "150 classes: in summary.json" in said
+
+
+@pytest.mark.parametrize(
+    ("metric", "printed"), [("accuracy", "accuracy"), ("map", "mAP"), ("miou", "mIoU")]
+)
+def test_the_curves_are_of_the_headline_metric(tmp_path, metric, printed, monkeypatch):
+    from matplotlib.axes import Axes
+
+    titles = []
+    plain = Axes.set
+    monkeypatch.setattr(
+        Axes, "set", lambda axes, **given: titles.append(given) or plain(axes, **given)
+    )
+    rows = [{"epoch": 1, f"val_{metric}": 0.5, "train_loss": 1.0}]
+    plot_curves(tmp_path / "c.png", {"student": rows}, teachers={"teacher": 0.7})
+    assert titles[0] == {"title": f"Validation {printed}", "xlabel": "epoch", "ylabel": printed}

@@ -174,7 +174,7 @@ def test_a_teacher_is_shown_the_images_as_the_data_s_seed_says(
         opened.append(seed)
         return open_data(*args, seed=seed, **more)
 
-    monkeypatch.setattr("fastkd.runs.stages.open_data", noting)
+    monkeypatch.setattr("fastkd.runs.one_stage.open_data", noting)
     teacher = ("teacher.weights=null", "teacher.train=true", "teacher.seed=7")
     for seed in (1, 2):
         assert (

@@ -76,7 +76,7 @@ def trainer(
         data=TrainData(
             loader,
             loader,
-            Facts((3, SIDE, SIDE), CLASSES, loader.labels_N, False, (MEAN, STD)),
+            Facts((3, SIDE, SIDE), CLASSES, loader.labels_N, "class", (MEAN, STD)),
             num,
         ),
         settings=TrainingSettings(

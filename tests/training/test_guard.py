@@ -17,7 +17,7 @@ from fastkd.training.guard import Guard, keep_where_
 from fastkd.training.optim import build_optimizer
 
 NAN, INF = float("nan"), float("inf")
-OPTIMIZERS = ["sgd", "adamw", "lamb"]
+OPTIMIZERS = ["sgd", "adam", "adamw", "lamb"]
 
 
 class Net(nn.Module):

@@ -49,7 +49,8 @@ def fused_and_plain(name):
             torch.optim.SGD(twin.parameters(), momentum=0.9, nesterov=True, fused=False, **options),
         )
     ours = build(net, name, weight_decay=0.01)
-    return net, twin, ours, torch.optim.AdamW(twin.parameters(), fused=False, **options)
+    plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return net, twin, ours, plain(twin.parameters(), betas=(0.9, 0.999), fused=False, **options)
 
 
 def assert_close(net, twin):
@@ -57,7 +58,7 @@ def assert_close(net, twin):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_equals_torch_over_steps(name):
     net, twin, ours, plain = fused_and_plain(name)
     for step in range(5):
@@ -68,7 +69,7 @@ def test_equals_torch_over_steps(name):
     assert_close(net, twin)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_state_restored_into_another_memory_order_gives_the_same_numbers(name):
     net, twin, ours, plain = fused_and_plain(name)
     for step in range(4):
@@ -84,7 +85,7 @@ def test_state_restored_into_another_memory_order_gives_the_same_numbers(name):
     assert_close(net, twin)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("skipped_step", [0, 2])
 def test_found_inf_leaves_parameters_and_state_bitwise_alone(name, skipped_step):
     net, twin = make_net(), make_net()
@@ -105,6 +106,17 @@ def test_found_inf_leaves_parameters_and_state_bitwise_alone(name, skipped_step)
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(state_of(skipping), state_of(reference), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_adam_adds_its_decay_to_the_gradient():
+    """The first step of Adam goes by the sign of gradient plus decay, whatever their size."""
+    net = make_net()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build(net, "adam", lr=0.001, weight_decay=0.1).step()
+    for parameter, old in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old - 0.001 * old.sign(), rtol=0, atol=1e-6)
 
 
 def test_a_parameter_may_get_its_first_gradient_late():
@@ -137,7 +149,7 @@ def test_groups_scale_the_rate_and_choose_their_decay():
     assert {group["momentum"] for group in optimizer.param_groups} == {0.85}
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "lamb"])
 def test_scheduled_momentum_is_beta1_of_adam_like_optimizers(name):
     optimizer = build(make_net(), name)
     set_lr(optimizer, 1.0, momentum=0.85)
@@ -157,6 +169,7 @@ def test_frozen_parameters_are_left_out():
 def test_skip_awareness_is_that_of_the_fused_kernels():
     net = make_net()
     assert skip_aware(build(net, "sgd"))
+    assert skip_aware(build(net, "adam"))
     assert skip_aware(build(net, "adamw"))
     assert not skip_aware(build(net, "lamb"))
     assert not skip_aware(torch.optim.SGD(net.parameters(), lr=0.1))
@@ -176,7 +189,7 @@ def test_lamb_takes_a_step():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"name": "adam"}, "name\n  Input should be 'sgd', 'adamw' or 'lamb'"),
+        ({"name": "adan"}, "name\n  Input should be 'sgd', 'adam', 'adamw' or 'lamb'"),
         ({"impl": "fused"}, "impl\n  Input should be 'torch' or 'apex'"),
     ],
     ids=["name", "impl"],
@@ -267,7 +280,7 @@ def decayed(optimizer, net):
     return {name for name, p in net.named_parameters() if not torch.equal(p.detach(), before[name])}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_norms_and_biases_may_go_without_decay(name):
     net, term = Embedded(), nn.Linear(2, 2)
     own = [{"params": list(net.parameters())}, {"params": list(term.parameters()), "lr_scale": 2.0}]

@@ -52,6 +52,30 @@ def test_exponential_equals_torch_stepped_once_per_epoch():
     assert ours(schedule, 30) == pytest.approx(expected, rel=1e-12)
 
 
+def test_poly_equals_torch_stepped_once_per_epoch():
+    schedule = Schedule(kind="poly", epochs=6, steps_per_epoch=5, power=1.5)
+    optimizer = sgd()
+    per_epoch, _ = walk(lr_scheduler.PolynomialLR(optimizer, 6, power=1.5), optimizer, 6)
+    expected = [rate for rate in per_epoch for _ in range(5)]
+    assert ours(schedule, 30) == pytest.approx(expected, rel=1e-9)
+
+
+def test_poly_is_the_schedule_of_erfnet():
+    """Its epochs count from 1."""
+    schedule = Schedule(kind="poly", epochs=150, steps_per_epoch=4)
+    found = [schedule.lr_factor(4 * (e - 1) + step) for e in range(1, 151) for step in range(4)]
+    expected = [(1 - (e - 1) / 150) ** 0.9 for e in range(1, 151) for _ in range(4)]
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert min(found) > 0
+    assert schedule.lr_factor(10_000) == found[-1]
+
+
+def test_poly_warms_up():
+    schedule = Schedule(kind="poly", epochs=10, steps_per_epoch=2, warmup_epochs=2)
+    expected = [0.25, 0.5, 0.75 * 0.9**0.9, 0.9**0.9, 0.8**0.9]
+    assert [schedule.lr_factor(step) for step in range(5)] == pytest.approx(expected)
+
+
 def test_multistep_drops_in_the_epoch_after_the_milestone():
     schedule = Schedule(
         kind="multistep", epochs=240, steps_per_epoch=10, milestones=(150, 180, 210), gamma=0.1

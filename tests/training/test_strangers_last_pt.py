@@ -27,6 +27,7 @@ OPTIMIZERS = {
     "sgd": OptimConfig(lr=0.05, schedule="constant"),
     "plain sgd": OptimConfig(lr=0.05, schedule="constant", momentum=0),
     "adamw": OptimConfig(name="adamw", lr=0.01, schedule="onecycle", warmup_epochs=0),
+    "adam": OptimConfig(name="adam", lr=0.01, schedule="poly", power=0.5),
     "lamb": OptimConfig(name="lamb", lr=0.01, schedule="constant"),
 }
 
@@ -114,7 +115,7 @@ DAMAGE: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lamb"])
 def test_every_tensor_is_compared(saved: dict[str, Any], optimizer: str, damage: str) -> None:
     """Of every part the first, the middle and the last tensor; the run stays as it was."""
     state = saved[optimizer]

@@ -173,7 +173,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
     assert torch.equal(saved["student"]["fc.weight"], student["fc.weight"])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_nan_leaves_everything_as_it_was(name: str, accumulate: int) -> None:
     trainer = make(

@@ -29,7 +29,8 @@ from fastkd.data.loaders.dali_graph import (
     require_dali,
 )
 from fastkd.data.loaders.decoding import Pixels
-from fastkd.data.loaders.streaming import Key, StreamingLoader
+from fastkd.data.loaders.processes import Key
+from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.sources.cuts import Cut
 from fastkd.data.sources.decode import read_image
 from fastkd.data.sources.folder import FolderIndex

@@ -16,10 +16,11 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset, default_co
 from fastkd.compute.collectives import on_any_rank, on_ranks
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
-from fastkd.data.batch import Batch
+from fastkd.data.batch import NO_LABEL, Batch, LabelKind
 from fastkd.data.facts import Facts
 from fastkd.data.loaders.items import item_of
-from fastkd.data.loaders.label_rules import LabelKind, LabelRules, LabelUse, kind_on_ranks, unlike
+from fastkd.data.loaders.label_rules import LabelRules, LabelUse, kind_on_ranks, unlike
+from fastkd.data.loaders.map_rules import pixel_counter
 from fastkd.data.loaders.readable import (
     BEST,
     ONCE,
@@ -146,7 +147,7 @@ class ForeignLoader:
     def _batch(self, item: LoaderItem, *, share: bool) -> tuple[Batch | None, Tensor]:
         """The batch on the device, None if it is not to be shared; whether it has any label."""
         images, raw, ids = item_of(item)
-        labels = self.rules.of(raw, len(images))
+        labels = self.rules.of(raw, images)
         seen = self.rules.any_known(labels)
         if not share:
             return None, seen
@@ -288,9 +289,9 @@ def open_foreign(
         )
     judged = None if val_items is None else peek("val_loader", val_items, placement).labels
     if judged is not None:
-        measured = kind_on_ranks(judged, use, num_classes, placement.world)
+        measured = kind_on_ranks(judged, use, num_classes, placement.world, measured=True)
         if use.reads and measured != kind:
-            raise unlike(kind)
+            raise unlike(kind, measured)
         # Without a loss that reads labels, those of validation say what is measured.
         kind = measured
     rules = LabelRules(
@@ -311,13 +312,16 @@ def open_foreign(
         _check_stored("val_loader", val_items, val_rules)
         _check_validation(val_items, val_rules, placement.world)
         val = ForeignLoader(val_items, placement, seed, val_rules, train=False)
+    pixels = kind == "pixel"
     facts = Facts(
         image_shape=shown.image_shape,
         num_classes=num_classes,
         labels_N=train.labels_N,
-        multilabel=kind == "multi",
+        label_kind=kind,
         normalization=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         labelled=on_any_rank(bool(rules.any_known(first)), placement.world),
+        label_size=(first.shape[1], first.shape[2]) if pixels else None,
+        count_pixels=pixel_counter(train_items, num_classes, placement.world) if pixels else None,
     )
     return ForeignPair(train, val, facts)
 
@@ -326,7 +330,7 @@ def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:
     """The labels of a first batch, checked on the host wherever they are."""
     labels = shown.labels.cpu() if isinstance(shown.labels, Tensor) else shown.labels
     try:
-        return rules.of(labels, len(shown.images_NCHW))
+        return rules.of(labels, shown.images_NCHW)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
@@ -367,10 +371,11 @@ def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
     """The data set's `targets` if a loss needs ids; UserError if they are not labels.
 
     Zeros if no loss does: a data set's `targets` can be anything; in torchvision's VOC they
-    are file names.
+    are file names. NO_LABEL where pixels are labelled: label maps stay with the loader.
     """
-    if rules.wants_ids is None:
-        return torch.zeros(num_samples(items), dtype=torch.int64)
+    if rules.wants_ids is None or rules.kind == "pixel":
+        none = NO_LABEL if rules.kind == "pixel" else 0
+        return torch.full((num_samples(items),), none)
     wanted = (
         f"the loss {rules.wants_ids} needs the label of every training sample: give the "
         f"loader's dataset an attribute `targets`, a list of labels by sample id"
@@ -381,7 +386,7 @@ def _labels_by_id(items: Iterable[LoaderItem], rules: LabelRules) -> Tensor:
     try:
         targets_M = torch.as_tensor(targets).cpu()
         if targets_M.dim() == 1 + (rules.kind == "multi"):
-            return replace(rules, read=True).of(targets_M, len(targets_M))
+            return replace(rules, read=True).of(targets_M, targets_M)
     except (TypeError, ValueError, RuntimeError) as error:
         # A UserError is a ValueError too.
         raise UserError(f"{wanted}; in what it has, {error}") from None

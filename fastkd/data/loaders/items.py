@@ -18,6 +18,8 @@ __all__ = ["IMAGES", "LABELS", "Item", "item_of"]
 
 IMAGES = ("images", "image", "pixel_values", "imgs", "img", "inputs", "input", "x", "data")
 LABELS = ("labels", "label", "targets", "target", "y")
+_MAPS = ("masks", "mask", "label_maps", "label_map", "segmentation", "annotation")
+"""Of label maps, where no key of `LABELS` is there: albumentations has images and masks."""
 _IDS = ("index", "indices", "idx", "ids", "id", "sample_ids", "sample_id")
 
 
@@ -68,7 +70,7 @@ def _named(item: Any) -> Mapping[str, Any] | None:
 
 def _by_name(named: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     images = [key for key in IMAGES if key in named]
-    labels = [key for key in LABELS if key in named]
+    labels = [key for key in LABELS if key in named] or [key for key in _MAPS if key in named]
     ids = [key for key in _IDS if key in named]
     if len(images) != 1 or len(labels) > 1:
         what = "images" if len(images) != 1 else "labels"

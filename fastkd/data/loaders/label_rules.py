@@ -2,22 +2,23 @@
 on nonsense.
 
 Class ids int64 [N] (-100: none), rows of probabilities float32 [N, C] where the losses take them,
-or several labels per image, float32 [N, C] of 0, 1 and -1.
+several labels per image, float32 [N, C] of 0, 1 and -1, or label maps, int64 [N, H, W]
+(`fastkd.data.loaders.map_rules`).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.compute.collectives import on_any_rank
+from fastkd.compute.collectives import on_ranks
 from fastkd.compute.ranks import World
-from fastkd.data.batch import IGNORED, NO_LABEL
+from fastkd.data.batch import IGNORED, NO_LABEL, LabelKind
+from fastkd.data.loaders.map_rules import MAPS, checked_maps
 from fastkd.errors import UserError
 
 __all__ = [
-    "LabelKind",
     "LabelRules",
     "LabelUse",
     "are_distributions",
@@ -25,10 +26,12 @@ __all__ = [
     "unlike",
 ]
 
-LabelKind = Literal["class", "multi"]
-"""One class per image, as an id or a row of probabilities; or several labels per image, [N, C]."""
-
 WANTED = "labels must be class ids [N], whole numbers, or [N, classes] of 1, 0 and -1"
+_FORMS: dict[LabelKind, str] = {
+    "class": "[N], one class id per image",
+    "multi": "[N, classes], several per image",
+    "pixel": "[N, H, W], a class id for every pixel",
+}
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,54 @@ class LabelUse:
     """A loss that accepts no image of unknown class."""
 
 
-def unlike(kind: LabelKind) -> UserError:
-    """The message for a loader with labels of this kind, where the run has the other one."""
-    kinds = {"multi": "[N, classes], several per image", "class": "[N], one class id per image"}
-    other = kinds["class" if kind == "multi" else "multi"]
+def unlike(kind: LabelKind, other: LabelKind) -> UserError:
+    """The message for a loader with labels of one kind, where another one has another."""
     return UserError(
-        f"this loader gives labels {kinds[kind]}, another one of this run gives {other}: make them "
-        f"alike"
+        f"this loader gives labels {_FORMS[kind]}, another one of this run gives {_FORMS[other]}: "
+        f"make them alike"
     )
 
 
-def kind_on_ranks(labels: Any, use: LabelUse, num_classes: int, world: World) -> LabelKind:
+def kind_on_ranks(
+    labels: Any,
+    use: LabelUse,
+    num_classes: int,
+    world: World,
+    *,
+    dense: bool = False,
+    measured: bool = False,
+) -> LabelKind:
     """The kind of a loader's labels, as the first batches of all ranks show it.
 
     Several per image if any rank says so: rows that happen to sum to 1 can be either. All ranks
     must call this.
+
+    dense: whether the student answers pixel by pixel, which decides where nobody reads labels.
+    measured: whether the evaluation reads them.
+
+    Raises:
+        UserError: some ranks have label maps and others have not.
     """
-    return "multi" if on_any_rank(_several(labels, use, num_classes), world) else "class"
+    read = measured or use.reads is not None
+    own = _kind(labels if read or not dense else None, use, num_classes, dense=dense)
+    if own == "pixel" and not read and not dense:
+        own = "class"  # whatever they are, nobody reads them
+    found: list[LabelKind] = on_ranks(own, world)
+    others: list[LabelKind] = [kind for kind in found if kind != "pixel"]
+    if "pixel" in found and others:
+        raise unlike(own, others[0] if own == "pixel" else "pixel")
+    return "multi" if "multi" in found else own
 
 
-def _several(labels: Any, use: LabelUse, num_classes: int) -> bool:
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or _is_column(labels, num_classes):
-        return False
+def _kind(labels: Any, use: LabelUse, num_classes: int, *, dense: bool) -> LabelKind:
+    if not isinstance(labels, Tensor):
+        return "pixel" if dense else "class"
+    if labels.dim() > 2:
+        return "pixel" if dense or max(labels.shape[-2:]) > 1 else "class"
+    if labels.dim() < 2 or _is_column(labels, num_classes):
+        return "class"
     # To a loss on several labels per image, rows are such labels whatever they sum to.
-    return use.multi or not bool(are_distributions(labels).all())
+    return "multi" if use.multi or not bool(are_distributions(labels).all()) else "class"
 
 
 @dataclass(frozen=True)
@@ -95,34 +122,42 @@ class LabelRules:
     wants_classes: str | None = None
     """A loss that does not accept images of unknown class."""
 
-    def of(self, labels: Any, num: int) -> Tensor:
-        """The labels of `num` images in the form of this run, on their own device.
+    def of(self, labels: Any, images_NCHW: Tensor) -> Tensor:
+        """The labels of these images in the form of this run, on their own device.
 
         Raises:
             UserError: they are not labels, or not of this run's kind.
         """
         if labels is None:
-            return torch.full((num,), NO_LABEL)
+            return self._none(images_NCHW)
         if self.read:
-            return self._checked(labels, num)
+            return self._checked(labels, images_NCHW)
         try:
-            return self._checked(labels, num)
+            return self._checked(labels, images_NCHW)
         except UserError:
-            return torch.full((num,), NO_LABEL)
+            return self._none(images_NCHW)
+
+    def _none(self, images_NCHW: Tensor) -> Tensor:
+        num, _, *size = images_NCHW.shape
+        return torch.full((num, *size) if self.kind == "pixel" else (num,), NO_LABEL)
 
     def any_known(self, labels: Tensor) -> Tensor:
         """Whether one of these labels, from `of`, says something; 0-dim bool."""
-        if labels.dim() == 1:
-            return (labels != NO_LABEL).any()
-        return (labels != IGNORED).any()
+        return (labels != (IGNORED if labels.is_floating_point() else NO_LABEL)).any()
 
-    def _checked(self, labels: Any, num: int) -> Tensor:
+    def _checked(self, labels: Any, images_NCHW: Tensor) -> Tensor:
+        if self.kind == "pixel" and isinstance(labels, Tensor) and labels.dim() > 2:
+            return checked_maps(labels.as_subclass(Tensor), images_NCHW, self.num_classes)
+        num = len(images_NCHW)
         if not isinstance(labels, Tensor):
-            raise UserError(f"{WANTED}; got {type(labels).__name__}: make it a tensor")
+            wanted = MAPS if self.kind == "pixel" else WANTED
+            raise UserError(f"{wanted}; got {type(labels).__name__}: make it a tensor")
         labels = labels.as_subclass(Tensor)
         got = f"got {list(labels.shape)} of {labels.dtype}"
         if labels.dim() and len(labels) != num:
             raise UserError(f"{WANTED}; {got}, for {num} images")
+        if self.kind == "pixel":
+            raise unlike("class" if labels.dim() < 2 else "multi", "pixel")
         if _is_column(labels, self.num_classes):
             if labels.is_floating_point():
                 raise UserError(f"{WANTED}; {got}: class ids are labels.squeeze(1).long()")
@@ -143,7 +178,7 @@ class LabelRules:
         if labels.is_floating_point():
             raise UserError(f"{WANTED}; {got}: class ids are labels.long()")
         if self.kind == "multi":
-            raise unlike("class")
+            raise unlike("class", "multi")
         labels = labels.long()  # 260 is 4 to a uint8
         # On the device the checks would wait.
         if self.num_classes is None or labels.device.type != "cpu":

@@ -4,32 +4,31 @@
 resident and the torch backend, and gives both loaders the same normalisation.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 
 from fastkd.compute.placement import Placement
-from fastkd.config.section import Normalization
 from fastkd.data.batch import Loader
 from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.facts import Facts
 from fastkd.data.finish import Look
 from fastkd.data.framing import evaluation_framing
 from fastkd.data.geometry import Crop, Geometry
+from fastkd.data.label_map_keys import wrong_appearance_key
+from fastkd.data.loaders.dense_pair import dense_facts, open_dense
+from fastkd.data.loaders.pair import DataPair, facts_of, normalization_of
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.streaming import StreamingLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
-from fastkd.data.normalization import normalization
+from fastkd.data.normalization import LABEL_MAPS
 from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.by_name import decode_source, open_source
 from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet
-from fastkd.data.sources.listing import listing_of
 from fastkd.data.sources.shards import CLASSES, ShardIndex
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
@@ -39,68 +38,7 @@ __all__ = ["RESIDENT_LIMIT_BYTES", "DataPair", "data_facts", "open_data"]
 
 RESIDENT_LIMIT_BYTES = 2 << 30
 
-
-Sources = tuple[ImageSet | FolderIndex, ImageSet | FolderIndex]
-
-
-@dataclass(frozen=True)
-class DataPair:
-    """Both loaders of a data set and what networks and reports must know about it."""
-
-    open_train: Callable[[], Loader]
-    val: Loader
-    facts: Facts
-    name: str
-    """Name of the data set."""
-    backend: str
-    """"resident", "torch" or "dali"."""
-    why: str
-    """Why data.backend=auto took it; empty if the recipe says it."""
-    seed: int
-    """Seed of order and augmentation."""
-    sources: Sources
-    """Training and validation images before they are decoded for the loaders."""
-    skips: bool = False
-    """data.on_bad=skip"""
-
-    @cached_property
-    def train(self) -> Loader:
-        """Batches of the training images.
-
-        They are decoded and moved to the device on first use, so that an evaluation does not pay
-        for it.
-        """
-        return self.open_train()
-
-    @cached_property
-    def val_labels_N(self) -> torch.Tensor:
-        """Labels of all validation images, in the form of `facts.labels_N`."""
-        return torch.from_numpy(self.sources[1].labels_N)
-
-    @cached_property
-    def remarks(self) -> tuple[str, ...]:
-        """How many images a folder holds, and what a user should know of them: a line each.
-
-        Some training images are opened for it on first use, so only who shows it asks.
-        """
-        side = self.facts.image_shape[1]
-        why = f" ({self.why})" if self.why else ""
-        return _remarks(*self.sources, f"{side}x{side} pixels, data.backend={self.backend}{why}")
-
-    @cached_property
-    def remembered(self) -> DataFacts:
-        """What a run remembers about its data; some files are read for it on first use."""
-        facts = self.facts
-        assert facts.evaluation is not None
-        side = facts.image_shape[1]
-        return _remembered(
-            self.name,
-            self.sources,
-            side,
-            facts.evaluation,
-            facts.normalization,
-            skips=self.skips,
-        )
+_Images = tuple[ImageSet | FolderIndex, ImageSet | FolderIndex]
 
 
 def open_data(
@@ -115,18 +53,29 @@ def open_data(
 
     The backend "auto" is resident unless the crop is "resized" or both splits, decoded, exceed
     2 GiB. data.train_limit takes a stratified subset of the training images; validation is whole,
-    and shows pictures as `evaluation_framing` says.
+    and shows pictures as `evaluation_framing` says. Sets with label maps: `open_dense`.
 
     Raises:
         UserError: data missing or damaged, a backend that cannot do this crop; from `train`, when
             first used, also if it would have no step or fewer images than processes.
     """
+    if data.name in LABEL_MAPS:
+        return open_dense(
+            data,
+            appearance,
+            batch_size=batch_size,
+            seed=seed,
+            placement=placement,
+            limit_bytes=RESIDENT_LIMIT_BYTES,
+        )
     crop = appearance.crop
     if data.backend == "resident" and crop == "resized":
         raise UserError(
             "data.backend=resident cannot cut random areas from the original pictures "
             "(augment.crop=resized); use data.backend=torch, or augment.crop=pad"
         )
+    if (said := wrong_appearance_key(appearance, data.name)) is not None:
+        raise UserError(said)
     train, val = _open_sources(data)
     size = _square_size(train, data, crop)
     backend, why = _backend(data, crop, (len(train) + len(val)) * size * size * 3)
@@ -134,7 +83,7 @@ def open_data(
         batch_size=batch_size,
         seed=seed,
         train=True,
-        normalization=_normalization(data),
+        normalization=normalization_of(data),
         placement=placement,
         geometry=Geometry(
             padding=appearance.padding if crop == "pad" else 0,
@@ -175,7 +124,7 @@ def open_data(
             image_shape=(3, size, size),
             num_classes=len(train.classes),
             labels_N=labels_N,
-            multilabel=labels_N.dim() == 2,
+            label_kind="multi" if labels_N.dim() == 2 else "class",
             normalization=loading.normalization,
             classes=train.classes,
             evaluation=evaluation,
@@ -185,7 +134,8 @@ def open_data(
         why=why,
         seed=seed,
         sources=(train, val),
-        skips=skips,
+        remark=lambda how: _remarks(train, val, f"{size}x{size} pixels, {how}"),
+        remember=lambda: facts_of(data, (train, val), size, evaluation),
     )
 
 
@@ -211,15 +161,14 @@ def streaming_loader(backend: str) -> type[StreamingLoader]:
 
 def data_facts(data: DataConfig) -> DataFacts:
     """What `open_data(..).remembered` would be, without loaders."""
+    if data.name in LABEL_MAPS:
+        return dense_facts(data)
     train, val = _open_sources(data)
     size = _square_size(train, data, "none")
-    evaluation = evaluation_framing(data, train, size)
-    skips = data.on_bad == "skip"
-    sources = train, val
-    return _remembered(data.name, sources, size, evaluation, _normalization(data), skips=skips)
+    return facts_of(data, (train, val), size, evaluation_framing(data, train, size))
 
 
-def _open_sources(data: DataConfig) -> Sources:
+def _open_sources(data: DataConfig) -> _Images:
     train = open_source(
         data.name,
         data.root,
@@ -248,27 +197,6 @@ def _open_sources(data: DataConfig) -> Sources:
     return train, val
 
 
-def _remembered(
-    name: str,
-    sources: Sources,
-    image_size: int,
-    evaluation: Framing,
-    normalization: Normalization,
-    *,
-    skips: bool,
-) -> DataFacts:
-    train, val = sources
-    return DataFacts(
-        name=name,
-        classes=train.classes,
-        image_size=image_size,
-        evaluation=evaluation,
-        normalization=normalization,
-        train=listing_of(train, skips=skips),
-        val=listing_of(val, skips=skips),
-    )
-
-
 def _remarks(
     train: ImageSet | FolderIndex, val: ImageSet | FolderIndex, how: str
 ) -> tuple[str, ...]:
@@ -280,12 +208,6 @@ def _remarks(
         f"classes, {how}"
     )
     return (counted, *train.remarks, *survey(train), *val.remarks, *survey(val))
-
-
-def _normalization(data: DataConfig) -> Normalization:
-    """The recipe's values, or else those in the table of data sets."""
-    mean, std = normalization(data.name)
-    return data.mean or mean, data.std or std
 
 
 def _square_size(source: ImageSet | FolderIndex, data: DataConfig, crop: Crop) -> int:

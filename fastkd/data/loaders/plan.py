@@ -111,13 +111,21 @@ class BatchPlan:
             places = epoch_order(self.seed, epoch, self.num_samples)[places]
         return places + again * self.num_samples
 
+    def start(self, step: int) -> int:
+        """Place in the epoch's order at which global batch `step` begins."""
+        return step * self.batch_size
+
+    def step_of(self, place: int) -> int:
+        """The global batch of a place in the epoch's order."""
+        return place // self.batch_size
+
     def global_size(self, step: int) -> int:
         """Samples in a whole global batch, all ranks together."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def part(self, step: int) -> slice:
         """Slice of `order` for this rank's part of global batch `step`; possibly empty."""
-        start = step * self.batch_size
+        start = self.start(step)
         each, larger = divmod(self.global_size(step), self.world_size)
         first = start + self.rank * each + min(self.rank, larger)
         return slice(first, first + each + (self.rank < larger))

@@ -88,10 +88,14 @@ class PlannedLoader(ABC):
     """The part of the protocol `fastkd.data.batch.Loader` that follows from a BatchPlan."""
 
     def __init__(
-        self, source: ImageSource, loading: Loading, views: PictureView | None = None
+        self,
+        source: ImageSource,
+        loading: Loading,
+        views: PictureView | None = None,
+        plan: BatchPlan | None = None,
     ) -> None:
         self._loading = loading
-        self.plan = loading.plan(source)
+        self.plan = plan or loading.plan(source)
         self._device = loading.placement.device
         self._finish = loading.finish(self.plan.num_ids)
         self._labels_N = torch.from_numpy(source.labels_N)
@@ -161,5 +165,5 @@ class PlannedLoader(ABC):
 
     def _completed(self, epoch: int, parts: list[slice]) -> Iterator[Batch]:
         for part, batch in zip(parts, self._batches(epoch, parts), strict=True):
-            step = part.start // self.plan.batch_size
+            step = self.plan.step_of(part.start)
             yield batch._replace(global_size=self.plan.global_size(step))

@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
@@ -12,6 +11,7 @@ from fastkd.data.batch import Batch
 from fastkd.data.geometry import NO_GEOMETRY, Crop
 from fastkd.data.loaders.decoding import Pixels, Reader, View
 from fastkd.data.loaders.planned import Loading, PlannedLoader
+from fastkd.data.loaders.processes import Key
 from fastkd.data.picture_views import PictureView
 from fastkd.data.sources.image_set import ImageSource
 from fastkd.data.tables import GeometryTables
@@ -19,9 +19,6 @@ from fastkd.errors import UserError
 from fastkd.storage.facts import Framing
 
 __all__ = ["StreamingLoader"]
-
-Key = tuple[int, np.ndarray]
-"""Epoch and sample ids of a batch."""
 
 
 class StreamingLoader(PlannedLoader):

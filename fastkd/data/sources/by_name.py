@@ -1,6 +1,7 @@
 """Data sets by name: find them under a root folder, read them, report what is missing.
 
-`open_source` returns images in memory or the listing of a folder, `open_split` always images.
+`open_source` returns images in memory or the listing of a folder, `open_split` always images,
+`open_label_maps` the listing of images with a label map each.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data.normalization import normalization
+from fastkd.data.normalization import LABEL_MAPS, normalization
 from fastkd.data.sources.cache import decoded_images
 from fastkd.data.sources.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
 from fastkd.data.sources.csv_labels import open_csv
@@ -30,10 +31,13 @@ from fastkd.data.sources.image_set import (
     first_labels,
     stratified_positions,
 )
+from fastkd.data.sources.label_maps import LabelMaps
+from fastkd.data.sources.pairs import PairFolders, find_pairs
 from fastkd.data.sources.pixels import DEFAULTS, Decoding
 from fastkd.data.sources.progress import Progress
 from fastkd.data.sources.released import LAYOUTS as RELEASES
 from fastkd.data.sources.released import find_release
+from fastkd.data.sources.segmentation import find_segmentation
 from fastkd.data.sources.shards import find_shards, open_shards
 from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.data.sources.tree import is_image, is_system
@@ -41,7 +45,7 @@ from fastkd.errors import UserError
 from fastkd.printable import few, shown
 from fastkd.storage.facts import Framing
 
-__all__ = ["decode_source", "open_source", "open_split"]
+__all__ = ["decode_source", "open_label_maps", "open_source", "open_split"]
 
 _CIFAR_SIZE = 32
 
@@ -120,9 +124,7 @@ def open_source(  # noqa: PLR0913 - a frozen public signature
     holdout   what becomes the "val" split of a folder that has none
     labels    CSV file with the labels of a folder
     """
-    normalization(name)  # refuses an unknown name
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
+    _check_request(name, split)
     if name == "digits":
         if image_size not in (None, DIGITS_SIZE):
             raise UserError(
@@ -144,10 +146,7 @@ def open_source(  # noqa: PLR0913 - a frozen public signature
             else:
                 source = _find_cifar(name, place, split, download, decoding)
         except OSError as error:
-            unread = shown(error.filename or place)
-            raise UserError(
-                f"data.root={shown(place)}: {unread} cannot be read: {error.strerror}"
-            ) from error
+            raise _unreadable(place, error) from error
     if limit is None:
         return source
     check_limit(source.name, limit, len(source))
@@ -155,6 +154,56 @@ def open_source(  # noqa: PLR0913 - a frozen public signature
         return source
     labels_N = np.asarray(source.labels_N)
     return source.take(stratified_positions(first_labels(labels_N), limit))
+
+
+def _check_request(name: str, split: str) -> None:
+    normalization(name)  # refuses an unknown name
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
+    if name in LABEL_MAPS:
+        raise UserError(
+            f"data.name={name} labels every pixel, so its images come with label maps: use "
+            "`fastkd.data.open_data`"
+        )
+
+
+def open_label_maps(
+    name: str,
+    root: str | PathLike[str] | None,
+    split: str,
+    *,
+    pairs: PairFolders | None = None,
+    limit: int | None = None,
+    decoding: Decoding = DEFAULTS,
+    holdout: Holdout | None = None,
+) -> LabelMaps:
+    """The listing of a split of a set that labels pixels; nothing is decoded.
+
+    pairs    where the parts of the set `pairs` are
+    limit    a subset of this many images, evenly spread; ids count within it
+    others   as for `open_source`
+    """
+    place = Path(os.path.expanduser(root or ""))
+    try:
+        if pairs is not None:
+            found = find_pairs(pairs, split, holdout, decoding)
+        elif root is None or not fspath(root):
+            raise UserError(f"data.name={name} needs data.root, the folder that holds it")
+        else:
+            found = find_segmentation(name, place, split, decoding)
+    except OSError as error:
+        raise _unreadable(place, error) from error
+    if limit is None:
+        return found
+    check_limit(found.name, limit, len(found))
+    if limit == len(found):
+        return found
+    return found.take(np.arange(limit) * len(found) // limit)
+
+
+def _unreadable(root: Path, error: OSError) -> UserError:
+    unread = shown(error.filename or root)
+    return UserError(f"data.root={shown(root)}: {unread} cannot be read: {error.strerror}")
 
 
 def _find_folder(

@@ -1,4 +1,4 @@
-"""Every image file of a data set, read once: what a run would stumble over, and what is odd.
+"""Every file of a data set, read once: what a run would stumble over, and what is odd.
 
 Bad files are those that `decode` refuses, with its reasons. Equal files are equal byte by byte.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from fastkd.data.sources.decode import read_image
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import images_per_class
+from fastkd.data.sources.label_maps import LabelMaps
 from fastkd.data.sources.pixels import to_rgb
 from fastkd.data.sources.progress import RUN, Progress, in_threads
 from fastkd.errors import UserError
@@ -40,16 +41,20 @@ class BadFile:
 class SplitCheck:
     """What was found in a split."""
 
-    index: FolderIndex
+    index: FolderIndex | LabelMaps
     bad: tuple[BadFile, ...]
     sizes_N2: np.ndarray
     """Width and height of every image that can be read, int64."""
     digests: tuple[bytes, ...] = field(repr=False)
     """SHA-256 of every image's file by sample id; b"" where it could not be read."""
+    pixels_C: np.ndarray | None = None
+    """Of label maps the pixels of each class, and behind them those without one, int64 [C + 1]."""
 
     @property
     def counts(self) -> list[int]:
-        """Images of each class; of several labels those that show it."""
+        """Images of each class; of several labels those that show it; of label maps pixels."""
+        if self.pixels_C is not None:
+            return self.pixels_C[:-1].tolist()
         return images_per_class(self.index.labels_N, len(self.index.classes))
 
     @property
@@ -63,6 +68,8 @@ class SplitCheck:
     @property
     def imbalance(self) -> str | None:
         """A sentence on classes of very different sizes."""
+        if self.pixels_C is not None:
+            return None
         counts = self.counts
         least, most = min(counts), max(counts)
         if most < IMBALANCE * max(least, 1):
@@ -84,21 +91,47 @@ class Equal:
     """Split and file below its folder, of each."""
 
 
-def check_split(index: FolderIndex, progress: Progress | None = None) -> SplitCheck:
+def check_split(index: FolderIndex | LabelMaps, progress: Progress | None = None) -> SplitCheck:
     """Decode all files of a split, with a bar on stderr."""
     total, what = len(index), f"Reading {index.name} ({len(index)} images)"
     chunks = in_threads(what, partial(_look, index), total, 64 * RUN, progress)
     found = list(chain.from_iterable(chunks))
-    sizes = [size for _, size, _ in found if size is not None]
+    bad, sizes = [one for one, _, _ in found], [size for _, size, _ in found]
+    pixels_C = None
+    if isinstance(index, LabelMaps):
+        chunks = in_threads("", partial(_look_at_map, index, sizes), total, 64 * RUN, _no_bar)
+        maps = list(chain.from_iterable(chunks))
+        bad += [one for one, _ in maps]
+        pixels_C = np.sum([counts for _, counts in maps], axis=0)
     return SplitCheck(
         index,
-        tuple(bad for bad, _, _ in found if bad is not None),
-        np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        tuple(one for one in bad if one is not None),
+        np.array([one for one in sizes if one is not None], dtype=np.int64).reshape(-1, 2),
         tuple(digest for _, _, digest in found),
+        pixels_C,
     )
 
 
-def _look(index: FolderIndex, sample: int) -> tuple[BadFile | None, tuple[int, int] | None, bytes]:
+def _no_bar(_done: int, _total: int) -> None:
+    """One bar is enough."""
+
+
+def _look_at_map(
+    index: LabelMaps, sizes: Sequence[tuple[int, int] | None], sample: int
+) -> tuple[BadFile | None, np.ndarray]:
+    """What is wrong with a label map, and its pixels by class, [C + 1]. sizes: of the images."""
+    try:
+        if sizes[sample] is not None:
+            index.check_size(sample)
+        return None, index.pixels_of(sample)
+    except (UserError, OSError) as error:
+        none = np.zeros(len(index.classes) + 1, np.int64)
+        return BadFile(index.map_file(sample), str(error)), none
+
+
+def _look(
+    index: FolderIndex | LabelMaps, sample: int
+) -> tuple[BadFile | None, tuple[int, int] | None, bytes]:
     try:
         with index.open(sample) as stream:
             content = stream.read()

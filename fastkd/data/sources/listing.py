@@ -6,11 +6,13 @@ all. Modification times alone would call every copy of a data set another one.
 
 import hashlib
 import zlib
+from itertools import product
 
 import numpy as np
 
 from fastkd.data.sources.folder import FolderIndex
 from fastkd.data.sources.image_set import ImageSet, images_per_class
+from fastkd.data.sources.label_maps import LabelMaps
 from fastkd.errors import UserError
 from fastkd.storage.facts import Listing
 
@@ -20,11 +22,12 @@ READ_FILES = 512
 """The most files of a split that are read, however large it is."""
 
 
-def listing_of(source: ImageSet | FolderIndex, *, skips: bool = False) -> Listing:
+def listing_of(source: ImageSet | FolderIndex | LabelMaps, *, skips: bool = False) -> Listing:
     """The listing of a split. UserError for a file that cannot be opened, unless it is skipped."""
-    labels_N = source.labels_N
-    counts = tuple(images_per_class(labels_N, len(source.classes)))
-    num = len(source) if labels_N.ndim == 2 else None
+    labels_N, counts = source.labels_N, ()
+    if not isinstance(source, LabelMaps):
+        counts = tuple(images_per_class(labels_N, len(source.classes)))
+    num = len(source) if labels_N.ndim == 2 or isinstance(source, LabelMaps) else None
     if isinstance(source, ImageSet):
         pixels = zlib.crc32(np.ascontiguousarray(source.images_NHWC).data)
         return Listing(
@@ -45,11 +48,12 @@ def listing_of(source: ImageSet | FolderIndex, *, skips: bool = False) -> Listin
     )
 
 
-def _contents(source: FolderIndex, samples: np.ndarray, *, skips: bool) -> str:
+def _contents(source: FolderIndex | LabelMaps, samples: np.ndarray, *, skips: bool) -> str:
     digest = hashlib.sha256()
-    for sample in samples:
+    openers = [source.open, source.open_map] if isinstance(source, LabelMaps) else [source.open]
+    for sample, opener in product(samples, openers):
         try:
-            with source.open(sample) as stream:
+            with opener(sample) as stream:
                 digest.update(hashlib.sha256(stream.read()).digest())
         except UserError as error:
             if not skips:

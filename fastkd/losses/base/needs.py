@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, cast, get_args
 from fastkd.errors import UserError
 
 __all__ = [
+    "LOGITS",
     "MEAN_LOGITS",
     "MIXED_LABELS",
     "MIXED_LOGITS",
@@ -33,6 +34,9 @@ Net = Literal["student", "teacher", "mixed"]
 
 MEAN_LOGITS = "mean_logits"
 """A tap of every teacher: the mean of the logits over all teachers; with one, its logits."""
+
+LOGITS = ("logits", MEAN_LOGITS)
+"""Taps whose values say something of every class."""
 
 _MIXED_TAPS = ("labels", "logits")
 

@@ -24,7 +24,8 @@ class TermInputs(NamedTuple):
     """One tensor per need, keyed by its spelling. Teacher tensors carry no gradient."""
     labels_N: Tensor
     """int64 class ids; for images with several labels float32 [N, C] (`fastkd.data.batch`). A term
-    with `takes_soft_labels` may get float32 rows of probabilities [N, C]."""
+    with `takes_soft_labels` may get float32 rows of probabilities [N, C], one with `takes_pixels`
+    the class of every pixel [N, H, W]; all logits then have that height and width."""
     index_N: Tensor
     """int64 sample ids, stable over epochs, in 0..num_samples-1."""
     schedule: Mapping[str, Tensor]
@@ -58,6 +59,8 @@ class BindContext:
     """int64 labels of all training samples by sample id, on the CPU."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every need of the term without the batch axis."""
+    count_pixels: Callable[[], Tensor] | None = None
+    """Training pixels of each class, int64 [C], where pixels are labelled and can be counted."""
     teacher_stages: Callable[[Tensor, str, Iterable[str]], dict[str, Tensor]] | None = None
     """stages(features, after, taps): the frozen teacher's layers after tap `after`, applied to
     features with gradient; the values of `taps`, stopping at the last (JointRD). None if
@@ -93,6 +96,8 @@ class LossTerm(nn.Module):
     takes_classes: bool = False
     """Whether a term on several labels per image, [N, C], also takes class ids [N], and the rows
     that mixing x makes of them."""
+    takes_pixels: bool = False
+    """Whether class ids may also come for every pixel, [N, H, W], with logits [N, C, H, W]."""
     uses_index: bool = False
     """True if the term keeps state per sample id, so that every batch must carry real ids."""
 

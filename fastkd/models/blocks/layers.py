@@ -241,6 +241,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.block = parse_block(self.arguments["block"])
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether its output has the shape of its input, whatever the image."""
+        given = self.arguments
+        same = given.get("in_channels") == given.get("out_channels")
+        return same and given.get("stride", 1) == 1
+
     def rebuilt(self, block: str) -> Self:
         """The same residual block with another cheap block in it.
 

@@ -25,7 +25,7 @@ from torch import nn
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import Bottleneck, GroupedPointwise
 from fastkd.models.card import title_of
-from fastkd.models.zoo.erfnet import ERFNet
+from fastkd.models.zoo.erfnet import ERFNet, ERFNetEncoder
 from fastkd.models.zoo.resnet18 import ResNet18
 from fastkd.models.zoo.wrn import WideResNet
 
@@ -77,7 +77,7 @@ def _demystification(model: nn.Module) -> Rule:
 
 
 def _moonshine(model: nn.Module) -> Rule:
-    if isinstance(model, ERFNet):
+    if isinstance(model, ERFNet | ERFNetEncoder):
         return Rule(formulas={aten.convolution: _conv_on_output_pixels})
     formulas = {aten.addmm: _linear_with_bias, aten.relu: _outputs}
     cheap = (GroupedPointwise, Bottleneck)
@@ -88,7 +88,7 @@ def _moonshine(model: nn.Module) -> Rule:
         return Rule(formulas=formulas | pools, skip_relu_in=cheap)
     raise UserError(
         f"the rule 'moonshine' is not defined for {title_of(model)}, only for wrn_D_W, for "
-        "resnet18 and resnet34 with stem='imagenet', and for erfnet"
+        "resnet18 and resnet34 with stem='imagenet', and for erfnet and erfnet_encoder"
     )
 
 

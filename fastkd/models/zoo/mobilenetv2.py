@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import ResidualBlock, Shortcuts, init_convs, make_shortcut
@@ -133,6 +134,11 @@ class MobileNetV2(StagedNetwork):
             init_convs(self)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
+
+    @override
+    def stage_paths(self) -> dict[str, tuple[str, ...]]:
+        named = {f"stage{n}": groups for n, groups in enumerate(STAGES, start=1)}
+        return {stage: tuple(f"blocks.{one}" for one in groups) for stage, groups in named.items()}
 
     def stem(self, images_NCHW: Tensor) -> Tensor:
         """Convolution, BN and the activation."""

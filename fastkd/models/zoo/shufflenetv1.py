@@ -47,6 +47,11 @@ class Unit(nn.Module):
         self.conv3 = nn.Conv2d(inside, made, 1, groups=GROUPS, bias=False)
         self.bn3 = nn.BatchNorm2d(made)
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the output has the shape of the input."""
+        return self.stride == 1
+
     def preact(self, x_NCHW: Tensor) -> Tensor:
         """The sum or concatenation before the last ReLU."""
         out = F.channel_shuffle(F.relu(self.bn1(self.conv1(x_NCHW))), self.groups)

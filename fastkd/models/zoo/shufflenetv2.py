@@ -33,6 +33,8 @@ def build(name: str, num_classes: int) -> "ShuffleNetV2":
 class SplitUnit(nn.Module):
     """[N, C, H, W] -> the same shape."""
 
+    keeps_shape = True
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
@@ -57,6 +59,8 @@ class SplitUnit(nn.Module):
 class DownUnit(nn.Module):
     """[N, in, H, W] -> [N, out, H / 2, W / 2]."""
 
+    keeps_shape = False
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         half = out_channels // 2
@@ -71,11 +75,15 @@ class DownUnit(nn.Module):
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
 
-    @override
-    def forward(self, x_NCHW: Tensor) -> Tensor:
+    def preact(self, x_NCHW: Tensor) -> Tensor:
+        """Both branches before their last ReLU; not yet interleaved."""
         left = self.bn2(self.conv2(self.bn1(self.conv1(x_NCHW))))
         right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x_NCHW)))))
-        return _rectify_and_interleave(torch.cat((left, self.bn5(self.conv5(right))), dim=1))
+        return torch.cat((left, self.bn5(self.conv5(right))), dim=1)
+
+    @override
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return _rectify_and_interleave(self.preact(x_NCHW))
 
 
 class ShuffleNetV2(StagedNetwork):

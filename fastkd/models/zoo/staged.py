@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.models.taps import ZooNetwork
 
@@ -27,6 +28,10 @@ class StagedNetwork(ZooNetwork):
         stages = (f"stage{number}" for number in range(1, self.num_stages + 1))
         taps = (tap for stage in stages for tap in (f"{stage}:preact", stage))
         return ("stem", *taps, "pooled", "logits")
+
+    @override
+    def stage_paths(self) -> dict[str, tuple[str, ...]]:
+        return {f"stage{n}": (f"layer{n}",) for n in range(1, self.num_stages + 1)}
 
     def stem(self, images_NCHW: Tensor) -> Tensor:
         """What comes before the stages; the `stem` tap."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.models.blocks.layers import init_convs
 from fastkd.models.zoo.staged import StagedNetwork
@@ -55,6 +56,10 @@ class VGG(StagedNetwork):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @override
+    def stage_paths(self) -> dict[str, tuple[str, ...]]:
+        return {f"stage{n}": (f"blocks.{n}",) for n in range(1, 5)}
 
     def stem(self, images_NCHW: Tensor) -> Tensor:
         """Block 0."""

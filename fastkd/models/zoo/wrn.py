@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastkd.errors import UserError
 from fastkd.models.blocks.layers import (
@@ -160,6 +161,10 @@ class WideResNet(ZooNetwork):
         self.fc = nn.Linear(64 * width, num_classes)
         init_convs(self)
         nn.init.zeros_(self.fc.bias)
+
+    @override
+    def stage_paths(self) -> dict[str, tuple[str, ...]]:
+        return {f"stage{n}": (f"layer{n}",) for n in (1, 2, 3)}
 
     def walk(self, x: Tensor, after: str = "images") -> Iterator[tuple[str, Tensor]]:
         """Taps in order: `stageN` is the raw residual sum, `stageN:preact` its batch norm.

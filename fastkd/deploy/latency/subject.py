@@ -1,0 +1,85 @@
+"""What the user names, opened for measuring: a network by name, a run, a weight file, FILE.onnx."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastkd.deploy.latency.backends import Subject
+from fastkd.deploy.latency.runtime import Refused, own_size, session
+from fastkd.errors import UserError
+from fastkd.models import create_model
+from fastkd.models.card import card_of, title_of
+from fastkd.models.registry import is_of_zoo, model_from_file
+from fastkd.storage.weight_file import WeightFile
+
+__all__ = ["open_subject", "size_of"]
+
+CLASSES = 100
+"""Of a network of the zoo for which nobody says how many; `fastkd models` counts with as many."""
+
+
+def open_subject(
+    what: str, folder: Path, *, weights: str | None = None, classes: int | None = None
+) -> Subject:
+    """The network or the file. UserError if there is none.
+
+    what: name for `create_model`, folder of a run, weight file of fastkd, or FILE.onnx. folder:
+        for files that are written on the way.
+    """
+    path = Path(what)
+    if path.suffix == ".onnx":
+        if weights is not None or classes is not None:
+            raise UserError(
+                f"{what} has its weights and classes in it: leave out --weights and --classes"
+            )
+        if not path.is_file():
+            raise UserError(f"{what}: no such file")
+        return Subject(path.name, folder, file=path)
+    if path.exists() and not is_of_zoo(what):
+        if weights is not None or classes is not None:
+            raise UserError(f"{what} says itself what it is: leave out --weights and --classes")
+        model = model_from_file(WeightFile.open(path))
+    else:
+        model = _by_name(what, weights, classes)
+    return Subject(_title(what, model), folder, model=model.eval())
+
+
+def _by_name(name: str, weights: str | None, classes: int | None) -> nn.Module:
+    if weights is None:
+        if classes is None and ":" not in name:
+            classes = CLASSES
+        return create_model(name, classes)
+    file = WeightFile.open(weights)
+    if classes is None and file.network.architecture in (name, f"simkd:{name}"):
+        return model_from_file(file)
+    return create_model(name, classes, weights=file)
+
+
+def _title(what: str, model: nn.Module) -> str:
+    name = title_of(model)
+    return name if name == what else f"{name} ({what})"
+
+
+def size_of(subject: Subject, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width to measure with: as asked, else the network's own; None if not known."""
+    if asked is not None:
+        return asked
+    if subject.file is not None:
+        try:
+            with session(subject.file, "ort-cpu", 1, optimized=False) as opened:
+                return own_size(opened)
+        except Refused as error:
+            raise UserError(f"{subject.title}: {error}") from error
+    assert subject.model is not None
+    card = card_of(subject.model)
+    if card is not None and card.data is not None and card.data.image_size:
+        return card.data.image_size, card.data.image_size
+    source = (card.name if card and card.name else "").rpartition(":")[0]
+    if source == "torchvision":
+        return 224, 224
+    if source == "timm":
+        own: Any = subject.model
+        height, width = own.pretrained_cfg["input_size"][1:]
+        return height, width
+    return 32, 32
