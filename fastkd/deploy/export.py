@@ -101,13 +101,13 @@ def _check(choice: Choice, path: Path, source: Source, *, push: str | None, forc
         onnx_file.check_packages()
     if choice.format == "timm":
         hub.check_weights_name(path)
-    check_target(path, force=force)
+    check_target(path, force=force, files=choice.files)
 
 
 def _advice(choice: Choice) -> str:
     if choice.half:
         return ": leave out --half"
-    return ": leave out --fuse" if choice.fuse else ""
+    return ": set --no-fuse" if choice.fuse else ""
 
 
 def _written(source: Source, choice: Choice, path: Path, *, repo: str) -> nn.Module:

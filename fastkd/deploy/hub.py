@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import __version__
-from fastkd.deploy.source import Choice, Source
+from fastkd.deploy.source import HF_FILES, Choice, Source
 from fastkd.errors import RunFailed, UserError
 from fastkd.models.registry import model_from_file
 from fastkd.printable import in_words
@@ -33,7 +33,7 @@ __all__ = [
     "write_timm_file",
 ]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = HF_FILES
 PICKLED = (".pth", ".pt", ".bin")
 
 
@@ -123,7 +123,7 @@ def write_folder(source: Source, folder: Path, choice: Choice, repo: str) -> Non
         _write_timm_config(source, network, folder / CONFIG)
     _save(tensors, folder / WEIGHTS, source)
     text = _readme(source, repo, in_timm=network is not None)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def _tensors(model: nn.Module, choice: Choice) -> dict[str, Tensor]:

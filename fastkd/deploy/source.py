@@ -18,7 +18,7 @@ from fastkd.models.rewrite.result import copied
 from fastkd.models.taps import logits_of
 from fastkd.storage.description import NetworkFacts, facts_of
 
-__all__ = ["Answers", "Choice", "Deployed", "Format", "Source", "own_side"]
+__all__ = ["HF_FILES", "Answers", "Choice", "Deployed", "Format", "Source", "own_side"]
 
 Format = Literal["onnx", "torch-export", "timm", "hf"]
 Answers = Literal["logits", "pixels", "embedding"]
@@ -26,6 +26,8 @@ Answers = Literal["logits", "pixels", "embedding"]
 
 GRAPHS = ("onnx", "torch-export")
 """Formats that hold the computation; the others hold weights by name."""
+HF_FILES = ("config.json", "model.safetensors", "README.md")
+"""All that the folder of format hf holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,11 @@ class Choice:
     """fp16 weights and arithmetic; images and logits stay fp32 in files with the computation."""
     normalize: bool = False
     """Images in 0..1 go in, and are normalised inside."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the folder of this format holds; () where it is one file."""
+        return HF_FILES if self.format == "hf" else ()
 
     def __post_init__(self) -> None:
         if self.format not in get_args(Format):

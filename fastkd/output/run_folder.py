@@ -21,10 +21,10 @@ import csv
 import io
 import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -177,7 +177,13 @@ class RunFolder:
         files = [path for path in self.path.rglob("*") if path.is_file()]
         if any(path.name not in _DESCRIPTION and path.stat().st_size for path in files):
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        # Nothing but these files, whatever another process writes meanwhile.
+        for one in files:
+            one.unlink(missing_ok=True)
+        inside = sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True)
+        for folder in (*inside, self.path):
+            with suppress(OSError):
+                folder.rmdir()
         for parent in self.path.parents:
             if Path(root) not in (parent, *parent.parents):
                 return

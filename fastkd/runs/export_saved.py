@@ -88,7 +88,7 @@ def export(
 
     say: shows remarks. Raises what `export_network` raises.
     """
-    check_target(Path(out), force=force)
+    check_target(Path(out), force=force, files=choice.files)
     opened = _open_run(request) if request.weights is None else _open_named(request)
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=False), Path("runs"))

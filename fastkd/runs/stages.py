@@ -127,6 +127,13 @@ def run_in_turns(
         summary = trained | {"teacher": teacher_summary} | alone | start.summary
         if session.world.is_main:
             summary |= facts_of_stage(trainer, data)
+            pictures = ""
+            if data.facts.label_kind == "pixel":
+                # First, because what is reported as finished is never drawn again.
+                placement = session.placement(recipe)
+                pictures = draw_pictures(
+                    folder.path, recipe, data, placement, alone=alone_at, teachers=teachers
+                )
             finish_report(
                 summary,
                 folder,
@@ -136,13 +143,8 @@ def run_in_turns(
                 paper=paper_row(recipe.name, recipe.dotted(), summary),
                 chance=None if data.facts.label_kind == "multi" else chance_in(data, summary),
             )
-            if data.facts.label_kind == "pixel":
-                placement = session.placement(recipe)
-                session.console.note(
-                    draw_pictures(
-                        folder.path, recipe, data, placement, alone=alone_at, teachers=teachers
-                    )
-                )
+            if pictures:
+                session.console.note(pictures)
     return summary
 
 

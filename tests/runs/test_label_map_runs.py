@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from fastkd.errors import RunFailed
 from fastkd.evaluation.confusion import confused, of_confusion
 from fastkd.models.card import card_of
 from fastkd.models.registry import model_from_file
@@ -206,3 +207,26 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
     assert said.code == 0
     assert "no pictures: MemoryError: too large" in said.out
     assert summary_of(tmp_path / "run")["miou_last"] >= 0
+
+
+def test_a_run_that_ends_before_its_summary_still_gets_its_pictures(
+    command, streets, tmp_path, monkeypatch
+):
+    short = [key for key in TRAIN if not key.startswith(("teacher", "baseline", "epochs"))]
+    short += ["teacher=null", "losses.kd=null", "losses.ce.weight=1", "epochs=1", "out=run"]
+    run = tmp_path / "run"
+
+    def fail(*_, **__):
+        raise RunFailed("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastkd.runs.stages.finish_report", fail)
+        assert "the disk is full" in command("train", *short).err
+    # Whoever finds the summary finds the pictures: a finished run is not drawn again.
+    assert not (run / "summary.json").exists()
+    drawn = (run / "predictions.png").read_bytes()
+    (run / "predictions.png").unlink()
+    said = command("train", *short, "--resume", "auto")
+    assert said.code == 0, said.err
+    assert (run / "summary.json").exists()
+    assert (run / "predictions.png").read_bytes() == drawn
