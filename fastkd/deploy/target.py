@@ -28,7 +28,7 @@ def check_target(target: Path, *, force: bool, files: Collection[str] = ()) -> N
     if not place.name:
         raise UserError(f"--out {shown(target)} is all there is: name a new file or folder")
     if not place.parent.is_dir():
-        raise UserError(f"--out {shown(target)}: there is no folder {shown(place.parent)}")
+        raise UserError(f"--out {shown(target)}: there is no folder {shown(target.parent)}")
     if not os.path.lexists(place):
         return
     if place.is_dir() and not files:

@@ -268,16 +268,16 @@ def test_what_differs_gets_no_name(tmp_path: Path, monkeypatch: Any) -> None:
     assert list(tmp_path.iterdir()) == []
     # Nor does it touch what was there.
     (tmp_path / "net").mkdir()
-    (tmp_path / "net/mine").write_text("mine")
+    (tmp_path / "net/README.md").write_text("an earlier export")
     with pytest.raises(UserError, match=r"net exists: --force replaces it, or choose another"):
         export_network(source, tmp_path / "net", Choice(format="hf"))
     with pytest.raises(RunFailed):
         export_network(source, tmp_path / "net", Choice(format="hf"), force=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["net", "mine"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["net", "README.md"]
     monkeypatch.undo()
     export_network(source, tmp_path / "net", Choice(format="hf"), force=True)
-    assert not (tmp_path / "net/mine").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["net", *hub.HF_FILES])
+    assert "an earlier export" not in (tmp_path / "net/README.md").read_text()
 
 
 class Strange(nn.Module):
