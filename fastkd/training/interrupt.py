@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import threading
 import time
 from contextlib import suppress
 from types import FrameType
@@ -17,6 +18,10 @@ __all__ = ["StopSignal"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_WISH_S = 1.0
+_ACTIVE: "list[StopSignal]" = []
+"""Those that receive signals; the last one does."""
+_BEFORE: dict[int, Any] = {}
+"""Handlers from before the first of them."""
 
 
 class StopSignal:
@@ -30,26 +35,43 @@ class StopSignal:
     def __init__(self) -> None:
         self.code = 0
         self._asked_at = 0.0
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in _SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:
-                break  # not the main thread: the caller keeps its own handling
+        # Elsewhere Python does not let anybody receive signals: the caller keeps its own handling.
+        if threading.current_thread() is threading.main_thread():
+            if not _ACTIVE:
+                handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+                if handlers[signal.SIGHUP] is signal.SIG_IGN:
+                    del handlers[signal.SIGHUP]
+                _BEFORE.update(handlers)
+            _ACTIVE.append(self)
+            self._install()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """The handlers go to the one that entered before, or as they were to whoever set them.
+
+        In any order: a training that nobody ended is left when Python collects it.
+        """
+        if self not in _ACTIVE:
+            return
+        _ACTIVE.remove(self)
+        with suppress(ValueError):  # collected in another thread
+            if _ACTIVE:
+                _ACTIVE[-1]._install()
+                return
+            for number, handler in _BEFORE.items():
+                signal.signal(number, handler)
+        _BEFORE.clear()
+
+    def _install(self) -> None:
+        for number in _BEFORE:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.code and now - self._asked_at > _SAME_WISH_S and number != signal.SIGHUP:
-            signal.signal(number, self._before[number])
+            signal.signal(number, _BEFORE[number])
             signal.raise_signal(number)
             return
         if not self.code:

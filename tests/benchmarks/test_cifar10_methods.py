@@ -49,10 +49,12 @@ def test_cycles_are_compared_with_none_seed_by_seed(
     monkeypatch.setattr(cycles, "finished", finished)
     teacher = {"weights": tmp_path / "teacher", "accuracy_last": 0.7}
     monkeypatch.setattr(cycles, "taught", lambda *_: teacher)
-    monkeypatch.setattr(cycles, "RESULTS", tmp_path)
-    words = ["--data", str(tmp_path), "--seeds", "2", "--epochs", "20", "--write"]
-    monkeypatch.setattr("sys.argv", ["cycle_on_cifar10.py", *words])
-    cycles.main()
+    monkeypatch.setattr(cycles, "RESULTS", tmp_path / "cycle_cifar10")
+    words = ["--data", str(tmp_path), "--epochs", "20", "--write", "--seeds"]
+    for seeds in ("1", "2"):
+        # The first seed is made once, its rows are kept.
+        monkeypatch.setattr("sys.argv", ["cycle_on_cifar10.py", *words, seeds])
+        cycles.main()
     # A cycle of 30 would be the run without one.
     assert ran == [(seed, cycle, 20, 20) for seed in (0, 1) for cycle in (None, 10, 5)]
     written = (tmp_path / "cycle_cifar10.md").read_text()

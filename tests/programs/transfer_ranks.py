@@ -87,7 +87,7 @@ def main(target: Path) -> None:
                 part = [slice(first), slice(first, None)][world.rank]
                 share = Share(*example(), part)
                 fp32 = Precision("fp32", "cpu")
-                found[first] = evaluate(lambda x: x[:, :, 0, 0], share, fp32, world, True)
+                found[first] = evaluate(lambda x: x[:, :, 0, 0], share, fp32, world, "multi")
             torch.save(found | {"probe": probe()}, target.with_suffix(f".{world.rank}"))
 
     codes = tiny.forked(*tiny.as_ranks(2, job), log=target.with_suffix(".log"))

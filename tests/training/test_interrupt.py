@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,3 +73,48 @@ def test_the_handlers_from_before_come_back():
         pass
     after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert after == before
+
+
+def handlers():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [signal.getsignal(number) for number in numbers]
+
+
+def test_trainings_may_end_in_any_order():
+    # A training is a generator: one that nobody ends is closed when Python collects it.
+    before = handlers()
+    first, second = StopSignal(), StopSignal()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (first.code, second.code) == (0, 143)
+    second.__exit__()
+    assert handlers() == before
+    second.__exit__()
+    assert handlers() == before
+
+
+def test_the_one_around_receives_signals_again():
+    before = handlers()
+    with StopSignal() as around:
+        with StopSignal():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert around.code == 143
+    assert handlers() == before
+
+
+def test_another_thread_receives_nothing_and_changes_nothing():
+    before = handlers()
+
+    def run():
+        with StopSignal() as stop:
+            assert not stop.agreed(ALONE)
+
+    with StopSignal() as stop:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.code == 143
+    assert handlers() == before
