@@ -172,6 +172,7 @@ def test_a_dry_run_projects_both_stages(command: Callable[..., Any], tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
 
 
+@pytest.mark.matrix
 def test_a_teacher_and_its_encoder_are_found_again(
     command: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_run_that_is_killed_in_any_stage_ends_bit_identical(
         check_resumed(found[name], step)
 
 
+@pytest.mark.matrix
 def test_a_run_that_is_killed_in_both_stages_ends_bit_identical(
     killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
