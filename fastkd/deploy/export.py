@@ -86,6 +86,8 @@ def export_network(
             raise RunFailed(
                 f"{path} was not written: compared on {proof.on}, {problem}{_advice(choice)}"
             )
+        # Somebody may have taken the name meanwhile.
+        check_target(path, force=force, files=choice.files)
     return Exported(path, proof, _lines(source, choice, path, push))
 
 

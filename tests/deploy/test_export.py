@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastkd import __version__
 from fastkd.deploy import hub, onnx_file
-from fastkd.deploy.export import export_network
+from fastkd.deploy.export import Proof, export_network, noise_proof
 from fastkd.deploy.numerics import Meter
 from fastkd.deploy.onnx_file import OnnxFile, OnnxNetwork
 from fastkd.deploy.program import read_program
@@ -314,6 +314,20 @@ def test_what_cannot_be_exported(
         export_network(Source.of(model(), size=16), tmp_path / "net.onnx", Choice(**choice))
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "net.pt2"
+
+    def prove(plain: nn.Module, network: nn.Module, inside: Any) -> Proof:
+        target.write_text("mine")
+        return noise_proof(source, choice)(plain, network, inside)
+
+    source, choice = Source.of(Encoder(), size=16), Choice(format="torch-export")
+    with pytest.raises(UserError, match=r"net\.pt2 exists: --force replaces it"):
+        export_network(source, target, choice, prove=prove)
+    assert target.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
