@@ -372,6 +372,10 @@ def test_files_that_are_no_exports(tmp_path: Path, monkeypatch: Any) -> None:
         _ = OnnxFile.open(tmp_path / "foreign.onnx").facts
     with pytest.raises(UserError, match=r"expected one input \[N, 3, H, W\] in fp32, it takes x"):
         OnnxFile.open(saved([1, 3], "flat.onnx"))
+    with pytest.raises(UserError, match=r"\[N, 3, H, W\] in fp32, it takes x .* \[1, 1, 8, 8\]$"):
+        OnnxFile.open(saved([1, 1, 8, 8], "grey.onnx"))
+    with pytest.raises(UserError, match=r"takes images of 8x8 pixels, these have 9x8: export"):
+        OnnxFile.open(tmp_path / "foreign.onnx").run(torch.zeros(1, 3, 9, 8))
     for path in (tmp_path / "text.onnx", tmp_path / "foreign.onnx"):
         with pytest.raises(UserError, match=r"damaged, or not a file of torch\.export"):
             read_program(path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.compiling import compile_unit, compiler_problem
-from fastkd.deploy.latency.onnx import Logits, export_missing, write_onnx
+from fastkd.deploy.latency.onnx import write_onnx
 from fastkd.deploy.latency.runtime import (
     PROVIDERS,
     Refused,
@@ -27,6 +27,8 @@ from fastkd.deploy.latency.runtime import (
     runs,
     session,
 )
+from fastkd.deploy.onnx_file import packages_missing
+from fastkd.deploy.source import Logits
 from fastkd.printable import in_words
 
 __all__ = ["BACKENDS", "Backend", "Call", "Subject", "feed", "torch_threads"]
@@ -74,7 +76,7 @@ class Subject:
             return self.file
         assert self.model is not None
         if shape not in self._written:
-            if reason := export_missing():
+            if reason := packages_missing(["onnx", "onnxscript"]):
                 raise Refused(reason)
             file = self.folder / f"{'x'.join(map(str, shape))}.onnx"
             write_onnx(self.model, self.images(shape), file)

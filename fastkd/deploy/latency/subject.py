@@ -1,16 +1,17 @@
 """What the user names, opened for measuring: a network by name, a run, a weight file, FILE.onnx."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from fastkd.deploy.latency.backends import Subject
 from fastkd.deploy.latency.runtime import Refused, own_size, session
+from fastkd.deploy.source import usual_size
 from fastkd.errors import UserError
 from fastkd.models import create_model
-from fastkd.models.card import card_of, title_of
+from fastkd.models.card import title_of
 from fastkd.models.registry import is_of_zoo, model_from_file
+from fastkd.storage.description import facts_of
 from fastkd.storage.weight_file import WeightFile
 
 __all__ = ["open_subject", "size_of"]
@@ -72,14 +73,4 @@ def size_of(subject: Subject, asked: tuple[int, int] | None) -> tuple[int, int] 
         except Refused as error:
             raise UserError(f"{subject.title}: {error}") from error
     assert subject.model is not None
-    card = card_of(subject.model)
-    if card is not None and card.data is not None and card.data.image_size:
-        return card.data.image_size, card.data.image_size
-    source = (card.name if card and card.name else "").rpartition(":")[0]
-    if source == "torchvision":
-        return 224, 224
-    if source == "timm":
-        own: Any = subject.model
-        height, width = own.pretrained_cfg["input_size"][1:]
-        return height, width
-    return 32, 32
+    return usual_size(subject.model, facts_of(subject.model))
