@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastkd.deploy.latency.alone import Asked
+from fastkd.deploy.latency.alone import Asked, taken
 from fastkd.deploy.latency.lines import HEADER, layer_lines, notes, row_line, title
 from fastkd.deploy.latency.measuring import check_names, measure_all
 from fastkd.deploy.latency.record import LatencyReport
@@ -57,6 +57,8 @@ def _script(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    if options.json and (reason := taken(Path(options.json))):
+        raise UserError(reason)
     with tempfile.TemporaryDirectory(prefix="fastkd-latency-") as folder:
         check_names(options.on or ())
         subject = open_subject(

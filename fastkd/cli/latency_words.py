@@ -57,7 +57,7 @@ def add_latency(commands: "_Commands") -> None:
     latency.add_argument("--batch", type=_numbers, metavar="1,8", help="images a call; default: 1")
     latency.add_argument("--threads", type=_numbers, metavar="1,2", help="of the CPU; default: 1")
     latency.add_argument("--layers", action="store_true", help="also the time of each layer")
-    latency.add_argument("--json", metavar="OUT", help="write the result to this file")
+    latency.add_argument("--json", metavar="OUT", help="write the result to this new file")
     latency.add_argument(
         "--script", metavar="OUT.py", help="write a script that measures an ONNX file elsewhere"
     )

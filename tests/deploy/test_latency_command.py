@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_a_file_is_measured_and_what_is_missing_is_said(command, fast, onnx_file
 
 
 def test_a_wrong_answer_ends_with_code_1_after_the_rest(command, fast, monkeypatch):
-    from fastkd.deploy.latency.backends import BACKENDS, Subject
+    from fastkd.deploy.latency.backends import Subject
 
     right = Subject.answer
     monkeypatch.setattr(Subject, "answer", lambda *of: [one + 100 for one in right(*of)])
@@ -94,7 +95,30 @@ def test_a_wrong_answer_ends_with_code_1_after_the_rest(command, fast, monkeypat
     assert said.out.count("eager, batch ") == 2
     assert said.err.startswith("fastkd: eager: its answer differs by 1 of the largest value")
     assert said.err.count("\n") == 1
-    assert "eager" in BACKENDS
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resnet8", "--on", "eager", "--json", "mine"],
+        ["--script", "mine"],
+    ],
+)
+def test_a_file_that_is_there_stays(command, words, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastkd.cli.latency.measure_all", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "mine").write_text("years")
+    said = command("latency", *words)
+    assert said.code == 2
+    assert said.err == "fastkd: mine exists: remove it, or choose another name\n"
+    assert (tmp_path / "mine").read_text() == "years"
+    said = command("latency", *words[:-1], "no/mine")
+    assert (said.code, said.err) == (2, "fastkd: there is no folder no\n")
+
+
+def test_a_network_that_fails_at_this_size_is_a_sentence(command, fast):
+    said = command("latency", "timm:test_vit", "--size", "30", "--on", "eager", "--classes", "3")
+    assert said.code == 1 and said.err.count("\n") == 1
+    assert said.err.startswith("fastkd: eager: the network fails on an input of 1x3x30x30 (")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +162,10 @@ def test_the_script_is_one_file_of_plain_parts():
     twice = {name for name, number in names.items() if number > 1}
     assert not twice, twice
     assert "BATCHES, THREADS, ON = [1, 8], [2], ['ort-cpu']" in text
-    assert all(f'"""{line}' not in text for line in PARTS)
+    for part in PARTS:
+        source = files("fastkd.deploy.latency").joinpath(f"{part}.py").read_text()
+        words = ast.get_docstring(ast.parse(source))
+        assert words and words.splitlines()[0] not in text
     assert "fastkd.deploy" not in text and "__all__" not in text
 
 
@@ -190,7 +217,13 @@ def test_words_of_the_script_and_its_errors(elsewhere, tmp_path, any_size):
     (tmp_path / "bad.onnx").write_bytes(b"bad")
     done = elsewhere("s.py", "bad.onnx", "--json", "b.json")
     assert done.returncode == 1 and "onnxruntime cannot open bad.onnx" in done.stdout
-    assert LatencyReport.read(tmp_path / "b.json").missing[0].wrong
+    assert not (tmp_path / "b.json").exists()
+    for words in (["mine.json"], [any_size, "--json", "mine.json"]):
+        (tmp_path / "mine.json").write_text("years")
+        done = elsewhere("s.py", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("mine.json exists: remove it, or choose another name")
+        assert (tmp_path / "mine.json").read_text() == "years"
     for words in (["--batch", "x"], ["--on", "eager"], ["--size", "1x2x3"]):
         done = elsewhere("s.py", any_size, *words)
         assert done.returncode == 2 and "expected" in done.stderr

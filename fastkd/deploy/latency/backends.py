@@ -20,6 +20,7 @@ from fastkd.deploy.latency.onnx import write_onnx
 from fastkd.deploy.latency.runtime import (
     PROVIDERS,
     Refused,
+    answer_of,
     device_of,
     feed_of,
     images_like,
@@ -87,9 +88,14 @@ class Subject:
         """The right answer, by plain torch, or by onnxruntime without graph optimisation."""
         if self.model is None:
             with session(self.onnx(shape), "ort-cpu", 1, optimized=False) as opened:
-                return opened.run(None, feed(opened, shape))
-        with torch.inference_mode():
-            return [Logits(self.model)(self.images(shape)).float().numpy()]
+                return answer_of(opened, feed(opened, shape))
+        try:
+            with torch.inference_mode():
+                return [Logits(self.model)(self.images(shape)).float().numpy()]
+        except Exception as error:  # foreign code can fail in any way
+            images = "x".join(map(str, shape))
+            reason = f"the network fails on an input of {images} ({in_words(error)})"
+            raise Refused(reason, wrong=True) from error
 
 
 @dataclass(frozen=True)

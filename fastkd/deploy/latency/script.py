@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import fastkd
-from fastkd.deploy.latency.alone import Asked
+from fastkd.deploy.latency.alone import Asked, taken
+from fastkd.errors import UserError
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["PARTS", "script_text", "write_script"]
@@ -53,7 +54,9 @@ def script_text(asked: Asked, name: str = "latency.py") -> str:
 
 
 def write_script(target: Path, asked: Asked) -> None:
-    """Write it, whole or not at all."""
+    """Write it, whole or not at all. UserError if there is such a file."""
+    if reason := taken(target):
+        raise UserError(reason)
     with atomic_path(target) as beside:
         beside.write_text(script_text(asked, target.name), encoding="utf-8")
 
