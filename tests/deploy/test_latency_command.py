@@ -18,6 +18,7 @@ from fastkd.deploy.latency.script import PARTS, script_text, write_script
 from fastkd.deploy.latency.subject import open_subject, size_of
 from fastkd.models import create_model
 from fastkd.models.card import card_of
+from fastkd.storage.facts import DataFacts, Framing
 from fastkd.storage.weights import save_weights
 
 pytest.importorskip("onnxruntime")
@@ -59,7 +60,29 @@ def test_a_run_and_a_file_with_its_network(command, fast, tmp_path):
     card = card_of(subject.model)
     assert card is not None and (card.num_classes, card.options["width"]) == (7, 0.5)
     said = command("latency", "run", "--classes", "3")
-    assert said.err == "fastkd: run says itself what it is: leave out --weights and --classes\n"
+    sentence = "run says itself what it is: leave out --weights, --classes and student keys"
+    assert said.err == f"fastkd: {sentence}\n"
+    assert command("latency", "run", "student.width=1").err == said.err
+
+
+def test_keys_of_a_network_by_name(command, fast, monkeypatch):
+    built = []
+
+    def spied(*of, **options):
+        built.append((*of, options))
+        return create_model(*of, **options)
+
+    monkeypatch.setattr("fastkd.deploy.latency.subject.create_model", spied)
+    keys = ["student.blocks={layer1: G:4}", "student.depth=1,1,1", "student.dropout=0.3"]
+    said = command("latency", "wrn_16_2", *keys[:2], "--on", "eager", keys[2], "--size", "8")
+    assert said.code == 0, said.err
+    assert said.out.startswith("wrn_16_2 dropout=0.3 {layer1: G(4)} depth 1-1-1 on ")
+    options = {"dropout": 0.3, "blocks": {"layer1": "G(4)"}, "depth": [1, 1, 1]}
+    assert built == [("wrn_16_2", 100, options)]
+    for word in ("wrn_40_2", "data.image_size=8", "student.weights=x"):
+        said = command("latency", "wrn_16_2", word)
+        assert said.code == 2
+        assert said.err.startswith(f"fastkd: {word}: expected student.KEY=VALUE with a KEY of")
 
 
 def test_the_size_is_the_networks_own(tmp_path, any_size, onnx_file):
@@ -71,6 +94,9 @@ def test_the_size_is_the_networks_own(tmp_path, any_size, onnx_file):
     assert size("torchvision:squeezenet1_0") == (224, 224)
     assert (size(onnx_file), size(any_size)) == ((8, 8), None)
     assert size("resnet8", (3, 4)) == (3, 4)
+    data = DataFacts(image_size=40, evaluation=Framing(resize=36, crop=24))
+    save_weights(tmp_path / "net.safetensors", create_model("resnet8", 7), data.to_metadata())
+    assert size(tmp_path / "net.safetensors") == (24, 24)
 
 
 def test_a_file_is_measured_and_what_is_missing_is_said(command, fast, onnx_file):
