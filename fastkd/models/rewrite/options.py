@@ -145,8 +145,8 @@ def _transplant(whole: nn.Module, model: nn.Module, origin: str, new: Sequence[s
         if key in given and given[key].shape == value.shape and not lies_in(key, new)
     }
     model.load_state_dict(fitting, strict=False)
-    fresh = {key.rpartition(".")[0] for key in own.keys() - fitting.keys()}
-    layers = sorted(path for path in fresh if not any(path.startswith(one) for one in new))
+    fresh = [key for key in own.keys() - fitting.keys() if not lies_in(key, new)]
+    layers = sorted({key.rpartition(".")[0] for key in fresh})
     shown = f" ({', '.join(layers[:3])}{', ..' * (len(layers) > 3)})" if layers else ""
     warnings.warn(
         f"{origin} holds the whole {title_of(model)}: {len(fitting)} of {len(own)} tensors are "
