@@ -59,6 +59,10 @@ def test_a_run_and_a_file_with_its_network(command, fast, tmp_path):
     subject = open_subject("resnet8", tmp_path, weights=str(folder))
     card = card_of(subject.model)
     assert card is not None and (card.num_classes, card.options["width"]) == (7, 0.5)
+    torch.save(create_model("resnet8", 7).state_dict(), tmp_path / "plain.pt")
+    said = command("latency", "resnet8", "--weights", "plain.pt")
+    sentence = "plain.pt does not say how many classes its network has: set --classes"
+    assert said.err == f"fastkd: {sentence}\n"
     said = command("latency", "run", "--classes", "3")
     sentence = "run says itself what it is: leave out --weights, --classes and student keys"
     assert said.err == f"fastkd: {sentence}\n"

@@ -69,6 +69,8 @@ def _by_name(
     file = WeightFile.open(weights)
     if classes is None and not options and file.network.architecture in (name, f"simkd:{name}"):
         return model_from_file(file)
+    if classes is None and file.network.num_classes is None and ":" not in name:
+        raise UserError(f"{weights} does not say how many classes its network has: set --classes")
     return create_model(name, classes, weights=file, **options)
 
 
