@@ -29,6 +29,7 @@ from fastkd.models.card import title_of
 from fastkd.models.registry import model_from_file
 from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
+from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.evaluate_onnx import ON_CPU
@@ -113,6 +114,11 @@ def _open_run(request: Request) -> _Opened:
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{request.what} has no best.safetensors yet: nothing was evaluated so far")
+    if named := [key for key in request.keys if key.startswith("student.")]:
+        raise UserError(
+            f"the network of {request.what} is in its files, and is exported as it is: leave out "
+            f"{shown(named[0])}"
+        )
     file = WeightFile.open(weights)
     model = model_from_file(file)
     if read_call(folder) is None:
@@ -177,7 +183,8 @@ def _source(opened: _Opened, data: DataPair | None, request: Request) -> Source:
     facts = facts_of(opened.model)
     known = facts.data or DataFacts()
     framing = known.evaluation
-    keys = opened.recipe.data if opened.recipe else recipe_for("resnet20", request.keys).data
+    recipe = opened.recipe or recipe_for("resnet20", request.keys, request.weights)
+    keys = recipe.data
     if data is not None:
         framing = data.facts.evaluation or framing
         known = known.model_copy(
