@@ -169,7 +169,7 @@ def test_a_foreign_json_is_a_sentence(command, text, sentence, tmp_path):
 
 
 def test_the_script_is_one_file_of_plain_parts():
-    text = script_text(Asked(["ort-cpu"], [1, 8], [2]), "there.py")
+    text = script_text(Asked(["ort-cpu"], [1, 8], [2]))
     body = ast.parse(text).body
     modules = {
         name.partition(".")[0]
