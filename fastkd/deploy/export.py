@@ -163,11 +163,7 @@ def _shapes(source: Source, choice: Choice) -> list[tuple[int, int, int, int]]:
 
 def _lines(source: Source, choice: Choice, path: Path, push: str | None) -> tuple[str, ...]:
     if choice.format == "timm":
-        name = (source.facts.architecture or "").partition(":")[2]
-        count = source.facts.num_classes
-        return (
-            f'model = timm.create_model("{name}", num_classes={count}, checkpoint_path="{path}")',
-        )
+        return (hub.file_line(source, path),)
     if choice.format != "hf":
         return ()
     lines = (hub.loader_line(source, str(path)),)

@@ -133,11 +133,12 @@ def test_an_encoder_becomes_a_program(tmp_path: Path, tools: Any, fuse: bool | N
 
 def test_weights_in_timms_names(tmp_path: Path, tools: Any) -> None:
     timm = pytest.importorskip("timm")
-    model = tools.trained(create_model("timm:test_resnet", 3))
-    source = source_of(model, name="timm:test_resnet")
+    options = {"global_pool": "max"}
+    model = tools.trained(create_model("timm:test_resnet", 3, **options))
+    source = source_of(model, name="timm:test_resnet", options=options)
     images_NCHW = torch.randn(2, 3, 24, 24)
     wanted = tools.exactly(model, images_NCHW)
-    for name in ("net.safetensors", "net.pth"):
+    for name in ("net.safetensors", 'a "net".pth'):
         done = export_network(source, tmp_path / name, Choice(format="timm"))
         (line,) = done.lines
         found: dict[str, Any] = {"timm": timm}
