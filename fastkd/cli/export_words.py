@@ -60,7 +60,9 @@ def add_export(commands: Any) -> None:
         help="validation images to compare on (512), in batches of 32",
     )
     parser.add_argument("--push", metavar="REPO", help="hf: upload the folder to the hub")
-    parser.add_argument("--force", action="store_true", help="replace what is at PATH")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the file at PATH, or those of hf"
+    )
     parser.add_argument(
         "words",
         nargs="*",

@@ -21,8 +21,8 @@ __all__ = ["check_target", "proven"]
 def check_target(target: Path, *, force: bool, files: Collection[str] = ()) -> None:
     """UserError if the name is taken, or cannot be given.
 
-    files: what a folder holds that is written; (): a file is written. force: what an earlier
-    export wrote is replaced.
+    files: what a folder holds that is written; (): a file is written. force: a file is replaced,
+    or in a folder those that an earlier export wrote.
     """
     place = Path(os.path.abspath(target))
     if not place.name:

@@ -37,6 +37,7 @@ from fastkd.runs.evaluate_saved import as_shown, built_for, names_data, recipe_f
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.description import facts_of
 from fastkd.storage.facts import DataFacts
+from fastkd.storage.file_kinds import weights_in
 from fastkd.storage.weight_file import WeightFile
 from fastkd.teachers.class_names import map_by_name
 from fastkd.teachers.loaded import LoadedNet
@@ -91,6 +92,7 @@ def export(
     """
     check_target(Path(out), force=force, files=choice.files)
     opened = _open_run(request) if request.weights is None else _open_named(request)
+    _check_source(Path(out), Path(opened.file.given))
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=False), Path("runs"))
         recipe = opened.recipe and opened.recipe.model_copy(update=ON_CPU)
@@ -102,6 +104,16 @@ def export(
         if recipe is not None and data is not None:
             prove = _on_images(source, data, session.placement(recipe), request.check)
         return export_network(source, out, choice, prove=prove, force=force, push=push)
+
+
+def _check_source(target: Path, weights: Path) -> None:
+    """UserError if the file would take the place of the weights that it is made from."""
+    weights = weights_in(weights) if weights.is_dir() else weights
+    if target.exists() and any(map(target.samefile, (weights, weights.parent))):
+        raise UserError(
+            f"--out {shown(target)} holds the weights that are exported, which an export never "
+            f"replaces: choose another"
+        )
 
 
 def _open_run(request: Request) -> _Opened:

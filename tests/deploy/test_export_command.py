@@ -134,6 +134,19 @@ def test_a_network_by_name_with_its_weights(command: Any, tmp_path: Path) -> Non
     assert "1,497 validation images of digits" in shown(said)
 
 
+def test_the_weights_that_are_exported_stay(command: Any, tmp_path: Path) -> None:
+    save_weights(tmp_path / "one.safetensors", create_model("resnet8", 3))
+    (tmp_path / "hub").mkdir()
+    save_weights(tmp_path / "hub/model.safetensors", create_model("resnet8", 3))
+    before = [file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))]
+    for weights, kind in (("one.safetensors", "torch-export"), ("hub", "hf")):
+        words = ["--weights", weights, "--format", kind, "--out", weights, "--force"]
+        said = command("export", "resnet8", *words)
+        assert said.code == 2
+        assert said.err.startswith(f"fastkd: --out {weights} holds the weights that are exported")
+    assert [file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))] == before
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
