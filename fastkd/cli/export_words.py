@@ -54,10 +54,15 @@ def add_export(commands: Any) -> None:
         "--normalize", action="store_true", help="normalise inside: images in 0..1 go in"
     )
     parser.add_argument(
-        "--check", default="512", metavar="N|all", help="validation images to compare on (512)"
+        "--check",
+        default="512",
+        metavar="N|all",
+        help="validation images to compare on (512), in batches of 32",
     )
     parser.add_argument("--push", metavar="REPO", help="hf: upload the folder to the hub")
-    parser.add_argument("--force", action="store_true", help="replace what is at PATH")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the file at PATH, or those of hf"
+    )
     parser.add_argument(
         "words",
         nargs="*",

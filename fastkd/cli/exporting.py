@@ -61,4 +61,5 @@ def _command(options: argparse.Namespace) -> str:
     if options.weights:
         words += ["--weights", options.weights]
     words += [flag for flag in ("--half",) if options.half]
-    return shlex.join([*words, *options.words])
+    keys = [key for key in options.words if not key.startswith("data.root=")]
+    return shlex.join([*words, *keys])

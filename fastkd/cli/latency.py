@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastkd.deploy.latency.alone import Asked
+from fastkd.deploy.latency.alone import Asked, taken
 from fastkd.deploy.latency.lines import HEADER, layer_lines, notes, row_line, title
 from fastkd.deploy.latency.measuring import check_names, measure_all
 from fastkd.deploy.latency.record import LatencyReport
@@ -13,7 +13,9 @@ from fastkd.deploy.latency.runtime import PROVIDERS
 from fastkd.deploy.latency.script import write_script
 from fastkd.deploy.latency.subject import open_subject, size_of
 from fastkd.errors import RunFailed, UserError
-from fastkd.printable import printable
+from fastkd.models.config import NETWORK_OPTIONS
+from fastkd.printable import printable, shown
+from fastkd.runs.evaluate_saved import recipe_for
 
 __all__ = ["latency"]
 
@@ -57,10 +59,16 @@ def _script(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    if options.json and (reason := taken(Path(options.json))):
+        raise UserError(reason)
     with tempfile.TemporaryDirectory(prefix="fastkd-latency-") as folder:
         check_names(options.on or ())
         subject = open_subject(
-            options.what, Path(folder), weights=options.weights, classes=options.classes
+            options.what,
+            Path(folder),
+            weights=options.weights,
+            classes=options.classes,
+            options=_options(options.what, options.words),
         )
         usual = ["ort-cpu"] if subject.model is None else ["eager", "ort-cpu"]
         report = measure_all(
@@ -81,6 +89,17 @@ def _measure(options: argparse.Namespace) -> None:
         raise RunFailed(*dict.fromkeys(wrong))
     if not report.rows:
         raise UserError("nothing could be measured: what is missing is said above")
+
+
+def _options(name: str, words: list[str]) -> dict[str, Any]:
+    """Options of the network, from its recipe keys."""
+    known = tuple(f"student.{key}{end}" for key in NETWORK_OPTIONS for end in "=.")
+    if other := [word for word in words if not word.startswith(known)]:
+        raise UserError(
+            f"{shown(other[0])}: expected student.KEY=VALUE with a KEY of the network, one of "
+            f"{', '.join(NETWORK_OPTIONS)}"
+        )
+    return recipe_for(name, words).student.options() if words else {}
 
 
 def _show(reports: list[LatencyReport]) -> None:

@@ -15,6 +15,7 @@ LATENCY_HELP = """
 examples:
   fastkd latency runs/mine --on eager,compile,ort-cpu --batch 1,8 --threads 1,2
   fastkd latency timm:mobilenetv2_100 --size 224 --layers
+  fastkd latency wrn_40_2 student.block=G:4 student.depth=5,3,5
   fastkd latency student.onnx --on ort-cpu,openvino --json here.json
   fastkd latency --script there.py --batch 1,8      a file to run elsewhere as
       python there.py student.onnx                  with onnxruntime and numpy
@@ -43,6 +44,13 @@ def add_latency(commands: "_Commands") -> None:
         metavar="MODEL | RUN | FILE.onnx",
         help="network name, run folder, weight file of fastkd, or ONNX file",
     )
+    latency.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="of MODEL: student.block=G:4 student.width=0.5",
+    )
     latency.add_argument("--weights", metavar="FILE", help="weights of MODEL; default: untrained")
     latency.add_argument(
         "--size", type=_size, metavar="N|HxW", help="of the images; default: the network's own"
@@ -57,7 +65,7 @@ def add_latency(commands: "_Commands") -> None:
     latency.add_argument("--batch", type=_numbers, metavar="1,8", help="images a call; default: 1")
     latency.add_argument("--threads", type=_numbers, metavar="1,2", help="of the CPU; default: 1")
     latency.add_argument("--layers", action="store_true", help="also the time of each layer")
-    latency.add_argument("--json", metavar="OUT", help="write the result to this file")
+    latency.add_argument("--json", metavar="OUT", help="write the result to this new file")
     latency.add_argument(
         "--script", metavar="OUT.py", help="write a script that measures an ONNX file elsewhere"
     )

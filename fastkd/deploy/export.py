@@ -86,6 +86,8 @@ def export_network(
             raise RunFailed(
                 f"{path} was not written: compared on {proof.on}, {problem}{_advice(choice)}"
             )
+        # Somebody may have taken the name meanwhile.
+        check_target(path, force=force, files=choice.files)
     return Exported(path, proof, _lines(source, choice, path, push))
 
 
@@ -161,11 +163,7 @@ def _shapes(source: Source, choice: Choice) -> list[tuple[int, int, int, int]]:
 
 def _lines(source: Source, choice: Choice, path: Path, push: str | None) -> tuple[str, ...]:
     if choice.format == "timm":
-        name = (source.facts.architecture or "").partition(":")[2]
-        count = source.facts.num_classes
-        return (
-            f'model = timm.create_model("{name}", num_classes={count}, checkpoint_path="{path}")',
-        )
+        return (hub.file_line(source, path),)
     if choice.format != "hf":
         return ()
     lines = (hub.loader_line(source, str(path)),)

@@ -24,6 +24,7 @@ from fastkd.storage.weights import save_weights
 
 __all__ = [
     "check_weights_name",
+    "file_line",
     "loader_line",
     "push",
     "read_folder",
@@ -90,6 +91,19 @@ def read_timm_file(source: Source, path: Path) -> nn.Module:
         return timm.create_model(
             name, num_classes=source.facts.num_classes, checkpoint_path=str(path), **options
         ).eval()
+
+
+def file_line(source: Source, path: Path) -> str:
+    """The Python that makes the network with such a file."""
+    name = (source.facts.architecture or "").partition(":")[2]
+    options = {"num_classes": source.facts.num_classes, **_options(source)}
+    words = [_quoted(name), *(f"{key}={_quoted(one)}" for key, one in options.items())]
+    return f"model = timm.create_model({', '.join(words)}, checkpoint_path={_quoted(str(path))})"
+
+
+def _quoted(value: object) -> str:
+    """In Python, with double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _in_timm(source: Source) -> nn.Module:
@@ -214,11 +228,11 @@ def read_folder(source: Source, folder: Path) -> nn.Module:
 
 
 def loader_line(source: Source, place: str, *, hub: bool = False) -> str:
-    """The Python that loads it: one line, or two where blocks are ours."""
+    """The line of Python that loads it."""
     if timm_network(source) is not None:
         scheme = "hf-hub" if hub else "local-dir"
-        return f'model = timm.create_model("{scheme}:{place}", pretrained=True)'
-    folder = f'huggingface_hub.snapshot_download("{place}")' if hub else f'"{place}"'
+        return f"model = timm.create_model({_quoted(f'{scheme}:{place}')}, pretrained=True)"
+    folder = f"huggingface_hub.snapshot_download({_quoted(place)})" if hub else _quoted(place)
     return f"model = fastkd.models.model_from_file({folder})"
 
 

@@ -5,7 +5,7 @@ The extra `export` brings what is needed: onnx, onnxscript, onnxruntime.
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,32 @@ from fastkd.models.card import Card, sign
 from fastkd.printable import first_line
 from fastkd.storage.description import NetworkFacts
 
-__all__ = ["OnnxFile", "OnnxNetwork", "check_packages", "write_onnx"]
+__all__ = [
+    "OnnxFile",
+    "OnnxNetwork",
+    "check_packages",
+    "converted",
+    "packages_missing",
+    "write_onnx",
+]
 
 INSTALL = "install them by `pip install 'fastkd[export]'`"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""Two that write ONNX files, and one that runs them."""
 LARGEST = 2_000_000_000
 """Bytes of a file in protobuf's format."""
 
 
-def check_packages() -> None:
-    """UserError if a package is missing that writes or runs ONNX files."""
-    names = ("onnx", "onnxscript", "onnxruntime")
+def packages_missing(names: Sequence[str] = PACKAGES) -> str | None:
+    """What is missing of the packages that write and run ONNX files, and how to get it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX files need {' and '.join(missing)}: {INSTALL}")
+    return f"ONNX files need {' and '.join(missing)}: {INSTALL}" if missing else None
+
+
+def check_packages(names: Sequence[str] = PACKAGES) -> None:
+    """UserError if one is missing."""
+    if reason := packages_missing(names):
+        raise UserError(reason)
 
 
 def write_onnx(
@@ -44,13 +57,24 @@ def write_onnx(
     opset: int | None,
     output: str,
 ) -> None:
-    """Convert a captured network; its input is called `images`.
+    """Convert a captured network and say in the file what it is. Raises what `converted` raises."""
+    import onnx
+
+    model: Any = converted(program, opset=opset, output=output).model_proto
+    _name_axes(model)
+    model.producer_name, model.producer_version = "fastkd", __version__
+    onnx.helper.set_model_props(model, dict(metadata))
+    path.write_bytes(model.SerializeToString())
+
+
+def converted(
+    program: torch.export.ExportedProgram, *, opset: int | None = None, output: str = "logits"
+) -> torch.onnx.ONNXProgram:
+    """A captured network in ONNX; its input is called `images`.
 
     Raises UserError if it uses an operator that the exporter does not know, cannot be brought to
     this opset, or is too large for one file.
     """
-    import onnx
-
     weights = sum(one.numel() * one.element_size() for one in program.state_dict.values())
     if weights > LARGEST:
         raise UserError(
@@ -68,15 +92,11 @@ def write_onnx(
                 dynamo=True,
                 verbose=False,
             )
-        model = made.model_proto
     except Exception as error:
         # The exporter passes on errors of three packages.
         raise UserError(_sentence(error)) from error
-    _check_opset(model, opset)
-    _name_axes(model)
-    model.producer_name, model.producer_version = "fastkd", __version__
-    onnx.helper.set_model_props(model, dict(metadata))
-    path.write_bytes(model.SerializeToString())
+    _check_opset(made.model.opset_imports, opset)
+    return made
 
 
 def _sentence(error: BaseException) -> str:
@@ -94,8 +114,9 @@ def _sentence(error: BaseException) -> str:
     return f"torch's ONNX exporter failed: {first_line(innermost)}"
 
 
-def _check_opset(model: Any, wanted: int | None) -> None:
-    own = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+def _check_opset(versions: Mapping[str, int], wanted: int | None) -> None:
+    """versions: of opsets by domain."""
+    own = versions.get("", versions.get("ai.onnx"))
     if wanted not in (None, own):
         raise UserError(
             f"torch's ONNX exporter cannot write the network in opset {wanted}, it stays at {own}: "
@@ -137,8 +158,7 @@ class OnnxFile:
     def open(cls, path: str | Path) -> "OnnxFile":
         """Read and check a file. UserError if it is missing, damaged, or no network for images."""
         path = Path(path)
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise UserError(f"ONNX files need onnxruntime: {INSTALL}")
+        check_packages(["onnxruntime"])
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         import onnxruntime
@@ -156,7 +176,7 @@ class OnnxFile:
             said = first_line(error).rpartition(" : ")[2]
             raise UserError(f"{path}: damaged, or not an ONNX file ({said})") from error
         inputs = session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        if not _takes_images(inputs):
             raise UserError(
                 f"{path}: expected one input [N, 3, H, W] in fp32, it takes "
                 f"{', '.join(f'{one.name} {one.type} {one.shape}' for one in inputs) or 'nothing'}"
@@ -178,14 +198,23 @@ class OnnxFile:
         return torch.from_numpy(answers)
 
     def _refusal(self, images_NCHW: Tensor, error: Exception) -> str:
-        given = tuple(images_NCHW.shape[1:])
-        wanted = self.shape[1:]
+        given = tuple(images_NCHW.shape[2:])
+        wanted = self.shape[2:]
         if any(size not in (None, own) for size, own in zip(wanted, given, strict=True)):
+            height, width = (size or "any" for size in wanted)
             return (
-                f"{self.path} takes images of {wanted[1]}x{wanted[2]} pixels, these have "
-                f"{given[1]}x{given[2]}: export it for that size, by data.image_size"
+                f"{self.path} takes images of {height}x{width} pixels, these have "
+                f"{given[0]}x{given[1]}: export it for that size, by data.image_size"
             )
         return f"{self.path}: onnxruntime cannot run it ({first_line(error)})"
+
+
+def _takes_images(inputs: Sequence[Any]) -> bool:
+    """Whether a session's inputs are one of fp32 colour images."""
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        return False
+    channels = inputs[0].shape[1]
+    return channels == 3 or not isinstance(channels, int)
 
 
 class OnnxNetwork(nn.Module):

@@ -16,7 +16,15 @@ from fastkd.deploy.source import Choice, Deployed, Source
 from fastkd.errors import UserError
 from fastkd.printable import first_line
 
-__all__ = ["ProgramNetwork", "capture", "in_pieces", "quietly", "read_program", "write_program"]
+__all__ = [
+    "ProgramNetwork",
+    "capture",
+    "captured",
+    "in_pieces",
+    "quietly",
+    "read_program",
+    "write_program",
+]
 
 ENTRY = "fastkd.json"
 """The metadata, among the extra files of an exported program."""
@@ -34,13 +42,14 @@ def capture(source: Source, choice: Choice) -> tuple[torch.export.ExportedProgra
     # One image would be taken for the only possible number.
     images_NCHW = torch.zeros(2 if choice.dynamic_batch else 1, 3, *source.size)
     if source.answers != "pixels":
-        return _captured(network, images_NCHW, _axes(choice, None), source), 1
+        return captured(network, images_NCHW, _axes(choice, None), source.title), 1
     failed: UserError | None = None
     for multiple in MULTIPLES:
         if multiple < source.multiple:
             continue
         try:
-            return _captured(network, images_NCHW, _axes(choice, multiple), source), multiple
+            axes = _axes(choice, multiple)
+            return captured(network, images_NCHW, axes, source.title), multiple
         except UserError as error:
             failed = failed or error
     assert failed is not None
@@ -58,9 +67,13 @@ def _axes(choice: Choice, multiple: int | None) -> dict[int, Any]:
     return axes
 
 
-def _captured(
-    network: nn.Module, images_NCHW: Tensor, axes: dict[int, Any], source: Source
+def captured(
+    network: nn.Module, images_NCHW: Tensor, axes: dict[int, Any], title: str
 ) -> torch.export.ExportedProgram:
+    """One network as torch sees it. axes: of the images, that may have any size.
+
+    Raises UserError if torch cannot capture it.
+    """
     shapes = (axes,) if axes else None
     try:
         with quietly(), torch.no_grad():
@@ -69,7 +82,7 @@ def _captured(
         # Foreign code can fail in any way.
         free = " for any number of images" if axes.keys() == {0} else ""
         raise UserError(
-            f"torch.export cannot capture {source.title}{free}: {first_line(error)}"
+            f"torch.export cannot capture {title}{free}: {first_line(error)}"
         ) from error
 
 

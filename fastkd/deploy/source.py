@@ -18,7 +18,16 @@ from fastkd.models.rewrite.result import copied
 from fastkd.models.taps import logits_of
 from fastkd.storage.description import NetworkFacts, facts_of
 
-__all__ = ["HF_FILES", "Answers", "Choice", "Deployed", "Format", "Source", "own_side"]
+__all__ = [
+    "HF_FILES",
+    "Answers",
+    "Choice",
+    "Deployed",
+    "Format",
+    "Logits",
+    "Source",
+    "usual_size",
+]
 
 Format = Literal["onnx", "torch-export", "timm", "hf"]
 Answers = Literal["logits", "pixels", "embedding"]
@@ -26,6 +35,8 @@ Answers = Literal["logits", "pixels", "embedding"]
 
 GRAPHS = ("onnx", "torch-export")
 """Formats that hold the computation; the others hold weights by name."""
+EXAMPLE = (128, 192)
+"""Height and width of an image where any size will do."""
 HF_FILES = ("config.json", "model.safetensors", "README.md")
 """All that the folder of format hf holds."""
 
@@ -109,13 +120,11 @@ class Source:
         Raises UserError if the network refuses such images.
         """
         facts = more.pop("facts", None) or facts_of(model)
-        whole = _is_whole(facts)
-        side = size or _side_in(facts) or own_side(model)
-        shape = (128, 192) if whole else (side, side)
+        shape = (size, size) if size and not _is_whole(facts) else usual_size(model, facts)
         answer = _tried(model, shape)
         answers: Answers = "logits" if facts.num_classes else "embedding"
         if answers == "logits" and answer.dim() == 4:
-            answers, shape = "pixels", (128, 192)
+            answers, shape = "pixels", EXAMPLE
             more["multiple"] = max(_multiple(model), more.get("multiple", 1))
         return cls(model=model, facts=facts, size=shape, answers=answers, **more)
 
@@ -130,14 +139,25 @@ class Source:
         return self.facts.normalization
 
 
-class Deployed(nn.Module):
+class Logits(nn.Module):
+    """A network whose answer is what fastkd counts as its logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits, or an embedding."""
+        return logits_of(self.network(images_NCHW))
+
+
+class Deployed(Logits):
     """images [N, 3, H, W] fp32 -> fp32 logits: what a file with the computation computes."""
 
     def __init__(self, source: Source, choice: Choice) -> None:
-        super().__init__()
         model = fuse(source.model) if choice.folds else copied(source.model)
         to_evaluation(model)
-        self.network = use_kernels(model, "plain")
+        super().__init__(use_kernels(model, "plain"))
         self.half_precision = choice.half
         if choice.half:
             self.network.half()
@@ -156,23 +176,26 @@ class Deployed(nn.Module):
             images_NCHW = images_NCHW * self.scale + self.shift
         if self.half_precision:
             images_NCHW = images_NCHW.half()
-        return logits_of(self.network(images_NCHW)).float()
+        return super().forward(images_NCHW).float()
 
 
-def own_side(model: nn.Module) -> int:
-    """Side in pixels of the images that a network was made for."""
+def usual_size(model: nn.Module, facts: NetworkFacts) -> tuple[int, int]:
+    """Height and width of the images that a network was trained on, or else was made for.
+
+    Of one that sees whole images, an example.
+    """
+    if _is_whole(facts):
+        return EXAMPLE
+    data = facts.data
+    side = data and (data.evaluation.crop if data.evaluation else data.image_size)
+    if side:
+        return side, side
     config: Any = getattr(model, "pretrained_cfg", None)
     if config:
-        return config["input_size"][-1]
+        height, width = config["input_size"][1:]
+        return height, width
     card = card_of(model)
-    return 224 if card and card.name and ":" in card.name else 32
-
-
-def _side_in(facts: NetworkFacts) -> int | None:
-    data = facts.data
-    if data is None:
-        return None
-    return data.evaluation.crop if data.evaluation else data.image_size
+    return (224, 224) if card and card.name and ":" in card.name else (32, 32)
 
 
 def _is_whole(facts: NetworkFacts) -> bool:

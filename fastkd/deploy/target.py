@@ -21,8 +21,8 @@ __all__ = ["check_target", "proven"]
 def check_target(target: Path, *, force: bool, files: Collection[str] = ()) -> None:
     """UserError if the name is taken, or cannot be given.
 
-    files: what a folder holds that is written; (): a file is written. force: what an earlier
-    export wrote is replaced.
+    files: what a folder holds that is written; (): a file is written. force: a file is replaced,
+    or in a folder those that an earlier export wrote.
     """
     place = Path(os.path.abspath(target))
     if not place.name:
@@ -36,9 +36,12 @@ def check_target(target: Path, *, force: bool, files: Collection[str] = ()) -> N
             f"--out {shown(target)} is a folder, and a file is written: name a file, such as "
             f"{shown(target / 'student.onnx')}"
         )
+    if not place.is_dir() and not place.is_file() and not place.is_symlink():
+        raise UserError(f"--out {shown(target)} is no ordinary file: name another")
     if files and not place.is_dir():
         raise UserError(f"--out {shown(target)} is a file, and a folder is written: name another")
-    others = sorted({one.name for one in place.iterdir()} - {*files}) if files else []
+    inside = sorted(place.iterdir()) if files else []
+    others = [one.name for one in inside if one.name not in files or one.is_dir()]
     if others:
         raise UserError(
             f"--out {shown(target)} holds {few(others)}, which no export wrote: name a new folder"

@@ -352,14 +352,15 @@ def _build_zoo(
     allowed = options_of(family)
     for option in options:
         if option not in allowed:
-            near = difflib.get_close_matches(option, allowed, n=1, cutoff=0.5)
+            # Those of a genotype are of every network.
+            known = list(dict.fromkeys([*allowed, *GENOTYPE]))
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.65)
             hint = f"; nearest: {near[0]}" if near else ""
-            known = ", ".join(allowed) or "none"
             with torch.device("meta"):  # report an unknown name before an unknown option
                 family.build(name, num_classes)
             raise UserError(
-                f"{name} has no option {option!r}{hint}; its options: {known}. If a recipe sets "
-                f"it: student.{option}=null or teacher.{option}=null"
+                f"{name} has no option {option!r}{hint}; its options: {', '.join(known)}. If a "
+                f"recipe sets it: student.{option}=null or teacher.{option}=null"
             )
     return hub.Built(family.build(name, num_classes, **options), num_classes, None)
 

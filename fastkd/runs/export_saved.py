@@ -29,6 +29,7 @@ from fastkd.models.card import title_of
 from fastkd.models.registry import model_from_file
 from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
+from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.evaluate_onnx import ON_CPU
@@ -36,6 +37,7 @@ from fastkd.runs.evaluate_saved import as_shown, built_for, names_data, recipe_f
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.description import facts_of
 from fastkd.storage.facts import DataFacts
+from fastkd.storage.file_kinds import weights_in
 from fastkd.storage.weight_file import WeightFile
 from fastkd.teachers.class_names import map_by_name
 from fastkd.teachers.loaded import LoadedNet
@@ -90,6 +92,7 @@ def export(
     """
     check_target(Path(out), force=force, files=choice.files)
     opened = _open_run(request) if request.weights is None else _open_named(request)
+    _check_source(Path(out), Path(opened.file.given))
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=False), Path("runs"))
         recipe = opened.recipe and opened.recipe.model_copy(update=ON_CPU)
@@ -103,6 +106,16 @@ def export(
         return export_network(source, out, choice, prove=prove, force=force, push=push)
 
 
+def _check_source(target: Path, weights: Path) -> None:
+    """UserError if the file would take the place of the weights that it is made from."""
+    weights = weights_in(weights) if weights.is_dir() else weights
+    if target.exists() and any(map(target.samefile, (weights, weights.parent))):
+        raise UserError(
+            f"--out {shown(target)} holds the weights that are exported, which an export never "
+            f"replaces: choose another"
+        )
+
+
 def _open_run(request: Request) -> _Opened:
     folder = Path(request.what)
     if not (folder / "config.yaml").exists():
@@ -113,6 +126,11 @@ def _open_run(request: Request) -> _Opened:
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{request.what} has no best.safetensors yet: nothing was evaluated so far")
+    if named := [key for key in request.keys if key.startswith("student.")]:
+        raise UserError(
+            f"the network of {request.what} is in its files, and is exported as it is: leave out "
+            f"{shown(named[0])}"
+        )
     file = WeightFile.open(weights)
     model = model_from_file(file)
     if read_call(folder) is None:
@@ -177,7 +195,8 @@ def _source(opened: _Opened, data: DataPair | None, request: Request) -> Source:
     facts = facts_of(opened.model)
     known = facts.data or DataFacts()
     framing = known.evaluation
-    keys = opened.recipe.data if opened.recipe else recipe_for("resnet20", request.keys).data
+    recipe = opened.recipe or recipe_for("resnet20", request.keys, request.weights)
+    keys = recipe.data
     if data is not None:
         framing = data.facts.evaluation or framing
         known = known.model_copy(

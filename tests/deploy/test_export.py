@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastkd import __version__
 from fastkd.deploy import hub, onnx_file
-from fastkd.deploy.export import export_network
+from fastkd.deploy.export import Proof, export_network, noise_proof
 from fastkd.deploy.numerics import Meter
 from fastkd.deploy.onnx_file import OnnxFile, OnnxNetwork
 from fastkd.deploy.program import read_program
@@ -133,11 +133,12 @@ def test_an_encoder_becomes_a_program(tmp_path: Path, tools: Any, fuse: bool | N
 
 def test_weights_in_timms_names(tmp_path: Path, tools: Any) -> None:
     timm = pytest.importorskip("timm")
-    model = tools.trained(create_model("timm:test_resnet", 3))
-    source = source_of(model, name="timm:test_resnet")
+    options = {"global_pool": "max"}
+    model = tools.trained(create_model("timm:test_resnet", 3, **options))
+    source = source_of(model, name="timm:test_resnet", options=options)
     images_NCHW = torch.randn(2, 3, 24, 24)
     wanted = tools.exactly(model, images_NCHW)
-    for name in ("net.safetensors", "net.pth"):
+    for name in ("net.safetensors", 'a "net".pth'):
         done = export_network(source, tmp_path / name, Choice(format="timm"))
         (line,) = done.lines
         found: dict[str, Any] = {"timm": timm}
@@ -316,6 +317,20 @@ def test_what_cannot_be_exported(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "net.pt2"
+
+    def prove(plain: nn.Module, network: nn.Module, inside: Any) -> Proof:
+        target.write_text("mine")
+        return noise_proof(source, choice)(plain, network, inside)
+
+    source, choice = Source.of(Encoder(), size=16), Choice(format="torch-export")
+    with pytest.raises(UserError, match=r"net\.pt2 exists: --force replaces it"):
+        export_network(source, target, choice, prove=prove)
+    assert target.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
@@ -358,6 +373,10 @@ def test_files_that_are_no_exports(tmp_path: Path, monkeypatch: Any) -> None:
         _ = OnnxFile.open(tmp_path / "foreign.onnx").facts
     with pytest.raises(UserError, match=r"expected one input \[N, 3, H, W\] in fp32, it takes x"):
         OnnxFile.open(saved([1, 3], "flat.onnx"))
+    with pytest.raises(UserError, match=r"\[N, 3, H, W\] in fp32, it takes x .* \[1, 1, 8, 8\]$"):
+        OnnxFile.open(saved([1, 1, 8, 8], "grey.onnx"))
+    with pytest.raises(UserError, match=r"takes images of 8x8 pixels, these have 9x8: export"):
+        OnnxFile.open(tmp_path / "foreign.onnx").run(torch.zeros(1, 3, 9, 8))
     for path in (tmp_path / "text.onnx", tmp_path / "foreign.onnx"):
         with pytest.raises(UserError, match=r"damaged, or not a file of torch\.export"):
             read_program(path)

@@ -68,6 +68,10 @@ def test_a_run_becomes_a_file_that_is_evaluated(command: Any, tmp_path: Path) ->
     said = command("eval", "one.onnx", "--weights", "one")
     assert "one.onnx holds its weights: leave out --weights" in said.err
 
+    said = command("export", "one", "--out", "two.onnx", "student.width=0.5")
+    assert said.code == 2
+    assert "the network of one is in its files, and is exported as it is: leave out stu" in said.err
+
     # A part of the images, spread over all.
     said = command("export", "one", "--format", "hf", "--out", "hub", "--check", "3")
     assert "compared on 32 validation images of synthetic" in shown(said)
@@ -96,6 +100,8 @@ def test_images_that_are_elsewhere(command: Any, tmp_path: Path) -> None:
     assert "compared on 9 validation images of folder" in shown(said)
     config = json.loads((tmp_path / "hub/config.json").read_text())
     assert config["label_names"] == ["blue", "red"]
+    # Where they lie on this machine is not for the card.
+    assert "moved" not in (tmp_path / "hub/README.md").read_text()
     # Named images must be there.
     said = command("export", "one", "--format", "hf", "--out", "x", "data.root=nowhere")
     assert said.code == 2
@@ -115,10 +121,30 @@ def test_a_network_by_name_with_its_weights(command: Any, tmp_path: Path) -> Non
     assert said.code == 2
     assert "the network resnet8 knows 7 classes, digits has 10" in said.err
     assert not (tmp_path / "digits").exists()
+    both = {
+        name: create_model("resnet8", number).state_dict() for name, number in (("a", 2), ("b", 3))
+    }
+    torch.save(both, tmp_path / "two.pt")
+    words = ["export", "resnet8", "--weights", "two.pt", "student.weights_key=b", "--format", "hf"]
+    assert "wrote two" in shown(command(*words, "--out", "two"))
+    assert json.loads((tmp_path / "two/config.json").read_text())["num_classes"] == 3
     save_weights(tmp_path / "ten.safetensors", create_model("resnet8", 10))
     words = ["export", "resnet8", "--weights", "ten.safetensors", "--format", "hf", "--out", "ten"]
     said = command(*words, "data.name=digits", "--check", "all")
     assert "1,497 validation images of digits" in shown(said)
+
+
+def test_the_weights_that_are_exported_stay(command: Any, tmp_path: Path) -> None:
+    save_weights(tmp_path / "one.safetensors", create_model("resnet8", 3))
+    (tmp_path / "hub").mkdir()
+    save_weights(tmp_path / "hub/model.safetensors", create_model("resnet8", 3))
+    before = [file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))]
+    for weights, kind in (("one.safetensors", "torch-export"), ("hub", "hf")):
+        words = ["--weights", weights, "--format", kind, "--out", weights, "--force"]
+        said = command("export", "resnet8", *words)
+        assert said.code == 2
+        assert said.err.startswith(f"fastkd: --out {weights} holds the weights that are exported")
+    assert [file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))] == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Backends: threads that arrive, answers that are compared, layers, rows, what is missing."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastkd.deploy.latency.alone import Asked
 from fastkd.deploy.latency.backends import BACKENDS, Subject
 from fastkd.deploy.latency.onnx import write_onnx
 from fastkd.deploy.latency.runtime import Refused, compare, feed_of, rows_of_events, session
+from fastkd.deploy.latency.subject import size_of
 from fastkd.errors import RunFailed, UserError
 
 SHAPE = (2, 3, 8, 8)
@@ -72,8 +74,10 @@ def test_threads_are_restored_when_a_network_fails(fast):
             raise ZeroDivisionError
 
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError):
-        measure(Broken(), SHAPE, threads=3, rule=fast, check=False)
+    sentences = {False: "it cannot run the network", True: "the network fails on an input of 2x3x8"}
+    for check, said in sentences.items():
+        with pytest.raises(RunFailed, match=f"^eager: {said}.*ZeroDivisionError"):
+            measure(Broken(), SHAPE, threads=3, rule=fast, check=check)
     assert torch.get_num_threads() == before
 
 
@@ -295,7 +299,7 @@ def test_what_onnx_cannot_say_is_a_sentence(ort, tmp_path):
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
-    with pytest.raises(Refused, match=r"torch cannot write it as ONNX \(") as error:
+    with pytest.raises(Refused, match=r"torch.export cannot capture Sorted: ") as error:
         write_onnx(Sorted().eval(), torch.randn(SHAPE), tmp_path / "a.onnx")
     assert "\n" not in str(error.value) and error.value.wrong
 
@@ -324,6 +328,33 @@ def test_a_damaged_file_is_a_sentence(ort, tmp_path):
         measure(tmp_path / "bad.onnx", SHAPE, "ort-cpu")
     with pytest.raises(RunFailed, match=r"none.onnx: no such file"):
         measure(tmp_path / "none.onnx", SHAPE, "ort-cpu")
+
+
+def test_a_file_that_fails_is_a_sentence(ort, tmp_path, fast):
+    onnx = pytest.importorskip("onnx")
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["n", 3, "h", "w"]), ("y", None))
+    ]
+    five = onnx.helper.make_tensor("five", onnx.TensorProto.INT64, [1], [5])
+    node = onnx.helper.make_node("Reshape", ["x", "five"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [five])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "a.onnx"
+    )
+    subject = Subject("a.onnx", tmp_path, file=tmp_path / "a.onnx")
+    (one,) = report_of(subject, "ort-cpu", fast=fast).missing
+    assert one.wrong and one.reason.startswith("onnxruntime cannot run it (")
+
+
+def test_onnxruntime_that_is_not_there_is_a_sentence(tmp_path, onnx_file, fast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    subject = Subject("small.onnx", tmp_path, file=onnx_file)
+    with pytest.raises(UserError, match=r"small.onnx: onnxruntime.* pip install onnxruntime$"):
+        size_of(subject, None)
+    found = report_of(subject, "openvino", "ort-cpu", fast=fast)
+    assert not found.rows and all("pip install" in one.reason for one in found.missing)
 
 
 def test_names_are_checked(small):

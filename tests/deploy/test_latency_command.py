@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fastkd.deploy.latency.script import PARTS, script_text, write_script
 from fastkd.deploy.latency.subject import open_subject, size_of
 from fastkd.models import create_model
 from fastkd.models.card import card_of
+from fastkd.storage.facts import DataFacts, Framing
 from fastkd.storage.weights import save_weights
 
 pytest.importorskip("onnxruntime")
@@ -57,8 +59,34 @@ def test_a_run_and_a_file_with_its_network(command, fast, tmp_path):
     subject = open_subject("resnet8", tmp_path, weights=str(folder))
     card = card_of(subject.model)
     assert card is not None and (card.num_classes, card.options["width"]) == (7, 0.5)
+    torch.save(create_model("resnet8", 7).state_dict(), tmp_path / "plain.pt")
+    said = command("latency", "resnet8", "--weights", "plain.pt")
+    sentence = "plain.pt does not say how many classes its network has: set --classes"
+    assert said.err == f"fastkd: {sentence}\n"
     said = command("latency", "run", "--classes", "3")
-    assert said.err == "fastkd: run says itself what it is: leave out --weights and --classes\n"
+    sentence = "run says itself what it is: leave out --weights, --classes and student keys"
+    assert said.err == f"fastkd: {sentence}\n"
+    assert command("latency", "run", "student.width=1").err == said.err
+
+
+def test_keys_of_a_network_by_name(command, fast, monkeypatch):
+    built = []
+
+    def spied(*of, **options):
+        built.append((*of, options))
+        return create_model(*of, **options)
+
+    monkeypatch.setattr("fastkd.deploy.latency.subject.create_model", spied)
+    keys = ["student.blocks={layer1: G:4}", "student.depth=1,1,1", "student.dropout=0.3"]
+    said = command("latency", "wrn_16_2", *keys[:2], "--on", "eager", keys[2], "--size", "8")
+    assert said.code == 0, said.err
+    assert said.out.startswith("wrn_16_2 dropout=0.3 {layer1: G(4)} depth 1-1-1 on ")
+    options = {"dropout": 0.3, "blocks": {"layer1": "G(4)"}, "depth": [1, 1, 1]}
+    assert built == [("wrn_16_2", 100, options)]
+    for word in ("wrn_40_2", "data.image_size=8", "student.weights=x"):
+        said = command("latency", "wrn_16_2", word)
+        assert said.code == 2
+        assert said.err.startswith(f"fastkd: {word}: expected student.KEY=VALUE with a KEY of")
 
 
 def test_the_size_is_the_networks_own(tmp_path, any_size, onnx_file):
@@ -70,6 +98,9 @@ def test_the_size_is_the_networks_own(tmp_path, any_size, onnx_file):
     assert size("torchvision:squeezenet1_0") == (224, 224)
     assert (size(onnx_file), size(any_size)) == ((8, 8), None)
     assert size("resnet8", (3, 4)) == (3, 4)
+    data = DataFacts(image_size=40, evaluation=Framing(resize=36, crop=24))
+    save_weights(tmp_path / "net.safetensors", create_model("resnet8", 7), data.to_metadata())
+    assert size(tmp_path / "net.safetensors") == (24, 24)
 
 
 def test_a_file_is_measured_and_what_is_missing_is_said(command, fast, onnx_file):
@@ -85,7 +116,7 @@ def test_a_file_is_measured_and_what_is_missing_is_said(command, fast, onnx_file
 
 
 def test_a_wrong_answer_ends_with_code_1_after_the_rest(command, fast, monkeypatch):
-    from fastkd.deploy.latency.backends import BACKENDS, Subject
+    from fastkd.deploy.latency.backends import Subject
 
     right = Subject.answer
     monkeypatch.setattr(Subject, "answer", lambda *of: [one + 100 for one in right(*of)])
@@ -94,7 +125,30 @@ def test_a_wrong_answer_ends_with_code_1_after_the_rest(command, fast, monkeypat
     assert said.out.count("eager, batch ") == 2
     assert said.err.startswith("fastkd: eager: its answer differs by 1 of the largest value")
     assert said.err.count("\n") == 1
-    assert "eager" in BACKENDS
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resnet8", "--on", "eager", "--json", "mine"],
+        ["--script", "mine"],
+    ],
+)
+def test_a_file_that_is_there_stays(command, words, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastkd.cli.latency.measure_all", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "mine").write_text("years")
+    said = command("latency", *words)
+    assert said.code == 2
+    assert said.err == "fastkd: mine exists: remove it, or choose another name\n"
+    assert (tmp_path / "mine").read_text() == "years"
+    said = command("latency", *words[:-1], "no/mine")
+    assert (said.code, said.err) == (2, "fastkd: there is no folder no\n")
+
+
+def test_a_network_that_fails_at_this_size_is_a_sentence(command, fast):
+    said = command("latency", "timm:test_vit", "--size", "30", "--on", "eager", "--classes", "3")
+    assert said.code == 1 and said.err.count("\n") == 1
+    assert said.err.startswith("fastkd: eager: the network fails on an input of 1x3x30x30 (")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +169,7 @@ def test_a_foreign_json_is_a_sentence(command, text, sentence, tmp_path):
 
 
 def test_the_script_is_one_file_of_plain_parts():
-    text = script_text(Asked(["ort-cpu"], [1, 8], [2]), "there.py")
+    text = script_text(Asked(["ort-cpu"], [1, 8], [2]))
     body = ast.parse(text).body
     modules = {
         name.partition(".")[0]
@@ -138,7 +192,10 @@ def test_the_script_is_one_file_of_plain_parts():
     twice = {name for name, number in names.items() if number > 1}
     assert not twice, twice
     assert "BATCHES, THREADS, ON = [1, 8], [2], ['ort-cpu']" in text
-    assert all(f'"""{line}' not in text for line in PARTS)
+    for part in PARTS:
+        source = files("fastkd.deploy.latency").joinpath(f"{part}.py").read_text()
+        words = ast.get_docstring(ast.parse(source))
+        assert words and words.splitlines()[0] not in text
     assert "fastkd.deploy" not in text and "__all__" not in text
 
 
@@ -190,7 +247,13 @@ def test_words_of_the_script_and_its_errors(elsewhere, tmp_path, any_size):
     (tmp_path / "bad.onnx").write_bytes(b"bad")
     done = elsewhere("s.py", "bad.onnx", "--json", "b.json")
     assert done.returncode == 1 and "onnxruntime cannot open bad.onnx" in done.stdout
-    assert LatencyReport.read(tmp_path / "b.json").missing[0].wrong
+    assert not (tmp_path / "b.json").exists()
+    for words in (["mine.json"], [any_size, "--json", "mine.json"]):
+        (tmp_path / "mine.json").write_text("years")
+        done = elsewhere("s.py", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("mine.json exists: remove it, or choose another name")
+        assert (tmp_path / "mine.json").read_text() == "years"
     for words in (["--batch", "x"], ["--on", "eager"], ["--size", "1x2x3"]):
         done = elsewhere("s.py", any_size, *words)
         assert done.returncode == 2 and "expected" in done.stderr

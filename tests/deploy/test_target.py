@@ -50,6 +50,14 @@ def test_a_file_is_no_folder(precious: Path) -> None:
         check_target(Path("data.bin"), force=True, files=HF_FILES)
 
 
+def test_what_is_no_ordinary_file_is_refused(precious: Path) -> None:
+    os.mkfifo("pipe")
+    (Path("student") / HF_FILES[0]).mkdir(parents=True)
+    for out, files, said in (("pipe", (), "pipe is no ordinary"), ("student", HF_FILES, "holds c")):
+        with pytest.raises(UserError, match=said):
+            check_target(Path(out), force=True, files=files)
+
+
 def test_only_what_an_export_wrote_is_replaced(precious: Path) -> None:
     target = Path("student")
     target.mkdir()

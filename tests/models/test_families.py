@@ -152,7 +152,7 @@ def test_last_map_follows_the_image_size(name: str, side: int) -> None:
         ("plain34", {"shortcuts": "pad"}, "expected False or 'projection', or build resnet34"),
         ("resnet18", {"stem": "tiny"}, "stem='tiny'; expected one of cifar, imagenet, imagenet-no"),
         ("resnet18", {"width": 0.001}, "leaves no channels"),
-        ("resnet50", {"stem": "imagenet"}, "resnet50 has no option 'stem'; its options: none"),
+        ("resnet50", {"stem": "imagenet"}, "resnet50 has no option 'stem'; its options: depth, b"),
         ("mobilenetv2", {"block": "B(2)"}, r"block B\(2\) does not fit.*use S, G\(g\)"),
         ("mobilenetv2", {"block": "G(5)"}, "32 channels cannot be split into 5 groups"),
         ("erfnet", {"block": "G(3)"}, "64 channels cannot be split into 3 groups"),

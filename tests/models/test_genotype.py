@@ -324,7 +324,11 @@ def test_weights_of_the_whole_network_fill_what_is_left_of_it(described, form, t
     whole = create_model("wrn_16_2", 10)
     file = tmp_path / ("a.safetensors" if described else "a.pt")
     save_weights(file, whole) if described else torch.save(whole.state_dict(), file)
-    with pytest.warns(UserWarning, match="holds the whole wrn_16_2: .* has to be trained"):
+    keys = " and ".join(key for key in ("depth", "blocks") if key in form)
+    said = (
+        f"holds the whole wrn_16_2: .* with {keys} it is another network, which has to be trained"
+    )
+    with pytest.warns(UserWarning, match=said):
         made = create_model("wrn_16_2", 10, weights=file, **form)
     assert card_of(made).unlearned == tuple(key for key in ("depth", "blocks") if key in form)
     given, own = whole.state_dict(), made.state_dict()
@@ -350,6 +354,9 @@ def test_weights_of_another_genotype_are_refused_with_the_keys_to_set(tmp_path):
     with pytest.warns(UserWarning, match="holds the whole wrn_16_2: 107 of 107"):
         short = create_model("wrn_16_2", 10, weights=tmp_path / "b.safetensors", depth=[2, 1, 1])
     assert card_of(short).options == {"block": "G(4)", "depth": [2, 1, 1]}
+    save_weights(tmp_path / "c.safetensors", create_model("wrn_16_2", 10, depth=[2, 1, 1]))
+    with pytest.warns(UserWarning, match="holds the whole wrn_16_2 depth 2-1-1: .* with blocks it"):
+        create_model("wrn_16_2", 10, weights=tmp_path / "c.safetensors", blocks={"layer1": "G:2"})
 
 
 def test_pretrained_weights_stay_in_what_is_not_changed(monkeypatch):

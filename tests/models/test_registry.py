@@ -93,7 +93,7 @@ def test_unknown_names(name: str, message: str) -> None:
         (lambda: create_model("resnet8", 10, widht=2), "no option 'widht'; nearest: width"),
         (
             lambda: create_model("wrn_10_1", 10, width=2),
-            "no option 'width'; its options: block, sh",
+            r"no option 'width'; its options: block, shortcuts, dropout, depth, blocks\.",
         ),
         (lambda: create_model("resnet8", 10, width=0.01), "leaves no channels"),
         (

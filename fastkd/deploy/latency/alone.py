@@ -6,6 +6,7 @@ what `fastkd latency --script` was told; the words of the script replace them.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -22,6 +23,7 @@ from fastkd.deploy.latency.meter import RULE, Rule, clock_name, time_calls
 from fastkd.deploy.latency.runtime import (
     PROVIDERS,
     Refused,
+    answer_of,
     compare,
     device_of,
     feed_of,
@@ -31,7 +33,7 @@ from fastkd.deploy.latency.runtime import (
     session,
 )
 
-__all__ = ["LAYERS_BY", "UNOPTIMIZED", "Asked", "fill", "main", "start_of_report"]
+__all__ = ["LAYERS_BY", "UNOPTIMIZED", "Asked", "fill", "main", "start_of_report", "taken"]
 
 FORMAT = "fastkd latency 1"
 BATCHES: Sequence[int] = (1,)
@@ -40,6 +42,13 @@ ON: Sequence[str] = ("ort-cpu",)
 
 LAYERS_BY = "nodes of the optimised graph, by onnxruntime's profiler, which costs some time itself"
 UNOPTIMIZED = "onnxruntime without graph optimisation"
+
+
+def taken(target: Path) -> str | None:
+    """Why a new file cannot have this name; None if it can."""
+    if os.path.lexists(target):
+        return f"{target} exists: remove it, or choose another name"
+    return None if target.parent.is_dir() else f"there is no folder {target.parent}"
 
 
 def start_of_report(
@@ -128,10 +137,10 @@ def file_row(
     """One row of an ONNX file in onnxruntime."""
     with session(file, "ort-cpu", 1, optimized=False) as plain:
         feed = feed_of(plain, batch, size)
-        truth = plain.run(None, feed)
+        truth = answer_of(plain, feed)
     with session(file, on, threads) as opened:
         call = runs(opened, feed)
-        difference = compare(call(), truth, device_of(on))
+        difference = compare(answer_of(opened, feed), truth, device_of(on))
         with neighbours:
             timing = time_calls(call, RULE)
     rows = node_rows(file, on, threads, feed, RULE.calls) if layers else []
@@ -185,8 +194,14 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 if an answer was wrong or nothing was measured."""
+    """Measure, print, write; 1 if an answer was wrong or nothing was measured, 2 if the name of
+    the result is taken.
+    """
     options = _options(words)
+    target = options.json or options.file.with_suffix(".json")
+    if reason := taken(target):
+        print(f"{reason} (--json OUT.json)", file=sys.stderr)
+        return 2
     versions: dict[str, str | None] = {"python": platform.python_version(), "numpy": np.__version__}
     if "onnxruntime" in sys.modules or provider_missing("ort-cpu") is None:
         import onnxruntime
@@ -204,7 +219,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for row in report["rows"]:
         print("".join(f"{line}\n" for line in layer_lines(row)), end="")
     print("\n".join(notes(report)))
-    target = options.json or options.file.with_suffix(".json")
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"Written: {target}")
+    if report["rows"]:
+        with target.open("x", encoding="utf-8") as file:  # never one that appeared meanwhile
+            file.write(json.dumps(report, indent=1) + "\n")
+        print(f"Written: {target}")
     return int(not report["rows"] or any(one["wrong"] for one in report["missing"]))

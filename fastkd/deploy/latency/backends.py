@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.compute.compiling import compile_unit, compiler_problem
-from fastkd.deploy.latency.onnx import Logits, export_missing, write_onnx
+from fastkd.deploy.latency.onnx import write_onnx
 from fastkd.deploy.latency.runtime import (
     PROVIDERS,
     Refused,
+    answer_of,
     device_of,
     feed_of,
     images_like,
@@ -27,6 +28,8 @@ from fastkd.deploy.latency.runtime import (
     runs,
     session,
 )
+from fastkd.deploy.onnx_file import packages_missing
+from fastkd.deploy.source import Logits
 from fastkd.printable import in_words
 
 __all__ = ["BACKENDS", "Backend", "Call", "Subject", "feed", "torch_threads"]
@@ -74,7 +77,7 @@ class Subject:
             return self.file
         assert self.model is not None
         if shape not in self._written:
-            if reason := export_missing():
+            if reason := packages_missing(["onnx", "onnxscript"]):
                 raise Refused(reason)
             file = self.folder / f"{'x'.join(map(str, shape))}.onnx"
             write_onnx(self.model, self.images(shape), file)
@@ -85,9 +88,14 @@ class Subject:
         """The right answer, by plain torch, or by onnxruntime without graph optimisation."""
         if self.model is None:
             with session(self.onnx(shape), "ort-cpu", 1, optimized=False) as opened:
-                return opened.run(None, feed(opened, shape))
-        with torch.inference_mode():
-            return [Logits(self.model)(self.images(shape)).float().numpy()]
+                return answer_of(opened, feed(opened, shape))
+        try:
+            with torch.inference_mode():
+                return [Logits(self.model)(self.images(shape)).float().numpy()]
+        except Exception as error:  # foreign code can fail in any way
+            images = "x".join(map(str, shape))
+            reason = f"the network fails on an input of {images} ({in_words(error)})"
+            raise Refused(reason, wrong=True) from error
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ def layer_lines(row: dict[str, Any]) -> list[str]:
     if not layers:
         return []
     shape = "x".join(map(str, row["input"]))
-    threads = f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"
-    lines = [f"\nLayers on {row['on']}, {shape}, {threads}: {row['layers_by']}"]
+    lines = [f"\nLayers on {row['on']}, {shape}, {_threads(row['threads'])}: {row['layers_by']}"]
     shown = layers[:MOST_LAYERS]
     width = max(len(layer["name"]) for layer in shown)
     for layer in shown:
@@ -59,13 +58,17 @@ def layer_lines(row: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
 def notes(report: dict[str, Any]) -> list[str]:
     """What was not measured, the clock, and what a reader must know."""
     lines = []
     for one in report["missing"]:
         where = [one["on"]]
         where += [f"batch {one['batch']}"] if one["batch"] else []
-        where += [f"{one['threads']} threads"] if one["threads"] else []
+        where += [_threads(one["threads"])] if one["threads"] else []
         lines.append(f"  {', '.join(where)}: {one['reason']}")
     warm = report["rule"]
     lines.append(

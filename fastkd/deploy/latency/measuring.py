@@ -26,6 +26,7 @@ from fastkd.deploy.latency.meter import RULE, Rule, time_calls
 from fastkd.deploy.latency.record import Latency, LatencyReport
 from fastkd.deploy.latency.runtime import Refused, compare
 from fastkd.errors import RunFailed, UserError
+from fastkd.printable import in_words
 
 __all__ = ["check_names", "measure", "measure_all"]
 
@@ -143,7 +144,11 @@ def _row(
     backend = BACKENDS[on]
     truth = subject.answer(shape) if check else None
     with backend.open(subject, shape, threads) as call:
-        difference = None if truth is None else compare(call(), truth, backend.device)
+        try:
+            found = call()
+        except Exception as error:  # of the network, or of any runtime
+            raise Refused(f"it cannot run the network ({in_words(error)})", wrong=True) from error
+        difference = None if truth is None else compare(found, truth, backend.device)
         with neighbours or Neighbours():
             timing = time_calls(call, rule, clock)
     return {

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastkd.deploy.latency.alone import taken
 from fastkd.errors import UserError
 from fastkd.printable import shown
 from fastkd.storage.atomic import atomic_path
@@ -36,7 +37,7 @@ class Layer(_Value):
     ms: _Ms
     """Median of the calls."""
     share: _Ms
-    """Of the whole call."""
+    """Of the sum of all layers and what lies between them."""
 
 
 class Latency(_Value):
@@ -136,7 +137,9 @@ class LatencyReport(_Value):
             ) from error
 
     def write(self, file: Path) -> None:
-        """As JSON, whole or not at all."""
+        """As JSON, whole or not at all. UserError if there is such a file."""
+        if reason := taken(file):
+            raise UserError(reason)
         with atomic_path(file) as beside:
             beside.write_text(json.dumps(self.plain(), indent=1) + "\n", encoding="utf-8")
 

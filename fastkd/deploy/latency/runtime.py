@@ -21,6 +21,7 @@ __all__ = [
     "PROVIDERS",
     "TOLERANCES",
     "Refused",
+    "answer_of",
     "compare",
     "device_of",
     "feed_of",
@@ -94,6 +95,8 @@ def session(
 
     profile: the beginning of the name of a file into which the profiler writes.
     """
+    if reason := provider_missing(name):
+        raise Refused(reason)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -252,6 +255,14 @@ def layer_rows(
         for name, ms in medians.items()
     ]
     return sorted(rows, key=lambda row: -row["ms"])
+
+
+def answer_of(opened: Any, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """One answer. Refused if the file cannot be run on such images."""
+    try:
+        return opened.run(None, feed)
+    except Exception as error:  # its errors have no common class
+        raise Refused(f"onnxruntime cannot run it ({_reason(error)})", wrong=True) from error
 
 
 def runs(opened: Any, feed: dict[str, np.ndarray]) -> Callable[[], list[np.ndarray]]:

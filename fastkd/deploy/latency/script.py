@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import fastkd
-from fastkd.deploy.latency.alone import Asked
+from fastkd.deploy.latency.alone import Asked, taken
+from fastkd.errors import UserError
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["PARTS", "script_text", "write_script"]
@@ -21,7 +22,7 @@ _HEAD = '''"""Measure how long FILE.onnx takes on this device.
 
 Written by fastkd {version}. Needs Python 3.10, onnxruntime and numpy:
 
-    python {name} FILE.onnx
+    python THIS_FILE FILE.onnx
 
 The result is FILE.json, which `fastkd latency --read FILE.json` shows.
 """
@@ -37,14 +38,14 @@ if __name__ == "__main__":
 """
 
 
-def script_text(asked: Asked, name: str = "latency.py") -> str:
+def script_text(asked: Asked) -> str:
     """The script; what is asked are its defaults."""
     sources = [_source(part) for part in PARTS]
     bodies = [ast.parse(source).body for source in sources]
     words = {"batch": [*asked.batch], "threads": [*asked.threads], "on": [*asked.on]}
     return "\n".join(
         [
-            _HEAD.format(version=fastkd.__version__, name=name),
+            _HEAD.format(version=fastkd.__version__),
             *_imports([node for body in bodies for node in body]),
             *map(_alone, sources, bodies),
             _TAIL.format(**words),
@@ -53,9 +54,11 @@ def script_text(asked: Asked, name: str = "latency.py") -> str:
 
 
 def write_script(target: Path, asked: Asked) -> None:
-    """Write it, whole or not at all."""
+    """Write it, whole or not at all. UserError if there is such a file."""
+    if reason := taken(target):
+        raise UserError(reason)
     with atomic_path(target) as beside:
-        beside.write_text(script_text(asked, target.name), encoding="utf-8")
+        beside.write_text(script_text(asked), encoding="utf-8")
 
 
 def _source(part: str) -> str:

@@ -1,5 +1,6 @@
 """What the user names, opened for measuring: a network by name, a run, a weight file, FILE.onnx."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,14 @@ from torch import nn
 
 from fastkd.deploy.latency.backends import Subject
 from fastkd.deploy.latency.runtime import Refused, own_size, session
+from fastkd.deploy.source import usual_size
 from fastkd.errors import UserError
 from fastkd.models import create_model
-from fastkd.models.card import card_of, title_of
+from fastkd.models.blocks.genotype import genotype_in_words
+from fastkd.models.card import title_of
 from fastkd.models.registry import is_of_zoo, model_from_file
+from fastkd.models.rewrite.options import GENOTYPE
+from fastkd.storage.description import facts_of
 from fastkd.storage.weight_file import WeightFile
 
 __all__ = ["open_subject", "size_of"]
@@ -20,40 +25,60 @@ CLASSES = 100
 
 
 def open_subject(
-    what: str, folder: Path, *, weights: str | None = None, classes: int | None = None
+    what: str,
+    folder: Path,
+    *,
+    weights: str | None = None,
+    classes: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Subject:
     """The network or the file. UserError if there is none.
 
     what: name for `create_model`, folder of a run, weight file of fastkd, or FILE.onnx. folder:
-        for files that are written on the way.
+        for files that are written on the way. options: of `create_model`, for a name.
     """
     path = Path(what)
+    by_name = weights is not None or classes is not None or bool(options)
     if path.suffix == ".onnx":
-        if weights is not None or classes is not None:
+        if by_name:
             raise UserError(
-                f"{what} has its weights and classes in it: leave out --weights and --classes"
+                f"{what} is a whole network: leave out --weights, --classes and student keys"
             )
         if not path.is_file():
             raise UserError(f"{what}: no such file")
         return Subject(path.name, folder, file=path)
     if path.exists() and not is_of_zoo(what):
-        if weights is not None or classes is not None:
-            raise UserError(f"{what} says itself what it is: leave out --weights and --classes")
+        if by_name:
+            raise UserError(
+                f"{what} says itself what it is: leave out --weights, --classes and student keys"
+            )
         model = model_from_file(WeightFile.open(path))
     else:
-        model = _by_name(what, weights, classes)
-    return Subject(_title(what, model), folder, model=model.eval())
+        model = _by_name(what, weights, classes, options or {})
+    title = " ".join([_title(what, model), *_in_words(options or {})])
+    return Subject(title, folder, model=model.eval())
 
 
-def _by_name(name: str, weights: str | None, classes: int | None) -> nn.Module:
+def _by_name(
+    name: str, weights: str | None, classes: int | None, options: Mapping[str, Any]
+) -> nn.Module:
     if weights is None:
         if classes is None and ":" not in name:
             classes = CLASSES
-        return create_model(name, classes)
+        return create_model(name, classes, **options)
     file = WeightFile.open(weights)
-    if classes is None and file.network.architecture in (name, f"simkd:{name}"):
+    if classes is None and not options and file.network.architecture in (name, f"simkd:{name}"):
         return model_from_file(file)
-    return create_model(name, classes, weights=file)
+    if classes is None and file.network.num_classes is None and ":" not in name:
+        raise UserError(f"{weights} does not say how many classes its network has: set --classes")
+    return create_model(name, classes, weights=file, **options)
+
+
+def _in_words(options: Mapping[str, Any]) -> list[str]:
+    """For a title: `width=0.5`, `{layer1: G(4)} depth 5-3-5`."""
+    plain = [f"{key}={one}" for key, one in options.items() if key not in GENOTYPE]
+    genotype = genotype_in_words(options.get("blocks"), options.get("depth"))
+    return [*plain, genotype] if genotype else plain
 
 
 def _title(what: str, model: nn.Module) -> str:
@@ -72,14 +97,4 @@ def size_of(subject: Subject, asked: tuple[int, int] | None) -> tuple[int, int] 
         except Refused as error:
             raise UserError(f"{subject.title}: {error}") from error
     assert subject.model is not None
-    card = card_of(subject.model)
-    if card is not None and card.data is not None and card.data.image_size:
-        return card.data.image_size, card.data.image_size
-    source = (card.name if card and card.name else "").rpartition(":")[0]
-    if source == "torchvision":
-        return 224, 224
-    if source == "timm":
-        own: Any = subject.model
-        height, width = own.pretrained_cfg["input_size"][1:]
-        return height, width
-    return 32, 32
+    return usual_size(subject.model, facts_of(subject.model))

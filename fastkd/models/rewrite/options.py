@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.models.blocks.genotype import canonical_blocks, canonical_depth
+from fastkd.models.blocks.genotype import canonical_blocks, canonical_depth, genotype_in_words
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.models.card import card_of, title_of
 from fastkd.models.rewrite.cheapen import cheapen
@@ -106,8 +106,11 @@ def fill(
         if refused is not None:
             raise refused from None
         raise
-    _transplant(whole, model, str(file), new)
-    return tuple(key for key in GENOTYPE if card.options.get(key) != source.get(key))
+    changes = tuple(key for key in GENOTYPE if card.options.get(key) != source.get(key))
+    own = genotype_in_words(source.get("blocks"), source.get("depth"))
+    held = f"{file} holds the whole {title_of(model)}{own and f' {own}'}"
+    _transplant(whole, model, held, changes, new)
+    return changes
 
 
 def _whole_of(name: str, options: Mapping[str, Any], facts: NetworkFacts) -> dict[str, Any] | None:
@@ -133,10 +136,13 @@ def _set(options: Mapping[str, Any], key: str) -> Any:
     return None if value == {"block": "S", "shortcuts": True}.get(key) else value
 
 
-def _transplant(whole: nn.Module, model: nn.Module, origin: str, new: Sequence[str]) -> None:
+def _transplant(
+    whole: nn.Module, model: nn.Module, held: str, changes: Sequence[str], new: Sequence[str]
+) -> None:
     """Copy what a network shares with a larger one, by name and shape; a warning says how much.
 
-    new: paths of layers that keep their initial weights.
+    held: what the file holds. changes: options that make the difference. new: paths of layers that
+    keep their initial weights.
     """
     given, own = whole.state_dict(), model.state_dict()
     fitting = {
@@ -145,11 +151,11 @@ def _transplant(whole: nn.Module, model: nn.Module, origin: str, new: Sequence[s
         if key in given and given[key].shape == value.shape and not lies_in(key, new)
     }
     model.load_state_dict(fitting, strict=False)
-    fresh = {key.rpartition(".")[0] for key in own.keys() - fitting.keys()}
-    layers = sorted(path for path in fresh if not any(path.startswith(one) for one in new))
+    fresh = [key for key in own.keys() - fitting.keys() if not lies_in(key, new)]
+    layers = sorted({key.rpartition(".")[0] for key in fresh})
     shown = f" ({', '.join(layers[:3])}{', ..' * (len(layers) > 3)})" if layers else ""
     warnings.warn(
-        f"{origin} holds the whole {title_of(model)}: {len(fitting)} of {len(own)} tensors are "
-        f"taken from it, {len(layers)} layers are new{shown}, so this network has to be trained",
+        f"{held}: {len(fitting)} of {len(own)} tensors are taken from it, {len(layers)} layers are "
+        f"new{shown}; with {' and '.join(changes)} it is another network, which has to be trained",
         stacklevel=2,
     )
