@@ -62,8 +62,8 @@ def fast(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
-    """The exhaustive combinations: tests marked `matrix`."""
-    session.run(*PYTEST, "-m", "matrix", *session.posargs, external=True, env=QUIET)
+    """The exhaustive combinations: tests marked `matrix`, but for those that are also slow."""
+    session.run(*PYTEST, "-m", "matrix and not slow", *session.posargs, external=True, env=QUIET)
 
 
 @nox.session(venv_backend="none")

@@ -4,6 +4,7 @@ The truth is the network in float64. The images are CIFAR-10's where FASTKD_TEST
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.matrix
 
 DATA = os.environ.get("FASTKD_TEST_DATA")
 MEAN_STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def often(*kept: Any, of: Iterable[Any]) -> list[Any]:
+    """Parameters of which only those that are kept run in CI, the others by hand (`-m slow`)."""
+    return [pytest.param(one, marks=[] if one in kept else pytest.mark.slow) for one in of]
+
 
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet8x4": ("resnet8x4", {}),
@@ -99,16 +106,15 @@ def compared(model: nn.Module, path: Path, tools: Any, **how: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ZOO)
-@pytest.mark.parametrize("how", [{}, {"dynamic_batch": True}], ids=["one", "any"])
-def test_zoo(tmp_path: Path, tools: Any, form: str, how: dict[str, Any]) -> None:
+def test_zoo(tmp_path: Path, tools: Any, form: str) -> None:
     name, options = ZOO[form]
     model = tools.trained(create_model(name, 10, kernels="auto", **options))
-    compared(model, tmp_path, tools, **how)
+    compared(model, tmp_path, tools, dynamic_batch=form in ("resnet8x4", "shufflenetv1"))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("name", ["wrn_10_2", "resnet18"])
-@pytest.mark.parametrize("kernels", ["plain", "fused"])
+@pytest.mark.parametrize("name", often("wrn_10_2", of=("wrn_10_2", "resnet18")))
+@pytest.mark.parametrize("kernels", often("fused", of=("plain", "fused")))
 def test_blocks(tmp_path: Path, tools: Any, block: str, name: str, kernels: Any) -> None:
     options = {"width": 0.25} if name == "resnet18" else {}
     model = create_model(name, 10, block=block, kernels=kernels, **options)
@@ -121,13 +127,16 @@ def test_timm(tmp_path: Path, tools: Any, name: str) -> None:
     compared(model, tmp_path, tools, images=8)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", often("regnety_002", "convnext_atto", of=TIMM))
 def test_timm_in_any_batch(tmp_path: Path, tools: Any, name: str) -> None:
     model = tools.trained(create_model(f"timm:{name}", 10))
     compared(model, tmp_path, tools, images=4, dynamic_batch=True)
 
 
-@pytest.mark.parametrize("name", [*TIMM, "resnet18-cheap"])
+@pytest.mark.parametrize(
+    "name",
+    often("resnet18-cheap", "vit_tiny_patch16_224", "regnety_002", of=[*TIMM, "resnet18-cheap"]),
+)
 def test_timm_as_a_folder(tmp_path: Path, tools: Any, name: str) -> None:
     import timm
 
@@ -154,7 +163,7 @@ HALF += ("timm:vit_tiny_patch16_224", "timm:convnext_atto", "timm:efficientnet_b
 HALF += ("timm:swin_tiny_patch4_window7_224", "torchvision:mobilenet_v3_small")
 
 
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("name", often(*HALF[:-2], HALF[-1], of=HALF))
 def test_half(tmp_path: Path, tools: Any, name: str) -> None:
     model = tools.trained(create_model(name.removeprefix("zoo:"), 10))
     compared(model, tmp_path, tools, images=8, half=True)
@@ -216,7 +225,7 @@ def test_programs(tmp_path: Path, tools: Any, name: str) -> None:
         export_network(Source.of(model), tmp_path / f"{choice.half}.pt2", choice)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 21, 23])
+@pytest.mark.parametrize("opset", often(18, 23, of=(18, 20, 21, 23)))
 def test_opsets(tmp_path: Path, tools: Any, opset: int) -> None:
     import onnx
 

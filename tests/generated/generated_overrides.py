@@ -188,7 +188,8 @@ def _word(rng: random.Random) -> tuple[str, str, Any]:
     word = rng.choice(WORDS[key])
     if rng.random() < 0.4:
         wrong = rng.choice((word + "x", word[:-1] or "x", word[::-1] + "?", "7", "[a]", "{a: b}"))
-        return f"{key}={wrong}", key, REFUSED
+        # Less its last letter, adamw is another word.
+        return f"{key}={wrong}", key, wrong if wrong in WORDS[key] else REFUSED
     return f"{key}={word}", key, word
 
 
