@@ -61,10 +61,10 @@ void load_pixels(const Stored* from, std::int64_t step, std::int64_t classes, st
     if constexpr (kVectors<T, Stored>) {
       if (count == kTileRows) {
         for (std::int64_t i = 0; i < kTileRows; i += Lanes<T>::n) store(tile + i, load_wide(from + i));
-        // There are more classes than the hardware follows: ask for those of the next tile.
+        // There are more classes than the hardware follows: ask for those of the next tile, in L2.
         const char* next = reinterpret_cast<const char*>(from + kTileRows);
         for (std::size_t line = 0; line < kTileRows * sizeof(Stored); line += 64)
-          __builtin_prefetch(next + line);
+          __builtin_prefetch(next + line, 0, 2);
         continue;
       }
     }
