@@ -62,7 +62,7 @@ def fast(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
-    """The exhaustive combinations: tests marked `matrix`, but for those that are also slow."""
+    """The exhaustive combinations: tests marked `matrix`, except those that are also slow."""
     session.run(*PYTEST, "-m", "matrix and not slow", *session.posargs, external=True, env=QUIET)
 
 

@@ -40,7 +40,7 @@ class StopSignal:
         # Elsewhere Python does not let anybody receive signals: the caller keeps its own handling.
         if threading.current_thread() is threading.main_thread():
             if not _ACTIVE:
-                handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+                handlers = {int(number): signal.getsignal(number) for number in _SIGNALS}
                 if handlers[signal.SIGHUP] is signal.SIG_IGN:
                     del handlers[signal.SIGHUP]
                 _BEFORE.update(handlers)

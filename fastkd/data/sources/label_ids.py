@@ -103,7 +103,10 @@ class LabelIds:
         stored = image.getpalette() or []
         named = dict(self.colours)
         for number in found:
-            own, colour = self.table[number], tuple(stored[3 * number : 3 * number + 3])
+            entry = stored[3 * number : 3 * number + 3]
+            if len(entry) < 3:  # a palette need not reach to the last number
+                continue
+            own, colour = self.table[number], (entry[0], entry[1], entry[2])
             if own != NO_CLASS and named.get(colour, own) != own:
                 other = [one for one, _ in self.colours].index(colour)
                 raise UserError(
