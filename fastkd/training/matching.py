@@ -3,8 +3,9 @@
 Called by `build_trainer` before anything is trained; `fastkd.training.answers` looks at the values.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,33 @@ def _check_rows(term: LossTerm, need: Need, tensor: Tensor, images: int) -> None
     )
 
 
+def _answer(
+    student: nn.Module,
+    run: Callable[[Tensor], Any],
+    images_NCHW: Tensor,
+    precision: Precision,
+    remedies: Remedies,
+) -> Any:
+    """What `run` makes of images; UserError if the student fails on them, with what to change."""
+    try:
+        with precision.autocast():
+            return run(images_NCHW)
+    except UserError:
+        raise
+    except Exception as error:
+        # Foreign code can fail in any way.
+        raise refusal(
+            error,
+            title=f"{remedies.called} {title_of(student)}",
+            model=student,
+            run=run,
+            images_NCHW=images_NCHW,
+            precision=precision,
+            remedy=remedies.student,
+            trained=True,
+        ) from error
+
+
 def _shown(
     student: nn.Module, tapped: Tapped, probe: Tensor, precision: Precision, remedies: Remedies
 ) -> dict[str, Tensor]:
@@ -152,23 +180,7 @@ def _shown(
         evaluating(student),
         noting_wrong_gradients(student, precision) as wrong,
     ):
-        try:
-            with precision.autocast():
-                features = tapped(images_NCHW)
-        except UserError:
-            raise
-        except Exception as error:
-            # Foreign code can fail in any way.
-            raise refusal(
-                error,
-                title=f"{remedies.called} {title_of(student)}",
-                model=student,
-                run=tapped,
-                images_NCHW=images_NCHW,
-                precision=precision,
-                remedy=remedies.student,
-                trained=True,
-            ) from error
+        features = _answer(student, tapped, images_NCHW, precision, remedies)
     if wrong:
         height, width = probe.shape[2:]
         raise UserError(
@@ -258,23 +270,8 @@ def shape_of_logits(
     # Two, as in the trial of the step: one is not a batch to every network.
     images_NCHW = images_NCHW[:2].to(image_dtype(student, precision))
     with torch.no_grad(), evaluating(student):
-        try:
-            with precision.autocast():
-                logits = logits_of(student(images_NCHW))
-        except UserError:
-            raise
-        except Exception as error:
-            # Foreign code can fail in any way.
-            raise refusal(
-                error,
-                title=f"the student {title_of(student)}",
-                model=student,
-                run=student,
-                images_NCHW=images_NCHW,
-                precision=precision,
-                remedy=remedies.student,
-                trained=True,
-            ) from error
+        answer = _answer(student, student, images_NCHW, precision, remedies)
+        logits = logits_of(answer)
     if logits.ndim not in (2, 4):
         raise UserError(
             f"the student must return logits [N, classes], or [N, classes, H, W] for segmentation, "
