@@ -45,8 +45,13 @@ def main() -> None:
     facts = read_results(options.epochs) if options.write else {}
     facts.setdefault("rows", [])
     facts |= {
-        "command": f"python benchmarks/cycle_on_cifar10.py --seeds {options.seeds} "
-        f"--epochs {options.epochs}",
+        "command": " ".join(
+            [
+                f"python benchmarks/cycle_on_cifar10.py --seeds {options.seeds} "
+                f"--epochs {options.epochs}",
+                *options.keys,
+            ]
+        ),
         "epochs": options.epochs,
     }
     with open_world("cpu") as world:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
     parser.add_argument("--write", action="store_true", help="write docs/ and results/")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run")
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
     rows, pictures = [], None
@@ -74,7 +74,10 @@ def main() -> None:
                 if (method, seed) == (SHOWN, 0):
                     pictures = folder_of(recipe, session) / "predictions.png"
     facts = {
-        "command": f"python benchmarks/segmentation_on_camvid.py --seeds {options.seeds}",
+        "command": " ".join(
+            [f"python benchmarks/segmentation_on_camvid.py --seeds {options.seeds}", *options.keys]
+        ),
+        "precision": recipe.precision,
         "epochs": options.epochs,
         "teacher_epochs": options.teacher_epochs,
         "teacher": {key: teacher[key] for key in ("miou_best", "params", "macs")},
@@ -112,7 +115,7 @@ def table(facts: dict) -> str:
         f"`{facts['command']}`",
         "",
         f"{machine['time']}, {machine['cpu']['name']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}, fastkd {machine['fastkd']}.",
+        f"{machine['torch']}, fastkd {machine['fastkd']}, {facts['precision']}.",
         "",
         "180 training and 60 validation images of CamVid (JPEG, quality 85) at 240 x 180 pixels, "
         "11 classes. The teacher, an ERFNet "
