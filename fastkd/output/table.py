@@ -15,7 +15,7 @@ from rich.text import Text
 from fastkd.evaluation.headline import HEADLINES, headline_of
 from fastkd.printable import printable
 
-__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table"]
+__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table", "latex_rows"]
 
 DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
 """Columns that a terminal may be too narrow for, the first to go first."""
@@ -120,7 +120,29 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = _filled(cells_of(rows))
     layout = "".join("l" if key in ("run", "note") else "r" for key in cells.headers)
     lines = [[_title(title) for title in cells.headers.values()]]
-    lines += [[row[key] for key in cells.headers] for row in cells.rows]
+    return _tabular(layout, [*lines, *([row[key] for key in cells.headers] for row in cells.rows)])
+
+
+def latex_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same of any rows: their keys are the titles; numbers are short and stand right."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    numbers = {key: all(_is_number(row.get(key)) for row in rows) for key in keys}
+    layout = "".join("r" if numbers[key] else "l" for key in keys)
+    titles = [key.replace("_", " ") for key in keys]
+    return _tabular(layout, [titles, *([_cell(row.get(key)) for key in keys] for row in rows)])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else printable(str(value), CELL)
+
+
+def _tabular(layout: str, lines: Sequence[Sequence[str]]) -> str:
     head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
     return "\n".join(
         [
