@@ -69,7 +69,7 @@ def table(options: argparse.Namespace) -> None:
     if not summaries:
         raise UserError("name the folders of finished runs: fastkd table runs/RECIPE/*")
     recipes = {folder: _recipe_of(folder) for folder in summaries}
-    choices = differences(recipes)
+    choices = differences({folder: one.dotted() for folder, one in recipes.items()})
     rows = rows_of(
         {choices[folder]: recipe for folder, recipe in recipes.items()},
         {choices[folder]: summary for folder, summary in summaries.items()},

@@ -19,6 +19,8 @@ __all__ = [
     "Gain",
     "alone_of",
     "gains",
+    "is_alone",
+    "pair_of",
     "paired",
     "reached_alone",
     "standard_error",
@@ -60,9 +62,7 @@ class Gain:
         if self.others is not None:
             count += f" and {self.others}, not paired"
         measured = f"{100 * self.mean:+.2f} points (standard error {100 * self.error:.2f}, {count})"
-        if not self.shown:
-            return f"no gain shown: {measured}"
-        return f"gain {measured}" if self.mean > 0 else f"no gain but a loss: {measured}"
+        return f"gain {measured}" if self.shown and self.mean > 0 else f"no gain shown: {measured}"
 
 
 def paired(differences: Sequence[float]) -> Gain | None:
@@ -113,15 +113,15 @@ def gains(
     reached: dict[str, float] = {}
     for choice, recipe in recipes.items():
         last = f"{headline(found[choice])}_last"
-        if last in found[choice] and _is_alone(recipe):
-            key = _pair(recipe)
+        if last in found[choice] and is_alone(recipe):
+            key = pair_of(recipe)
             reached[key] = max(reached.get(key, -1.0), found[choice][last])
     gained: dict[Choice, float] = {}
     for choice, recipe in recipes.items():
         summary = found[choice]
         last = f"{headline(summary)}_last"
         own = (summary.get("alone") or {}).get(last)
-        base = reached.get(_pair(recipe)) if own is None else own
+        base = reached.get(pair_of(recipe)) if own is None else own
         if recipe.teacher and last in summary and base is not None:
             gained[choice] = summary[last] - base
     return gained
@@ -136,11 +136,11 @@ def reached_alone(
 
     At the rate of the largest mean. found: summaries.
     """
-    wanted = _pair(_of_any_seed(recipe))
+    wanted = pair_of(_of_any_seed(recipe))
     by_rate: dict[float, list[float]] = {}
     for choice, one in recipes.items():
         last = f"{headline(found[choice])}_last"
-        if last in found[choice] and _is_alone(one) and _pair(_of_any_seed(one)) == wanted:
+        if last in found[choice] and is_alone(one) and pair_of(_of_any_seed(one)) == wanted:
             by_rate.setdefault(one.optim.lr, []).append(found[choice][last])
     return max(by_rate.values(), key=statistics.mean, default=[])
 
@@ -149,11 +149,12 @@ def _of_any_seed(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"seed": 0})
 
 
-def _is_alone(recipe: Recipe) -> bool:
+def is_alone(recipe: Recipe) -> bool:
+    """Whether a recipe is a student alone, as `alone_of` makes it."""
     alone = alone_of(recipe)
     return recipe.teacher is None and recipe.replace(name=alone.name).digest() == alone.digest()
 
 
-def _pair(recipe: Recipe) -> str:
+def pair_of(recipe: Recipe) -> str:
     """Equal for a run and its baselines, at any rate."""
     return alone_of(recipe.model_copy(update={"baseline": BaselineConfig()}), 1.0).digest()

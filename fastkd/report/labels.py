@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.config.plain_yaml import NotPlain, read_yaml
-from fastkd.config.values import dotted
-from fastkd.recipe.schema import Recipe
+from fastkd.config.values import dotted as dotted_keys
 
 __all__ = ["ALONE", "Choice", "differences", "labels"]
 
@@ -108,7 +107,7 @@ def _short_mappings(values: Sequence[str]) -> dict[str, str]:
         else "+".join(map(str, one))
         for value, one in found.items()
     }
-    leaves = {value: dotted(one) for value, one in found.items()}
+    leaves = {value: dotted_keys(one) for value, one in found.items()}
     named: dict[str, str] = {}
     for value, name in short.items():
         own, alike = leaves[value], [leaves[other] for other in values if short[other] == name]
@@ -146,12 +145,12 @@ def _shorter_keys(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
     return {c: [(short.get(key, key), value) for key, value in pairs] for c, pairs in split.items()}
 
 
-def differences(recipes: Mapping[Path, Recipe]) -> dict[Path, Choice]:
-    """The overrides that tell the recipes apart: their names, then keys that say something new.
+def differences(dotted: Mapping[Path, Mapping[str, Any]]) -> dict[Path, Choice]:
+    """The overrides that tell recipes apart: their names, then keys that say something new.
 
-    Runs of the same recipe are told apart by their folders.
+    dotted: keys of each run's recipe, as `Recipe.dotted` gives them. Runs of the same recipe are
+    told apart by their folders.
     """
-    dotted = {folder: recipe.dotted() for folder, recipe in recipes.items()}
     every = list(dotted.values())
     keys = ["name", *(key for values in every for key in values)]
     told = list[str]()
@@ -163,7 +162,7 @@ def differences(recipes: Mapping[Path, Recipe]) -> dict[Path, Choice]:
         known = [*told, "seed"] if key.endswith(".seed") else told
         if not _follows(key, known, every):
             told.append(key)
-    if len({values["seed"] for values in every}) > 1:
+    if len({values.get("seed") for values in every}) > 1:
         told.append("seed")
     choices = {
         folder: tuple(

@@ -46,6 +46,10 @@ class ReportedRun:
     """environment.json; empty where there is none."""
     label: str
     """What tells the run from the others of a report."""
+    group: str = ""
+    """The label without the seed: runs that are equal in it differ in their seeds alone."""
+    alone: Path | None = None
+    """Folder of the student alone that the run is measured by."""
     predictions: Mapping[str, Path] = field(default_factory=dict)
     """Files of kept answers to the validation images, by `student`, `alone` and `teacher`."""
 

@@ -154,11 +154,13 @@ def integer_axis(axis: Any) -> None:
 
 
 def legend_below(figure: "Figure", axes: Any, *, columns: int = 2, title: str = "") -> None:
-    """The legend of one panel under the whole figure, where it covers no curve.
+    """One legend under the whole figure, where it covers no curve.
 
+    axes: one panel, or an array of them, which share their series; the one with the most is shown.
     Long names get one column. The figure grows by the lines of the legend.
     """
-    handles, labels = axes.get_legend_handles_labels()
+    every = [one.get_legend_handles_labels() for one in getattr(axes, "flat", [axes])]
+    handles, labels = max(every, key=lambda one: len(one[1]))
     if not labels:
         return
     widest = max(map(len, labels))
