@@ -74,7 +74,7 @@ def _class_gain(runs: Sequence[ReportedRun]) -> Drawn | None:
     if len(order) > _MOST_CLASSES:
         half = _MOST_CLASSES // 2
         shown = np.concatenate([order[:half], order[-half:]])
-    figure, grid = new_figure("page", ratio=0.05 * len(shown) + 0.15, panels=(1, 2))
+    figure, grid = new_figure("page", ratio=0.045 * len(shown) + 0.25, panels=(1, 2))
     left, right = grid[0]
     places = np.arange(len(shown))[::-1]
     before_C, after_C, _, _ = gains[0]
@@ -126,9 +126,10 @@ def _class_gain(runs: Sequence[ReportedRun]) -> Drawn | None:
     left.set_xlabel(f"accuracy of {compared[0].group}")
     right.set_xlabel(f"gain over the {compared[0].reference}, points")
     percent_axis(left.xaxis)
-    left.legend(loc="best")
+    right.tick_params(axis="y", length=0)
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     if len(shown) < len(order):
-        left.set_title(f"{len(shown)} of {len(order)} classes: the largest gains and losses")
+        right.set_title(f"{len(shown)} of {len(order)} classes, the largest changes")
     if len(compared) > 1:
         legend_below(figure, right)
     return Drawn(figure, rows)

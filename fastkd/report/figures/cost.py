@@ -80,9 +80,11 @@ def _pareto(runs: Sequence[ReportedRun]) -> Drawn | None:
                 label=found[number].name,
             )
             rows[number] |= {title: costs[place], f"front by {title}": place in front}
-        axes.set(xscale="log", xlabel=title)
+        # Within a decade the ticks of a logarithm are crowded.
+        wide = max(costs) > 10 * min(costs)
+        axes.set(xscale="log" if wide else "linear", xlabel=title)
         percent_axis(axes.yaxis)
-    grid[0, 0].set_ylabel(f"validation {printed}, last epoch")
+    grid[0, 0].set_ylabel(f"validation {printed}")
     legend_below(figure, grid, columns=4)
     return Drawn(figure, rows)
 
@@ -127,9 +129,11 @@ def _networks(runs: Sequence[ReportedRun], metric: str, timed: dict[str, float])
         times = _training_times(alone) if by_training else times
         found += _network(f"{name}, alone", alone, f"{metric}_last", times, titles)
     teachers: dict[str, list[dict[str, Any]]] = {}
+    drawn = {(run.summary or {}).get("digest") for run in runs} - {None}
     for run in runs:
         teacher = (run.summary or {}).get("teacher")
-        if teacher and teacher.get(metric) is not None:
+        own = (teacher or {}).get("training") or {}
+        if teacher and teacher.get(metric) is not None and own.get("digest") not in drawn:
             teachers.setdefault(f"teacher {teacher.get('name', '')}".rstrip(), []).append(teacher)
     for name, facts in teachers.items():
         # One teacher of many runs is one network.

@@ -75,20 +75,23 @@ def _accuracy(runs: Sequence[ReportedRun]) -> Drawn | None:
         )
     if not rows:
         return None
+    drawn = {(run.summary or {}).get("digest") for run in runs}
     levels = {
         (teacher.get("name", "teacher"), teacher[metric])
         for run in runs
-        if (teacher := (run.summary or {}).get("teacher")) and teacher.get(metric) is not None
+        if (teacher := (run.summary or {}).get("teacher"))
+        and teacher.get(metric) is not None
+        and (teacher.get("training") or {}).get("digest") not in drawn - {None}
     }
     for name, level in sorted(levels)[:_MOST_LEVELS]:
         axes.axhline(level, color=QUIET, linewidth=0.8, linestyle=(0, (1, 1)))
         axes.annotate(
             f"teacher {name}",
-            (0.99, level),
+            (0.01, level),
             xycoords=("axes fraction", "data"),
             fontsize=6,
             color=QUIET,
-            ha="right",
+            ha="left",
             va="bottom",
         )
     axes.set(xlabel="epoch", ylabel=f"validation {printed}")

@@ -141,9 +141,10 @@ def new_figure(
 
 def percent_axis(axis: Any) -> None:
     """Ticks of shares of 1 in percent. axis: `axes.yaxis`."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0))
+    # Without zeros behind the point, which PercentFormatter writes.
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
 
 
 def integer_axis(axis: Any) -> None:

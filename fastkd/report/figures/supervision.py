@@ -46,7 +46,9 @@ def initialisation_of(run: ReportedRun) -> str:
 
 
 def _supervision(runs: Sequence[ReportedRun]) -> Drawn | None:
-    """A run with its own student alone has both kinds of labels by itself."""
+    """Among students of one network; a run with its own student alone has both by itself."""
+    taught = [_student(run) for run in runs if run.key("teacher")]
+    runs = [run for run in runs if _student(run) in taught]
     series = [(supervision_of(run), run, run.history) for run in runs]
     known = {run.path.resolve() for run in runs}
     series += [
@@ -76,8 +78,8 @@ def _initialisations(runs: Sequence[ReportedRun]) -> Drawn | None:
 def _discriminator(runs: Sequence[ReportedRun]) -> Drawn | None:
     """Only among students of one network that have a teacher."""
     taught = [run for run in runs if run.key("teacher")]
-    networks = {run.key("student.name") for run in taught if "discriminator" in _losses(run)}
-    taught = [run for run in taught if run.key("student.name") in networks]
+    networks = {_student(run) for run in taught if "discriminator" in _losses(run)}
+    taught = [run for run in taught if _student(run) in networks]
 
     def which(run: ReportedRun) -> str:
         return "with discriminator" if "discriminator" in _losses(run) else "without"
@@ -87,6 +89,12 @@ def _discriminator(runs: Sequence[ReportedRun]) -> Drawn | None:
         "train_discriminator": "loss of the discriminator",
     }
     return _curves([(which(run), run, run.history) for run in taught], panels)
+
+
+def _student(run: ReportedRun) -> str:
+    """The network, whatever its weights."""
+    keys = ("name", "width", "block", "blocks", "depth", "shortcuts", "stem")
+    return repr([run.key(f"student.{key}") for key in keys])
 
 
 def _losses(run: ReportedRun) -> Mapping[str, Any]:
