@@ -13,6 +13,7 @@ from typing import NoReturn, TypeAlias
 from fastkd import __version__
 from fastkd.cli.export_words import add_export
 from fastkd.cli.latency_words import add_latency
+from fastkd.cli.report_words import add_report
 from fastkd.errors import UserError
 from fastkd.printable import shown
 
@@ -150,6 +151,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_train(commands)
     _add_compare(commands)
     _add_table(commands)
+    add_report(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     add_export(commands)

@@ -6,6 +6,7 @@ and each format lays the same text out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich import box
@@ -15,7 +16,15 @@ from rich.text import Text
 from fastkd.evaluation.headline import HEADLINES, headline_of
 from fastkd.printable import printable
 
-__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table", "latex_rows"]
+__all__ = [
+    "DISPENSABLE",
+    "NOTE_WIDTH",
+    "as_html",
+    "as_latex",
+    "as_markdown",
+    "comparison_table",
+    "latex_rows",
+]
 
 DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
 """Columns that a terminal may be too narrow for, the first to go first."""
@@ -121,6 +130,23 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     layout = "".join("l" if key in ("run", "note") else "r" for key in cells.headers)
     lines = [[_title(title) for title in cells.headers.values()]]
     return _tabular(layout, [*lines, *([row[key] for key in cells.headers] for row in cells.rows)])
+
+
+def as_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table element; whatever a run is called is text in it."""
+    cells = _filled(cells_of(rows))
+    left = ("run", "note")
+
+    def line(tag: str, texts: Mapping[str, str]) -> str:
+        inside = "".join(
+            f"<{tag}{'' if key in left else ' class=number'}>{escape(texts[key])}</{tag}>"
+            for key in cells.headers
+        )
+        return f"<tr>{inside}</tr>"
+
+    head = line("th", {key: _title(title) for key, title in cells.headers.items()})
+    body = "\n".join(line("td", row) for row in cells.rows)
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
 
 
 def latex_rows(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -31,6 +31,10 @@ class Collected:
     verdicts: list[str]
     """One sentence for every mean with a baseline; empty where there are no seeds."""
 
+    def of(self, runs: list[ReportedRun]) -> "Collected":
+        """The same of runs that know more, such as their networks' answers."""
+        return replace(self, runs=runs)
+
 
 def collect(runs: Sequence[ReportedRun]) -> Collected:
     """Name the runs, find their baselines, and make rows and verdicts of them."""
