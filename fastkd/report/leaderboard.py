@@ -14,6 +14,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.recipes.catalogue import all_recipes, recipes_by_module
+from fastkd.recipes.entry import Entry
 from fastkd.recipes.listing import title_of_module
 from fastkd.recipes.published import METRICS
 from fastkd.report.benchmark_files import Benchmark, read_benchmark
@@ -188,9 +189,21 @@ def _not_run(runs: Sequence[ReportedRun]) -> _Section:
         left = [entry for entry in rows if entry.name not in ran]
         total, missing = total + len(rows), missing + len(left)
         line = f"{title_of_module(module)}: {len(left)} of {len(rows)} recipes not run"
-        items[line] = [f"{entry.name}: {entry.published[0]}" for entry in left]
-    text = f"{missing} of the {total} recipes that are rows of papers were not run."
+        items[line] = _by_pair(left)
+    text = (
+        f"{missing} of the {total} recipes that are rows of papers were not run; behind each "
+        f"method the paper's number, in percent."
+    )
     return _Section("Not run", [text], items=items)
+
+
+def _by_pair(entries: Sequence[Entry]) -> list[str]:
+    """`kdda/cifar100/A--B: kd 74.92, at 74.08`: the paper's numbers of all methods of a pair."""
+    pairs: dict[str, list[str]] = {}
+    for entry in entries:
+        pair, _, method = entry.name.rpartition("/")
+        pairs.setdefault(pair, []).append(f"{method} {entry.published[0].value:.2f}")
+    return [f"{pair}: {', '.join(methods)}" for pair, methods in pairs.items()]
 
 
 def _points(value: float | None) -> str:

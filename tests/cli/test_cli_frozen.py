@@ -28,6 +28,7 @@ OPTIONS = {
         "--together",
     },
     "table": {"--latex", "--markdown"},
+    "report": {"--figures", "--formats", "--leaderboard", "--list", "--out", "--predict"},
     "eval": {"--weights"},
     "predict": {"--out"},
     "export": {

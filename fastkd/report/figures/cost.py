@@ -71,7 +71,7 @@ def _pareto(runs: Sequence[ReportedRun]) -> Drawn | None:
             axes.errorbar(
                 costs[place],
                 reached[place],
-                yerr=found[number].reached.error,
+                yerr=found[number].reached.error or None,
                 color=look["color"],
                 marker=look["marker"],
                 linestyle="none",
