@@ -30,10 +30,11 @@ __all__ = [
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1; beyond the last one that is
 # used, which is slightly strict.
-_T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
+_QUANTILES = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228
+2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 2.086
+"""
+_T95 = tuple(map(float, _QUANTILES.split()))
 
 
 @dataclass(frozen=True)
