@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from cifar10_methods import difference, finished, spread
@@ -19,6 +20,7 @@ from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
 from fastkd.output.run_folder import find_finished
+from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session
 
@@ -32,6 +34,8 @@ METHODS = {
     "AT + KD": "camvid/erfnet--erfnet-G:N/at+kd",
     "CWD": "camvid/erfnet--erfnet-G:N/cwd",
 }
+# For speed alone: the blocks are the same.
+QUICKLY = ("student.kernels=fused", "compile=on")
 SHOWN = "AT + KD"
 """The method whose pictures are in docs/."""
 
@@ -54,25 +58,20 @@ def main() -> None:
         lesson = load_recipe("camvid/erfnet", overrides=words)
         teacher = finished(lesson, session)
         weights = folder_of(lesson, session) / "best.safetensors"
-        taught = [f"teacher.weights={weights}", "teacher.train=false"]
-        for seed in range(options.seeds):
-            for method, name in METHODS.items():
-                keys = [*given, f"seed={seed}", f"epochs={options.epochs}"]
-                keys += [f"eval_epochs={options.epochs}", *(taught if method != ALONE else ())]
-                recipe = load_recipe(name, overrides=keys)
-                summary = finished(recipe, session)
-                row = {
-                    "method": method,
-                    "seed": seed,
-                    "miou": summary["miou_last"],
-                    "pixel_accuracy": summary["history"][-1]["val_pixel_accuracy"],
-                    "params": summary["params"],
-                    "macs": summary["macs"],
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                if (method, seed) == (SHOWN, 0):
-                    pictures = folder_of(recipe, session) / "predictions.png"
+        for seed, method, recipe in lessons(given, weights, options.epochs, options.seeds):
+            summary = finished(recipe, session)
+            row = {
+                "method": method,
+                "seed": seed,
+                "miou": summary["miou_last"],
+                "pixel_accuracy": summary["history"][-1]["val_pixel_accuracy"],
+                "params": summary["params"],
+                "macs": summary["macs"],
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if (method, seed) == (SHOWN, 0):
+                pictures = folder_of(recipe, session) / "predictions.png"
     facts = {
         "command": " ".join(
             [f"python benchmarks/segmentation_on_camvid.py --seeds {options.seeds}", *options.keys]
@@ -91,6 +90,18 @@ def main() -> None:
         results.write_text(json.dumps(facts, indent=1) + "\n")
         (ROOT / "docs" / "segmentation_camvid.md").write_text(text)
         shutil.copyfile(pictures, ROOT / "docs" / "segmentation_camvid.png")
+
+
+def lessons(
+    given: list[str], weights: Path, epochs: int, seeds: int
+) -> Iterator[tuple[int, str, Recipe]]:
+    """Seed, method and recipe of every student; `weights`: the teacher's."""
+    taught = [f"teacher.weights={weights}", "teacher.train=false"]
+    for seed in range(seeds):
+        for method, name in METHODS.items():
+            keys = [*given, *QUICKLY, f"seed={seed}", f"epochs={epochs}", f"eval_epochs={epochs}"]
+            keys += taught if method != ALONE else []
+            yield seed, method, load_recipe(name, overrides=keys)
 
 
 def folder_of(recipe, session: Session) -> Path:
