@@ -55,9 +55,8 @@ def _paper(name: str) -> Iterator[str]:
     for table, facts in papers()[name]["tables"].items():
         cells = {cell: entry for cell, entry in found.items() if cell.table == table}
         if cells:
-            yield from _table(
-                f"Table {table}" if table[0].isdigit() else table, facts["title"], cells
-            )
+            place = next(iter(cells)).place
+            yield from _table(f"{place[:1].upper()}{place[1:]}: {facts['title']}", cells)
     yield from _others(entries)
     yield from _silent(entries)
 
