@@ -240,7 +240,7 @@ def test_wrong_lines_are_noticed() -> None:
         "fastkd trian quickstart",
         "fastkd train cifar10/resnet56--resnet20/no_such_method",
         "fastkd train quickstart optim.learning_rate=1",
-        "fastkd train --sweep 'seed=0;1' --sweep 'student.bloc=G:4'",
+        "fastkd train --sweep 'seed=0;1' --sweep 'student.blocc=G:4'",
         "fastkd compare cifar10/resnet56--resnet20/{kd,no_such_method} --seeds 2",
         "fastkd recipes no_such_paper",
         "pip install -e '.[no_such_extra]'",
