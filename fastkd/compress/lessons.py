@@ -25,7 +25,11 @@ _OURS = (
     *(f"teacher.{key}" for key in ("name", "block", "depth", "weights", "pretrained", "new_head")),
     *("student.frozen", "teacher.train", "encoder", "baseline", "name=", "out="),
 )
-"""Beginnings of keys that compress sets itself, or that make no sense for a network that changes."""
+"""Beginnings of keys that compress sets itself, or that a network that changes cannot have."""
+
+_AT = ("losses.at.weight=2", "losses.at.form=distance")
+"""The distance of equation 2: it is at most 2 for a pair whatever the size of its maps. The mean
+square, whose usual weight is 1000, would outweigh all else on the small maps of small images."""
 
 _NETWORK = tuple(f"student.{key}=" for key in NETWORK_OPTIONS)
 
@@ -61,7 +65,7 @@ def original_of(model: str, weights: str | None, keys: Sequence[str]) -> tuple[S
         )
     if name.startswith("simkd:"):
         raise UserError(f"{model} has the classifier of its teacher (SimKD): compress another")
-    return Student(name, options, "original"), weights
+    return Student(name, options, ""), weights
 
 
 def _options(name: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class Lessons:
         words += [f"teacher.weights={self.weights}"]
         if self.taps:
             pairs = ", ".join(f"{tap}: {tap}" for tap in self.taps)
-            words += ["losses.at.weight=1000", f"losses.at.pairs={{{pairs}}}"]
+            words += [*_AT, f"losses.at.pairs={{{pairs}}}"]
         words += given
         if epochs is not None:
             words.append(f"epochs={epochs}")

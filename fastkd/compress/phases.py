@@ -26,7 +26,6 @@ from fastkd.compress.lessons import Lessons, original_of
 from fastkd.compress.proposing import Bench, Search, propose
 from fastkd.compress.report import Row, proposals_table, result_of, spearman
 from fastkd.compress.scaled import depth_scaled, width_scaled
-from fastkd.compress.search import Prices
 from fastkd.compress.shrinking import steps_between
 from fastkd.compress.space import space_of
 from fastkd.compress.student import Student, start_weights
@@ -138,14 +137,14 @@ class _Job:
         self._say_ranking(ranked)
         chosen = _student(ranked["students"][0])
         self.title(5, "the original made shallower and narrower to the same latency")
-        baselines = self.folder.phase("baselines", lambda: self._baselines(chosen))
+        baselines = self.folder.phase("baselines", lambda: self._baselines(chosen, found["scale"]))
         students = {"chosen": chosen}
         for name, plain in baselines.items():
             if plain is None:
-                self.say(f"  {name}: none of {self.original.name} is that fast")
+                self.say(f"  {name}: no {self.original.name} is that fast")
             else:
                 students[name] = _student(plain)
-                self.say(f"  {name}: {students[name].name} {students[name].label}")
+                self.say(f"  {name}: {students[name].title}")
         self.title(6, f"distilling {len(students)} students")
         trained = {
             name: [self._distilled(student, name, seed) for seed in self._seeds()]
@@ -210,11 +209,11 @@ class _Job:
             f"(n={len(ranked['students'])})"
         )
 
-    def _baselines(self, chosen: Student) -> dict[str, Any]:
+    def _baselines(self, chosen: Student, scale: float) -> dict[str, Any]:
         facts, options = self.data.facts, self.original.options
         limit = self.bench.whole(chosen)
         space = space_of(self.original.name, facts.num_classes, facts.image_shape, options)
-        prices: Prices = self.bench.prices(space)
+        prices = replace(self.bench.prices(space, quiet=True), scale=scale)
         deep = depth_scaled(prices, limit, self.bench.whole)
         wide = width_scaled(self.original.name, options, limit, self.bench.whole)
         return {
@@ -258,7 +257,8 @@ class _Job:
         """Train it, or read what it reached before."""
         assert recipe.out is not None
         resume = "auto" if Path(recipe.out).exists() else None
-        return run_recipe(recipe, self.session, resume=resume) | {"folder": recipe.out}
+        with self.session.console.without_tables():
+            return run_recipe(recipe, self.session, resume=resume) | {"folder": recipe.out}
 
     def _result(
         self,
@@ -279,7 +279,7 @@ class _Job:
         rows = []
         for name, student in {"original": self.original, **students}.items():
             size = count(student.build(facts.num_classes), facts.image_shape)
-            label = name if name == "original" else f"{student.name} {student.label}"
+            label = student.title
             rows.append(Row(name, label, accuracies[name], measured[name], size.macs, size.params))
         return result_of(
             rows,

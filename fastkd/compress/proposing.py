@@ -56,10 +56,10 @@ class Bench:
         found = self.table.get(key)
         if found is None:
             found = self.meter.whole(student.build(self.num_classes).eval(), self.shape)
-            self.table.put(key, found, label=f"{student.name} {student.label}", block="")
+            self.table.put(key, found, label=student.title)
         return found.p50_ms
 
-    def prices(self, space: Space) -> Prices:
+    def prices(self, space: Space, *, quiet: bool = False) -> Prices:
         """Milliseconds of every choice in a space; says them, shape by shape."""
         graphs = list(space.graphs())
         labels = list(dict.fromkeys(graph.label for graph, _ in graphs))
@@ -69,13 +69,15 @@ class Bench:
             of |= {graph.key: self.layer(graph, block).p50_ms for graph, block in row}
             own = next((of[graph.key] for graph, block in row if block == "S"), None)
             cells = [_cell(of[graph.key], block, own) for graph, block in row]
+            if quiet:
+                continue
             self.say(f"  {number}/{len(labels)}  {label}: {'  '.join(cells)}")
         return Prices(space, of, self.whole(_student(space, space.original)))
 
 
 def _cell(ms: float, block: str, own: float | None) -> str:
     slower = own is not None and block != "S" and ms >= own
-    return f"{block} {ms:.3g} ms{' (slower, dropped)' if slower else ''}"
+    return f"{block} {ms:.3g}{' (slower, dropped)' if slower else ''}"
 
 
 def _student(space: Space, pick: Pick) -> Student:
@@ -144,10 +146,10 @@ def propose(search: Search, say: Callable[[str], None]) -> dict[str, Any]:
     bases = [search.original, *_thinned(narrower(search.original.name, search.original.options))]
     for number, base in enumerate(bases):
         if number:
-            say(f"no student of {bases[number - 1].name} is small enough: {base.label} is next")
+            say(f"no student of {bases[number - 1].name} is small enough: {base.title} is next")
         space = space_of(base.name, search.bench.num_classes, search.bench.shape, base.options)
         if search.target.quantity == "latency":
-            say(f"costs of the parts of {base.name}")
+            say(f"milliseconds of each block in {base.name}, by the shape that it sees")
         prices = search.prices(space)
         least = _student(space, smallest(prices))
         cost = search.cost(least)
@@ -162,7 +164,7 @@ def propose(search: Search, say: Callable[[str], None]) -> dict[str, Any]:
     raise UserError(
         f"--target {search.target} cannot be met: at most {words(limit)} is asked for, and the "
         f"nearest that {search.original.name} can reach is {words(nearest[0])} "
-        f"({nearest[0] / original:.2f}x), by {nearest[1].name} with {nearest[1].label}"
+        f"({nearest[0] / original:.2f}x), by {nearest[1].title}"
     )
 
 

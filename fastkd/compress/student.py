@@ -26,7 +26,12 @@ class Student:
     name: str
     options: Mapping[str, Any]
     label: str
-    """For tables."""
+    """What differs from the network of this name; may be empty."""
+
+    @property
+    def title(self) -> str:
+        """For tables and messages."""
+        return f"{self.name}, {self.label}" if self.label else self.name
 
     @property
     def digest(self) -> str:
@@ -66,14 +71,14 @@ def narrower(name: str, options: Mapping[str, Any]) -> list[Student]:
     """
     if match := re.fullmatch(r"(wrn_\d+_)(\d+)", name):
         names = [f"{match[1]}{width}" for width in range(int(match[2]) - 1, 0, -1)]
-        return [Student(one, dict(options), one) for one in names]
+        return [Student(one, dict(options), "") for one in names]
     if match := re.fullmatch(r"timm:(\w+?_)(\d{3})", name):
         alike = list_models(f"timm:{match[1]}[0-9][0-9][0-9]")
         widths = sorted({one[-3:] for one in alike if one[-3:] < match[2]}, reverse=True)
         names = [f"timm:{match[1]}{width}" for width in widths]
-        return [Student(one, dict(options), one) for one in names]
+        return [Student(one, dict(options), "") for one in names]
     if family_of(name) is None or "width" not in model_options(name):
         return []
     full = float(options.get("width", 1.0))
     widths = [full * n / 16 for n in range(15, 0, -1)]
-    return [Student(name, {**options, "width": w}, f"{name} width {w:g}") for w in widths]
+    return [Student(name, {**options, "width": w}, f"width {w:g}") for w in widths]
