@@ -75,7 +75,7 @@ def _of_batch(
     handles = [model.get_submodule(path).register_forward_hook(catch) for path in sites]
     try:
         with torch.enable_grad():
-            F.cross_entropy(logits_of(model(images_NCHW)).float(), labels_N).backward()
+            F.cross_entropy(logits_of(model(images_NCHW)), labels_N).backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -135,7 +135,7 @@ class _Job:
         self.title(4, f"{self.request.short_epochs} epochs for each of {len(found['students'])}")
         ranked = self.folder.phase("ranking", lambda: self._rank(found["students"]))
         self._say_ranking(ranked)
-        chosen = _student(ranked["students"][0])
+        chosen = Student.of_plain(ranked["students"][0])
         self.title(5, "the original made shallower and narrower to the same latency")
         baselines = self.folder.phase("baselines", lambda: self._baselines(chosen, found["scale"]))
         students = {"chosen": chosen}
@@ -143,7 +143,7 @@ class _Job:
             if plain is None:
                 self.say(f"  {name}: no {self.original.name} is that fast")
             else:
-                students[name] = _student(plain)
+                students[name] = Student.of_plain(plain)
                 self.say(f"  {name}: {students[name].title}")
         self.title(6, f"distilling {len(students)} students")
         trained = {
@@ -186,8 +186,8 @@ class _Job:
         """By a short distillation; of equal ones by Fisher potential."""
         rows = []
         for number, row in enumerate(students, 1):
-            student = _student(row)
-            self.say(f"  {number}/{len(students)}  {student.label}")
+            student = Student.of_plain(row)
+            self.say(f"  {number}/{len(students)}  {student.digest}  {student.label}")
             title = f"short-{student.digest}"
             recipe = self._recipe(student, title, self._seeds()[0], self.request.short_epochs)
             summary = self._trained(recipe, self.data)
@@ -200,7 +200,7 @@ class _Job:
         for row in ranked["students"]:
             self.say(
                 f"  {row['accuracy']:.2%}  Fisher potential {row['potential']:.3g}  "
-                f"{self.request.target.words(row['cost'])}  {row['label']}"
+                f"{self.request.target.words(row['cost'])}  {row['id']}  {row['label']}"
             )
         found = ranked["rank_correlation"]
         said = "not defined" if found is None else f"{found:+.2f}"
@@ -327,10 +327,6 @@ class _Job:
 def _takes_files(target: Mapping[str, str]) -> bool:
     backend = BACKENDS.get(target.get("on", ""))
     return backend is not None and backend.takes_files
-
-
-def _student(plain: Mapping[str, Any]) -> Student:
-    return Student(plain["name"], plain["options"], plain["label"])
 
 
 def _accuracy(summary: Mapping[str, Any]) -> float:

@@ -54,11 +54,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 def proposals_table(found: Mapping[str, Any], target: Target) -> list[str]:
     """The students of the search, and how far the sum of parts was from what was measured."""
-    lines = [["", "estimate", "whole", "Fisher", "student"]]
+    lines = [["", "id", "estimate", "whole", "Fisher", "student"]]
     for row in found["tried"]:
         fits = "" if row["fits"] else "over"
         costs = [target.words(row["estimate"]), target.words(row["cost"])]
-        lines.append([fits, *costs, f"{row['potential']:.3g}", row["label"]])
+        lines.append([fits, row["id"], *costs, f"{row['potential']:.3g}", row["label"]])
     return [f"  {line}" for line in aligned(lines)]
 
 

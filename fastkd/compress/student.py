@@ -44,8 +44,18 @@ class Student:
         return create_model(self.name, num_classes, kernels="plain", **self.options)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON; `Student(**plain)` is it again."""
-        return {"name": self.name, "options": dict(self.options), "label": self.label}
+        """For JSON; `of_plain` reads it. `id` tells apart what has one label."""
+        return {
+            "name": self.name,
+            "options": dict(self.options),
+            "label": self.label,
+            "id": self.digest,
+        }
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "Student":
+        """What `plain` has written; further entries do not matter."""
+        return cls(plain["name"], plain["options"], plain["label"])
 
 
 def start_weights(student: Student, num_classes: int, source: Path, target: Path) -> str:
