@@ -22,8 +22,8 @@ examples:
 Keys are those of `fastkd train folder`, for all trainings: epochs=, batch_size=,
 data.image_size=, augment.crop=pad, losses.at=null, losses.dkd.weight=1, ..;
 student.KEY= is the network's own, such as student.width=0.5.
-The same command again goes on where it was stopped. docs/compress.md has the
-phases and the walk to a prediction.
+The same command again resumes. docs/compress.md has the phases and the walk to
+a prediction.
 exit codes: 0 target met, or dry run; 1 measured above the target; 2 wrong
 request, or a target that cannot be met.
 """

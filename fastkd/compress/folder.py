@@ -6,7 +6,7 @@
     runs/             run folders, which resume by themselves
     student.onnx result.json table.md pareto.png
 
-A killed command that is given again reads the files that are there and goes on with the next phase.
+A killed command that is given again reads the files that are there and resumes with the next phase.
 """
 
 import json
@@ -75,8 +75,8 @@ class CompressFolder:
 
     @contextmanager
     def advising(self) -> Iterator[None]:
-        """Add to an interruption how to go on."""
-        advice = f"The same command again goes on in {quote(str(self.path))}."
+        """Add to an interruption how to resume."""
+        advice = f"The same command again resumes in {quote(str(self.path))}."
         try:
             yield
         except Interrupted as stopped:

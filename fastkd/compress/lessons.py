@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastkd.compress.space import Shape, taps_of
 from fastkd.compress.student import Student
 from fastkd.errors import UserError
@@ -20,17 +22,20 @@ from fastkd.storage.weight_file import WeightFile
 
 __all__ = ["Lessons", "original_of"]
 
+_MADE = ("block", "blocks", "depth")
 _OURS = (
-    *(f"student.{key}" for key in ("name", "block", "depth", "weights", "pretrained", "new_head")),
-    *(f"teacher.{key}" for key in ("name", "block", "depth", "weights", "pretrained", "new_head")),
-    *("student.frozen", "teacher.train", "encoder", "baseline", "name=", "out="),
+    *(f"student.{key}" for key in ("name", "weights", "pretrained", "new_head", "frozen")),
+    *(f"teacher.{key}" for key in ("name", "weights", "pretrained", "new_head", "train")),
+    *(f"{net}.{key}" for net in ("student", "teacher") for key in _MADE),
+    "encoder",
+    "baseline",
+    "name=",
+    "out=",
 )
 """Beginnings of keys that compress sets itself, or that a network that changes cannot have."""
-
 _AT = ("losses.at.weight=2", "losses.at.form=distance")
 """The distance of equation 2: it is at most 2 for a pair whatever the size of its maps. The mean
 square, whose usual weight is 1000, would outweigh all else on the small maps of small images."""
-
 _NETWORK = tuple(f"student.{key}=" for key in NETWORK_OPTIONS)
 
 
@@ -56,15 +61,15 @@ def original_of(model: str, weights: str | None, keys: Sequence[str]) -> tuple[S
             facts = WeightFile.open(weights).network
             if facts.architecture == name:
                 options = {**facts.options, **options}
-    if other := [
-        key for key in ("block", "blocks", "depth") if options.get(key) not in (None, "S")
-    ]:
+    if other := [key for key in _MADE if options.get(key) not in (None, "S")]:
         raise UserError(
             f"{model} has {other[0]} already, and a network that was made cheap is not made cheap "
             f"again: compress the network that it was made of"
         )
     if name.startswith("simkd:"):
         raise UserError(f"{model} has the classifier of its teacher (SimKD): compress another")
+    with torch.device("meta"):  # a name or option that does not exist
+        create_model(name, 10, **options)
     return Student(name, options, ""), weights
 
 

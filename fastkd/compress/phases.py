@@ -73,7 +73,7 @@ def compress(
 
     Raises:
         UserError: the target cannot be met, or the words do not fit together.
-        Interrupted: Ctrl-C; the same call goes on.
+        Interrupted: Ctrl-C; the same call resumes.
     """
     if session.world.size > 1:
         raise UserError("fastkd compress runs in one process: start it without torchrun")

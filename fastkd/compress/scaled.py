@@ -16,7 +16,7 @@ from fastkd.compress.student import Student, narrower
 
 __all__ = ["depth_scaled", "depths", "width_scaled"]
 
-_MOST = 20_000
+_MOST = 5000
 """Combinations of depths that are looked at; beyond, all stages are shortened in proportion."""
 _TRIES = 8
 _NEAR = 0.05
@@ -80,7 +80,7 @@ def width_scaled(
 ) -> Student | None:
     """The widest of the narrower networks whose latency is at most the limit; None: there is none.
 
-    By bisection, as a narrower network is not slower but for noise.
+    By bisection, as a narrower network is not slower, except by noise.
     """
     every = narrower(name, options)
     low, high = 0, len(every)  # the first that is fast enough is in every[low:high], if any

@@ -104,7 +104,7 @@ def capacity(slot: Slot, number: int, exponent: float) -> float:
 def best(prices: Prices, limit: float, exponent: float = 0.5, bins: int = BINS) -> Pick | None:
     """The student with the largest sum of capacities under the limit; None if there is none.
 
-    A knapsack with one choice for each slot, exact but for costs being rounded up to a step. A
+    A knapsack with one choice for each slot, exact up to costs being rounded up to a step. A
     residual block without slots is worth 1.
     """
     room = prices.room(limit)

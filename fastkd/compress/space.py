@@ -329,7 +329,9 @@ def taps_of(model: nn.Module, shape: Shape) -> tuple[str, ...]:
 
     def noting(path: str) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and path not in found:
+            # A map of one pixel says nothing of where a network looks.
+            is_map = isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1
+            if is_map and path not in found:
                 found.append(path)
 
         return note

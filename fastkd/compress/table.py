@@ -9,7 +9,6 @@ measured again.
 """
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,16 +68,18 @@ class RuntimeMeter:
 
     @property
     def target(self) -> dict[str, str]:
-        """Backend, threads, batch, processor, versions."""
+        """Backend, threads, batch, processor, versions. Not the name of the host: containers change
+        theirs."""
         runtimes = {"openvino": ["openvino"], "eager": [], "compile": []}
         names = runtimes.get(self.on, ["onnxruntime", "onnxruntime-gpu"])
+        here = machine()
         versions = {name: version for name in names if (version := version_of(name))}
         return {
             "on": self.on,
             "threads": str(self.threads),
             "batch": str(self.batch),
-            "cpu": machine()["cpu"],
-            "host": platform.node(),
+            "cpu": here["cpu"],
+            "cores": str(here["cores"]),
             "fastkd": fastkd.__version__,
             "torch": torch.__version__,
             **versions,

@@ -67,9 +67,7 @@ def test_a_dry_run_trains_nothing_and_says_the_table(tmp_path, make_meter, origi
         assert not {"G(4)", "G(N)"} & set(row["options"].get("blocks", {}).values())
 
 
-def test_a_kill_anywhere_before_the_search_gives_the_same_students(
-    tmp_path, make_meter, original
-):
+def test_a_kill_anywhere_before_the_search_gives_the_same_students(tmp_path, make_meter, original):
     words = {"weights": str(original), "dry_run": True}
     whole = make_meter()
     run(tmp_path / "whole", whole, **words)
@@ -94,7 +92,9 @@ def test_the_seed_decides_the_draws(tmp_path, make_meter, original):
         folder = tmp_path / str(number)
         words = {"keys": keys, "draws": 8, "keep": 8, "weights": str(original)}
         run(folder, make_meter(), dry_run=True, **words)
-        tried.append([row["id"] for row in json.loads((folder / "search.json").read_text())["tried"]])
+        tried.append(
+            [row["id"] for row in json.loads((folder / "search.json").read_text())["tried"]]
+        )
     assert tried[0] == tried[1] != tried[2]
 
 
@@ -220,7 +220,7 @@ def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monke
     assert (folder / "student.onnx").exists()
     assert "| chosen |" in " ".join((folder / "table.md").read_text().split())
 
-    import fastkd.compress.phases as phases
+    from fastkd.compress import phases
 
     real = phases.run_recipe
     for _ in range(20):
