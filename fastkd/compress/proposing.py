@@ -129,7 +129,7 @@ class Search:
 
 
 def propose(search: Search, say: Callable[[str], None]) -> dict[str, Any]:
-    """The best students under the target, as plain values; see `Search` and `_Found`.
+    """The best students under the target, as plain values.
 
     UserError if the target cannot be met, with the nearest that can, or needs no compression.
     """
@@ -176,61 +176,61 @@ def _thinned(students: list[Student]) -> list[Student]:
 def _within(
     search: Search, prices: Prices, limit: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Students of one network that cost at most the limit."""
-    space, measured = prices.space, {}
-    wanted = limit * MARGIN if search.target.quantity == "latency" else limit
-    if search.target.quantity == "latency":
-        prices, measured = _calibrated(search, prices, wanted, say)
-    aim = wanted
-    kept: dict[Pick, float] = {}
-    scored: dict[Pick, float] = {}
+    """Students of one network that cost at most the limit; its smallest is known to."""
+    space, measured, aim = prices.space, dict[Pick, float](), limit
+    by_clock = search.target.quantity == "latency"
+    if by_clock:
+        aim = MARGIN * limit
+        prices, measured = _calibrated(search, prices, aim, say)
     rows: dict[Pick, dict[str, Any]] = {}
-    for _ in range(_ROUNDS):
-        proposals = list(dict.fromkeys([*_proposals(search, prices, aim)]))
-        for number, pick in enumerate(proposals, 1):
-            scored[pick] = search.potential(space, pick)
-            if number % 20 == 0 or number == len(proposals):
-                say(f"Fisher potential of {number}/{len(proposals)} students under {aim:.4g}")
-        # The largest by capacity is always among them, beside the best by potential.
-        order = [*proposals[:1], *sorted(proposals[1:], key=lambda one: -scored[one])]
-        for pick in order[: _TIMES_KEEP * search.keep]:
-            if len(kept) == search.keep:
-                break
-            student = _student(space, pick)
-            found = search.cost(student)
-            measured[pick] = found
-            fits = found <= wanted
-            rows[pick] = student.plain() | {
-                "estimate": prices.estimate(pick),
-                "cost": found,
-                "fits": fits,
-                "potential": scored[pick],
-            }
-            if fits:
-                kept[pick] = found
-        if len(kept) == search.keep or search.target.quantity != "latency":
-            break
-        over = [rows[p]["cost"] / rows[p]["estimate"] for p in rows if not rows[p]["fits"]]
-        if not over:
-            break
-        aim *= min(0.99, 1 / max(over))
-    if not kept:
-        # The smallest student was measured, and fits.
-        pick = smallest(prices)
-        student, found = _student(space, pick), search.cost(_student(space, smallest(prices)))
-        kept[pick] = found
+
+    def look_at(pick: Pick, most: float) -> bool:
+        """Cost a whole student; whether it fits."""
+        student = _student(space, pick)
+        measured[pick] = cost = search.cost(student)
         rows[pick] = student.plain() | {
             "estimate": prices.estimate(pick),
-            "cost": found,
-            "fits": True,
+            "cost": cost,
+            "fits": cost <= most,
             "potential": search.potential(space, pick),
         }
-    chosen = sorted(kept, key=lambda one: -rows[one]["potential"])
+        return cost <= most
+
+    most = aim
+    kept: dict[Pick, None] = {}
+    for _ in range(_ROUNDS):
+        order = _in_order(search, prices, aim, say)
+        for pick in order[: _TIMES_KEEP * search.keep]:
+            if len(kept) < search.keep and pick not in rows and look_at(pick, most):
+                kept[pick] = None
+        if len(kept) == search.keep or not by_clock:
+            break
+        over = [row["cost"] / row["estimate"] for row in rows.values() if not row["fits"]]
+        if not over:
+            break
+        # Ask for less, by what those that were too slow were above their estimates.
+        prices = prices.fitted(measured)
+        aim *= min(0.99, 1 / max(over))
+    if not kept:
+        kept[smallest(prices)] = None
+        look_at(smallest(prices), limit)
     return {
-        "students": [rows[pick] for pick in chosen],
-        "tried": [rows[pick] for pick in rows],
+        "students": sorted((rows[pick] for pick in kept), key=lambda row: -row["potential"]),
+        "tried": list(rows.values()),
         "scale": prices.scale,
     }
+
+
+def _in_order(search: Search, prices: Prices, aim: float, say: Callable[[str], None]) -> list[Pick]:
+    """Proposals: the largest by capacity, then the others by Fisher potential."""
+    proposals = list(dict.fromkeys(_proposals(search, prices, aim)))
+    potentials: dict[Pick, float] = {}
+    for number, pick in enumerate(proposals, 1):
+        potentials[pick] = search.potential(prices.space, pick)
+        if number % 20 == 0 or number == len(proposals):
+            under = search.target.words(aim)
+            say(f"  Fisher potential of {number}/{len(proposals)} students under {under}")
+    return [*proposals[:1], *sorted(proposals[1:], key=lambda one: -potentials[one])]
 
 
 def _proposals(search: Search, prices: Prices, limit: float) -> Iterator[Pick]:
