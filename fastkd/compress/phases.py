@@ -34,9 +34,10 @@ from fastkd.compress.target import Target
 from fastkd.data import DataPair
 from fastkd.deploy.latency.backends import BACKENDS
 from fastkd.deploy.source import Choice
-from fastkd.errors import UserError
+from fastkd.errors import RunFailed, UserError
 from fastkd.evaluation.headline import headline
 from fastkd.models.counting.count import count
+from fastkd.output.occupancy import occupied
 from fastkd.recipe.schema import Recipe
 from fastkd.runs.export_saved import Request as ExportRequest
 from fastkd.runs.export_saved import export
@@ -79,11 +80,12 @@ def compress(
         raise UserError("fastkd compress runs in one process: start it without torchrun")
     original, weights = original_of(request.model, request.weights, request.keys)
     asked = {key: one for key, one in asdict(request).items() if key not in ("dry_run", "seeds")}
-    opened = CompressFolder(folder, asked)
     lessons = Lessons(original, weights, request.keys, folder)
-    job = _Job(request, opened, replace(session, root=folder / "runs"), meter, original, lessons)
-    with opened.advising():
-        return job.run()
+    with occupied(folder, session.world):
+        opened = CompressFolder(folder, asked)
+        within = replace(session, root=folder / "runs")
+        with opened.advising():
+            return _Job(request, opened, within, meter, original, lessons).run()
 
 
 @dataclass
@@ -190,8 +192,12 @@ class _Job:
             self.say(f"  {number}/{len(students)}  {student.digest}  {student.label}")
             title = f"short-{student.digest}"
             recipe = self._recipe(student, title, self._seeds()[0], self.request.short_epochs)
-            summary = self._trained(recipe, self.data)
-            rows.append(row | {"accuracy": _accuracy(summary)})
+            try:
+                accuracy = _accuracy(self._trained(recipe, self.data))
+            except RunFailed as error:  # one that diverges is the worst, and no more
+                self.say(f"  failed: {error}")
+                accuracy = 0.0
+            rows.append(row | {"accuracy": accuracy})
         correlation = spearman([r["potential"] for r in rows], [r["accuracy"] for r in rows])
         rows.sort(key=lambda row: (-row["accuracy"], -row["potential"]))
         return {"students": rows, "rank_correlation": correlation}
