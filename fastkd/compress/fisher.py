@@ -7,7 +7,9 @@ by BayesWatch/pytorch-blockswap models/blocks.py, MaskBlock._fisher, and model_g
     potential = sum of delta_c over all channels of all blocks
 
 a is the output of a block's last convolution, before the shortcut is added; g is the gradient of
-the mean cross entropy of the batch. The network is in training mode, with its initial weights.
+the mean cross entropy of the batch. The network is in training mode, with its initial weights,
+except that norms whose weights are all zero get ones: timm begins its residual branches so, and no
+gradient would reach what is in them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,15 +48,24 @@ def fisher_potential(
 ) -> float:
     """Mean over batches of (images [N, 3, H, W], class ids [N]) of the potential.
 
-    The model is left in training mode, with running statistics that have moved.
+    The model is left in training mode, with running statistics that have moved and without
+    norms of zeros.
     """
     model.train()
+    _wake(model)
     total, number = 0.0, 0
     for images_NCHW, labels_N in batches:
         total += _of_batch(model, sites, images_NCHW, labels_N)
         number += 1
     model.zero_grad(set_to_none=True)
     return total / max(1, number)
+
+
+def _wake(model: nn.Module) -> None:
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.any():
+            nn.init.ones_(weight)
 
 
 def _of_batch(

@@ -68,7 +68,7 @@ def original_of(model: str, weights: str | None, keys: Sequence[str]) -> tuple[S
         )
     if name.startswith("simkd:"):
         raise UserError(f"{model} has the classifier of its teacher (SimKD): compress another")
-    with torch.device("meta"):  # a name or option that does not exist
+    with torch.random.fork_rng(devices=[]):  # a name or option that does not exist
         create_model(name, 10, **options)
     return Student(name, options, ""), weights
 
@@ -91,6 +91,8 @@ class Lessons:
         self, original: Student, weights: str | None, keys: Sequence[str], folder: Path
     ) -> None:
         for key in keys:
+            if key in ("teacher=null", "teacher="):
+                raise UserError(f"{key}: the students learn from the original; leave it out")
             if key.startswith(_OURS):
                 raise UserError(
                     f"{key.partition('=')[0]}: compress decides about this key itself; leave it out"
@@ -122,8 +124,7 @@ class Lessons:
         recipe = load_recipe("folder", overrides=words)
         if not any(key.startswith("eval_epochs=") for key in given):
             recipe = recipe.replace(eval_epochs=recipe.total_epochs)
-        if recipe.teacher is None:
-            raise UserError("teacher=null: the students learn from the original; leave it out")
+        assert recipe.teacher is not None
         own = {key: value for key, value in self.original.options.items() if key != "kernels"}
         # Its own weights say what they are of; published or foreign ones do not.
         teacher = recipe.teacher.model_copy(update=_typed(own))

@@ -147,9 +147,10 @@ def propose(search: Search, say: Callable[[str], None]) -> dict[str, Any]:
     for number, base in enumerate(bases):
         if number:
             say(f"no student of {bases[number - 1].name} is small enough: {base.title} is next")
-        space = space_of(base.name, search.bench.num_classes, search.bench.shape, base.options)
+        bench = search.bench
+        space = space_of(base.name, bench.num_classes, bench.shape, base.options, base.label)
         if search.target.quantity == "latency":
-            say(f"milliseconds of each block in {base.name}, by the shape that it sees")
+            say(f"milliseconds of each block in {base.title}, by the shape that it sees")
         prices = search.prices(space)
         least = _student(space, smallest(prices))
         cost = search.cost(least)

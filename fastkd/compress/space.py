@@ -123,6 +123,8 @@ class Space:
     shape: Shape
     """Of an image."""
     stages: tuple[Stage, ...]
+    note: str = ""
+    """What tells the network from others of its name, for labels."""
 
     @property
     def original(self) -> Pick:
@@ -175,11 +177,13 @@ class Space:
         blocks = ", ".join(f"{number} {block}" for block, number in sorted(used.items()))
         both = zip(self.stages, pick, strict=True)
         deep = "-".join(str(len(kept)) for stage, kept in both if stage.name)
-        return ", ".join(filter(None, [f"depth {deep}" if deep else "", blocks]))
+        return ", ".join(filter(None, [self.note, f"depth {deep}" if deep else "", blocks]))
 
 
-def space_of(name: str, num_classes: int, shape: Shape, options: Mapping[str, Any]) -> Space:
-    """The space of a network for images of this shape [C, H, W].
+def space_of(
+    name: str, num_classes: int, shape: Shape, options: Mapping[str, Any], note: str = ""
+) -> Space:
+    """The space of a network for images of this shape [C, H, W]. note: for labels.
 
     Raises:
         UserError: the network cannot be built, or fails on such images.
@@ -189,7 +193,7 @@ def space_of(name: str, num_classes: int, shape: Shape, options: Mapping[str, An
         model = create_model(name, num_classes, kernels="plain", **options).eval()
         finder = _Finder(model, shape)
         stages = tuple(finder.stages())
-    return Space(name, dict(options), num_classes, shape, stages)
+    return Space(name, dict(options), num_classes, shape, stages, note)
 
 
 class _Finder:

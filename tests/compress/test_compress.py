@@ -35,8 +35,8 @@ KEYS = (
 SMALL = {"short_epochs": 1, "keep": 2, "draws": 3}
 
 
-def run(folder: Path, meter, target: str = "latency=0.5x", **more):
-    request = {"model": "resnet14", "keys": KEYS, **SMALL, **more}
+def run(folder: Path, meter, target: str = "latency=0.6x", **more):
+    request = {"model": "resnet8", "keys": KEYS, **SMALL, **more}
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=True), Path("runs"))
         asked = Request(target=Target.parse(target), **request)
@@ -48,7 +48,7 @@ def original(tmp_path_factory) -> Path:
     """Weights of the network, so that most tests need not train it."""
     file = tmp_path_factory.mktemp("original") / "original.safetensors"
     torch.manual_seed(0)
-    save_weights(file, create_model("resnet14", 10, width=0.25))
+    save_weights(file, create_model("resnet8", 10, width=0.25))
     return file
 
 
@@ -72,7 +72,7 @@ def test_a_kill_anywhere_before_the_search_gives_the_same_students(tmp_path, mak
     whole = make_meter()
     run(tmp_path / "whole", whole, **words)
     measured = whole.layers + whole.wholes
-    for number, stop_after in enumerate((0, 3, measured // 2, measured - 1)):
+    for number, stop_after in enumerate((3, measured - 1)):
         meter = make_meter()
         meter.stop_after = stop_after
         with pytest.raises(Interrupted, match="The same command again resumes in"):
@@ -90,7 +90,7 @@ def test_the_seed_decides_the_draws(tmp_path, make_meter, original):
     for number, seed in enumerate((0, 0, 1)):
         keys = (*KEYS, f"seed={seed}")
         folder = tmp_path / str(number)
-        words = {"keys": keys, "draws": 8, "keep": 8, "weights": str(original)}
+        words = {"keys": keys, "draws": 4, "keep": 12, "weights": str(original)}
         run(folder, make_meter(), dry_run=True, **words)
         tried.append(
             [row["id"] for row in json.loads((folder / "search.json").read_text())["tried"]]
@@ -112,7 +112,7 @@ def test_a_target_that_cannot_be_met_names_the_nearest(tmp_path, meter, original
     with pytest.raises(UserError) as error:
         run(tmp_path / "out", meter, "latency=0.05ms", **words)
     said = str(error.value)
-    assert "cannot be met: at most 0.05 ms is asked for, and the nearest that resnet14" in said
+    assert "cannot be met: at most 0.05 ms is asked for, and the nearest that resnet8" in said
     # The clock has 0.1 ms for no MACs at all.
     nearest = float(said.partition("can reach is ")[2].partition(" ms")[0])
     assert 0.1 < nearest < 0.2
@@ -120,10 +120,10 @@ def test_a_target_that_cannot_be_met_names_the_nearest(tmp_path, meter, original
 
 def test_a_target_below_the_network_takes_a_narrower_one(tmp_path, meter, capsys):
     keys = tuple(key for key in KEYS if key != "student.width=0.25")
-    run(tmp_path / "out", meter, "macs=0.01x", keys=keys, dry_run=True, keep=1)
+    run(tmp_path / "out", meter, "macs=0.05x", keys=keys, dry_run=True, keep=1)
     found = json.loads((tmp_path / "out" / "search.json").read_text())
     assert found["base"]["options"]["width"] < 1
-    assert "no student of resnet14 is small enough: resnet14, width" in capsys.readouterr().out
+    assert "no student of resnet8 is small enough: resnet8, width" in capsys.readouterr().out
     assert found["students"][0]["cost"] <= found["limit"]
 
 
@@ -168,20 +168,19 @@ def test_a_cheap_network_is_not_compressed_again(tmp_path):
 
 def test_a_weight_file_says_its_network(original):
     student, weights = original_of(str(original), None, ())
-    assert (student.name, student.options, weights) == ("resnet14", {"width": 0.25}, str(original))
-    student, _ = original_of("resnet14", str(original), ())
+    assert (student.name, student.options, weights) == ("resnet8", {"width": 0.25}, str(original))
+    student, _ = original_of("resnet8", str(original), ())
     assert student.options == {"width": 0.25}
 
 
 def test_first_weights_are_those_that_fit(tmp_path, original):
-    student = Student("resnet14", {"width": 0.25, "blocks": {"layer1.0": "G(2)"}}, "")
+    student = Student("resnet8", {"width": 0.25, "blocks": {"layer1.0": "G(2)"}}, "")
     start_weights(student, 10, original, tmp_path / "start.safetensors")
     given = WeightFile.open(original).tensors
     made = model_from_file(tmp_path / "start.safetensors").state_dict()
-    same = {key for key in made if key in given and torch.equal(made[key], given[key])}
-    assert set(made) - same == {
-        key for key in made if key.startswith("layer1.0.conv") and "num_batches" not in key
-    } - {key for key in made if key.endswith(("running_mean", "running_var")) and key in given}
+    fitting = {key for key in made if key in given and made[key].shape == given[key].shape}
+    assert all(torch.equal(made[key], given[key]) for key in fitting)
+    assert {key.rpartition(".conv")[0] for key in made.keys() - fitting} == {"layer1.0"}
 
 
 def test_stages_lead_from_the_original_to_the_student():
@@ -205,11 +204,11 @@ def test_stages_lead_from_the_original_to_the_student():
 def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monkeypatch, capsys):
     """From nothing to the exported student; the second time with a kill before each training."""
     pytest.importorskip("onnxruntime")
-    whole = run(tmp_path / "whole", make_meter(), stages=2)
+    whole = run(tmp_path / "whole", make_meter(), model="resnet14", stages=2)
     assert whole is not None and whole["met"]
     said = capsys.readouterr().out
     assert "rank correlation of Fisher potential and short distillation:" in said
-    assert "target latency=0.5x met" in said
+    assert "target latency=0.6x met" in said
     by_name = {row["name"]: row for row in whole["rows"]}
     assert by_name["chosen"]["ms"][1] <= whole["limit"]
     for name in ("depth-scaled", "width-scaled"):
@@ -236,7 +235,7 @@ def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monke
 
         monkeypatch.setattr(phases, "run_recipe", once)
         try:
-            again = run(tmp_path / "cut", make_meter(), stages=2)
+            again = run(tmp_path / "cut", make_meter(), model="resnet14", stages=2)
         except Interrupted:
             continue
         break
@@ -247,5 +246,5 @@ def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monke
     ]
     # Once more reads everything.
     meter = make_meter()
-    third = run(tmp_path / "cut", meter, stages=2)
+    third = run(tmp_path / "cut", meter, model="resnet14", stages=2)
     assert third == again and (meter.layers, meter.wholes) == (0, 0)

@@ -44,7 +44,10 @@ def value(prices: Prices, pick, exponent: float) -> float:
 def with_costs(space: Space, seed: int) -> Prices:
     """Whole numbers at random, a residual block at least as dear as what is in it."""
     rng = random.Random(seed)
-    of = {graph.key: float(rng.randint(1, 30)) for graph, _ in space.graphs()}
+    of = {
+        graph.key: float(rng.randint(1, 30) + 20 * (block == "S"))
+        for graph, block in space.graphs()
+    }
     for stage in space.stages:
         for part in stage.parts:
             if part.whole is not None and len(part.slots) > 1:
