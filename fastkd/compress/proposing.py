@@ -27,8 +27,8 @@ MARGIN = 0.97
 """Students are looked for below this share of a latency, which the last measurement has to meet."""
 _CALIBRATING = 3
 _ROUNDS = 3
-_TIMES_KEEP = 3
-"""Students measured whole, for each that is kept, before the limit is lowered."""
+_NEAR = 0.9
+"""Students that cost at least this share of the limit are kept before others."""
 _EXPONENTS = (0.5, 0.25, 1.0)
 
 
@@ -185,8 +185,8 @@ def _within(
         prices, measured = _calibrated(search, prices, aim, say)
     rows: dict[Pick, dict[str, Any]] = {}
 
-    def look_at(pick: Pick, most: float) -> bool:
-        """Cost a whole student; whether it fits."""
+    def look_at(pick: Pick, most: float) -> None:
+        """Cost a whole student."""
         student = _student(space, pick)
         measured[pick] = cost = search.cost(student)
         rows[pick] = student.plain() | {
@@ -195,31 +195,25 @@ def _within(
             "fits": cost <= most,
             "potential": search.potential(space, pick),
         }
-        return cost <= most
 
     most = aim
-    kept: dict[Pick, None] = {}
-    for _ in range(_ROUNDS):
-        order = _in_order(search, prices, aim, say)
-        for pick in order[: _TIMES_KEEP * search.keep]:
-            if len(kept) < search.keep and pick not in rows and look_at(pick, most):
-                kept[pick] = None
-        if len(kept) == search.keep or not by_clock:
+    for _ in range(_ROUNDS if by_clock else 1):
+        new = [one for one in _in_order(search, prices, aim, say) if one not in rows]
+        for pick in new[: search.keep]:
+            look_at(pick, most)
+        near = [row for row in rows.values() if row["fits"] and row["cost"] >= _NEAR * most]
+        if len(near) >= search.keep or not new:
             break
-        over = [row["cost"] / row["estimate"] for row in rows.values() if not row["fits"]]
-        if not over:
-            break
-        # Ask for less, by what those that were too slow were above their estimates.
+        # Where the parts cost other than they said, the next ones are nearer the limit.
         prices = prices.fitted(measured)
-        aim *= min(0.99, 1 / max(over))
-    if not kept:
-        kept[smallest(prices)] = None
+        over = [prices.estimate(pick) / measured[pick] for pick in rows if measured[pick] > most]
+        aim = most * min([1.0, *over])
+    if not any(row["fits"] for row in rows.values()):
         look_at(smallest(prices), limit)
-    return {
-        "students": sorted((rows[pick] for pick in kept), key=lambda row: -row["potential"]),
-        "tried": list(rows.values()),
-        "scale": prices.scale,
-    }
+    fit = [row for row in rows.values() if row["fits"]]
+    # A student far below the limit gives away what it could have.
+    fit.sort(key=lambda row: (row["cost"] < _NEAR * most, -row["potential"]))
+    return {"students": fit[: search.keep], "tried": list(rows.values()), "scale": prices.scale}
 
 
 def _in_order(search: Search, prices: Prices, aim: float, say: Callable[[str], None]) -> list[Pick]:
