@@ -13,7 +13,7 @@ __all__ = ["add_compress"]
 
 COMPRESS_HELP = """
 examples:
-  fastkd compress wrn_40_2 --target latency=0.5x --data photos data.image_size=32
+  fastkd compress wrn_40_2 --target latency=0.5x --data DIR data.image_size=32
   fastkd compress timm:resnet18 --weights teacher.pth --target latency=5ms \\
       --on ort-cpu --threads 4 --data photos
   fastkd compress runs/mine --target macs=0.3x --data photos epochs=30

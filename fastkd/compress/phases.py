@@ -124,7 +124,8 @@ class _Job:
         """All phases."""
         self.title(1, f"original: {self.original.name}")
         data = self.data
-        self.title(2, f"costs on {', '.join(f'{k} {v}' for k, v in self.meter.target.items())}")
+        where = ", ".join(f"{key} {value}" for key, value in self.meter.target.items())
+        self.title(2, f"costs: {where}")
         found = self.folder.phase("search", self._search)
         self.title(3, "students under the target")
         for line in proposals_table(found, self.request.target):
