@@ -84,9 +84,9 @@ def original(network: str, keys: tuple[str, ...], runs: Path) -> Recipe:
 def taught(network: str, keys: tuple[str, ...], session: Session) -> str:
     """The run folder of a trained original."""
     recipe = original(network, keys, session.root)
-    resume = "auto" if Path(recipe.out).exists() else None
-    run_recipe(recipe, session, resume=resume)
-    return str(recipe.out)
+    place = str(recipe.out)
+    run_recipe(recipe, session, resume="auto" if Path(place).exists() else None)
+    return place
 
 
 def case(
@@ -113,6 +113,7 @@ def case(
         found = compress(request, place, session, RuntimeMeter("ort-cpu", threads=1))
     except UserError as error:
         return {"network": network, "target": target, "refused": str(error)}
+    assert found is not None  # of a dry run
     return {"network": network, "target": target, **found}
 
 

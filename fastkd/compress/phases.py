@@ -279,7 +279,7 @@ class _Job:
         if not onnx.exists():
             done = export(ExportRequest(what=run, command="fastkd compress"), str(onnx), Choice())
             self.say(f"exported {done.path}, compared on {done.proof.on}")
-        measured = self.folder.phase("measured", lambda: self._in_turns(students, onnx))
+        measured = self._in_turns(students, onnx)
         facts = self.data.facts
         accuracies = {name: [_accuracy(one) for one in runs] for name, runs in trained.items()}
         accuracies["original"] = [self._of_original(trained)]
@@ -318,13 +318,21 @@ class _Job:
         }
         if self.meter.target.get("batch", "1") == "1" and _takes_files(self.meter.target):
             networks["chosen"] = onnx
-        turns = [
-            {name: self.meter.whole(one, facts.image_shape) for name, one in networks.items()}
-            for _ in range(_TURNS)
-        ]
+
+        def turn() -> dict[str, dict[str, float]]:
+            return {
+                name: asdict(self.meter.whole(one, facts.image_shape))
+                for name, one in networks.items()
+            }
+
+        turns: list[dict[str, dict[str, float]]] = []
+        for number in range(1, _TURNS + 1):
+            turns.append(self.folder.phase(f"measured-{number}", turn))
+            medians = (f"{name} {one['p50_ms']:.4g} ms" for name, one in turns[-1].items())
+            self.say(f"  {number}/{_TURNS}  {', '.join(medians)}")
         return {
             name: [
-                statistics.median(getattr(turn[name], f"{p}_ms") for turn in turns)
+                statistics.median(one[name][f"{p}_ms"] for one in turns)
                 for p in ("p10", "p50", "p90")
             ]
             for name in networks

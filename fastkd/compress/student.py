@@ -87,7 +87,7 @@ def narrower(name: str, options: Mapping[str, Any]) -> list[Student]:
         widths = sorted({one[-3:] for one in alike if one[-3:] < match[2]}, reverse=True)
         names = [f"timm:{match[1]}{width}" for width in widths]
         return [Student(one, dict(options), "") for one in names]
-    if family_of(name) is None or "width" not in model_options(name):
+    if family_of(name) is None or "width" not in (model_options(name) or ()):
         return []
     full = float(options.get("width", 1.0))
     widths = [full * n / 16 for n in range(15, 0, -1)]

@@ -113,10 +113,11 @@ class Table:
     def __init__(self, file: Path, target: Mapping[str, str]) -> None:
         self.file = file
         self.rows: dict[str, dict[str, Any]] = {}
-        head, *rows = _lines(file) or [None]
-        if head is None:
+        lines = _lines(file)
+        if not lines:
             append_line(file, json.dumps({"format": _FORMAT, "target": dict(target)}))
             return
+        head, *rows = lines
         if head.get("format") != _FORMAT or not isinstance(head.get("target"), dict):
             raise UserError(f"{shown(file)} is no table of fastkd compress: choose another --out")
         there = head["target"]
@@ -131,7 +132,7 @@ class Table:
     def get(self, key: str) -> Times | None:
         """None if it was not measured yet."""
         row = self.rows.get(key)
-        return row and Times(row["p10_ms"], row["p50_ms"], row["p90_ms"])
+        return None if row is None else Times(row["p10_ms"], row["p50_ms"], row["p90_ms"])
 
     def put(self, key: str, times: Times, **more: Any) -> Times:
         """Keep a time."""

@@ -240,6 +240,7 @@ def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monke
             continue
         break
     monkeypatch.setattr(phases, "run_recipe", real)
+    assert again is not None
     assert again["genotype"] == whole["genotype"]
     assert [row["accuracies"] for row in again["rows"]] == [
         row["accuracies"] for row in whole["rows"]
