@@ -19,7 +19,7 @@ examples:
   fastkd compress runs/mine --target macs=0.3x --data photos epochs=30
   fastkd compress resnet56 --target latency=0.5x --data photos --dry-run
 
-Keys are those of `fastkd train folder`, for all trainings: epochs=, batch_size=,
+Keys are those of `fastkd train folder`, for all trainings: epochs=, optim.lr=,
 data.image_size=, augment.crop=pad, losses.at=null, losses.dkd.weight=1, ..;
 student.KEY= is the network's own, such as student.width=0.5.
 The same command again resumes. docs/compress.md has the phases and the walk to
