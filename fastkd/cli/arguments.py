@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
 
 from fastkd import __version__
+from fastkd.cli.compress_words import add_compress
 from fastkd.cli.export_words import add_export
 from fastkd.cli.latency_words import add_latency
 from fastkd.errors import UserError
@@ -159,6 +160,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_models(commands)
     _add_cheapen(commands)
     add_latency(commands)
+    add_compress(commands)
     _add_recipes(commands)
     _add_losses(commands)
     _add_doctor(commands)

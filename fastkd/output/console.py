@@ -7,7 +7,8 @@ writes errors to stderr.
 
 import atexit
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -72,6 +73,7 @@ class Console:
         if self._rich.width < _LEAST_WIDTH:
             self._rich.width = _USUAL_WIDTH
         self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._tables = True
         self._bar: Progress | None = None
         self._stage = ""
         self._clock = _Clock()
@@ -201,9 +203,18 @@ class Console:
         for name, value in lines:
             self.note(f"  {name:<{width}}  {_readable(value)}")
 
+    @contextmanager
+    def without_tables(self) -> Generator[None]:
+        """No closing tables of runs inside: their caller makes one of all of them."""
+        before, self._tables = self._tables, False
+        try:
+            yield
+        finally:
+            self._tables = before
+
     def comparison(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The closing table; see `cells_of`. A narrow terminal does without some columns."""
-        if not self._enabled:
+        if not self._enabled or not self._tables:
             return
         self.close()
         screen = self._rich

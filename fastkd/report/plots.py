@@ -1,7 +1,7 @@
 """Curves of one or several runs as a PNG; the numbers are in metrics.csv.
 
-Flow: `report.comparison` calls `plot_curves` at the end. matplotlib is imported here and nowhere
-else, on its file-only backend, without touching the caller's settings.
+Flow: `report.comparison` calls `plot_curves` at the end. matplotlib is imported here and in
+`tradeoff` only, on its file-only backend, without touching the caller's settings.
 """
 
 from collections.abc import Mapping, Sequence
