@@ -20,9 +20,9 @@ from fastkd.errors import UserError
 from fastkd.printable import shown
 from fastkd.recipes.loading import load_recipe
 
-__all__ = ["data"]
+__all__ = ["KEYS", "data"]
 
-_KEYS = tuple(
+KEYS = tuple(
     f"data.{key}"
     for key in (
         "name",
@@ -97,10 +97,9 @@ def _opened(root: str, words: Sequence[str]) -> list[FolderIndex] | list[LabelMa
     """Both splits, not yet read."""
     for word in words:
         key, is_key, _ = word.partition("=")
-        if not is_key or key not in _KEYS:
+        if not is_key or key not in KEYS:
             raise UserError(
-                f"`fastkd data` got {shown(word)}; expected a folder and the keys "
-                f"{', '.join(_KEYS)}"
+                f"`fastkd data` got {shown(word)}; expected a folder and the keys {', '.join(KEYS)}"
             )
     # The recipe is for its data; random areas do not go with label maps.
     overrides = ["augment.crop=pad", *words, f"data.root={root}"]
