@@ -108,8 +108,8 @@ def dense_facts(data: DataConfig) -> DataFacts:
     return facts_of(data, (train, val), sizes.short_side, _evaluation(data, sizes))
 
 
-def open_both(data: DataConfig) -> tuple[LabelMaps, LabelMaps]:
-    """Training and validation images, not yet read."""
+def open_both(data: DataConfig, *, broken_links: bool = False) -> tuple[LabelMaps, LabelMaps]:
+    """Training and validation images, not yet read. broken_links: list them, for a check."""
     pairs = None
     if data.name == "pairs":
         pairs = places(data.root, data.image_dir, data.label_dir, data.classes_file)
@@ -123,6 +123,7 @@ def open_both(data: DataConfig) -> tuple[LabelMaps, LabelMaps]:
             limit=limit,
             decoding=data.decoding,
             holdout=data.holdout,
+            broken_links=broken_links,
         )
 
     return split("train", data.train_limit), split("val", None)
