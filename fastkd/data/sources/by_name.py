@@ -50,6 +50,9 @@ __all__ = ["decode_source", "open_label_maps", "open_source", "open_split"]
 
 _CIFAR_SIZE = 32
 
+_OF_MAPS = ("labels", "masks", "annotations")
+"""Folders of label maps beside one of images."""
+
 
 def open_split(
     name: str,
@@ -231,6 +234,7 @@ def _find_folder(
     folders = find_split_folders(root)
     if folders is not None:
         index = scan_folder("folder", folders, split, decoding, broken_links=broken_links)
+        _refuse_label_maps(index)
         if holdout is None or split == "val":
             return index
         idle = f"data.val_share is not used, {shown(folders['val'])} has the validation images"
@@ -248,7 +252,23 @@ def _find_folder(
     if holdout is None or (present and "train" not in present):
         raise UserError(f"data.root={shown(root)} has {_lacking(root, present)}")
     whole = root / "train" if present else root
-    return scan_whole("folder", whole, split, holdout, decoding, broken_links=broken_links)
+    index = scan_whole("folder", whole, split, holdout, decoding, broken_links=broken_links)
+    _refuse_label_maps(index)
+    return index
+
+
+def _refuse_label_maps(index: FolderIndex) -> None:
+    """UserError if what looks like two classes are images and their label maps."""
+    names = {name.casefold(): name for name in index.classes}
+    maps = [names[name] for name in _OF_MAPS if name in names]
+    if len(names) == 2 and "images" in names and maps:
+        place = index.folder
+        raise UserError(
+            f"{shown(place)} has no classes but {names['images']}/ and {maps[0]}/, images with a "
+            f"label map each: set data.name=pairs data.image_dir={shown(place / names['images'])} "
+            f"data.label_dir={shown(place / maps[0])} data.classes_file=FILE, or the name of the "
+            f"set, such as data.name=camvid"
+        )
 
 
 def _has_class_folder(root: Path) -> bool:
