@@ -83,7 +83,9 @@ def _add_predict(commands: Commands) -> None:
         "predict",
         help="what a trained network says about any images",
         description="Predict images of any size with the best weights of RUN. A network that "
-        "labels pixels writes a label map (PNG) for each into DIR, a classifier predictions.csv.",
+        "labels pixels writes a label map (PNG) for each into DIR, a classifier predictions.csv. "
+        "A run of fastkd.distill is told how its images were made: data.image_size=32 "
+        "data.mean=0.5,0.5,0.5 data.std=0.2,0.2,0.2.",
     )
     predict.add_argument("run", metavar="RUN", help="run folder")
     add_words(predict, "IMAGE | FOLDER", "image files, and folders of which all are taken")
