@@ -14,7 +14,7 @@ from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.facts import Facts
 from fastkd.data.finish import Look
 from fastkd.data.label_map_keys import wrong_appearance_key
-from fastkd.data.loaders.dense import ResidentDense, TorchDense
+from fastkd.data.loaders.dense import DenseLoader, ResidentDense, TorchDense
 from fastkd.data.loaders.pair import DataPair, facts_of, normalization_of
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.policies.policy import make_policy
@@ -26,7 +26,7 @@ from fastkd.data.sources.pairs import places
 from fastkd.errors import UserError
 from fastkd.storage.facts import DataFacts, Framing
 
-__all__ = ["dense_facts", "open_both", "open_dense"]
+__all__ = ["dense_facts", "open_both", "open_dense", "strided"]
 
 _LOOKS = 16
 """Label maps of which the share of pixels without a class is told."""
@@ -98,6 +98,26 @@ def open_dense(
         sources=(train, val),
         remark=lambda how: _remarks(train, val, f"{sizes.span}, {how}"),
         remember=lambda: facts_of(data, (train, val), sizes.short_side, evaluation),
+    )
+
+
+def strided(data: DataPair, stride: int) -> DataPair:
+    """The opened data with labels at 1/stride of the size of the images, in place of data's own.
+
+    Nothing is opened, read or counted once more.
+    """
+
+    def other(loader: Loader) -> Loader:
+        assert isinstance(loader, DenseLoader)
+        return loader.at_stride(stride)
+
+    _, height, width = data.facts.image_shape
+    return replace(
+        data,
+        open_train=lambda: other(data.train),
+        val=other(data.val),
+        facts=replace(data.facts, label_size=(height // stride, width // stride)),
+        remember=lambda: data.remembered,
     )
 
 
