@@ -33,7 +33,7 @@ from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
 from fastkd.losses import BinaryCrossEntropy, CrossEntropy
 from fastkd.recipes.loading import load_recipe
-from fastkd.training.matching import check_labels
+from fastkd.training.matching import check_augmentation, check_labels
 
 
 def loading(rank: int = 0, world_size: int = 1, **changes: Any) -> Loading:
@@ -224,14 +224,15 @@ def test_what_would_mix_twice_or_do_nothing_is_refused(keys: Any, message: str) 
 
 def test_losses_that_need_one_class_are_named() -> None:
     ce, bce = CrossEntropy(), BinaryCrossEntropy()
-    check_labels([ce, bce], "class", mixed=True)
+    check_labels([ce, bce], "class")
+    check_augmentation("class", mixed=True, picked=True)
     for loss in ("dkd", "crd", "jointrd"):
         words = [f"losses.{loss}.weight=1", "augment.mixup=0.2"]
         words += {"crd": ["losses.crd.pairs={pooled: pooled}"]}.get(loss, [])
         with pytest.raises(UserError, match=rf"losses\.{loss} needs one class per image, and"):
             load_recipe("quickstart", overrides=words)
     with pytest.raises(UserError, match="these have several"):
-        check_labels([bce], "multi", mixed=True)
+        check_augmentation("multi", mixed=True, picked=False)
 
 
 def test_a_memory_of_each_image_and_repeats_exclude_each_other() -> None:

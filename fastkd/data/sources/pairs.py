@@ -183,7 +183,7 @@ def places(
             )
         if given is None and not Path(os.path.expanduser(str(root))).is_dir():
             raise UserError(
-                f"data.name=pairs: data.root={shown(root)} is not a folder; expected images/, "
+                f"data.name=pairs: data.root={shown(str(root))} is not a folder; expected images/, "
                 f"labels/ and classes.txt in it"
             )
         place = given if given is not None else os.path.join(str(root), name)
