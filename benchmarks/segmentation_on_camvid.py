@@ -7,13 +7,10 @@ for the same number of epochs on the same images; the teacher is trained once, f
 an interrupted run, give the command again.
 """
 
-import argparse
-import json
 import shutil
-import statistics
 from pathlib import Path
 
-from cifar10_methods import difference, finished, spread
+from accuracy_runs import difference, finished, mean_and_std, note, row_line, words, write
 
 from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
@@ -37,21 +34,16 @@ SHOWN = "AT + KD"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with CamVid")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = words(__doc__, images="CamVid", writes="docs/ and results/", keys="for every run")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
-    parser.add_argument("--write", action="store_true", help="write docs/ and results/")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run")
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
     rows, pictures = [], None
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=True), options.runs)
-        words = [*given, f"epochs={options.teacher_epochs}", "eval_epochs=10"]
-        lesson = load_recipe("camvid/erfnet", overrides=words)
+        keys = [*given, f"epochs={options.teacher_epochs}", "eval_epochs=10"]
+        lesson = load_recipe("camvid/erfnet", overrides=keys)
         teacher = finished(lesson, session)
         weights = folder_of(lesson, session) / "best.safetensors"
         taught = [f"teacher.weights={weights}", "teacher.train=false"]
@@ -69,8 +61,7 @@ def main() -> None:
                     "params": summary["params"],
                     "macs": summary["macs"],
                 }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+                note(rows, row)
                 if (method, seed) == (SHOWN, 0):
                     pictures = folder_of(recipe, session) / "predictions.png"
     facts = {
@@ -87,8 +78,7 @@ def main() -> None:
     text = table(facts)
     print(text)
     if options.write and pictures is not None:
-        results = ROOT / "benchmarks" / "results" / "segmentation_camvid.json"
-        results.write_text(json.dumps(facts, indent=1) + "\n")
+        write(ROOT / "benchmarks" / "results" / "segmentation_camvid.json", facts)
         (ROOT / "docs" / "segmentation_camvid.md").write_text(text)
         shutil.copyfile(pictures, ROOT / "docs" / "segmentation_camvid.png")
 
@@ -132,10 +122,10 @@ def table(facts: dict) -> str:
     ]
     for method, reached in found.items():
         cells = [method, str(len(reached))]
-        cells += [f"{statistics.mean(reached):.2%}", f"{spread(reached):.2%}"]
+        cells += mean_and_std(reached)
         pairs = zip(reached, found[ALONE], strict=True)
         cells += ["", "", ""] if method == ALONE else difference([100 * (a - b) for a, b in pairs])
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row_line(cells))
     ending = [
         "",
         f"`predictions.png` of the first run with {SHOWN}:",
