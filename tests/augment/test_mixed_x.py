@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,13 +15,9 @@ from fastkd.augment.config import AugmentConfig
 from fastkd.augment.mix import Mixing, draw_x_mix
 from fastkd.augment.views import ViewMaker, resized
 from fastkd.compute.collectives import split_evenly
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.draws import ERASE, POLICY, sample_words
 from fastkd.data.finish import Look
-from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
@@ -33,20 +28,8 @@ from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
 from fastkd.losses import BinaryCrossEntropy, CrossEntropy
 from fastkd.recipes.loading import load_recipe
+from fastkd.testing.loading import loading
 from fastkd.training.matching import check_augmentation, check_labels
-
-
-def loading(rank: int = 0, world_size: int = 1, **changes: Any) -> Loading:
-    world = World(rank, rank, world_size, torch.device("cpu"), None)
-    plain = Loading(
-        batch_size=10,
-        seed=0,
-        train=True,
-        normalization=((0.5,) * 3, (0.2,) * 3),
-        placement=Placement(world, Precision("fp32", "cpu")),
-        geometry=Geometry(1, "zero", True),
-    )
-    return replace(plain, **changes)
 
 
 def maker(mixing: Mixing, given: Loading, **options: Any) -> ViewMaker:
