@@ -235,6 +235,7 @@ def test_a_run_that_is_killed_in_both_stages_ends_bit_identical(
     assert found["different"] == []
 
 
+@pytest.mark.matrix
 def test_two_ranks_end_equal_and_are_resumed(
     killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
