@@ -60,7 +60,7 @@ from fastkd.training.arguments import (
     terms_of,
 )
 from fastkd.training.autocast import settle_precision
-from fastkd.training.build import build_trainer, decide_compile
+from fastkd.training.build import build_trainer
 from fastkd.training.call_folder import (
     advice,
     check_state,
@@ -69,6 +69,7 @@ from fastkd.training.call_folder import (
 )
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
+from fastkd.training.engine import decide_compile
 from fastkd.training.matching import check_form, check_labels, shape_of_logits
 from fastkd.training.progress import Plan
 from fastkd.training.result import Result

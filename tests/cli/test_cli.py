@@ -324,6 +324,8 @@ def test_a_run_and_its_weights_are_evaluated(command, tmp_path):
     assert run.code == 0
     assert f"\n  accuracy   {best:.4g}\n" in run.out
     assert "\n  samples    50\n" in run.out
+    told = "the network of one is in its files, and is evaluated as it is: leave out student.wi"
+    assert told in command("eval", "one", "student.width=0.5").err
     # The file of the run knows the width; options may stand anywhere between the words.
     words = ["data.name=synthetic", "--weights", "one/best.safetensors", "precision=fp32"]
     model = command("eval", "resnet8", *words)
