@@ -52,7 +52,7 @@ def shape(tap: str, net: StudentConfig, side: int, logits: tuple[int, ...]) -> t
 
 
 def kinds(every: int) -> Iterator[tuple[str, Recipe]]:
-    """One recipe for each pair of architectures and losses; of these each one whose number `every` divides.
+    """One recipe for each pair of architectures and losses; every N-th of them, with every=N.
 
     Blocks and dropout leave the shapes of the taps as they are (tests/models), and the number of
     classes that of all but the logits.
