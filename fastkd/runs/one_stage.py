@@ -240,7 +240,7 @@ def train_stage(
             go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = to_its_end(fit(trainer, recipe, data)) | start.summary
-        on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
+            on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
     return summary
 
 
