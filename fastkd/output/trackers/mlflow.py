@@ -6,6 +6,7 @@ user's own active run is left alone. A resumed run asks the store which epoch it
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,8 +59,9 @@ class MLflowSink:
             with _environment(_AT_ONCE):
                 MlflowClient(uri).search_experiments(max_results=1)
         except MlflowException as error:
+            said = in_words(error)
             return (
-                f"the server of MLFLOW_TRACKING_URI={uri} cannot be used ({in_words(error)}): "
+                f"the server of MLFLOW_TRACKING_URI={_shown(uri)} cannot be used ({said}): "
                 f"start it, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         return ""
@@ -76,7 +78,7 @@ class MLflowSink:
             else:
                 self._client.update_run(found.info.run_id, status="RUNNING")
         self._id = found.info.run_id
-        at = self._client.tracking_uri
+        at = _shown(self._client.tracking_uri)
         sent = int(found.data.metrics.get("epoch", 0))
         return Started(self._id, at, sent, f"run {self._id} of {at}")
 
@@ -158,6 +160,11 @@ class MLflowSink:
         if self._id and ending != "broken":
             with _environment(_PATIENCE):
                 self._client.set_terminated(self._id, _STATUS[ending])
+
+
+def _shown(uri: str) -> str:
+    """An address without user and password, which may be in it."""
+    return re.sub(r"//[^/]*@", "//", uri)
 
 
 @contextmanager

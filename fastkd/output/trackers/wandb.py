@@ -79,7 +79,10 @@ class WandbSink:
             job_type=run.stage,
             config=dict(run.config),
             allow_val_change=True,
-            dir=os.environ.get("WANDB_DIR", str(run.folder)),
+            # Absolute: wandb's own process writes there, which has the working folder of its start.
+            dir=os.path.abspath(os.environ.get("WANDB_DIR", run.folder)),
+            # wandb itself reads it once, when it is first used in a process.
+            mode=os.environ.get("WANDB_MODE"),
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True, **limits),
