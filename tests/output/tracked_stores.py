@@ -3,11 +3,16 @@
 import json
 import struct
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
