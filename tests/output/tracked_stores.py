@@ -61,14 +61,17 @@ def _records(file: Path) -> Any:
 
 
 def wandb_rows(records: list[Any]) -> list[dict[str, Any]]:
-    """The rows of one part that have an epoch, with their step."""
+    """The rows of one part that have metrics, with their step.
+
+    W&B itself adds the last epoch to a row of pictures.
+    """
     found = []
     for record in records:
         if record.WhichOneof("record_type") == "history":
             names = [item.key or "/".join(item.nested_key) for item in record.history.item]
             values = [json.loads(item.value_json) for item in record.history.item]
             row = dict(zip(names, values, strict=True))
-            if "epoch" in row:
+            if "train/loss" in row:
                 found.append(row | {"step": record.history.step.num})
     return found
 

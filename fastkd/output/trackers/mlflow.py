@@ -100,7 +100,7 @@ class MLflowSink:
         tags = {
             "fastkd.group": run.group,
             "fastkd.stage": run.stage,
-            "fastkd.folder": str(run.folder),
+            "fastkd.folder": str(run.folder.absolute()),
         }
         found = self._client.create_run(self._experiment(), run_name=run.name, tags=tags)
         params = [Param(key, str(v)[:_LONGEST_PARAM]) for key, v in run.config.items()]
