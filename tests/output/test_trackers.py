@@ -40,6 +40,13 @@ def kept(path: Path) -> dict[str, Any]:
     return json.loads((path / "trackers.json").read_text())
 
 
+def until_the_next_second() -> None:
+    """By which wandb names its folders."""
+    second = time.time() // 1
+    while time.time() // 1 == second:
+        time.sleep(0.05)
+
+
 def stopped_and_resumed(path: Path, name: TrackerName) -> str:
     """Three epochs, of which the checkpoint lacks the third one, then two more; the id."""
     first = tracked(path, name)
@@ -49,9 +56,7 @@ def stopped_and_resumed(path: Path, name: TrackerName) -> str:
     first.end_tracking("stopped")
     before = kept(path)[name]
     assert before["rows"] == 3
-    second = time.time() // 1
-    while time.time() // 1 == second:  # wandb names its folders by the second
-        time.sleep(0.05)
+    until_the_next_second()
     resumed = tracked(path, name)
     history = [row(1), row(2)]
     resumed.set_metrics(history)
@@ -199,7 +204,7 @@ def test_tensorboard_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None
 def test_wandb_offline_is_one_run_in_two_parts(offline: None, tmp_path: Path) -> None:
     id = stopped_and_resumed(tmp_path / "run", "wandb")
     parts = stores.wandb_parts(tmp_path / "run/wandb", 2)
-    assert stores.wandb_ids(parts) == [id, id]
+    assert stores.wandb_ids(parts) == {id}
     first, second = map(stores.wandb_rows, parts)
     assert [one["epoch"] for one in first] == [1, 2, 3]
     assert [one["epoch"] for one in second] == [4]
@@ -209,6 +214,35 @@ def test_wandb_offline_is_one_run_in_two_parts(offline: None, tmp_path: Path) ->
     assert (run.run_group, run.job_type, run.project) == ("tiny/kd run", "teacher", "fastkd")
     files = {path.name.split("_")[0] for path in (tmp_path / "run/wandb").rglob("media/*/*")}
     assert files == {"curves", "table"}
+
+
+def test_what_wandb_had_not_written_when_it_was_killed_is_sent_again(
+    offline: None, tmp_path: Path
+) -> None:
+    first = tracked(tmp_path / "run", "wandb")
+    first.begin_tracking([])
+    for epoch in (1, 2, 3):
+        first.append_metrics(row(epoch))
+    first.end_tracking("stopped")
+    (records,) = stores.wandb_parts(tmp_path / "run/wandb", 1)
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    # The file as it was in the middle of the third row, and the record of a run under way.
+    whole = file.read_bytes()
+    third = [r for r in records if r.WhichOneof("record_type") == "history"][2]
+    file.write_bytes(whole[: whole.index(third.SerializeToString()) + 5])
+    record = kept(tmp_path / "run")
+    assert record["wandb"]["open"] is False
+    record["wandb"]["open"] = True
+    (tmp_path / "run/trackers.json").write_text(json.dumps(record))
+    until_the_next_second()
+    resumed = tracked(tmp_path / "run", "wandb")
+    resumed.begin_tracking([row(1), row(2), row(3)])
+    resumed.append_metrics(row(4))
+    resumed.finish({"epochs": 4})
+    parts = [stores.wandb_records(one) for one in [file]]
+    parts += stores.wandb_parts(tmp_path / "run/wandb", 2, killed=True)[1:]
+    shown = [[one["epoch"] for one in stores.wandb_rows(part)] for part in parts]
+    assert shown == [[1, 2], [3, 4]]
 
 
 def test_wandb_says_how_an_offline_run_is_sent(

@@ -31,12 +31,16 @@ def wandb_parts(folder: Path, parts: int, *, killed: bool = False) -> list[list[
     last = time.monotonic() + 60
     while True:
         files = sorted(folder.glob("offline-run-*/run-*.wandb"))
-        found = [list(_records(file)) for file in files]
+        found = [wandb_records(file) for file in files]
         ended = [any(r.WhichOneof("record_type") == "exit" for r in one) for one in found]
         if len(found) == parts and all(ended[killed:]):
             return found
         assert time.monotonic() < last, (files, ended)
         time.sleep(0.05)
+
+
+def wandb_records(file: Path) -> list[Any]:
+    return list(_records(file))
 
 
 def _records(file: Path) -> Any:
@@ -53,6 +57,8 @@ def _records(file: Path) -> Any:
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
+        if at > len(data):
+            return
         if kind in (FULL, LAST):
             record = Record()
             record.ParseFromString(whole)
@@ -76,10 +82,9 @@ def wandb_rows(records: list[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def wandb_ids(parts: list[list[Any]]) -> list[str]:
-    """The run id of every part."""
-    runs = [[r.run for r in records if r.WhichOneof("record_type") == "run"] for records in parts]
-    return [own[0].run_id for own in runs]
+def wandb_ids(parts: list[list[Any]]) -> set[str]:
+    """The run ids of all parts."""
+    return {r.run.run_id for part in parts for r in part if r.WhichOneof("record_type") == "run"}
 
 
 def mlflow_runs(uri: str) -> dict[str, Any]:

@@ -44,4 +44,4 @@ def write_record(folder: Path, kept: Mapping[str, Kept]) -> None:
 
 
 def _kept(value: Mapping[str, Any]) -> Kept:
-    return Kept(str(value["id"]), str(value["at"]), int(value["rows"]))
+    return Kept(str(value["id"]), str(value["at"]), int(value["rows"]), bool(value["open"]))

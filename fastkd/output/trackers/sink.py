@@ -55,6 +55,8 @@ class Kept:
     """Where it is, for people: an address or a folder."""
     rows: int
     """Rows that it has been given and has taken."""
+    open: bool = True
+    """Whether it was under way when this was written: if it still is, the process was killed."""
 
 
 @dataclass(frozen=True)

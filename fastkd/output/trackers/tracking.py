@@ -4,9 +4,9 @@ Flow: `RunFolder` has one of these if the run is tracked. The trainer calls `beg
 the first step, every row of metrics.jsonl follows, then `finish` or `close`.
 
 A tracker counts as having a row when it says so itself (MLflow and trackio are asked when a run
-resumes), or when trackers.json says so, which is written after the row was taken. A resumed run
-sends the rows that are missing, and trains those that its checkpoint has lost again without sending
-them again: they have the same numbers.
+resumes, of W&B the files are read if it was killed), or else when trackers.json says so, which is
+written after the row was taken. A resumed run sends the rows that are missing, and trains those
+that its checkpoint has lost again without sending them again: they have the same numbers.
 """
 
 import warnings
@@ -75,6 +75,7 @@ class Tracking:
         for name, sink in [*self._sinks.items()]:
             with self._guarded(name):
                 sink.finish(summary, files, table)
+                self._keep(name, replace(self._kept[name], open=False))
         self._sinks.clear()
 
     def close(self, ending: Ending) -> None:
@@ -82,6 +83,7 @@ class Tracking:
         for name, sink in [*self._sinks.items()]:
             with self._guarded(name):
                 sink.close(ending)
+                self._keep(name, replace(self._kept[name], open=False))
         self._sinks.clear()
 
     def _keep(self, name: TrackerName, kept: Kept) -> None:

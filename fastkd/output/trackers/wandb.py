@@ -24,6 +24,7 @@ from fastkd.output.trackers.sink import (
     final_numbers,
     scalars,
 )
+from fastkd.output.trackers.wandb_log import last_epoch
 
 __all__ = ["WandbSink"]
 
@@ -94,6 +95,9 @@ class WandbSink:
             return Started(id, "", self._epoch)
         if self._run.offline:
             folder = Path(self._run.settings.wandb_dir)
+            written = last_epoch(folder, id) if kept and kept.open else None
+            if written is not None:
+                self._epoch = min(self._epoch, written)
             send = f"wandb sync {quote(str(_near(folder)))}/offline-run-*-{id}"
             return Started(id, str(folder), self._epoch, f"offline; to send this run: {send}")
         if self._run.resumed:
