@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,13 +53,11 @@ class MLflowSink:
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         if not uri.startswith(("http://", "https://")):
             return ""
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-
+        mlflow: Any = import_module("mlflow")
         try:
             with _environment(_AT_ONCE):
-                MlflowClient(uri).search_experiments(max_results=1)
-        except MlflowException as error:
+                mlflow.MlflowClient(uri).search_experiments(max_results=1)
+        except mlflow.MlflowException as error:
             said = in_words(error)
             return (
                 f"the server of MLFLOW_TRACKING_URI={_shown(uri)} cannot be used ({said}): "
@@ -68,10 +67,9 @@ class MLflowSink:
 
     def start(self, run: TrackedRun, kept: Kept | None, rows: int) -> Started:
         """Create a run with the configuration, or continue the one of this id."""
-        from mlflow.tracking import MlflowClient
-
+        mlflow: Any = import_module("mlflow")
         with _environment(_PATIENCE), _quiet():
-            self._client = MlflowClient()
+            self._client = mlflow.MlflowClient()
             found = self._find(kept.id) if kept else None
             if found is None:
                 found = self._create(run)
@@ -84,26 +82,24 @@ class MLflowSink:
 
     def _find(self, id: str) -> Any:
         """The run of this id; None if somebody has deleted it, or the store is another one."""
-        from mlflow.exceptions import MlflowException
-
+        mlflow: Any = import_module("mlflow")
         try:
             found = self._client.get_run(id)
-        except MlflowException as error:
+        except mlflow.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
         return found if found.info.lifecycle_stage == "active" else None
 
     def _create(self, run: TrackedRun) -> Any:
-        from mlflow.entities import Param
-
+        entities: Any = import_module("mlflow.entities")
         tags = {
             "fastkd.group": run.group,
             "fastkd.stage": run.stage,
             "fastkd.folder": str(run.folder.absolute()),
         }
         found = self._client.create_run(self._experiment(), run_name=run.name, tags=tags)
-        params = [Param(key, str(v)[:_LONGEST_PARAM]) for key, v in run.config.items()]
+        params = [entities.Param(key, str(v)[:_LONGEST_PARAM]) for key, v in run.config.items()]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             part = params[first : first + _PARAMS_PER_REQUEST]
             self._client.log_batch(found.info.run_id, params=part)
@@ -111,8 +107,7 @@ class MLflowSink:
 
     def _experiment(self) -> str:
         """Id of the experiment that the environment names, or of ours."""
-        from mlflow.exceptions import MlflowException
-
+        mlflow: Any = import_module("mlflow")
         if id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return id
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -121,7 +116,7 @@ class MLflowSink:
             return found.experiment_id
         try:
             return self._client.create_experiment(name)
-        except MlflowException:
+        except mlflow.MlflowException:
             # Another run of a sweep may have made it meanwhile.
             found = self._client.get_experiment_by_name(name)
             if found is None:
@@ -133,10 +128,9 @@ class MLflowSink:
         self._log(scalars(row) | {"epoch": row["epoch"]}, step=row["epoch"])
 
     def _log(self, numbers: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
+        entities: Any = import_module("mlflow.entities")
         now_ms = int(time.time() * 1000)
-        metrics = [Metric(key, value, now_ms, step) for key, value in numbers.items()]
+        metrics = [entities.Metric(key, value, now_ms, step) for key, value in numbers.items()]
         with _environment(_PATIENCE):
             self._client.log_batch(self._id, metrics=metrics)
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from contextvars import Context
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,7 +52,7 @@ class TrackioSink:
 
     def start(self, run: TrackedRun, kept: Kept | None, rows: int) -> Started:
         """Begin a run, or continue the one of this name."""
-        import trackio
+        trackio: Any = import_module("trackio")
 
         name = kept.id if kept else f"{run.name} {uuid.uuid4().hex[:6]}"
         # `init` ends the current run of its context. Nothing is printed but our own line.
@@ -85,7 +86,7 @@ class TrackioSink:
         table: Sequence[Mapping[str, Any]],
     ) -> None:
         """Log final numbers, pictures and table one step behind the last epoch, and end the run."""
-        import trackio
+        trackio: Any = import_module("trackio")
 
         closing: dict[str, Any] = {file.stem: trackio.Image(str(file)) for file in files}
         if table:

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
+from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar
@@ -50,7 +51,7 @@ class WandbSink:
         """Nobody is logged in, and the mode is not one without a server."""
         if os.environ.get("WANDB_MODE") in _WITHOUT_LOGIN:
             return ""
-        import wandb
+        wandb: Any = import_module("wandb")
 
         if wandb.setup().settings.mode in _WITHOUT_LOGIN:
             return ""
@@ -66,7 +67,7 @@ class WandbSink:
 
     def start(self, run: TrackedRun, kept: Kept | None, rows: int) -> Started:
         """Begin a run of W&B, or continue the one of this id."""
-        import wandb
+        wandb: Any = import_module("wandb")
 
         id = kept.id if kept else uuid.uuid4().hex[:12]
         limits: dict[str, Any] = {}
@@ -117,7 +118,7 @@ class WandbSink:
         table: Sequence[Mapping[str, Any]],
     ) -> None:
         """Log pictures and table one step behind the last epoch, whose step is complete."""
-        import wandb
+        wandb: Any = import_module("wandb")
 
         closing: dict[str, Any] = {file.stem: wandb.Image(str(file)) for file in files}
         if table:

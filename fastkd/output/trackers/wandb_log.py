@@ -7,6 +7,7 @@ Format: 7 bytes, then LevelDB's log, whose records are W&B's protocol buffers.
 
 import struct
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,14 @@ def last_epoch(folder: Path, id: str) -> int | None:
 
 
 def _epochs(data: bytes) -> Iterator[int]:
-    from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    kinds: Any = import_module("wandb.proto.wandb_internal_pb2")
+    torn: Any = import_module("google.protobuf.message").DecodeError
     for whole in _records(data):
-        record: Any = Record()
+        record = kinds.Record()
         try:
             record.ParseFromString(whole)
-        except DecodeError:
-            return  # torn by the kill
+        except torn:  # by the kill
+            return
         for item in record.history.item:
             if "epoch" in (item.key, *item.nested_key):
                 yield int(float(item.value_json))
