@@ -89,6 +89,8 @@ def test_a_killed_run_continues_in_every_tracker(
     offline: None,
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(trackio_folder))
+    # As from a shell: a run that is killed leaves its process of W&B, too.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     program("tracked_runs.py", tmp_path / "work", code=-signal.SIGKILL)
     run = tmp_path / "work/run"
     before = json.loads((run / "trackers.json").read_text())
