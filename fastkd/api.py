@@ -32,7 +32,6 @@ from fastkd.data.loaders.foreign import (
     peek,
 )
 from fastkd.data.loaders.label_rules import kind_on_ranks
-from fastkd.errors import UserError
 from fastkd.evaluation.headline import headline
 from fastkd.losses.base.term import LossTerm
 from fastkd.models.card import title_of
@@ -184,7 +183,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
     check_callback(on_epoch)
-    trackers = _trackers(track, out)
+    trackers = tracker_names(track, out)
     student, teachers = networks_of(student, teacher)
     loaded = loaded_teachers(teachers, teacher_resolution)
     check_student(student)
@@ -319,17 +318,6 @@ def _trained(
         data.facts.label_kind,
         trainer.best_state,
     )
-
-
-def _trackers(given: object, out: str | Path | None) -> tuple[TrackerName, ...]:
-    """The trackers of a call."""
-    names = tracker_names(given)
-    if names and out is None:
-        raise UserError(
-            f"track={given!r} needs out=, the folder that remembers the remote run, so that a "
-            f"resumed run continues it"
-        )
-    return names
 
 
 def _of_rank_0(

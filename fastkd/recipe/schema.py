@@ -40,17 +40,11 @@ from fastkd.recipe.encoder import (
     weighs_classes,
     wrong_encoder,
 )
+from fastkd.recipe.parts import ENCODER, TEACHES
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.training.config import OptimConfig
 
-__all__ = ["ALONE", "TEACHES", "BaselineConfig", "Recipe"]
-
-TEACHES = "teacher/"
-"""How the name of a recipe begins that trains another one's teacher."""
-ALONE = "alone-lr"
-"""How the last part of a name begins that trains a student alone."""
-_ENCODER = "encoder"
-"""The last part of a name that trains an encoder."""
+__all__ = ["BaselineConfig", "Recipe"]
 
 
 class BaselineConfig(Section):
@@ -233,16 +227,6 @@ class Recipe(Section):
         return tuple(dict.fromkeys((*old, *self.track)))
 
     @property
-    def stage(self) -> str:
-        """Which part of a run this is, by its name: teacher, encoder, alone or student."""
-        last = self.name.rpartition("/")[2]
-        if last == _ENCODER:
-            return "encoder"
-        if last.startswith(ALONE):
-            return "alone"
-        return "teacher" if self.name.startswith(TEACHES) else "student"
-
-    @property
     def data_seed(self) -> int:
         """Seed of everything random about the images: `data.seed`, or else `seed`."""
         return self.seed if self.data.seed is None else self.data.seed
@@ -346,7 +330,7 @@ class Recipe(Section):
             return None
         epochs = self.encoder.epochs or self.epochs
         return self.replace(
-            name=f"{self.name}/{_ENCODER}",
+            name=f"{self.name}/{ENCODER}",
             description=f"a part of {self.name}: the encoder",
             out=None,
             epochs=epochs,

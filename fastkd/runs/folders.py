@@ -19,6 +19,7 @@ from fastkd.output.console import Console
 from fastkd.output.run_facts import finished_on, refuse_other_data, write_facts
 from fastkd.output.run_folder import RunFolder, find_finished, find_resumable, title_of_run
 from fastkd.output.trackers.sink import TrackerName
+from fastkd.recipe.parts import part_of
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
@@ -68,7 +69,7 @@ class RunIdentity:
             out=Path(recipe.out) if recipe.out else None,
             trackers=recipe.trackers,
             track_group=recipe.track_group,
-            stage=recipe.stage,
+            stage=part_of(recipe.name),
             keys=saved.dotted(),
             data=data,
             network=NetworkFacts(

@@ -18,7 +18,8 @@ from fastkd.evaluation.headline import headline
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_facts import place_for
-from fastkd.recipe.schema import ALONE, Recipe
+from fastkd.recipe.parts import ALONE
+from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
 from fastkd.runs.folders import advising, choose_folder, finished_before, with_stages_grouped

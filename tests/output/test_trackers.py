@@ -19,6 +19,7 @@ from fastkd.output.run_folder import RunFolder
 from fastkd.output.trackers import opening
 from fastkd.output.trackers.opening import TRACKERS, check_trackers, tracker_names
 from fastkd.output.trackers.sink import Kept, Started, TrackerName, final_numbers, scalars
+from fastkd.recipe.parts import part_of
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.sweep.labels import named_for_trackers
 
@@ -73,12 +74,12 @@ def stopped_and_resumed(path: Path, name: TrackerName) -> str:
 
 def test_there_is_one_list_of_names() -> None:
     assert tuple(TRACKERS) == NAMES
-    assert tracker_names("wandb") == ("wandb",)
-    assert tracker_names(["trackio", "tensorboard"]) == ("tensorboard", "trackio")
-    assert tracker_names(()) == ()
+    assert tracker_names("wandb", "run") == ("wandb",)
+    assert tracker_names(["trackio", "tensorboard"], "run") == ("tensorboard", "trackio")
+    assert tracker_names((), None) == ()
     for wrong in ("neptune", ["wandb", "neptune"], 3, None):
         with pytest.raises(UserError, match="expected some of tensorboard, wandb, mlflow, trackio"):
-            tracker_names(wrong)
+            tracker_names(wrong, "run")
 
 
 def test_a_recipe_takes_them_in_either_spelling_and_is_the_same_recipe() -> None:
@@ -102,9 +103,10 @@ def test_every_training_of_a_recipe_says_which_part_it_is() -> None:
     alone = recipe.without_teacher(f"{recipe.name}/alone-lr0.1", 0.1)
     parts = [(recipe.as_teacher(), "teacher"), (recipe, "student"), (alone, "alone")]
     for part, stage in parts:
-        assert (part.stage, part.trackers, part.track_group) == (stage, ("mlflow",), "mine")
+        assert part_of(part.name) == stage
+        assert (part.trackers, part.track_group) == (("mlflow",), "mine")
     encoder = load_recipe("camvid/erfnet", overrides=["encoder.epochs=2"]).of_encoder()
-    assert encoder is not None and encoder.stage == "encoder"
+    assert encoder is not None and part_of(encoder.name) == "encoder"
 
 
 def test_a_sweep_is_one_group_whose_name_comes_again() -> None:

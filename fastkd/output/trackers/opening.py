@@ -6,6 +6,7 @@ the sinks.
 
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import get_args
 
 from fastkd.errors import UserError
@@ -43,10 +44,19 @@ def check_trackers(names: Iterable[TrackerName]) -> None:
             raise UserError(f"track={name}: {problem}, or leave it out")
 
 
-def tracker_names(given: object) -> tuple[TrackerName, ...]:
-    """The names in an argument: one name, or several in a list; UserError for anything else."""
+def tracker_names(given: object, out: str | Path | None) -> tuple[TrackerName, ...]:
+    """The names in an argument of a call: one name, or several in a list.
+
+    Raises:
+        UserError: something else, or names without `out`, the folder of the run.
+    """
     known: tuple[TrackerName, ...] = get_args(TrackerName)
     words = [given] if isinstance(given, str) else given
     if not isinstance(words, list | tuple | set) or any(word not in known for word in words):
         raise UserError(f"track={given!r}: expected some of {', '.join(known)}, such as 'wandb'")
+    if words and out is None:
+        raise UserError(
+            f"track={given!r} needs out=, the folder that remembers the remote run, so that a "
+            f"resumed run continues it"
+        )
     return tuple(name for name in known if name in words)
