@@ -1,13 +1,8 @@
 """The words of `fastkd compress`, for the parser in `fastkd.cli.arguments`."""
 
 import argparse
-import re
-from typing import TYPE_CHECKING
 
-from fastkd.printable import shown
-
-if TYPE_CHECKING:
-    from fastkd.cli.arguments import _Commands
+from fastkd.cli.parser import Commands, add_words, positive
 
 __all__ = ["add_compress"]
 
@@ -29,7 +24,7 @@ request, or a target that cannot be met.
 """
 
 
-def add_compress(commands: "_Commands") -> None:
+def add_compress(commands: Commands) -> None:
     """The command and its options."""
     compress = commands.add_parser(
         "compress",
@@ -43,9 +38,7 @@ def add_compress(commands: "_Commands") -> None:
     compress.add_argument(
         "model", metavar="MODEL | RUN", help="network name, run folder or weight file of fastkd"
     )
-    compress.add_argument(
-        "words", nargs="*", default=[], metavar="key=value", help="recipe keys for all trainings"
-    )
+    add_words(compress, "key=value", "recipe keys for all trainings")
     compress.add_argument(
         "--target",
         required=True,
@@ -59,9 +52,9 @@ def add_compress(commands: "_Commands") -> None:
     compress.add_argument(
         "--on", default="ort-cpu", metavar="A", help="one of `fastkd latency`; default: ort-cpu"
     )
-    compress.add_argument("--threads", type=_whole, default=1, metavar="N", help="default: 1")
+    compress.add_argument("--threads", type=positive, default=1, metavar="N", help="default: 1")
     compress.add_argument(
-        "--batch", type=_whole, default=1, metavar="N", help="images a call; default: 1"
+        "--batch", type=positive, default=1, metavar="N", help="images a call; default: 1"
     )
     compress.add_argument(
         "--out", metavar="DIR", help="the folder; default: one below runs/compress"
@@ -71,26 +64,20 @@ def add_compress(commands: "_Commands") -> None:
     )
     compress.add_argument(
         "--short-epochs",
-        type=_whole,
+        type=positive,
         default=5,
         metavar="N",
         help="of the distillation that ranks the best students; default: 5",
     )
     compress.add_argument(
-        "--keep", type=_whole, default=8, metavar="N", help="students that it ranks; default: 8"
+        "--keep", type=positive, default=8, metavar="N", help="students that it ranks; default: 8"
     )
     compress.add_argument(
-        "--draws", type=_whole, default=100, metavar="N", help="random students; default: 100"
+        "--draws", type=positive, default=100, metavar="N", help="random students; default: 100"
     )
     compress.add_argument(
-        "--stages", type=_whole, default=1, metavar="N", help="shrink in N trainings; default: 1"
+        "--stages", type=positive, default=1, metavar="N", help="shrink in N trainings; default: 1"
     )
     compress.add_argument(
-        "--seeds", type=_whole, default=1, metavar="N", help="last trainings of each; default: 1"
+        "--seeds", type=positive, default=1, metavar="N", help="last trainings of each; default: 1"
     )
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,4}", text):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number above 0")
-    return int(text)

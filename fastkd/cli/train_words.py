@@ -64,7 +64,16 @@ def add_train(commands: Commands) -> None:
         help="build everything, make two steps, print what a run would take",
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    _add_verbose(train)
     _add_sweep(train)
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="on a terminal also a line per epoch, as logs have it",
+    )
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +134,7 @@ def add_compare(commands: Commands) -> None:
         metavar="N",
         help="seeds 0 to N-1 for each; default: the recipe's own seed",
     )
+    _add_verbose(compare)
     _add_sweep(compare)
     _add_formats(compare)
 

@@ -15,7 +15,14 @@ from rich.text import Text
 from fastkd.evaluation.headline import HEADLINES, headline_of
 from fastkd.printable import printable
 
-__all__ = ["DISPENSABLE", "NOTE_WIDTH", "as_latex", "as_markdown", "comparison_table"]
+__all__ = [
+    "DISPENSABLE",
+    "NOTE_WIDTH",
+    "as_columns",
+    "as_latex",
+    "as_markdown",
+    "comparison_table",
+]
 
 DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
 """Columns that a terminal may be too narrow for, the first to go first."""
@@ -104,6 +111,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, dropped: Sequence[str
         # As Text: a swept value such as [red] is not markup.
         table.add_row(*(Text(row[key]) for key in cells.headers))
     return table
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells, without columns in which no row has anything; rows as of `cells_of`."""
+    cells = _filled(cells_of(rows))
+    titles = [_title(title) for title in cells.headers.values()]
+    return titles, [[row[key] for key in cells.headers] for row in cells.rows]
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,7 +23,8 @@ from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_facts import facts_of_run
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import TEACHES, Recipe
+from fastkd.recipe.parts import TEACHES
+from fastkd.recipe.schema import Recipe
 from fastkd.report.class_iou import with_class_names
 from fastkd.runs.encoders import NOWHERE, Start, train_encoder
 from fastkd.runs.folders import RunIdentity, stage_folder
@@ -235,7 +236,7 @@ def train_stage(
             go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = to_its_end(fit(trainer, recipe, data)) | start.summary
-        on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
+            on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
     return summary
 
 
