@@ -39,6 +39,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SESSIONS = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
 # Pages whose Python has a test of its own.
 PYTHON_ELSEWHERE = {
+    "compress.md": "test_compress_docs.py",
     "distill.md": "test_distill_docs.py",
     "export.md": "test_export_docs.py",
     "genotypes.md": "test_genotype_docs.py",

@@ -104,19 +104,21 @@ def test_a_killed_run_continues_in_every_tracker(
     rows = RunFolder(run).metrics()
     losses = [(one["epoch"], one["train_loss"]) for one in rows]
     assert [epoch for epoch, _ in losses] == [1, 2, 3]
+    # The killed process logged epoch 2 before it was saved, and may have had other threads.
+    close = [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in losses]
 
     events = stores.tensorboard_scalars(run / "tensorboard")
-    assert events["train/loss"] == [(e, pytest.approx(value, rel=1e-6)) for e, value in losses]
+    assert events["train/loss"] == close
     parts = stores.wandb_parts(run / "wandb", 2, killed=True)
     assert stores.wandb_ids(parts) == {after["wandb"]["id"]}
     first, second = ([(r["epoch"], r["train/loss"]) for r in stores.wandb_rows(p)] for p in parts)
     # What W&B had not written yet when it was killed is in the second part.
-    assert first + second == losses
+    assert first + second == close
     id = after["mlflow"]["id"]
-    assert stores.mlflow_points(mlflow_uri, id, "train/loss") == losses
+    assert stores.mlflow_points(mlflow_uri, id, "train/loss") == close
     assert stores.mlflow_runs(mlflow_uri)["tiny/kd run"].info.status == "FINISHED"
     shown = stores.trackio_rows(trackio_folder)[after["trackio"]["id"]]
-    assert [(one["epoch"], one["train/loss"]) for one in shown] == losses
+    assert [(one["epoch"], one["train/loss"]) for one in shown] == close
 
 
 def test_a_stopped_run_says_so_and_runs_again(
