@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar10_methods import finished
+from accuracy_runs import finished
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 

@@ -8,19 +8,18 @@ command again. Rows are in the order of `METHODS`, never ranked: the table says 
 apart from the same student trained alone.
 """
 
-import argparse
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from accuracy_runs import finished, mean_and_std, note, row_line, spread, words, write
+
 from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
 from fastkd.output.console import Console
-from fastkd.output.run_folder import find_finished
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.stages import Session, run_recipe
+from fastkd.runs.stages import Session
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, TEACHER_EPOCHS = 10, 3
@@ -78,12 +77,9 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write docs/ and results/")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
+    parser = words(
+        __doc__, images="CIFAR-10", writes="docs/ and results/", keys="for every run, for a trial"
+    )
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
     rows = []
@@ -106,8 +102,7 @@ def main() -> None:
                     "params": summary["params"],
                     "macs": summary["macs"],
                 }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+                note(rows, row)
     facts = {
         "command": f"python benchmarks/cifar10_methods.py --seeds {options.seeds}",
         "teachers": {name: summary["accuracy_last"] for name, summary in teachers.items()},
@@ -117,30 +112,23 @@ def main() -> None:
     text = table(facts)
     print(text)
     if options.write:
-        results = ROOT / "benchmarks" / "results" / "cifar10_methods.json"
-        results.write_text(json.dumps(facts, indent=1) + "\n")
+        write(ROOT / "benchmarks" / "results" / "cifar10_methods.json", facts)
         (ROOT / "docs" / "cifar10_methods.md").write_text(text)
 
 
 def lesson(method: Method, *keys: str, epochs: int = EPOCHS) -> Recipe:
     """The recipe of a row in these epochs, its schedules shrunk to them; evaluated at their end."""
     shrunk = f"epoch_factor={epochs / load_recipe(method.recipe).epochs:.12g}"
-    words = [*LESSON, shrunk, f"eval_epochs={epochs}", *method.keys, *keys]
-    return load_recipe(method.recipe, overrides=words)
-
-
-def finished(recipe: Recipe, session: Session) -> dict:
-    """The summary of a run, which is made now unless it exists."""
-    before = find_finished(session.root, recipe.name, recipe.digest())
-    found = None if before is None else before.summary()
-    return found or run_recipe(recipe, session, resume="auto")
+    overrides = [*LESSON, shrunk, f"eval_epochs={epochs}", *method.keys, *keys]
+    return load_recipe(method.recipe, overrides=overrides)
 
 
 def taught(name: str, given: list[str], session: Session) -> dict:
     """The summary of a teacher of `TEACHERS`, with the path of its weights."""
     base, keys = TEACHERS[name]
-    words = [f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
-    recipe = load_recipe(base, overrides=words)
+    recipe = load_recipe(
+        base, overrides=[f"epochs={TEACHER_EPOCHS}", "batch_size=64", *keys, *given]
+    )
     summary = finished(recipe, session)
     (folder,) = (session.root / recipe.name).glob(f"*-{recipe.digest()[:8]}")
     return summary | {"weights": folder / "best.safetensors"}
@@ -191,7 +179,7 @@ _ENDING = (
 
 def _row(name: str, values: list[float], base: list[float] | None) -> str:
     mean, std = statistics.mean(values), spread(values)
-    cells = [name, str(len(values)), f"{mean:.2%}", f"{std:.2%}"]
+    cells = [name, str(len(values)), *mean_and_std(values)]
     if base is None:
         cells += ["", ""]
     else:
@@ -199,18 +187,7 @@ def _row(name: str, values: list[float], base: list[float] | None) -> str:
         above = mean > statistics.mean(base)
         cells.append("overlap" if not apart else "above" if above else "below")
         cells.append(" ".join(f"{100 * (v - b):+.2f}" for v, b in zip(values, base, strict=False)))
-    return "| " + " | ".join(cells) + " |"
-
-
-def spread(values: list[float]) -> float:
-    """Their sample standard deviation; NaN of one alone."""
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
-
-
-def difference(gains: list[float]) -> list[str]:
-    """Cells of a table: points gained in every pair of runs, their mean, its standard error."""
-    each = " ".join(f"{gain:+.2f}" for gain in gains)
-    return [each, f"{statistics.mean(gains):+.2f}", f"{spread(gains) / len(gains) ** 0.5:.2f}"]
+    return row_line(cells)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ once, and one that is there is not made again: seeds may be made on different da
 teacher that was trained then.
 """
 
-import argparse
 import json
-import statistics
 from pathlib import Path
 
-from cifar10_methods import METHODS, difference, finished, lesson, spread, taught
+from accuracy_runs import difference, finished, mean_and_std, note, row_line, words, write
+from cifar10_methods import METHODS, lesson, taught
 
 from fastkd.compute.machine import environment
 from fastkd.compute.ranks import open_world
@@ -31,15 +30,13 @@ CYCLES = (None, 30, 10, 5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument(
-        "--write", action="store_true", help="write and extend results/cycle_cifar10.*"
+    parser = words(
+        __doc__,
+        images="CIFAR-10",
+        writes="and extend results/cycle_cifar10.*",
+        keys="for every run, for a trial",
     )
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="for every run, for a trial")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
     facts = read_results(options.epochs) if options.write else {}
@@ -61,7 +58,7 @@ def main() -> None:
                 continue
             facts["rows"] += rows_of(seed, given, options.epochs, session)
             if options.write:
-                RESULTS.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+                write(RESULTS.with_suffix(".json"), facts)
                 RESULTS.with_suffix(".md").write_text(table(facts))
     print(table(facts))
 
@@ -92,8 +89,7 @@ def rows_of(seed: int, given: list[str], epochs: int, session: Session) -> list[
             "teacher": teacher["accuracy_last"],
             "environment": environment(),
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        note(rows, row)
     return rows
 
 
@@ -132,13 +128,13 @@ def table(facts: dict) -> str:
     }
     for cycle, reached in found.items():
         cells = [str(cycle or "none"), str(len(reached))]
-        cells += [f"{statistics.mean(reached):.2%}", f"{spread(reached):.2%}"]
+        cells += mean_and_std(reached)
         if cycle is None:
             cells += ["", "", ""]
         else:
             pairs = zip(reached, found[None], strict=True)
             cells += difference([100 * (one - none) for one, none in pairs])
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row_line(cells))
     return "\n".join([*lines, ""])
 
 

@@ -8,17 +8,16 @@ numbers: there they are multiplied in fp32, in which their products are exact, a
 rounded to bf16. To resume an interrupted run, give the command again.
 """
 
-import argparse
 import copy
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from cifar10_methods import ALONE, EPOCHS, METHODS, difference, finished, lesson, taught
+from accuracy_runs import difference, finished, note, row_line, words, write
+from cifar10_methods import ALONE, EPOCHS, METHODS, lesson, taught
 from torch import Tensor, nn
 
 from fastkd.compute.machine import environment
@@ -77,11 +76,7 @@ def check_rounding(native: Callable[..., Tensor]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write results/precision_cifar10.*")
+    parser = words(__doc__, images="CIFAR-10", writes="results/precision_cifar10.*")
     options = parser.parse_args()
     given = [f"data.root={options.data}", "compile=off"]
     rows = []
@@ -101,8 +96,7 @@ def main() -> None:
                 recipe = lesson(method, *keys, f"precision={precision}")
                 accuracy = finished(recipe, session)["accuracy_last"]
                 row = {"method": name.replace("resnet20", STUDENT), "seed": seed}
-                rows.append(row | {"precision": precision, "accuracy": accuracy})
-                print(json.dumps(rows[-1]), flush=True)
+                note(rows, row | {"precision": precision, "accuracy": accuracy})
     facts = {
         "command": f"python benchmarks/precision_on_cifar10.py --seeds {options.seeds}",
         "teacher": teacher["accuracy_last"],
@@ -113,7 +107,7 @@ def main() -> None:
     text = table(facts)
     print(text)
     if options.write:
-        (RESULTS / "precision_cifar10.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write(RESULTS / "precision_cifar10.json", facts)
         (RESULTS / "precision_cifar10.md").write_text(text)
 
 
@@ -145,8 +139,8 @@ def table(facts: dict) -> str:
         gains = [100 * (b - f) for f, b in zip(found["fp32"], found["bf16"], strict=True)]
         every += gains
         means = [f"{statistics.mean(found[precision]):.2%}" for precision in PRECISIONS]
-        lines.append("| " + " | ".join([name, *means, *difference(gains)]) + " |")
-    lines.append("| " + " | ".join(["all", "", "", *difference(every)]) + " |")
+        lines.append(row_line([name, *means, *difference(gains)]))
+    lines.append(row_line(["all", "", "", *difference(every)]))
     return "\n".join([*lines, ""])
 
 

@@ -7,6 +7,7 @@ Same engine as the recipes; see `distill`.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from fastkd.compute.compiling import CompileChoice, CompileReason
 from fastkd.compute.placement import Placement
 from fastkd.compute.precision import PrecisionChoice, resolve_precision
 from fastkd.compute.ranks import DeviceChoice, World, on_main, open_world
+from fastkd.config.values import dotted
 from fastkd.data.loaders.foreign import (
     LoaderItem,
     Shown,
@@ -39,6 +41,8 @@ from fastkd.models.unwrap import uncompiled
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_folder import RunFolder
+from fastkd.output.trackers.opening import check_trackers, tracker_names
+from fastkd.output.trackers.sink import TrackerName
 from fastkd.report.class_iou import with_class_names
 from fastkd.report.plots import draw_curves
 from fastkd.storage.checkpoint import Checkpoint
@@ -60,7 +64,7 @@ from fastkd.training.arguments import (
     terms_of,
 )
 from fastkd.training.autocast import settle_precision
-from fastkd.training.build import build_trainer, decide_compile
+from fastkd.training.build import build_trainer
 from fastkd.training.call_folder import (
     advice,
     check_state,
@@ -69,6 +73,7 @@ from fastkd.training.call_folder import (
 )
 from fastkd.training.checkpointing import open_checkpoint
 from fastkd.training.config import OptimConfig
+from fastkd.training.engine import decide_compile
 from fastkd.training.matching import check_form, check_labels, shape_of_logits
 from fastkd.training.progress import Plan
 from fastkd.training.result import Result
@@ -109,6 +114,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     quiet: bool = False,
     teacher_resolution: int | Sequence[int | None] | None = None,
     on_epoch: Callable[[dict[str, Any]], object] | None = None,
+    track: TrackerName | Sequence[TrackerName] = (),
 ) -> Result:
     """Train `student` to imitate `teacher` on batches of your own loaders.
 
@@ -160,6 +166,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
         on_epoch: called after every epoch with its row of metrics (`epoch`, `train_loss`,
             `val_accuracy`, ..), on rank 0, when the epoch is saved. What it raises ends the run;
             what it returns is ignored.
+        track: trackers that are shown the run as well: "tensorboard", "wandb", "mlflow", "trackio",
+            one or a list. Needs `out`, where a resumed run finds its remote run again.
 
     Returns:
         `Result`: `student` as the last epoch left it, `best` as the best one did, `history`,
@@ -176,6 +184,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     check_choice("xprime", xprime, XPRIMES)
     check_numbers(epochs, accumulate, ema)
     check_callback(on_epoch)
+    trackers = tracker_names(track, out)
     student, teachers = networks_of(student, teacher)
     loaded = loaded_teachers(teachers, teacher_resolution)
     check_student(student)
@@ -186,6 +195,7 @@ def distill(  # noqa: PLR0913 - a frozen public signature
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         world = stack.enter_context(open_world(device))
+        on_main(world, lambda: check_trackers(trackers))
         check_loader("train_loader", train_loader, world)
         if val_loader is not None:
             check_loader("val_loader", val_loader, world, exact=True)
@@ -258,7 +268,8 @@ def distill(  # noqa: PLR0913 - a frozen public signature
             placement=placement,
             output=Output(console=console, on_epoch=_of_rank_0(on_epoch, world)),
         )
-        return _trained(trainer, call, teachers, data, out, began, resume=resume)
+        choose = partial(choose_folder, out, call, resume=resume)
+        return _trained(trainer, call, teachers, data, began, choose=choose, trackers=trackers)
 
 
 def _trained(
@@ -266,21 +277,27 @@ def _trained(
     call: dict[str, Any],
     teachers: Sequence[nn.Module],
     data: TrainData,
-    out: str | Path | None,
     checkpoint: Checkpoint | None,
     *,
-    resume: bool,
+    choose: Callable[[], RunFolder | None],
+    trackers: Sequence[TrackerName],
 ) -> Result:
-    """The result of a call that was found to be possible; `call` describes it in config.yaml."""
+    """The result of a call that was found to be possible; `call` describes it in config.yaml.
+
+    choose: makes the folder, or finds it.
+    """
     world = trainer.world
     with ExitStack() as stack:
         # Made only now: a mistake found before creates no folder and deletes none of the user's.
-        folder = trainer.folder = on_main(world, lambda: choose_folder(out, call, resume=resume))
+        folder = trainer.folder = on_main(world, choose)
         before = None
         if folder is not None:
             if checkpoint is None:  # else the folder is ours already
                 stack.enter_context(occupied(folder.path, world))
             before = on_main(world, folder.summary)
+            if before is None:  # a finished run has been shown
+                folder = folder.tracked(trackers, name="distill", config=dotted(call))
+                trainer.folder = folder
         check_state(folder, checkpoint, call, world, finished=before is not None)
         if folder is not None:
             stack.enter_context(tidy(folder, folder.path.parent, world))
@@ -339,7 +356,8 @@ def _finish(folder: RunFolder | None, trainer: Trainer, metrics: Mapping[str, An
             teachers={} if reached is None else {"teacher": reached},
         )
         trainer.console.note(drawn)
-        folder.finish(metrics)
+        rows = [{"run": "teacher", **teacher}] if teacher else []
+        folder.finish(metrics, [*rows, {"run": "student", **metrics}])
 
 
 def _data(

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,24 +162,38 @@ def program(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Said]:
 
 
 @pytest.fixture(scope="session")
-def ranks(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., list[Said]]:
-    """Run `python WORDS` as several ranks of one group, as torchrun would; all must succeed."""
+def ranks(
+    start: Callable[..., subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Said]]:
+    """Run `python WORDS` as several ranks of one group, as torchrun would; all must succeed.
+
+    They are forks of one process, programs/forked_ranks.py: importing takes longer than most of
+    these programs do.
+    """
 
     def run(num: int, *words: str | Path, timeout: float = 240, **how: Any) -> list[Said]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num)}
-        started = [
-            start(*words, **{**group, "RANK": str(rank), "LOCAL_RANK": str(rank), **how})
-            for rank in range(num)
-        ]
+        folder = tmp_path_factory.mktemp("ranks")
+        first, *rest = map(str, words)
+        first = str(PROGRAMS / first) if first.endswith(".py") else first
+        process = start(
+            "forked_ranks.py", str(num), folder, first, *rest, own_group=True, **{**group, **how}
+        )
         try:
-            said = [ended(process, timeout) for process in started]
+            _, trouble = process.communicate(timeout=timeout)
         finally:
-            for process in started:
-                process.kill()
-        assert [one.code for one in said] == [0] * num, "\n".join(o.out + o.err for o in said)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said = [
+            Said(
+                process.returncode, *((folder / f"{n}.{end}").read_text() for end in ("out", "err"))
+            )
+            for n in range(num)
+        ]
+        assert not process.returncode, trouble + "\n".join(one.out + one.err for one in said)
         return said
 
     return run

@@ -1,86 +1,24 @@
-"""The words and options of the `fastkd` command, and the error messages for wrong ones.
+"""The words and options of the `fastkd` command; `fastkd.cli.commands` runs it.
 
-The only argparse of the package; `fastkd.cli.commands` runs the command. Options are few
-on purpose: everything that decides a run is a recipe key, spelled key=value.
+Those of `train` and its like are in `train_words`, of `export` and `latency` in modules of their
+own, the messages for wrong ones in `wrong_words`. Options are few on purpose: everything that
+decides a run is a recipe key, spelled key=value.
 """
 
 import argparse
-import difflib
-import re
 from collections.abc import Sequence
-from typing import NoReturn, TypeAlias
 
 from fastkd import __version__
+from fastkd.cli.compress_words import add_compress
 from fastkd.cli.export_words import add_export
 from fastkd.cli.latency_words import add_latency
+from fastkd.cli.parser import Commands, Parser, add_words, positive
 from fastkd.cli.report_words import add_report
+from fastkd.cli.train_words import add_compare, add_table, add_train
+from fastkd.cli.wrong_words import no_option
 from fastkd.errors import UserError
-from fastkd.printable import shown
 
 __all__ = ["parse", "parsers"]
-
-TRAIN_HELP = """
-examples:
-  fastkd train                                  handwritten digits, no download
-  fastkd train cifar10/resnet56--resnet20/kd data.root=DATA epochs=30
-  fastkd train --config my.yaml optim.lr=0.1    a file with keys, then overrides
-  fastkd train --resume auto                    resume the last quickstart
-  fastkd train --sweep 'optim.lr=0.05;0.1' --sweep 'seed=0;1'    four runs
-  fastkd train --sweep 'recipe=cifar10/resnet56--resnet20/kd;quickstart'
-  fastkd train --sweep 'optim.lr=0.05;0.1' --together    one teacher for both
-  fastkd train --sweep 'seed=0;1;2' --launcher submitit:partition=gpu   on SLURM
-  torchrun --nproc-per-node=8 -m fastkd.train RECIPE ...         eight processes
-
-keys are dotted (optim.lr=0.1); a comma makes a list (optim.milestones=150,180).
-A path or a name is taken as it stands (data.root=/d/set #2, in quotes for the
-shell); a semicolon inside a value of --sweep is written twice.
-`fastkd train RECIPE --print-config` shows every key, its value and its meaning.
-exit codes: 0 done, 1 failed run, 2 wrong request; after saving, 130 for Ctrl-C,
-143 for SIGTERM and 129 for a closed terminal. torchrun ends with its own code,
-1 whenever a process of it failed.
-"""
-
-
-COMPARE_HELP = """
-examples:
-  fastkd compare cifar10/resnet56--resnet20/{kd,at,dkd} --seeds 3 data.root=DATA
-  fastkd compare quickstart --sweep 'student.block=S;G:4' --seeds 5 --latex
-
-Each run is paired with the student alone, trained with the same seed and keys but
-without teacher; what several runs share is trained once. Name its learning rates
-with baseline.lrs=0.05,0.1 (the best counts); baseline.lrs= leaves it out.
-Give all methods one teacher with teacher.seed=0, or teacher.weights=RUN.
-Finished runs are not repeated: the same command again resumes, or only prints.
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-sentence errors that name the nearest valid word."""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
-        if match:
-            word, commands = match[1], match[2].replace("'", "").split(", ")
-            message = f"there is no command '{word}'{_near(word, commands)}"
-        raise UserError(f"{message}{_see(message, self.prog)}")
-
-
-_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch("0*[1-9][0-9]{0,4}", text):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number above 0")
-    return int(text)
-
-
-def _near(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else f": choose {', '.join(words)}"
-
-
-def _see(message: str, command: str) -> str:
-    return f"{'' if message.endswith('?') else '.'} See `{command} --help`"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -93,54 +31,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # argparse accepts a list of words only in one piece: `quickstart --dry-run epochs=1` has two.
     for word in rest:
         if word.startswith("-"):
-            raise UserError(_no_option(word, arguments, options, commands[options.command]))
+            raise UserError(no_option(word, arguments, options, commands[options.command]))
         if "words" not in options:
             raise UserError(f"`fastkd {options.command}` takes no further argument, got {word!r}")
         options.words.append(word)
     return options
 
 
-def _no_option(
-    word: str,
-    arguments: Sequence[str],
-    options: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-) -> str:
-    """What is wrong with an option that does not exist, and what to write instead."""
-    flag, _, value = word.partition("=")
-    says = f"there is no option {shown(flag)}"
-    command = f"fastkd {options.command}"
-    if "words" in options and options.command not in ("recipes", "predict"):
-        following = [*arguments[arguments.index(word) + 1 :], ""][0]
-        if not value and "=" not in following and not following.startswith("-"):
-            value = following
-        if keys := _keys(flag, value):
-            return f"{says}; what decides a run is a key, without dashes: {keys}"
-    if word.endswith("\r"):
-        says += ": a script with the line ends of Windows puts \\r behind its last word"
-        return f"{says}. See `{command} --help`"
-    known = [known for known in parser._option_string_actions if len(known) > 2]
-    message = f"{says}{_near(flag, known)}"
-    return f"{message}{_see(message, command)}"
-
-
-def _keys(flag: str, value: str) -> str:
-    """`--batch-size 64` -> `batch_size=64`; empty if no key ends in this word."""
-    from fastkd.config.mistakes import nearest_keys
-    from fastkd.recipe.overrides import type_of
-    from fastkd.recipe.printing import valid_keys
-
-    name = flag.strip("-").replace("-", "_")
-    known = valid_keys(("kd", "ce"))
-    keys = [name] if name in known else nearest_keys(name, known)[:2]
-    # What a value looks like, if none was given.
-    examples = {int: "3", float: "0.1", bool: "true"}
-    return " or ".join(f"{key}={value or examples.get(type_of(key), '..')}" for key in keys)
-
-
-def parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and the parser of each command by name."""
-    parser = _Parser(
+    parser = Parser(
         prog="fastkd",
         description="Train small vision networks from large ones: knowledge distillation.",
         epilog="Examples: `fastkd train --help`. What this machine offers: `fastkd doctor`.",
@@ -148,9 +48,9 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_train(commands)
-    _add_compare(commands)
-    _add_table(commands)
+    add_train(commands)
+    add_compare(commands)
+    add_table(commands)
     add_report(commands)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -161,114 +61,14 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_models(commands)
     _add_cheapen(commands)
     add_latency(commands)
+    add_compress(commands)
     _add_recipes(commands)
     _add_losses(commands)
     _add_doctor(commands)
     return parser, commands.choices
 
 
-def _add_words(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
-    """The words behind a command, of which `parse` also takes those between its options."""
-    parser.add_argument("words", nargs="*", default=[], metavar=metavar, help=text)
-
-
-def _add_train(commands: _Commands) -> None:
-    train = commands.add_parser(
-        "train",
-        help="train a student by a recipe",
-        description="Train a student by a recipe; without arguments, the quickstart.",
-        epilog=TRAIN_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_words(train, "RECIPE | key=value", "a named recipe, then overrides of its keys")
-    train.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")
-    train.add_argument(
-        "--resume",
-        metavar="auto|RUN",
-        help="resume RUN, or with auto the newest unfinished run of this recipe",
-    )
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, make two steps, print what a run would take",
-    )
-    train.add_argument("--print-config", action="store_true", help="print the resolved recipe")
-    _add_sweep(train)
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="'key=a;b;c'",
-        help="one run for each value, then a table; repeat it for all combinations",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=_positive,
-        metavar="N",
-        help="run N runs of a sweep in parallel, each on its own GPU or a share of the CPU",
-    )
-    parser.add_argument(
-        "--launcher",
-        metavar="ray[:ADDRESS]|submitit[:k=v,..]",
-        help="give the runs of a sweep to the hosts of a Ray cluster or to SLURM, all or N at a "
-        "time; start it in a folder that all hosts share",
-    )
-    parser.add_argument(
-        "--together",
-        action="store_true",
-        help="train runs that share teacher, data and views in one process: one pass of the "
-        "teacher for all of them",
-    )
-
-
-def _add_formats(parser: argparse.ArgumentParser) -> None:
-    for title in ("LaTeX", "Markdown"):
-        parser.add_argument(
-            f"--{title.lower()}",
-            dest="formats",
-            action="append_const",
-            const=title.lower(),
-            default=[],
-            help=f"print the table as {title}",
-        )
-
-
-def _add_compare(commands: _Commands) -> None:
-    compare = commands.add_parser(
-        "compare",
-        help="train several recipes with the same seeds, and each student alone",
-        description="Train every RECIPE with every seed, and the students alone; then one table\n"
-        "with the mean over the seeds and the gain over the student alone.",
-        epilog=COMPARE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_words(compare, "RECIPE | key=value", "named recipes, then overrides for all of them")
-    compare.add_argument(
-        "--seeds",
-        type=_positive,
-        metavar="N",
-        help="seeds 0 to N-1 for each; default: the recipe's own seed",
-    )
-    _add_sweep(compare)
-    _add_formats(compare)
-
-
-def _add_table(commands: _Commands) -> None:
-    table = commands.add_parser(
-        "table",
-        help="one table of finished runs",
-        description="A table of finished runs, with what differs among them as their names.",
-    )
-    _add_words(table, "RUN", "folder of a run")
-    _add_formats(table)
-
-
-def _add_evaluate(commands: _Commands) -> None:
+def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a run folder, a network or an ONNX file",
@@ -279,22 +79,24 @@ def _add_evaluate(commands: _Commands) -> None:
         "what", metavar="RUN | MODEL | FILE.onnx", help="run folder, network name, exported file"
     )
     evaluate.add_argument("--weights", metavar="FILE", help="weights of MODEL")
-    _add_words(evaluate, "key=value", "recipe keys such as data.name=cifar10 data.root=DATA")
+    add_words(evaluate, "key=value", "recipe keys such as data.name=cifar10 data.root=DATA")
 
 
-def _add_predict(commands: _Commands) -> None:
+def _add_predict(commands: Commands) -> None:
     predict = commands.add_parser(
         "predict",
         help="what a trained network says about any images",
         description="Predict images of any size with the best weights of RUN. A network that "
-        "labels pixels writes a label map (PNG) for each into DIR, a classifier predictions.csv.",
+        "labels pixels writes a label map (PNG) for each into DIR, a classifier predictions.csv. "
+        "A run of fastkd.distill is told how its images were made: data.image_size=32 "
+        "data.mean=0.5,0.5,0.5 data.std=0.2,0.2,0.2.",
     )
     predict.add_argument("run", metavar="RUN", help="run folder")
-    _add_words(predict, "IMAGE | FOLDER", "image files, and folders of which all are taken")
+    add_words(predict, "IMAGE | FOLDER", "image files, and folders of which all are taken")
     predict.add_argument("--out", metavar="DIR", required=True, help="where predictions go")
 
 
-def _add_data(commands: _Commands) -> None:
+def _add_data(commands: Commands) -> None:
     data = commands.add_parser(
         "data",
         help="check a data set before training, or pack it into a few large files",
@@ -305,7 +107,7 @@ def _add_data(commands: _Commands) -> None:
     )
     data.add_argument("action", choices=["check", "pack"], metavar="check | pack")
     data.add_argument("root", metavar="DIR", help="folder of the images, as data.root")
-    _add_words(data, "key=value", "keys of the data such as data.val_share=0.1 or data.name=cub200")
+    add_words(data, "key=value", "keys of the data such as data.val_share=0.1 or data.name=cub200")
     data.add_argument(
         "--json", action="store_true", help="check: machine-readable, every file listed"
     )
@@ -319,7 +121,7 @@ def _add_data(commands: _Commands) -> None:
     data.add_argument("--quality", metavar="Q", type=int, help="pack: of those JPEGs, 1 to 95 (90)")
 
 
-def _add_cache(commands: _Commands) -> None:
+def _add_cache(commands: Commands) -> None:
     cache = commands.add_parser(
         "cache",
         help="ask a recipe's teacher once for all views, for runs that read its answers",
@@ -327,15 +129,15 @@ def _add_cache(commands: _Commands) -> None:
         "in DIR, which runs name as teacher.cache=DIR. What is there is left out, so the same "
         "command again resumes. With torchrun on any number of processes.",
     )
-    _add_words(cache, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
+    add_words(cache, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
     cache.add_argument("--config", metavar="FILE", help="YAML file with recipe keys")
     cache.add_argument("--out", metavar="DIR", help="the folder; default: the recipe's, or auto")
     cache.add_argument(
-        "--epochs", type=_positive, metavar="N", help="only of the first N epochs; default: all"
+        "--epochs", type=positive, metavar="N", help="only of the first N epochs; default: all"
     )
 
 
-def _add_bench(commands: _Commands) -> None:
+def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
         help="images a second of a recipe's loader and step, and what limits them",
@@ -344,13 +146,13 @@ def _add_bench(commands: _Commands) -> None:
         "A teacher that would be trained first takes part untrained.",
     )
     bench.add_argument("what", choices=["data"], metavar="data")
-    _add_words(bench, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
+    add_words(bench, "RECIPE key=value", "recipe name and keys, as for `fastkd train`")
     bench.add_argument(
         "--seconds", type=float, default=10, metavar="S", help="for each of the three (10)"
     )
 
 
-def _add_models(commands: _Commands) -> None:
+def _add_models(commands: Commands) -> None:
     models = commands.add_parser("models", help="list networks with parameters and MACs")
     models.add_argument(
         "pattern", nargs="?", default="*", help="shell pattern, e.g. 'resnet*' or 'timm:*b0*'"
@@ -361,7 +163,7 @@ def _add_models(commands: _Commands) -> None:
     models.add_argument("--json", action="store_true", help="machine-readable")
 
 
-def _add_cheapen(commands: _Commands) -> None:
+def _add_cheapen(commands: Commands) -> None:
     cheapen = commands.add_parser(
         "cheapen",
         help="show how a cheap block changes a network: parameters, MACs, layers",
@@ -392,14 +194,14 @@ def _add_cheapen(commands: _Commands) -> None:
     )
 
 
-def _add_recipes(commands: _Commands) -> None:
+def _add_recipes(commands: Commands) -> None:
     recipes = commands.add_parser(
         "recipes",
         help="list the named recipes",
         description="Without arguments an overview; with PATTERN the matching recipes, the papers' "
         "numbers and what they need; with show one recipe in full.",
     )
-    _add_words(
+    add_words(
         recipes,
         "PATTERN | show NAME",
         "part of a name (kdda), shell pattern ('kdda/*/kd'), or the word show and a name",
@@ -407,7 +209,7 @@ def _add_recipes(commands: _Commands) -> None:
     recipes.add_argument("--json", action="store_true", help="machine-readable")
 
 
-def _add_losses(commands: _Commands) -> None:
+def _add_losses(commands: Commands) -> None:
     losses = commands.add_parser(
         "losses",
         help="list the losses of a recipe; formula, source, tests and keys of one",
@@ -415,7 +217,7 @@ def _add_losses(commands: _Commands) -> None:
     losses.add_argument("name", nargs="?", metavar="NAME", help="as in losses.NAME.weight=1")
 
 
-def _add_doctor(commands: _Commands) -> None:
+def _add_doctor(commands: Commands) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="what this machine offers and what is missing",
@@ -432,7 +234,7 @@ def _add_doctor(commands: _Commands) -> None:
         "--input", metavar="CxHxW", help="with --blocks: input shape; default: the network's own"
     )
     doctor.add_argument(
-        "--batch", type=_positive, metavar="N", help="with --blocks: images a call; default: 32"
+        "--batch", type=positive, metavar="N", help="with --blocks: images a call; default: 32"
     )
     doctor.add_argument(
         "--precision",

@@ -37,6 +37,7 @@ _COMMANDS = {
     "models": ("fastkd.cli.networks", "models"),
     "cheapen": ("fastkd.cli.networks", "cheapen"),
     "latency": ("fastkd.cli.latency", "latency"),
+    "compress": ("fastkd.cli.compressing", "compress_model"),
     "recipes": ("fastkd.cli.listings", "recipes"),
     "losses": ("fastkd.cli.listings", "losses"),
     "doctor": ("fastkd.cli.doctor", "doctor"),

@@ -20,9 +20,9 @@ from fastkd.errors import UserError
 from fastkd.printable import shown
 from fastkd.recipes.loading import load_recipe
 
-__all__ = ["data"]
+__all__ = ["KEYS", "data"]
 
-_KEYS = tuple(
+KEYS = tuple(
     f"data.{key}"
     for key in (
         "name",
@@ -60,7 +60,8 @@ def data(options: argparse.Namespace) -> int:
     for name in ("out", "shrink", "quality"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is for `fastkd data pack`; leave it out")
-    splits = [check_split(one) for one in _opened(options.root, options.words)]
+    opened = _opened(options.root, options.words, broken_links=True)
+    splits = [check_split(one) for one in opened]
     equal = equal_files(splits)
     print(json.dumps(_facts(splits, equal), indent=1) if options.json else _text(splits, equal))
     return 1 if any(split.bad for split in splits) else 0
@@ -93,20 +94,21 @@ def _pack(options: argparse.Namespace) -> None:
     print(f"train on them with data.name={name} data.root={shown(target)}")
 
 
-def _opened(root: str, words: Sequence[str]) -> list[FolderIndex] | list[LabelMaps]:
-    """Both splits, not yet read."""
+def _opened(
+    root: str, words: Sequence[str], *, broken_links: bool = False
+) -> list[FolderIndex] | list[LabelMaps]:
+    """Both splits, not yet read. broken_links: list them too, so that the check names them."""
     for word in words:
         key, is_key, _ = word.partition("=")
-        if not is_key or key not in _KEYS:
+        if not is_key or key not in KEYS:
             raise UserError(
-                f"`fastkd data` got {shown(word)}; expected a folder and the keys "
-                f"{', '.join(_KEYS)}"
+                f"`fastkd data` got {shown(word)}; expected a folder and the keys {', '.join(KEYS)}"
             )
     # The recipe is for its data; random areas do not go with label maps.
     overrides = ["augment.crop=pad", *words, f"data.root={root}"]
     keys = load_recipe("folder", overrides=overrides).data
     if keys.name in LABEL_MAPS:
-        return list(open_both(keys))
+        return list(open_both(keys, broken_links=broken_links))
     # Both are opened first: a mistake in one is told before the other is read for an hour.
     sources = [
         open_source(
@@ -116,6 +118,7 @@ def _opened(root: str, words: Sequence[str]) -> list[FolderIndex] | list[LabelMa
             decoding=keys.decoding,
             holdout=keys.holdout,
             labels=keys.labels,
+            broken_links=broken_links,
         )
         for split in _SPLITS
     ]

@@ -22,6 +22,8 @@ from fastkd.cli.blocks import blocks_of
 from fastkd.compute.compiling import compiler_problem
 from fastkd.compute.machine import cpu_facts, gpu_facts, kernel_facts, version_of
 from fastkd.errors import UserError
+from fastkd.output.trackers.opening import TRACKERS
+from fastkd.output.trackers.sink import TrackerName
 from fastkd.printable import in_words
 from fastkd.training.optim import apex_missing
 
@@ -72,7 +74,8 @@ def facts() -> dict[str, Any]:
 
 def _parts() -> list[Part]:
     engines = [_launcher("Ray", "ray"), _launcher("submitit", "submitit")]
-    return [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex(), _onnx(), *engines]
+    parts = [_compiled_core(), _triton(), _torch_compile(), _dali(), _apex(), _onnx()]
+    return [*parts, *engines, *map(_tracker, TRACKERS)]
 
 
 def _compiled_core() -> Part:
@@ -150,6 +153,15 @@ def _launcher(title: str, name: str) -> Part:
         return Part(title, version, True, used_for, "")
     advice = f'not installed; pip install "fastkd[{name}]"; without it --jobs uses one host'
     return Part(title, "", False, used_for, advice)
+
+
+def _tracker(name: TrackerName) -> Part:
+    used_for = f"watching runs, by request (track={name})"
+    sink = TRACKERS[name]
+    version = version_of(sink.package)
+    if version is not None:
+        return Part(name, version, True, used_for, "")
+    return Part(name, "", False, used_for, f'not installed; pip install "fastkd[{sink.extra}]"')
 
 
 def _probe(name: str, version: Callable[[Any], str]) -> tuple[str, str]:

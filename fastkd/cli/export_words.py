@@ -1,7 +1,8 @@
 """The words of `fastkd export`, for `fastkd.cli.arguments`."""
 
 import argparse
-from typing import Any
+
+from fastkd.cli.parser import Commands, add_words
 
 __all__ = ["add_export"]
 
@@ -20,8 +21,8 @@ gets its name; without them, on noise. docs/export.md says more.
 """
 
 
-def add_export(commands: Any) -> None:
-    """`fastkd export`. commands: what argparse's `add_subparsers` returned."""
+def add_export(commands: Commands) -> None:
+    """`fastkd export`."""
     parser = commands.add_parser(
         "export",
         help="write a network for other programs: ONNX, torch.export, timm, Hugging Face Hub",
@@ -63,10 +64,4 @@ def add_export(commands: Any) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace the file at PATH, or those of hf"
     )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="recipe keys such as data.root=DATA data.image_size=224",
-    )
+    add_words(parser, "key=value", "recipe keys such as data.root=DATA data.image_size=224")

@@ -17,7 +17,10 @@ from fastkd.models.config import NETWORK_OPTIONS
 from fastkd.printable import printable, shown
 from fastkd.runs.evaluate_saved import recipe_for
 
-__all__ = ["latency"]
+__all__ = ["KEYS", "latency"]
+
+KEYS = tuple(f"student.{key}" for key in NETWORK_OPTIONS)
+"""Recipe keys of a network that is named."""
 
 
 def latency(options: argparse.Namespace) -> None:
@@ -93,7 +96,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _options(name: str, words: list[str]) -> dict[str, Any]:
     """Options of the network, from its recipe keys."""
-    known = tuple(f"student.{key}{end}" for key in NETWORK_OPTIONS for end in "=.")
+    known = tuple(f"{key}{end}" for key in KEYS for end in "=.")
     if other := [word for word in words if not word.startswith(known)]:
         raise UserError(
             f"{shown(other[0])}: expected student.KEY=VALUE with a KEY of the network, one of "

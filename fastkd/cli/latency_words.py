@@ -2,12 +2,9 @@
 
 import argparse
 import re
-from typing import TYPE_CHECKING
 
+from fastkd.cli.parser import Commands, add_words
 from fastkd.printable import shown
-
-if TYPE_CHECKING:
-    from fastkd.cli.arguments import _Commands
 
 __all__ = ["add_latency"]
 
@@ -27,7 +24,7 @@ wrong or a backend failed, 2 wrong request or nothing could be measured.
 """
 
 
-def add_latency(commands: "_Commands") -> None:
+def add_latency(commands: Commands) -> None:
     """The command and its options."""
     latency = commands.add_parser(
         "latency",
@@ -44,13 +41,7 @@ def add_latency(commands: "_Commands") -> None:
         metavar="MODEL | RUN | FILE.onnx",
         help="network name, run folder, weight file of fastkd, or ONNX file",
     )
-    latency.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="of MODEL: student.block=G:4 student.width=0.5",
-    )
+    add_words(latency, "key=value", "of MODEL: student.block=G:4 student.width=0.5")
     latency.add_argument("--weights", metavar="FILE", help="weights of MODEL; default: untrained")
     latency.add_argument(
         "--size", type=_size, metavar="N|HxW", help="of the images; default: the network's own"

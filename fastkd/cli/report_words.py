@@ -1,7 +1,8 @@
 """The words of `fastkd report`."""
 
 import argparse
-from typing import Any
+
+from fastkd.cli.parser import Commands, add_words
 
 __all__ = ["REPORT_HELP", "add_report"]
 
@@ -17,7 +18,7 @@ DIR/index.html shows all of it without a network. Unfinished runs are drawn as f
 """
 
 
-def add_report(commands: Any) -> None:
+def add_report(commands: Commands) -> None:
     """Add the command to the parser's commands."""
     report = commands.add_parser(
         "report",
@@ -28,12 +29,8 @@ def add_report(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    report.add_argument(
-        "words",
-        nargs="*",
-        default=[],
-        metavar="RUN | key=value",
-        help="run folders or folders of them; with --predict also keys of the data",
+    add_words(
+        report, "RUN | key=value", "run folders or folders of them; with --predict keys of the data"
     )
     report.add_argument(
         "--out", metavar="DIR", help="where files go; default: report, of the leaderboard: docs"

@@ -11,13 +11,14 @@ import torch
 
 from fastkd.compute.machine import keep_to_quota
 from fastkd.compute.precision import resolve_precision
-from fastkd.compute.ranks import open_world
+from fastkd.compute.ranks import on_main, open_world
 from fastkd.errors import UserError
 from fastkd.output.console import Console
-from fastkd.output.events import check_tensorboard
+from fastkd.output.trackers.opening import check_trackers
 from fastkd.recipe.printing import annotated_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.report.labels import named_for_trackers
 from fastkd.runs.dry_run import dry_run
 from fastkd.runs.evaluate_onnx import evaluate_onnx
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
@@ -65,21 +66,27 @@ def swept(
 
 
 @contextmanager
-def session_of(recipes: Iterable[Recipe], *, elsewhere: bool = False) -> Iterator[Session]:
+def session_of(
+    recipes: Iterable[Recipe], *, elsewhere: bool = False, verbose: bool = False
+) -> Iterator[Session]:
     """What the runs of one process share. They agree in device and deterministic.
 
-    elsewhere: other hosts compute, and this one needs no device for it.
+    elsewhere: other hosts compute, and this one needs no device for it. verbose: a line per epoch
+    on a terminal, too.
     """
     keep_to_quota()
     every = list(recipes)
-    if any(recipe.tensorboard for recipe in every):
-        check_tensorboard()
     if every[0].deterministic:
         # cuBLAS is deterministic only with a fixed workspace, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = "cpu" if elsewhere else every[0].device
-    with open_world(device) as world, Console(enabled=world.is_main) as console:
+    with (
+        open_world(device) as world,
+        Console(enabled=world.is_main, verbose=verbose) as console,
+    ):
+        # The other ranks report to nobody, and nobody need be logged in there.
+        on_main(world, lambda: check_trackers(n for recipe in every for n in recipe.trackers))
         yield Session(world, console, Path("runs"))
 
 
@@ -116,7 +123,9 @@ def run_all(
                 f"each in its own: leave one of them out"
             )
     with (
-        session_of(recipes.values(), elsewhere=text is not None) as session,
+        session_of(
+            recipes.values(), elsewhere=text is not None, verbose=options.verbose
+        ) as session,
         open_launcher(text, jobs, choice, session) as launcher,
     ):
         if note:
@@ -124,7 +133,11 @@ def run_all(
         device = torch.device(launcher.device) if launcher else session.world.device
         every = {choice: settled(recipe, device) for choice, recipe in recipes.items()}
         return run_sweep(
-            every, session, launcher=launcher, together=options.together, formats=formats
+            named_for_trackers(every),
+            session,
+            launcher=launcher,
+            together=options.together,
+            formats=formats,
         )
 
 
@@ -136,7 +149,7 @@ def _rehearse_all(recipes: Mapping[Choice, Recipe]) -> int:
 
 
 def _run(recipe: Recipe, options: argparse.Namespace) -> int:
-    with session_of([recipe]) as session:
+    with session_of([recipe], verbose=options.verbose) as session:
         recipe = settled(recipe, session.world.device)
         if options.dry_run:
             session.console.facts(f"dry run of {recipe.name}", dry_run(recipe, session))

@@ -4,6 +4,8 @@ Accuracy if an image has one class, mean average precision if it has several lab
 intersection over union if its pixels are labelled.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +73,8 @@ def evaluate(
     entropy of the labelled pixels), of logits at the size of the labels. All: `samples`, and
     `unread` if images could not be read, which then do not count (data.on_bad=skip).
 
+    A loss that is not finite because images are not is said once, as a warning.
+
     Raises:
         UserError: no validation image has a label, or mAP finds labels that it cannot use.
     """
@@ -83,7 +87,26 @@ def evaluate(
             "there is no validation sample to evaluate on, or none has a label: give validation "
             "images whose labels are known"
         )
+    if not math.isfinite(found["loss"]):
+        _tell_of_images(loader, world)
     return found
+
+
+def _tell_of_images(loader: EvalLoader, world: World) -> None:
+    """A warning if images are not finite. They are read once more, so only where a loss is not."""
+    broken = num = 0
+    for batch in loader.epoch(0):
+        fine_N = batch.images_NCHW.flatten(1).isfinite().all(1)
+        broken += int((~fine_N).sum())
+        num += len(fine_N)
+    broken, num = (sum(on_ranks(count, world)) for count in (broken, num))
+    if broken and world.rank == 0:
+        warnings.warn(
+            f"{broken} of {num} validation images hold pixels that are NaN or infinite, and the "
+            f"loss is not finite because of them: look at what makes these images, such as a "
+            f"division by 0",
+            stacklevel=2,
+        )
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What is written while a run runs: the screen, the run folder, TensorBoard events."""
+"""What is written while a run runs: the screen, the run folder, trackers."""

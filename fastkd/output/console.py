@@ -1,13 +1,17 @@
-"""What a run prints: one live line on a terminal, elsewhere one line per epoch, more in long ones.
+"""What a run prints: a live bar per stage on a terminal, elsewhere one line per epoch, more in long
+ones.
 
-Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages and trainer use it.
+Each stage leaves one line on a terminal, that of its last epoch; in a notebook one output, which is
+redrawn (`notebook`). Flow: `cli` makes one `Console` per process, enabled on rank 0 only; stages
+and trainer use it.
 Nothing here reads a tensor; the trainer has fetched the numbers. Everything goes to stdout; `cli`
 writes errors to stderr.
 """
 
 import atexit
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,6 +20,7 @@ from rich.table import Column, Table
 from typing_extensions import override
 
 from fastkd.evaluation.headline import HEADLINES
+from fastkd.output.notebook import NotebookLine, in_notebook
 from fastkd.output.streams import discard
 from fastkd.output.table import DISPENSABLE, NOTE_WIDTH, comparison_table
 from fastkd.printable import printable
@@ -36,6 +41,10 @@ _OF_AN_EPOCH = {
 
 
 _LEAST_WIDTH, _USUAL_WIDTH = 20, 80
+_BARRED, _WIDE = 70, 100
+"""Columns from which the live line has a bar, and from which it has room for everything."""
+_WAITING = 0.1
+"""Share of the time that is worth a word even where there is little room."""
 _LOSSES = 4  # of several runs, in the live line
 
 
@@ -52,17 +61,29 @@ class Console:
     """The output of one process; with `enabled=False` there is none.
 
     `file` replaces stdout. `live` decides between the live line and plain lines; by default a
-    terminal gets the live one.
+    terminal gets the live one, and a notebook its own. `verbose` adds a plain line per epoch to a
+    live one.
     """
 
     def __init__(
-        self, *, enabled: bool = True, file: TextIO | None = None, live: bool | None = None
+        self,
+        *,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        live: bool | None = None,
+        verbose: bool = False,
     ) -> None:
         self._enabled = enabled
+        self._verbose = verbose
+        self._notebook = enabled and file is None and live is None and in_notebook()
+        self._output: NotebookLine | None = None
+        """Of the stage, in a notebook."""
         # A path such as runs/:car:/[red] is neither an emoji nor a colour.
         self._rich = _Screen(
             file=file,
             force_terminal=live,
+            # Or every line would be an output of its own, with markup around it.
+            force_jupyter=False,
             highlight=False,
             soft_wrap=False,
             markup=False,
@@ -72,6 +93,7 @@ class Console:
         if self._rich.width < _LEAST_WIDTH:
             self._rich.width = _USUAL_WIDTH
         self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._tables = True
         self._bar: Progress | None = None
         self._stage = ""
         self._clock = _Clock()
@@ -94,7 +116,11 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Remove the live line from the terminal; also done at the end of the process."""
+        """Remove the live line from the terminal; also done at the end of the process.
+
+        That of a notebook stays as it is.
+        """
+        self._output = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -136,17 +162,18 @@ class Console:
         done = epoch * steps + step
         total = epochs * steps
         left_s = self._clock.left_s(done / total)
-        if not self._live and not self._silence.is_long():
+        if not self._live and not self._notebook and not self._silence.is_long():
             return
-        facts = [
-            f"epoch {min(epoch + 1, epochs)}/{epochs}",
-            f"{images_per_s:,.0f} images/s",
-            f"wait {data_wait:.0%}",
-        ]
+        facts = [f"epoch {min(epoch + 1, epochs)}/{epochs}", f"{images_per_s:,.0f} images/s"]
+        if not self._live or self._rich.width >= _WIDE or data_wait >= _WAITING:
+            facts.append(f"wait {data_wait:.0%}")
         if loss is not None:
             facts.append(f"loss {_losses(loss)}")
         if left_s is not None:
             facts.append(f"{duration(left_s)} left")
+        if self._notebook:
+            self._redraw([self._stage, *facts])
+            return
         if not self._live:
             facts.insert(1, f"step {step}/{steps}")
             self.note("  ".join(filter(None, [self._stage, *facts])))
@@ -162,7 +189,8 @@ class Console:
         bar.refresh()
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        """An epoch's metrics as one plain line; on a terminal only for the last epoch.
+        """An epoch's metrics as one plain line; on a terminal only for the last epoch, unless
+        verbose. In a notebook in place of the live line.
 
         Takes a row of metrics.jsonl: `epoch` from 1, `train_loss`, and where known
         `val_accuracy` (or `val_map`, `val_miou`), `images_per_s`, `data_wait` (a share of 1) and
@@ -172,9 +200,9 @@ class Console:
             return
         left_s = self._clock.left_s(row["epoch"] / epochs)
         last = row["epoch"] == epochs
-        if last:
+        if last and not self._notebook:
             self.close()
-        if self._live and not last:
+        if self._live and not last and not self._verbose:
             return
         words = [self._stage, f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
         words += [
@@ -188,8 +216,17 @@ class Console:
             words.append(f"images not read {row['unread']}")
         if left_s is not None and not last:
             words.append(f"{duration(left_s)} left")
-        self.note("  ".join(word for word in words if word))
+        if self._notebook:
+            self._redraw(words, at_once=last)
+        else:
+            self.note("  ".join(filter(None, words)))
         self._silence.ends()
+
+    def _redraw(self, words: Sequence[str], *, at_once: bool = False) -> None:
+        """In a notebook."""
+        if self._output is None:
+            self._output = NotebookLine()
+        self._output.show(printable("  ".join(filter(None, words))), at_once=at_once)
 
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
         """A titled list of names and values, one per line."""
@@ -201,9 +238,18 @@ class Console:
         for name, value in lines:
             self.note(f"  {name:<{width}}  {_readable(value)}")
 
+    @contextmanager
+    def without_tables(self) -> Generator[None]:
+        """No closing tables of runs inside: their caller makes one of all of them."""
+        before, self._tables = self._tables, False
+        try:
+            yield
+        finally:
+            self._tables = before
+
     def comparison(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The closing table; see `cells_of`. A narrow terminal does without some columns."""
-        if not self._enabled:
+        if not self._enabled or not self._tables:
             return
         self.close()
         screen = self._rich
@@ -281,8 +327,8 @@ def _bar(console: RichConsole) -> "Progress":
         ),
         TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True)),
     ]
-    if console.width >= 100:
-        columns.insert(1, BarColumn(bar_width=16))
+    if console.width >= _BARRED:
+        columns.insert(1, BarColumn(bar_width=16 if console.width >= _WIDE else 10))
     # No extra thread: the line is redrawn when there is something new.
     return Progress(*columns, console=console, transient=True, expand=True, auto_refresh=False)
 

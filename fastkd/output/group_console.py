@@ -54,6 +54,7 @@ class _RunConsole(Console):
     def __init__(self, group: GroupConsole, label: str, name: str) -> None:
         super().__init__(enabled=group.console.enabled)
         self._live = group.console._live
+        self._verbose = group.console._verbose
         self._group, self._label, self._name = group, label, name
         self._is_last = False
 

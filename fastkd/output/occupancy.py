@@ -1,4 +1,4 @@
-"""One process at a time in a run folder, and no folder left by a stage that failed early."""
+"""One process at a time in a run folder; what is left of a stage that ends before its time."""
 
 import fcntl
 import os
@@ -82,12 +82,14 @@ def _hold(path: Path, flags: int) -> int | None:
 
 @contextmanager
 def tidy(folder: RunFolder, root: Path, world: World) -> Iterator[None]:
-    """Remove the folder if the block fails and left nothing to resume."""
+    """End the trackers if the block fails, and remove the folder if it left nothing to resume."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
+        folder.end_tracking("stopped")
         raise
     except BaseException:
+        folder.end_tracking("failed")
         if world.is_main:
             # What ended the run is to be told, not that its folder cannot be removed.
             with suppress(OSError):

@@ -10,7 +10,8 @@ it.
         last.pt best.safetensors             by the trainer (`save`, `_keep_best`)
         metrics.csv summary.json             when the run is finished
         curves.png predictions.png           likewise, by `report`; the second of labelled pixels
-        tensorboard/                         events, if asked for
+        trackers.json                        by `trackers`, if the run is tracked
+        tensorboard/ wandb/                  what these two trackers keep
 
 Text files are written next to their final place, flushed to the disk and renamed; metrics.jsonl
 grows by whole lines, and a resumed run writes it anew from its checkpoint. A folder without
@@ -31,27 +32,35 @@ from shlex import quote
 from typing import Any
 
 from fastkd.errors import RunFailed, UserError
-from fastkd.output.events import Events
+from fastkd.output.trackers.record import TRACKERS_FILE
+from fastkd.output.trackers.sink import Ending, TrackedRun, TrackerName
+from fastkd.output.trackers.tracking import Tracking
 from fastkd.storage.atomic import FULL, append_line, atomic_path, remove_leftovers, sentence
 
 __all__ = [
     "FACTS",
     "LOCK",
+    "PICTURES",
     "SUMMARY",
     "WITHOUT_SUMMARY",
     "RunFolder",
     "csv_text",
     "find_finished",
     "find_resumable",
+    "title_of_run",
 ]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
 FACTS = "facts.json"
 SUMMARY = "summary.json"
+PICTURES = ("curves.png", "predictions.png")
+"""What `report` may draw."""
 LOCK = ".lock"
 """Of the process that is using the folder (`occupancy`)."""
 WITHOUT_SUMMARY = "Remove it, and the resumed run writes it anew"
-_DESCRIPTION = ("config.yaml", "environment.json", FACTS)
+_DESCRIPTION = ("config.yaml", "environment.json", FACTS, TRACKERS_FILE)
+# Folders of trackers that have the same name here. Without a row they have nothing to show.
+_OF_TRACKERS = ("tensorboard", "wandb")
 # A folder with any of these is a run folder.
 _OUR_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "last.pt", SUMMARY)
 
@@ -61,8 +70,8 @@ class RunFolder:
     """One run's folder. All writing is rank 0's."""
 
     path: Path
-    events: Events | None = None
-    """Takes the metric rows as TensorBoard events too."""
+    tracking: Tracking | None = None
+    """Who else is shown the run."""
 
     @classmethod
     def create(
@@ -123,12 +132,39 @@ class RunFolder:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; RunFailed where the disk refuses."""
         append_line(self.path / "metrics.jsonl", json.dumps(_plain(row)))
-        if self.events:
-            self.events.row(row)
+        if self.tracking:
+            self.tracking.row(row)
 
-    def with_events(self) -> "RunFolder":
-        """The same folder, whose rows also become TensorBoard events in tensorboard/."""
-        return RunFolder(self.path, Events(self.path / "tensorboard"))
+    def tracked(
+        self,
+        names: Sequence[TrackerName],
+        *,
+        name: str,
+        config: Mapping[str, Any],
+        stage: str = "student",
+        group: str | None = None,
+    ) -> "RunFolder":
+        """The same folder, shown to these trackers from `begin_tracking` on.
+
+        name: of the recipe. group: by default the stages of this run.
+        """
+        if not names:
+            return self
+        title = title_of_run(name, self.path)
+        run = TrackedRun(self.path, title, group or title, stage, _plain(config))
+        return RunFolder(self.path, Tracking(run, names))
+
+    def begin_tracking(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Start the trackers, or continue where they were; lines for the user.
+
+        history: the rows of the run so far.
+        """
+        return self.tracking.begin(history) if self.tracking else []
+
+    def end_tracking(self, ending: Ending) -> None:
+        """Tell trackers that are not finished that the run has ended before its time."""
+        if self.tracking:
+            self.tracking.close(ending)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl, up to a line that was cut short by a kill."""
@@ -154,31 +190,34 @@ class RunFolder:
         """metrics.csv from metrics.jsonl."""
         return self.write_text("metrics.csv", csv_text(self.metrics()))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any], table: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write metrics.csv, then summary.json, which marks the run as finished.
 
         The CSV repeats metrics.jsonl: where it cannot be written, a warning says so. RunFailed if
-        the summary cannot be.
+        the summary cannot be. table: rows of the closing table, for trackers.
         """
-        if self.events:
-            self.events.close()
         try:
             self.write_csv()
         except RunFailed as error:
             warnings.warn(str(error), stacklevel=2)
         self.write_json(SUMMARY, summary)
         remove_leftovers(self.path)
+        if self.tracking:
+            # Last: the results are safe, however long an upload takes.
+            pictures = [path for name in PICTURES if (path := self.path / name).exists()]
+            self.tracking.finish(summary, pictures, table)
 
     def discard(self, root: Path | str) -> None:
         """Remove the folder if it holds no results, and its parents below `root` if empty.
 
         A checkpoint, a metric row, finished baselines or a foreign file keep it.
         """
-        files = [path for path in self.path.rglob("*") if path.is_file()]
-        if any(path.name not in _DESCRIPTION and path.stat().st_size for path in files):
+        # wandb has links to folders.
+        every = [path for path in self.path.rglob("*") if path.is_file() or path.is_symlink()]
+        if any(self._is_result(path) for path in every):
             return
         # Nothing but these files, whatever another process writes meanwhile.
-        for one in files:
+        for one in every:
             one.unlink(missing_ok=True)
         inside = sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True)
         for folder in (*inside, self.path):
@@ -191,6 +230,12 @@ class RunFolder:
                 parent.rmdir()
             except OSError:
                 return  # the parent holds other runs
+
+    def _is_result(self, file: Path) -> bool:
+        """Whether a file is more than a description of the run, or a tracker's first files."""
+        described = file.name in _DESCRIPTION
+        of_tracker = file.relative_to(self.path).parts[0] in _OF_TRACKERS
+        return not described and not of_tracker and file.stat().st_size > 0
 
     def is_of(self, digest: str) -> bool:
         """Whether this is a finished run with this digest."""
@@ -219,6 +264,11 @@ def find_resumable(root: Path | str, recipe_name: str, digest: str) -> RunFolder
     candidates = (Path(root) / recipe_name).glob(f"*-{digest[:8]}")
     unfinished = [path for path in candidates if not (path / SUMMARY).exists()]
     return RunFolder.open(max(unfinished)) if unfinished else None
+
+
+def title_of_run(name: str, path: Path) -> str:
+    """A run for people: recipe and folder."""
+    return f"{name} {path.absolute().name}"
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

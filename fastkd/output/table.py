@@ -19,6 +19,7 @@ from fastkd.printable import printable
 __all__ = [
     "DISPENSABLE",
     "NOTE_WIDTH",
+    "as_columns",
     "as_html",
     "as_latex",
     "as_markdown",
@@ -113,6 +114,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, dropped: Sequence[str
         # As Text: a swept value such as [red] is not markup.
         table.add_row(*(Text(row[key]) for key in cells.headers))
     return table
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells, without columns in which no row has anything; rows as of `cells_of`."""
+    cells = _filled(cells_of(rows))
+    titles = [_title(title) for title in cells.headers.values()]
+    return titles, [[row[key] for key in cells.headers] for row in cells.rows]
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

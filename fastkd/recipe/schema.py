@@ -33,19 +33,18 @@ from fastkd.data.normalization import LABEL_MAPS
 from fastkd.losses.base.registry import check_needs, config_class, typed_config
 from fastkd.models.config import StudentConfig
 from fastkd.models.zoo.families import encoder_of
+from fastkd.output.trackers.sink import TrackerName
 from fastkd.recipe.encoder import (
     EncoderConfig,
     losses_of_encoder,
     weighs_classes,
     wrong_encoder,
 )
+from fastkd.recipe.parts import ENCODER, TEACHES
 from fastkd.teachers.config import MemberConfig, TeacherConfig
 from fastkd.training.config import OptimConfig
 
-__all__ = ["TEACHES", "BaselineConfig", "Recipe"]
-
-TEACHES = "teacher/"
-"""How the name of a recipe begins that trains another one's teacher."""
+__all__ = ["BaselineConfig", "Recipe"]
 
 
 class BaselineConfig(Section):
@@ -103,7 +102,11 @@ class Recipe(Section):
     max_skips: Annotated[PositiveInt, NoEffect] = 10
     """Consecutive steps with a non-finite loss or gradient before the run is given up."""
     tensorboard: Annotated[bool, NoEffect] = False
-    """Also write TensorBoard events."""
+    """The old spelling of `track=tensorboard`."""
+    track: Annotated[tuple[TrackerName, ...], NoEffect] = ()
+    """Trackers that are shown the run as well: docs/tracking.md."""
+    track_group: Annotated[str | None, NoEffect] = None
+    """Under which name they group it; by default its stages together, in a sweep all runs."""
     baseline: BaselineConfig = BaselineConfig()
     encoder: Annotated[EncoderConfig | None, Since("0.2")] = None
 
@@ -218,6 +221,12 @@ class Recipe(Section):
         return self.teacher.members() if self.teacher else {}
 
     @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """All that are asked for, each once."""
+        old: tuple[TrackerName, ...] = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*old, *self.track)))
+
+    @property
     def data_seed(self) -> int:
         """Seed of everything random about the images: `data.seed`, or else `seed`."""
         return self.seed if self.data.seed is None else self.data.seed
@@ -321,7 +330,7 @@ class Recipe(Section):
             return None
         epochs = self.encoder.epochs or self.epochs
         return self.replace(
-            name=f"{self.name}/encoder",
+            name=f"{self.name}/{ENCODER}",
             description=f"a part of {self.name}: the encoder",
             out=None,
             epochs=epochs,

@@ -16,7 +16,16 @@ from fastkd.recipes.catalogue import all_recipes, recipes_by_module
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.published import papers
 
-__all__ = ["as_data", "details", "listing", "matching", "overview", "title_of_module"]
+__all__ = [
+    "as_data",
+    "details",
+    "difference",
+    "listing",
+    "matching",
+    "overview",
+    "text_of",
+    "title_of_module",
+]
 
 # The setting of a module that is not named after its paper.
 _PAPERS = {"cifar": "crd"}
@@ -126,7 +135,7 @@ def details(entry: Entry) -> Iterator[str]:
     defaults = _defaults(entry)
     width = max(map(len, (*entry.keys, *defaults)))
     remarks = {key: f"not from the paper: {source}" for key, source in entry.silent.items()}
-    shown = {key: _text(value) for key, value in entry.keys.items()} | defaults
+    shown = {key: text_of(value) for key, value in entry.keys.items()} | defaults
     for key, value in shown.items():
         line = f"  {key:<{width}}  {value}"
         remark = "default" if key in defaults else remarks.get(key)
@@ -187,14 +196,15 @@ def _modes(entry: Entry) -> Iterator[str]:
     row = entry.row or entry.name
     for other in all_recipes().values():
         if row in (other.name, other.row) and other.name != entry.name:
-            changed = ", ".join(_difference(entry.keys, other.keys))
+            changed = ", ".join(difference(entry.keys, other.keys))
             yield f"\n{other.name}{_BY[other.mode]}: {changed}"
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What the keys of `other` have that `one` has not: `no KEY`, or `KEY=VALUE`."""
     gone = [f"no {key}" for key in one if key not in other]
     return gone + [
-        f"{key}={_text(value)}"
+        f"{key}={text_of(value)}"
         for key, value in other.items()
         if key not in one or one[key] != value
     ]
@@ -206,9 +216,9 @@ def _files(entry: Entry) -> str:
     return root + " student.weights=FILE" * ("student.weights" in entry.keys)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """As on a command line."""
     if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
-        return ",".join(map(_text, value))
+        return ",".join(map(text_of, value))
     text = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n...\n").strip()

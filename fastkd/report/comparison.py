@@ -69,7 +69,8 @@ def finish_report(
         title=f"{summary.get('recipe', '')}  ({folder.path.name})".lstrip(),
         teachers=levels,
     )
-    folder.finish(summary | {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    finished = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    folder.finish(summary | finished, rows)
     console.comparison(rows)
     for line in class_lines(summary):
         console.note(line)

@@ -2,16 +2,19 @@
 
 `differences` finds what tells finished runs apart; a sweep knows it from its own words. The tables
 show these names; a sweep's CSV file has every key and value in full.
+Trackers show the runs of a sweep as one group, whose name is made here too.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.config.plain_yaml import NotPlain, read_yaml
 from fastkd.config.values import dotted as dotted_keys
+from fastkd.recipe.schema import Recipe
 
-__all__ = ["ALONE", "Choice", "differences", "labels"]
+__all__ = ["ALONE", "Choice", "differences", "labels", "named_for_trackers"]
 
 Choice = tuple[str, ...]
 """The overrides of one run: ("optim.lr=0.1", "seed=0")."""
@@ -44,6 +47,25 @@ def labels(choices: Sequence[Choice]) -> dict[Choice, str]:
         if max(map(len, names.values()), default=0) <= LONG:
             break
     return names or {choice: " ".join(choice) for choice in choices}
+
+
+def named_for_trackers(recipes: Mapping[Choice, Recipe]) -> dict[Choice, Recipe]:
+    """The recipes of a sweep, of which trackers make one group unless the user has named it.
+
+    The same command, run again to resume, gives the same name: its keys and what the runs are.
+    """
+    keys = dict.fromkeys(key for choice in recipes for key, _ in map(_pair, choice))
+    digests = " ".join(sorted(recipe.digest() for recipe in recipes.values()))
+    names = sorted({recipe.name for recipe in recipes.values()})
+    what = names[:1] if len(names) == 1 else []
+    number = hashlib.sha256(digests.encode()).hexdigest()[:8]
+    group = " ".join(["sweep", *what, *keys, number])
+    return {
+        choice: recipe.model_copy(update={"track_group": recipe.track_group or group})
+        if recipe.trackers
+        else recipe
+        for choice, recipe in recipes.items()
+    }
 
 
 def _joined(pairs: Iterable[Pair]) -> str:

@@ -28,6 +28,8 @@ _NO_MATTER = frozenset(
         "save_steps",
         "eval_epochs",
         "tensorboard",
+        "track",
+        "track_group",
         "max_skips",
         "device",
         "precision",

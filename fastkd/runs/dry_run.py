@@ -68,6 +68,7 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
             for keys, one in zip(members, teachers, strict=True)
         )
         or "none",
+        **_cache(recipe),
         "parts": ", ".join(f"{w:g} {n}" for t in trainer.terms for n, w in t.weights.items()),
         **trainer.decisions,
         "device": str(session.world.device),
@@ -75,6 +76,14 @@ def dry_run(recipe: Recipe, session: Session) -> dict[str, Any]:
         **found,
         "projected_duration": projected,
     }
+
+
+def _cache(recipe: Recipe) -> dict[str, str]:
+    """What becomes of a cache of the teacher's answers here."""
+    folder = recipe.teacher.cache if recipe.teacher else None
+    if folder is None:
+        return {}
+    return {"teacher_cache": f"{folder}, left aside in a dry run: the teacher is asked"}
 
 
 def dry_run_together(recipes: Mapping[str, Recipe], session: Session) -> dict[str, Any]:
@@ -96,6 +105,7 @@ def dry_run_together(recipes: Mapping[str, Recipe], session: Session) -> dict[st
         # Numbered: the names of facts are shown without underscores.
         "student": {n: f"{label}: {size}" for n, (label, size) in enumerate(students.items(), 1)},
         "teacher": "; ".join(one.label for one in first.teachers().values()) or "none",
+        **_cache(first),
         "device": str(session.world.device),
         **found,
         "projected_duration": projected,

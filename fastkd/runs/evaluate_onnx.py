@@ -5,7 +5,13 @@ from typing import Any
 
 from fastkd.deploy.onnx_file import OnnxFile, OnnxNetwork
 from fastkd.errors import UserError
-from fastkd.runs.evaluate_saved import as_shown, evaluate_network, names_data, recipe_for
+from fastkd.runs.evaluate_saved import (
+    as_shown,
+    evaluate_network,
+    names_data,
+    no_student_keys,
+    recipe_for,
+)
 
 __all__ = ["ON_CPU", "evaluate_onnx"]
 
@@ -22,6 +28,7 @@ def evaluate_onnx(path: str, keys: Sequence[str] = ()) -> dict[str, Any]:
         UserError: the file is damaged or of another program, it has no classifier, or the data are
             not there or of other classes.
     """
+    no_student_keys(path, keys, "evaluated")
     file = OnnxFile.open(path)
     facts = file.facts
     if facts.num_classes is None:

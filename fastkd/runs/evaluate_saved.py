@@ -21,7 +21,7 @@ from fastkd.models.hub import convention
 from fastkd.models.registry import model_from_file
 from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
-from fastkd.printable import few
+from fastkd.printable import few, shown
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.stages import Session, open_recipe_data
@@ -41,12 +41,14 @@ __all__ = [
     "for_evaluation",
     "names_data",
     "network_on",
+    "no_student_keys",
     "recipe_for",
 ]
 
 
 def evaluate_run(run: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate the best weights of a run folder, on its own data unless keys name other data."""
+    no_student_keys(run, keys, "evaluated")
     folder = Path(run)
     if not (folder / "config.yaml").exists():
         raise UserError(
@@ -86,10 +88,10 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
     recipe = recipe_for(name, keys, weights)
 
     file = WeightFile.open(weights, recipe.student.weights_key)
-    shown = file.network.data
+    facts = file.network.data
     of_timm = name.startswith("timm:") and not file.facts.get("architecture")
     if of_timm and recipe.data.name in PHOTOGRAPHS:
-        shown = shown or convention(name, recipe.data.image_size)
+        facts = facts or convention(name, recipe.data.image_size)
 
     def build(data: DataPair) -> nn.Module:
         classes = data.facts.classes or ()
@@ -103,7 +105,7 @@ def evaluate_model(name: str, weights: str, keys: Sequence[str]) -> dict[str, An
         model = built_for(recipe, file, data.facts.num_classes)
         return use_kernels(model, recipe.student.kernels)
 
-    return evaluate_network(as_shown(recipe, shown), build)
+    return evaluate_network(as_shown(recipe, facts), build)
 
 
 def built_for(recipe: Recipe, file: WeightFile, num_classes: int | None) -> nn.Module:
@@ -138,6 +140,15 @@ def as_shown(recipe: Recipe, facts: DataFacts | None) -> Recipe:
         own |= {f"eval_{name}": value for name, value in framing.model_dump().items()}
     missing = {key: value for key, value in own.items() if getattr(keys, key) is None}
     return recipe.model_copy(update={"data": keys.model_copy(update=missing)})
+
+
+def no_student_keys(what: str, keys: Sequence[str], done: str) -> None:
+    """UserError for keys of a network that is in a file. done: what is done with it."""
+    if named := [key for key in keys if key.startswith(("student.", "student="))]:
+        raise UserError(
+            f"the network of {what} is in its files, and is {done} as it is: leave out "
+            f"{shown(named[0])}"
+        )
 
 
 def names_data(keys: Sequence[str]) -> bool:

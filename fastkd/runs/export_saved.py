@@ -33,7 +33,7 @@ from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.runs.evaluate_onnx import ON_CPU
-from fastkd.runs.evaluate_saved import as_shown, built_for, names_data, recipe_for
+from fastkd.runs.evaluate_saved import as_shown, built_for, names_data, no_student_keys, recipe_for
 from fastkd.runs.stages import Session, open_recipe_data
 from fastkd.storage.description import facts_of
 from fastkd.storage.facts import DataFacts
@@ -126,11 +126,7 @@ def _open_run(request: Request) -> _Opened:
     weights = folder / "best.safetensors"
     if not weights.exists():
         raise UserError(f"{request.what} has no best.safetensors yet: nothing was evaluated so far")
-    if named := [key for key in request.keys if key.startswith("student.")]:
-        raise UserError(
-            f"the network of {request.what} is in its files, and is exported as it is: leave out "
-            f"{shown(named[0])}"
-        )
+    no_student_keys(request.what, request.keys, "exported")
     file = WeightFile.open(weights)
     model = model_from_file(file)
     if read_call(folder) is None:

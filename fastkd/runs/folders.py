@@ -6,7 +6,7 @@ Flow: `stages` calls this, on rank 0, once everything fits; a stage that fails b
 result leaves no folder behind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from fastkd.compute.machine import environment
 from fastkd.errors import FastKDError, Interrupted, UserError
 from fastkd.output.console import Console
 from fastkd.output.run_facts import finished_on, refuse_other_data, write_facts
-from fastkd.output.run_folder import RunFolder, find_finished, find_resumable
+from fastkd.output.run_folder import RunFolder, find_finished, find_resumable, title_of_run
+from fastkd.output.trackers.sink import TrackerName
+from fastkd.recipe.parts import part_of
 from fastkd.recipe.printing import recipe_to_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
@@ -25,7 +27,14 @@ from fastkd.storage.atomic import writing
 from fastkd.storage.description import NetworkFacts
 from fastkd.storage.facts import DataFacts
 
-__all__ = ["RunIdentity", "advising", "choose_folder", "finished_before", "stage_folder"]
+__all__ = [
+    "RunIdentity",
+    "advising",
+    "choose_folder",
+    "finished_before",
+    "stage_folder",
+    "with_stages_grouped",
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,12 @@ class RunIdentity:
     """Text of config.yaml."""
     out: Path | None
     """Folder that the user chose."""
-    tensorboard: bool
+    trackers: tuple[TrackerName, ...]
+    track_group: str | None
+    stage: str
+    """Which part of a run it is, for trackers."""
+    keys: Mapping[str, Any]
+    """Likewise, by dotted name."""
     data: DataFacts
     network: NetworkFacts
     """The network before its training."""
@@ -53,7 +67,10 @@ class RunIdentity:
             digest=recipe.digest(),
             config=recipe_to_yaml(saved),
             out=Path(recipe.out) if recipe.out else None,
-            tensorboard=recipe.tensorboard,
+            trackers=recipe.trackers,
+            track_group=recipe.track_group,
+            stage=part_of(recipe.name),
+            keys=saved.dotted(),
             data=data,
             network=NetworkFacts(
                 architecture=recipe.student.name,
@@ -137,7 +154,20 @@ def _new(run: RunIdentity, root: Path) -> RunFolder:
 
 
 def _equipped(run: RunIdentity, folder: RunFolder) -> RunFolder:
-    return folder.with_events() if run.tensorboard else folder
+    return folder.tracked(
+        run.trackers,
+        name=run.name,
+        config={"digest": run.digest, **run.keys},
+        stage=run.stage,
+        group=run.track_group,
+    )
+
+
+def with_stages_grouped(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe whose teacher and baselines trackers show beside the run itself."""
+    if not recipe.trackers or recipe.track_group:
+        return recipe
+    return recipe.model_copy(update={"track_group": title_of_run(recipe.name, folder.path)})
 
 
 def _describe_or_compare(run: RunIdentity, folder: RunFolder) -> None:

@@ -6,7 +6,7 @@ distilled student, and the encoder before each of them (`runs.encoders`).
 
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.precision import resolve_precision
 from fastkd.compute.ranks import World, on_main
 from fastkd.data import DataPair, open_data
+from fastkd.data.loaders.dense_pair import strided
 from fastkd.losses.base.registry import build_terms
 from fastkd.models.registry import is_of_zoo
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_facts import facts_of_run
 from fastkd.output.run_folder import RunFolder
-from fastkd.recipe.schema import TEACHES, Recipe
+from fastkd.recipe.parts import TEACHES
+from fastkd.recipe.schema import Recipe
 from fastkd.report.class_iou import with_class_names
 from fastkd.runs.encoders import NOWHERE, Start, train_encoder
 from fastkd.runs.folders import RunIdentity, stage_folder
@@ -158,13 +160,7 @@ def build_encoder_stage(
     lesson = recipe.of_encoder()
     if lesson is None:
         return None
-    return build_stage(lesson, _open_strided(lesson, data, session), teachers, session)
-
-
-def _open_strided(lesson: Recipe, data: DataPair, session: Session) -> DataPair:
-    """The data of an encoder's training: smaller label maps, which are not counted once more."""
-    opened = _open_data(lesson, session)
-    return replace(opened, facts=replace(opened.facts, count_pixels=data.facts.count_pixels))
+    return build_stage(lesson, strided(data, lesson.data.label_stride), teachers, session)
 
 
 def _remedies(recipe: Recipe, data: DataPair) -> Remedies:
@@ -240,7 +236,7 @@ def train_stage(
             go_on(trainer, folder, checkpoint, session)
             del checkpoint  # as large as the student and its optimizer
             summary = to_its_end(fit(trainer, recipe, data)) | start.summary
-        on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
+            on_main(session.world, lambda: folder.finish(summary | facts_of_stage(trainer, data)))
     return summary
 
 
@@ -254,7 +250,8 @@ def encoder_first(
     """The encoder that the recipe trains before its own network, below the folder of that one."""
 
     def train(lesson: Recipe, path: Path) -> dict[str, Any]:
-        return train_stage(lesson, _open_strided(lesson, data, session), session, path, teachers)
+        smaller = strided(data, lesson.data.label_stride)
+        return train_stage(lesson, smaller, session, path, teachers)
 
     return train_encoder(recipe, folder, train)
 

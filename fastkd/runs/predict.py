@@ -21,13 +21,23 @@ from fastkd.data.sources.pixels import Decoding
 from fastkd.data.sources.progress import in_threads
 from fastkd.data.sources.tree import is_image, is_system
 from fastkd.errors import RunFailed, UserError
+from fastkd.models.card import card_of
+from fastkd.models.registry import model_from_file
 from fastkd.output.call_record import read_call
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder, csv_text
 from fastkd.printable import few, shown
+from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.report.colours import RGB, colours_of
-from fastkd.runs.saved_network import SavedNetwork, Seen, label_map_of, open_saved, weights_of
+from fastkd.runs.evaluate_saved import recipe_for
+from fastkd.runs.saved_network import (
+    SavedNetwork,
+    Seen,
+    label_map_of,
+    open_saved,
+    weights_of,
+)
 from fastkd.runs.stages import Session
 from fastkd.storage.atomic import atomic_path, writing
 from fastkd.storage.weight_file import WeightFile
@@ -51,22 +61,27 @@ class _Found:
 def predict(run: str, words: Sequence[str], out: str) -> str:
     """Predict every picture with the best weights of a run folder; says what is where.
 
-    words: image files, and folders of which all images are taken, with those of their folders.
+    words: image files, and folders of which all images are taken, with those of their folders; for
+        a run of `fastkd.distill` also keys of the data that say how its images were made.
 
     Raises:
-        UserError: this is no run folder of a recipe, there is no image, an image cannot be read
-            (all others are predicted first), or a file would be overwritten.
+        UserError: this is no run folder, or of `fastkd.distill` without these keys; there is no
+            image, an image cannot be read (all others are predicted first), or a file would be
+            overwritten.
     """
     folder, target = Path(run), Path(out)
     file = WeightFile.open(weights_of(folder))
-    if read_call(folder) is not None:
-        raise UserError(
-            f"{run} is a run of fastkd.distill, and how its images are made is in the script that "
-            f"made it: predict there, by Result.predict(loader)"
-        )
-    recipe = load_recipe(None, config=folder / "config.yaml")
-    images = images_among(words, besides=target)
     dense = "miou" in file.facts
+    keys = [word for word in words if word.startswith("data.") and "=" in word]
+    if read_call(folder) is not None:
+        recipe = _recipe_of_call(run, file, keys, dense=dense)
+    elif keys:
+        raise UserError(
+            f"how pictures are shown is in the files of {run}: leave out {shown(keys[0])}"
+        )
+    else:
+        recipe = load_recipe(None, config=folder / "config.yaml")
+    images = images_among([word for word in words if word not in keys], besides=target)
     _check_targets(images, target, dense=dense)
     with open_world(recipe.device) as world:
         session = Session(world, Console(enabled=False), Path("runs"))
@@ -90,6 +105,24 @@ def predict(run: str, words: Sequence[str], out: str) -> str:
         )
     what = f"label maps, and their classes in {CLASSES}" if dense else f"rows in {PREDICTIONS}"
     return f"{done} {what}: {target}"
+
+
+def _recipe_of_call(run: str, file: WeightFile, keys: Sequence[str], *, dense: bool) -> Recipe:
+    """A recipe that shows pictures as the script of a `fastkd.distill` did, by keys of the data.
+
+    UserError: they do not say it, or the network is the script's own.
+    """
+    card = card_of(model_from_file(file))
+    assert card is not None and card.name is not None
+    recipe = recipe_for(card.name, ["data.name=folder", *keys])
+    needed = ("mean", "std") if dense else ("image_size", "mean", "std")
+    if lacking := [f"data.{key}=.." for key in needed if getattr(recipe.data, key) is None]:
+        raise UserError(
+            f"{run} is a run of fastkd.distill, and how its images are made is in the script that "
+            f"made it: predict there, by Result.predict(loader), or say it here, "
+            f"{' '.join(lacking)}"
+        )
+    return recipe
 
 
 def images_among(words: Sequence[str], *, besides: Path | None = None) -> dict[Path, Path]:

@@ -134,6 +134,8 @@ def open_saved(file: WeightFile, recipe: Recipe, placement: Placement) -> SavedN
     model, facts = model_from_file(file), file.network
     card = card_of(model)
     normalization = facts.normalization or (card.normalization if card else None)
+    if recipe.data.mean and recipe.data.std:
+        normalization = recipe.data.mean, recipe.data.std
     if normalization is None:
         raise UserError(f"{file} does not say how images are normalised: set data.mean, data.std")
     network = Teacher(
@@ -152,13 +154,17 @@ def open_saved(file: WeightFile, recipe: Recipe, placement: Placement) -> SavedN
 def _framing_in(facts: DataFacts | None, recipe: Recipe, file: WeightFile) -> Framing:
     if facts is not None and facts.evaluation is not None:
         return facts.evaluation
-    size = recipe.data.image_size or (facts.image_size if facts else None)
+    keys = recipe.data
+    size = keys.eval_crop or keys.image_size or (facts.image_size if facts else None)
     if size is None:
         raise UserError(
             f"{file} does not say how pictures are shown to its network, as a run of fastkd 0.1: "
             f"evaluate it by fastkd eval, or train it again"
         )
-    return Framing.whole(size)
+    chosen = {"interpolation": keys.eval_interpolation, "mode": keys.eval_mode}
+    framing = {"resize": keys.eval_resize or size, "crop": size}
+    framing |= {key: value for key, value in chosen.items() if value is not None}
+    return Framing.model_validate(framing)
 
 
 def weights_of(run: Path) -> Path:

@@ -18,10 +18,11 @@ from fastkd.evaluation.headline import headline
 from fastkd.output.console import Console
 from fastkd.output.occupancy import occupied, tidy
 from fastkd.output.run_facts import place_for
+from fastkd.recipe.parts import ALONE
 from fastkd.recipe.schema import Recipe
 from fastkd.report.comparison import finish_report
 from fastkd.report.paper import paper_row
-from fastkd.runs.folders import advising, choose_folder, finished_before
+from fastkd.runs.folders import advising, choose_folder, finished_before, with_stages_grouped
 from fastkd.runs.one_stage import (
     Session,
     build_encoder_stage,
@@ -98,6 +99,7 @@ def run_in_turns(
         session.world, lambda: choose_folder(identity, session.root, resume, session.console)
     )
     session.console.note(f"run folder {folder.path}")
+    recipe = with_stages_grouped(recipe, folder)
     if announced := _baselines(recipe):
         session.console.note(announced)
     with (
@@ -254,7 +256,7 @@ def _train_alone(
     runs: list[dict[str, Any]] = []
     places: list[Path] = []
     for lr in recipe.baseline.lrs:
-        alone = recipe.without_teacher(f"{recipe.name}/alone-lr{lr:g}", lr)
+        alone = recipe.without_teacher(f"{recipe.name}/{ALONE}{lr:g}", lr)
         place = on_main(
             session.world,
             lambda own=path / f"lr-{lr:g}": place_for(

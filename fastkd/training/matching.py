@@ -26,6 +26,7 @@ from fastkd.training.settings import Remedies
 from fastkd.training.step import needed_taps
 
 __all__ = [
+    "check_augmentation",
     "check_classes",
     "check_exports",
     "check_form",
@@ -280,15 +281,10 @@ def shape_of_logits(
     return tuple(logits.shape[1:])
 
 
-def check_labels(
-    terms: Sequence[LossTerm], kind: LabelKind, *, mixed: bool = False, picked: bool = False
-) -> None:
-    """UserError for a loss that reads labels of another form.
+def check_augmentation(kind: LabelKind, *, mixed: bool, picked: bool) -> None:
+    """UserError for labels that do not go with a mixed x, or an x' that is picked from a pool.
 
-    mixed: x is mixed; that the losses take its labels, the recipe has checked. picked: x' is picked
-    from a pool.
-
-    A multi-hot row could pass as class probabilities and silently train nonsense.
+    That the losses take the labels of a mixed x, the recipe has checked.
     """
     if mixed and kind == "multi":
         raise UserError(
@@ -305,6 +301,13 @@ def check_labels(
             "the pick chooses images by one answer for each, and these have one for every pixel: "
             "leave it out"
         )
+
+
+def check_labels(terms: Sequence[LossTerm], kind: LabelKind) -> None:
+    """UserError for a loss that reads labels of another form.
+
+    A multi-hot row could pass as class probabilities and silently train nonsense.
+    """
     for term in terms:
         takes = term.label_kind in (None, kind)
         takes |= kind == "class" and term.takes_classes

@@ -180,6 +180,9 @@ class Trainer:
                 "there are no validation labels: no accuracy is measured, and the last epoch is "
                 "kept as the best"
             )
+        if self.folder and self.world.is_main:
+            for said in self.folder.begin_tracking(self.history):
+                self.console.note(said)
         kept = closing(self.teacher) if isinstance(self.teacher, CachedTeacher) else nullcontext()
         signals = nullcontext(stop) if stop else StopSignal()
         with signals as asked, kept, errors_as_sentences():

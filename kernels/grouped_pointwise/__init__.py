@@ -42,7 +42,7 @@ def grouped_pointwise(
     recompute: Literal["auto", "on", "off"] = "auto",
     impl: Impl | None = None,
 ) -> Tensor:
-    """[expand 1x1] [-> before] -> grouped 3x3 -> norm -> pointwise [-> after] [+ residual].
+    """`[expand 1x1] [-> before] -> grouped 3x3 -> norm -> pointwise [-> after] [+ residual]`.
 
     What nn.Conv2d, nn.BatchNorm2d and ReLU compute one after the other, with batch norm live in
     training: the G block of Moonshine (Crowley et al. 2018, arXiv:1711.02613), the inverted

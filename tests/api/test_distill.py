@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastkd
-import fastkd.training.build
+import fastkd.training.engine
 from fastkd.compute.compiling import COMPILE_SECONDS, MACS_PER_SECOND, PAYS_FROM
 from fastkd.data.loaders.foreign import images_per_epoch
 from fastkd.errors import Interrupted, UserError
@@ -388,7 +388,7 @@ def test_whether_compiling_pays_does_not_hang_on_the_kind_of_loader(
         compiled.append(enabled)
         return unit
 
-    monkeypatch.setattr(fastkd.training.build, "compile_unit", noted)
+    monkeypatch.setattr(fastkd.training.engine, "compile_unit", noted)
     # Forward, and twice as much backward; `auto` projects this for the images of all epochs.
     macs = 3 * count(small(2), (3, 8, 8)).macs * expected
     auto: dict[str, Any] = QUIET | {"compile": "auto"}

@@ -340,7 +340,7 @@ EMPTY = TensorDataset(X[:0], IDS[:0])
         ),
         ([([X[0], X[1]], IDS[:2])], CE, "got list of 2: stack .* in collate_fn"),
         ([(X[0], IDS[:1])], CE, "one image[?] give the DataLoader a batch_size"),
-        ([(X[:0], IDS[:0])], CE, "a batch without images"),
+        ([(X[:0], IDS[:0])], CE, "^train_loader: .*a batch without images"),
         (["text"], CE, "train_loader: a loader must yield .*, got str"),
         ([()], CE, "a loader must yield .*, got tuple"),
         (DataLoader(Stream(), batch_size=4), CE, "needs a length.* IterableDataset a __len__"),
@@ -414,6 +414,24 @@ def test_a_wrong_label_of_a_later_batch_is_found_too(late: Any, place: str) -> N
     ):
         fastkd.distill(student, None, train, val, epochs=1, losses=[CrossEntropy()], **QUIET)
     assert torch.equal(student[1].weight, before)  # type: ignore[arg-type]
+
+
+class Emptying:
+    """A batch, then one without images."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        return iter([(X, IDS), (X[:0], IDS[:0])])
+
+
+@pytest.mark.parametrize("late", [list(Emptying()), Emptying()], ids=["list", "loader"])
+@pytest.mark.parametrize("place", ["train_loader", "val_loader"])
+def test_an_empty_batch_names_its_loader_whenever_it_comes(late: Any, place: str) -> None:
+    train, val = (late, PLAIN) if place == "train_loader" else (PLAIN, late)
+    with pytest.raises(UserError, match=f"^{place}: images must be .* a batch without images"):
+        fastkd.distill(net(1), None, train, val, epochs=1, losses=[CrossEntropy()], **QUIET)
 
 
 def test_a_loader_that_ends_for_ever_is_found_when_it_does() -> None:

@@ -7,15 +7,11 @@ import torch
 from fastkd.augment.mix import MixDraw, cut_box, draw_mix
 from fastkd.augment.views import ViewMaker
 from fastkd.compute.collectives import split_evenly
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
-from fastkd.data.geometry import Geometry
-from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.picture_views import PICTURE_VIEWS
 from fastkd.data.sources.synthetic import make_synthetic
+from fastkd.testing.loading import loading, placed
 
 # Computed by the released code of the KD x data augmentation paper (utils of its CutMix).
 # side, lam, centre x, centre y -> x1, y1, x2, y2, share of the image that stays
@@ -132,21 +128,8 @@ def test_an_unknown_kind_is_named():
         draw_mix("erase", seed=0, epoch=0, step=0, num=4, side=8)
 
 
-def placed(rank=0, world_size=1, precision="fp32"):
-    world = World(rank, rank, world_size, torch.device("cpu"), None)
-    return Placement(world, Precision(precision, "cpu"))
-
-
 def loader(rank, world_size):
-    loading = Loading(
-        batch_size=10,
-        seed=0,
-        train=True,
-        normalization=((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
-        placement=placed(rank, world_size),
-        geometry=Geometry(1, "zero", True),
-    )
-    return ResidentLoader(make_synthetic("train", 8), loading)
+    return ResidentLoader(make_synthetic("train", 8), loading(rank, world_size))
 
 
 def view_maker(kind, placement=None, layout=torch.channels_last, **options):

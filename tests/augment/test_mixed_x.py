@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,13 +15,9 @@ from fastkd.augment.config import AugmentConfig
 from fastkd.augment.mix import Mixing, draw_x_mix
 from fastkd.augment.views import ViewMaker, resized
 from fastkd.compute.collectives import split_evenly
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
 from fastkd.data.batch import Batch
 from fastkd.data.draws import ERASE, POLICY, sample_words
 from fastkd.data.finish import Look
-from fastkd.data.geometry import Geometry
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.loaders.resident import ResidentLoader
 from fastkd.data.loaders.torch_loader import TorchLoader
@@ -33,20 +28,8 @@ from fastkd.data.sources.synthetic import make_synthetic
 from fastkd.errors import UserError
 from fastkd.losses import BinaryCrossEntropy, CrossEntropy
 from fastkd.recipes.loading import load_recipe
-from fastkd.training.matching import check_labels
-
-
-def loading(rank: int = 0, world_size: int = 1, **changes: Any) -> Loading:
-    world = World(rank, rank, world_size, torch.device("cpu"), None)
-    plain = Loading(
-        batch_size=10,
-        seed=0,
-        train=True,
-        normalization=((0.5,) * 3, (0.2,) * 3),
-        placement=Placement(world, Precision("fp32", "cpu")),
-        geometry=Geometry(1, "zero", True),
-    )
-    return replace(plain, **changes)
+from fastkd.testing.loading import loading
+from fastkd.training.matching import check_augmentation, check_labels
 
 
 def maker(mixing: Mixing, given: Loading, **options: Any) -> ViewMaker:
@@ -224,14 +207,15 @@ def test_what_would_mix_twice_or_do_nothing_is_refused(keys: Any, message: str) 
 
 def test_losses_that_need_one_class_are_named() -> None:
     ce, bce = CrossEntropy(), BinaryCrossEntropy()
-    check_labels([ce, bce], "class", mixed=True)
+    check_labels([ce, bce], "class")
+    check_augmentation("class", mixed=True, picked=True)
     for loss in ("dkd", "crd", "jointrd"):
         words = [f"losses.{loss}.weight=1", "augment.mixup=0.2"]
         words += {"crd": ["losses.crd.pairs={pooled: pooled}"]}.get(loss, [])
         with pytest.raises(UserError, match=rf"losses\.{loss} needs one class per image, and"):
             load_recipe("quickstart", overrides=words)
     with pytest.raises(UserError, match="these have several"):
-        check_labels([bce], "multi", mixed=True)
+        check_augmentation("multi", mixed=True, picked=False)
 
 
 def test_a_memory_of_each_image_and_repeats_exclude_each_other() -> None:

@@ -192,7 +192,7 @@ def test_a_compiled_pick_is_trained_with(monkeypatch):
     """A module that torch.compile has wrapped has a truth of its own, which is an error."""
     options = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
     monkeypatch.setattr(
-        "fastkd.training.build.compile_unit",
+        "fastkd.training.engine.compile_unit",
         lambda unit, **_: torch.compile(unit, **options) if isinstance(unit, Pick) else unit,
     )
     torch.compiler.reset()

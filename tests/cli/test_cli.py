@@ -80,6 +80,7 @@ COMMANDS = [
     "models",
     "cheapen",
     "latency",
+    "compress",
     "recipes",
     "doctor",
 ]
@@ -133,6 +134,23 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["latency", "--read", "a.json", "--on", "eager"], "--on is for measuring here: leave it"),
         (["latency", "--script", "a.py", "--layers"], "--layers is for measuring here: leave it "),
         (["latency", "--script", "a.py", "--on", "eager"], "the script runs onnxruntime only, not"),
+        (["compress", "resnet20"], "the following arguments are required: --target. See `fastkd "),
+        (
+            ["compress", "resnet20", "--target", "5ms", "--data", "x"],
+            "--target 5ms: expected latency=5ms, latency=0.5x",
+        ),
+        (
+            ["compress", "resnet20", "--target", "macs=0.5x"],
+            "which images? --data DIR, with folders of classes below train/ and val/",
+        ),
+        (
+            ["compress", "resnet20", "--target", "latency=1ms", "--data", "x", "--on", "ort"],
+            "there is no backend 'ort': did you mean ort-",
+        ),
+        (
+            ["compress", "resnet21", "--target", "macs=0.5x", "--data", "x"],
+            "unknown network 'resnet21'; nearest: ",
+        ),
         (["cheapen", "resnet21", "G:2"], "unknown network 'resnet21'; nearest: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -306,6 +324,8 @@ def test_a_run_and_its_weights_are_evaluated(command, tmp_path):
     assert run.code == 0
     assert f"\n  accuracy   {best:.4g}\n" in run.out
     assert "\n  samples    50\n" in run.out
+    told = "the network of one is in its files, and is evaluated as it is: leave out student.wi"
+    assert told in command("eval", "one", "student.width=0.5").err
     # The file of the run knows the width; options may stand anywhere between the words.
     words = ["data.name=synthetic", "--weights", "one/best.safetensors", "precision=fp32"]
     model = command("eval", "resnet8", *words)

@@ -17,6 +17,7 @@ OPTIONS = {
         "--resume",
         "--sweep",
         "--together",
+        "--verbose",
     },
     "compare": {
         "--jobs",
@@ -26,6 +27,7 @@ OPTIONS = {
         "--seeds",
         "--sweep",
         "--together",
+        "--verbose",
     },
     "table": {"--latex", "--markdown"},
     "report": {"--figures", "--formats", "--leaderboard", "--list", "--out", "--predict"},
@@ -62,6 +64,21 @@ OPTIONS = {
         "--threads",
         "--weights",
     },
+    "compress": {
+        "--batch",
+        "--data",
+        "--draws",
+        "--dry-run",
+        "--keep",
+        "--on",
+        "--out",
+        "--seeds",
+        "--short-epochs",
+        "--stages",
+        "--target",
+        "--threads",
+        "--weights",
+    },
     "recipes": {"--json"},
     "losses": set(),
     "doctor": {"--batch", "--blocks", "--input", "--json", "--precision"},
@@ -70,6 +87,7 @@ OPTIONS = {
 KEYS = """
 name description seed epochs epoch_factor batch_size accumulate precision compile channels_last
 device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboard
+track track_group
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels

@@ -64,6 +64,26 @@ def test_every_kind_of_bad_file_is_named_with_its_reason(root: Path, command) ->
     assert text.splitlines()[-1] == "4 files have to be repaired or removed"
 
 
+def test_broken_links_are_named_and_the_rest_is_read(root: Path, command) -> None:
+    (root / "train" / "bee" / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "val" / "ant" / "itself.jpg").symlink_to("itself.jpg")
+    (root / "val" / "bee" / "words.png").write_text("no image")
+    said = command("data", "check", str(root), "--json")
+    assert said.code == 1, said.err
+    train, val = json.loads(said.out)["splits"]
+    assert [one["file"] for one in train["bad"]] == ["bee/gone.png"]
+    assert (
+        f"gone.png is a link to {root}/nowhere.png, which is not there" in train["bad"][0]["reason"]
+    )
+    assert [one["file"] for one in val["bad"]] == ["ant/itself.jpg", "bee/words.png"]
+    # Without folders of splits, too; what packs or trains refuses the link.
+    words = ["data.val_share=0.5"]
+    said = command("data", "check", str(root / "train"), *words)
+    assert said.code == 1 and "gone.png is a link to" in said.out
+    said = command("data", "pack", str(root), "--out", str(root / "shards"))
+    assert said.code == 2 and "gone.png is a link to" in said.err
+
+
 def test_equal_files_are_told_by_kind(root: Path, command) -> None:
     train, val = root / "train", root / "val"
     first = sorted(train.glob("ant/*"))
@@ -150,6 +170,14 @@ def test_label_maps_are_checked_with_their_images(tmp_path: Path, command) -> No
     assert [one["kind"] for one in found["equal"]] == ["leak"]
     said = command("data", "pack", str(root), "data.name=pairs", "--out", str(tmp_path / "out"))
     assert said.code == 2 and "shards hold images with labels as a whole" in said.err
+    (root / "labels" / "val" / "0.png").unlink()
+    (root / "labels" / "val" / "0.png").symlink_to("gone.png")
+    (root / "images" / "val" / "1.png").unlink()
+    (root / "images" / "val" / "1.png").symlink_to("gone.png")
+    said = command("data", "check", str(root), "data.name=pairs", "--json")
+    bad = json.loads(said.out)["splits"][1]["bad"]
+    assert [one["file"] for one in bad] == ["1.png", "0.png"]
+    assert all("is a link to gone.png, which is not there" in one["reason"] for one in bad)
 
 
 def test_a_split_of_bad_files_only_is_still_json(root: Path, command) -> None:

@@ -20,7 +20,7 @@ def test_the_report_names_versions_devices_and_parts():
     assert isinstance(text, str)
     for word in ("fastkd ", "Python 3.", f"torch {torch.__version__}", "CPU ", "GPU "):
         assert word in text
-    for name in ("C++ core", "Triton", "DALI", "apex", "onnxruntime", "Ray", "submitit"):
+    for name in ("C++ core", "Triton", "DALI", "apex", "onnxruntime", "Ray", "submitit", "wandb"):
         assert f"] {name}" in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -18,7 +18,7 @@ from fastkd.losses.logits import KD, CrossEntropy
 from fastkd.models import count, create_model
 from fastkd.teachers.loaded import LoadedNet
 from fastkd.teachers.teaching import Teaching
-from fastkd.training.build import decide_compile
+from fastkd.training.engine import decide_compile
 
 CPU = torch.device("cpu")
 

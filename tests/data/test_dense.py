@@ -14,8 +14,10 @@ from fastkd.data.batch import NO_LABEL
 from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.draws import epoch_order
 from fastkd.data.loaders.dense import ResidentDense, TorchDense
+from fastkd.data.loaders.dense_pair import strided
 from fastkd.data.loaders.sized_plan import starts_of
 from fastkd.data.sources.joint_cuts import at_stride
+from fastkd.data.sources.label_maps import LabelMaps
 from fastkd.errors import UserError
 from fastkd.evaluation.confusion import confused
 
@@ -63,6 +65,26 @@ def test_both_backends_give_the_same_bytes(tmp_path, keys):
         assert ours.labels_N.dtype == torch.int64
         assert tuple(ours.labels_N.shape[1:]) == resident.facts.label_size
     for ours, theirs in zip(resident.val.epoch(0), torchs.val.epoch(0), strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["resident", "torch"])
+def test_another_stride_shares_what_was_opened(tmp_path, backend, monkeypatch):
+    keys = {"name": "camvid", "root": str(make_camvid(tmp_path)), "batch_size": 2, "workers": 0}
+    fresh = opened(**keys, backend=backend, label_stride=4)
+    expected = [*batches(fresh), *fresh.val.epoch(0)]
+    whole = opened(**keys, backend=backend)
+    before = batches(whole)
+    # No header is read again, and of resident images no pixel.
+    for read in ("check_size", "pair") if backend == "resident" else ("check_size",):
+        monkeypatch.setattr(LabelMaps, read, lambda *_: pytest.fail("a file is read again"))
+    again = strided(whole, 4)
+    assert again.facts.label_size == fresh.facts.label_size
+    assert again.remembered is whole.remembered
+    for ours, theirs in zip([*batches(again), *again.val.epoch(0)], expected, strict=True):
+        assert_same(ours, theirs)
+    # And the whole one is what it was.
+    for ours, theirs in zip(batches(whole), before, strict=True):
         assert_same(ours, theirs)
 
 

@@ -220,6 +220,10 @@ def test_what_is_not_there_is_said(tmp_path):
         both("pairs", tmp_path)
     with pytest.raises(UserError, match=r"needs data\.root with images/"):
         both("pairs", None)
+    nowhere = rf"data\.root={tmp_path}/nowhere is not a folder; expected images/, labels/ and cl"
+    for keys in ({}, {"image_dir": str(tmp_path)}):
+        with pytest.raises(UserError, match=nowhere):
+            both("pairs", tmp_path / "nowhere", **keys)
     root = make_pairs(tmp_path / "p", splits=())
     with pytest.raises(UserError, match=r"set data\.val_share=0\.1"):
         both("pairs", root)

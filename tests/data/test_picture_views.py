@@ -8,10 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
-from fastkd.data import Batch, ImageSet, Loading, ResidentLoader, TorchLoader
+from fastkd.data import Batch, ImageSet, ResidentLoader, TorchLoader
 from fastkd.data.draws import (
     MIRROR,
     POLICY,
@@ -24,6 +21,7 @@ from fastkd.data.geometry import Geometry
 from fastkd.data.picture_views import PICTURE_VIEWS, PictureView
 from fastkd.data.policies.policy import make_policy
 from fastkd.data.sources.cuts import random_cut
+from fastkd.testing.loading import loading
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SEED, EPOCH, NUM, SIDE = 5, 3, 23, 12
@@ -35,21 +33,17 @@ def picture_set(side: int = SIDE) -> ImageSet:
 
 
 def loader(backend: str = "resident", **changes: Any) -> Any:
-    world = World(
-        changes.pop("rank", 0), 0, changes.pop("world_size", 1), torch.device("cpu"), None
-    )
-    loading = Loading(
-        batch_size=10,
+    given = loading(
+        changes.pop("rank", 0),
+        changes.pop("world_size", 1),
         seed=SEED,
-        train=True,
         normalization=(MEAN, STD),
-        placement=Placement(world, Precision("fp32", "cpu")),
         geometry=Geometry(padding=2, flip=True),
         drop_last=False,
     )
     if backend == "resident":
-        return ResidentLoader(picture_set(), loading, **changes)
-    return TorchLoader(picture_set(), loading, **{"image_size": SIDE, "crop": "pad"} | changes)
+        return ResidentLoader(picture_set(), given, **changes)
+    return TorchLoader(picture_set(), given, **{"image_size": SIDE, "crop": "pad"} | changes)
 
 
 def every_view(batch: Batch) -> tuple[torch.Tensor, ...]:

@@ -10,9 +10,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from fastkd.compute.placement import Placement
-from fastkd.compute.precision import Precision
-from fastkd.compute.ranks import World
+import fastkd.testing.loading
 from fastkd.data import Batch, Loading, ResidentLoader, TorchLoader, open_source, open_split
 from fastkd.data.draws import sample_uniforms
 from fastkd.data.geometry import Geometry
@@ -24,16 +22,10 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def loading(rank: int = 0, world_size: int = 1, **changes) -> Loading:
-    world = World(rank, rank, world_size, torch.device("cpu"), None)
-    arguments = {
-        "batch_size": 5,
-        "seed": 2,
-        "train": True,
-        "geometry": Geometry(padding=2, flip=True),
-        "normalization": (MEAN, STD),
-        "placement": Placement(world, Precision("fp32", "cpu")),
-    }
-    return Loading(**(arguments | changes))
+    own = {"geometry": Geometry(padding=2, flip=True), "normalization": (MEAN, STD)}
+    return fastkd.testing.loading.loading(
+        rank, world_size, **({"batch_size": 5, "seed": 2} | own | changes)
+    )
 
 
 def loader(source, *, image_size=16, crop="resized", workers=0, **changes) -> TorchLoader:

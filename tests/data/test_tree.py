@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastkd.data import FolderIndex, open_source, open_split
+from fastkd.data.sources.holdout import Holdout
 from fastkd.errors import UserError
 
 
@@ -37,6 +38,23 @@ def listed(index: FolderIndex) -> dict[str, list[str]]:
         name: [file for file, own in zip(files, index.labels_N, strict=True) if own == label]
         for label, name in enumerate(index.classes)
     }
+
+
+@pytest.mark.parametrize("maps", ["labels", "Masks"])
+def test_images_and_their_label_maps_are_no_classes(tmp_path, maps) -> None:
+    for place in ("train/images", f"train/{maps}", "val/images", f"val/{maps}"):
+        for image in range(4):
+            picture(tmp_path / place / f"{image}.png")
+    told = rf"^{tmp_path}/train has no classes but images/ and {maps}/.* data\.name=pairs data\.im"
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=told.replace("/train", f"/{split}")):
+            open_source("folder", tmp_path, split)
+    with pytest.raises(UserError, match=told):
+        open_source("folder", tmp_path / "train", holdout=Holdout(share=0.5, seed=0))
+    # Beside another class they may be classes.
+    for split in ("train", "val"):
+        picture(tmp_path / split / "people" / "1.png")
+    assert len(open_source("folder", tmp_path).classes) == 3
 
 
 PLAIN = {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}

@@ -65,6 +65,8 @@ def test_a_run_becomes_a_file_that_is_evaluated(command: Any, tmp_path: Path) ->
     said = command("eval", "one.onnx", "data.image_size=32")
     assert said.code == 2
     assert "takes images of 16x16 pixels, these have 32x32: export it for that" in said.err
+    said = command("eval", "one.onnx", "student.width=0.5")
+    assert "the network of one.onnx is in its files, and is evaluated as it is: leave" in said.err
     said = command("eval", "one.onnx", "--weights", "one")
     assert "one.onnx holds its weights: leave out --weights" in said.err
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.deploy.export import export_network
 from fastkd.deploy.source import Choice, Source
 from fastkd.models import create_model
+from fastkd.testing.networks import CLASSIFIERS, DENSE, Build
 
 pytestmark = pytest.mark.matrix
 
@@ -29,19 +30,10 @@ def often(*kept: Any, of: Iterable[Any]) -> list[Any]:
     return [pytest.param(one, marks=[] if one in kept else pytest.mark.slow) for one in of]
 
 
-ZOO: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet8x4": ("resnet8x4", {}),
+ZOO: dict[str, Build] = {
+    **CLASSIFIERS,
     "resnet18": ("resnet18", {"width": 0.25}),
-    "resnet18-imagenet": ("resnet18", {"width": 0.25, "stem": "imagenet"}),
     "resnet18-projection": ("resnet18", {"width": 0.25, "shortcuts": "projection"}),
-    "plain18": ("plain18", {"width": 0.25}),
-    "resnet50": ("resnet50", {}),
-    "wrn_16_2": ("wrn_16_2", {}),
-    "vgg8": ("vgg8", {}),
-    "mobilenetv2": ("mobilenetv2", {}),
-    "mobilenetv2_half": ("mobilenetv2_half", {}),
-    "shufflenetv1": ("shufflenetv1", {}),
-    "shufflenetv2": ("shufflenetv2", {}),
 }
 BLOCKS = ("S", "S-2x2", "G:4", "G:N:8", "G:N", "B:2", "BG:2:4", "BG:2:M:8", "BG:2:M")
 TIMM = (
@@ -69,9 +61,8 @@ TORCHVISION = (
     "googlenet",
     "vit_b_32",
 )
-SEGMENTATION: dict[str, tuple[str, dict[str, Any]]] = {
-    "erfnet": ("erfnet", {}),
-    "erfnet-G(N)": ("erfnet", {"block": "G:N"}),
+SEGMENTATION: dict[str, Build] = {
+    **DENSE,
     "lraspp": ("torchvision:lraspp_mobilenet_v3_large", {}),
     "deeplab": ("torchvision:deeplabv3_mobilenet_v3_large", {}),
 }

@@ -1,4 +1,4 @@
-"""The files and names that docs/architecture.md and CONTRIBUTING.md point to exist."""
+"""The files and names that docs/architecture.md, docs/howto/ and CONTRIBUTING.md point to exist."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+HOW_TO = sorted((ROOT / "docs" / "howto").glob("*.md"))
+CONTRIBUTING = "\n".join(page.read_text() for page in (ROOT / "CONTRIBUTING.md", *HOW_TO))
 # What is planned has no file yet.
 PRESENT = ARCHITECTURE.partition("These places are reserved")[0]
 # Names that are banned, or that stand for the file of this name in any package.
 GENERIC = {"utils.py", "helpers.py", "common.py", "misc.py", "config.py"}
-FOLDERS_OF_OTHERS = {"htmlcov/", "cifar10/", "camvid/"}
+FOLDERS_OF_OTHERS = {"htmlcov/", "cifar10/", "camvid/", "site/"}
 PATH = r"`((?:[\w.]+/)*[\w.]+\.(?:pyi?|cpp|txt|md)|(?:\w+/)+)`"
 FILES = sorted(set(re.findall(PATH, CONTRIBUTING)) - FOLDERS_OF_OTHERS)
 NAMES = re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", PRESENT)
@@ -38,7 +39,7 @@ def test_every_file_of_the_architecture_page_exists() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "/" in path])
-def test_every_path_of_the_contributors_page_exists(path: str) -> None:
+def test_every_path_of_the_contributors_pages_exists(path: str) -> None:
     assert where(path)
 
 

@@ -1,5 +1,8 @@
 """Every sample counts once, whatever the batch size and the number of ranks."""
 
+import math
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +151,56 @@ def test_nothing_to_evaluate_is_an_error():
     with pytest.raises(UserError, match=message) as refused:
         evaluate(linear(), Empty(), FP32, world())
     assert refused.value.exit_code == 2
+
+
+class Spoiled:
+    """Nine images in batches of four, of which some are not finite."""
+
+    def __init__(self, spoiled):
+        self.spoiled = spoiled
+
+    def epoch(self, epoch, start_step=0):
+        for batch in loader(9, 4).epoch(0):
+            images_NCHW = batch.images_NCHW.clone()
+            for row, id in enumerate(batch.index_N.tolist()):
+                if id in self.spoiled:
+                    images_NCHW[row, 0, 3, 1] = self.spoiled[id]
+            yield batch._replace(images_NCHW=images_NCHW)
+
+
+def test_images_that_are_not_finite_are_told():
+    spoiled = Spoiled({1: float("nan"), 8: float("-inf")})
+    with pytest.warns(UserWarning, match="^2 of 9 validation images hold pixels that are NaN"):
+        found = evaluate(linear(), spoiled, FP32, world())
+    assert found["samples"] == 9 and not math.isfinite(found["loss"])
+
+
+def test_and_not_blamed_for_what_the_network_does():
+    def diverged(images_NCHW):
+        return images_NCHW.flatten(1)[:, :7] * float("nan")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not math.isfinite(evaluate(diverged, Spoiled({}), FP32, world())["loss"])
+        evaluate(linear(), Spoiled({}), FP32, world())
+
+
+@pytest.mark.parametrize("kind", ["multi", "pixel"])
+def test_with_every_kind_of_label(kind):
+    class Labelled(Spoiled):
+        def epoch(self, epoch, start_step=0):
+            for batch in super().epoch(epoch):
+                num = len(batch.labels_N)
+                shape = (num, 7) if kind == "multi" else (num, 4, 4)
+                labels = torch.arange(num * math.prod(shape[1:])).reshape(shape) % 2
+                yield batch._replace(labels_N=labels.float() if kind == "multi" else labels)
+
+    def forward(images_NCHW):
+        maps_NCHW = images_NCHW.repeat(1, 3, 1, 1)[:, :7]
+        return maps_NCHW.mean((2, 3)) if kind == "multi" else maps_NCHW
+
+    with pytest.warns(UserWarning, match="^1 of 9 validation images"):
+        evaluate(forward, Labelled({4: float("inf")}), FP32, world(), kind)
 
 
 def test_no_graph_is_kept():

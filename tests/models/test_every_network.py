@@ -18,28 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.models import create_model, list_models
+from fastkd.testing.networks import CLASSIFIERS, DENSE, Build
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet8x4": ("resnet8x4", {}),
-    "resnet18-imagenet": ("resnet18", {"width": 0.5, "stem": "imagenet"}),
-    "plain18": ("plain18", {"width": 0.5}),
-    "resnet50": ("resnet50", {}),
-    "wrn_16_2": ("wrn_16_2", {}),
-    "vgg8": ("vgg8", {}),
-    "mobilenetv2": ("mobilenetv2", {}),
-    "mobilenetv2_half": ("mobilenetv2_half", {}),
-    "shufflenetv1": ("shufflenetv1", {}),
-    "shufflenetv2": ("shufflenetv2", {}),
-    "erfnet": ("erfnet", {}),
-    "erfnet-G(N)": ("erfnet", {"block": "G(N)"}),
+FORMS: dict[str, Build] = {
+    **CLASSIFIERS,
+    **DENSE,
     "erfnet_encoder": ("erfnet_encoder", {}),
 }
 OTHERS = {
     **{name: (name, {}) for name in list_models() if name not in FORMS},
     "plain18-full": ("plain18", {}),
 }
-SMALLEST: dict[str, tuple[str, dict[str, Any]]] = {"wrn_10_1": ("wrn_10_1", {})}
-OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+SMALLEST: dict[str, Build] = {"wrn_10_1": ("wrn_10_1", {})}
+OTHER_FAMILIES: dict[str, Build] = {
     "vgg8": ("vgg8", {}),
     "resnet8-narrow": ("resnet8", {"width": 0.25}),
     "plain18-narrow": ("plain18", {"width": 0.25}),

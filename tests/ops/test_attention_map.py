@@ -51,7 +51,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, p: float, form: str) -> Tensor
     return square.sqrt().mean() if form == "distance" else square.mean() / energies[0].shape[1]
 
 
-@pytest.mark.interpreter_share(shape=["odd"])
+@pytest.mark.interpreter_share(shape=["odd"], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

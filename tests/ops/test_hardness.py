@@ -23,7 +23,7 @@ NO_LABELS = torch.empty(0, dtype=torch.long)
 SHAPES = [(37, 10), (33, 101), (5, 1000), (3, 4099), (4, 2), (1, 33)]
 
 
-@pytest.mark.interpreter_share(shape=[(33, 101)])
+@pytest.mark.interpreter_share(shape=[(33, 101)], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)

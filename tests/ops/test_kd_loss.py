@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(37, 10), (33, 101), (5, 1000), (3, 4099), (2, 2), (1, 33)]
 
 
-@pytest.mark.interpreter_share(shape=[(33, 101)])
+@pytest.mark.interpreter_share(shape=[(33, 101)], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teachers", [1, 3], ids=["one", "three"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -187,7 +187,7 @@ def eager_rows(
     return (*(torch.where(counts, weights * part, 0) for part in (kd, ce)), counts)
 
 
-@pytest.mark.interpreter_share(shape=[(9, 101), (2, 19, 5, 13)])
+@pytest.mark.interpreter_share(shape=[(9, 101)])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", [(17, 10), (9, 101), (2, 19, 5, 13), (3, 150, 7)], ids=shape_id)
 def test_options_are_at_most_twice_as_wrong_as_eager(
@@ -226,7 +226,7 @@ def test_options_are_at_most_twice_as_wrong_as_eager(
         assert_as_accurate(f"{name} {option}", got, eager, truth, factor=factor, floor=floor)
 
 
-@pytest.mark.interpreter_share(shape=[(9, 101), (2, 19, 5, 13)])
+@pytest.mark.interpreter_share(shape=[(2, 19, 5, 13)])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", [(17, 10), (9, 101), (2, 19, 5, 13), (3, 150, 7)], ids=shape_id)
 def test_agreement_is_that_of_the_reference(fast: str, shape, option: str) -> None:

@@ -230,7 +230,7 @@ def test_a_terminal_gets_one_live_line_and_its_cursor_back():
         console.epoch(row(1), 2)
     text = out.getvalue()
     assert "student" in text
-    assert "epoch 1/2  1,234 images/s  wait 2%  loss 1.500" in text
+    assert "epoch 1/2  1,234 images/s  loss 1.500" in text
     assert "91.20%" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 

@@ -148,7 +148,7 @@ def test_a_recipe_cannot_be_changed_in_place():
 def test_the_digest_names_the_outcome_and_nothing_else():
     digest = quickstart().digest()
     assert re.fullmatch("[0-9a-f]{16}", digest)
-    for same in ("out=x", "description=x", "save_steps=3", "tensorboard=true", "data.workers=0"):
+    for same in ("out=x", "description=x", "save_steps=3", "track=wandb", "data.workers=0"):
         assert quickstart(same).digest() == digest
     other = ("seed=1", "epochs=3", "optim.lr=0.3", "losses.kd.temperature=3", "ema=0.9", "name=x")
     assert len({quickstart(key).digest() for key in other} | {digest}) == 1 + len(other)

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 import fastkd.teachers.teacher
-import fastkd.training.build
+import fastkd.training.engine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_runs import COMPILED, FAMILIES, Workplace, at_work, families, taken
@@ -59,7 +59,7 @@ def test_the_compiler_traces_what_runs(
             return unit
         return torch.compile(unit, backend="aot_eager", dynamic=False, fullgraph=True)
 
-    monkeypatch.setattr(fastkd.training.build, "compile_unit", traced)
+    monkeypatch.setattr(fastkd.training.engine, "compile_unit", traced)
     monkeypatch.setattr(fastkd.teachers.teacher, "compile_unit", traced)
     compare_compiled(workplace, name)
 

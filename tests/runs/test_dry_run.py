@@ -31,6 +31,13 @@ def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(command, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
+def test_a_cache_is_left_aside_and_said_to_be(command, tmp_path):
+    said = command("train", "--dry-run", *WORDS, *TAUGHT, "teacher.cache=answers")
+    told = r"^  teacher cache +answers, left aside in a dry run: the teacher is asked$"
+    assert re.search(told, said.out, re.MULTILINE), said.out
+    assert not any(tmp_path.iterdir())
+
+
 def test_networks_are_named_with_their_blocks(command):
     blocks = ("student.block=G:4", "teacher.block=S-2x2")
     said = command("train", "--dry-run", *WORDS, *TAUGHT, *blocks)

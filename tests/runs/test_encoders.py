@@ -78,6 +78,7 @@ class Whole:
         )
         self.starts: dict[str, dict[str, Tensor]] = {}
         self.said = ""
+        self.opened = 0
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run / "summary.json").read_text())
@@ -103,14 +104,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
             starts[plan.stage] = state
         return original(plan, student=student, output=output, **rest)
 
+    opened: list[int] = []
+    opening = fastkd.runs.one_stage.open_data
+
+    def counting(*args: Any, **more: Any) -> Any:
+        opened.append(1)
+        return opening(*args, **more)
+
     said = StringIO()
     with pytest.MonkeyPatch.context() as patch, chdir(folder), redirect_stdout(said):
         patch.setattr(fastkd.runs.one_stage, "build_trainer", noting)
+        patch.setattr(fastkd.runs.one_stage, "open_data", counting)
         patch.setitem(os.environ, "FASTKD_CACHE", str(folder / "cache"))
         assert main(["train", *WORDS]) == 0
     found = Whole(folder)
-    found.starts, found.said = starts, said.getvalue()
+    found.starts, found.said, found.opened = starts, said.getvalue(), len(opened)
     return found
+
+
+def test_all_trainings_share_the_opened_data(whole: Whole) -> None:
+    assert whole.opened == 1
 
 
 def test_every_training_is_in_its_folder(whole: Whole) -> None:
@@ -222,6 +235,7 @@ def test_a_run_that_is_killed_in_both_stages_ends_bit_identical(
     assert found["different"] == []
 
 
+@pytest.mark.matrix
 def test_two_ranks_end_equal_and_are_resumed(
     killed_runs: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

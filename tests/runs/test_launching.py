@@ -325,6 +325,21 @@ def test_a_run_whose_starter_is_already_gone_does_not_begin():
     assert (said.returncode, said.stdout) == (1, "")
 
 
+def test_a_run_has_its_own_service_of_wandb(order, monkeypatch):
+    given = []
+    start = subprocess.Popen
+    monkeypatch.setenv("WANDB_SERVICE", "of this process")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *words, **how: given.append(how["env"]) or start(*words, **how)
+    )
+    with RunProcess(order):
+        pass
+    (env,) = given
+    assert "WANDB_SERVICE" not in env
+    assert env["WANDB_MODE"] == "offline"
+
+
 def test_a_signal_handler_may_wait_for_a_run_that_it_has_interrupted(order):
     """As submitit's does: what it interrupts is `end`, which holds a lock of Popen."""
     run = RunProcess(order)

@@ -3,18 +3,14 @@
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastkd.storage.weights import load_weights
-from fastkd.testing.recipes import TINY
+from .watched_runs import ALONE, assert_same_weights, checkpoints, logs, until
 
 pytestmark = pytest.mark.matrix  # a cluster takes ten seconds to start
-
-ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +39,6 @@ def runs_below(folder):
     return found
 
 
-def until(what, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def logs(folder):
-    return [file.read_text() for file in sorted(folder.glob("runs/quickstart/sweep-*.log"))]
-
-
 def test_each_node_has_a_run(cluster, command, tmp_path):
     words = ("epochs=20", "--sweep", "seed=0;1", "--launcher", f"ray:{cluster}")
     said = command("train", *ALONE, *words)
@@ -79,7 +63,7 @@ def test_a_run_whose_worker_is_killed_goes_on_and_ends_as_if_it_had_not(cluster,
     killed = []
 
     def kill():
-        until(lambda: list(tmp_path.glob("runs/quickstart/*/last.pt")))
+        until(lambda: checkpoints(tmp_path))
         ((run, worker),) = runs_below(tmp_path).items()
         os.kill(worker, signal.SIGKILL)
         killed.append(run)
@@ -97,20 +81,14 @@ def test_a_run_whose_worker_is_killed_goes_on_and_ends_as_if_it_had_not(cluster,
     assert "resumed" in first
     assert "resumed" not in second
     assert len(list(tmp_path.glob("runs/quickstart/*/summary.json"))) == 2
-    (folder,) = (
-        file.parent
-        for file in tmp_path.glob("runs/quickstart/*/config.yaml")
-        if "\nseed: 0\n" in file.read_text()
-    )
-    one, two = (load_weights(place)[0] for place in (folder, tmp_path / "plain"))
-    assert one and all(torch.equal(one[key], two[key]) for key in one)
+    assert_same_weights(tmp_path, tmp_path / "plain")
 
 
 def test_ctrl_c_saves_the_runs_on_all_nodes(cluster, start, tmp_path):
     words = [*ALONE, "epochs=5000", "--sweep", "seed=0;1;2", "--launcher", "ray"]
     sweep = start("-m", "fastkd.train", *words, cwd=tmp_path, RAY_ADDRESS=cluster)
     try:
-        until(lambda: len(list(tmp_path.glob("runs/quickstart/*/last.pt"))) == 2)
+        until(lambda: len(checkpoints(tmp_path)) == 2)
     finally:
         sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate(timeout=60)

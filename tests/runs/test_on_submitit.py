@@ -8,20 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd.runs.sweep.on_submitit import SubmititLauncher
-from fastkd.storage.weights import load_weights
-from fastkd.testing.recipes import TINY
+
+from .watched_runs import ALONE, assert_same_weights, checkpoints, logs, until
 
 pytestmark = pytest.mark.matrix  # each job starts Python twice
 
 SLURM = Path(__file__).parents[1] / "programs/slurm.py"
-ALONE = [*TINY, "teacher=null", "losses.kd=null", "losses.ce.weight=1", "baseline.lrs="]
 
 
 @pytest.fixture
@@ -45,18 +43,6 @@ def slurm(tmp_path, monkeypatch):
 
     call.jobs = jobs
     return call
-
-
-def until(what, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def checkpoints(folder):
-    return list(folder.glob("runs/quickstart/*/last.pt"))
 
 
 def test_parameters_reach_the_script_of_the_job(slurm, command, tmp_path):
@@ -105,19 +91,9 @@ def test_a_run_that_makes_room_is_requeued_and_ends_as_if_it_had_not(slurm, comm
     assert (said.code, said.err, warned) == (0, "", [True])
     assert (slurm.jobs / "100/was_requeued").exists()
     assert not (slurm.jobs / "101/was_requeued").exists()
-    log = next(
-        text
-        for file in tmp_path.glob("runs/quickstart/sweep-*.log")
-        if "the state is saved" in (text := file.read_text())
-    )
+    log = next(text for text in logs(tmp_path) if "the state is saved" in text)
     assert "resumed quickstart at epoch" in log
-    (folder,) = (
-        file.parent
-        for file in tmp_path.glob("runs/quickstart/*/config.yaml")
-        if "\nseed: 0\n" in file.read_text()
-    )
-    one, two = (load_weights(place)[0] for place in (folder, tmp_path / "plain"))
-    assert one and all(torch.equal(one[key], two[key]) for key in one)
+    assert_same_weights(tmp_path, tmp_path / "plain")
 
 
 def test_a_job_that_is_cancelled_by_others_has_failed(slurm, command, tmp_path):
@@ -145,8 +121,7 @@ def test_ctrl_c_cancels_the_jobs(slurm, start, tmp_path):
     assert said.splitlines()[-1].endswith("run the same command again to resume the whole sweep")
     states = [(slurm.jobs / number / "state").read_text() for number in ("100", "101")]
     assert states == ["CANCELLED"] * 2
-    logs = [file.read_text() for file in tmp_path.glob("runs/quickstart/sweep-*.log")]
-    assert ["the state is saved" in log for log in logs] == [True, True]
+    assert ["the state is saved" in log for log in logs(tmp_path)] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,44 @@ def test_a_run_of_distill_is_predicted_in_its_script(command, tmp_path):
     quiet = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
     fastkd.distill(student, None, loader, loader, epochs=1, losses=losses, out="own", **quiet)
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
-    said = command("predict", "own", "one.png", "--out", "out")
+    said = command("predict", "own", "one.png", "--out", "out", "data.mean=0.5,0.5,0.5")
+    assert said.code == 2
+    told = "own is a run of fastkd.distill, and how its images are made is in the script that made"
+    assert told in said.err and "say it here, data.image_size=.. data.std=.." in said.err
+
+
+def test_or_with_keys_that_say_how_its_images_were_made(command, tmp_path):
+    val = make_synthetic("val", 12)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    pixels = torch.from_numpy(val.images_NHWC[:6].copy()).permute(0, 3, 1, 2) / 255
+    images = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    loader = [(images, torch.arange(6) % 4)]
+    quiet = {"device": "cpu", "compile": "off", "precision": "fp32", "quiet": True}
+    losses = [fastkd.losses.CrossEntropy()]
+    student = fastkd.create_model("resnet8", 4)
+    result = fastkd.distill(
+        student, None, loader, loader, epochs=1, losses=losses, out="o", **quiet
+    )
+    for number in range(6):
+        val.image(number).save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in range(6)]
+    keys = [f"data.{key}={','.join(map(str, v))}" for key, v in (("mean", mean), ("std", std))]
+    said = command("predict", "o", *names, *keys, "data.image_size=12", "--out", "out")
+    assert (said.code, said.out) == (0, "6 rows in predictions.csv: out\n"), said.err
+    shares = result.predict(loader, best=True, probabilities=True)
+    rows = rows_in(tmp_path / "out" / "predictions.csv")
+    assert [row["class"] for row in rows] == [str(one) for one in shares.argmax(1).tolist()]
+    found = [float(row["probability"]) for row in rows]
+    assert found == pytest.approx(shares.max(1).values.tolist(), abs=5e-3)  # the command: in bf16
+
+
+def test_keys_of_a_recipes_run_are_in_its_files(command, run):
+    said = command("predict", "run", "photos", "data.image_size=9", "--out", "out")
     assert said.code == 2
     assert (
-        "own is a run of fastkd.distill, and how its images are made is in the script" in said.err
+        said.err
+        == "fastkd: how pictures are shown is in the files of run: leave out data.imag"
+        + ("e_size=9\n")
     )
 
 

@@ -6,7 +6,7 @@ epochs of 4 batches, the last of which is partial, and saves after every step.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,23 @@ STOPPED = {
     "stopped by SIGHUP in step 5": (signal.SIGHUP, 1, 2),
     "stopped by SIGTERM in step 6": (signal.SIGTERM, 1, 3),
 }
+# By default one of each kind of moment; `-m matrix` has the others.
+QUICK = {
+    "before step 0",
+    "before step 2",
+    "before save 3",
+    "inside save 2",
+    "before rename 3",
+    "before best",
+    "inside row",
+    "before summary",
+    "twice",
+    "rich, before step 3",
+    "staged, before step 2",
+    "staged, before step 9",
+    "stopped by SIGINT in step 3",
+    "stopped by SIGHUP in step 5",
+}
 COMPILED: dict[str, tuple[int, int] | None] = {
     **{f"compiled, before step {step}": (0, step) for step in (1, 2, 3)},
     "compiled, inside save 1": (0, 1),
@@ -90,28 +107,39 @@ def check_same_end(
     assert found["files"] == [*whole, "metrics.csv", "metrics.jsonl", "summary.json"]
 
 
+def scenarios(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test for each of these children of programs/killed_runs.py."""
+    marks = {name: () if name in QUICK else pytest.mark.matrix for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
+
+
 @pytest.fixture(scope="module")
 def eager(
-    killed_runs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    killed_runs: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    staged = [f"staged, before step {step}" for step in STAGED]
-    others = ["cycled, before step 9", "stopped in the teacher's last step"]
-    names = [*RESUMED_AT, *staged, *STOPPED, *others]
+    """What was found in all scenarios of this session."""
+    tests = [one for one in request.session.items if "eager" in one.fixturenames]  # type: ignore[attr-defined]
+    names = dict.fromkeys(one.callspec.params["name"] for one in tests)  # type: ignore[attr-defined]
     return killed_runs(tmp_path_factory.mktemp("eager"), *names)
 
 
-@pytest.mark.parametrize("name", RESUMED_AT)
+@scenarios(RESUMED_AT)
 def test_a_killed_run_ends_bit_identical(eager: dict[str, Any], name: str) -> None:
     check_same_end(eager[name], RESUMED_AT[name], epochs=2)
 
 
-def test_a_run_that_is_killed_in_a_later_cycle_ends_bit_identical(eager: dict[str, Any]) -> None:
-    check_same_end(eager["cycled, before step 9"], (2, 1), epochs=3, cycle=2)
+@scenarios(["cycled, before step 9"])
+def test_a_run_that_is_killed_in_a_later_cycle_ends_bit_identical(
+    eager: dict[str, Any], name: str
+) -> None:
+    check_same_end(eager[name], (2, 1), epochs=3, cycle=2)
 
 
-@pytest.mark.parametrize("step", STAGED)
-def test_every_stage_of_a_killed_run_goes_on(eager: dict[str, Any], step: int) -> None:
-    found = eager[f"staged, before step {step}"]
+@scenarios(f"staged, before step {step}" for step in STAGED)
+def test_every_stage_of_a_killed_run_goes_on(eager: dict[str, Any], name: str) -> None:
+    found, step = eager[name], int(name.rpartition(" ")[2])
     stage, at = STAGED[step]
     assert found["codes"] == [[-9], [0]], found["log"]
     assert f"resumed {stage} at epoch 1 of 1, step {at} of {STEPS}" in found["log"]
@@ -119,7 +147,7 @@ def test_every_stage_of_a_killed_run_goes_on(eager: dict[str, Any], step: int) -
     assert found["different"] == []
 
 
-@pytest.mark.parametrize("name", STOPPED)
+@scenarios(STOPPED)
 def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
     eager: dict[str, Any], name: str
 ) -> None:
@@ -136,8 +164,9 @@ def test_a_stopped_run_saves_and_its_own_advice_resumes_it(
     assert found["different"] == []
 
 
-def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any]) -> None:
-    found = eager["stopped in the teacher's last step"]
+@scenarios(["stopped in the teacher's last step"])
+def test_a_stop_at_the_end_of_a_stage_is_not_lost(eager: dict[str, Any], name: str) -> None:
+    found = eager[name]
     assert found["codes"] == [[130], [0]], found["log"]
     assert "teacher/synthetic/resnet8 stopped after the last epoch" in found["first_log"]
     assert "resumed teacher/synthetic/resnet8 after its last epoch, 1" in found["log"]

@@ -29,6 +29,12 @@ KEYS = [
     "losses.ce.weight=1",
     "baseline.lrs=",
 ]
+TAUGHT = [
+    "teacher.name=resnet8",
+    "teacher.train=true",
+    "losses.kd.weight=1",
+    "losses.kd.ce_weight=0",
+]
 SWEEP = ["--sweep", "optim.lr=0.1;0.2", "--sweep", "seed=0;1"]
 
 
@@ -73,6 +79,11 @@ def test_a_misspelled_sweep_is_refused(sweeps, sentence):
     [
         (["--sweep", "optim.lr=0.1;fast"], "optim.lr=fast: expected a number above 0"),
         (["--sweep", "optim.lr=0.1;0.10"], "--sweep: optim.lr=0.1 and optim.lr=0.10 are the same"),
+        (
+            [*TAUGHT, "--sweep", "teacher.cache=null;answers"],
+            "--sweep: teacher.cache=null and teacher.cache=answers are the same run, because "
+            "teacher.cache cannot change what it learns; sweep over other keys",
+        ),
         (["--sweep", "data.workers=0;2"], "--sweep: data.workers=0 and data.workers=2 are the sa"),
         (
             ["--sweep", "student.name=resnet8;nonet"],

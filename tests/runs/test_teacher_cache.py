@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -572,6 +573,17 @@ def test_filling_goes_on_where_it_ended(runs, monkeypatch, no_teacher):
     live = runs.run()
     no_teacher()
     assert not unlike(live, runs.cached())
+
+
+def test_the_size_that_is_announced_is_the_size_on_the_disk(runs, monkeypatch):
+    monkeypatch.setattr("fastkd.teachers.cache.opening.size_in_words", str)
+    runs.fill()
+    announced = r": (\d+) an epoch, (\d+) in all, (\d+) on the disk$"
+    ((epoch, whole, before),) = (
+        found.groups() for line in runs.said if (found := re.search(announced, line))
+    )
+    assert (int(whole), before) == (2 * int(epoch), "0")
+    assert int(whole) == sum(file.stat().st_size for file in runs.files())
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(runs, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -113,7 +114,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("losses.kd.temperature=2;4",),
     ),
 }
-QUICK = ("losses", "students", "seeds of weights", "picks", "two teachers")
+QUICK = ("losses", "seeds of weights", "picks")
 """Of these; the others are left to the exhaustive run."""
 RATES = ("--sweep", "optim.lr=0.05;0.1;0.2")
 
@@ -124,20 +125,20 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "plot_curves", lambda *_: None)  # a second each
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Callable[[str], Path]:
-    """A working folder; where the teachers lie beside it is part of a recipe's digest."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A new working folder; where the teachers lie beside it is part of a recipe's digest."""
+    root = tmp_path_factory.mktemp("together")
     torch.manual_seed(7)
     nets = {
         "teacher": create_model("resnet8", 10, width=0.5),
         "other": create_model("wrn_10_1", 10),
     }
     for name, model in nets.items():
-        save_weights(tmp_path / f"{name}.safetensors", model, describe(model))
+        save_weights(root / f"{name}.safetensors", model, describe(model))
 
     def make(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.RECIPE))
         return folder
 
@@ -159,6 +160,24 @@ def ends(folder: Path) -> dict[str, dict[str, Any]]:
     """What the finished runs below a working folder leave, by their digests."""
     summaries = (folder / "runs/tiny/kd").glob("*/summary.json")
     return {path.parent.name.partition("-")[2]: tiny.facts(path.parent) for path in summaries}
+
+
+@pytest.fixture(scope="module")
+def made_alone() -> dict[str, dict[str, Any]]:
+    """What `rates_alone` has found once."""
+    return {}
+
+
+@pytest.fixture
+def rates_alone(
+    made_alone: dict[str, dict[str, Any]], place: Callable[[str], Path], train: Callable[..., Any]
+) -> dict[str, dict[str, Any]]:
+    """What the runs of RATES leave one after another, the truth of several tests."""
+    if not made_alone:
+        folder = place("alone")
+        assert train(folder, *RATES).code == 0
+        made_alone |= ends(folder)
+    return made_alone
 
 
 def check_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
@@ -230,10 +249,12 @@ def test_a_batch_is_made_and_the_teacher_asked_once_for_a_group(
 
 
 def test_answers_that_are_kept_are_shared_too(
-    place: Callable[[str], Path], train: Callable[..., Any], counts: Counter[str]
+    place: Callable[[str], Path],
+    train: Callable[..., Any],
+    rates_alone: dict[str, Any],
+    counts: Counter[str],
 ) -> None:
-    alone, together = place("alone"), place("together")
-    assert train(alone, *RATES).code == 0
+    together = place("together")
     counts.clear()
     assert train(together, *RATES, "teacher.cache=kept", "--together").code == 0
     assert counts == {"batches": 2 * STEPS, "answers": 2 * STEPS}
@@ -241,7 +262,7 @@ def test_answers_that_are_kept_are_shared_too(
         digest: {key: value for key, value in run.items() if not key.startswith("summary.answers")}
         for digest, run in ends(together).items()
     }
-    check_same(found, ends(alone))
+    check_same(found, rates_alone)
     # A further run of the same sweep reads them.
     counts.clear()
     words = ("--sweep", "losses.kd.temperature=2;8", "teacher.cache=kept", "--together")
@@ -285,10 +306,12 @@ def test_a_run_that_fails_leaves_the_others_as_they_are(
 
 
 def test_a_full_disk_of_one_run_leaves_the_others_as_they_are(
-    place: Callable[[str], Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    place: Callable[[str], Path],
+    train: Callable[..., Any],
+    rates_alone: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alone, together = place("alone"), place("together")
-    assert train(alone, *RATES).code == 0
+    together = place("together")
     save, broken = Trainer.save, list[Trainer]()
 
     def full(self: Trainer) -> None:
@@ -301,7 +324,7 @@ def test_a_full_disk_of_one_run_leaves_the_others_as_they_are(
     said = train(together, *RATES, "--together")
     assert said.code == 1
     assert "optim.lr=0.05 failed: no space left on the disk\n" in said.out
-    found, whole = ends(together), ends(alone)
+    found, whole = ends(together), rates_alone
     assert len(found) == 2
     check_same(found, {digest: whole[digest] for digest in found})
 
@@ -335,19 +358,18 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int, number: signal.Sign
 @pytest.mark.parametrize(
     "call",
     [
-        4,
         5 * STEPS + 1,
-        *(pytest.param(call, marks=pytest.mark.matrix) for call in (0, 3 * STEPS - 1)),
+        *(pytest.param(call, marks=pytest.mark.matrix) for call in (0, 4, 3 * STEPS - 1)),
     ],
 )
 def test_a_signal_saves_every_run_and_the_same_command_resumes_all(
     place: Callable[[str], Path],
     train: Callable[..., Any],
+    rates_alone: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
-    alone, together = place("alone"), place("together")
-    assert train(alone, *RATES).code == 0
+    together = place("together")
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt_at(patch, call, signal.SIGTERM)
@@ -361,17 +383,17 @@ def test_a_signal_saves_every_run_and_the_same_command_resumes_all(
     again = train(together, "save_steps=null", *RATES, "--together")
     assert (again.code, again.err) == (0, "")
     assert again.out.count(": resumed tiny/kd ") == 3
-    check_same(ends(together), ends(alone))
+    check_same(ends(together), rates_alone)
 
 
 def test_runs_that_are_behind_catch_up_first(
     place: Callable[[str], Path],
     train: Callable[..., Any],
+    rates_alone: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     counts: Counter[str],
 ) -> None:
-    alone, together = place("alone"), place("together")
-    assert train(alone, *RATES).code == 0
+    together = place("together")
     # The first run alone, up to the second step of its second epoch.
     with monkeypatch.context() as patch:
         interrupt_at(patch, STEPS + 1, signal.SIGINT)
@@ -381,7 +403,7 @@ def test_runs_that_are_behind_catch_up_first(
     assert (said.code, said.err) == (0, "")
     assert "optim.lr=0.05: resumed tiny/kd at epoch 2 of 2, step 2 of 4" in said.out
     assert counts["answers"] == 2 * STEPS
-    check_same(ends(together), ends(alone))
+    check_same(ends(together), rates_alone)
 
 
 def test_the_same_command_again_only_prints(

@@ -42,6 +42,8 @@ __all__ = ["DaliLoader"]
 
 _AHEAD = 2
 """Batches whose files are read ahead; one more is being decoded."""
+_STREAM, _ALONE = "stream", "alone"
+"""The pipeline of an epoch's batches, and the one in which files are tried one by one."""
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -94,13 +96,13 @@ class DaliLoader(StreamingLoader):
         def fed_next() -> _Fed | None:
             while len(reading) < _AHEAD and (key := next(left, None)) is not None:
                 reading.append(self._begin(*key))
-            return self._feed("stream", reading.popleft().result()) if reading else None
+            return self._feed(_STREAM, reading.popleft().result()) if reading else None
 
         fed = None
         try:
             fed = fed_next()
             while fed is not None:
-                pixels = self._take("stream", fed)
+                pixels = self._take(fed)
                 # DALI decodes it while the caller is busy with this one.
                 fed = fed_next()
                 yield pixels
@@ -109,7 +111,7 @@ class DaliLoader(StreamingLoader):
                 one.cancel()
             if fed is not None:
                 # What was fed would come out at the beginning of the next epoch.
-                self._pipelines.pop("stream", None)
+                self._pipelines.pop(_STREAM, None)
 
     def _begin(self, epoch: int, ids: np.ndarray) -> "_Reading":
         """Let the threads read the files of a batch."""
@@ -126,17 +128,17 @@ class DaliLoader(StreamingLoader):
         pipeline.schedule_run()
         return batch
 
-    def _take(self, name: str, batch: _Fed) -> Pixels:
-        """The outcome of the batch that is in the pipeline."""
+    def _take(self, batch: _Fed) -> Pixels:
+        """The outcome of the batch that is in the pipeline of the epoch."""
         try:
-            every_BHWC = outcome_of(self._pipeline(name), self._device)
+            every_BHWC = outcome_of(self._pipeline(_STREAM), self._device)
         except RuntimeError as error:
             # A pipeline is of no use after an error.
-            del self._pipelines[name]
+            del self._pipelines[_STREAM]
             self._note_refused(batch, error)
             batch.files = [self._file(file.id, batch.epoch, batch.unread) for file in batch.files]
-            self._feed(name, batch)
-            every_BHWC = outcome_of(self._pipeline(name), self._device)
+            self._feed(_STREAM, batch)
+            every_BHWC = outcome_of(self._pipeline(_STREAM), self._device)
         num = len(batch.files)
         ids_B = torch.tensor([file.id for file in batch.files])
         more_BHWC = every_BHWC[num:] if len(every_BHWC) > num else None
@@ -151,10 +153,10 @@ class DaliLoader(StreamingLoader):
         for file in batch.files:
             alone = _Fed(batch.epoch, [file], {})
             try:
-                self._feed("alone", alone)
-                outcome_of(self._pipeline("alone"), self._device)
+                self._feed(_ALONE, alone)
+                outcome_of(self._pipeline(_ALONE), self._device)
             except RuntimeError:
-                del self._pipelines["alone"]
+                del self._pipelines[_ALONE]
                 refused.add(file.id % len(self._files))
         if not refused:
             raise RunFailed(f"DALI failed: {first_line(error)}", shared=False) from error

@@ -8,6 +8,7 @@ device NO_CLASS becomes NO_LABEL, the int64 of `fastkd.data.batch.Batch`.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple, Self
@@ -93,10 +94,17 @@ class DenseLoader(PlannedLoader):
         self._source = source
         self._view = replace(view, num_ids=self.plan.num_ids)
         self._stride = stride
-        self._start(workers)
+        self._workers = workers
+        self._start()
+
+    def at_stride(self, stride: int) -> Self:
+        """The same batches with labels at 1/stride of the size; what was read is shared."""
+        other = copy(self)
+        other._stride = stride
+        return other
 
     @abstractmethod
-    def _start(self, workers: int) -> None:
+    def _start(self) -> None:
         """Prepare whatever reads."""
 
     @abstractmethod
@@ -145,9 +153,15 @@ class TorchDense(DenseLoader):
     """Read in worker processes; workers=0: in this one."""
 
     @override
-    def _start(self, workers: int) -> None:
+    def _start(self) -> None:
         read = _Read(self._source, self._view, self._stride)
-        self._processes = Processes[Pair](read, workers, self._device)
+        self._processes = Processes[Pair](read, self._workers, self._device)
+
+    @override
+    def at_stride(self, stride: int) -> Self:
+        other = super().at_stride(stride)
+        other._start()
+        return other
 
     @override
     def _pairs(self, keys: Sequence[Key]) -> Iterator[Pair]:
@@ -161,7 +175,7 @@ class ResidentDense(DenseLoader):
     """
 
     @override
-    def _start(self, workers: int) -> None:
+    def _start(self) -> None:
         width, height = self._view.shown(self._source.picture_sizes[0])
         windows = self._view.window if self._loading.train else None
         across, down = windows or (width, height)

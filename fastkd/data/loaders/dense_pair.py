@@ -14,7 +14,7 @@ from fastkd.data.config import AppearanceConfig, DataConfig
 from fastkd.data.facts import Facts
 from fastkd.data.finish import Look
 from fastkd.data.label_map_keys import wrong_appearance_key
-from fastkd.data.loaders.dense import ResidentDense, TorchDense
+from fastkd.data.loaders.dense import DenseLoader, ResidentDense, TorchDense
 from fastkd.data.loaders.pair import DataPair, facts_of, normalization_of
 from fastkd.data.loaders.planned import Loading
 from fastkd.data.policies.policy import make_policy
@@ -26,7 +26,7 @@ from fastkd.data.sources.pairs import places
 from fastkd.errors import UserError
 from fastkd.storage.facts import DataFacts, Framing
 
-__all__ = ["dense_facts", "open_both", "open_dense"]
+__all__ = ["dense_facts", "open_both", "open_dense", "strided"]
 
 _LOOKS = 16
 """Label maps of which the share of pixels without a class is told."""
@@ -101,6 +101,26 @@ def open_dense(
     )
 
 
+def strided(data: DataPair, stride: int) -> DataPair:
+    """The opened data with labels at 1/stride of the size of the images, in place of data's own.
+
+    Nothing is opened, read or counted once more.
+    """
+
+    def other(loader: Loader) -> Loader:
+        assert isinstance(loader, DenseLoader)
+        return loader.at_stride(stride)
+
+    _, height, width = data.facts.image_shape
+    return replace(
+        data,
+        open_train=lambda: other(data.train),
+        val=other(data.val),
+        facts=replace(data.facts, label_size=(height // stride, width // stride)),
+        remember=lambda: data.remembered,
+    )
+
+
 def dense_facts(data: DataConfig) -> DataFacts:
     """What `open_dense(..).remembered` would be, without loaders."""
     train, val = open_both(data)
@@ -108,8 +128,8 @@ def dense_facts(data: DataConfig) -> DataFacts:
     return facts_of(data, (train, val), sizes.short_side, _evaluation(data, sizes))
 
 
-def open_both(data: DataConfig) -> tuple[LabelMaps, LabelMaps]:
-    """Training and validation images, not yet read."""
+def open_both(data: DataConfig, *, broken_links: bool = False) -> tuple[LabelMaps, LabelMaps]:
+    """Training and validation images, not yet read. broken_links: list them, for a check."""
     pairs = None
     if data.name == "pairs":
         pairs = places(data.root, data.image_dir, data.label_dir, data.classes_file)
@@ -123,6 +143,7 @@ def open_both(data: DataConfig) -> tuple[LabelMaps, LabelMaps]:
             limit=limit,
             decoding=data.decoding,
             holdout=data.holdout,
+            broken_links=broken_links,
         )
 
     return split("train", data.train_limit), split("val", None)

@@ -18,7 +18,7 @@ from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
 from fastkd.data.batch import NO_LABEL, Batch, LabelKind
 from fastkd.data.facts import Facts
-from fastkd.data.loaders.items import item_of
+from fastkd.data.loaders.items import item_of, naming
 from fastkd.data.loaders.label_rules import LabelRules, LabelUse, kind_on_ranks, unlike
 from fastkd.data.loaders.map_rules import pixel_counter
 from fastkd.data.loaders.readable import (
@@ -79,11 +79,14 @@ class ForeignLoader:
         self.seed = seed
         self.rules = rules or LabelRules()
         self.train = train
+        self.name = "train_loader" if train else "val_loader"
         self.steps_per_epoch = num_steps(items)
         self.labels_N = _labels_by_id(items, self.rules)
         """Labels by sample id if a loss needs ids, then compared with every batch; else zeros."""
         self._compared = False
-        self.batch_rows = _planned_rows(items)
+        with naming(self.name):
+            rows = _planned_rows(items)
+        self.batch_rows = rows
         """As a DataLoader plans them, or as a list has them; in a training those of the rank with
         the least: all ranks must try a step on the same."""
         # Sizes are compared on the host: NCCL would wait for the device.
@@ -146,8 +149,9 @@ class ForeignLoader:
 
     def _batch(self, item: LoaderItem, *, share: bool) -> tuple[Batch | None, Tensor]:
         """The batch on the device, None if it is not to be shared; whether it has any label."""
-        images, raw, ids = item_of(item)
-        labels = self.rules.of(raw, images)
+        with naming(self.name):
+            images, raw, ids = item_of(item)
+            labels = self.rules.of(raw, images)
         seen = self.rules.any_known(labels)
         if not share:
             return None, seen
@@ -329,17 +333,16 @@ def open_foreign(
 def _checked(name: str, shown: Shown, rules: LabelRules) -> Tensor:
     """The labels of a first batch, checked on the host wherever they are."""
     labels = shown.labels.cpu() if isinstance(shown.labels, Tensor) else shown.labels
-    try:
+    with naming(name):
         return rules.of(labels, shown.images_NCHW)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def _check_stored(name: str, items: Iterable[LoaderItem], rules: LabelRules) -> None:
     """UserError for labels that cannot be used, where all can be read at once, without images."""
     if isinstance(items, list | tuple):
         for item in items:
-            images, labels, _ = item_of(item)
+            with naming(name):
+                images, labels, _ = item_of(item)
             _checked(name, Shown(images, labels), rules)
     dataset = getattr(items, "dataset", None)
     # Not of a subclass, which may yield something else.
@@ -354,7 +357,8 @@ def _check_validation(items: Iterable[LoaderItem], rules: LabelRules, world: Wor
     """UserError if no validation image of any rank has a label; reads on until one has."""
     found = False
     for item in from_workers(items, "num_workers"):
-        images, labels, _ = item_of(item)
+        with naming("val_loader"):
+            images, labels, _ = item_of(item)
         known = _checked("val_loader", Shown(images, labels), rules)
         found = bool((known == 1).any() if known.dim() == 2 else rules.any_known(known))
         if found:

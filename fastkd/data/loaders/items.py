@@ -4,7 +4,8 @@ Datasets of torchvision and timm yield tuples, those of Hugging Face mappings, D
 mapping; some add a path or a box. `fastkd.data.loaders.label_rules` decides what the labels are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastkd.errors import UserError
 
-__all__ = ["IMAGES", "LABELS", "Item", "item_of"]
+__all__ = ["IMAGES", "LABELS", "Item", "item_of", "naming"]
 
 IMAGES = ("images", "image", "pixel_values", "imgs", "img", "inputs", "input", "x", "data")
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -32,6 +33,15 @@ class Item(NamedTuple):
     """None if the loader yields images alone."""
     ids: Any
     """Sample ids, whatever else comes third, or None."""
+
+
+@contextmanager
+def naming(loader: str) -> Iterator[None]:
+    """What is wrong with a batch, a UserError, begins with the name of its loader."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{loader}: {error}") from None
 
 
 def item_of(item: Any) -> Item:

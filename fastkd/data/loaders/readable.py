@@ -19,7 +19,7 @@ from torch.utils.data import (
 
 from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import World
-from fastkd.data.loaders.items import item_of
+from fastkd.data.loaders.items import item_of, naming
 from fastkd.data.loaders.workers import from_workers
 from fastkd.errors import UserError
 
@@ -69,10 +69,8 @@ def peek(name: str, items: Iterable[LoaderItem], placement: Placement) -> Shown:
         raise UserError(f"{name} yields nothing: its first batch is missing")
     if not isinstance(items, DataLoader) and iter(items) is iterator:
         raise UserError(f"{name} {ONCE}: {BEST}")
-    try:
+    with naming(name):
         images, labels, _ = item_of(item)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
     layout = layout_of(placement.channels_last)
     return Shown(images.to(placement.device, torch.float32, memory_format=layout), labels)
 

@@ -15,6 +15,7 @@ from fastkd.data.normalization import LABEL_MAPS, normalization
 from fastkd.data.sources.cache import decoded_images
 from fastkd.data.sources.cifar import LAYOUTS, download_cifar, find_archive, load_cifar
 from fastkd.data.sources.csv_labels import open_csv
+from fastkd.data.sources.decode import broken_link
 from fastkd.data.sources.digits import IMAGE_SIZE as DIGITS_SIZE
 from fastkd.data.sources.digits import load_digits
 from fastkd.data.sources.folder import (
@@ -48,6 +49,9 @@ from fastkd.storage.facts import Framing
 __all__ = ["decode_source", "open_label_maps", "open_source", "open_split"]
 
 _CIFAR_SIZE = 32
+
+_OF_MAPS = ("labels", "masks", "annotations")
+"""Folders of label maps beside one of images."""
 
 
 def open_split(
@@ -117,12 +121,14 @@ def open_source(  # noqa: PLR0913 - a frozen public signature
     decoding: Decoding = DEFAULTS,
     holdout: Holdout | None = None,
     labels: str | None = None,
+    broken_links: bool = False,
 ) -> ImageSet | FolderIndex:
     """As `open_split`, but a folder of images comes as its listing, not decoded.
 
-    decoding  how the files of a folder are read
-    holdout   what becomes the "val" split of a folder that has none
-    labels    CSV file with the labels of a folder
+    decoding      how the files of a folder are read
+    holdout       what becomes the "val" split of a folder that has none
+    labels        CSV file with the labels of a folder
+    broken_links  list links that lead nowhere in class folders; they are refused otherwise
     """
     _check_request(name, split)
     if name == "digits":
@@ -140,7 +146,9 @@ def open_source(  # noqa: PLR0913 - a frozen public signature
         place = Path(os.path.expanduser(root))
         try:
             if name == "folder":
-                source = _find_folder(place, split, decoding, holdout, labels)
+                source = _find_folder(
+                    place, split, decoding, holdout, labels, broken_links=broken_links
+                )
             elif name in RELEASES:
                 source = _find_released(name, place, split, decoding)
             else:
@@ -176,6 +184,7 @@ def open_label_maps(
     limit: int | None = None,
     decoding: Decoding = DEFAULTS,
     holdout: Holdout | None = None,
+    broken_links: bool = False,
 ) -> LabelMaps:
     """The listing of a split of a set that labels pixels; nothing is decoded.
 
@@ -186,11 +195,11 @@ def open_label_maps(
     place = Path(os.path.expanduser(root or ""))
     try:
         if pairs is not None:
-            found = find_pairs(pairs, split, holdout, decoding)
+            found = find_pairs(pairs, split, holdout, decoding, broken_links=broken_links)
         elif root is None or not fspath(root):
             raise UserError(f"data.name={name} needs data.root, the folder that holds it")
         else:
-            found = find_segmentation(name, place, split, decoding)
+            found = find_segmentation(name, place, split, decoding, broken_links=broken_links)
     except OSError as error:
         raise _unreadable(place, error) from error
     if limit is None:
@@ -202,12 +211,19 @@ def open_label_maps(
 
 
 def _unreadable(root: Path, error: OSError) -> UserError:
-    unread = shown(error.filename or root)
-    return UserError(f"data.root={shown(root)}: {unread} cannot be read: {error.strerror}")
+    unread = error.filename or root
+    said = broken_link(unread) or f"{shown(unread)} cannot be read: {error.strerror}"
+    return UserError(f"data.root={shown(root)}: {said}")
 
 
 def _find_folder(
-    root: Path, split: str, decoding: Decoding, holdout: Holdout | None, labels: str | None
+    root: Path,
+    split: str,
+    decoding: Decoding,
+    holdout: Holdout | None,
+    labels: str | None,
+    *,
+    broken_links: bool,
 ) -> FolderIndex:
     if not root.is_dir():
         raise UserError(
@@ -217,7 +233,8 @@ def _find_folder(
         return open_csv(Path(os.path.expanduser(labels)), root, split, decoding, holdout)
     folders = find_split_folders(root)
     if folders is not None:
-        index = scan_folder("folder", folders, split, decoding)
+        index = scan_folder("folder", folders, split, decoding, broken_links=broken_links)
+        _refuse_label_maps(index)
         if holdout is None or split == "val":
             return index
         idle = f"data.val_share is not used, {shown(folders['val'])} has the validation images"
@@ -234,7 +251,24 @@ def _find_folder(
             )
     if holdout is None or (present and "train" not in present):
         raise UserError(f"data.root={shown(root)} has {_lacking(root, present)}")
-    return scan_whole("folder", root / "train" if present else root, split, holdout, decoding)
+    whole = root / "train" if present else root
+    index = scan_whole("folder", whole, split, holdout, decoding, broken_links=broken_links)
+    _refuse_label_maps(index)
+    return index
+
+
+def _refuse_label_maps(index: FolderIndex) -> None:
+    """UserError if what looks like two classes are images and their label maps."""
+    names = {name.casefold(): name for name in index.classes}
+    maps = [names[name] for name in _OF_MAPS if name in names]
+    if len(names) == 2 and "images" in names and maps:
+        place = index.folder
+        raise UserError(
+            f"{shown(place)} has no classes but {names['images']}/ and {maps[0]}/, images with a "
+            f"label map each: set data.name=pairs data.image_dir={shown(place / names['images'])} "
+            f"data.label_dir={shown(place / maps[0])} data.classes_file=FILE, or the name of the "
+            f"set, such as data.name=camvid"
+        )
 
 
 def _has_class_folder(root: Path) -> bool:

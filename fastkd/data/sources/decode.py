@@ -21,7 +21,7 @@ from fastkd.errors import RunFailed, UserError
 from fastkd.printable import shown
 from fastkd.storage.atomic import sentence
 
-__all__ = ["open_file", "open_rgb", "read_image"]
+__all__ = ["broken_link", "open_file", "open_rgb", "read_image"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_WORDS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -53,8 +53,20 @@ def open_file(path: str | PathLike[str]) -> IO[bytes]:
     except OSError as error:
         if error.errno in _OF_THE_MACHINE:
             raise RunFailed(sentence(error)) from error
+        if said := broken_link(path):
+            raise UserError(said) from error
         reason = error.strerror or type(error).__name__
         raise UserError(f"the image {shown(path)} cannot be read: {reason}") from error
+
+
+def broken_link(path: str | PathLike[str]) -> str | None:
+    """A sentence on a link that leads nowhere; None for everything else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    return (
+        f"{shown(path)} is a link to {shown(os.readlink(path))}, which is not there; remove the "
+        "link, or bring back what it leads to"
+    )
 
 
 def read_image(

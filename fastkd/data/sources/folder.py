@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastkd.data.sources.class_names import check_classes, class_folders, lookalikes
-from fastkd.data.sources.decode import open_file, read_image
+from fastkd.data.sources.decode import broken_link, open_file, read_image
 from fastkd.data.sources.formats import FORMATS
 from fastkd.data.sources.holdout import Holdout
 from fastkd.data.sources.image_set import first_labels, images_per_class
@@ -140,9 +140,16 @@ def find_split_folders(root: Path) -> dict[str, Path] | None:
 
 
 def scan_folder(
-    name: str, folders: dict[str, Path], split: str, decoding: Decoding = DEFAULTS
+    name: str,
+    folders: dict[str, Path],
+    split: str,
+    decoding: Decoding = DEFAULTS,
+    *,
+    broken_links: bool = False,
 ) -> FolderIndex:
     """List the images of a split.
+
+    broken_links: list links that lead nowhere, too, of which reading says so.
 
     Raises:
         UserError: no class folders, an empty class folder, a class of val that train lacks, or
@@ -150,21 +157,31 @@ def scan_folder(
     """
     try:
         check_classes(folders["train"], folders["val"])
-        return _scan(name, split, folders[split], list(class_folders(folders["train"])), decoding)
+        classes = list(class_folders(folders["train"]))
+        return _scan(name, split, folders[split], classes, decoding, broken_links=broken_links)
     except OSError as error:
         raise _unreadable(name, error) from error
 
 
 def scan_whole(
-    name: str, folder: Path, split: str, holdout: Holdout, decoding: Decoding = DEFAULTS
+    name: str,
+    folder: Path,
+    split: str,
+    holdout: Holdout,
+    decoding: Decoding = DEFAULTS,
+    *,
+    broken_links: bool = False,
 ) -> FolderIndex:
     """List the images of a split that is drawn from the one folder that there is.
+
+    broken_links: as for `scan_folder`.
 
     Raises:
         UserError: as `scan_folder`, or nothing can be held back.
     """
     try:
-        whole = _scan(name, "train", folder, list(class_folders(folder)), decoding)
+        classes = list(class_folders(folder))
+        whole = _scan(name, "train", folder, classes, decoding, broken_links=broken_links)
     except OSError as error:
         raise _unreadable(name, error) from error
     return split_whole(whole, name, folder, split, holdout)
@@ -197,20 +214,23 @@ def split_whole(whole: _Index, name: str, folder: Path, split: str, holdout: Hol
 
 def _unreadable(name: str, error: OSError) -> UserError:
     file = error.filename or ""
-    if os.path.islink(file) and not os.path.exists(file):
-        return UserError(
-            f"{name}: {shown(file)} is a link to {shown(os.readlink(file))}, which is not there; "
-            "remove the link, or bring back what it leads to"
-        )
-    return UserError(f"{name}: {shown(file)} cannot be read: {error.strerror}")
+    said = broken_link(file) or f"{shown(file)} cannot be read: {error.strerror}"
+    return UserError(f"{name}: {said}")
 
 
 def _scan(
-    name: str, split: str, folder: Path, classes: list[str], decoding: Decoding
+    name: str,
+    split: str,
+    folder: Path,
+    classes: list[str],
+    decoding: Decoding,
+    *,
+    broken_links: bool,
 ) -> FolderIndex:
     places = class_folders(folder)
     here = [label for label, class_name in enumerate(classes) if class_name in places]
-    found = find_images(folder, [places[classes[label]] for label in here])
+    own = [places[classes[label]] for label in here]
+    found = find_images(folder, own, broken_links=broken_links)
     entries: list[tuple[bytes, os.stat_result]] = []
     labels: list[int] = []
     for label, images in zip(here, found.images, strict=True):

@@ -44,9 +44,16 @@ class Classes(NamedTuple):
 
 
 def find_pairs(
-    folders: PairFolders, split: str, holdout: Holdout | None, decoding: Decoding
+    folders: PairFolders,
+    split: str,
+    holdout: Holdout | None,
+    decoding: Decoding,
+    *,
+    broken_links: bool = False,
 ) -> LabelMaps:
     """The images and label maps of a split.
+
+    broken_links: as for `index_pairs`.
 
     Raises:
         OSError: something cannot be read.
@@ -59,10 +66,24 @@ def find_pairs(
                 f"{'images' if key == 'image_dir' else 'label maps'}"
             )
     classes = read_classes(folders.classes)
-    name = f"pairs/{split}"
+
+    def index(images: Path, maps: Path) -> LabelMaps:
+        name = f"pairs/{split}"
+        files, map_files = by_stem(name, images, maps)
+        return index_pairs(
+            name,
+            files,
+            map_files,
+            classes.ids,
+            classes.names,
+            classes.palette,
+            decoding,
+            broken_links,
+        )
+
     below = _split_folder(folders, split)
     if below is not None:
-        found = _index(name, folders.images / below, folders.maps / below, classes, decoding)
+        found = index(folders.images / below, folders.maps / below)
         if holdout is None or split == "val":
             return found
         return found.remarked("data.val_share is not used, there are folders of validation images")
@@ -72,7 +93,7 @@ def find_pairs(
             "train/ and val/ or test/: add them, or set data.val_share=0.1 to hold back a tenth of "
             "the images"
         )
-    whole = _index(name, folders.images, folders.maps, classes, decoding)
+    whole = index(folders.images, folders.maps)
     files = [bytes(file) for file in whole.files_N]
     if len(files) < 2:
         raise UserError(f"data.val_share={holdout.share:g}: one image cannot be divided; add some")
@@ -94,13 +115,6 @@ def _split_folder(folders: PairFolders, split: str) -> str | None:
         if all((place / part).is_dir() for place in both for part in ("train", val)):
             return val if split == "val" else "train"
     return None
-
-
-def _index(name: str, images: Path, maps: Path, classes: Classes, decoding: Decoding) -> LabelMaps:
-    files, map_files = by_stem(name, images, maps)
-    return index_pairs(
-        name, files, map_files, classes.ids, classes.names, classes.palette, decoding
-    )
 
 
 def read_classes(file: Path) -> Classes:
@@ -155,7 +169,10 @@ def _row(file: Path, number: int, line: str) -> tuple[str, tuple[int, int, int] 
 def places(
     root: str | None, image_dir: str | None, label_dir: str | None, classes_file: str | None
 ) -> PairFolders:
-    """The folders that the keys of the recipe name; UserError if they name too few."""
+    """The folders that the keys of the recipe name; UserError if they name too few.
+
+    Also if data.root is no folder, where a part is looked for in it.
+    """
     keys = {"images": image_dir, "labels": label_dir, "classes.txt": classes_file}
     found: list[Path] = []
     for name, given in keys.items():
@@ -163,6 +180,11 @@ def places(
             raise UserError(
                 "data.name=pairs needs data.root with images/, labels/ and classes.txt in it, or "
                 "data.image_dir, data.label_dir and data.classes_file"
+            )
+        if given is None and not Path(os.path.expanduser(str(root))).is_dir():
+            raise UserError(
+                f"data.name=pairs: data.root={shown(str(root))} is not a folder; expected images/, "
+                f"labels/ and classes.txt in it"
             )
         place = given if given is not None else os.path.join(str(root), name)
         found.append(Path(os.path.expanduser(place)))

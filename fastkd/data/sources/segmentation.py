@@ -120,8 +120,12 @@ class Layout(NamedTuple):
     """What to find there."""
 
 
-def find_segmentation(name: str, root: Path, split: str, decoding: Decoding) -> LabelMaps:
+def find_segmentation(
+    name: str, root: Path, split: str, decoding: Decoding, *, broken_links: bool = False
+) -> LabelMaps:
     """The images and label maps of a released set.
+
+    broken_links: as for `index_pairs`.
 
     Raises:
         OSError: something cannot be read.
@@ -141,6 +145,7 @@ def find_segmentation(name: str, root: Path, split: str, decoding: Decoding) -> 
                 known.names,
                 known.palette,
                 decoding,
+                broken_links,
             )
     raise UserError(
         f"{name} was not found: looked in {few(places)} for {layout.expected}; set data.root to "

@@ -91,14 +91,16 @@ _REASONS = {
 }
 
 
-def find_images(folder: Path, classes: Sequence[str]) -> Found:
+def find_images(folder: Path, classes: Sequence[str], *, broken_links: bool = False) -> Found:
     """List the images of the class folders `classes` in the folder of a split.
+
+    broken_links: list links that lead nowhere, with what stat says of the link itself.
 
     Raises:
         OSError: something cannot be read.
         UserError: links show the same file as two classes.
     """
-    walk = _Walk(folder, len(classes))
+    walk = _Walk(folder, len(classes), broken_links=broken_links)
     places = [(label, os.path.join(folder, name)) for label, name in enumerate(classes)]
     for label, place in places:
         if not os.path.islink(place):
@@ -119,8 +121,9 @@ def find_images(folder: Path, classes: Sequence[str]) -> Found:
 class _Walk:
     """What was seen so far. Links are kept for later: what lies in a class folder comes first."""
 
-    def __init__(self, folder: Path, classes: int) -> None:
+    def __init__(self, folder: Path, classes: int, *, broken_links: bool) -> None:
         self.found = Found([[] for _ in range(classes)])
+        self._broken_links = broken_links
         real = Path(os.path.realpath(folder))
         self._around = {_id(os.stat(place)) for place in (real, *real.parents)}
         # Folder -> its class, its path, and whether it lies in its class or is only linked to.
@@ -151,6 +154,9 @@ class _Walk:
             for label, images in enumerate(self.found.images):
                 listed |= {_id(status): (label, path, True) for path, status in images}
         for label, link in self._file_links:
+            if self._broken_links and not os.path.exists(link):
+                self.found.images[label].append((link, os.lstat(link)))
+                continue
             status = os.stat(link)
             if not stat.S_ISREG(status.st_mode):
                 self.found.left_out[_SPECIAL] += 1

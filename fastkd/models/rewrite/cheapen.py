@@ -24,7 +24,7 @@ from fastkd.models.rewrite.result import copied, finish
 from fastkd.models.rewrite.rules import KEPT, Eligible, Mapped, Named, Rule, convs_of, size_of
 from fastkd.models.rewrite.style import StyleFinder
 
-__all__ = ["cheapen"]
+__all__ = ["cheapen", "replacement"]
 
 
 def cheapen(
@@ -128,7 +128,7 @@ def _replaced(model: nn.Module, owners: Mapping[str, ResidualBlock], rule: Rule)
                 answer = "S is what it is"
             elif isinstance(answer, Block):
                 try:
-                    new_of[conv] = _replacement(answer, conv, styles)
+                    new_of[conv] = replacement(answer, conv, styles)
                 except UserError as error:
                     if rule.must(path):
                         raise UserError(f"{path}: {error}") from None
@@ -150,7 +150,8 @@ def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _replacement(block: Block, conv: _ConvNd, styles: StyleFinder) -> nn.Module:
+def replacement(block: Block, conv: _ConvNd, styles: StyleFinder) -> nn.Module:
+    """The substitute for one convolution, with new weights. UserError if it does not divide."""
     assert isinstance(conv, nn.Conv2d)
     with torch.device(conv.weight.device):
         made = substitute(

@@ -16,7 +16,7 @@ from fastkd.models.report import RewriteReport
 from fastkd.models.rewrite.paths import Names, keeps_shape
 from fastkd.models.rewrite.result import copied, finish
 
-__all__ = ["shorten"]
+__all__ = ["least_of", "shorten", "stages_of"]
 
 
 def shorten(model: nn.Module, depth: Depth) -> nn.Module:
@@ -34,7 +34,7 @@ def shorten(model: nn.Module, depth: Depth) -> nn.Module:
     wanted = canonical_depth(depth)
     model = copied(model)
     names = Names(model)
-    stages = _stages(model, names)
+    stages = _stages(names)
     if not stages:
         raise UserError(f"depth: {title_of(model)} has no residual blocks that could be left out")
     changed: dict[str, str] = {}
@@ -66,7 +66,18 @@ def shorten(model: nn.Module, depth: Depth) -> nn.Module:
     return finish(model, {}, report, None if given else {"depth": wanted})
 
 
-def _stages(model: nn.Module, names: Names) -> dict[str, list[str]]:
+def stages_of(model: nn.Module) -> dict[str, list[str]]:
+    """Every stage that has residual blocks, by its name in `depth`, with their paths in order."""
+    found = _stages(Names(model))
+    return {stage: blocks for stage, blocks in found.items() if blocks}
+
+
+def least_of(model: nn.Module, blocks: Sequence[str]) -> int:
+    """How many of a stage's residual blocks cannot be left out: the first ones, at least one."""
+    return _needed(blocks, Names(model))
+
+
+def _stages(names: Names) -> dict[str, list[str]]:
     """Every stage with its residual blocks."""
     if names.stages:
         found = {stage: names.blocks_of(paths) for stage, paths in names.stages.items()}
@@ -112,7 +123,8 @@ def _blocks(
 def _needed(blocks: Sequence[str], names: Names) -> int:
     """Position, from 1, of the last block that cannot be left out."""
     return max(
-        number for number, path in enumerate(blocks, 1) if not keeps_shape(names.modules[path])
+        (number for number, path in enumerate(blocks, 1) if not keeps_shape(names.modules[path])),
+        default=1,
     )
 
 

@@ -55,9 +55,21 @@ def check_sweep(recipes: Mapping[Choice, Recipe]) -> None:
         if recipe.out is not None:
             raise UserError("a sweep makes a run folder for each value: remove out=")
         if (digest := recipe.digest()) in seen:
-            both = f"{' '.join(seen[digest])} and {' '.join(choice)}"
-            raise UserError(f"--sweep: {both} are the same run; sweep over keys that change it")
+            raise UserError(_same_run(recipes, seen[digest], choice))
         seen[digest] = choice
+
+
+def _same_run(recipes: Mapping[Choice, Recipe], one: Choice, other: Choice) -> str:
+    """Why two choices are one run: the keys in which they differ, if any, change no outcome."""
+    there, here = (recipes[choice].dotted() for choice in (one, other))
+    idle = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    both = f"--sweep: {' '.join(one)} and {' '.join(other)} are the same run"
+    if not idle:
+        return f"{both}; sweep over keys that change it"
+    return (
+        f"{both}, because {' and '.join(idle)} cannot change what it learns; sweep over other "
+        f"keys, or start these runs one by one, each with an out= of its own"
+    )
 
 
 def check_networks(recipes: Mapping[Choice, Recipe]) -> None:

@@ -69,6 +69,14 @@ def refusal(order: Order) -> str:
     return ""
 
 
+def _environment() -> dict[str, str]:
+    """That of this process, without its service of W&B.
+
+    A run that is killed would stay open there, and could not be resumed.
+    """
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 class RunProcess:
     """The process of one run. As a context manager it stops the run where the block is left early.
 
@@ -85,7 +93,7 @@ class RunProcess:
             self._process = subprocess.Popen(
                 [sys.executable, *bound, *train],
                 cwd=order.root.parent,
-                env=os.environ | dict(order.variables) | dict(variables or {}),
+                env=_environment() | dict(order.variables) | dict(variables or {}),
                 stdin=recipe,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -127,6 +127,8 @@ class AnswerCache:
             manifest,
             tuple(need for need in needs if need in manifest.columns),
             rank=self.world.rank,
+            ranks=self.world.size,
+            batch=len(range(self.places)[self.part(0)]) or None,
             writes=self.writes,
             say=self.say,
         )

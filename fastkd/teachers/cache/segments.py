@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastkd.config.values import is_mapping
 
-__all__ = ["Block", "Segment", "SegmentWriter"]
+__all__ = ["Block", "Segment", "SegmentWriter", "file_bytes"]
 
 _HEAD = struct.Struct("<8sII")
 _HEAD_MAGIC = b"fastkdA1"
@@ -69,6 +69,19 @@ class _Layout:
             found[name] = end
             end = _padded(end + num * each)
         return found, end
+
+
+def file_bytes(identity: str, row_bytes: Mapping[str, int], blocks: Mapping[int, int]) -> int:
+    """Bytes of a file. blocks: how many of them there are, by their number of places."""
+    layout = _Layout(row_bytes)
+    data = sum(count * (_ALIGN + layout.offsets(num)[1]) for num, count in blocks.items())
+    return len(_file_head(identity, row_bytes)) + data
+
+
+def _file_head(identity: str, row_bytes: Mapping[str, int]) -> bytes:
+    text = json.dumps({"identity": identity, "columns": dict(row_bytes)}).encode()
+    head = _HEAD.pack(_HEAD_MAGIC, len(text), zlib.crc32(text)) + text
+    return head.ljust(_padded(len(head)), b"\0")
 
 
 @dataclass
@@ -140,10 +153,8 @@ class SegmentWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._handle = os.open(path, flags, 0o666)
-        text = json.dumps({"identity": identity, "columns": self._layout.row_bytes}).encode()
-        head = _HEAD.pack(_HEAD_MAGIC, len(text), zlib.crc32(text)) + text
         self._end = 0
-        self._append([head.ljust(_padded(len(head)), b"\0")])
+        self._append([_file_head(identity, row_bytes)])
 
     def write(self, first: int, columns: Mapping[str, Tensor]) -> None:
         """Append a block: for each column uint8 [N, bytes] in the memory of the host."""

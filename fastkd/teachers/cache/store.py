@@ -27,7 +27,7 @@ from fastkd.errors import UserError
 from fastkd.storage.atomic import FULL, atomic_path
 from fastkd.teachers.cache.codec import Codec, Column, codec_of
 from fastkd.teachers.cache.identity import Identity
-from fastkd.teachers.cache.segments import Block, Segment, SegmentWriter
+from fastkd.teachers.cache.segments import Block, Segment, SegmentWriter, file_bytes
 
 __all__ = ["FORMAT", "AnswerStore", "Manifest", "TeacherFacts", "size_in_words"]
 
@@ -120,6 +120,10 @@ class AnswerStore:
     needs: tuple[str, ...]
     """The columns that are read and written."""
     rank: int = 0
+    ranks: int = 1
+    """Processes that write, each to a file of its own."""
+    batch: int | None = None
+    """Places that a process writes at a time; None: all that it has."""
     writes: bool = True
     """Whether answers that are not there are kept; false once the disk takes no more."""
     say: Callable[[str], None] = lambda _: None
@@ -140,8 +144,12 @@ class AnswerStore:
 
     @property
     def epoch_bytes(self) -> int:
-        """Bytes of the answers of one epoch."""
-        return self.manifest.places * sum(self._row_bytes.values())
+        """Bytes of the files with the answers of one epoch, with all that is around them."""
+        share = -(-self.manifest.places // self.ranks)
+        whole, rest = divmod(share, self.batch or share)
+        blocks = {self.batch or share: whole} | ({rest: 1} if rest else {})
+        identity = self.manifest.identity.digest()
+        return self.ranks * file_bytes(identity, self._row_bytes, blocks)
 
     @property
     def place_bytes(self) -> int:
