@@ -13,6 +13,7 @@ from fastkd.cli.compress_words import add_compress
 from fastkd.cli.export_words import add_export
 from fastkd.cli.latency_words import add_latency
 from fastkd.cli.parser import Commands, Parser, add_words, positive
+from fastkd.cli.report_words import add_report
 from fastkd.cli.train_words import add_compare, add_table, add_train
 from fastkd.cli.wrong_words import no_option
 from fastkd.errors import UserError
@@ -50,6 +51,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     add_train(commands)
     add_compare(commands)
     add_table(commands)
+    add_report(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     add_export(commands)

@@ -27,6 +27,7 @@ _COMMANDS = {
     "train": ("fastkd.cli.running", "train"),
     "compare": ("fastkd.cli.comparing", "compare"),
     "table": ("fastkd.cli.comparing", "table"),
+    "report": ("fastkd.cli.reporting", "report"),
     "eval": ("fastkd.cli.running", "evaluate"),
     "predict": ("fastkd.cli.predicting", "predict"),
     "export": ("fastkd.cli.exporting", "export_saved"),

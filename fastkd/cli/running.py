@@ -18,12 +18,12 @@ from fastkd.output.trackers.opening import check_trackers
 from fastkd.recipe.printing import annotated_yaml
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.report.labels import named_for_trackers
 from fastkd.runs.dry_run import dry_run
 from fastkd.runs.evaluate_onnx import evaluate_onnx
 from fastkd.runs.evaluate_saved import evaluate_model, evaluate_run
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
-from fastkd.runs.sweep.labels import named_for_trackers
 from fastkd.runs.sweep.launchers import open_launcher
 from fastkd.runs.sweep.running import rehearse_sweep, run_sweep
 

@@ -6,6 +6,7 @@ and each format lays the same text out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich import box
@@ -19,9 +20,11 @@ __all__ = [
     "DISPENSABLE",
     "NOTE_WIDTH",
     "as_columns",
+    "as_html",
     "as_latex",
     "as_markdown",
     "comparison_table",
+    "latex_rows",
 ]
 
 DISPENSABLE = ("images_per_s", "best", "macs", "params", "of_teacher", "note")
@@ -134,7 +137,46 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = _filled(cells_of(rows))
     layout = "".join("l" if key in ("run", "note") else "r" for key in cells.headers)
     lines = [[_title(title) for title in cells.headers.values()]]
-    lines += [[row[key] for key in cells.headers] for row in cells.rows]
+    return _tabular(layout, [*lines, *([row[key] for key in cells.headers] for row in cells.rows)])
+
+
+def as_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table element; whatever a run is called is text in it."""
+    cells = _filled(cells_of(rows))
+    left = ("run", "note")
+
+    def line(tag: str, texts: Mapping[str, str]) -> str:
+        inside = "".join(
+            f"<{tag}{'' if key in left else ' class=number'}>{escape(texts[key])}</{tag}>"
+            for key in cells.headers
+        )
+        return f"<tr>{inside}</tr>"
+
+    head = line("th", {key: _title(title) for key, title in cells.headers.items()})
+    body = "\n".join(line("td", row) for row in cells.rows)
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
+
+
+def latex_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same of any rows: their keys are the titles; numbers are short and stand right."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    numbers = {key: all(_is_number(row.get(key)) for row in rows) for key in keys}
+    layout = "".join("r" if numbers[key] else "l" for key in keys)
+    titles = [key.replace("_", " ") for key in keys]
+    return _tabular(layout, [titles, *([_cell(row.get(key)) for key in keys] for row in rows)])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else printable(str(value), CELL)
+
+
+def _tabular(layout: str, lines: Sequence[Sequence[str]]) -> str:
     head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
     return "\n".join(
         [

@@ -16,7 +16,16 @@ from fastkd.recipes.catalogue import all_recipes, recipes_by_module
 from fastkd.recipes.entry import Entry
 from fastkd.recipes.published import papers
 
-__all__ = ["as_data", "details", "difference", "listing", "matching", "overview", "text_of"]
+__all__ = [
+    "as_data",
+    "details",
+    "difference",
+    "listing",
+    "matching",
+    "overview",
+    "text_of",
+    "title_of_module",
+]
 
 # The setting of a module that is not named after its paper.
 _PAPERS = {"cifar": "crd"}
@@ -30,6 +39,12 @@ _WHAT_NEXT = """\
 fastkd recipes PATTERN            list them with the papers' numbers: kdda, 'kdda/cifar100/*/kd*'
 fastkd recipes show NAME          keys, the paper's number, and what the paper leaves open
 fastkd train NAME data.root=DIR   run one"""
+
+
+def title_of_module(module: str) -> str:
+    """The paper of a module of recipes, or what else they have in common."""
+    paper = papers().get(_PAPERS.get(module, module))
+    return paper["title"] if paper else _TITLES.get(module, module)
 
 
 def overview() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Curves of one or several runs as a PNG; the numbers are in metrics.csv.
 
-Flow: `report.comparison` calls `plot_curves` at the end. matplotlib is imported here and in
-`tradeoff` only, on its file-only backend, without touching the caller's settings.
+Flow: `report.comparison` calls `plot_curves` at the end. matplotlib draws on its file-only backend,
+without touching the caller's settings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,10 @@ from typing import Any
 from fastkd.errors import RunFailed
 from fastkd.evaluation.headline import HEADLINES, headline
 from fastkd.printable import in_words
+from fastkd.report.colours import look_of
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["draw_curves", "plot_curves"]
-
-# Okabe and Ito's palette, which is safe for all common kinds of colour blindness; the line styles
-# keep the lines distinct in greyscale print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
 
 
 def draw_curves(
@@ -63,19 +59,22 @@ def plot_curves(
         FigureCanvasAgg(figure)
         accuracy, loss = figure.subplots(1, 2)
         for index, (name, rows) in enumerate(runs.items()):
-            look = {
-                "color": _COLOURS[index % len(_COLOURS)],
-                "linestyle": _STYLES[index % len(_STYLES)],
-                "linewidth": 1.8,
-            }
+            look = look_of(index)
             for axes, key in ((accuracy, f"val_{metric}"), (loss, "train_loss")):
                 points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
                 if not points:
                     continue
                 epochs, values = zip(*points, strict=True)
                 final = f"{values[-1]:.1%}" if axes is accuracy else f"{values[-1]:.3g}"
-                marker = "o" if len(points) == 1 else None
-                axes.plot(epochs, values, label=f"{name}  {final}", marker=marker, **look)
+                axes.plot(
+                    epochs,
+                    values,
+                    label=f"{name}  {final}",
+                    color=look["color"],
+                    linestyle=look["linestyle"],
+                    linewidth=1.8,
+                    marker="o" if len(points) == 1 else None,
+                )
         for label, value in (teachers or {}).items():
             accuracy.axhline(
                 value, label=f"{label}  {value:.1%}", color="0.35", linestyle="--", linewidth=1.2

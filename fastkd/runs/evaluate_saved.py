@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd.compute.placement import Placement
 from fastkd.compute.ranks import open_world
 from fastkd.data import DataPair
 from fastkd.data.normalization import PHOTOGRAPHS
@@ -37,7 +38,9 @@ __all__ = [
     "evaluate_model",
     "evaluate_network",
     "evaluate_run",
+    "for_evaluation",
     "names_data",
+    "network_on",
     "no_student_keys",
     "recipe_for",
 ]
@@ -164,45 +167,59 @@ def recipe_for(name: str, keys: Sequence[str], weights: str | None = None) -> Re
     return load_recipe(None, values=blank, overrides=keys)
 
 
+def for_evaluation(recipe: Recipe) -> Recipe:
+    """The recipe for its validation images alone: the number of training images does not matter."""
+    whole = {"drop_last": False, "train_limit": None}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=whole)})
+
+
+def network_on(model: nn.Module, data: DataPair, recipe: Recipe, placement: Placement) -> Teacher:
+    """A saved network that answers for the validation images of a recipe, in their classes.
+
+    Raises:
+        UserError: it knows other classes, or fails on images of this size.
+    """
+    card = card_of(model)
+    assert card is not None
+    class_map = map_by_name(
+        card.data,
+        data.facts.classes,
+        network=f"the network {card.name}",
+        cure="Name the data it was trained on",
+    )
+    if class_map is None and card.num_classes != data.facts.num_classes:
+        raise UserError(
+            f"the network {card.name} knows {card.num_classes} classes, "
+            f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
+        )
+    network = Teacher(
+        # data.mean and data.std, if given, are what the network expects.
+        LoadedNet(
+            model,
+            None if recipe.data.mean else card.normalization,
+            class_map=class_map,
+            name=title_of(model),
+            remedy=of_images(data),
+        ),
+        {},
+        placement,
+        data_normalization=data.facts.normalization,
+        # Exactly the number that its training reported.
+        fold_batch_norm=False,
+    )
+    images_NCHW = torch.zeros(2, *data.facts.image_shape, device=placement.device)
+    network.tried(images_NCHW, called="the network")
+    return network
+
+
 def evaluate_network(recipe: Recipe, build: Callable[[DataPair], nn.Module]) -> dict[str, Any]:
     """Metrics of a network on the validation images of a recipe, and its size."""
-    # Training images are not used here, so their number must not matter.
-    whole = {"drop_last": False, "train_limit": None}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=whole)})
+    recipe = for_evaluation(recipe)
     with open_world(recipe.device) as world:
         session = Session(world, Console(enabled=False), Path("runs"))
         data, placement = open_recipe_data(recipe, session), session.placement(recipe)
         model = build(data)
-        card = card_of(model)
-        assert card is not None
-        class_map = map_by_name(
-            card.data,
-            data.facts.classes,
-            network=f"the network {card.name}",
-            cure="Name the data it was trained on",
-        )
-        if class_map is None and card.num_classes != data.facts.num_classes:
-            raise UserError(
-                f"the network {card.name} knows {card.num_classes} classes, "
-                f"{data.name} has {data.facts.num_classes}: name the data it was trained on"
-            )
-        network = Teacher(
-            # data.mean and data.std, if given, are what the network expects.
-            LoadedNet(
-                model,
-                None if recipe.data.mean else card.normalization,
-                class_map=class_map,
-                name=title_of(model),
-                remedy=of_images(data),
-            ),
-            {},
-            placement,
-            data_normalization=data.facts.normalization,
-            # Exactly the number that its training reported.
-            fold_batch_norm=False,
-        )
-        images_NCHW = torch.zeros(2, *data.facts.image_shape, device=world.device)
-        network.tried(images_NCHW, called="the network")
+        network = network_on(model, data, recipe, placement)
         precision = placement.precision
         found = evaluate(network.logits, data.val, precision, world, data.facts.label_kind)
     if "class_iou" in found:

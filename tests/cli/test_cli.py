@@ -101,7 +101,7 @@ def test_every_command_has_help_that_fits_a_terminal(command, name, monkeypatch)
         (["trian"], "there is no command 'trian', did you mean train? See `fastkd --help`"),
         (
             ["xyz"],
-            "there is no command 'xyz': choose train, compare, table, eval, predict, exp",
+            "there is no command 'xyz': choose train, compare, table, report, eval, predict",
         ),
         (["train", "--dryrun"], "there is no option --dryrun, did you mean --dry-run? See `fastkd"),
         (["train", "--dry"], "there is no option --dry, did you mean --dry-run?"),

@@ -30,6 +30,7 @@ OPTIONS = {
         "--verbose",
     },
     "table": {"--latex", "--markdown"},
+    "report": {"--figures", "--formats", "--leaderboard", "--list", "--out", "--predict"},
     "eval": {"--weights"},
     "predict": {"--out"},
     "export": {

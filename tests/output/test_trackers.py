@@ -21,7 +21,7 @@ from fastkd.output.trackers.opening import TRACKERS, check_trackers, tracker_nam
 from fastkd.output.trackers.sink import Kept, Started, TrackerName, final_numbers, scalars
 from fastkd.recipe.parts import part_of
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.sweep.labels import named_for_trackers
+from fastkd.report.labels import named_for_trackers
 
 NAMES = get_args(TrackerName)
 VALUES = {1: 3.0, 2: 2.0, 3: 1.5, 4: 1.25}

@@ -1,0 +1,23 @@
+"""The figures of `fastkd report`: every kind by its name, and the modules that hold them.
+
+A module lists its kinds in `KINDS`. It is named once, here.
+"""
+
+from types import ModuleType
+
+from fastkd.report.figures import calibration, classes, cost, epochs, supervision
+from fastkd.report.figures.figure import Drawn, FigureKind
+
+__all__ = ["FIGURES", "Drawn", "FigureKind"]
+
+# In the order of the report.
+_MODULES: tuple[ModuleType, ...] = (
+    epochs,
+    cost,
+    supervision,
+    classes,
+    calibration,
+)
+
+FIGURES: dict[str, FigureKind] = {kind.name: kind for module in _MODULES for kind in module.KINDS}
+"""Every kind of figure by its name."""
