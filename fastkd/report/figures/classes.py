@@ -98,7 +98,7 @@ def _class_gain(runs: Sequence[ReportedRun]) -> Drawn | None:
         zip(compared, gains, strict=True)
     ):
         look = look_of(number)
-        shift = 0.0 if len(compared) == 1 else 0.5 * (number / (len(compared) - 1) - 0.5)
+        shift = 0.0 if len(compared) == 1 else 0.4 * (number / (len(compared) - 1) - 0.5)
         right.errorbar(
             100 * gain_C[shown],
             places - shift,

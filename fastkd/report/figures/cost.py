@@ -7,7 +7,7 @@ from typing import Any
 
 from fastkd.report.colours import QUIET, look_of
 from fastkd.report.figures.figure import Drawn, FigureKind, legend_below, new_figure, percent_axis
-from fastkd.report.figures.series import Spread, by, comparable, spread
+from fastkd.report.figures.series import Spread, by, comparable, spread, teacher_of
 from fastkd.report.runs_read import ReportedRun
 
 __all__ = ["KINDS", "front_of"]
@@ -129,11 +129,8 @@ def _networks(runs: Sequence[ReportedRun], metric: str, timed: dict[str, float])
         times = _training_times(alone) if by_training else times
         found += _network(f"{name}, alone", alone, f"{metric}_last", times, titles)
     teachers: dict[str, list[dict[str, Any]]] = {}
-    drawn = {(run.summary or {}).get("digest") for run in runs} - {None}
     for run in runs:
-        teacher = (run.summary or {}).get("teacher")
-        own = (teacher or {}).get("training") or {}
-        if teacher and teacher.get(metric) is not None and own.get("digest") not in drawn:
+        if teacher := teacher_of(run, runs):
             teachers.setdefault(f"teacher {teacher.get('name', '')}".rstrip(), []).append(teacher)
     for name, facts in teachers.items():
         # One teacher of many runs is one network.

@@ -21,6 +21,7 @@ from fastkd.report.figures.series import (
     curve,
     draw_curve,
     spread,
+    teacher_of,
 )
 from fastkd.report.labels import differences, labels
 from fastkd.report.runs_read import ReportedRun
@@ -75,13 +76,10 @@ def _accuracy(runs: Sequence[ReportedRun]) -> Drawn | None:
         )
     if not rows:
         return None
-    drawn = {(run.summary or {}).get("digest") for run in runs}
     levels = {
         (teacher.get("name", "teacher"), teacher[metric])
         for run in runs
-        if (teacher := (run.summary or {}).get("teacher"))
-        and teacher.get(metric) is not None
-        and (teacher.get("training") or {}).get("digest") not in drawn - {None}
+        if (teacher := teacher_of(run, runs))
     }
     for name, level in sorted(levels)[:_MOST_LEVELS]:
         axes.axhline(level, color=QUIET, linewidth=0.8, linestyle=(0, (1, 1)))

@@ -9,7 +9,17 @@ from fastkd.evaluation.headline import HEADLINES
 from fastkd.report.gains import standard_error
 from fastkd.report.runs_read import ReportedRun, read_run
 
-__all__ = ["Curve", "Spread", "alone_history", "by", "comparable", "curve", "draw_curve", "spread"]
+__all__ = [
+    "Curve",
+    "Spread",
+    "alone_history",
+    "by",
+    "comparable",
+    "curve",
+    "draw_curve",
+    "spread",
+    "teacher_of",
+]
 
 
 class Curve(NamedTuple):
@@ -69,6 +79,24 @@ def alone_history(run: ReportedRun) -> list[dict[str, Any]]:
         except UserError:
             return []
     return ((run.summary or {}).get("alone") or {}).get("history", [])
+
+
+def teacher_of(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any] | None:
+    """What a run says of its teacher; None without one, or where it is a run of the report."""
+    teacher = (run.summary or {}).get("teacher")
+    if not teacher or teacher.get(run.metric) is None:
+        return None
+    digest = (teacher.get("training") or {}).get("digest")
+    for other in runs:
+        own = other.summary or {}
+        if digest is not None and own.get("digest") == digest:
+            return None
+        # Taken from the folder of that run.
+        reached = own.get(f"{run.metric}_best")
+        same = reached is not None and abs(reached - teacher[run.metric]) < 1e-9
+        if same and own.get("student", other.key("student.name")) == teacher.get("name"):
+            return None
+    return teacher
 
 
 def spread(values: Sequence[float]) -> Spread:

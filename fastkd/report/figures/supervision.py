@@ -46,9 +46,7 @@ def initialisation_of(run: ReportedRun) -> str:
 
 
 def _supervision(runs: Sequence[ReportedRun]) -> Drawn | None:
-    """Among students of one network; a run with its own student alone has both by itself."""
-    taught = [_student(run) for run in runs if run.key("teacher")]
-    runs = [run for run in runs if _student(run) in taught]
+    """A run with its own student alone has both by itself."""
     series = [(supervision_of(run), run, run.history) for run in runs]
     known = {run.path.resolve() for run in runs}
     series += [
@@ -76,10 +74,8 @@ def _initialisations(runs: Sequence[ReportedRun]) -> Drawn | None:
 
 
 def _discriminator(runs: Sequence[ReportedRun]) -> Drawn | None:
-    """Only among students of one network that have a teacher."""
+    """Only among students that have a teacher."""
     taught = [run for run in runs if run.key("teacher")]
-    networks = {_student(run) for run in taught if "discriminator" in _losses(run)}
-    taught = [run for run in taught if _student(run) in networks]
 
     def which(run: ReportedRun) -> str:
         return "with discriminator" if "discriminator" in _losses(run) else "without"
@@ -91,10 +87,12 @@ def _discriminator(runs: Sequence[ReportedRun]) -> Drawn | None:
     return _curves([(which(run), run, run.history) for run in taught], panels)
 
 
-def _student(run: ReportedRun) -> str:
-    """The network, whatever its weights."""
-    keys = ("name", "width", "block", "blocks", "depth", "shortcuts", "stem")
-    return repr([run.key(f"student.{key}") for key in keys])
+def _subject(run: ReportedRun) -> str:
+    """Data and network, whatever its weights: curves of one subject are comparable."""
+    keys = ("width", "block", "blocks", "depth", "shortcuts", "stem")
+    # Behind the point are timm's weights.
+    network = str(run.key("student.name")).partition(".")[0]
+    return repr([run.key("data.name"), network, *(run.key(f"student.{key}") for key in keys)])
 
 
 def _losses(run: ReportedRun) -> Mapping[str, Any]:
@@ -105,15 +103,24 @@ def _losses(run: ReportedRun) -> Mapping[str, Any]:
 def _curves(
     series: Sequence[tuple[str, ReportedRun, _History]], panels: Mapping[str, str]
 ) -> Drawn | None:
-    """A panel for each key that some run has; None where all series have one name."""
+    """A panel for each key that some run has.
+
+    Of the first subject that has series of two names; None without one.
+    """
+    by_subject: dict[str, list[tuple[str, ReportedRun, _History]]] = {}
+    for one in series:
+        if one[2]:
+            by_subject.setdefault(_subject(one[1]), []).append(one)
+    several = (own for own in by_subject.values() if len({name for name, _, _ in own}) > 1)
+    series = next(several, [])
     panels = {
         key: title
         for key, title in panels.items()
         if any(curve(rows, key) for _, _, rows in series)
     }
-    names = list(dict.fromkeys(name for name, _, rows in series if rows))
-    if len(names) < 2 or not panels:
+    if not panels:
         return None
+    names = list(dict.fromkeys(name for name, _, _ in series))
     figure, grid = new_figure("page" if len(panels) > 1 else "column", panels=(1, len(panels)))
     found_rows: list[dict[str, Any]] = []
     for axes, (key, title) in zip(grid[0], panels.items(), strict=True):
