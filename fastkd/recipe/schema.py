@@ -40,7 +40,7 @@ from fastkd.recipe.encoder import (
     wrong_encoder,
 )
 from fastkd.teachers.config import MemberConfig, TeacherConfig
-from fastkd.training.config import OptimConfig
+from fastkd.training.config import OptimConfig, ReportConfig
 
 __all__ = ["TEACHES", "BaselineConfig", "Recipe"]
 
@@ -104,6 +104,7 @@ class Recipe(Section):
     """Consecutive steps with a non-finite loss or gradient before the run is given up."""
     tensorboard: Annotated[bool, NoEffect] = False
     """Also write TensorBoard events."""
+    report: Annotated[ReportConfig, NoEffect] = ReportConfig()
     baseline: BaselineConfig = BaselineConfig()
     encoder: Annotated[EncoderConfig | None, Since("0.2")] = None
 
@@ -181,6 +182,12 @@ class Recipe(Section):
             picks=self.augment.pick is not None,
             frozen=self.student.frozen is not None,
         )
+        return self
+
+    @model_validator(mode="after")
+    def _records_what_there_is(self) -> "Recipe":
+        if self.teacher is None and (said := self.report.wrong_alone()) is not None:
+            raise ValueError(said)
         return self
 
     @model_validator(mode="after")
@@ -312,6 +319,8 @@ class Recipe(Section):
             encoder=self.encoder if has_encoder else None,
             # A cycle spares answers of a teacher, of which this one has none.
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
+            # Several runs share its folder.
+            report=ReportConfig(),
         )
 
     def of_encoder(self) -> "Recipe | None":
@@ -331,6 +340,7 @@ class Recipe(Section):
             optim=self._optim_over(epochs),
             baseline=BaselineConfig(),
             encoder=None,
+            report=ReportConfig(),
         )
 
     def _optim_over(self, epochs: int, lr: float | None = None) -> OptimConfig:
@@ -366,6 +376,7 @@ class Recipe(Section):
             losses=self._of_labels(),
             encoder=self.encoder if encoder_of(self.student.name) else None,
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
+            report=self.report.alone(),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )

@@ -28,6 +28,7 @@ _NO_MATTER = frozenset(
         "save_steps",
         "eval_epochs",
         "tensorboard",
+        "report.record",
         "max_skips",
         "device",
         "precision",
