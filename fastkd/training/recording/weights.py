@@ -92,14 +92,15 @@ class Weights(Recording):
 
 
 def _spread(weights: np.ndarray) -> Mapping[str, object]:
-    """Lowest and highest weight, counts of BINS equal bins between, and the PERCENTS."""
+    """Lowest and highest weight, counts of BINS equal bins between, and the PERCENTS by name."""
     flat = weights[np.isfinite(weights)].astype(np.float64)
     if not flat.size:
-        return {"low": None, "high": None, "counts": [], "percentiles": []}
+        return {"low": None, "high": None, "counts": [], "percentiles": {}}
+    percentiles = np.percentile(flat, PERCENTS)
     counts, edges = np.histogram(flat, BINS)
     return {
         "low": float(edges[0]),
         "high": float(edges[-1]),
         "counts": counts.tolist(),
-        "percentiles": [float(one) for one in np.percentile(flat, PERCENTS)],
+        "percentiles": dict(zip(map(str, PERCENTS), percentiles.tolist(), strict=True)),
     }
