@@ -2,7 +2,6 @@
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
+from fastkd.report.gains import verdict_lines
+from fastkd.report.labels import Choice, differences
+from fastkd.report.rows import rows_of, visible_rows
 from fastkd.runs.sweep.baselines import with_baselines
-from fastkd.runs.sweep.grid import Choice, check_sweep, combinations
-from fastkd.runs.sweep.table import FORMATS, rows_of, visible_rows
+from fastkd.runs.sweep.grid import check_sweep, combinations
+from fastkd.runs.sweep.table import FORMATS
 
 __all__ = ["compare", "table"]
 
@@ -67,13 +69,16 @@ def table(options: argparse.Namespace) -> None:
     if not summaries:
         raise UserError("name the folders of finished runs: fastkd table runs/RECIPE/*")
     recipes = {folder: _recipe_of(folder) for folder in summaries}
-    choices = _differences(recipes)
+    choices = differences(recipes)
     rows = rows_of(
         {choices[folder]: recipe for folder, recipe in recipes.items()},
         {choices[folder]: summary for folder, summary in summaries.items()},
     )
     if not options.formats:
-        Console().comparison(visible_rows(rows))
+        console = Console()
+        console.comparison(visible_rows(rows))
+        for line in verdict_lines(rows):
+            console.note(line)
     for name in options.formats:
         print(FORMATS[name](visible_rows(rows)), end="")
 
@@ -95,47 +100,3 @@ def _summary_of(folder: Path) -> dict[str, Any] | None:
     if summary is None:
         warnings.warn(f"{folder} is not finished and left out", stacklevel=2)
     return summary
-
-
-def _differences(recipes: dict[Path, Recipe]) -> dict[Path, Choice]:
-    """The overrides that tell the recipes apart: their names, then keys that say something new.
-
-    Runs of the same recipe are told apart by their folders.
-    """
-    dotted = {folder: recipe.dotted() for folder, recipe in recipes.items()}
-    every = list(dotted.values())
-    keys = ["name", *(key for values in every for key in values)]
-    told = list[str]()
-    for key in dict.fromkeys(keys):
-        varies = len({repr(values.get(key)) for values in every}) > 1
-        # Over the seed there are means, so it is named in any case, and after the rest.
-        if key in ("seed", "description") or not varies:
-            continue
-        known = [*told, "seed"] if key.endswith(".seed") else told
-        if not _follows(key, known, every):
-            told.append(key)
-    if len({values["seed"] for values in every}) > 1:
-        told.append("seed")
-    choices = {
-        folder: tuple(
-            f"{'recipe' if key == 'name' else key}={_text(values.get(key))}" for key in told
-        )
-        for folder, values in dotted.items()
-    }
-    shared = list(choices.values())
-    return {
-        folder: choice if shared.count(choice) == 1 else (f"run={folder}", *choice)
-        for folder, choice in choices.items()
-    }
-
-
-def _follows(key: str, known: Sequence[str], every: Sequence[dict[str, Any]]) -> bool:
-    """Whether the keys known so far decide this one."""
-    pairs = {(repr([one.get(k) for k in known]), repr(one.get(key))) for one in every}
-    return len({known for known, _ in pairs}) == len(pairs)
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return ",".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)

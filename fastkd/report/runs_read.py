@@ -44,7 +44,7 @@ class ReportedRun:
     label: str
     """What tells the run from the others of a report."""
     predictions: Mapping[str, Path] = field(default_factory=dict)
-    """Files of kept answers to the validation images by `student` and `teacher` (`predict_runs`)."""
+    """Files of kept answers to the validation images, by `student`, `alone` and `teacher`."""
 
     @property
     def finished(self) -> bool:

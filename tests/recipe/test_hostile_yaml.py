@@ -10,7 +10,7 @@ from fastkd.errors import UserError
 from fastkd.models.blocks.grammar import parse_block
 from fastkd.output.call_record import read_call, record
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.sweep.labels import labels
+from fastkd.report.labels import labels
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import fastkd.data.sources.synthetic
 import fastkd.runs.sweep.running
 from fastkd.output.console import Console
 from fastkd.recipes.loading import load_recipe
-from fastkd.runs.sweep.baselines import gains, with_baselines
-from fastkd.runs.sweep.labels import LONG, labels
+from fastkd.report.gains import gains
+from fastkd.report.labels import LONG, labels
+from fastkd.runs.sweep.baselines import with_baselines
 
 PAIR = "cifar10/resnet56--resnet20"
 KEYS = ["data.root=.", "device=cpu", "precision=fp32"]

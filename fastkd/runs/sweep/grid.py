@@ -8,11 +8,9 @@ from fastkd.errors import UserError
 from fastkd.models.registry import model_options, without_memory
 from fastkd.printable import shown
 from fastkd.recipe.schema import Recipe
+from fastkd.report.labels import Choice
 
 __all__ = ["Choice", "check_networks", "check_sweep", "combinations"]
-
-Choice = tuple[str, ...]
-"""The overrides of one run: ("optim.lr=0.1", "seed=0")."""
 
 
 def combinations(sweeps: Sequence[str]) -> list[Choice]:

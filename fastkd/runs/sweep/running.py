@@ -18,11 +18,11 @@ from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.output.run_facts import finished_on
 from fastkd.output.run_folder import RunFolder, find_finished
 from fastkd.recipe.schema import Recipe
+from fastkd.report.labels import labels
 from fastkd.runs.dry_run import dry_run, dry_run_together
 from fastkd.runs.stages import Session, run_recipe
 from fastkd.runs.sweep.grid import Choice, check_networks
 from fastkd.runs.sweep.grouping import Group, grouped, in_words
-from fastkd.runs.sweep.labels import labels
 from fastkd.runs.sweep.launching import HOW_TO_RESUME, Launcher, launch
 from fastkd.runs.sweep.table import print_table
 from fastkd.runs.sweep.together import run_group

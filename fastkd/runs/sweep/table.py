@@ -1,41 +1,33 @@
-"""The table of a sweep: a row per run, then mean, deviation and standard error over the seeds.
+"""The table of a sweep, as `fastkd.report.rows` makes its rows: on the screen and in a CSV file.
 
-`rows_of` makes the rows; the screen, the CSV file next to the run folders, Markdown and LaTeX show
-the same ones.
+The CSV file lies next to the run folders; Markdown and LaTeX show the same rows.
 """
 
 import hashlib
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.errors import RunFailed
-from fastkd.evaluation.headline import headline, headline_of
+from fastkd.evaluation.headline import headline_of
 from fastkd.output.run_folder import csv_text
 from fastkd.output.table import as_latex, as_markdown
 from fastkd.recipe.schema import Recipe
-from fastkd.report.paper import paper_row
+from fastkd.report.gains import verdict_lines
+from fastkd.report.labels import Choice
+from fastkd.report.rows import rows_of, visible_rows, without_seed
 from fastkd.runs.stages import Session
-from fastkd.runs.sweep.baselines import gains
-from fastkd.runs.sweep.grid import Choice
-from fastkd.runs.sweep.labels import labels
 from fastkd.storage.atomic import atomic_path, writing
 
 __all__ = [
     "FORMATS",
     "different_teachers",
     "print_table",
-    "rows_of",
     "same_images",
-    "visible_rows",
 ]
 
 FORMATS = {"latex": as_latex, "markdown": as_markdown}
 """What a table can also be printed as."""
-
-RUN, MEAN, DEVIATION, ERROR, PAPER = "run", "mean", "standard deviation", "standard error", "paper"
 
 
 def print_table(
@@ -54,41 +46,11 @@ def print_table(
         session.console.note(_written(recipes, rows, session.root))
     for note in filter(None, (different_teachers(recipes), same_images(recipes))):
         session.console.note(note)
+    for line in verdict_lines(rows):
+        session.console.note(line)
     for name in formats:
         for line in FORMATS[name](visible_rows(rows)).splitlines():
             session.console.note(line)
-
-
-def visible_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of the screen: deviation and error are in the note of the mean."""
-    return [row for row in rows if row["row"] not in (DEVIATION, ERROR)]
-
-
-def rows_of(
-    recipes: Mapping[Choice, Recipe], found: Mapping[Choice, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """A row per run, then those over the seeds; `row` says which it is, `choice` its keys."""
-    gained = gains(recipes, found)
-    rows = [
-        {
-            "note": found[choice].get("verdict", ""),
-            **found[choice],
-            "row": RUN,
-            "choice": choice,
-            "of_teacher": _of_teacher(found[choice]),
-            "gain": gained.get(choice),
-        }
-        for choice in recipes
-    ]
-    groups = _groups(rows)
-    # Together, so that a run and its mean are named alike.
-    named = labels([*recipes, *groups])
-    for row in rows:
-        # A single run differs from nothing.
-        row["run"] = named[row["choice"]] or recipes[row["choice"]].name
-    for rest, runs in groups.items():
-        rows += _over_seeds(rest, runs, named[rest], recipes[runs[0]["choice"]])
-    return rows
 
 
 def _written(
@@ -127,10 +89,6 @@ def _write_csv(
     return target
 
 
-def _of_teacher(summary: Mapping[str, Any]) -> float | None:
-    return (summary.get("teacher") or {}).get(headline(summary))
-
-
 def different_teachers(recipes: Mapping[Choice, Recipe]) -> str:
     """A note if a key of the student also changed the teachers; else nothing."""
     # Recipes may have other teachers by their nature.
@@ -155,7 +113,7 @@ def same_images(recipes: Mapping[Choice, Recipe]) -> str:
     """A note if runs that differ in the seed saw the same images; else nothing."""
     alike: dict[Choice, list[Recipe]] = {}
     for choice, recipe in recipes.items():
-        alike.setdefault(_without_seed(choice), []).append(recipe)
+        alike.setdefault(without_seed(choice), []).append(recipe)
     shared = any(
         len({one.seed for one in runs}) > len({one.data_seed for one in runs})
         for runs in alike.values()
@@ -166,54 +124,3 @@ def same_images(recipes: Mapping[Choice, Recipe]) -> str:
         "note: the seeds share the order of the images and all views of them (data.seed): what "
         "they differ by comes from initial weights and dropout alone"
     )
-
-
-def _without_seed(choice: Choice) -> Choice:
-    return tuple(key for key in choice if not key.startswith("seed="))
-
-
-def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[Choice, list[Mapping[str, Any]]]:
-    """Finished runs that differ only in the seed, by what they share."""
-    groups: dict[Choice, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        rest = _without_seed(row["choice"])
-        if rest != row["choice"] and headline(row) + "_last" in row:
-            groups.setdefault(rest, []).append(row)
-    return {rest: runs for rest, runs in groups.items() if len(runs) > 1}
-
-
-def _over_seeds(
-    rest: Choice, runs: Sequence[Mapping[str, Any]], name: str, recipe: Recipe
-) -> list[dict[str, Any]]:
-    """Mean, sample standard deviation, standard error and the paper's number of such a group."""
-    metric = headline(runs[0])
-    keys = (f"{metric}_last", f"{metric}_best")
-    mean, deviation, error = _statistics(runs, keys)
-    both = (("std", deviation), ("se", error))
-    note = "; ".join(f"{w} {', '.join(f'{100 * one[k]:.2f}' for k in keys)}" for w, one in both)
-    about = {"run": f"{name} mean of {len(runs)}".lstrip(), "choice": rest, "runs": len(runs)}
-    made = [
-        about | mean | {"row": MEAN, "note": note, "gain_se": error.get("gain")},
-        about | {"row": DEVIATION} | deviation,
-        about | {"row": ERROR} | error,
-    ]
-    paper = paper_row(recipe.name, recipe.dotted(), mean)
-    if paper and paper.row:
-        made.append({"choice": rest, "row": PAPER} | paper.row)
-    return made
-
-
-def _statistics(
-    runs: Sequence[Mapping[str, Any]], measured: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
-    """Mean, sample standard deviation and standard error of what every run has measured."""
-    mean: dict[str, Any] = {}
-    deviation: dict[str, float] = {}
-    for key in (*measured, "of_teacher", "gain", "images_per_s"):
-        values = [run[key] for run in runs if run.get(key) is not None]
-        if len(values) == len(runs):
-            mean[key], deviation[key] = statistics.mean(values), statistics.stdev(values)
-    for key in ("params", "macs"):
-        values = {run.get(key) for run in runs}
-        mean[key] = values.pop() if len(values) == 1 else None
-    return mean, deviation, {key: std / math.sqrt(len(runs)) for key, std in deviation.items()}

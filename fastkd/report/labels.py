@@ -1,17 +1,24 @@
-"""Short names for the runs of a sweep: what varies among them, as short as it stays unique.
+"""Short names for runs: what varies among them, as short as it stays unique.
 
-The table shows these; its CSV file has every key and value in full.
+`differences` finds what tells finished runs apart; a sweep knows it from its own words. The tables
+show these names; a sweep's CSV file has every key and value in full.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastkd.config.plain_yaml import NotPlain, read_yaml
 from fastkd.config.values import dotted
-from fastkd.runs.sweep.baselines import ALONE
-from fastkd.runs.sweep.grid import Choice
+from fastkd.recipe.schema import Recipe
 
-__all__ = ["labels"]
+__all__ = ["ALONE", "Choice", "differences", "labels"]
+
+Choice = tuple[str, ...]
+"""The overrides of one run: ("optim.lr=0.1", "seed=0")."""
+
+ALONE = "alone"
+"""Folder below runs/ of the students alone, and the first part of their recipes' names."""
 
 LONG = 32
 """Names are shortened if one is longer than this."""
@@ -137,3 +144,47 @@ def _shorter_keys(split: dict[Choice, list[Pair]]) -> dict[Choice, list[Pair]]:
         key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
     }
     return {c: [(short.get(key, key), value) for key, value in pairs] for c, pairs in split.items()}
+
+
+def differences(recipes: Mapping[Path, Recipe]) -> dict[Path, Choice]:
+    """The overrides that tell the recipes apart: their names, then keys that say something new.
+
+    Runs of the same recipe are told apart by their folders.
+    """
+    dotted = {folder: recipe.dotted() for folder, recipe in recipes.items()}
+    every = list(dotted.values())
+    keys = ["name", *(key for values in every for key in values)]
+    told = list[str]()
+    for key in dict.fromkeys(keys):
+        varies = len({repr(values.get(key)) for values in every}) > 1
+        # Over the seed there are means, so it is named in any case, and after the rest.
+        if key in ("seed", "description") or not varies:
+            continue
+        known = [*told, "seed"] if key.endswith(".seed") else told
+        if not _follows(key, known, every):
+            told.append(key)
+    if len({values["seed"] for values in every}) > 1:
+        told.append("seed")
+    choices = {
+        folder: tuple(
+            f"{'recipe' if key == 'name' else key}={_text(values.get(key))}" for key in told
+        )
+        for folder, values in dotted.items()
+    }
+    shared = list(choices.values())
+    return {
+        folder: choice if shared.count(choice) == 1 else (f"run={folder}", *choice)
+        for folder, choice in choices.items()
+    }
+
+
+def _follows(key: str, known: Sequence[str], every: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the keys known so far decide this one."""
+    pairs = {(repr([one.get(k) for k in known]), repr(one.get(key))) for one in every}
+    return len({known for known, _ in pairs}) == len(pairs)
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ",".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
