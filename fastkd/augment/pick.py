@@ -67,15 +67,19 @@ class Pick(nn.Module):
 
     def forward(self, pool_PCHW: Tensor, teacher_logits_PC: Tensor) -> Picked:
         """Choose from a pool that the teacher has seen already."""
+        scores_P = self.scores(pool_PCHW, teacher_logits_PC)
+        index_K = select_hardest(scores_P, self.num_chosen(len(scores_P))).index
+        return Picked(index_K, scores_P[index_K].mean() / scores_P.mean())
+
+    def scores(self, pool_PCHW: Tensor, teacher_logits_PC: Tensor) -> Tensor:
+        """Hardness [P] of every image of a pool, fp32, without gradient."""
         with torch.no_grad():
-            scores_P = hardness(
+            return hardness(
                 None if self.criterion == "teacher_entropy" else self._logits(pool_PCHW),
                 teacher_logits_PC,
                 criterion=self.criterion,
                 temperature=self.temperature,
             )
-            index_K = select_hardest(scores_P, self.num_chosen(len(scores_P))).index
-            return Picked(index_K, scores_P[index_K].mean() / scores_P.mean())
 
     def num_chosen(self, num: int) -> int:
         """How many of `num` images are chosen, whatever their scores."""

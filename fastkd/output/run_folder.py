@@ -10,6 +10,8 @@ it.
         last.pt best.safetensors             by the trainer (`save`, `_keep_best`)
         metrics.csv summary.json             when the run is finished
         curves.png predictions.png           likewise, by `report`; the second of labelled pixels
+        record/NAME.jsonl                    what `report.record=NAME` keeps: one row per epoch,
+        record/NAME-epochNNNN.npz            or arrays of an epoch
         trackers.json                        by `trackers`, if the run is tracked
         tensorboard/ wandb/                  what these two trackers keep
 
@@ -22,6 +24,7 @@ import csv
 import io
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,16 +34,26 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
+
 from fastkd.errors import RunFailed, UserError
 from fastkd.output.trackers.record import TRACKERS_FILE
 from fastkd.output.trackers.sink import Ending, TrackedRun, TrackerName
 from fastkd.output.trackers.tracking import Tracking
-from fastkd.storage.atomic import FULL, append_line, atomic_path, remove_leftovers, sentence
+from fastkd.storage.atomic import (
+    FULL,
+    append_line,
+    atomic_path,
+    remove_leftovers,
+    sentence,
+    writing,
+)
 
 __all__ = [
     "FACTS",
     "LOCK",
     "PICTURES",
+    "RECORD",
     "SUMMARY",
     "WITHOUT_SUMMARY",
     "RunFolder",
@@ -48,6 +61,7 @@ __all__ = [
     "find_finished",
     "find_resumable",
     "title_of_run",
+    "whole_rows",
 ]
 
 _TIME_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -55,6 +69,8 @@ FACTS = "facts.json"
 SUMMARY = "summary.json"
 PICTURES = ("curves.png", "predictions.png")
 """What `report` may draw."""
+RECORD = "record"
+"""Folder of what `report.record` keeps."""
 LOCK = ".lock"
 """Of the process that is using the folder (`occupancy`)."""
 WITHOUT_SUMMARY = "Remove it, and the resumed run writes it anew"
@@ -168,23 +184,39 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl, up to a line that was cut short by a kill."""
-        target = self.path / "metrics.jsonl"
-        if not target.exists():
-            return []
-        rows = []
-        for line in target.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith("\n") or not isinstance(row, dict):
-                break
-            rows.append(row)
-        return rows
+        return whole_rows(self.path / "metrics.jsonl")
 
     def set_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make metrics.jsonl these rows, as a checkpoint knows them; RunFailed as above."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+        self.write_text("metrics.jsonl", _lines(rows))
+
+    def append_record(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one line to record/NAME.jsonl; RunFailed where the disk refuses."""
+        append_line(self._record() / f"{name}.jsonl", json.dumps(_plain(row)))
+
+    def write_record(self, name: str, epoch: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write record/NAME-epochNNNN.npz; RunFailed where the disk refuses."""
+        target = self._record() / f"{name}-epoch{epoch:04d}.npz"
+        with atomic_path(target) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def cut_records(self, epochs: int) -> None:
+        """Remove what record/ has of later epochs than a checkpoint; RunFailed as above."""
+        folder = self.path / RECORD
+        with writing(folder):
+            for file in sorted(folder.glob("*.jsonl")):
+                kept = [row for row in whole_rows(file) if row.get("epoch", 0) <= epochs]
+                self.write_text(f"{RECORD}/{file.name}", _lines(kept))
+            for file in sorted(folder.glob("*.npz")):
+                match = re.search(r"-epoch(\d+)\.npz$", file.name)
+                if match is not None and int(match[1]) > epochs:
+                    file.unlink()
+
+    def _record(self) -> Path:
+        folder = self.path / RECORD
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
 
     def write_csv(self) -> Path:
         """metrics.csv from metrics.jsonl."""
@@ -232,10 +264,10 @@ class RunFolder:
                 return  # the parent holds other runs
 
     def _is_result(self, file: Path) -> bool:
-        """Whether a file is more than a description of the run, or a tracker's first files."""
+        """Whether a file is more than a description, a recording or a tracker's first files."""
         described = file.name in _DESCRIPTION
-        of_tracker = file.relative_to(self.path).parts[0] in _OF_TRACKERS
-        return not described and not of_tracker and file.stat().st_size > 0
+        beside = file.relative_to(self.path).parts[0] in (RECORD, *_OF_TRACKERS)
+        return not described and not beside and file.stat().st_size > 0
 
     def is_of(self, digest: str) -> bool:
         """Whether this is a finished run with this digest."""
@@ -285,6 +317,29 @@ def find_finished(root: Path | str, recipe_name: str, digest: str) -> RunFolder 
     """The newest finished run of this recipe and digest below `root`, or None."""
     candidates = sorted((Path(root) / recipe_name).glob(f"*-{digest[:8]}"), reverse=True)
     return next((run for path in candidates if (run := RunFolder(path)).is_of(digest)), None)
+
+
+def whole_rows(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a .jsonl file as rows, up to one that was cut short by a kill.
+
+    Empty if there is no file.
+    """
+    if not file.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_plain(row)) + "\n" for row in rows)
 
 
 def _make_dated(parent: Path, digest: str) -> Path:

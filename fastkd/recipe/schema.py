@@ -42,7 +42,7 @@ from fastkd.recipe.encoder import (
 )
 from fastkd.recipe.parts import ENCODER, TEACHES
 from fastkd.teachers.config import MemberConfig, TeacherConfig
-from fastkd.training.config import OptimConfig
+from fastkd.training.config import OptimConfig, ReportConfig
 
 __all__ = ["BaselineConfig", "Recipe"]
 
@@ -107,6 +107,7 @@ class Recipe(Section):
     """Trackers that are shown the run as well: docs/tracking.md."""
     track_group: Annotated[str | None, NoEffect] = None
     """Under which name they group it; by default its stages together, in a sweep all runs."""
+    report: Annotated[ReportConfig, NoEffect] = ReportConfig()
     baseline: BaselineConfig = BaselineConfig()
     encoder: Annotated[EncoderConfig | None, Since("0.2")] = None
 
@@ -184,6 +185,12 @@ class Recipe(Section):
             picks=self.augment.pick is not None,
             frozen=self.student.frozen is not None,
         )
+        return self
+
+    @model_validator(mode="after")
+    def _records_what_there_is(self) -> "Recipe":
+        if self.teacher is None and (said := self.report.wrong_alone()) is not None:
+            raise ValueError(said)
         return self
 
     @model_validator(mode="after")
@@ -321,6 +328,8 @@ class Recipe(Section):
             encoder=self.encoder if has_encoder else None,
             # A cycle spares answers of a teacher, of which this one has none.
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None, "cycle": None}),
+            # Several runs share its folder.
+            report=ReportConfig(),
         )
 
     def of_encoder(self) -> "Recipe | None":
@@ -340,6 +349,7 @@ class Recipe(Section):
             optim=self._optim_over(epochs),
             baseline=BaselineConfig(),
             encoder=None,
+            report=ReportConfig(),
         )
 
     def _optim_over(self, epochs: int, lr: float | None = None) -> OptimConfig:
@@ -375,6 +385,7 @@ class Recipe(Section):
             losses=self._of_labels(),
             encoder=self.encoder if encoder_of(self.student.name) else None,
             augment=self.augment.model_copy(update={"xprime": "none", "pick": None}),
+            report=self.report.alone(),
             baseline=BaselineConfig(),
             optim=self.optim if lr is None else self.optim.model_copy(update={"lr": lr}),
         )

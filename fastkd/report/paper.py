@@ -30,6 +30,7 @@ _NO_MATTER = frozenset(
         "tensorboard",
         "track",
         "track_group",
+        "report.record",
         "max_skips",
         "device",
         "precision",

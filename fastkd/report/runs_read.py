@@ -18,13 +18,10 @@ from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
 from fastkd.errors import UserError
 from fastkd.evaluation.headline import headline
 from fastkd.output.call_record import is_call
-from fastkd.output.run_folder import FACTS, RunFolder
+from fastkd.output.run_folder import FACTS, RECORD, RunFolder
 from fastkd.printable import in_words, shown
 
 __all__ = ["RECORD", "ReportedRun", "last_and_best", "read_run", "read_runs"]
-
-RECORD = "record"
-"""Folder in a run of what `report.record` asked for."""
 
 
 @dataclass(frozen=True)

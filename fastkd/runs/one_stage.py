@@ -149,7 +149,7 @@ def build_stage(
             compile_reason="checkpoint" if checkpoint else "key",
         ),
         placement=session.placement(recipe),
-        output=Output(folder, session.console),
+        output=Output(folder, session.console, record=recipe.report.record),
     )
 
 
@@ -287,3 +287,4 @@ def go_on(
         trainer.resume(checkpoint)
     elif session.world.is_main:
         folder.set_metrics(())
+        folder.cut_records(-1)

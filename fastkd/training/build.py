@@ -49,6 +49,7 @@ from fastkd.training.matching import (
 )
 from fastkd.training.optim import build_optimizer, spare_norms
 from fastkd.training.progress import Plan
+from fastkd.training.recording import Recorded, StepClock, build_recorder
 from fastkd.training.schedules import Schedule
 from fastkd.training.settings import Output, TrainData, TrainingSettings
 from fastkd.training.step import DistillStep, needed_taps
@@ -125,6 +126,21 @@ def build_trainer(
         ignore_buffers=banks,
     )
     decisions = engine.decisions()
+    recorder = build_recorder(
+        output.record,
+        Recorded(
+            plan=plan,
+            step=step,
+            compiled=engine.compiled,
+            teaching=teaching,
+            facts=facts,
+            views=views,
+            pick=settings.pick,
+            placement=placement,
+            layout=engine.layout,
+            steps=loader.steps_per_epoch,
+        ),
+    )
     update = Update(
         plan=plan,
         world=world,
@@ -146,6 +162,7 @@ def build_trainer(
             reason=engine.reason,
             say=output.console.note,
         ),
+        clock=recorder.clock if recorder else StepClock(world.device),
     )
     return Trainer(
         plan=plan,
@@ -160,6 +177,7 @@ def build_trainer(
         folder=output.folder,
         console=output.console,
         on_epoch=output.on_epoch,
+        recorder=recorder,
     )
 
 

@@ -1,16 +1,27 @@
-"""Recipe keys for the optimizer and its schedule."""
+"""Recipe keys for the optimizer and its schedule, and for what a training records."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 
 from fastkd.config.section import Section, Since
 
-__all__ = ["OptimConfig", "OptimizerImpl", "OptimizerName", "ScheduleKind"]
+__all__ = [
+    "BESIDE_A_TEACHER",
+    "OptimConfig",
+    "OptimizerImpl",
+    "OptimizerName",
+    "RecordName",
+    "ReportConfig",
+    "ScheduleKind",
+]
 
 OptimizerName = Literal["sgd", "adam", "adamw", "lamb"]
 OptimizerImpl = Literal["torch", "apex"]
 ScheduleKind = Literal["constant", "multistep", "exponential", "cosine", "poly", "onecycle"]
+RecordName = Literal["weights", "kl", "samples", "alignment", "time"]
+BESIDE_A_TEACHER: frozenset[RecordName] = frozenset(("kl", "samples", "alignment"))
+"""Recordings that compare the student with its teacher."""
 
 
 class OptimConfig(Section):
@@ -44,3 +55,29 @@ class OptimConfig(Section):
     """Length of the linear warm-up in epochs."""
     clip_norm: PositiveFloat | None = None
     """Largest global gradient norm."""
+
+
+class ReportConfig(Section):
+    """What a training keeps for figures of `fastkd report` (`fastkd.training.recording`)."""
+
+    record: tuple[RecordName, ...] = ()
+    """Recordings in the run's folder record/: weights, kl, samples, alignment, time."""
+
+    @field_validator("record", mode="after")
+    @classmethod
+    def _each_once(cls, value: tuple[RecordName, ...]) -> tuple[RecordName, ...]:
+        return tuple(dict.fromkeys(value))
+
+    def alone(self) -> "ReportConfig":
+        """What a training without a teacher can keep of it."""
+        return ReportConfig(record=tuple(n for n in self.record if n not in BESIDE_A_TEACHER))
+
+    def wrong_alone(self) -> str | None:
+        """What a recipe without a teacher is told; None if it can keep all of it."""
+        beside = [name for name in self.record if name in BESIDE_A_TEACHER]
+        if not beside:
+            return None
+        return (
+            f"report.record={beside[0]} compares the student with its teacher, and this recipe has "
+            f"none: leave it out"
+        )

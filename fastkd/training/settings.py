@@ -14,7 +14,7 @@ from fastkd.evaluation.evaluate import EvalLoader
 from fastkd.models.intake import Remedy
 from fastkd.output.console import Console
 from fastkd.output.run_folder import RunFolder
-from fastkd.training.config import OptimConfig
+from fastkd.training.config import OptimConfig, RecordName
 
 __all__ = ["Output", "Remedies", "TrainData", "TrainingSettings"]
 
@@ -86,3 +86,5 @@ class Output:
     console: Console = field(default_factory=lambda: Console(enabled=False))
     on_epoch: Callable[[dict[str, Any]], object] | None = None
     """Called on rank 0 with a copy of every epoch's row."""
+    record: tuple[RecordName, ...] = ()
+    """What the folder's record/ keeps for figures."""

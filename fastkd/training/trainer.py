@@ -55,6 +55,7 @@ from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.interrupt import StopSignal
 from fastkd.training.progress import Plan, Position, Progress
+from fastkd.training.recording.recorder import Recorder
 from fastkd.training.step import DistillStep, Prepared
 from fastkd.training.trial import errors_as_sentences
 from fastkd.training.turns import to_its_end
@@ -99,6 +100,8 @@ class Trainer:
     on_epoch: Callable[[dict[str, Any]], object] | None = None
     """Called on rank 0 at the end of every epoch, with a copy of its row; None on every rank if
     rank 0 has none."""
+    recorder: Recorder | None = None
+    """Keeps in the folder what figures are drawn from."""
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch, as in metrics.jsonl."""
@@ -186,6 +189,8 @@ class Trainer:
         kept = closing(self.teacher) if isinstance(self.teacher, CachedTeacher) else nullcontext()
         signals = nullcontext(stop) if stop else StopSignal()
         with signals as asked, kept, errors_as_sentences():
+            if self.recorder and self.progress.position == (0, 0):
+                self.recorder.before_training(self._written())
             while self.progress.epoch < self.plan.epochs:
                 yield from self._train_epoch(self.progress.epoch, asked)
                 self.end_epoch()
@@ -246,10 +251,14 @@ class Trainer:
 
     def prepared(self, batch: Batch, epoch: int, step: int) -> Prepared:
         """A batch of the loader with its views and targets. epoch: whose views are shown."""
-        # Not a wait for data: ranks exchange images there.
-        batch = self.views.mixed(batch, epoch, step)
-        views = self.views(batch, epoch, step)
-        targets = self.fallback.run(partial(answers, self.teacher, views, epoch, step))
+        clock = self.update.clock
+        clock.turn(step)
+        with clock.part("views"):
+            # Not a wait for data: ranks exchange images there.
+            batch = self.views.mixed(batch, epoch, step)
+            views = self.views(batch, epoch, step)
+        with clock.part("teacher"):
+            targets = self.fallback.run(partial(answers, self.teacher, views, epoch, step))
         targets |= self.views.xprime_targets(batch, targets, epoch, step)
         # The step needs the views, not what they were made from.
         batch = batch._replace(second_NCHW=None)
@@ -258,6 +267,8 @@ class Trainer:
 
     def optimize(self, prepared: Prepared, epoch: int, step: int) -> None:
         """One optimizer step; a bad one changes nothing."""
+        if self.recorder:
+            self.recorder.before_update(prepared, step)
         self.update(prepared, epoch, step)
 
     def compile_one_step(self) -> None:
@@ -299,14 +310,21 @@ class Trainer:
         self.history.append(row)
         if better:
             self._keep_best(row)
+        folder = self._written()
+        # These rows first: a kill in between leaves an extra one, which a resumed run removes.
+        if self.recorder:
+            self.recorder.end_epoch(progress, folder)
         progress.next_epoch()
         self.totals_M.zero_()
-        # The row first: a kill in between leaves an extra row, which a resumed run removes.
-        if self.folder and self.world.is_main:
-            self.folder.append_metrics(row)
+        if folder:
+            folder.append_metrics(row)
         self.save()
         self.console.epoch(row, plan.epochs)
         tell(self.on_epoch, row, self.world, saved=self.folder is not None)
+
+    def _written(self) -> RunFolder | None:
+        """The folder, on the rank that writes there."""
+        return self.folder if self.world.is_main else None
 
     def _evaluate(self) -> dict[str, Any]:
         assert self.val_loader is not None
@@ -358,16 +376,17 @@ class Trainer:
         """Write last.pt on rank 0; the others only add their share of the running sums."""
         self.guard.check()
         states = states_of(self.saved_parts())
-        if self.folder and self.world.is_main:
+        if folder := self._written():
             decisions = self.decisions | {"kernels": CHOOSER.export()}
-            write(self.folder.path / "last.pt", self.plan.digest, decisions, states)
+            write(folder.path / "last.pt", self.plan.digest, decisions, states)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a last.pt, which every rank has read."""
         plan, progress = self.plan, self.progress
         restore(checkpoint, plan.digest, self.saved_parts())
-        if self.folder and self.world.is_main:
-            self.folder.set_metrics(self.history)
+        if folder := self._written():
+            folder.set_metrics(self.history)
+            folder.cut_records(progress.epoch)
         if progress.epoch == plan.epochs:
             self.console.note(f"resumed {plan.stage} after its last epoch, {plan.epochs}")
             return

@@ -25,6 +25,7 @@ from fastkd.training.fallback import Fallback
 from fastkd.training.guard import Guard
 from fastkd.training.optim import set_lr
 from fastkd.training.progress import Plan
+from fastkd.training.recording.step_clock import StepClock
 from fastkd.training.schedules import Schedule
 from fastkd.training.step import DistillStep, Prepared, StepOutput
 
@@ -63,6 +64,8 @@ class Update:
     ema: EMA | None
     fallback: Fallback
     """Computes losses and gradients, eagerly if they do not compile."""
+    clock: StepClock
+    """Times the parts of some steps, if they are recorded."""
 
     # What follows from these.
     terms: list[LossTerm] = field(init=False)
@@ -84,6 +87,7 @@ class Update:
 
     def __call__(self, prepared: Prepared, epoch: int, step: int) -> None:
         """Do step `step` of `epoch`, both from 0; a bad one changes nothing."""
+        self.clock.turn(step)
         done = epoch * self.schedule.steps_per_epoch + step
         set_lr(self.optimizer, self.schedule.lr_factor(done), self.schedule.momentum(done))
         schedules = self.scheduled(epoch + step / self.schedule.steps_per_epoch)
@@ -94,14 +98,15 @@ class Update:
             return self._computed(prepared, schedules)
 
         loss, sums, commits = self.fallback.run(compute, self._undo)
-        ok = self._update(loss)
-        for sums_M in sums:
-            self.totals_M += torch.where(ok, sums_M, 0.0)
-        for commit in commits:
-            commit(ok)
-        if self.ema:
-            self.ema.update(ok)
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.clock.part("optimizer"):
+            ok = self._update(loss)
+            for sums_M in sums:
+                self.totals_M += torch.where(ok, sums_M, 0.0)
+            for commit in commits:
+                commit(ok)
+            if self.ema:
+                self.ema.update(ok)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _computed(
         self, prepared: Prepared, schedules: Schedules
@@ -112,7 +117,8 @@ class Update:
         most = prepared.global_size // self.world.size
         pick_ratio: list[Tensor] = []
         if self.pick is not None:  # compiled, it has no truth value
-            prepared, ratio, chosen = self._picked(prepared, self.pick)
+            with self.clock.part("pick"):
+                prepared, ratio, chosen = self._picked(prepared, self.pick)
             most = min(most, *chosen)
             pick_ratio = [ratio.view(1)]
 
@@ -157,16 +163,18 @@ class Update:
         """Gradients of a micro-batch; its share of the loss, detached."""
         # DDP takes the plain mean over the ranks; unequal parts need the weighted one.
         share = len(micro.batch.labels_N) * self.world.size / micro.global_size
-        out: StepOutput = self.runner(
-            micro.views,
-            micro.batch.labels_N,
-            micro.batch.index_N,
-            micro.targets,
-            schedules,
-            micro.rows_of_ranks,
-        )
+        with self.clock.part("forward"):
+            out: StepOutput = self.runner(
+                micro.views,
+                micro.batch.labels_N,
+                micro.batch.index_N,
+                micro.targets,
+                schedules,
+                micro.rows_of_ranks,
+            )
         part = out.loss * share
-        self.scaler.scale(part).backward()
+        with self.clock.part("backward"):
+            self.scaler.scale(part).backward()
         return out, part.detach()
 
     def _commits(self, out: StepOutput, index_N: Tensor) -> list[Commit]:
