@@ -5,12 +5,20 @@ A module lists its kinds in `KINDS`. It is named once, here.
 
 from types import ModuleType
 
+from fastkd.report.figures import alignment, divergence, embeddings, samples, step_time, weights
 from fastkd.report.figures.figure import Drawn, FigureKind
 
 __all__ = ["FIGURES", "Drawn", "FigureKind"]
 
 # In the order of the report.
-_MODULES: tuple[ModuleType, ...] = ()
+_MODULES: tuple[ModuleType, ...] = (
+    divergence,
+    samples,
+    weights,
+    embeddings,
+    alignment,
+    step_time,
+)
 
 FIGURES: dict[str, FigureKind] = {kind.name: kind for module in _MODULES for kind in module.KINDS}
 """Every kind of figure by its name."""
