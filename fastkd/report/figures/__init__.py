@@ -5,7 +5,19 @@ A module lists its kinds in `KINDS`. It is named once, here.
 
 from types import ModuleType
 
-from fastkd.report.figures import calibration, classes, cost, epochs, supervision
+from fastkd.report.figures import (
+    alignment,
+    calibration,
+    classes,
+    cost,
+    divergence,
+    embeddings,
+    epochs,
+    samples,
+    step_time,
+    supervision,
+    weights,
+)
 from fastkd.report.figures.figure import Drawn, FigureKind
 
 __all__ = ["FIGURES", "Drawn", "FigureKind"]
@@ -17,6 +29,12 @@ _MODULES: tuple[ModuleType, ...] = (
     supervision,
     classes,
     calibration,
+    divergence,
+    samples,
+    weights,
+    embeddings,
+    alignment,
+    step_time,
 )
 
 FIGURES: dict[str, FigureKind] = {kind.name: kind for module in _MODULES for kind in module.KINDS}

@@ -1,4 +1,4 @@
-"""What becomes of a student without shortcuts beside its teacher (AlignKD), and the losses' weights.
+"""A student without shortcuts beside its teacher (AlignKD), and weights of losses that change.
 
 The charts of AlignKD's appendix are validation accuracies of JointRD and AlignKD over the epochs.
 Beside them, from `report.record=alignment`, is what AlignKD makes small: the squared distance of

@@ -1,4 +1,4 @@
-"""Mixed images with the label that mixing gives them, and what the networks see (KD x augmentation).
+"""Mixed images with the label of the mix, and what the networks see (KD x data augmentation).
 
 Drawn from `report.record=samples` of the first run that has it: the images on which the teacher
 believes least in the label, and how often it disagrees on the class.

@@ -6,6 +6,7 @@ as the network that was trained on labels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,10 @@ def _histograms(runs: Sequence[ReportedRun]) -> Drawn | None:
             panel.stairs(density, edges, label=label, linewidth=1.3, **style)
             rows += [
                 {"run": label, "epoch": row["epoch"], "layer": layer["layer"]}
-                | {"from": left, "to": right, "share": count / counts.sum()}
-                for left, right, count in zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
+                | {"from": left, "to": right, "share": count / int(counts.sum())}
+                for (left, right), count in zip(
+                    pairwise(edges.tolist()), counts.tolist(), strict=True
+                )
             ]
         panel.set_title(f"{place} layer: {series[0].rows[-1][place]['layer']}")
         panel.set_xlabel("weight")
