@@ -197,8 +197,9 @@ class RunFolder:
     def write_record(self, name: str, epoch: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write record/NAME-epochNNNN.npz; RunFailed where the disk refuses."""
         target = self._record() / f"{name}-epoch{epoch:04d}.npz"
+        named: dict[str, Any] = dict(arrays)
         with atomic_path(target) as beside, beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **named)
 
     def cut_records(self, epochs: int) -> None:
         """Remove what record/ has of later epochs than a checkpoint; RunFailed as above."""
