@@ -146,7 +146,7 @@ def table(facts: dict) -> str:
 _ENDING = (
     "difference: points of accuracy by which the chosen student is above this network, mean over "
     "the seeds and its standard error, paired by seed. The chosen student was selected among "
-    "several on the same validation images, after a short distillation with the first seed; the "
+    "several on held back training images, after a short distillation with the first seed; the "
     "scaled ones were selected by latency alone, nearest at or below the chosen student's."
 )
 

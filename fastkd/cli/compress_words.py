@@ -19,8 +19,8 @@ data.image_size=, augment.crop=pad, losses.at=null, losses.dkd.weight=1, ..;
 student.KEY= is the network's own, such as student.width=0.5.
 The same command again resumes. docs/compress.md has the phases and the walk to
 a prediction.
-exit codes: 0 target met, or dry run; 1 measured above the target; 2 wrong
-request, or a target that cannot be met.
+exit codes: 0 target met, or dry run; 1 measured above the target, or a
+training failed; 2 wrong request, or a target that cannot be met.
 """
 
 

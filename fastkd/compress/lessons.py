@@ -2,7 +2,8 @@
 
 Every student gets the same keys, whatever made it: the same images, epochs and rate, attention
 transfer at the ends of the stages and KD from the original, and first weights that are the
-original's where they fit. It is evaluated once, at the end, so that no epoch is chosen.
+original's where they fit. It is evaluated once, at the end, so that no epoch is chosen. The short
+distillations, by which the student is chosen, hold back training images for it.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,16 @@ from fastkd.storage.weight_file import WeightFile
 
 __all__ = ["Lessons", "original_of"]
 
+RANK_SHARE = 0.1
+"""Share of the training images on which short distillations are compared: no choice reads the
+validation images, so that the closing table is made of images that nobody saw."""
+
 _MADE = ("block", "blocks", "depth")
 _OURS = (
     *(f"student.{key}" for key in ("name", "weights", "pretrained", "new_head", "frozen")),
     *(f"teacher.{key}" for key in ("name", "weights", "pretrained", "new_head", "train")),
     *(f"{net}.{key}" for net in ("student", "teacher") for key in _MADE),
+    "data.tune_share",
     "encoder",
     "baseline",
     "name=",
@@ -110,7 +116,7 @@ class Lessons:
         model = create_model(self.original.name, num_classes, **self.original.options)
         self.taps = taps_of(model, shape)
 
-    def _load(self, epochs: int | None) -> Recipe:
+    def _load(self, epochs: int | None, *, ranking: bool = False) -> Recipe:
         name = self.original.name
         given = [key for key in self.keys if not key.startswith(_NETWORK)]
         words = [f"student.name={name}", f"teacher.name={name}", "teacher.train=false"]
@@ -119,9 +125,11 @@ class Lessons:
             pairs = ", ".join(f"{tap}: {tap}" for tap in self.taps)
             words += [*_AT, f"losses.at.pairs={{{pairs}}}"]
         words += given
-        if epochs is not None:
-            words.append(f"epochs={epochs}")
+        if ranking:
+            words.append(f"data.tune_share={RANK_SHARE}")
         recipe = load_recipe("folder", overrides=words)
+        if epochs is not None:
+            recipe = recipe.over(epochs)
         if not any(key.startswith("eval_epochs=") for key in given):
             recipe = recipe.replace(eval_epochs=recipe.total_epochs)
         assert recipe.teacher is not None
@@ -143,11 +151,26 @@ class Lessons:
             out=str(self.folder / "runs" / "original")
         )
 
+    def epochs_of(self, stages: int) -> int:
+        """Epochs of each of so many trainings that share those of the keys."""
+        return max(1, self._recipe.total_epochs // stages)
+
     def of(
-        self, student: Student, title: str, start: Path, *, epochs: int | None = None, seed: int
+        self,
+        student: Student,
+        title: str,
+        start: Path,
+        *,
+        epochs: int | None = None,
+        seed: int,
+        ranking: bool = False,
     ) -> Recipe:
-        """Distils a student from the original. epochs: by default those of the keys."""
-        recipe = self._load(epochs)
+        """Distils a student from the original.
+
+        epochs: by default those of the keys. ranking: evaluated on a share of the training images,
+        which is held back.
+        """
+        recipe = self._load(epochs, ranking=ranking)
         plain = recipe.student.model_dump()
         plain |= dict.fromkeys(("width", "block", "blocks", "depth"))
         plain |= {"name": student.name, **student.options, "weights": str(start)}

@@ -3,8 +3,8 @@
     1 original   it is trained if there are no weights, measured and counted
     2 costs      each candidate block at each layer shape, on the target
     3 search     students under the target, scored by Fisher potential and measured whole
-    4 ranking    a short distillation of the best; the winner is chosen
-    5 baselines  the original made shallower and narrower to the same latency
+    4 ranking    a short distillation of the best, judged by held back training images
+    5 baselines  the original made shallower and narrower to the same cost
     6 training   all of them distilled alike, for all seeds
     7 result     exported, measured again in turns, one table, one picture
 
@@ -42,6 +42,7 @@ from fastkd.recipe.schema import Recipe
 from fastkd.runs.export_saved import Request as ExportRequest
 from fastkd.runs.export_saved import export
 from fastkd.runs.stages import Session, open_recipe_data, run_recipe
+from fastkd.teachers.loading import load_teacher
 
 __all__ = ["Request", "compress"]
 
@@ -124,9 +125,13 @@ class _Job:
         """All phases."""
         self.title(1, f"original: {self.original.name}")
         data = self.data
+        if not self.lessons.trains:  # weights that do not fit are told before anything is measured
+            load_teacher(self.lessons.recipe.teacher, data)
+        if self.folder.read(f"measured-{_TURNS}.json") is None:
+            _ = self.bench  # a table of elsewhere is refused before any training
         where = ", ".join(f"{key} {value}" for key, value in self.meter.target.items())
         self.title(2, f"costs: {where}")
-        found = self.folder.phase("search", self._search)
+        found = self.folder.phase("search", lambda: propose(self.search, self.say))
         self.title(3, "students under the target")
         for line in proposals_table(found, self.request.target):
             self.say(line)
@@ -134,17 +139,18 @@ class _Job:
             return None
         if self.lessons.trains:
             self.title(1, f"training the original: {self.original.name}")
-            self._trained(self.lessons.of_original(), data)
+            self._trained(self.lessons.of_original())
         self.title(4, f"{self.request.short_epochs} epochs for each of {len(found['students'])}")
         ranked = self.folder.phase("ranking", lambda: self._rank(found["students"]))
         self._say_ranking(ranked)
         chosen = Student.of_plain(ranked["students"][0])
-        self.title(5, "the original made shallower and narrower to the same latency")
+        quantity = self.request.target.quantity
+        self.title(5, f"the original made shallower and narrower to the same {quantity}")
         baselines = self.folder.phase("baselines", lambda: self._baselines(chosen, found["scale"]))
         students = {"chosen": chosen}
         for name, plain in baselines.items():
             if plain is None:
-                self.say(f"  {name}: no {self.original.name} is that fast")
+                self.say(f"  {name}: no {self.original.name} costs as little")
             else:
                 students[name] = Student.of_plain(plain)
                 self.say(f"  {name}: {students[name].title}")
@@ -160,8 +166,8 @@ class _Job:
         first = self.lessons.recipe.seed
         return [first + number for number in range(self.request.seeds)]
 
-    def _search(self) -> dict[str, Any]:
-        facts = self.data.facts
+    @cached_property
+    def search(self) -> Search:
         images: list[tuple[Tensor, Tensor]] = []
 
         def batches() -> list[tuple[Tensor, Tensor]]:
@@ -172,8 +178,7 @@ class _Job:
                         break
             return images
 
-        assert facts.num_classes
-        search = Search(
+        return Search(
             self.request.target,
             self.original,
             self.request.keep,
@@ -183,22 +188,25 @@ class _Job:
             self.session.world.device,
             self.bench,
         )
-        return propose(search, self.say)
 
     def _rank(self, students: list[dict[str, Any]]) -> dict[str, Any]:
         """By a short distillation; of equal ones by Fisher potential."""
-        rows = []
+        rows, failed = [], None
         for number, row in enumerate(students, 1):
             student = Student.of_plain(row)
             self.say(f"  {number}/{len(students)}  {student.digest}  {student.label}")
             title = f"short-{student.digest}"
-            recipe = self._recipe(student, title, self._seeds()[0], self.request.short_epochs)
+            recipe = self._recipe(
+                student, title, self._seeds()[0], self.request.short_epochs, ranking=True
+            )
             try:
-                accuracy = _accuracy(self._trained(recipe, self.data))
+                accuracy = _accuracy(self._trained(recipe))
             except RunFailed as error:  # one that diverges is the worst, and no more
                 self.say(f"  failed: {error}")
-                accuracy = 0.0
+                accuracy, failed = 0.0, error
             rows.append(row | {"accuracy": accuracy})
+        if failed is not None and not any(row["accuracy"] for row in rows):
+            raise failed
         correlation = spearman([r["potential"] for r in rows], [r["accuracy"] for r in rows])
         rows.sort(key=lambda row: (-row["accuracy"], -row["potential"]))
         return {"students": rows, "rank_correlation": correlation}
@@ -218,11 +226,11 @@ class _Job:
 
     def _baselines(self, chosen: Student, scale: float) -> dict[str, Any]:
         facts, options = self.data.facts, self.original.options
-        limit = self.bench.whole(chosen)
+        limit = self.search.cost(chosen)
         space = space_of(self.original.name, facts.num_classes, facts.image_shape, options)
-        prices = replace(self.bench.prices(space, quiet=True), scale=scale)
-        deep = depth_scaled(prices, limit, self.bench.whole)
-        wide = width_scaled(self.original.name, options, limit, self.bench.whole)
+        prices = replace(self.search.prices(space, quiet=True), scale=scale)
+        deep = depth_scaled(prices, limit, self.search.cost)
+        wide = width_scaled(self.original.name, options, limit, self.search.cost)
         return {
             "depth-scaled": deep and deep.plain(),
             "width-scaled": wide and wide.plain(),
@@ -235,6 +243,8 @@ class _Job:
         seed: int,
         epochs: int | None = None,
         source: Path | None = None,
+        *,
+        ranking: bool = False,
     ) -> Recipe:
         """Of one training, with its first weights written."""
         start = self.folder.path / "runs" / f"{title}-start.safetensors"
@@ -247,20 +257,20 @@ class _Job:
                 )
             of = "the original" if source is None else source.name
             self.say(f"  {title}: {taken} are those of {of}")
-        return self.lessons.of(student, title, start, epochs=epochs, seed=seed)
+        return self.lessons.of(student, title, start, epochs=epochs, seed=seed, ranking=ranking)
 
     def _distilled(self, student: Student, name: str, seed: int) -> dict[str, Any]:
         """Distil for the full length, in stages that shrink towards it; its summary."""
         title, stages = f"{name}-seed{seed}", self.request.stages
-        epochs = None if stages == 1 else max(1, self.lessons.recipe.total_epochs // stages)
+        epochs = None if stages == 1 else self.lessons.epochs_of(stages)
         source = None
         for number, middle in enumerate(steps_between(self.original, student, stages), 1):
             recipe = self._recipe(middle, f"{title}-stage{number}", seed, epochs, source)
-            self._trained(recipe, self.data)
+            self._trained(recipe)
             source = Path(str(recipe.out))
-        return self._trained(self._recipe(student, title, seed, epochs, source), self.data)
+        return self._trained(self._recipe(student, title, seed, epochs, source))
 
-    def _trained(self, recipe: Recipe, data: DataPair) -> dict[str, Any]:
+    def _trained(self, recipe: Recipe) -> dict[str, Any]:
         """Train it, or read what it reached before."""
         assert recipe.out is not None
         resume = "auto" if Path(recipe.out).exists() else None

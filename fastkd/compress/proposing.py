@@ -99,10 +99,10 @@ class Search:
     bench: Bench
     _potentials: dict[str, float] = field(default_factory=dict)
 
-    def prices(self, space: Space) -> Prices:
+    def prices(self, space: Space, *, quiet: bool = False) -> Prices:
         """In the unit of the target."""
         if self.target.quantity == "latency":
-            return self.bench.prices(space)
+            return self.bench.prices(space, quiet=quiet)
         name = self.target.quantity
         of = {graph.key: float(getattr(graph.count, name)) for graph, _ in space.graphs()}
         return Prices(space, of, self.cost(_student(space, space.original)))

@@ -1,7 +1,8 @@
-"""The honest baselines: the original made shallower, or narrower, to the same measured latency.
+"""The honest baselines: the original made shallower, or narrower, to the same measured cost.
 
-Both are trained exactly like the chosen student. Of each kind the one is taken whose measured
-latency is nearest below the chosen student's: what a user could have without any search.
+Both are trained exactly like the chosen student. Of each kind the one is taken whose cost, in what
+the target names, is nearest at or below the chosen student's: what a user could have without any
+search.
 """
 
 import itertools
@@ -20,7 +21,7 @@ _MOST = 5000
 """Combinations of depths that are looked at; beyond, all stages are shortened in proportion."""
 _TRIES = 8
 _NEAR = 0.05
-"""Below the latency, within this share of it, an even depth counts more than a nearer one."""
+"""Below the limit, within this share of it, an even depth counts more than a nearer one."""
 
 Measure = Callable[[Student], float]
 
@@ -51,42 +52,50 @@ def _unevenness(space: Space, pick: Pick) -> float:
     return statistics.pvariance(shares) if shares else 0.0
 
 
-def depth_scaled(prices: Prices, limit_ms: float, measure: Measure) -> Student | None:
-    """The network with fewer residual blocks whose latency is nearest at or below the limit.
+def depth_scaled(prices: Prices, limit: float, measure: Measure) -> Student | None:
+    """The network with fewer residual blocks whose cost is nearest at or below the limit.
 
-    prices: in milliseconds. Of several that are about as near the one that shortens its stages most
-    evenly. None if all are slower.
+    Of several that are about as near the one that shortens its stages most evenly. Whatever the
+    prices say too much or too little, each measurement corrects them, until the nearest one is
+    measured. None if all cost more.
     """
     space = prices.space
-    bound = limit_ms
+    every, measured = depths(space), dict[Pick, float]()
+
+    def cost(pick: Pick) -> float:
+        return measured.get(pick) or prices.estimate(pick)
+
     for _ in range(_TRIES):
-        below = [pick for pick in depths(space) if prices.estimate(pick) <= bound]
+        below = [pick for pick in every if cost(pick) <= limit]
         if not below:
-            return None
-        nearest = max(map(prices.estimate, below))
-        near = [pick for pick in below if prices.estimate(pick) >= nearest - _NEAR * limit_ms]
-        pick = min(near, key=lambda one: (_unevenness(space, one), -prices.estimate(one)))
-        student = Student(space.name, space.options_of(pick), space.label(pick).split(",")[0])
-        found = measure(student)
-        if found <= limit_ms:
-            return student
-        # The estimate was too low by so much: ask for less.
-        bound = min(prices.estimate(pick) * 0.999, bound * limit_ms / found)
-    return None
+            break
+        nearest = max(map(cost, below))
+        near = [pick for pick in below if cost(pick) >= nearest - _NEAR * limit]
+        pick = min(near, key=lambda one: (_unevenness(space, one), -cost(one)))
+        if pick in measured:
+            return _shortened(space, pick)
+        measured[pick] = measure(_shortened(space, pick))
+        prices = prices.fitted(measured)
+    fitting = [pick for pick, found in measured.items() if found <= limit]
+    return _shortened(space, max(fitting, key=cost)) if fitting else None
+
+
+def _shortened(space: Space, pick: Pick) -> Student:
+    return Student(space.name, space.options_of(pick), space.label(pick).split(",")[0])
 
 
 def width_scaled(
-    name: str, options: Mapping[str, Any], limit_ms: float, measure: Measure
+    name: str, options: Mapping[str, Any], limit: float, measure: Measure
 ) -> Student | None:
-    """The widest of the narrower networks whose latency is at most the limit; None: there is none.
+    """The widest of the narrower networks whose cost is at most the limit; None: there is none.
 
-    By bisection, as a narrower network is not slower, except by noise.
+    By bisection, as a narrower network does not cost more, except by noise.
     """
     every = narrower(name, options)
     low, high = 0, len(every)  # the first that is fast enough is in every[low:high], if any
     while low < high:
         middle = (low + high) // 2
-        if measure(every[middle]) <= limit_ms:
+        if measure(every[middle]) <= limit:
             high = middle
         else:
             low = middle + 1

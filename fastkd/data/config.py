@@ -81,6 +81,9 @@ class DataConfig(Section):
     only class folders, and for pairs; one with val/ or test/ uses these."""
     val_seed: Annotated[int, Since("0.2")] = Field(default=0, ge=0)
     """Seed of that choice. It does not follow `seed`, so that no teacher has seen these images."""
+    tune_share: Annotated[float | None, Since("0.2")] = Field(default=None, gt=0, lt=1)
+    """Share of every class of the training images that takes the place of the validation images,
+    which then nobody sees: for choosing among networks or settings. It follows `val_seed`."""
     seed: Annotated[int | None, Since("0.2")] = Field(default=None, ge=0)
     """Seed of everything random about the images: their order, crops, flips, policies, erasing and
     mixing; by default the recipe's `seed`, which keeps initial weights and dropout. Where it is

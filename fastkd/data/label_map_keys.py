@@ -49,6 +49,10 @@ def _with_maps(data: "DataConfig") -> _Rules:
         "beforehand, or leave it out",
     )
     yield (
+        data.tune_share is not None,
+        f"data.tune_share={data.tune_share} takes a share of every class, and {name}: leave it out",
+    )
+    yield (
         framed is not None,
         f"data.{framed} is for images that are evaluated on their centre, and {name}: they are "
         f"evaluated whole, at data.image_size",

@@ -352,6 +352,10 @@ class Recipe(Section):
             report=ReportConfig(),
         )
 
+    def over(self, epochs: int) -> "Recipe":
+        """The same training in so many epochs, with warm-up and milestones in proportion."""
+        return self.replace(epochs=epochs, epoch_factor=1.0, optim=self._optim_over(epochs))
+
     def _optim_over(self, epochs: int, lr: float | None = None) -> OptimConfig:
         """The optimizer of a training of this length in place of the recipe's own."""
         share = epochs / self.epochs

@@ -13,6 +13,8 @@ __all__ = ["Point", "draw_tradeoff"]
 
 # Of the safe palette those that show on white, with marks that differ without colour.
 _COLOURS = (7, 0, 6, 2, 4, 3)
+_LONGEST_BAR = 1.25
+"""How far beyond the dearest network a bar is shown; a longer one is cut."""
 _MARKS = ("s", "o", "^", "v", "D", "P")
 
 
@@ -75,13 +77,20 @@ def _draw(path: Path, points: Sequence[Point], cost: str, limit: float | None, t
         if limit is not None:
             axes.axvline(limit, color="0.35", linestyle="--", linewidth=1.2, label="target")
         axes.set(xlabel=cost, ylabel="accuracy", title=title)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, _right_end(points, limit))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="best")
         with atomic_path(path) as beside:
             figure.savefig(beside, format="png", dpi=150)
+
+
+def _right_end(points: Sequence[Point], limit: float | None) -> float:
+    """Of the cost axis; one long bar of a disturbed measurement does not stretch it."""
+    most = max([*(point.cost for point in points), limit or 0.0])
+    longest = max(point.cost_to or point.cost for point in points)
+    return 1.05 * max(most, min(longest, _LONGEST_BAR * most))
 
 
 def _front(points: Sequence[Point]) -> list[Point]:

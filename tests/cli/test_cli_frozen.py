@@ -92,7 +92,7 @@ data.name data.root data.backend data.image_size data.download data.train_limit 
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels
 data.on_bad data.labels data.seed data.image_dir data.label_dir data.classes_file data.multiple
-data.label_stride
+data.label_stride data.tune_share
 augment.crop augment.padding augment.pad_mode augment.flip augment.xprime
 augment.interpolation augment.policy augment.erasing augment.repeats augment.scale augment.window
 augment.randaugment.space augment.randaugment.operations augment.randaugment.magnitude

@@ -7,14 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastkd.compress.lessons import Lessons, original_of
+from fastkd.compress import phases
+from fastkd.compress.lessons import RANK_SHARE, Lessons, original_of
 from fastkd.compress.phases import Request, compress
 from fastkd.compress.shrinking import steps_between
 from fastkd.compress.student import Student, start_weights
 from fastkd.compress.target import Target
 from fastkd.compute.ranks import open_world
-from fastkd.errors import Interrupted, UserError
+from fastkd.errors import Interrupted, RunFailed, UserError
 from fastkd.models import create_model
+from fastkd.models.counting.count import count
 from fastkd.models.registry import model_from_file
 from fastkd.output.console import Console
 from fastkd.runs.stages import Session
@@ -159,6 +161,75 @@ def test_keys_that_are_not_the_users_are_refused(tmp_path, key, sentence):
     assert sentence in str(error.value)
 
 
+def test_short_trainings_are_the_long_ones_in_proportion(tmp_path):
+    keys = (*DIGITS, "epochs=40", "epoch_factor=0.5", "optim.warmup_epochs=10")
+    one, weights = original_of("resnet14", None, ())
+    lessons = Lessons(one, weights, keys, tmp_path)
+    short = lessons.of(one, "short", tmp_path / "w", epochs=4, seed=0, ranking=True)
+    assert (short.total_epochs, short.eval_epochs, short.optim.warmup_epochs) == (4, 4, 1.0)
+    assert short.data.tune_share == RANK_SHARE
+    long = lessons.of(one, "long", tmp_path / "w", seed=0)
+    assert (long.total_epochs, long.data.tune_share) == (20, None)
+    assert lessons.epochs_of(3) == 6
+
+
+def test_weights_of_another_network_are_told_before_anything_is_measured(tmp_path, meter, original):
+    with pytest.raises(UserError, match="resnet14"):
+        run(tmp_path / "out", meter, model="resnet14", weights=str(original), dry_run=True)
+    assert (meter.layers, meter.wholes) == (0, 0)
+
+
+def test_a_folder_goes_on_where_it_was_measured_only(tmp_path, make_meter, original):
+    words = {"weights": str(original), "dry_run": True}
+    run(tmp_path / "out", make_meter(), **words)
+    with pytest.raises(UserError, match="was measured elsewhere"):
+        run(tmp_path / "out", make_meter(cpu="another"), **words)
+
+
+def stop_at_training(monkeypatch, outcome):
+    """Short trainings have this outcome; the first long one is where the power fails."""
+    seen = []
+
+    def train(recipe, session, *, resume=None):
+        seen.append(recipe)
+        if not Path(recipe.out).name.startswith("short-"):
+            raise KeyboardInterrupt
+        if isinstance(outcome, Exception):
+            raise outcome
+        return {"accuracy_last": outcome}
+
+    monkeypatch.setattr(phases, "run_recipe", train)
+    return seen
+
+
+def test_the_choice_reads_no_validation_image(tmp_path, meter, original, monkeypatch):
+    seen = stop_at_training(monkeypatch, 0.5)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", meter, weights=str(original))
+    *short, long = seen
+    assert len(short) == 2 and {one.data.tune_share for one in short} == {RANK_SHARE}
+    assert long.data.tune_share is None
+
+
+def test_baselines_cost_as_much_in_what_the_target_names(tmp_path, meter, original, monkeypatch):
+    stop_at_training(monkeypatch, 0.5)
+    keys = tuple(key for key in KEYS if key != "student.width=0.25")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", meter, "params=0.5x", weights=str(original), keys=keys)
+    chosen = json.loads((tmp_path / "out" / "ranking.json").read_text())["students"][0]
+    baselines = json.loads((tmp_path / "out" / "baselines.json").read_text())
+    wide = Student.of_plain(baselines["width-scaled"])
+    assert count(wide.build(10), (3, 16, 16)).params <= chosen["cost"]
+    assert (meter.layers, meter.wholes) == (0, 0)
+
+
+def test_a_ranking_without_any_training_is_an_error(tmp_path, meter, original, monkeypatch):
+    stop_at_training(monkeypatch, RunFailed("the loss is nan"))
+    with pytest.raises(RunFailed, match="the loss is nan"):
+        run(tmp_path / "out", meter, weights=str(original))
+    assert not (tmp_path / "out" / "ranking.json").exists()
+
+
 def test_a_cheap_network_is_not_compressed_again(tmp_path):
     file = tmp_path / "cheap.safetensors"
     save_weights(file, create_model("resnet14", 10, width=0.25, blocks={"layer1": "G(2)"}))
@@ -218,8 +289,6 @@ def test_the_whole_flow_and_a_kill_in_every_training(tmp_path, make_meter, monke
     assert Image.open(folder / "pareto.png").size[0] > 500
     assert (folder / "student.onnx").exists()
     assert "| chosen |" in " ".join((folder / "table.md").read_text().split())
-
-    from fastkd.compress import phases
 
     real = phases.run_recipe
     for _ in range(20):

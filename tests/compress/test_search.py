@@ -187,9 +187,23 @@ def test_the_shallower_baseline_is_the_nearest_below():
     assert 0.95 * limit - 0.05 * limit <= macs_of(found) <= limit
     assert macs_of(found) >= max(one for one in every if one <= limit) - 0.05 * limit
     assert depth_scaled(prices, 0.01 * prices.whole, macs_of) is None
-    # One that measures slower than its parts say is not taken.
-    slow = depth_scaled(prices, limit, lambda student: 1.3 * macs_of(student))
-    assert slow is not None and 1.3 * macs_of(slow) <= limit
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.8, 1.3])
+def test_wrong_prices_make_no_weak_baseline(factor):
+    """Networks that measure other than their parts say: the nearest that was measured counts."""
+    space = space_of("resnet20", 10, SHAPE, {})
+    prices = counted(space, "macs")
+    limit = 0.6 * prices.whole
+
+    def clock(student: Student) -> float:
+        return prices.whole - factor * (prices.whole - macs_of(student))
+
+    every = [clock(Student("resnet20", space.options_of(pick), "")) for pick in depths(space)]
+    found = depth_scaled(prices, limit, clock)
+    assert found is not None
+    nearest = max(one for one in every if one <= limit)
+    assert nearest - 0.05 * limit <= clock(found) <= limit
 
 
 def test_the_narrower_baseline_is_the_widest_below():

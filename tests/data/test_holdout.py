@@ -121,6 +121,61 @@ def test_a_limit_takes_training_images_only(photos):
     assert (pair.train.num_samples, pair.val.num_samples) == (8, 13)
 
 
+def shown_in(pair: DataPair, split: str) -> set[tuple[int, int]]:
+    """Class and grey level of every image."""
+    seen = set()
+    for batch in (pair.train if split == "train" else pair.val).epoch(0):
+        levels = (batch.images_NCHW[:, 0, 0, 0] * 255).round().int().tolist()
+        seen |= set(zip(batch.labels_N.tolist(), levels, strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["resident", "torch"])
+def test_images_for_tuning_are_of_the_training_images(photos, backend):
+    keys = {"val_share": 0.25, "backend": backend, "workers": 0, "drop_last": False}
+    plain = opened(photos, **keys, mean=(0.0,) * 3, std=(1.0,) * 3)
+    tuned = opened(photos, **keys, mean=(0.0,) * 3, std=(1.0,) * 3, tune_share=0.2)
+    left, held = shown_in(tuned, "train"), shown_in(tuned, "val")
+    assert not left & held
+    assert left | held == shown_in(plain, "train")
+    assert not held & shown_in(plain, "val")
+    # 1, 1, 5 and 30 images were left for training.
+    assert len(held) == 0 + 0 + 1 + 6
+    assert tuned.facts.labels_N.shape == (30,)
+    assert tuned.remembered.train != plain.remembered.train
+    assert "7 of the 37 training images take the place of" in " ".join(tuned.remarks)
+
+
+def test_images_for_tuning_of_a_set_in_memory():
+    keys = {"image_size": None, "name": "digits"}
+    pairs = [
+        open_data(
+            DataConfig(**keys, **more),
+            AppearanceConfig(crop="none", flip=False),
+            batch_size=10,
+            seed=0,
+            placement=Placement(
+                World(0, 0, 1, torch.device("cpu"), None), Precision("fp32", "cpu")
+            ),
+        )
+        for more in ({}, {"tune_share": 0.25})
+    ]
+    plain, tuned = (len(pair.facts.labels_N) for pair in pairs)
+    assert tuned + pairs[1].val.num_samples == plain
+    assert abs(tuned - 0.75 * plain) <= 5
+    assert sorted(set(pairs[1].val_labels_N.tolist())) == list(range(10))
+
+
+def test_images_for_tuning_need_two_of_a_class(tmp_path):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    with pytest.raises(
+        UserError, match=r"data\.tune_share=0\.1: every class of folder/train has one"
+    ):
+        opened(tmp_path, tune_share=0.1)
+
+
 def test_what_there_is_is_said(photos):
     (photos / "dog" / "notes.txt").write_text("x")
     for backend in ("resident", "torch"):
@@ -173,6 +228,7 @@ def test_classes_of_one_image_each_cannot_be_split(tmp_path):
         ({"name": "digits", "val_share": 0.1}, "data.val_share=0.1 is for data.name=folder"),
         ({"name": "cifar10", "val_share": 0.1}, "data.val_share=0.1 is for data.name=folder"),
         ({"name": "folder", "val_share": 0.0}, "greater than 0"),
+        ({"name": "camvid", "tune_share": 0.1}, "data.tune_share=0.1 takes a share of every class"),
         ({"name": "folder", "val_share": 1.0}, "less than 1"),
         ({"name": "synthetic", "exif": "apply"}, "data.exif, data.alpha and data.white are for"),
         ({"name": "digits", "white": 4095}, "data.exif, data.alpha and data.white are for"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastkd.cli.arguments import parse, parsers
 from fastkd.compress import Target
+from fastkd.compress.lessons import RANK_SHARE
 from fastkd.compress.proposing import MARGIN
 from fastkd.compress.space import CANDIDATES
 from fastkd.deploy.export import export_network
@@ -42,6 +43,7 @@ def test_its_numbers_are_the_programs() -> None:
     *others, last = CANDIDATES
     assert f"with S, {', '.join(others)} and {last} where they divide" in text
     assert f"at or below {100 * MARGIN:.0f} % of the target" in text
+    assert RANK_SHARE == 0.1 and "on a tenth of the training images" in text
     defaults = vars(parse(["compress", "x", "--target", "macs=0.5x"]))
     assert f"| {defaults['keep']}, {defaults['short_epochs']} |" in text
     assert f"| `--draws N` | {defaults['draws']} |" in text

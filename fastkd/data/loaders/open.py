@@ -6,6 +6,7 @@ resident and the torch backend, and gives both loaders the same normalisation.
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from fastkd.compute.placement import Placement
@@ -28,7 +29,8 @@ from fastkd.data.sources.by_name import decode_source, open_source
 from fastkd.data.sources.cache import native_size
 from fastkd.data.sources.cifar import LAYOUTS
 from fastkd.data.sources.folder import FolderIndex
-from fastkd.data.sources.image_set import ImageSet
+from fastkd.data.sources.holdout import Holdout
+from fastkd.data.sources.image_set import ImageSet, first_labels
 from fastkd.data.sources.shards import CLASSES, ShardIndex
 from fastkd.data.sources.survey import survey
 from fastkd.errors import UserError
@@ -194,7 +196,35 @@ def _open_sources(data: DataConfig) -> _Images:
         if isinstance(train, ShardIndex):
             cure = f": {len(train.classes)} and {len(val.classes)}; name them in {CLASSES}"
         raise UserError(f"{data.name}: the class names of {train.name} and {val.name} differ{cure}")
+    if data.tune_share is not None:
+        return _for_tuning(train, data.name, Holdout(data.tune_share, data.val_seed))
     return train, val
+
+
+def _for_tuning(train: ImageSet | FolderIndex, name: str, holdout: Holdout) -> _Images:
+    """The training images in two parts, of which the second serves for validation."""
+    if isinstance(train, FolderIndex):
+        files = [bytes(file) for file in train.files_N]
+    else:
+        files = [str(sample).encode() for sample in range(len(train))]
+    labels_N = first_labels(train.labels_N)
+    if (np.bincount(labels_N) < 2).all():
+        raise UserError(
+            f"data.tune_share={holdout.share:g}: every class of {train.name} has one image, so "
+            "none can be held back; add images, or leave it out"
+        )
+    left, held = (
+        train.take(holdout.positions(files, labels_N, split)) for split in ("train", "val")
+    )
+    held = replace(held, name=f"{name}/tune")
+    if isinstance(left, FolderIndex):
+        left = left.remarked(
+            f"{len(held)} of the {len(train)} training images take the place of the validation "
+            f"images (data.tune_share={holdout.share:g} data.val_seed={holdout.seed})"
+        )
+    if isinstance(held, FolderIndex):
+        held = replace(held, remarks=())
+    return left, held
 
 
 def _remarks(

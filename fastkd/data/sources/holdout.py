@@ -1,4 +1,5 @@
-"""Validation images drawn from the training images, for a folder that has no validation split.
+"""Validation images drawn from the training images: for a folder that has no validation split, and
+for choices that must not read it (data.tune_share).
 
 Within each class the images are ordered by a hash of seed and file name, and the first ones are
 held back. So the split is the same on every rank, at every resume and on every machine, and an
