@@ -81,6 +81,7 @@ def compress(
     original, weights = original_of(request.model, request.weights, request.keys)
     asked = {key: one for key, one in asdict(request).items() if key not in ("dry_run", "seeds")}
     lessons = Lessons(original, weights, request.keys, folder)
+    CompressFolder.check(folder)
     with occupied(folder, session.world):
         opened = CompressFolder(folder, asked)
         within = replace(session, root=folder / "runs")

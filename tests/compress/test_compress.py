@@ -137,10 +137,23 @@ def test_another_request_in_a_folder_is_refused(tmp_path, meter, original):
     run(tmp_path / "out", meter, "macs=0.4x", **words)
     with pytest.raises(UserError, match=r"belongs to another request .*keep 2 there, 3 here"):
         run(tmp_path / "out", meter, "macs=0.4x", **words | {"keep": 3})
+    (tmp_path / "out" / "compress.json").write_text("[]")
+    with pytest.raises(UserError, match=r"compress\.json is damaged"):
+        run(tmp_path / "out", meter, "macs=0.4x", **words)
+
+
+@pytest.mark.parametrize("name", ["file", ".git", ".notes.tmp", ".lock.old"])
+def test_somebody_elses_folder_is_left_as_it_is(tmp_path, meter, original, name):
+    words = {"weights": str(original), "dry_run": True}
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    with pytest.raises(UserError, match="holds other files: choose a"):
+    for one in (name, ".lock"):
+        (tmp_path / "mine" / one).write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(.*\): choose an empty"):
         run(tmp_path / "mine", meter, **words)
+    there = {one.name: one.read_text() for one in (tmp_path / "mine").iterdir()}
+    assert there == {name: "mine", ".lock": "mine"}
+    with pytest.raises(UserError, match="is a file: choose"):
+        run(tmp_path / "mine" / name, meter, **words)
 
 
 @pytest.mark.parametrize(
