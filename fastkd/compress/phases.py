@@ -106,7 +106,13 @@ class _Job:
                 f"fastkd compress is for images with one class each, and {data.name} labels "
                 f"{'pixels' if data.facts.label_kind == 'pixel' else 'several at once'}"
             )
-        self.lessons.see(data.facts.num_classes, data.facts.image_shape)
+        if data.facts.num_classes == 1:
+            raise UserError(
+                f"{data.name} has one class, and there is nothing to tell apart: add images of "
+                f"another"
+            )
+        self.lessons.see(data)
+        data.train  # noqa: B018 - a batch size that does not fit is told before it is measured
         return data
 
     @cached_property

@@ -172,6 +172,35 @@ def test_keys_that_are_not_the_users_are_refused(tmp_path, key, sentence):
     assert sentence in str(error.value)
 
 
+def test_an_exported_file_is_no_network_to_train():
+    with pytest.raises(UserError, match="is an exported file, which is not trained again"):
+        original_of("student.onnx", None, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"classes": 10}, "does not fit resnet8 with 10 classes"),
+        ({"keys": "batch_size=5000"}, "not one full batch; set a smaller batch_size"),
+        ({"model": "timm:vit_tiny_patch16_224"}, "does not take images of 16x16 pixels"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_told_before_it_is_measured(tmp_path, meter, words, sentence):
+    asked: dict = {"dry_run": True}
+    if "classes" in words:
+        file = tmp_path / "other.safetensors"
+        save_weights(file, create_model("resnet8", 3, width=0.25))
+        asked["weights"] = str(file)
+    if "keys" in words:
+        asked["keys"] = (*KEYS, words["keys"])
+    if "model" in words:
+        asked["model"] = words["model"]
+        asked["keys"] = tuple(key for key in KEYS if not key.startswith("student."))
+    with pytest.raises(UserError, match=sentence):
+        run(tmp_path / "out", meter, **asked)
+    assert (meter.layers, meter.wholes) == (0, 0)
+
+
 def test_a_cheap_network_is_not_compressed_again(tmp_path):
     file = tmp_path / "cheap.safetensors"
     save_weights(file, create_model("resnet14", 10, width=0.25, blocks={"layer1": "G(2)"}))
