@@ -287,6 +287,24 @@ def test_mlflow_continues_its_run(mlflow_uri: str, tmp_path: Path) -> None:
     assert artifacts == {"curves.png", "table.md"}
 
 
+def test_mlflow_takes_any_key_and_any_name(mlflow_uri: str, tmp_path: Path) -> None:
+    config = {"a[0]!": 1, "k" * 300: "v" * 9000, "": 2, "é": "a\nb"}
+    folder = RunFolder(tmp_path).tracked(
+        ["mlflow"], name="n" * 3000, config=config, group="a\n\x1b[31m" + "g" * 9000
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        folder.begin_tracking([])
+        folder.append_metrics(row(1) | {"train_loss": float("nan")})
+        folder.finish({"epochs": 1})
+    assert kept(tmp_path)["mlflow"] | {"id": "", "at": ""} == {
+        "id": "",
+        "at": "",
+        "rows": 1,
+        "open": False,
+    }
+
+
 def test_what_mlflow_does_not_know_any_more_is_sent_again(mlflow_uri: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
