@@ -149,7 +149,7 @@ def _time(row: Mapping[str, Any]) -> bool:
     """Whether a row is a time of something."""
     times = [row.get(field.name) for field in fields(Times)]
     return isinstance(row.get("key"), str) and all(
-        type(one) in (int, float) and 0 <= one < math.inf for one in times
+        isinstance(one, int | float) and 0 <= one < math.inf for one in times
     )
 
 
