@@ -17,7 +17,8 @@ from shlex import quote
 from typing import Any
 
 from fastkd.errors import Interrupted, UserError
-from fastkd.output.run_folder import WITHOUT_SUMMARY
+from fastkd.output.run_folder import LOCK, WITHOUT_SUMMARY
+from fastkd.printable import few
 from fastkd.storage.atomic import atomic_path, writing
 
 __all__ = ["CompressFolder"]
@@ -26,19 +27,19 @@ _REQUEST = "compress.json"
 
 
 class CompressFolder:
-    """Opened for one request."""
+    """Opened for one request.
+
+    `check` is for before the folder is locked: that alone changes what is hidden in it.
+    """
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self.path = path
+        self.check(path)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         asked = json.loads(json.dumps(dict(request)))
         there = self.read(_REQUEST)
         if there is None:
-            if any(one for one in path.iterdir() if not one.name.startswith(".")):
-                raise UserError(
-                    f"{path} holds other files: choose an empty or new folder with --out"
-                )
             self.write(_REQUEST, asked)
         elif there != asked:
             keys = {**there, **asked}
@@ -47,6 +48,21 @@ class CompressFolder:
             raise UserError(
                 f"{path} belongs to another request ({said}): resume it with its own words, or "
                 f"choose another folder with --out"
+            )
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """UserError if it is a file, or holds anything that is not of a compression."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: choose an empty or new folder with --out")
+        if not path.is_dir() or (path / _REQUEST).exists():
+            return
+        # What a kill before the first file leaves is ours.
+        ours = (LOCK, f".{_REQUEST}.tmp")
+        if others := [one.name for one in path.iterdir() if one.name not in ours]:
+            raise UserError(
+                f"{path} holds other files ({few(sorted(others))}): choose an empty or new folder "
+                f"with --out"
             )
 
     def phase(self, name: str, find: Callable[[], Any]) -> Any:
@@ -59,14 +75,17 @@ class CompressFolder:
         return found
 
     def read(self, name: str) -> Any:
-        """A JSON file; None if it is not there. UserError if it is damaged."""
+        """An object of a JSON file; None if it is not there. UserError if it is damaged."""
         file = self.path / name
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is damaged ({error}). {WITHOUT_SUMMARY}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{file} is damaged (no JSON object). {WITHOUT_SUMMARY}")
+        return found
 
     def write(self, name: str, value: Any) -> None:
         """As JSON, whole or not at all."""

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
-from fastkd.compress.space import Shape, taps_of
+from fastkd.compress.space import taps_of
 from fastkd.compress.student import Student
+from fastkd.compute.precision import Precision
+from fastkd.data import DataPair
 from fastkd.errors import UserError
 from fastkd.models import create_model
 from fastkd.models.config import NETWORK_OPTIONS
+from fastkd.models.intake import refusal
 from fastkd.recipe.schema import Recipe
 from fastkd.recipes.loading import load_recipe
 from fastkd.storage.weight_file import WeightFile
+from fastkd.teachers.loading import load_net, of_images
 
 __all__ = ["Lessons", "original_of"]
 
@@ -52,6 +56,11 @@ def original_of(model: str, weights: str | None, keys: Sequence[str]) -> tuple[S
         weight file of fastkd, which says its network.
     """
     path = Path(model)
+    if model.endswith(".onnx"):
+        raise UserError(
+            f"{model} is an exported file, which is not trained again: give the run folder or the "
+            f"weight file that it was made of"
+        )
     if path.exists() and (path.is_file() or (path / "config.yaml").exists()):
         if weights is not None:
             raise UserError(f"{model} holds its weights: leave out --weights")
@@ -111,10 +120,30 @@ class Lessons:
         self.taps: tuple[str, ...] = ()
         self._recipe = self._load(None)
 
-    def see(self, num_classes: int, shape: Shape) -> None:
-        """Find the taps for attention transfer, once the data are known."""
-        model = create_model(self.original.name, num_classes, **self.original.options)
-        self.taps = taps_of(model, shape)
+    def see(self, data: DataPair) -> None:
+        """Try the original on the data, before anything is measured, and find the taps for
+        attention transfer. UserError if its weights, or the images, are not for it."""
+        teacher, facts = self._recipe.teacher, data.facts
+        assert teacher is not None and facts.num_classes is not None
+        with torch.random.fork_rng(devices=[]):
+            if not self.trains:
+                load_net(teacher, data, str(self.weights), "teacher")
+            model = create_model(self.original.name, facts.num_classes, **self.original.options)
+        images_NCHW = torch.zeros(1, *facts.image_shape)
+        try:
+            with torch.no_grad():
+                model.eval()(images_NCHW)
+        except Exception as error:  # foreign code can fail in any way
+            raise refusal(
+                error,
+                title=self.original.title,
+                model=model,
+                run=model,
+                images_NCHW=images_NCHW,
+                precision=Precision("fp32", "cpu"),
+                remedy=of_images(data),
+            ) from error
+        self.taps = taps_of(model, facts.image_shape)
 
     def _load(self, epochs: int | None, *, ranking: bool = False) -> Recipe:
         name = self.original.name

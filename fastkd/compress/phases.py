@@ -82,6 +82,7 @@ def compress(
     original, weights = original_of(request.model, request.weights, request.keys)
     asked = {key: one for key, one in asdict(request).items() if key not in ("dry_run", "seeds")}
     lessons = Lessons(original, weights, request.keys, folder)
+    CompressFolder.check(folder)
     with occupied(folder, session.world):
         opened = CompressFolder(folder, asked)
         within = replace(session, root=folder / "runs")
@@ -106,7 +107,13 @@ class _Job:
                 f"fastkd compress is for images with one class each, and {data.name} labels "
                 f"{'pixels' if data.facts.label_kind == 'pixel' else 'several at once'}"
             )
-        self.lessons.see(data.facts.num_classes, data.facts.image_shape)
+        if data.facts.num_classes == 1:
+            raise UserError(
+                f"{data.name} has one class, and there is nothing to tell apart: add images of "
+                f"another"
+            )
+        self.lessons.see(data)
+        data.train  # noqa: B018 - a batch size that does not fit is told before it is measured
         return data
 
     @cached_property

@@ -4,13 +4,14 @@
     {"key": "6f..", "label": "block 32->32 at 32x32", "block": "G(4)", "p10_ms": .., ..}
 
 The first line says where it was measured. A table of another machine, runtime, version, batch or
-number of threads is refused: times do not carry over. A line that was cut short by a kill is
-measured again.
+number of threads is refused: times do not carry over. A line that was cut short by a kill, or is
+damaged, is measured again.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from fastkd.deploy.latency import QUICK, RULE, Latency, Rule, measure
 from fastkd.deploy.latency.host import machine
 from fastkd.errors import RunFailed, UserError
 from fastkd.printable import shown
-from fastkd.storage.atomic import append_line
+from fastkd.storage.atomic import append_line, sentence
 
 __all__ = ["Meter", "RuntimeMeter", "Table", "Times"]
 
@@ -127,7 +128,7 @@ class Table:
                 f"{shown(file)} was measured elsewhere ({said}), and times do not carry over: "
                 f"choose another --out, or go on there"
             )
-        self.rows = {row["key"]: row for row in rows if "key" in row and "p50_ms" in row}
+        self.rows = {row["key"]: row for row in rows if _time(row)}
 
     def get(self, key: str) -> Times | None:
         """None if it was not measured yet."""
@@ -144,17 +145,27 @@ class Table:
         return times
 
 
+def _time(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a time of something."""
+    times = [row.get(field.name) for field in fields(Times)]
+    return isinstance(row.get("key"), str) and all(
+        isinstance(one, int | float) and 0 <= one < math.inf for one in times
+    )
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines, up to one that was cut short."""
+    """The rows of the complete lines, one empty for a line that is damaged."""
     if not file.exists():
         return []
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunFailed(sentence(error)) from error
     found: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in text.split("\n")[:-1]:
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith("\n") or not isinstance(row, dict):
-            break
-        found.append(row)
+        except (ValueError, RecursionError):
+            row = {}
+        found.append(row if isinstance(row, dict) else {})
     return found

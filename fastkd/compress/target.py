@@ -1,5 +1,6 @@
 """What a student shall cost at most: `latency=5ms`, `latency=0.5x`, `macs=0.3x`, `params=1M`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -49,7 +50,10 @@ class Target:
             range_ = "between 0x and 1x, a share of the original" if share else "above 0"
             raise UserError(f"--target {shown(text)}: expected a value {range_}")
         quantity: Quantity = name  # type: ignore[assignment]
-        return cls(quantity, number if share else number * units[match[2]], share)
+        value = number if share else number * units[match[2]]
+        if math.isinf(value):
+            raise UserError(f"--target {shown(text)}: expected a smaller number, as in {EXAMPLES}")
+        return cls(quantity, value, share)
 
     def limit(self, original: float) -> float:
         """The most that is allowed, where the original costs so much."""

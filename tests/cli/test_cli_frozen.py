@@ -87,7 +87,7 @@ OPTIONS = {
 KEYS = """
 name description seed epochs epoch_factor batch_size accumulate precision compile channels_last
 device deterministic out ema sync_bn save_steps eval_epochs max_skips tensorboard
-track track_group
+track track_group report.record
 data.name data.root data.backend data.image_size data.download data.train_limit data.workers
 data.mean data.std data.drop_last data.eval_resize data.eval_crop data.eval_interpolation
 data.eval_mode data.val_share data.val_seed data.exif data.alpha data.white data.max_pixels

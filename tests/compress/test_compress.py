@@ -139,10 +139,23 @@ def test_another_request_in_a_folder_is_refused(tmp_path, meter, original):
     run(tmp_path / "out", meter, "macs=0.4x", **words)
     with pytest.raises(UserError, match=r"belongs to another request .*keep 2 there, 3 here"):
         run(tmp_path / "out", meter, "macs=0.4x", **words | {"keep": 3})
+    (tmp_path / "out" / "compress.json").write_text("[]")
+    with pytest.raises(UserError, match=r"compress\.json is damaged"):
+        run(tmp_path / "out", meter, "macs=0.4x", **words)
+
+
+@pytest.mark.parametrize("name", ["file", ".git", ".notes.tmp", ".lock.old"])
+def test_somebody_elses_folder_is_left_as_it_is(tmp_path, meter, original, name):
+    words = {"weights": str(original), "dry_run": True}
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    with pytest.raises(UserError, match="holds other files: choose a"):
+    for one in (name, ".lock"):
+        (tmp_path / "mine" / one).write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(.*\): choose an empty"):
         run(tmp_path / "mine", meter, **words)
+    there = {one.name: one.read_text() for one in (tmp_path / "mine").iterdir()}
+    assert there == {name: "mine", ".lock": "mine"}
+    with pytest.raises(UserError, match="is a file: choose"):
+        run(tmp_path / "mine" / name, meter, **words)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +241,35 @@ def test_a_ranking_without_any_training_is_an_error(tmp_path, meter, original, m
     with pytest.raises(RunFailed, match="the loss is nan"):
         run(tmp_path / "out", meter, weights=str(original))
     assert not (tmp_path / "out" / "ranking.json").exists()
+
+
+def test_an_exported_file_is_no_network_to_train():
+    with pytest.raises(UserError, match="is an exported file, which is not trained again"):
+        original_of("student.onnx", None, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"classes": 10}, "does not fit resnet8 with 10 classes"),
+        ({"keys": "batch_size=5000"}, "not one full batch; set a smaller batch_size"),
+        ({"model": "timm:vit_tiny_patch16_224"}, "does not take images of 16x16 pixels"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_told_before_it_is_measured(tmp_path, meter, words, sentence):
+    asked: dict = {"dry_run": True}
+    if "classes" in words:
+        file = tmp_path / "other.safetensors"
+        save_weights(file, create_model("resnet8", 3, width=0.25))
+        asked["weights"] = str(file)
+    if "keys" in words:
+        asked["keys"] = (*KEYS, words["keys"])
+    if "model" in words:
+        asked["model"] = words["model"]
+        asked["keys"] = tuple(key for key in KEYS if not key.startswith("student."))
+    with pytest.raises(UserError, match=sentence):
+        run(tmp_path / "out", meter, **asked)
+    assert (meter.layers, meter.wholes) == (0, 0)
 
 
 def test_a_cheap_network_is_not_compressed_again(tmp_path):

@@ -35,6 +35,32 @@ def test_a_cut_line_is_measured_again(tmp_path, left):
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "3",
+        "[" * 100_000,
+        '{"key": [], "p10_ms": 1, "p50_ms": 1, "p90_ms": 1}',
+        '{"key": "b", "p50_ms": 1}',
+        '{"key": "b", "p10_ms": 1, "p50_ms": "1", "p90_ms": 1}',
+        '{"key": "b", "p10_ms": 1, "p50_ms": NaN, "p90_ms": 1}',
+        '{"key": "b", "p10_ms": 1, "p50_ms": -1, "p90_ms": 1}',
+    ],
+)
+def test_a_damaged_line_is_measured_again_and_hides_no_other(tmp_path, line):
+    file = tmp_path / "costs.jsonl"
+    Table(file, HERE).put("a", Times(1.0, 2.0, 3.0))
+    with file.open("a") as lines:
+        lines.write(f"{line}\n")
+    table = Table(file, HERE)
+    assert table.get("a") and table.get("b") is None
+    table.put("b", Times(4.0, 5.0, 6.0))
+    again = Table(file, HERE)
+    assert again.get("a") == Times(1.0, 2.0, 3.0) and again.get("b") == Times(4.0, 5.0, 6.0)
+
+
 @pytest.mark.parametrize("change", [{"cpu": "other"}, {"threads": "2"}, {"onnxruntime": "1.30"}])
 def test_a_table_of_elsewhere_is_refused(tmp_path, change):
     Table(tmp_path / "costs.jsonl", HERE)
@@ -42,10 +68,12 @@ def test_a_table_of_elsewhere_is_refused(tmp_path, change):
         Table(tmp_path / "costs.jsonl", HERE | change)
 
 
-def test_another_file_is_refused(tmp_path):
-    (tmp_path / "costs.jsonl").write_text('{"a": 1}\n')
+@pytest.mark.parametrize("text", ['{"a": 1}\n', "hello\n", "\n", "3\n{}\n"])
+def test_another_file_is_refused_and_stays(tmp_path, text):
+    (tmp_path / "costs.jsonl").write_text(text)
     with pytest.raises(UserError, match="is no table of fastkd compress"):
         Table(tmp_path / "costs.jsonl", HERE)
+    assert (tmp_path / "costs.jsonl").read_text() == text
 
 
 def test_a_broken_clock_is_an_error(tmp_path):

@@ -42,6 +42,8 @@ def test_a_target_is_a_limit(text, original, limit):
         ("latency=0ms", "expected a value above 0"),
         ("latency=1x", "expected a value between 0x and 1x, a share of the original"),
         ("macs=0x", "expected a value between 0x and 1x"),
+        ("params=" + "9" * 400, "expected a smaller number"),
+        ("macs=" + "9" * 308 + "G", "expected a smaller number"),
     ],
 )
 def test_a_wrong_target_is_one_sentence(text, sentence):

@@ -287,6 +287,24 @@ def test_mlflow_continues_its_run(mlflow_uri: str, tmp_path: Path) -> None:
     assert artifacts == {"curves.png", "table.md"}
 
 
+def test_mlflow_takes_any_key_and_any_name(mlflow_uri: str, tmp_path: Path) -> None:
+    config = {"a[0]!": 1, "k" * 300: "v" * 9000, "": 2, "é": "a\nb"}
+    folder = RunFolder(tmp_path).tracked(
+        ["mlflow"], name="n" * 3000, config=config, group="a\n\x1b[31m" + "g" * 9000
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        folder.begin_tracking([])
+        folder.append_metrics(row(1) | {"train_loss": float("nan")})
+        folder.finish({"epochs": 1})
+    assert kept(tmp_path)["mlflow"] | {"id": "", "at": ""} == {
+        "id": "",
+        "at": "",
+        "rows": 1,
+        "open": False,
+    }
+
+
 def test_what_mlflow_does_not_know_any_more_is_sent_again(mlflow_uri: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -421,17 +439,41 @@ def test_a_tracker_that_comes_later_or_was_gone_gets_all_rows(
     }
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"wandb": {"id": "x"}}', '{"wandb": 3}', "null"])
+def _record(rows: str = "1", id: str = '"x"', open: str = "true") -> str:
+    return f'{{"wandb": {{"id": {id}, "at": "", "rows": {rows}, "open": {open}}}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"wandb": {"id": "x"}}',
+        '{"wandb": 3}',
+        "null",
+        "[" * 100_000,
+        _record(rows="Infinity"),
+        _record(rows="NaN"),
+        _record(rows="-1"),
+        _record(rows="1.5"),
+        _record(rows="true"),
+        _record(rows='"1"'),
+        _record(rows="9" * 5000),
+        _record(id="null"),
+        _record(open='"false"'),
+        "{\udcff}",
+    ],
+)
 def test_a_damaged_record_is_a_sentence_and_no_second_run(
     two: tuple[type[Noting], type[Noting]], tmp_path: Path, text: str
 ) -> None:
     folder = tracked(tmp_path / "run", "wandb")
-    (tmp_path / "run/trackers.json").write_text(text)
+    (tmp_path / "run/trackers.json").write_text(text, errors="surrogateescape")
     with pytest.warns(UserWarning, match=r"not tracked: .*trackers\.json is damaged .*remove it"):
         assert folder.begin_tracking([]) == []
     folder.append_metrics(row(1))
     folder.finish({})
-    assert (tmp_path / "run/trackers.json").read_text() == text
+    assert (tmp_path / "run/trackers.json").read_text(errors="surrogateescape") == text
 
 
 def test_a_run_that_nobody_tracks_keeps_no_record(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 _AT_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _PARAMS_PER_REQUEST = 100
 _LONGEST_PARAM = 500
+_LONGEST_KEY = 250
 _STATUS = {"stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -99,7 +100,8 @@ class MLflowSink:
             "fastkd.folder": str(run.folder.absolute()),
         }
         found = self._client.create_run(self._experiment(), run_name=run.name, tags=tags)
-        params = [entities.Param(key, str(v)[:_LONGEST_PARAM]) for key, v in run.config.items()]
+        values = {_param(key): str(v)[:_LONGEST_PARAM] for key, v in run.config.items()}
+        params = [entities.Param(key, value) for key, value in values.items()]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             part = params[first : first + _PARAMS_PER_REQUEST]
             self._client.log_batch(found.info.run_id, params=part)
@@ -154,6 +156,11 @@ class MLflowSink:
         if self._id and ending != "broken":
             with _environment(_PATIENCE):
                 self._client.set_terminated(self._id, _STATUS[ending])
+
+
+def _param(key: str) -> str:
+    """A key as MLflow takes it: one that it does not would cost the whole run."""
+    return re.sub(r"[^\w./: -]", "_", key, flags=re.ASCII)[:_LONGEST_KEY] or "_"
 
 
 def _shown(uri: str) -> str:

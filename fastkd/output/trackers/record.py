@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.output.trackers.sink import Kept
+from fastkd.printable import brief, in_words
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["TRACKERS_FILE", "read_record", "write_record"]
@@ -28,12 +29,12 @@ def read_record(folder: Path) -> dict[str, Kept]:
         text = (folder / TRACKERS_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
+    except UnicodeDecodeError as error:
+        raise _damaged(folder, error) from None
     try:
         return {name: _kept(one) for name, one in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / TRACKERS_FILE} is damaged ({error}): remove it, and new remote runs begin"
-        ) from None
+        raise _damaged(folder, error) from None
 
 
 def write_record(folder: Path, kept: Mapping[str, Kept]) -> None:
@@ -44,4 +45,20 @@ def write_record(folder: Path, kept: Mapping[str, Kept]) -> None:
 
 
 def _kept(value: Mapping[str, Any]) -> Kept:
-    return Kept(str(value["id"]), str(value["at"]), int(value["rows"]), bool(value["open"]))
+    kept = Kept(value["id"], value["at"], value["rows"], value["open"])
+    # A number of rows that is not one would let rows be lost or sent twice without a word.
+    if not isinstance(kept.id, str) or not isinstance(kept.at, str):
+        raise TypeError(f"id {brief(kept.id)} at {brief(kept.at)}, expected two texts")
+    if type(kept.rows) is not int or kept.rows < 0 or type(kept.open) is not bool:
+        raise TypeError(
+            f"rows {brief(kept.rows)}, open {brief(kept.open)}, expected a whole number from 0 "
+            f"and true or false"
+        )
+    return kept
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder / TRACKERS_FILE} is damaged ({in_words(error)}): remove it, and new remote runs "
+        f"begin"
+    )
