@@ -39,13 +39,18 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
             panel.grid(visible=False)
             # The axes of a t-SNE have no unit.
             panel.set(xticks=[], yticks=[])
+            panel.spines[["top", "right"]].set_visible(True)
             if f"{name}_ND" not in arrays:
                 panel.set_axis_off()
                 continue
             rows += _scattered(panel, run, name, arrays)
             title = f"{_title(name, run)}, {float(arrays[f'{name}_accuracy']):.0%} right"
             panel.set_title(title if len(shown) == 1 else f"{title}\n{run.label}")
-    legend_below(figure, axes[0, 0], columns=len(names))
+    if len({tuple(arrays["classes_K"].tolist()) for _, arrays in shown}) == 1:
+        legend_below(figure, axes, columns=len(names), title="class")
+    else:
+        for line in axes:
+            next(panel for panel in line if panel.axison).legend(title="class", fontsize=6)
     return Drawn(figure, rows)
 
 
