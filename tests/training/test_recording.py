@@ -182,7 +182,7 @@ def test_the_mean_kl_is_that_of_float64(trained: dict[str, Any]) -> None:
     run = trained["folder"] / "recorded"
     shown: list[Shown] = trained["shown"]
     assert len(shown) == 3 * recorder.LAST_STEPS
-    temperature = load_recipe(None, config=run / "config.yaml").losses["kd"]["temperature"]
+    temperature = 4.0  # of the quickstart
     for epoch, row in enumerate(rows(run, "kl")):
         means, hard, ratios, images = [], [], [], 0
         for one in shown[4 * epoch : 4 * epoch + 4]:

@@ -107,6 +107,8 @@ def house() -> Generator[None]:
             "axes.axisbelow": True,
             "legend.frameon": False,
             "text.color": INK,
+            # Names of runs and classes may have dollar signs.
+            "text.parse_math": False,
             "axes.edgecolor": INK,
             "axes.labelcolor": INK,
             "xtick.color": INK,
