@@ -48,7 +48,8 @@ def report(options: argparse.Namespace) -> None:
             raise UserError("name the folders of runs: fastkd report runs/RECIPE/* --out report")
         out = Path(options.out or OUT)
         collected = collect(read_runs(paths))
-        runs = _with_answers(collected.runs, out, keys, options.predict, console)
+        asked = any(kind.name == "tsne" for kind in kinds)
+        runs = _with_answers(collected.runs, out, keys, options.predict, console, last_layers=asked)
         collected = collected.of(runs)
         console.comparison(collected.rows)
         for line in collected.verdicts:
@@ -58,13 +59,21 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _with_answers(
-    runs: Sequence[ReportedRun], out: Path, keys: Sequence[str], ask: bool, console: Console
+    runs: Sequence[ReportedRun],
+    out: Path,
+    keys: Sequence[str],
+    ask: bool,
+    console: Console,
+    *,
+    last_layers: bool,
 ) -> list[ReportedRun]:
+    from fastkd.runs.activations import keep_activations
     from fastkd.runs.kept_answers import FOLDER, keep_answers
 
     if not ask and not (out / FOLDER).is_dir():
         return list(runs)
-    return keep_answers(runs, out, keys, ask=ask, say=console.note)
+    runs = keep_answers(runs, out, keys, ask=ask, say=console.note)
+    return keep_activations(runs, out, keys, ask=ask, say=console.note) if last_layers else runs
 
 
 def _listed(text: str | None) -> list[str] | None:

@@ -49,6 +49,8 @@ class ReportedRun:
     """Folder of the student alone that the run is measured by."""
     predictions: Mapping[str, Path] = field(default_factory=dict)
     """Files of kept answers to the validation images, by `student`, `alone` and `teacher`."""
+    last_layers: Path | None = None
+    """File of what `fastkd.runs.activations` kept for a t-SNE."""
 
     @property
     def finished(self) -> bool:

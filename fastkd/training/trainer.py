@@ -257,7 +257,7 @@ class Trainer:
             # Not a wait for data: ranks exchange images there.
             batch = self.views.mixed(batch, epoch, step)
             views = self.views(batch, epoch, step)
-        with clock.part("teacher"):
+        with nullcontext() if self.teacher is None else clock.part("teacher"):
             targets = self.fallback.run(partial(answers, self.teacher, views, epoch, step))
         targets |= self.views.xprime_targets(batch, targets, epoch, step)
         # The step needs the views, not what they were made from.

@@ -73,3 +73,55 @@ def test_unfinished_runs_and_runs_without_weights_have_none(tmp_path):
     fake_run(tmp_path / "runs/mine", values=[0.5])
     run, said = kept(tmp_path)
     assert (run.predictions, said) == ({}, [])
+
+
+def test_last_layers_are_those_of_the_worst_classes(trained, monkeypatch):
+    from fastkd.models.registry import model_from_file
+    from fastkd.runs.activations import CLASSES, keep_activations
+    from fastkd.teachers.parts import last_linear
+
+    monkeypatch.chdir(trained)
+    run, _ = kept(trained)
+    said = []
+    (shown,) = keep_activations([run], trained / "report", (), ask=True, say=said.append)
+    assert said == []
+    with np.load(shown.last_layers) as file:
+        arrays = dict(file)
+    alone = Answers.read(run.predictions["alone"])
+    right = alone.predicted_N == alone.labels_N
+    by_class = [right[alone.labels_N == label].mean() for label in range(10)]
+    classes = arrays["classes_K"].tolist()
+    assert classes == np.argsort(by_class, kind="stable")[:CLASSES].tolist()
+    wanted = np.isin(alone.labels_N, classes)
+    assert float(arrays["alone_accuracy"]) == pytest.approx(right[wanted].mean())
+    assert (arrays["labels_N"] == alone.labels_N[wanted]).all()
+    # The last layer makes of them what the network has answered.
+    for name, folder in (("student", run.path), ("alone", run.alone)):
+        head = last_linear(model_from_file(folder))
+        assert head is not None
+        inputs_ND = arrays[f"{name}_ND"].astype(np.float64)
+        weight, bias = (one.detach().double().numpy() for one in (head.weight, head.bias))
+        logits_NC = inputs_ND @ weight.T + bias
+        top_N = Answers.read(run.predictions[name]).predicted_N[wanted]
+        assert (logits_NC.argmax(1) == top_N).mean() > 0.98
+    assert arrays["teacher_ND"].shape == (wanted.sum(), 128)
+    # Nothing is asked twice, nor without being told to.
+    monkeypatch.setattr("fastkd.runs.activations._asked", None)
+    (again,) = keep_activations([run], trained / "report", (), ask=False, say=said.append)
+    assert (again.last_layers, said) == (shown.last_layers, [])
+
+
+def test_no_t_sne_is_a_sentence_and_not_an_end(trained, monkeypatch):
+    from fastkd.errors import UserError
+    from fastkd.runs import activations
+
+    monkeypatch.chdir(trained)
+    run, _ = kept(trained)
+
+    def fails(*_):
+        raise UserError("the images are gone")
+
+    monkeypatch.setattr(activations, "_asked", fails)
+    said = []
+    (out,) = activations.keep_activations([run], trained / "none", (), ask=True, say=said.append)
+    assert (out.last_layers, said) == (None, ["no t-SNE of quickstart: the images are gone"])

@@ -16,6 +16,7 @@ from fastkd.report.figures.figure import (
     FigureKind,
     integer_axis,
     legend_below,
+    log_axis,
     new_figure,
     percent_axis,
 )
@@ -46,9 +47,12 @@ def _alignment(runs: Sequence[ReportedRun]) -> Drawn | None:
     recorded = {run.label: _recorded(run) for run in runs}
     stages = list(dict.fromkeys(s for rows in recorded.values() for r in rows for s in r["mse"]))
     panels = 1 + len(stages)
-    columns = min(panels, 3)
+    # Four panels are two by two, not three and one.
+    columns = 2 if panels == 4 else min(panels, 3)
     size = (-(-panels // columns), columns)
-    figure, axes = new_figure("page" if panels > 1 else "column", panels=size, ratio=0.8)
+    figure, axes = new_figure(
+        "page" if panels > 1 else "column", panels=size, ratio=0.55 if columns == 2 else 0.8
+    )
     first, *others = axes.flat
     rows = [row for index, run in enumerate(runs) for row in _accuracy(first, index, run)]
     first.set_ylabel(f"validation {HEADLINES[runs[0].metric]}")
@@ -66,7 +70,8 @@ def _alignment(runs: Sequence[ReportedRun]) -> Drawn | None:
                 | {"mse": row["mse"][stage], "relative": row["relative"][stage]}
                 for epoch, row in values
             ]
-        panel.set(title=f"{stage}: squared distance / teacher's square", yscale="log")
+        panel.set(title=stage, ylabel="distance² / teacher²")
+        log_axis(panel)
     for panel in others[len(stages) :]:
         panel.set_axis_off()
     for panel in axes.flat[:panels]:

@@ -83,10 +83,19 @@ def _pareto(runs: Sequence[ReportedRun]) -> Drawn | None:
         # Within a decade the ticks of a logarithm are crowded.
         wide = max(costs) > 10 * min(costs)
         axes.set(xscale="log" if wide else "linear", xlabel=title)
+        _plain(axes.xaxis, times=title.startswith("ms"))
         percent_axis(axes.yaxis)
     grid[0, 0].set_ylabel(f"validation {printed}")
     legend_below(figure, grid, columns=4)
     return Drawn(figure, rows)
+
+
+def _plain(axis: Any, *, times: bool) -> None:
+    """Ticks as 10 k and 1 M, as the table has them; of times as numbers."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}") if times else EngFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _titles(runs: Sequence[ReportedRun]) -> tuple[list[str], dict[str, float]]:

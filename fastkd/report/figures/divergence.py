@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastkd.report.colours import look_of
-from fastkd.report.figures.figure import Drawn, FigureKind, legend_below, new_figure, percent_axis
+from fastkd.report.figures.figure import (
+    Drawn,
+    FigureKind,
+    legend_below,
+    log_axis,
+    new_figure,
+    percent_axis,
+)
 from fastkd.report.runs_read import ReportedRun
 
 __all__ = ["KINDS"]
@@ -59,10 +66,10 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
         for epoch, ratio in ratios:
             row = {"run": run.label, "epoch": epoch, "done": epoch / total, "ratio": ratio}
             rows.append(row | {key: means.get(epoch, {}).get(key) for key in _MEANS if both})
-    axes[0, 0].set_ylabel("mean KL, picked images / all of the pool")
+    axes[0, 0].set_ylabel("mean KL: harder part / all")
     if both:
         axes[0, 1].set_ylabel("mean KL in nats (pale: harder part)")
-        axes[0, 1].set_yscale("log")
+        log_axis(axes[0, 1])
     for panel in axes[0]:
         panel.set_xlabel("training done")
         percent_axis(panel.xaxis)

@@ -1,15 +1,17 @@
 """t-SNE of what the last layers get of three classes: teacher, student alone, distilled student.
 
-"On the Demystification of Knowledge Distillation", figure 2. The numbers are those of
-`runs.activations`, in record/ of the run; one row of panels for each run.
+"On the Demystification of Knowledge Distillation", figure 2. The numbers are those
+that `runs.activations` keeps beside a report; one row of panels for each run.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastkd.printable import printable
+from fastkd.printable import in_words, printable
 from fastkd.report.colours import look_of
 from fastkd.report.figures.figure import Drawn, FigureKind, legend_below, new_figure
 from fastkd.report.runs_read import ReportedRun
@@ -22,11 +24,11 @@ _SEED = 0
 
 
 def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
-    shown: list[tuple[ReportedRun, Mapping[str, np.ndarray]]] = []
-    for run in runs:
-        found = run.recorded("activations")
-        if isinstance(found, dict) and found:
-            shown.append((run, found[max(found)]))
+    shown = [
+        (run, found)
+        for run in runs
+        if run.last_layers is not None and (found := _read(run.last_layers))
+    ]
     if not shown:
         return None
     names = [name for name in _NETWORKS if any(f"{name}_ND" in arrays for _, arrays in shown)]
@@ -37,14 +39,29 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
             panel.grid(visible=False)
             # The axes of a t-SNE have no unit.
             panel.set(xticks=[], yticks=[])
+            panel.spines[["top", "right"]].set_visible(True)
             if f"{name}_ND" not in arrays:
                 panel.set_axis_off()
                 continue
             rows += _scattered(panel, run, name, arrays)
             title = f"{_title(name, run)}, {float(arrays[f'{name}_accuracy']):.0%} right"
             panel.set_title(title if len(shown) == 1 else f"{title}\n{run.label}")
-    legend_below(figure, axes[0, 0], columns=len(names))
+    if len({tuple(arrays["classes_K"].tolist()) for _, arrays in shown}) == 1:
+        legend_below(figure, axes, columns=len(names), title="class")
+    else:
+        for line in axes:
+            next(panel for panel in line if panel.axison).legend(title="class", fontsize=6)
     return Drawn(figure, rows)
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """Empty for a file that is damaged, which a warning says."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # a zip file fails in many ways
+        warnings.warn(f"{file} is damaged ({in_words(error)}): left out", stacklevel=2)
+        return {}
 
 
 def _title(name: str, run: ReportedRun) -> str:
@@ -95,6 +112,6 @@ KINDS = (
         title="t-SNE of the input of the last layer, three classes of validation images",
         source="Demystification, figure 2",
         draw=_draw,
-        needs="best.safetensors of the run and its validation images",
+        needs="--predict",
     ),
 )

@@ -5,6 +5,7 @@ writes the picture, and its numbers as CSV and LaTeX. matplotlib is imported ins
 draws without a screen and without touching the caller's settings.
 """
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ __all__ = [
     "house",
     "integer_axis",
     "legend_below",
+    "log_axis",
     "look_of",
     "new_figure",
     "percent_axis",
@@ -105,6 +107,8 @@ def house() -> Generator[None]:
             "axes.axisbelow": True,
             "legend.frameon": False,
             "text.color": INK,
+            # Names of runs and classes may have dollar signs.
+            "text.parse_math": False,
             "axes.edgecolor": INK,
             "axes.labelcolor": INK,
             "xtick.color": INK,
@@ -152,6 +156,28 @@ def integer_axis(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_axis(panel: Any) -> None:
+    """A logarithmic y axis with plain numbers, after the curves are drawn.
+
+    Few labels, but at least one: less than half a decade is shown as a linear axis.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = panel.get_yaxis().get_data_interval()
+    decades = math.log10(high / low) if 0 < low < high < math.inf else 0.0
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    if decades < 0.5:
+        panel.yaxis.set_major_formatter(plain)
+        return
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(plain)
+    if decades < 1.5:
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        panel.yaxis.set_minor_formatter(plain)
+    else:
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(figure: "Figure", axes: Any, *, columns: int = 2, title: str = "") -> None:

@@ -20,7 +20,9 @@ _SHOWN = 4
 """Samples, as in the paper."""
 _LONGEST = 17
 """Characters of a class name, as many as fit."""
-_BLOCKS = {"target": "label of the mix", "teacher": "teacher", "student": "student"}
+_BAR = 0.82
+"""Of the width of a panel, for a share of 1."""
+_BLOCKS = {"target": "label", "teacher": "teacher", "student": "student"}
 
 
 def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
@@ -68,12 +70,15 @@ def _drawn(run: ReportedRun, epoch: int, arrays: Mapping[str, np.ndarray]) -> Dr
         at = 0.0
         for index, (block, title) in enumerate(_BLOCKS.items()):
             at += 1.0
-            panel.text(0, at, title, va="center", fontsize=7, fontweight="bold")
             pairs = _answers(arrays, block, sample)
+            mixed = block == "target" and len(pairs) > 1
+            called = f"{title} of the mix" if mixed else title
+            panel.text(0, at, called, va="center", fontsize=7, fontweight="bold")
             for rank, (label, share) in enumerate(pairs, start=1):
                 name = str(known[label]) if label < len(known) else f"class {label}"
                 y = at + rank
-                panel.barh(y, share, height=0.8, color=look_of(index)["color"], alpha=0.25)
+                # The numbers stand to the right of the longest bar.
+                panel.barh(y, share * _BAR, height=0.8, color=look_of(index)["color"], alpha=0.25)
                 panel.text(0.01, y, printable(name, _LONGEST), va="center", fontsize=6.5)
                 panel.text(1, y, f"{share:.3f}", va="center", ha="right", fontsize=6.5)
                 rows.append(

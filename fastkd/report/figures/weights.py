@@ -122,7 +122,7 @@ def _percentiles(runs: Sequence[ReportedRun]) -> Drawn | None:
                 )
                 if index == 0 and values[-1] is not None:
                     panel.annotate(
-                        f"{percent} %",
+                        f"{percent}%",
                         (epochs[-1], values[-1]),
                         xytext=(3, 0),
                         textcoords="offset points",
