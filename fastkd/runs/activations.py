@@ -68,7 +68,7 @@ def keep_activations(
     return found
 
 
-def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(file: Path, arrays: Mapping[str, Any]) -> None:
     with atomic_path(file) as beside, beside.open("wb") as opened:
         np.savez_compressed(opened, **arrays)
 

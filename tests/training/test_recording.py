@@ -190,7 +190,7 @@ def test_the_mean_kl_is_that_of_float64(trained: dict[str, Any]) -> None:
             student.load_state_dict(one.state)
             student.train()
             with torch.no_grad():
-                logits_PC = student(one.images_PCHW)["logits"].double()
+                logits_PC = student(one.images_PCHW).double()
             q_PC = (logits_PC / temperature).softmax(1)
             p_PC = (one.teacher_PC.double() / temperature).softmax(1)
             kl_P = (p_PC * (p_PC.log() - q_PC.log())).sum(1).numpy()

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastkd.printable import in_words, printable
 from fastkd.report.colours import look_of
-from fastkd.report.figures.figure import Drawn, FigureKind, legend_below, new_figure
+from fastkd.report.figures.figure import Drawn, FigureKind, Width, legend_below, new_figure
 from fastkd.report.runs_read import ReportedRun
 
 __all__ = ["KINDS"]
@@ -32,7 +32,8 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
     if not shown:
         return None
     names = [name for name in _NETWORKS if any(f"{name}_ND" in arrays for _, arrays in shown)]
-    figure, axes = new_figure("page", panels=(len(shown), len(names)), ratio=0.95)
+    width: Width = "column" if len(names) == 1 else "page"
+    figure, axes = new_figure(width, panels=(len(shown), len(names)), ratio=0.95)
     rows: list[dict[str, Any]] = []
     for line, (run, arrays) in zip(axes, shown, strict=True):
         for name, panel in zip(names, line, strict=True):
@@ -47,7 +48,7 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
             title = f"{_title(name, run)}, {float(arrays[f'{name}_accuracy']):.0%} right"
             panel.set_title(title if len(shown) == 1 else f"{title}\n{run.label}")
     if len({tuple(arrays["classes_K"].tolist()) for _, arrays in shown}) == 1:
-        legend_below(figure, axes, columns=len(names), title="class")
+        legend_below(figure, axes, columns=3, title="class")
     else:
         for line in axes:
             next(panel for panel in line if panel.axison).legend(title="class", fontsize=6)
