@@ -94,7 +94,7 @@ def weights(epoch, counts=None):
 def test_histograms_are_of_the_last_epoch_and_before_the_training(tmp_path, read):
     run = fake_run(tmp_path / "a", values=[0.5, 0.6])
     last = [0] * 100
-    last[0], last[99] = 300, 100
+    last[0], last[99] = 900, 300
     record(run, "weights", [weights(0), weights(1), weights(2, counts=last)])
     drawn = drawn_and_saved("weight_histograms", read(), tmp_path)
     assert {(row["run"], row["epoch"]) for row in drawn.rows} == {
@@ -102,7 +102,7 @@ def test_histograms_are_of_the_last_epoch_and_before_the_training(tmp_path, read
         ("student distilled", 2),
     }
     own = [r for r in drawn.rows if (r["epoch"], r["layer"]) == (2, "conv1")]
-    # 400 weights fill 20 bins.
+    # 1200 weights fill 20 bins.
     assert len(own) == 20 and (own[0]["from"], own[-1]["to"]) == (-0.5, 0.5)
     assert [row["share"] for row in own if row["share"]] == [0.75, 0.25]
     assert sum(row["share"] for row in drawn.rows) == pytest.approx(6)
@@ -200,6 +200,16 @@ def test_step_time_is_the_median_without_the_first_epoch(tmp_path, read):
         ("data", 2.0, 0.25),
         ("backward", 6.0, 0.75),
     ]
+
+
+def test_step_time_keeps_the_order_of_a_step_where_one_run_lacks_a_part(tmp_path, read):
+    for name, pick in (("a", {}), ("b", {"pick_ms": 3.0})):
+        run = fake_run(tmp_path / name, values=[0.5])
+        record(run, "time", [{"epoch": 1, "teacher_ms": 1.0, **pick, "backward_ms": 2.0}])
+    drawn = drawn_and_saved("step_time", read(), tmp_path)
+    (legend,) = drawn.figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["teacher", "pick", "backward"]
 
 
 def layers(path, names=("student", "alone", "teacher"), each=12):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -350,6 +351,11 @@ def test_three_layers_are_the_convolutions_outside_shortcuts() -> None:
     paths = layers_of(create_model("resnet20", num_classes=7))
     names = [name for name, _ in create_model("resnet20", num_classes=7).named_modules()]
     assert all(path in names for path in paths.values())
+    # MEAL V2, figure 7: the middle one is the last convolution of block 2 of a ResNet-50.
+    with torch.device("meta"):
+        resnet50 = timm.create_model("resnet50")
+    found = {"first": "conv1", "middle": "layer2.3.conv3", "last": "layer4.2.conv3"}
+    assert layers_of(resnet50) == found
     plain = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
     assert layers_of(plain) == {"first": "0", "middle": "1", "last": "3"}
     with pytest.raises(UserError, match="has 1 convolutions and linear layers"):

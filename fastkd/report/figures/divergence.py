@@ -83,7 +83,7 @@ KINDS = (
     FigureKind(
         name="kl_ratio",
         title="Mean KL of the picked images by that of all",
-        source="KD x data augmentation, figure 4",
+        source="KD x DA, figure 4",
         draw=_draw,
         needs="augment.pick.criterion=kl, or report.record=kl",
     ),

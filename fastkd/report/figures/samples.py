@@ -98,7 +98,7 @@ KINDS = (
     FigureKind(
         name="mix_samples",
         title="Mixed images, their labels, and what the networks see in them",
-        source="KD x data augmentation, figure 5",
+        source="KD x DA, figure 5",
         draw=_draw,
         needs="report.record=samples",
     ),

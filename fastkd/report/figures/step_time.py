@@ -41,7 +41,10 @@ def _draw(runs: Sequence[ReportedRun]) -> Drawn | None:
     shown = {run.label: parts for run in runs if (parts := _medians(run))}
     if not shown:
         return None
-    names = list(dict.fromkeys(part for parts in shown.values() for part in parts))
+    from fastkd.training.recording.step_clock import PARTS
+
+    # In the order of a step, also where one run has a part that another lacks.
+    names = [part for part in PARTS if any(part in parts for parts in shown.values())]
     figure, axes = new_figure("page", ratio=0.09 + 0.06 * len(shown))
     panel = axes[0, 0]
     rows: list[dict[str, Any]] = []

@@ -26,7 +26,7 @@ __all__ = ["KINDS"]
 
 PLACES = ("first", "middle", "last")
 _NEEDS = "report.record=weights"
-_FULL = 20
+_FULL = 60
 """Weights that a bin of a small layer has on average."""
 _BINS = (100, 50, 25, 20, 10)
 """Numbers of bins into which those of a recording can be joined."""
