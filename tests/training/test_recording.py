@@ -57,11 +57,14 @@ class Shown:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_images() -> Any:
-    """Of validation."""
+def _as_in_the_programs() -> Any:
+    """Few validation images, and one thread: with more of them a sum may be rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fastkd.data.sources.synthetic.NUM_IMAGES, "val", 49)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
