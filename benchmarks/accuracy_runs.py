@@ -60,14 +60,15 @@ def spread(values: Sequence[float]) -> float:
 
 
 def mean_and_std(values: Sequence[float]) -> list[str]:
-    """Cells of a table."""
-    return [f"{statistics.mean(values):.2%}", f"{spread(values):.2%}"]
+    """Cells of a table; one value alone has no deviation."""
+    return [f"{statistics.mean(values):.2%}", f"{spread(values):.2%}" if len(values) > 1 else ""]
 
 
 def difference(gains: Sequence[float]) -> list[str]:
     """Cells of a table: points gained in every pair of runs, their mean, its standard error."""
     each = " ".join(f"{gain:+.2f}" for gain in gains)
-    return [each, f"{statistics.mean(gains):+.2f}", f"{spread(gains) / len(gains) ** 0.5:.2f}"]
+    error = f"{spread(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
+    return [each, f"{statistics.mean(gains):+.2f}", error]
 
 
 def row_line(cells: Sequence[str]) -> str:

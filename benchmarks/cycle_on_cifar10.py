@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
     given = [f"data.root={options.data}", *options.keys]
-    facts = read_results(options.epochs) if options.write else {}
+    facts = read_results(options.epochs, options.keys) if options.write else {}
     facts.setdefault("rows", [])
     facts |= {
         "command": " ".join(
@@ -50,6 +50,7 @@ def main() -> None:
             ]
         ),
         "epochs": options.epochs,
+        "keys": options.keys,
     }
     with open_world("cpu") as world:
         session = Session(world, Console(enabled=True), options.runs)
@@ -63,11 +64,11 @@ def main() -> None:
     print(table(facts))
 
 
-def read_results(epochs: int) -> dict:
-    """Seeds that were made before, if they had these epochs."""
+def read_results(epochs: int, keys: list[str]) -> dict:
+    """Seeds that were made before, if they had these epochs and keys."""
     file = RESULTS.with_suffix(".json")
     facts = json.loads(file.read_text()) if file.exists() else {}
-    return facts if facts.get("epochs") == epochs else {}
+    return facts if (facts.get("epochs"), facts.get("keys")) == (epochs, keys) else {}
 
 
 def rows_of(seed: int, given: list[str], epochs: int, session: Session) -> list[dict]:
