@@ -1,8 +1,8 @@
 """What the scripts share that measure accuracies seed by seed: their words, runs, rows and cells.
 
-`cifar10_methods.py`, `cycle_on_cifar10.py`, `precision_on_cifar10.py` and
-`segmentation_on_camvid.py` train recipes, print a row for each run, and end with one table of means
-and spreads.
+`cifar10_methods.py`, `compress_on_cifar10.py`, `cycle_on_cifar10.py`, `precision_on_cifar10.py`
+and `segmentation_on_camvid.py` train recipes, print a row for each run, and end with one table of
+means and spreads.
 """
 
 import argparse

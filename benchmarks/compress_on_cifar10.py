@@ -5,14 +5,15 @@
 WRN-40-2, ResNet-18 and timm's mobilenetv2_100, each with a target of half and of a quarter of its
 latency in onnxruntime on one thread. Every original is trained once. The search and the choice of a
 case are made once; chosen student and baselines are then distilled with `--seeds` seeds. Give the
-command again to resume; with --write every finished case goes into the results at once. Key=value
-words are for every training, such as epochs=2 data.train_limit=1000 for a trial.
+command again to resume; with --write every finished case goes into the results at once. --keys are
+for every training, such as data.train_limit=1000 for a trial.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
+
+from accuracy_runs import mean_and_std, row_line, write
 
 from fastkd.compress.phases import Request, compress
 from fastkd.compress.table import RuntimeMeter
@@ -67,7 +68,7 @@ def main() -> None:
             for target in options.targets:
                 facts["cases"].append(case(network, target, keys, weights, options, session))
                 if options.write:
-                    RESULTS.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+                    write(RESULTS.with_suffix(".json"), facts)
                     RESULTS.with_suffix(".md").write_text(table(facts))
     print(table(facts))
 
@@ -153,13 +154,12 @@ _ENDING = (
 
 def _row(case: str, row: dict, chosen: dict, limit: float) -> str:
     values, p50 = row["accuracies"], row["ms"][1]
-    std = f"{statistics.stdev(values):.2%}" if len(values) > 1 else ""
     met = "" if row["name"] == "original" else f"{p50 / limit:.2f}"
     if row["name"] == "chosen":
         met += " met" if p50 <= limit else " within 5 %" if p50 <= NEAR * limit else " missed"
-    cells = [case, row["name"], str(len(values)), f"{statistics.mean(values):.2%}", std]
+    cells = [case, row["name"], str(len(values)), *mean_and_std(values)]
     cells += [f"{p50:.3f}", met, _difference(row, chosen)]
-    return "| " + " | ".join(cells) + " |"
+    return row_line(cells)
 
 
 def _difference(row: dict, chosen: dict) -> str:

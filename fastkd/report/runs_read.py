@@ -18,7 +18,7 @@ from fastkd.config.plain_yaml import MAX_LENGTH, NotPlain, read_yaml
 from fastkd.errors import UserError
 from fastkd.evaluation.headline import headline
 from fastkd.output.call_record import is_call
-from fastkd.output.run_folder import FACTS, RECORD, RunFolder
+from fastkd.output.run_folder import FACTS, RECORD, RunFolder, whole_rows
 from fastkd.printable import in_words, shown
 
 __all__ = ["RECORD", "ReportedRun", "last_and_best", "read_run", "read_runs"]
@@ -91,7 +91,7 @@ class ReportedRun:
         folder = self.path / RECORD
         rows = folder / f"{name}.jsonl"
         if rows.exists():
-            return _rows(rows)
+            return whole_rows(rows)
         found: dict[int, dict[str, np.ndarray]] = {}
         for file in sorted(folder.glob(f"{name}-epoch*.npz")):
             match = re.fullmatch(rf"{re.escape(name)}-epoch(\d+)\.npz", file.name)
@@ -198,19 +198,6 @@ def _mapping(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} is damaged: it is no mapping")
     return found
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
-    return rows
 
 
 def _told_apart(runs: list[ReportedRun]) -> list[ReportedRun]:

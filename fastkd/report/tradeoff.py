@@ -7,6 +7,7 @@ from pathlib import Path
 from fastkd.errors import RunFailed
 from fastkd.printable import in_words
 from fastkd.report.colours import colours_of
+from fastkd.report.figures.cost import front_of
 from fastkd.storage.atomic import atomic_path
 
 __all__ = ["Point", "draw_tradeoff"]
@@ -57,7 +58,10 @@ def _draw(path: Path, points: Sequence[Point], cost: str, limit: float | None, t
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        front = _front(points)
+        front = [
+            points[index]
+            for index in front_of([p.cost for p in points], [p.accuracy for p in points])
+        ]
         axes.plot([p.cost for p in front], [p.accuracy for p in front], color="0.6", lw=1, zorder=1)
         for number, point in enumerate(points):
             low, high = point.cost_from or point.cost, point.cost_to or point.cost
@@ -91,12 +95,3 @@ def _right_end(points: Sequence[Point], limit: float | None) -> float:
     most = max([*(point.cost for point in points), limit or 0.0])
     longest = max(point.cost_to or point.cost for point in points)
     return 1.05 * max(most, min(longest, _LONGEST_BAR * most))
-
-
-def _front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both, by cost."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.cost, -one.accuracy)):
-        if not found or point.accuracy > found[-1].accuracy:
-            found.append(point)
-    return found

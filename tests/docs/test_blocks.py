@@ -9,16 +9,12 @@ import itertools
 import re
 import shlex
 import tomllib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd.cli.arguments import parse
 from fastkd.cli.running import swept
@@ -32,6 +28,7 @@ from fastkd.runs.sweep.baselines import with_baselines
 from fastkd.runs.sweep.grid import check_sweep, combinations
 from fastkd.storage.facts import DataFacts, Framing
 from fastkd.storage.weights import describe, save_weights
+from tests.docs.page_names import names_of_pages
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,36 +161,15 @@ def check_line(line: str) -> None:
             pytest.fail(f"{part!r} is not a command that this test knows: mark its block not run")
 
 
-def network(width: int) -> nn.Module:
-    """Somebody's network, with modules of the names that the pages tap."""
-
-    def layer(ins: int) -> nn.Module:
-        conv = nn.Conv2d(ins, width, 3, padding=1, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
-
-    convs = {"layer1": layer(3), "layer2": layer(width), "layer3": layer(width)}
-    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(width, 4)}
-    return nn.Sequential(OrderedDict(convs | head))
-
-
 def names_of() -> dict[str, Any]:
     """The names that pages take for granted; RUN is a folder that holds a network."""
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
+    names = names_of_pages()
     saved: Any = create_model("resnet8", 4, width=0.25)
     facts = DataFacts(classes=("a", "b", "c", "d"), evaluation=Framing(resize=8, crop=8))
     sign(saved, replace(card_of(saved), data=facts))
     Path("RUN").mkdir()
     save_weights(Path("RUN/best.safetensors"), saved, describe(saved))
-    return {
-        "student": network(8),
-        "teacher": network(16),
-        "train_loader": DataLoader(data, batch_size=4),
-        "val_loader": DataLoader(data, batch_size=4),
-        "student_logits": torch.randn(8, 4, requires_grad=True),
-        "teacher_logits": torch.randn(8, 4),
-        "labels": torch.arange(8) % 4,
-    }
+    return names
 
 
 @pytest.mark.parametrize("page", PYTHON)

@@ -5,7 +5,6 @@ by what it computes, and so is the task for timm of the tutorial that it points 
 """
 
 import re
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import timm.task
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+
+from tests.docs.page_names import names_of_pages
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,33 +23,10 @@ CODE = PYTHON.findall(README)
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 
 
-def layers(width: int) -> nn.Module:
-    """Somebody's network, with modules of the names that the README taps."""
-
-    def layer(ins: int) -> nn.Module:
-        conv = nn.Conv2d(ins, width, 3, padding=1, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
-
-    convs = {"layer1": layer(3), "layer2": layer(width), "layer3": layer(width)}
-    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(width, 4)}
-    return nn.Sequential(OrderedDict(convs | head))
-
-
 @pytest.fixture(scope="module")
 def shown() -> dict[str, Any]:
     """The names that are left after all of the README's Python."""
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "student": layers(8),
-        "teacher": layers(16),
-        "train_loader": DataLoader(data, batch_size=4),
-        "val_loader": DataLoader(data, batch_size=4),
-        "student_logits": torch.randn(8, 4, requires_grad=True),
-        "teacher_logits": torch.randn(8, 4),
-        "labels": torch.arange(8) % 4,
-    }
+    names: dict[str, Any] = {"torch": torch, **names_of_pages()}
     for block in CODE:
         exec(compile(block, "README.md", "exec"), names)
     return names

@@ -22,6 +22,7 @@ from fastkd.report.figures.series import (
     draw_curve,
     spread,
     teacher_of,
+    with_alone_beside,
 )
 from fastkd.report.labels import differences, labels
 from fastkd.report.runs_read import ReportedRun
@@ -38,12 +39,8 @@ def _accuracy(runs: Sequence[ReportedRun]) -> Drawn | None:
     figure, axes = new_figure("column", ratio=0.7)
     axes, rows = axes[0, 0], list[dict[str, Any]]()
     series = [(run.group, run, run.history) for run in runs]
-    known = {run.path.resolve() for run in runs}
-    # A baseline that is a run of the report is drawn as such.
     series += [
-        (f"{run.group}, student alone", run, alone_history(run))
-        for run in runs
-        if run.alone is None or run.alone.resolve() not in known
+        (f"{run.group}, student alone", run, alone_history(run)) for run in with_alone_beside(runs)
     ]
     looks: dict[str, int] = {}
     for name, run, history in series:

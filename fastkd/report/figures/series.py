@@ -13,12 +13,14 @@ __all__ = [
     "Curve",
     "Spread",
     "alone_history",
+    "alone_run",
     "by",
     "comparable",
     "curve",
     "draw_curve",
     "spread",
     "teacher_of",
+    "with_alone_beside",
 ]
 
 
@@ -71,14 +73,28 @@ def curve(history: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
     return Curve(list(epochs), list(values))
 
 
+def with_alone_beside(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
+    """Those whose student alone is drawn beside them: one that is a run of the report is not."""
+    known = {run.path.resolve() for run in runs}
+    return [run for run in runs if run.alone is None or run.alone.resolve() not in known]
+
+
+def alone_run(run: ReportedRun) -> ReportedRun | None:
+    """The student alone that a run is measured by; None without its folder, or if it is damaged."""
+    if run.alone is None:
+        return None
+    try:
+        return read_run(run.alone)
+    except UserError:
+        return None
+
+
 def alone_history(run: ReportedRun) -> list[dict[str, Any]]:
     """Rows of the student alone that a run is measured by; none where it has no such run."""
-    if run.alone is not None:
-        try:
-            return read_run(run.alone).history
-        except UserError:
-            return []
-    return ((run.summary or {}).get("alone") or {}).get("history", [])
+    if run.alone is None:
+        return ((run.summary or {}).get("alone") or {}).get("history", [])
+    found = alone_run(run)
+    return found.history if found else []
 
 
 def teacher_of(run: ReportedRun, runs: Sequence[ReportedRun]) -> dict[str, Any] | None:

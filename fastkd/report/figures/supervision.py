@@ -13,7 +13,12 @@ from fastkd.report.figures.figure import (
     new_figure,
     percent_axis,
 )
-from fastkd.report.figures.series import alone_history, curve, draw_curve
+from fastkd.report.figures.series import (
+    alone_history,
+    curve,
+    draw_curve,
+    with_alone_beside,
+)
 from fastkd.report.runs_read import ReportedRun
 
 __all__ = ["KINDS", "initialisation_of", "supervision_of"]
@@ -48,11 +53,8 @@ def initialisation_of(run: ReportedRun) -> str:
 def _supervision(runs: Sequence[ReportedRun]) -> Drawn | None:
     """A run with its own student alone has both by itself."""
     series = [(supervision_of(run), run, run.history) for run in runs]
-    known = {run.path.resolve() for run in runs}
     series += [
-        (_HARD, run, rows)
-        for run in runs
-        if (run.alone is None or run.alone.resolve() not in known) and (rows := alone_history(run))
+        (_HARD, run, rows) for run in with_alone_beside(runs) if (rows := alone_history(run))
     ]
     panels = {
         "val_accuracy": "top-1 accuracy",

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.report.alone import own_alone
 from fastkd.report.colours import QUIET, look_of
 from fastkd.report.figures.figure import (
     Drawn,
@@ -20,6 +19,7 @@ from fastkd.report.figures.figure import (
     legend_below,
     new_figure,
 )
+from fastkd.report.figures.series import alone_run, with_alone_beside
 from fastkd.report.runs_read import ReportedRun
 
 __all__ = ["KINDS"]
@@ -43,8 +43,9 @@ class _Series:
 def _series(runs: Sequence[ReportedRun]) -> list[_Series]:
     """The runs and their students alone, as far as they recorded weights."""
     found: list[_Series] = []
+    beside = {run.path for run in with_alone_beside(runs)}
     for run in runs:
-        alone = own_alone(run)
+        alone = alone_run(run) if run.path in beside else None
         named = [(run, run.label if len(runs) > 1 else "student distilled")]
         if alone is not None:
             named.append((alone, f"{run.label}, alone" if len(runs) > 1 else "student alone"))
